@@ -1,0 +1,32 @@
+# The commands of this repository; `make` lists them.
+PYTHON ?= python3
+VENV := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench lock
+
+help: ## list the commands
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## make .venv from requirements.lock, every file by hash; nothing to do when it is up to date
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found, Python 3.11 to 3.13 wanted. hint: apt-get install python3 python3-venv" >&2; exit 2; }
+	@PYTHONPATH=src $(PYTHON) -B -m labtrain.bootstrap --editable
+
+demo: setup ## train one experiment in three ways and compare the bits
+	@$(VENV)/labtrain demo --dir .demo
+
+test: setup ## the test suite
+	@$(VENV)/python -m pytest
+
+check: setup ## formatting, lint, types, and the floors
+	@$(VENV)/ruff format --check .
+	@$(VENV)/ruff check .
+	@$(VENV)/mypy
+	@$(VENV)/lint-imports
+
+bench: setup ## CPU seconds of the starts, median of 5
+	@$(VENV)/python benchmarks/start.py
+
+lock: setup ## resolve requirements.lock anew from pyproject.toml
+	@$(VENV)/uv pip compile --universal --generate-hashes --no-emit-index-url --no-header --quiet --upgrade \
+		--extra lab --extra dev pyproject.toml -o requirements.lock

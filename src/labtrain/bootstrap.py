@@ -1,0 +1,218 @@
+"""Make the environment: a `.venv` with exactly what `requirements.lock` names, every file checked against its hash.
+
+Standard library only, and run before anything is installed: in the repository as `PYTHONPATH=src python3 -m
+labtrain.bootstrap --editable`, in an experiment straight from the wheel it carries, as
+`PYTHONPATH=vendor/labtrain-....whl python3 -m labtrain.bootstrap`. Does nothing where the environment is up to date.
+
+pip, from Python's own ensurepip, installs uv at the hash that the lock names; uv installs the rest.
+"""
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from labtrain.errors import LabtrainError
+
+PYTHONS = ((3, 11), (3, 14))  # from, below
+DISK_BYTES = 8_000_000_000  # torch and its CUDA libraries are 7.1 GB; the rest is byte code and room to unpack
+MEMORY_BYTES = 1_500_000_000
+LOCK = "requirements.lock"
+WHEEL_LOCK = "labtrain.lock"
+STAMP = "labtrain-setup"
+
+
+def main() -> None:
+    """Run from the command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(
+        prog="python3 -m labtrain.bootstrap", description=__doc__.splitlines()[0] if __doc__ else None
+    )
+    parser.add_argument(
+        "--editable", action="store_true", help="install labtrain from this source tree instead of the wheel in vendor/"
+    )
+    arguments = parser.parse_args()
+    try:
+        set_up(Path.cwd(), editable=arguments.editable)
+    except LabtrainError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+
+
+def set_up(root: Path, *, editable: bool) -> None:
+    """Make or update `root/.venv`.
+
+    Raises:
+        LabtrainError: Python, disk or memory do not do, or a step failed.
+    """
+    check_python(sys.version_info[:2])
+    venv = root / ".venv"
+    python = venv / "bin" / "python"
+    stamp = venv / STAMP
+    state = fingerprint(root, editable=editable)
+    if stamp.exists() and stamp.read_text() == state and python.exists():
+        return
+    if not (venv / "bin" / "uv").exists():
+        check_disk(shutil.disk_usage(root).free)
+    check_memory(available_memory())
+
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "VIRTUAL_ENV")
+    }
+    if "PIP_INDEX_URL" in environment:
+        environment.setdefault(
+            "UV_DEFAULT_INDEX", environment["PIP_INDEX_URL"]
+        )  # one variable for both, behind a mirror
+    if not python.exists() or _version(python) != sys.version_info[:2]:
+        say("making .venv")
+        shutil.rmtree(venv, ignore_errors=True)
+        if subprocess.run([sys.executable, "-c", "import ensurepip"], capture_output=True, check=False).returncode:
+            raise LabtrainError(
+                "this Python cannot make an environment: ensurepip is missing", hint="apt-get install python3-venv"
+            )
+        _run([sys.executable, "-m", "venv", str(venv)], environment)
+    lock = (root / LOCK).read_text()
+    if not _is_pinned_uv(venv / "bin" / "uv", lock):
+        say("installing uv, by hash")
+        if subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True, check=False).returncode:
+            _run([str(python), "-m", "ensurepip"], environment)
+        with tempfile.TemporaryDirectory() as scratch:
+            pinned = Path(scratch) / "uv.txt"
+            pinned.write_text(locked_block(lock, "uv"))
+            _run(
+                [
+                    str(python),
+                    "-m",
+                    "pip",
+                    "install",
+                    "--quiet",
+                    "--require-hashes",
+                    "--no-deps",
+                    "--disable-pip-version-check",
+                    "-r",
+                    str(pinned),
+                ],
+                environment,
+            )
+    say("installing what requirements.lock names, by hash (7.1 GB the first time)")
+    uv = [str(venv / "bin" / "uv"), "pip"]
+    target = ["--python", str(python), "--require-hashes"]
+    # The one sdist of the lock is built with the setuptools of the lock, checked as well.
+    _run([*uv, "sync", "--quiet", *target, "--build-constraints", LOCK, LOCK], environment)
+    if editable:
+        _run(
+            [
+                *uv,
+                "install",
+                "--quiet",
+                "--python",
+                str(python),
+                "--no-deps",
+                "--no-build-isolation",
+                "--editable",
+                ".",
+            ],
+            environment,
+        )
+    else:
+        _run([*uv, "install", "--quiet", *target, "--no-deps", "-r", WHEEL_LOCK], environment)
+    say("compiling to byte code")
+    folders = [*(venv / "lib").glob("python*/site-packages"), *([root / "src"] if editable else [])]
+    _run(
+        [str(python), "-m", "compileall", "-q", "-j0", *map(str, folders)],
+        environment,
+        may_fail=True,
+    )
+    stamp.write_text(state)
+    say("done: .venv is what requirements.lock says")
+
+
+def check_python(version: tuple[int, ...]) -> None:
+    """Refuse a Python that labtrain is not locked for."""
+    first, below = PYTHONS
+    if not first <= version < below:
+        found, wanted = ".".join(map(str, version)), f"{first[0]}.{first[1]} to {below[0]}.{below[1] - 1}"
+        raise LabtrainError(f"Python {found} found, {wanted} wanted", hint="make PYTHON=python3.12 setup")
+
+
+def check_disk(free_bytes: int) -> None:
+    """Refuse a disk that cannot hold the environment."""
+    if free_bytes < DISK_BYTES:
+        raise LabtrainError(
+            f"{free_bytes / 1e9:.1f} GB of disk are free here, {DISK_BYTES / 1e9:.1f} GB wanted", hint="df -h ."
+        )
+
+
+def check_memory(available_bytes: int) -> None:
+    """Refuse a machine that could not import what is installed."""
+    if available_bytes < MEMORY_BYTES:
+        raise LabtrainError(
+            f"{available_bytes / 1e9:.1f} GB of memory are available, {MEMORY_BYTES / 1e9:.1f} GB wanted",
+            hint="free -h",
+        )
+
+
+def available_memory() -> int:
+    """Return the bytes of memory that can be had without swapping."""
+    match = (
+        re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        if Path("/proc/meminfo").exists()
+        else None
+    )
+    return int(match.group(1)) * 1024 if match else MEMORY_BYTES
+
+
+def locked_block(lock: str, name: str) -> str:
+    """Return one package's lines of a lock: its pin and its hashes."""
+    match = re.search(rf"^{re.escape(name)}==.*?(?=^\S|\Z)", lock, re.MULTILINE | re.DOTALL)
+    if match is None:
+        raise LabtrainError(f"{LOCK} does not name {name}", hint="make lock")
+    return "".join(line for line in match.group(0).splitlines(keepends=True) if not line.lstrip().startswith("#"))
+
+
+def fingerprint(root: Path, *, editable: bool) -> str:
+    """Return what the environment is made from: the locks, and this Python."""
+    sha = hashlib.sha256(f"{sys.version} {editable}".encode())
+    for name in (LOCK, WHEEL_LOCK, *(["pyproject.toml"] if editable else [])):
+        path = root / name
+        sha.update(path.read_bytes() if path.exists() else b"")
+    return sha.hexdigest()
+
+
+def say(text: str) -> None:
+    """Print what is being done to standard error."""
+    sys.stderr.write(f"setup: {text}\n")
+    sys.stderr.flush()
+
+
+def _is_pinned_uv(uv: Path, lock: str) -> bool:
+    if not uv.exists():
+        return False
+    version = subprocess.run([str(uv), "--version"], capture_output=True, text=True, check=False).stdout.split()
+    return len(version) > 1 and locked_block(lock, "uv").startswith(f"uv=={version[1]} ")
+
+
+def _version(python: Path) -> tuple[int, ...]:
+    shown = subprocess.run(
+        [str(python), "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True, check=False
+    ).stdout
+    return tuple(map(int, shown.split()))
+
+
+def _run(command: list[str], environment: dict[str, str], *, may_fail: bool = False) -> None:
+    code = subprocess.run(command, env=environment, check=False).returncode
+    if code and not may_fail:
+        raise LabtrainError(
+            f"{' '.join(command[:4])} ended with exit code {code}",
+            hint="the lines above say why; make setup tries again",
+        )
+
+
+if __name__ == "__main__":
+    main()
