@@ -1,0 +1,46 @@
+"""labtrain: training whose result is a function of what you wrote, not of how it ran.
+
+The floors; an import points down only (import-linter holds it, `make check`)::
+
+    4  compose  job  cli  demo  new  conf/       thin: parse, call, print
+    3  training  checkpoint  callbacks           Lightning
+    2  determinism  order  loader                torch
+    1  run  receipt  lock  doctor  compare  digests   no torch
+    0  errors                                    standard library only
+
+`import labtrain` imports none of them: the public names below are loaded when first used, so that `labtrain --help`
+and the composition of a configuration never pay for torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["DataLoader", "LabtrainError", "Result", "digest", "main", "train"]
+
+_HOMES = {
+    "DataLoader": "labtrain.loader",
+    "LabtrainError": "labtrain.errors",
+    "Result": "labtrain.training",
+    "digest": "labtrain.digests",
+    "main": "labtrain.compose",
+    "train": "labtrain.training",
+}
+
+if TYPE_CHECKING:
+    from labtrain.compose import main
+    from labtrain.digests import digest
+    from labtrain.errors import LabtrainError
+    from labtrain.loader import DataLoader
+    from labtrain.training import Result, train
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        return value
+    raise AttributeError(f"module 'labtrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,79 @@
+"""Where two runs part: the first step whose trail differs, and the first tensor. No torch."""
+
+import json
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from labtrain.digests import read_safetensors
+from labtrain.errors import DamagedError
+from labtrain.store import WEIGHTS, list_checkpoints
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Divergence:
+    """The first difference of two runs.
+
+    Attributes:
+        step: the first optimizer step whose trail differs; None where no trail shows one.
+        phase: what differs first in it: batch, loss or weights; length where one trail ends.
+        tensor: the first tensor, by name, that differs in the first checkpoint with a difference.
+    """
+
+    step: int | None
+    phase: str | None
+    tensor: str | None
+
+    def __str__(self) -> str:
+        parts = [f"first at step {self.step}, in the {self.phase}" if self.step is not None else "no step of the trail"]
+        if self.tensor is not None:
+            parts.append(f"first tensor {self.tensor}")
+        return ", ".join(parts)
+
+
+def first_difference(one: Path, other: Path) -> Divergence | None:
+    """Compare two run folders; None where every step and the weights of every common checkpoint are the same."""
+    step, phase = _first_step(one, other)
+    tensor = _first_tensor(one, other)
+    return None if step is None and tensor is None else Divergence(step=step, phase=phase, tensor=tensor)
+
+
+def _first_step(one: Path, other: Path) -> tuple[int | None, str | None]:
+    for mine, theirs in zip_longest(read_trail(one), read_trail(other)):
+        if mine is None or theirs is None:
+            return int((mine or theirs)["step"]), "length"
+        for field in ("step", "batch", "loss", "weights"):
+            if mine[field] != theirs[field]:
+                return int(mine["step"]), field
+    return None, None
+
+
+def _first_tensor(one: Path, other: Path) -> str | None:
+    theirs = {manifest["step"]: path for path, manifest in list_checkpoints(other / "checkpoints")}
+    for path, manifest in list_checkpoints(one / "checkpoints"):
+        if manifest["step"] not in theirs:
+            continue
+        pairs = zip_longest(read_safetensors(path / WEIGHTS), read_safetensors(theirs[manifest["step"]] / WEIGHTS))
+        for mine, their in pairs:
+            if mine != their:
+                return (mine or their or ("",))[0]
+    return None
+
+
+def read_trail(run_dir: Path) -> list[dict[str, Any]]:
+    """Return a run's trail, a dict a step; a last line cut by a crash is left out.
+
+    Raises:
+        DamagedError: a line in the middle is broken.
+    """
+    path = run_dir / "trail.jsonl"
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as error:
+        raise DamagedError(f"{path} is broken: {error}", hint=f"mv {run_dir} {run_dir}.broken") from error

@@ -1,0 +1,169 @@
+"""Stage 1 of a start: compose the configuration with Hydra, name the run, hand each job to a fresh process (job.py).
+
+No torch here: `--help` and an error in the configuration cost a fraction of a second, and whatever must be in the
+environment before torch is imported is put there, in one place, per job. Writes nothing, so any number of copies of it
+may run at once (srun, torchrun). Hydra's own documents say how a task function, a search path and a launcher work:
+https://hydra.cc/docs/1.3/.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from labtrain import config as configuration
+from labtrain import determinism, receipt
+from labtrain.errors import ConfigError, JobFailedError, LabtrainError
+from labtrain.run import JOB_VARIABLE, Config, Job, make_job, shown
+
+# Linux takes one variable of at most 128 KiB (MAX_ARG_STRLEN).
+MAX_JOB_BYTES = 120_000
+
+
+def main(config_path: str = "conf", config_name: str = "config") -> None:
+    """Compose the configuration and run it: all that a `train.py` has to call.
+
+    Args:
+        config_path: the folder of the experiment's own configuration, relative to the calling file.
+        config_name: its primary file, without `.yaml`.
+
+    Ends the process: 0 trained (or complete already), 2 wrong usage, else the training's own exit code.
+    """
+    root = Path(sys._getframe(1).f_globals["__file__"]).resolve().parent
+    wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself: hydra/_internal/utils.py run_and_report
+    os.environ["LABTRAIN_ROOT"] = str(root)  # conf/labtrain.yaml: paths.runs
+    try:
+        refuse_sweep_under_launcher()
+        _run_hydra(root, config_path, config_name, wants_trace)
+    except Exception as error:
+        known = configuration.explain(error)
+        if known is None or wants_trace:
+            raise
+        print_error(known)
+        sys.exit(known.exit_code)
+
+
+def print_error(error: LabtrainError) -> None:
+    """Print an error and its hint to standard error."""
+    sys.stderr.write(f"error: {error}\n")
+
+
+def refuse_sweep_under_launcher() -> None:
+    """Refuse `torchrun train.py -m` and `srun -n2 train.py -m`: each copy would run the whole sweep."""
+    copies = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
+    if copies != "1" and {"-m", "--multirun"} & set(sys.argv[1:]):
+        raise ConfigError(
+            f"-m in each of {copies} copies of one job",
+            hint="start the sweep once, without the launcher: python train.py -m ...",
+        )
+
+
+def _run_hydra(root: Path, config_path: str, config_name: str, wants_trace: bool) -> None:
+    import hydra
+    from hydra.core.plugins import Plugins
+
+    from labtrain.searchpath import LabtrainSearchPath
+
+    folder = root / config_path
+    if not (folder / f"{config_name}.yaml").exists():
+        raise ConfigError(
+            f"{shown(folder)}/{config_name}.yaml: no such file", hint="labtrain new DIR makes an experiment with one"
+        )
+    Plugins.instance().register(LabtrainSearchPath)
+    start = Start(root=str(root), wants_trace=wants_trace)
+    hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(start)()
+
+
+@dataclass(frozen=True)
+class Start:
+    """The task function that Hydra calls once a job: an instance of a module's class, so that it can be pickled."""
+
+    root: str
+    wants_trace: bool = False
+
+    def __call__(self, cfg: Any) -> None:
+        """Check and name the run, then become its job, or supervise it where Hydra has more of them."""
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+        from omegaconf import OmegaConf
+
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise ConfigError(
+                f"{missing[0]} has no value", hint=f"python train.py {missing[0]}=VALUE, or set it in conf/config.yaml"
+            )
+        config = cast(Config, OmegaConf.to_container(cfg, resolve=True))
+        configuration.check(config)
+        single = HydraConfig.get().mode == RunMode.RUN
+        job = make_job(config, root=Path(self.root), command=sys.argv, supervisor=0 if single else os.getpid())
+        if finished(job):
+            return
+        refuse_unwritable(Path(job.run_dir))
+        environment = dict(os.environ)
+        if not self.wants_trace:
+            environment.pop("HYDRA_FULL_ERROR")
+        environment |= determinism.variables(config["determinism"]["mode"], threads=config["determinism"]["threads"])
+        environment[JOB_VARIABLE] = job.to_json()
+        if len(environment[JOB_VARIABLE].encode()) > MAX_JOB_BYTES:
+            raise ConfigError(
+                f"the resolved configuration is larger than {MAX_JOB_BYTES} bytes",
+                hint="keep data in a file and name the file",
+            )
+        command = [sys.executable, "-m", "labtrain.job", shown(job.run_dir)]
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if single:
+            os.execve(command[0], command, environment)  # the same pid: signals, Slurm and torchrun see one process
+        supervise(command, environment)
+
+
+def finished(job: Job) -> bool:
+    """Print the result of a run that is complete; False if there is something to train."""
+    found = receipt.read(Path(job.run_dir))
+    if found is None or found["status"] != "complete":
+        return False
+    sys.stderr.write(f"{shown(job.run_dir)} is complete: nothing to train (resume=never starts anew beside it)\n")
+    sys.stdout.write(f"{shown(job.run_dir)} {found['results']['weights_digest']}\n")
+    return True
+
+
+def refuse_unwritable(run_dir: Path) -> None:
+    """Refuse a run whose folder could not be written, before torch is imported."""
+    parent = run_dir
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        what = "no write permission" if parent.is_dir() else "not a folder"
+        raise ConfigError(
+            f"{shown(parent)}: {what}, the run {shown(run_dir)} cannot be written", hint=f"ls -ld {shown(parent)}"
+        )
+
+
+def supervise(command: list[str], environment: dict[str, str]) -> None:
+    """Run one job of a sweep in its own process: its own environment, rank variables and GPU memory.
+
+    Raises:
+        JobFailedError: it ended with another exit code than 0.
+    """
+    child = subprocess.Popen(command, env=environment)
+    caught: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        caught.append(number)
+        if number != signal.SIGINT:  # a terminal sends Ctrl-C to the child as well
+            child.send_signal(number)
+
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, forward) for number in signals}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if caught:
+        sys.exit(code if code > 0 else 128 + caught[0])  # no Exception: ends the sweep (hydra/core/utils.py run_job)
+    if code:
+        raise JobFailedError(f"{command[-1]} ended with exit code {code}", code if code > 0 else 128 - code)

@@ -1,0 +1,1 @@
+"""The configuration that every experiment starts from: `pkg://labtrain.conf`."""

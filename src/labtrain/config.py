@@ -1,0 +1,200 @@
+"""What a configuration may hold: its keys, the values they take, and Hydra's errors in words.
+
+Hydra refuses an unknown key on the command line, but a misspelt one in the experiment's own YAML just becomes a new
+key, and no type is checked anywhere: both are done here, before torch is imported.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from labtrain.errors import ConfigError, LabtrainError, NotThereYetError
+from labtrain.run import Config
+
+CONF = Path(__file__).parent / "conf"
+
+# Groups whose keys labtrain defines; in `model`, `data` and `callbacks` the keys are the person's own.
+GROUPS = ("trainer", "determinism", "checkpoint")
+# What Lightning's Trainer takes and labtrain sets, and the key that is asked for.
+ELSEWHERE = {
+    "trainer.deterministic": "determinism.mode",
+    "trainer.benchmark": "determinism.mode",
+    "trainer.logger": "logger",
+    "trainer.callbacks": "callbacks",
+    "trainer.enable_checkpointing": "checkpoint.keep_last",
+    "trainer.default_root_dir": "checkpoint.url",
+    "trainer.gpus": "trainer.devices",
+    "data.workers": "data.num_workers",
+}
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", "32", "64", "16", "bf16")
+MODES = ("off", "warn", "strict", "portable")
+
+
+def check(config: Config) -> None:
+    """Refuse unknown keys and values of the wrong kind.
+
+    Raises:
+        ConfigError: names the key, what was found and what is wanted.
+        NotThereYetError: the key belongs to a later version.
+    """
+    for group in GROUPS:
+        known = _yaml(CONF / group / "default.yaml")
+        for key in config[group]:
+            if key not in known:
+                raise unknown_key(f"{group}.{key}", [f"{group}.{name}" for name in known], where=" in conf/")
+    allowed = set(_yaml(CONF / "labtrain.yaml")) | {*GROUPS, "logger"}
+    for key in config:
+        if key not in allowed:
+            raise unknown_key(key, allowed, where=" in conf/")
+
+    for key in ("experiment", "model._target_", "data._target_"):
+        text = _get(config, key)
+        _want(key, text, isinstance(text, str) and text != "", "a name")
+    # It becomes a folder's name: nothing that could leave runs/.
+    simple = re.fullmatch(r"[\w][\w.=,+-]*", str(config["experiment"]))
+    _want("experiment", config["experiment"], simple, "letters, digits and . _ - = , + alone")
+    _want_int(config, "seed", minimum=0)
+    _want_int(config, "data.batch_size", minimum=1)
+    _want_int(config, "data.num_workers", minimum=0)
+    _want_int(config, "trainer.num_nodes", minimum=1)
+    _want_int(config, "trainer.max_steps", minimum=-1)
+    _want_int(config, "trainer.log_every_n_steps", minimum=1)
+    _want_int(config, "determinism.threads", minimum=1)
+    _want_int(config, "checkpoint.keep_last", minimum=1)
+    _want_int(config, "checkpoint.keep_best", minimum=0)
+    _want_int(config, "trail.every_n_steps", minimum=0)
+    _want_one_of(config, "determinism.mode", MODES)
+    _want_one_of(config, "checkpoint.mode", ("max", "min"))
+    if config["trainer"]["precision"] is not None:
+        config["trainer"]["precision"] = str(config["trainer"]["precision"])
+        _want_one_of(config, "trainer.precision", PRECISIONS)
+    devices = config["trainer"]["devices"]
+    good = (
+        devices == "auto"
+        or _is_int(devices, 1)
+        or (isinstance(devices, list) and devices and all(_is_int(d, 0) for d in devices))
+    )
+    _want("trainer.devices", devices, good, "a number of devices, a list of GPU numbers, or auto")
+    if config["checkpoint"]["keep_best"] and config["checkpoint"]["monitor"] is None:
+        raise ConfigError("checkpoint.keep_best needs a metric to compare by", hint="checkpoint.monitor=val/acc")
+    _refuse_later_keys(config)
+
+
+def _refuse_later_keys(config: Config) -> None:
+    checkpoint, shards = config["checkpoint"], config["determinism"]["shards"]
+    if shards is not None:
+        what = f"determinism.shards={shards} (bits that do not depend on the number of devices)"
+        raise NotThereYetError(what, hint="leave determinism.shards=null, Lightning's plain strategy")
+    for key in ("every_n_steps", "every_seconds"):
+        if checkpoint[key] is not None:
+            hint = "checkpoints are written at the end of each epoch and of the training"
+            raise NotThereYetError(f"checkpoint.{key} (a resume inside an epoch)", hint=hint)
+    if "://" in str(checkpoint["url"] or "") and not str(checkpoint["url"]).startswith("file://"):
+        raise NotThereYetError(
+            f"checkpoint.url={checkpoint['url']}", hint="a local or mounted folder: checkpoint.url=/scratch/me"
+        )
+    if config["resume"] not in ("auto", "never"):
+        hint = "resume=auto goes on with the run of the same id, resume=never starts anew beside it"
+        if "/" in str(config["resume"]):
+            raise NotThereYetError(f"resume={config['resume']}", hint=hint)
+        raise ConfigError(f"resume={config['resume']}: auto or never is wanted", hint=hint)
+
+
+def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> ConfigError:
+    """Return the error for a key that does not exist, naming those that look like it."""
+    if key in ELSEWHERE:
+        return ConfigError(f"unknown key {key}{where}: labtrain sets it", hint=f"use {ELSEWHERE[key]}")
+    group, _, leaf = key.rpartition(".")
+    names = sorted(known)
+    leaves = difflib.get_close_matches(leaf, {name.rpartition(".")[2] for name in names}, n=3, cutoff=0.65)
+    near = [name for name in names if name.rpartition(".")[2] in leaves]
+    near.sort(key=lambda name: (name.rpartition(".")[0] != group, leaves.index(name.rpartition(".")[2])))
+    hint = f"near: {', '.join(near[:3])}" if near else "python train.py --help lists every key"
+    return ConfigError(f"unknown key {key}{where}", hint=hint)
+
+
+def explain(error: BaseException) -> LabtrainError | None:
+    """Turn what Hydra and OmegaConf raise into an error for people; None if it is something else."""
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    for link in chain:
+        if isinstance(link, LabtrainError):
+            return link
+    for link in chain:
+        if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.parent_node is not None:
+            tree = OmegaConf.to_container(link.parent_node._get_root(), resolve=False)
+            known = [key for key in _flat(tree) if not key.startswith("hydra")]
+            return unknown_key(str(link.full_key), known)
+    if isinstance(error, OverrideParseException):
+        first = str(error).splitlines()[0]
+        hint = "write key=value, and quote what the shell would take apart: 'key=[1,2]'"
+        return ConfigError(f"cannot read the override {error.override!r}: {first}", hint=hint)
+    if isinstance(error, MissingConfigException):
+        text = " ".join(str(error).split())
+        match = re.search(r"(In '[^']*': )?(Could not find '[^']*')(.*Available options in '[^']*': )?", text)
+        options = error.options or []
+        message = match.group(2) if match else text
+        return ConfigError(message, hint=f"choose one of: {', '.join(options)}" if options else "look in conf/")
+    for link in chain:
+        if isinstance(link, OmegaConfBaseException):
+            first = str(link.msg or link).splitlines()[0]
+            return ConfigError(f"{link.full_key or 'configuration'}: {first}", hint="python train.py --cfg job")
+    for link in chain:
+        if isinstance(link, yaml.YAMLError):
+            return ConfigError(f"conf/ holds no valid YAML: {' '.join(str(link).split())}", hint="correct that line")
+    if isinstance(error, HydraException):
+        first, *rest = str(error).splitlines() or [type(error).__name__]
+        hint = " ".join(line.strip() for line in rest) or "python train.py --help"
+        return ConfigError(first, hint=hint)
+    return None
+
+
+def _want(key: str, found: Any, good: Any, wanted: str) -> None:
+    if not good:
+        raise ConfigError(
+            f"{key}={found}: {wanted} is wanted", hint=f"python train.py {key}=VALUE, or set it in conf/config.yaml"
+        )
+
+
+def _want_int(config: Config, key: str, *, minimum: int) -> None:
+    value = _get(config, key)
+    _want(key, value, _is_int(value, minimum), f"an integer of at least {minimum}")
+
+
+def _want_one_of(config: Config, key: str, options: tuple[str, ...]) -> None:
+    value = _get(config, key)
+    _want(key, value, value in options, f"one of {', '.join(options)}")
+
+
+def _is_int(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _get(config: Config, key: str) -> Any:
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _flat(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict):
+        return []
+    keys = []
+    for key, value in node.items():
+        keys += [f"{prefix}{key}", *_flat(value, f"{prefix}{key}.")]
+    return keys
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return dict(yaml.load(path.read_text(), loader))

@@ -1,0 +1,185 @@
+"""The golden run: one experiment, trained in several ways, and the digest of its weights that is the same in all.
+
+Everything is real: the experiment comes from the template, the data is scikit-learn's digits, each way is a `train.py`
+of its own, and the kill is SIGKILL. `determinism.mode=portable` makes the bits those of every x86-64 CPU.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from labtrain.assets import asset
+from labtrain.compare import first_difference
+from labtrain.errors import ConfigError, LabtrainError
+from labtrain.new import make_experiment
+from labtrain.receipt import read
+from labtrain.run import shown
+from labtrain.store import list_checkpoints
+
+# What the dispatch of MKL, oneDNN, torch, glibc and numpy would choose on a CPU from before AVX (2008).
+OLDER_CPU = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "DNNL_MAX_CPU_ISA": "SSE41",
+    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4,-AVX512F,-AVX,-ERMS,-FSRM",
+    "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+}
+KILL_AFTER_CHECKPOINTS = 2
+TIMEOUT_S = 600
+NAME = "golden"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Outcome:
+    """How one way ended: its run's folder, what the receipt says, and the seconds it took."""
+
+    way: str
+    run_dir: Path
+    digest: str
+    steps: int
+    accuracy: float
+    seconds: float
+
+
+def run_demo(folder: Path | None = None) -> bool:
+    """Train the golden run in each way, print the table, and return whether all digests are the golden one.
+
+    Args:
+        folder: where the experiment is kept; a temporary folder that is removed where it is None.
+    """
+    with ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="labtrain-demo-")))
+        else:
+            make_empty(folder)
+        experiment = folder / NAME
+        make_experiment(experiment, author="labtrain demo")
+        outcomes: list[Outcome] = []
+        for way, train in WAYS.items():
+            sys.stderr.write(f"{way} ...\n")
+            started = time.monotonic()
+            runs = experiment / "runs" / f"{len(outcomes) + 1}"
+            train(
+                [
+                    sys.executable,
+                    str(experiment / "train.py"),
+                    "determinism.mode=portable",
+                    "trainer.accelerator=cpu",
+                    f"paths.runs={runs}",
+                    "logger=none",
+                    "trainer.enable_progress_bar=false",
+                ]
+            )
+            outcomes.append(read_outcome(way, runs, time.monotonic() - started))
+        golden = json.loads(asset("golden/digits.json").read_text())["weights_digest"]
+        print_table(outcomes, golden)
+        return judge(outcomes, golden)
+
+
+def as_it_is(command: list[str]) -> None:
+    """Train on this CPU."""
+    _train(command, dict(os.environ))
+
+
+def as_an_older_cpu(command: list[str]) -> None:
+    """Train with this CPU's newer instructions hidden from every library that chooses by them."""
+    _train(command, os.environ | OLDER_CPU)
+
+
+def killed_and_resumed(command: list[str]) -> None:
+    """Kill the training with SIGKILL in the epoch after a checkpoint, then start it again."""
+    runs = Path(next(word for word in command if word.startswith("paths.runs=")).partition("=")[2])
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + TIMEOUT_S
+        while sum(len(list_checkpoints(run / "checkpoints")) for run in runs.glob("*/*")) < KILL_AFTER_CHECKPOINTS:
+            if child.poll() is not None or time.monotonic() > deadline:
+                raise LabtrainError(
+                    "the training ended before it could be killed",
+                    hint="labtrain demo --dir kept-demo, and look into it",
+                )
+            time.sleep(0.01)
+    finally:
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    _train(command, dict(os.environ))
+
+
+WAYS: dict[str, Callable[[list[str]], None]] = {
+    "as it is": as_it_is,
+    "as an older CPU computes it": as_an_older_cpu,
+    "killed (SIGKILL) and resumed": killed_and_resumed,
+}
+
+
+def read_outcome(way: str, runs: Path, seconds: float) -> Outcome:
+    """Return what the one receipt below `runs` says."""
+    (run_dir,) = (path for path in runs.glob("*/*") if path.is_dir())
+    receipt = read(run_dir)
+    assert receipt is not None
+    assert receipt["status"] == "complete"
+    results = receipt["results"]
+    return Outcome(
+        way=way,
+        run_dir=run_dir,
+        digest=results["weights_digest"],
+        steps=results["steps"],
+        accuracy=results["metrics"]["test/acc"],
+        seconds=seconds,
+    )
+
+
+def print_table(outcomes: list[Outcome], golden: str) -> None:
+    """Print a row a way, and the golden digest below, to standard output."""
+    print(f"{'way':<30}{'steps':>6}{'test acc':>10}{'seconds':>9}  weights digest")
+    for outcome in outcomes:
+        print(f"{outcome.way:<30}{outcome.steps:>6}{outcome.accuracy:>10.4f}{outcome.seconds:>9.1f}  {outcome.digest}")
+    print(f"{'golden':<55}  {golden}")
+
+
+def judge(outcomes: list[Outcome], golden: str) -> bool:
+    """Print whether all digests are equal and the golden one, and where runs part if not."""
+    first = outcomes[0]
+    for other in outcomes[1:]:
+        if other.digest != first.digest:
+            print(f"differs: {first.way} and {other.way}: {first_difference(first.run_dir, other.run_dir)}")
+    if len({outcome.digest for outcome in outcomes}) > 1:
+        return False
+    if first.digest != golden:
+        print(
+            "differs: the ways agree with each other, but not with the golden digest: is this environment the lock's?"
+        )
+        print("hint: labtrain doctor")
+        return False
+    print(f"{len(outcomes)} ways, one digest: the golden one")
+    return True
+
+
+def make_empty(folder: Path) -> None:
+    """Make `folder`, or empty it where an earlier demo filled it.
+
+    Raises:
+        ConfigError: something else is in it.
+    """
+    import shutil
+
+    if folder.exists() and {path.name for path in folder.iterdir()} - {NAME}:
+        raise ConfigError(f"{shown(folder)} holds something else than a demo", hint="labtrain demo --dir another")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _train(command: list[str], environment: dict[str, str]) -> None:
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    if done.returncode:
+        raise LabtrainError(
+            f"train.py ended with exit code {done.returncode}:\n{done.stderr.strip()}", hint="labtrain doctor"
+        )

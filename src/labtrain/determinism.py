@@ -1,0 +1,161 @@
+"""Determinism: what must be set, before torch is imported and after, and the seeding of every draw.
+
+======== =================================================================================================
+mode     what it does
+======== =================================================================================================
+off      nothing: no variable, no flag, no global generator is touched after the one initial seed
+warn     as strict, but an operation without a deterministic kernel warns
+strict   deterministic kernels only, a fixed number of CPU threads, every draw a function of (seed, place)
+portable strict, and the same bits on every x86-64 CPU: baseline kernels, one thread
+======== =================================================================================================
+
+Sources: https://docs.pytorch.org/docs/2.9/notes/randomness.html for the flags; for `portable`, each library's own
+switch of its CPU dispatch: ATEN_CPU_CAPABILITY (torch), MKL_CBWR (oneMKL, conditional numerical reproducibility),
+ONEDNN_MAX_CPU_ISA (oneDNN), GLIBC_TUNABLES (libm's FMA variants), NPY_DISABLE_CPU_FEATURES (numpy's loops) and
+OPENBLAS_CORETYPE (numpy's matrix product).
+"""
+
+import hashlib
+import os
+import random
+from typing import Any
+
+from labtrain.errors import ConfigError
+
+STRICT_MODES = ("strict", "portable")
+
+PORTABLE_VARIABLES = {
+    "ATEN_CPU_CAPABILITY": "default",
+    "MKL_CBWR": "COMPATIBLE",
+    "ONEDNN_MAX_CPU_ISA": "SSE41",
+    "GLIBC_TUNABLES": "glibc.cpu.hwcaps=-AVX2,-FMA,-FMA4,-AVX512F",
+    "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR",
+    "OPENBLAS_CORETYPE": "Prescott",
+}
+# What can change bits and is written in the receipt, whoever set it.
+RECORDED_VARIABLES = (
+    *PORTABLE_VARIABLES,
+    "CUBLAS_WORKSPACE_CONFIG",
+    "MKL_DEBUG_CPU_TYPE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "MKL_NUM_THREADS",
+    "NCCL_ALGO",
+    "NCCL_PROTO",
+    "NVIDIA_TF32_OVERRIDE",
+    "OMP_NUM_THREADS",
+    "OPENBLAS_NUM_THREADS",
+    "PYTHONHASHSEED",
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+
+
+def variables(mode: str, *, threads: int) -> dict[str, str]:
+    """Return what has to be in the environment before torch is imported.
+
+    Raises:
+        ConfigError: `portable` with more than one thread.
+    """
+    if mode == "off":
+        return {}
+    if mode == "portable" and threads != 1:
+        raise ConfigError(
+            f"determinism.threads={threads}: portable takes one thread",
+            hint="determinism.threads=1, or determinism.mode=strict",
+        )
+    wanted = {
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+        "PYTHONHASHSEED": "0",
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "OPENBLAS_NUM_THREADS": str(threads),
+    }
+    return wanted | PORTABLE_VARIABLES if mode == "portable" else wanted
+
+
+def apply(mode: str, *, threads: int) -> None:
+    """Set torch's flags for `mode`; once a process, before the model is made.
+
+    Raises:
+        ConfigError: `portable`, and the process was started without its variables.
+    """
+    import torch
+
+    if mode == "off":
+        return
+    if mode == "portable":
+        absent = [
+            f"{key}={value}" for key, value in variables(mode, threads=threads).items() if os.environ.get(key) != value
+        ]
+        if absent:
+            raise ConfigError(
+                f"portable, but this process was started without {' '.join(absent)}",
+                hint="start it with train.py, which sets them before torch is imported",
+            )
+        from labtrain import portable
+
+        portable.install()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True, warn_only=mode == "warn")
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.benchmark = False
+
+
+def flags() -> dict[str, Any]:
+    """Return each of torch's flags and each variable that can change bits, as they are now."""
+    import torch
+
+    return {
+        "deterministic_algorithms": torch.are_deterministic_algorithms_enabled(),
+        "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
+        "cudnn_deterministic": torch.backends.cudnn.deterministic,
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "variables": {name: os.environ[name] for name in RECORDED_VARIABLES if name in os.environ},
+    }
+
+
+def seed_all(*place: int | str) -> None:
+    """Make the global generators of `random`, numpy and torch a function of `place`, such as (seed, "step", 3).
+
+    Uses `torch.default_generator`: `torch.manual_seed` takes 60 microseconds and more, since each call queues a stack
+    trace for a CUDA that is not initialised yet (torch/cuda/__init__.py, `_lazy_call`).
+    """
+    import numpy as np
+    import torch
+
+    seed = derive_seed(*place)
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
+def derive_seed(*place: int | str) -> int:
+    """Return 63 bits that are a function of `place`: blake2b of its text."""
+    key = "\0".join(map(str, place)).encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+_run_seed = 0
+_run_mode = "off"
+
+
+def set_run(*, seed: int, mode: str) -> None:
+    """Remember the seed and mode of the run that this process trains."""
+    global _run_seed, _run_mode
+    _run_seed, _run_mode = seed, mode
+
+
+def run_seed() -> int:
+    """Return the seed of the run that this process trains; 0 outside of one."""
+    return _run_seed
+
+
+def run_mode() -> str:
+    """Return the determinism mode of the run that this process trains; off outside of one."""
+    return _run_mode

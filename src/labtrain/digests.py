@@ -1,0 +1,138 @@
+"""The weights digest: one sha256 over a state dict, the same from memory, from a checkpoint and from any language.
+
+Over the entries sorted by key: key, NUL, dtype, NUL, shape joined by commas, NUL, the raw little-endian bytes in C
+order. The dtype is torch's name without its prefix (``float32``, ``bfloat16``, ``int64``). No torch is imported here:
+a tensor is used through its own methods, and a ``.safetensors`` file is read as bytes.
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from labtrain.errors import DamagedError, LabtrainError
+
+# safetensors' dtype names; https://github.com/huggingface/safetensors#format
+_DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+
+Entry = tuple[str, str, tuple[int, ...], bytes | memoryview]
+
+
+def digest(weights: Any) -> str:
+    """Return the weights digest of a module or of a state dict.
+
+    Args:
+        weights: a ``torch.nn.Module``, or a mapping from names to tensors, on any device.
+
+    Returns:
+        64 hex digits.
+
+    Raises:
+        LabtrainError: an entry is no tensor.
+    """
+    state = weights if isinstance(weights, Mapping) else weights.state_dict()
+    return _digest((name, *_parts(name, state[name])) for name in sorted(state))
+
+
+def digest_file(path: Path) -> str:
+    """Return the weights digest of a ``.safetensors`` file, reading one tensor at a time."""
+    return _digest(read_safetensors(path))
+
+
+def _digest(entries: Iterable[Entry]) -> str:
+    sha = hashlib.sha256()
+    for name, dtype, shape, raw in entries:
+        sha.update(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
+        sha.update(raw)
+    return sha.hexdigest()
+
+
+def tensor_bytes(tensor: Any) -> memoryview:
+    """Return a tensor's raw bytes in C order; copies only from a device or a strided view."""
+    flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
+    uint8 = flat[:0].byte().dtype  # torch.uint8, without importing torch; numpy itself has no bfloat16
+    return memoryview(flat.view(uint8).numpy())
+
+
+def read_safetensors(path: Path) -> Iterator[Entry]:
+    """Yield (name, dtype, shape, bytes) of each tensor of a ``.safetensors`` file, by name.
+
+    Raises:
+        DamagedError: the file is cut short or is no safetensors file.
+    """
+    try:
+        with path.open("rb") as file:
+            (size,) = struct.unpack("<Q", file.read(8))
+            if size > path.stat().st_size:
+                raise ValueError("header longer than the file")
+            header = json.loads(file.read(size))
+            header.pop("__metadata__", None)
+            start = 8 + size
+            for name, entry in sorted(header.items()):
+                first, last = entry["data_offsets"]
+                file.seek(start + first)
+                raw = file.read(last - first)
+                if len(raw) != last - first:
+                    raise ValueError(f"{name} is cut short")
+                yield name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), raw
+    except (ValueError, KeyError, struct.error) as error:
+        raise DamagedError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def _parts(name: str, tensor: Any) -> tuple[str, tuple[int, ...], memoryview]:
+    if not hasattr(tensor, "detach"):
+        raise LabtrainError(f"cannot digest {name}: {type(tensor).__name__} is no tensor")
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor_bytes(tensor)
+
+
+def digest_tree(tree: Any) -> str:
+    """Return the sha256 over nested dicts, lists and tuples of tensors and plain values: a training state.
+
+    Raises:
+        LabtrainError: a leaf is neither a tensor nor a plain value.
+    """
+    sha = hashlib.sha256()
+    _walk(tree, sha, "state")
+    return sha.hexdigest()
+
+
+def _walk(node: Any, sha: Any, where: str) -> None:
+    if isinstance(node, Mapping):
+        sha.update(b"{")
+        for key in sorted(node, key=repr):
+            sha.update(f"{key!r}:".encode())
+            _walk(node[key], sha, f"{where}.{key}")
+        sha.update(b"}")
+    elif isinstance(node, list | tuple):
+        sha.update(b"[")
+        for index, item in enumerate(node):
+            _walk(item, sha, f"{where}.{index}")
+            sha.update(b",")
+        sha.update(b"]")
+    elif hasattr(node, "detach"):
+        dtype, shape, raw = _parts(where, node)
+        sha.update(f"{dtype}{shape}".encode())
+        sha.update(raw)
+    elif node is None or isinstance(node, bool | int | float | str | bytes):
+        sha.update(repr(node).encode())
+    else:
+        raise LabtrainError(f"cannot digest {where}: a {type(node).__name__}")

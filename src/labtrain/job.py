@@ -1,0 +1,98 @@
+"""Stage 2 of a start: `python -m labtrain.job RUN_DIR` trains the job that stage 1 put in the environment.
+
+No Hydra application runs here, so Lightning's launcher starts this very command again for every local rank: each rank
+runs its parent's job, never the command line, and a sweep is never run by its ranks. RUN_DIR is for people who look at
+the list of processes.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from typing import IO, TYPE_CHECKING
+
+from labtrain.compose import print_error
+from labtrain.errors import LabtrainError
+from labtrain.run import JOB_VARIABLE, Job, shown
+
+if TYPE_CHECKING:
+    from labtrain.training import Result
+
+PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Train the job of this process; on rank 0, print its folder and its weights digest to standard output."""
+    if JOB_VARIABLE not in os.environ:
+        print_error(LabtrainError("labtrain.job is started by train.py", hint="python train.py"))
+        sys.exit(2)
+    job = Job.from_json(os.environ[JOB_VARIABLE])
+    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if job.supervisor or rank:
+        _end_with_parent(job.supervisor if not rank else 0)
+    out = _take_stdout()
+    sys.path[0] = job.root  # as if train.py ran: python -m puts the working directory here
+    from labtrain.training import Interrupted, train
+
+    try:
+        result = train(job)
+    except LabtrainError as error:
+        if rank:
+            sys.stderr.write(f"[rank {rank}] ")
+        print_error(error)
+        sys.exit(error.exit_code)
+    except Interrupted as error:
+        if not rank:
+            sys.stderr.write(
+                f"\nstopped by {error}: the same command goes on from the last checkpoint of {shown(job.run_dir)}\n"
+            )
+        sys.exit(128 + error.signum)
+    if not rank and not int(os.environ.get("NODE_RANK", "0")):
+        print_table(result)
+        out.write(f"{shown(result.run_dir)} {result.weights_digest}\n")
+        out.flush()
+
+
+def print_table(result: "Result") -> None:
+    """Print the metrics of a run to standard error: a row a metric, a column a stage."""
+    from rich.console import Console
+    from rich.table import Table
+
+    rows: dict[str, dict[str, float]] = {}
+    stages: list[str] = []
+    for name, value in result.metrics.items():
+        stage, _, metric = name.rpartition("/")
+        if metric.endswith(("_step", "_epoch")) and metric.endswith("_step"):
+            continue
+        rows.setdefault(metric.removesuffix("_epoch"), {})[stage] = value
+        if stage not in stages:
+            stages.append(stage)
+    stages.sort(key=lambda stage: ("train", "val", "test", stage).index(stage))
+    table = Table(title=f"{shown(result.run_dir)}, {result.steps} steps", title_justify="left")
+    for heading in ("metric", *stages):
+        table.add_column(heading, justify="left" if heading == "metric" else "right")
+    for metric, values in rows.items():
+        table.add_row(metric, *(f"{values[stage]:.4f}" if stage in values else "" for stage in stages))
+    if rows:
+        Console(stderr=True).print(table)
+
+
+def _take_stdout() -> IO[str]:
+    """Return standard output for this module alone; everything else that is printed goes to standard error.
+
+    gloo prints to it from C++, and people's code prints to it in every rank.
+    """
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return out
+
+
+def _end_with_parent(supervisor: int) -> None:
+    """Have the kernel send SIGTERM here when the parent (a sweep, or rank 0) is killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+    if supervisor and os.getppid() != supervisor:
+        sys.exit(128 + signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()

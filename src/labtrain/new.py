@@ -1,0 +1,108 @@
+"""Make an experiment: the cookiecutter template, and beside it the lock and the very labtrain that made it."""
+
+import hashlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from labtrain.assets import SOURCES, asset
+from labtrain.bootstrap import WHEEL_LOCK
+from labtrain.errors import ConfigError, LabtrainError
+from labtrain.run import LOCK_FILE
+
+ZIP_EPOCH = "315532800"  # 1980-01-01, the first day that a zip file can name: the same wheel from the same files
+
+
+def make_experiment(target: Path, *, author: str) -> None:
+    """Make the experiment `target`, named by its last part.
+
+    Raises:
+        ConfigError: the folder exists, cannot be written, or its name is no identifier; nothing is left.
+    """
+    from cookiecutter.exceptions import CookiecutterException, FailedHookException
+    from cookiecutter.main import cookiecutter
+
+    target = target.resolve()
+    if target.exists():
+        raise ConfigError(f"{target} exists already", hint=f"labtrain new {target.name}2, or remove it first")
+    if not target.name.isidentifier() or not target.name.isascii():
+        raise ConfigError(
+            f"{target.name!r} is no identifier: letters, digits and _ are, a digit not first",
+            hint="labtrain new digits",
+        )
+    missing = target.parent
+    while not missing.exists():
+        missing = missing.parent
+    if not os.access(missing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{missing}: no write permission", hint=f"ls -ld {missing}")
+    with tempfile.TemporaryDirectory() as scratch:
+        # cookiecutter would leave its replay files in the home directory
+        config = Path(scratch) / "cookiecutter.yaml"
+        config.write_text(f"replay_dir: {scratch}/replay\ncookiecutters_dir: {scratch}/templates\n")
+        try:
+            cookiecutter(
+                str(asset("template")),
+                no_input=True,
+                extra_context={"name": target.name, "author": author},
+                output_dir=str(target.parent),
+                config_file=str(config),
+            )
+        except FailedHookException as error:
+            raise LabtrainError(
+                f"{target}: the experiment could not be made", hint="the lines above say why"
+            ) from error
+        except (CookiecutterException, OSError) as error:
+            raise LabtrainError(f"{target}: {error}", hint=f"ls -ld {target.parent}") from error
+
+
+def furnish(experiment: Path) -> None:
+    """Copy requirements.lock into an experiment, this labtrain's wheel into `vendor/`, its hash into labtrain.lock."""
+    shutil.copyfile(asset(LOCK_FILE), experiment / LOCK_FILE)
+    wheel = build_wheel(experiment / "vendor")
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    (experiment / WHEEL_LOCK).write_text(f"./vendor/{wheel.name} --hash=sha256:{digest}\n")
+
+
+def build_wheel(folder: Path) -> Path:
+    """Pack the labtrain that runs into a wheel in `folder`: the same bytes from a clone and from an installed wheel.
+
+    Raises:
+        LabtrainError: labtrain runs without being installed.
+    """
+    try:
+        distribution = importlib.metadata.distribution("labtrain")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise LabtrainError(
+            "labtrain is not installed, so it cannot be packed into an experiment", hint="make setup"
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        tree = Path(scratch) / "tree"
+        skip = shutil.ignore_patterns("__pycache__", "*.pyc", "assets")
+        shutil.copytree(Path(__file__).parent, tree / "labtrain", ignore=skip)
+        for name in SOURCES:
+            source, copy = asset(name), tree / "labtrain" / "assets" / name
+            if source.is_dir():
+                shutil.copytree(source, copy, ignore=skip)
+            elif source.exists():
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, copy)
+        info = tree / f"labtrain-{distribution.version}.dist-info"
+        info.mkdir()
+        for name in ("METADATA", "WHEEL", "entry_points.txt"):
+            (info / name).write_text(distribution.read_text(name) or "")
+        (info / "licenses").mkdir()
+        (info / "licenses" / "LICENSE").write_text(distribution.read_text("licenses/LICENSE") or "")
+        for path in tree.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        command = [sys.executable, "-m", "wheel", "pack", str(tree), "--dest-dir", str(folder)]
+        done = subprocess.run(
+            command, env={**os.environ, "SOURCE_DATE_EPOCH": ZIP_EPOCH}, capture_output=True, text=True, check=False
+        )
+    if done.returncode:
+        raise LabtrainError(f"the wheel could not be packed: {done.stderr.strip()}", hint="labtrain doctor")
+    return folder / f"labtrain-{distribution.version}-py3-none-any.whl"

@@ -1,0 +1,92 @@
+"""The same bits on every x86-64 CPU, for `determinism.mode=portable`: what no environment variable can set.
+
+Two libraries are left out, since torch decides by the CPU whether they run at all: oneDNN (bf16) and NNPACK (AVX2).
+
+Some element-wise functions are replaced. torch computes them through oneMKL's vector math, whose baseline code starts
+from RSQRTPS and RCPPS. Both are approximations that a CPU may choose for itself (12 bits are guaranteed), those of
+Intel, AMD and an emulator differ, and MKL_CBWR=COMPATIBLE does not change that: 17 of 100 square roots then differ in
+their last bit, and so does every step of Adam. Here numpy computes them: SQRTPS, which IEEE 754 defines to the last
+bit, and libm for the rest.
+
+Found by running the same operations natively and under `qemu-x86_64 -cpu Nehalem`, as tests/test_portable.py does.
+"""
+
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+# The operations that differed; exp, sin, cos, tanh, erf and the others tried did not.
+FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+    "sqrt": np.sqrt,
+    "log": np.log,
+    "log2": np.log2,
+    "log10": np.log10,
+    "tan": np.tan,
+    "asin": np.arcsin,
+    "acos": np.arccos,
+    "atan": np.arctan,
+}
+
+POWERS: dict[float, Callable[[torch.Tensor], torch.Tensor]] = {
+    0.5: torch.sqrt,
+    -0.5: torch.rsqrt,
+    2: lambda x: x * x,
+    3: lambda x: x * x * x,
+    -1: torch.reciprocal,
+    -2: lambda x: torch.reciprocal(x * x),
+}
+
+Kernel = Callable[..., torch.Tensor]
+
+_library: torch.library.Library | None = None
+
+
+def install() -> None:
+    """Switch off oneDNN and NNPACK, and replace torch's CPU kernels of FUNCTIONS and of powers (x ** 0.5), for good."""
+    global _library
+    torch.backends.mkldnn.set_flags(False)
+    torch.backends.nnpack.set_flags(False)
+    if _library is not None:
+        return
+    _library = torch.library.Library("aten", "IMPL")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
+        for name, function in FUNCTIONS.items():
+            _replace(_library, partial(_by_numpy, function), name, f"{name}_", f"{name}.out")
+        _replace(_library, _power, "pow.Tensor_Scalar", "pow_.Scalar", "pow.Tensor_Scalar_out")
+
+
+def _replace(library: torch.library.Library, kernel: Kernel, functional: str, in_place: str, out_variant: str) -> None:
+    def compute_in_place(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        return x.copy_(kernel(x, *arguments))
+
+    def compute_out(x: torch.Tensor, *arguments: Any, out: torch.Tensor) -> torch.Tensor:
+        return out.resize_(x.shape).copy_(kernel(x, *arguments))
+
+    library.impl(functional, kernel, "CPU", allow_override=True)
+    library.impl(in_place, compute_in_place, "CPU", allow_override=True)
+    library.impl(out_variant, compute_out, "CPU", allow_override=True)
+
+
+def _by_numpy(function: Callable[[Any], Any], x: torch.Tensor) -> torch.Tensor:
+    dtype = x.dtype if x.is_floating_point() or x.is_complex() else torch.get_default_dtype()
+    wide = (
+        torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    )  # as torch does, and numpy has no bfloat16
+    with np.errstate(all="ignore"):
+        y = function(x.detach().to(wide).resolve_conj().resolve_neg().numpy())
+    return torch.from_numpy(np.asarray(y)).to(dtype)
+
+
+def _power(x: torch.Tensor, exponent: float) -> torch.Tensor:
+    # The cases of ATen's pow_tensor_scalar_kernel (aten/src/ATen/native/cpu/PowKernel.cpp), which calls sqrt's own
+    # kernel for 0.5; any other exponent goes to the kernel of two tensors.
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return _power(x.float(), exponent).to(x.dtype)
+    if x.is_floating_point() and exponent in POWERS:
+        return POWERS[exponent](x)
+    return torch.pow(x, torch.tensor(exponent, dtype=x.dtype if x.is_floating_point() else None))

@@ -1,0 +1,96 @@
+"""Where a run comes from: its code, its environment, its machine. Facts for the receipt and the doctor; no torch."""
+
+import os
+import platform
+import re
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from labtrain.run import Job
+
+INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile")
+
+
+def timestamp() -> str:
+    """Return the time now: UTC, ISO 8601, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def code_state(job: Job) -> dict[str, Any]:
+    """Return the code's digest, and git's commit, branch and dirtiness where the experiment is in a repository."""
+    commit = git(job.root, "rev-parse", "HEAD").strip()
+    return {
+        "digest": job.code_digest,
+        "commit": commit or None,
+        "branch": git(job.root, "rev-parse", "--abbrev-ref", "HEAD").strip() or None,
+        "dirty": bool(git(job.root, "status", "--porcelain", "--", ".").strip()) if commit else None,
+    }
+
+
+def uncommitted_change(root: str) -> str:
+    """Return `git diff HEAD` of the experiment's folder; empty where there is no change or no repository."""
+    return git(root, "diff", "--binary", "HEAD", "--", ".")
+
+
+def git(folder: str, *arguments: str) -> str:
+    """Return what git prints; empty where it fails or is not installed."""
+    try:
+        command = ["git", "-C", folder, *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, errors="surrogateescape", check=False, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout if done.returncode == 0 else ""
+
+
+def environment_state(job: Job) -> dict[str, Any]:
+    """Return the lock's digest, Python, and every installed distribution's version."""
+    return {
+        "lock_digest": job.lock_digest or None,
+        "python": platform.python_version(),
+        "distributions": distributions(),
+    }
+
+
+def distributions() -> dict[str, str]:
+    """Return the version of each installed distribution, by normalised name.
+
+    Read from the names of the `.dist-info` folders: two hundred METADATA files would cost a fifth of a second.
+    """
+    found: dict[str, str] = {}
+    for entry in reversed(sys.path):  # the first on the path wins
+        for folder in Path(entry).glob("*.dist-info") if entry else ():
+            name, _, version = folder.name.removesuffix(".dist-info").partition("-")
+            found[normalised(name)] = version
+    return dict(sorted(found.items()))
+
+
+def normalised(name: str) -> str:
+    """Return a distribution's name as PEP 503 writes it."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def machine() -> dict[str, Any]:
+    """Return the processor, its instruction sets, the memory and the operating system."""
+    cpu = _cpuinfo()
+    flags = cpu.get("flags", "").split()
+    return {
+        "cpu": cpu.get("model name") or platform.machine(),
+        "instruction_sets": [flag for flag in INSTRUCTION_SETS if flag in flags],
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "platform": platform.platform(),
+        "libc": " ".join(platform.libc_ver()),
+    }
+
+
+def _cpuinfo() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+    except OSError:
+        return {}
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}

@@ -1,0 +1,135 @@
+"""Keeps the run's folder and its receipt while a run is trained."""
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import yaml
+
+from labtrain import determinism, receipt
+from labtrain.errors import LabtrainError
+from labtrain.loader import DataLoader
+from labtrain.provenance import code_state, environment_state, machine, timestamp, uncommitted_change
+from labtrain.run import Job, shown
+from labtrain.store import list_checkpoints
+
+LOCK = ".lock"
+
+
+class Recorder(pl.Callback):
+    """Makes the run's folder, writes its receipt when the training starts and closes it when it ends.
+
+    A folder that was made for a training that then did not start is removed again: nothing is left half-written.
+
+    Args:
+        job: the run.
+        checkpoints: the folder that its checkpoints lie below.
+        resumed_step: the step that this process goes on from.
+    """
+
+    def __init__(self, job: Job, *, checkpoints: Path, resumed_step: int) -> None:
+        self.job, self.run_dir, self.checkpoints = job, Path(job.run_dir), checkpoints
+        self.resumed_step = resumed_step
+        self.receipt: receipt.Receipt | None = None
+        self.lock: int | None = None
+        self.made_folder = False
+
+    def open(self) -> None:
+        """Make the run's folder and keep other processes from training the same run; on rank 0.
+
+        Raises:
+            LabtrainError: another process trains this run.
+        """
+        self.made_folder = not self.run_dir.exists()
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.lock = os.open(self.run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(self.lock, 100).decode().strip()
+            os.close(self.lock)
+            self.lock, self.made_folder = None, False
+            raise LabtrainError(
+                f"{shown(self.run_dir)} is being trained by {holder}",
+                hint="wait for it, or start another beside it: resume=never",
+            ) from error
+        os.ftruncate(self.lock, 0)
+        os.pwrite(self.lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        job = self.job
+        before = receipt.read(self.run_dir)
+        segment = {
+            "started": timestamp(),
+            "ended": None,
+            "status": "running",
+            "host": os.uname().nodename,
+            "devices": trainer.world_size,
+            "from_step": self.resumed_step,
+            "to_step": None,
+        }
+        loader = trainer.train_dataloader
+        data = (
+            {"train_dataset": type(loader.dataset).__qualname__, "train_samples": len(loader.dataset)}
+            if isinstance(loader, DataLoader)
+            else {}
+        )
+        self.receipt = {
+            "schema": receipt.SCHEMA,
+            "run_id": job.run_id,
+            "status": "running",
+            "command": job.command,
+            "config": job.config,
+            "code": code_state(job),
+            "environment": environment_state(job),
+            "hardware": {**machine(), **gpus(trainer)},
+            "determinism": {**job.config["determinism"], "seed": job.config["seed"], **determinism.flags()},
+            "data": data,
+            "segments": [*(before["segments"] if before else []), segment],
+            "results": {},
+            "checkpoints": [],
+            "trail": {"file": "trail.jsonl", "every_n_steps": job.config["trail"]["every_n_steps"]},
+        }
+        receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
+        if change := uncommitted_change(job.root):
+            receipt.write_atomically(self.run_dir / "code.patch", change)
+        receipt.write(self.run_dir, self.receipt)
+
+    def close(self, status: str, *, step: int, results: dict[str, Any] | None = None) -> None:
+        """Write how the training ended; without a receipt, remove the folder that was made for it."""
+        if self.receipt is not None:
+            self.receipt["status"] = status
+            self.receipt["segments"][-1] |= {"ended": timestamp(), "status": status, "to_step": step}
+            self.receipt["results"] = results or {}
+            self.receipt["checkpoints"] = [
+                {"path": str(path), "step": manifest["step"], "weights_digest": manifest["weights_digest"]}
+                for path, manifest in list_checkpoints(self.checkpoints)
+            ]
+            receipt.write(self.run_dir, self.receipt)
+        elif self.made_folder:
+            shutil.rmtree(self.run_dir)
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+
+def gpus(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the GPUs that the training uses and the CUDA libraries of this torch; empty on a CPU."""
+    if trainer.strategy.root_device.type != "cuda":
+        return {}
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "gpus": [
+            {"name": gpu.name, "memory_bytes": gpu.total_memory, "compute_capability": f"{gpu.major}.{gpu.minor}"}
+            for gpu in properties
+        ],
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+    }

@@ -1,0 +1,145 @@
+"""A run: its name, its folder, and the job that trains it.
+
+A run is named by what determines its bits: the resolved configuration without the keys that only say how it is
+executed, the code, and the environment's lock. The name is the first 12 hex digits of the sha256 of these three.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Config = dict[str, Any]
+
+JOB_VARIABLE = "LABTRAIN_JOB"
+LOCK_FILE = "requirements.lock"
+
+# How a run is executed, watched or stored; nothing that the weights depend on.
+EXECUTION_KEYS = (
+    "experiment",
+    "resume",
+    "logger",
+    "checkpoint",
+    "trail",
+    "paths",
+    "data.num_workers",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.log_every_n_steps",
+    "trainer.profiler",
+)
+# With fixed shards the number of devices does not matter either; with Lightning's plain strategy it does.
+DEVICE_KEYS = ("trainer.devices", "trainer.num_nodes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One run to train, by value: what stage 1 (compose.py) hands to stage 2 (job.py).
+
+    Attributes:
+        run_id: 12 hex digits.
+        run_dir: the run's folder; absolute.
+        root: the experiment's folder; absolute. Its modules can be imported.
+        config: the resolved configuration.
+        command: what the person typed.
+        code_digest: of the experiment's and labtrain's sources.
+        lock_digest: of the environment's lock; empty where there is none.
+        supervisor: process id of the sweep that waits for this job; 0 for a single run.
+    """
+
+    run_id: str
+    run_dir: str
+    root: str
+    config: Config
+    command: list[str]
+    code_digest: str
+    lock_digest: str
+    supervisor: int = 0
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Job":
+        return cls(**json.loads(text))
+
+
+def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0) -> Job:
+    """Name the run that `config` describes, and its folder. Writes nothing."""
+    code, lock = code_digest(root), lock_digest(root)
+    run_id = name(config, code=code, lock=lock)
+    run_dir = Path(config["paths"]["runs"]).resolve() / str(config["experiment"]) / run_id
+    if config["resume"] == "never":
+        run_dir = first_free(run_dir)
+    return Job(
+        run_id=run_id,
+        run_dir=str(run_dir),
+        root=str(root),
+        config=config,
+        command=command,
+        code_digest=code,
+        lock_digest=lock,
+        supervisor=supervisor,
+    )
+
+
+def name(config: Config, *, code: str, lock: str) -> str:
+    """Return the run id: 12 hex digits of what determines the run's bits."""
+    kept = json.loads(json.dumps(config))
+    ignored = EXECUTION_KEYS if config["determinism"]["shards"] is None else EXECUTION_KEYS + DEVICE_KEYS
+    for key in ignored:
+        *parents, last = key.split(".")
+        node = kept
+        for parent in parents:
+            node = node.get(parent, {})
+        node.pop(last, None)
+    parts = (json.dumps(kept, sort_keys=True), code, lock)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def code_digest(root: Path) -> str:
+    """Return the sha256 over the names and contents of the experiment's and labtrain's Python sources."""
+    sha = hashlib.sha256()
+    for base in (root, Path(__file__).parent):
+        for path in sorted(sources(base)):
+            sha.update(f"{path.relative_to(base).as_posix()}\0".encode())
+            sha.update(hashlib.sha256(path.read_bytes()).digest())
+        sha.update(b"\0")
+    return sha.hexdigest()
+
+
+def sources(root: Path) -> Iterator[Path]:
+    """Yield the Python files below `root` that a run can depend on: no tests, runs, hidden folders or environments."""
+    for folder, folders, files in os.walk(root):
+        here = Path(folder)
+        folders[:] = [
+            name for name in folders if not name.startswith((".", "__")) and not (here / name / "pyvenv.cfg").exists()
+        ]
+        if here == root:
+            folders[:] = [name for name in folders if name not in ("runs", "tests", "vendor")]
+        yield from (here / name for name in files if name.endswith(".py"))
+
+
+def lock_digest(root: Path) -> str:
+    """Return the sha256 of the experiment's lock; empty where there is none."""
+    lock = root / LOCK_FILE
+    return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else ""
+
+
+def first_free(run_dir: Path) -> Path:
+    """Return `run_dir`, or RUN-2, RUN-3, ... where that exists."""
+    number, free = 1, run_dir
+    while free.exists():
+        number += 1
+        free = run_dir.with_name(f"{run_dir.name}-{number}")
+    return free
+
+
+def shown(path: str | Path) -> str:
+    """Return a path as a person would type it here: relative where it lies below the working directory."""
+    path = Path(path)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
