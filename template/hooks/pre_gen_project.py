@@ -1,0 +1,9 @@
+"""Refuse a name that could not be a folder, a Python name and a run group at once."""
+
+import re
+import sys
+
+name = "{{ cookiecutter.name }}"
+if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+    sys.stderr.write(f"error: {name!r} is no identifier: letters, digits and _ are, a digit not first\n\nhint: cookiecutter template/ name=digits\n")
+    sys.exit(2)
