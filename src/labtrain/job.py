@@ -6,6 +6,7 @@ the list of processes.
 """
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -32,8 +33,11 @@ def main() -> None:
         _end_with_parent(job.supervisor if not rank else 0)
     out = _take_stdout()
     sys.path[0] = job.root  # as if train.py ran: python -m puts the working directory here
+    gc.disable()  # importing torch and Lightning makes no garbage: half a second of looking for it
     from labtrain.training import Interrupted, train
 
+    gc.freeze()
+    gc.enable()
     try:
         result = train(job)
     except LabtrainError as error:
