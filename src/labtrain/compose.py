@@ -40,9 +40,14 @@ def main(config_path: str = "conf", config_name: str = "config") -> None:
         refuse_sweep_under_launcher()
         _run_hydra(root, config_path, config_name, wants_trace)
     except Exception as error:
-        known = configuration.explain(error)
-        if known is None or wants_trace:
-            raise
+        end_if_known(error, wants_trace=wants_trace)
+        raise
+
+
+def end_if_known(error: Exception, *, wants_trace: bool) -> None:
+    """End the process with an error for people, where `error` is one; return where its traceback says more."""
+    known = configuration.explain(error)
+    if known is not None and not wants_trace:
         print_error(known)
         sys.exit(known.exit_code)
 
@@ -87,6 +92,15 @@ class Start:
 
     def __call__(self, cfg: Any) -> None:
         """Check and name the run, then become its job, or supervise it where Hydra has more of them."""
+        try:
+            self._run(cfg)
+        except JobFailedError:
+            raise  # the other jobs of the sweep go on
+        except Exception as error:
+            end_if_known(error, wants_trace=self.wants_trace)  # by SystemExit: Hydra would add a line of its own
+            raise
+
+    def _run(self, cfg: Any) -> None:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
         from omegaconf import OmegaConf

@@ -110,7 +110,7 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> ConfigErr
         return ConfigError(f"unknown key {key}{where}: labtrain sets it", hint=f"use {ELSEWHERE[key]}")
     group, _, leaf = key.rpartition(".")
     names = sorted(known)
-    leaves = difflib.get_close_matches(leaf, {name.rpartition(".")[2] for name in names}, n=3, cutoff=0.65)
+    leaves = difflib.get_close_matches(leaf, {name.rpartition(".")[2] for name in names}, n=3, cutoff=0.6)
     near = [name for name in names if name.rpartition(".")[2] in leaves]
     near.sort(key=lambda name: (name.rpartition(".")[0] != group, leaves.index(name.rpartition(".")[2])))
     hint = f"near: {', '.join(near[:3])}" if near else "python train.py --help lists every key"

@@ -89,4 +89,5 @@ def _power(x: torch.Tensor, exponent: float) -> torch.Tensor:
         return _power(x.float(), exponent).to(x.dtype)
     if x.is_floating_point() and exponent in POWERS:
         return POWERS[exponent](x)
-    return torch.pow(x, torch.tensor(exponent, dtype=x.dtype if x.is_floating_point() else None))
+    dtype = torch.result_type(x, exponent)
+    return torch.pow(x.to(dtype), torch.tensor(exponent, dtype=dtype))

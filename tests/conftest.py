@@ -1,0 +1,95 @@
+"""Fixtures: a generated experiment, and a way to start its train.py as a person would."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labtrain.new import make_experiment
+
+ROOT = Path(__file__).resolve().parents[1]
+LABTRAIN = str(Path(sys.executable).with_name("labtrain"))
+QUICK = ("trainer.enable_progress_bar=false", "logger=none")
+
+
+def need(program: str, package: str) -> None:
+    """Skip where a program is missing, saying how to get it; under CI=true fail instead."""
+    if shutil.which(program) is None:
+        text = f"{program} is not installed: apt-get install {package}"
+        pytest.fail(text) if os.environ.get("CI") == "true" else pytest.skip(text)
+
+
+@dataclass
+class Run:
+    """One start of train.py: its exit code, its output, and, where it printed one, the run's folder and digest."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out.split()[0])
+
+    @property
+    def digest(self) -> str:
+        return self.out.split()[1]
+
+    @property
+    def receipt(self) -> dict[str, Any]:
+        return dict(json.loads((self.folder / "receipt.json").read_text()))
+
+    def trail(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / "trail.jsonl").read_text().splitlines()]
+
+
+class Experiment:
+    """A generated experiment in a folder of its own; its runs go where a test says."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def command(self, *overrides: str) -> list[str]:
+        return [sys.executable, str(self.root / "train.py"), *overrides]
+
+    def train(self, *overrides: str, env: dict[str, str] | None = None, code: int | None = 0, **options: Any) -> Run:
+        """Run train.py to its end; `code` is the exit code that is expected (None: any)."""
+        environment = {**os.environ, **(env or {})}
+        done = subprocess.run(
+            self.command(*overrides), env=environment, capture_output=True, text=True, check=False, timeout=300, **options
+        )
+        run = Run(done.returncode, done.stdout, done.stderr)
+        assert code is None or run.code == code, f"exit code {run.code}\n{run.out}\n{run.err}"
+        return run
+
+
+@pytest.fixture(scope="session")
+def shared_experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    """One experiment for all tests that do not change it."""
+    root = tmp_path_factory.mktemp("experiment") / "digits"
+    make_experiment(root, author="a test")
+    return Experiment(root)
+
+
+@pytest.fixture
+def experiment(shared_experiment: Experiment, tmp_path: Path) -> Iterator[Experiment]:
+    """The experiment, with the working directory in a scratch folder: name runs with paths.runs=runs."""
+    before = Path.cwd()
+    os.chdir(tmp_path)
+    yield shared_experiment
+    os.chdir(before)
+
+
+@pytest.fixture
+def own_experiment(shared_experiment: Experiment, tmp_path: Path) -> Experiment:
+    """A copy of the experiment that a test may change."""
+    root = tmp_path / "digits"
+    shutil.copytree(shared_experiment.root, root, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    return Experiment(root)

@@ -1,0 +1,79 @@
+import random
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from labtrain import determinism
+from labtrain.errors import ConfigError
+
+
+def draw() -> tuple[float, float, float]:
+    return torch.rand(()).item(), random.random(), np.random.rand()
+
+
+def test_all_three_generators_are_a_function_of_the_place() -> None:
+    determinism.seed_all(1, "step", 5)
+    first = draw()
+    draw()
+    determinism.seed_all(1, "step", 5)
+    assert draw() == first
+    seen = {first}
+    for place in ((1, "step", 6), (2, "step", 5), (1, "epoch", 5), (1, "step", 5, 0)):
+        determinism.seed_all(*place)
+        seen.add(draw())
+    assert len(seen) == 5
+
+
+def test_places_that_look_alike_when_joined_are_different() -> None:
+    assert determinism.derive_seed(1, 23) != determinism.derive_seed(12, 3)
+
+
+def test_off_sets_nothing() -> None:
+    assert determinism.variables("off", threads=4) == {}
+
+
+@pytest.mark.parametrize("mode", ["warn", "strict", "portable"])
+def test_the_other_modes_fix_the_threads_and_the_hash_seed(mode: str) -> None:
+    variables = determinism.variables(mode, threads=1)
+    assert variables["OMP_NUM_THREADS"] == variables["MKL_NUM_THREADS"] == "1"
+    assert variables["PYTHONHASHSEED"] == "0"
+    assert (set(determinism.PORTABLE_VARIABLES) <= set(variables)) == (mode == "portable")
+
+
+def test_portable_takes_one_thread() -> None:
+    with pytest.raises(ConfigError, match=r"determinism\.threads=2: portable takes one thread"):
+        determinism.variables("portable", threads=2)
+
+
+def test_portable_is_refused_where_its_variables_came_too_late() -> None:
+    """torch has chosen its kernels when it is imported: setting the variables after that would be a pretence."""
+    code = "import torch; from labtrain import determinism; determinism.apply('portable', threads=1)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert "portable, but this process was started without" in done.stderr
+    assert "ATEN_CPU_CAPABILITY=default" in done.stderr
+
+
+@pytest.mark.parametrize(("mode", "outcome"), [("off", "ran"), ("warn", "ran"), ("strict", "refused")])
+def test_an_operation_without_a_deterministic_kernel(mode: str, outcome: str) -> None:
+    code = f"""
+import torch
+from labtrain import determinism
+determinism.apply({mode!r}, threads=1)
+try:
+    torch.empty(2).put_(torch.tensor([0]), torch.tensor([1.0]), accumulate=False)
+    print("ran")
+except RuntimeError as error:
+    print("refused" if "deterministic" in str(error) else error)
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == outcome
+
+
+def test_the_flags_that_can_change_bits_are_recorded() -> None:
+    flags = determinism.flags()
+    assert {"deterministic_algorithms", "threads", "cpu_capability", "float32_matmul_precision", "variables"} <= set(flags)
+    assert flags["threads"] == torch.get_num_threads()

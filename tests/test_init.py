@@ -1,0 +1,31 @@
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import labtrain
+
+
+def test_every_public_name_can_be_had() -> None:
+    """`__all__` is complete and true."""
+    assert set(labtrain.__all__) == set(labtrain._HOMES)
+    assert all(getattr(labtrain, name) is not None for name in labtrain.__all__)
+    assert set(labtrain.__all__) <= set(dir(labtrain))
+
+
+def test_no_public_name_is_hidden_by_a_module() -> None:
+    """Importing `labtrain.train`, were there such a module, would replace the function of that name."""
+    assert not set(labtrain.__all__) & {module.name for module in pkgutil.iter_modules(labtrain.__path__)}
+
+
+def test_another_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="'labtrain' has no attribute 'nothing'"):
+        labtrain.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize("module", ["labtrain", "labtrain.cli", "labtrain.compose", "labtrain.doctor", "labtrain.new", "labtrain.target"])
+def test_torch_is_imported_only_where_it_is_needed(module: str) -> None:
+    """Seconds of import are not paid by `--help`, by errors in the configuration, or by the doctor."""
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

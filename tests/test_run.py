@@ -1,0 +1,108 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from labtrain.run import Job, code_digest, first_free, make_job, name
+
+CONFIG = {
+    "experiment": "digits",
+    "seed": 42,
+    "resume": "auto",
+    "model": {"_target_": "model.Net", "width": 8},
+    "data": {"_target_": "data.Data", "batch_size": 64, "num_workers": 0},
+    "callbacks": {},
+    "logger": {"tensorboard": {}},
+    "trail": {"every_n_steps": 1},
+    "paths": {"runs": "runs"},
+    "checkpoint": {"url": None, "keep_last": 2},
+    "determinism": {"mode": "strict", "shards": None, "threads": 1},
+    "trainer": {"devices": 1, "num_nodes": 1, "max_epochs": 3, "enable_progress_bar": True, "log_every_n_steps": 10},
+}
+
+
+def changed(key: str, value: object) -> dict:
+    config = json.loads(json.dumps(CONFIG))
+    *parents, last = key.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    return config
+
+
+def run_id(config: dict, code: str = "c", lock: str = "l") -> str:
+    return name(config, code=code, lock=lock)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("experiment", "other"),
+        ("resume", "never"),
+        ("logger", {}),
+        ("trail.every_n_steps", 0),
+        ("paths.runs", "/scratch"),
+        ("checkpoint.url", "/scratch"),
+        ("data.num_workers", 4),
+        ("trainer.enable_progress_bar", False),
+        ("trainer.log_every_n_steps", 1),
+    ],
+)
+def test_how_a_run_is_executed_is_no_part_of_its_name(key: str, value: object) -> None:
+    assert run_id(changed(key, value)) == run_id(CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("seed", 43),
+        ("model.width", 9),
+        ("data.batch_size", 65),
+        ("trainer.max_epochs", 4),
+        ("determinism.mode", "portable"),
+        ("determinism.threads", 2),
+        ("trainer.devices", 2),
+    ],
+)
+def test_what_determines_the_bits_is(key: str, value: object) -> None:
+    """The number of devices too, as long as no fixed shards make the bits the same on any number."""
+    assert run_id(changed(key, value)) != run_id(CONFIG)
+
+
+def test_with_fixed_shards_the_devices_are_no_part_of_the_name() -> None:
+    assert run_id(changed("determinism.shards", 4)) == run_id({**changed("determinism.shards", 4), "trainer": {**CONFIG["trainer"], "devices": 4}})
+
+
+def test_code_and_lock_are_part_of_the_name() -> None:
+    assert len({run_id(CONFIG), run_id(CONFIG, code="d"), run_id(CONFIG, lock="m")}) == 3
+    assert len(run_id(CONFIG)) == 12
+
+
+def test_the_code_is_the_experiments_own_sources(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("x = 1\n")
+    first = code_digest(tmp_path)
+    for elsewhere in ("tests/test_model.py", "runs/a/model.py", "vendor/x.py", ".hidden/x.py", "env/lib/x.py", "notes.md"):
+        path = tmp_path / elsewhere
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("y = 1\n")
+    (tmp_path / "env" / "pyvenv.cfg").touch()
+    assert code_digest(tmp_path) == first
+    (tmp_path / "model.py").write_text("x = 2\n")
+    second = code_digest(tmp_path)
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts" / "layer.py").write_text("z = 1\n")
+    assert len({first, second, code_digest(tmp_path)}) == 3
+
+
+def test_a_job_goes_to_stage_two_whole(tmp_path: Path) -> None:
+    job = make_job(CONFIG, root=tmp_path, command=["train.py", "seed=42"])
+    assert Job.from_json(job.to_json()) == job
+
+
+def test_never_starts_beside(tmp_path: Path) -> None:
+    run_dir = tmp_path / "abc"
+    assert first_free(run_dir) == run_dir
+    run_dir.mkdir()
+    (tmp_path / "abc-2").mkdir()
+    assert first_free(run_dir) == tmp_path / "abc-3"
