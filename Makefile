@@ -16,7 +16,7 @@ demo: setup ## train one experiment in three ways and compare the bits
 	@$(VENV)/labtrain demo --dir .demo
 
 test: setup ## the test suite
-	@$(VENV)/python -m pytest
+	@$(VENV)/python -m pytest -n 2
 
 check: setup ## formatting, lint, types, and the floors
 	@$(VENV)/ruff format --check .

@@ -59,11 +59,24 @@ class Experiment:
     def command(self, *overrides: str) -> list[str]:
         return [sys.executable, str(self.root / "train.py"), *overrides]
 
-    def train(self, *overrides: str, env: dict[str, str] | None = None, code: int | None = 0, **options: Any) -> Run:
-        """Run train.py to its end; `code` is the exit code that is expected (None: any)."""
+    def train(
+        self,
+        *overrides: str,
+        env: dict[str, str] | None = None,
+        code: int | None = 0,
+        prefix: list[str] | None = None,
+        **options: Any,
+    ) -> Run:
+        """Run train.py to its end; `code` is the exit code that is expected (None: any), `prefix` a command before it."""
         environment = {**os.environ, **(env or {})}
         done = subprocess.run(
-            self.command(*overrides), env=environment, capture_output=True, text=True, check=False, timeout=300, **options
+            [*(prefix or []), *self.command(*overrides)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+            **options,
         )
         run = Run(done.returncode, done.stdout, done.stderr)
         assert code is None or run.code == code, f"exit code {run.code}\n{run.out}\n{run.err}"

@@ -15,15 +15,35 @@ determinism.apply("portable", threads=1)
 functional = nn.functional
 draw = torch.Generator().manual_seed(0)
 
-UNIT = "sqrt rsqrt log log2 log10 log1p asin acos erfinv lgamma digamma".split()
-REAL = "exp exp2 expm1 sin cos tan atan sinh cosh tanh sigmoid erf erfc reciprocal square".split()
-ACTIVATIONS = "gelu silu softplus mish elu selu logsigmoid hardswish".split()
+UNIT = ["sqrt", "rsqrt", "log", "log2", "log10", "log1p", "asin", "acos", "erfinv", "lgamma", "digamma"]
+REAL = [
+    "exp",
+    "exp2",
+    "expm1",
+    "sin",
+    "cos",
+    "tan",
+    "atan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "sigmoid",
+    "erf",
+    "erfc",
+    "reciprocal",
+    "square",
+]
+ACTIVATIONS = ["gelu", "silu", "softplus", "mish", "elu", "selu", "logsigmoid", "hardswish"]
 
 
 def show(name: str, *tensors: torch.Tensor) -> None:
     sha = hashlib.sha256()
     for tensor in tensors:
-        sha.update(tensor.detach().float().contiguous().numpy().tobytes() if tensor.dtype == torch.bfloat16 else tensor.detach().contiguous().numpy().tobytes())
+        sha.update(
+            tensor.detach().float().contiguous().numpy().tobytes()
+            if tensor.dtype == torch.bfloat16
+            else tensor.detach().contiguous().numpy().tobytes()
+        )
     print(name, sha.hexdigest()[:16])
 
 
@@ -41,9 +61,21 @@ for dtype in (torch.float32, torch.float64):
     for exponent in (0.5, -0.5, 1.7, 2, 3, -1, -2):
         show(f"{dtype} ** {exponent}", unit**exponent)
     rows = real[:1000].view(10, 100)
-    show(f"{dtype} reductions", rows.softmax(1), rows.logsumexp(1), rows.std(1), rows.norm(), rows.cumsum(1), functional.layer_norm(rows, (100,)))
+    show(
+        f"{dtype} reductions",
+        rows.softmax(1),
+        rows.logsumexp(1),
+        rows.std(1),
+        rows.norm(),
+        rows.cumsum(1),
+        functional.layer_norm(rows, (100,)),
+    )
     show(f"{dtype} products", rows @ rows.T, torch.einsum("ij,kj->ik", rows, rows), rows @ rows[0])
-    show(f"{dtype} random", torch.randn(1000, generator=draw, dtype=dtype), torch.empty(1000, dtype=dtype).exponential_(generator=draw))
+    show(
+        f"{dtype} random",
+        torch.randn(1000, generator=draw, dtype=dtype),
+        torch.empty(1000, dtype=dtype).exponential_(generator=draw),
+    )
 
 torch.manual_seed(0)
 for autocast in (False, True):
@@ -72,7 +104,7 @@ for autocast in (False, True):
             out.float().square().mean().backward()
             show(f"{kind.__name__}, autocast {autocast}", out, *gradients(recurrent))
 
-for name in "SGD Adam AdamW RMSprop Adagrad NAdam RAdam Adamax Adadelta".split():
+for name in ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta"]:
     module = nn.Linear(40, 40)
     optimizer = getattr(torch.optim, name)(module.parameters(), lr=0.01)
     for _ in range(3):
@@ -83,7 +115,14 @@ for name in "SGD Adam AdamW RMSprop Adagrad NAdam RAdam Adamax Adadelta".split()
     show(f"optimizer {name}", module.weight)
 
 matrix = torch.randn(20, 20, dtype=torch.float64)
-show("linalg", torch.linalg.cholesky(matrix @ matrix.T + torch.eye(20)), torch.linalg.svdvals(matrix), torch.linalg.qr(matrix)[0])
+show(
+    "linalg",
+    torch.linalg.cholesky(matrix @ matrix.T + torch.eye(20)),
+    torch.linalg.svdvals(matrix),
+    torch.linalg.qr(matrix)[0],
+)
 array = np.random.RandomState(0).rand(1000).astype(np.float32)
-show("numpy", *(torch.from_numpy(function(array)) for function in (np.exp, np.log, np.sin, np.tanh, np.sqrt, np.arctan)))
+show(
+    "numpy", *(torch.from_numpy(function(array)) for function in (np.exp, np.log, np.sin, np.tanh, np.sqrt, np.arctan))
+)
 show("numpy product", torch.from_numpy(array.reshape(10, 100) @ array.reshape(100, 10)))

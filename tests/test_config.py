@@ -36,11 +36,40 @@ def test_every_yaml_composes(path: Path) -> None:
 def test_the_keys_of_the_contract_are_there() -> None:
     """So that no override needs a `+`."""
     config = composed()
-    for key in """experiment seed resume model data callbacks logger paths.runs trail.every_n_steps data.batch_size data.num_workers
-        determinism.mode determinism.shards determinism.threads checkpoint.url checkpoint.every_n_steps checkpoint.every_seconds
-        checkpoint.keep_last checkpoint.keep_best trainer.accelerator trainer.devices trainer.num_nodes trainer.precision
-        trainer.max_epochs trainer.max_steps trainer.gradient_clip_val trainer.val_check_interval trainer.limit_train_batches
-        trainer.limit_val_batches trainer.limit_test_batches trainer.log_every_n_steps trainer.enable_progress_bar""".split():
+    for key in [
+        "experiment",
+        "seed",
+        "resume",
+        "model",
+        "data",
+        "callbacks",
+        "logger",
+        "paths.runs",
+        "trail.every_n_steps",
+        "data.batch_size",
+        "data.num_workers",
+        "determinism.mode",
+        "determinism.shards",
+        "determinism.threads",
+        "checkpoint.url",
+        "checkpoint.every_n_steps",
+        "checkpoint.every_seconds",
+        "checkpoint.keep_last",
+        "checkpoint.keep_best",
+        "trainer.accelerator",
+        "trainer.devices",
+        "trainer.num_nodes",
+        "trainer.precision",
+        "trainer.max_epochs",
+        "trainer.max_steps",
+        "trainer.gradient_clip_val",
+        "trainer.val_check_interval",
+        "trainer.limit_train_batches",
+        "trainer.limit_val_batches",
+        "trainer.limit_test_batches",
+        "trainer.log_every_n_steps",
+        "trainer.enable_progress_bar",
+    ]:
         node = config
         for part in key.split("."):
             assert part in node, key
@@ -100,7 +129,9 @@ def test_what_is_not_there_yet_says_so(override: str) -> None:
 
 
 def test_near_keys_come_from_the_same_group_first() -> None:
-    error = unknown_key("trainer.limit_trian_batches", ["trainer.limit_train_batches", "data.limit_train_batches", "seed"])
+    error = unknown_key(
+        "trainer.limit_trian_batches", ["trainer.limit_train_batches", "data.limit_train_batches", "seed"]
+    )
     assert error.hint == "near: trainer.limit_train_batches, data.limit_train_batches"
     assert unknown_key("zzz", ["seed"]).hint == "python train.py --help lists every key"
 
@@ -120,7 +151,10 @@ def test_a_stranger_is_not_explained() -> None:
     [
         (["trainer.max_epoch=3"], r"unknown key trainer.max_epoch\n\nhint: near: trainer.max_epochs"),
         (["model.widht=3"], r"unknown key model.widht\n\nhint: near: model.width"),
-        (["logger=tensorbord"], r"Could not find 'logger/tensorbord'\n\nhint: choose one of: csv, many, none, tensorboard, wandb"),
+        (
+            ["logger=tensorbord"],
+            r"Could not find 'logger/tensorbord'\n\nhint: choose one of: csv, many, none, tensorboard, wandb",
+        ),
         (["loger=csv"], r"loger[\s\S]*\n\nhint: "),
         (["seed=[1"], r"cannot read the override 'seed=\[1'[\s\S]*\n\nhint: write key=value"),
         (["seed"], r"cannot read the override 'seed'[\s\S]*\n\nhint: write key=value"),
@@ -128,18 +162,35 @@ def test_a_stranger_is_not_explained() -> None:
         (["seed=${nothing}"], r"seed: Interpolation key 'nothing' not found\n\nhint: "),
         (["data.batch_size=???"], r"data.batch_size has no value\n\nhint: "),
         (["model._target_=model.Nothing"], r"model._target_=model.Nothing: [\s\S]*\n\nhint: correct model"),
-        (["+model.depth=3"], r"model._target_=model.DigitsNet: [\s\S]*unexpected keyword argument 'depth'[\s\S]*\n\nhint: "),
+        (
+            ["+model.depth=3"],
+            r"model._target_=model.DigitsNet: [\s\S]*unexpected keyword argument 'depth'[\s\S]*\n\nhint: ",
+        ),
         (["model._target_=data.Digits"], r"model._target_=data.Digits: [\s\S]*\n\nhint: "),
-        (["trainer.accelerator=gpu", "trainer.devices=3"], r"trainer.devices=3 asks for GPU \d, this machine has \d GPUs?\n\nhint: "),
-        (["trainer.accelerator=cpu", "trainer.precision=16-mixed"], r"fp16 with loss scaling needs a GPU\n\nhint: trainer.precision=bf16-mixed"),
-        (["trainer.accelerator=cpu", "trainer.devices=[0,1]"], r"on a CPU a number of processes is wanted\n\nhint: trainer.devices=2"),
-        (["trainer.accelerator=cpu", "trainer.devices=4", "data.batch_size=3"], r"data.batch_size=3 is the samples of one step over all 4 devices"),
+        (
+            ["trainer.accelerator=gpu", "trainer.devices=3"],
+            r"trainer.devices=3 asks for GPU \d, this machine has \d GPUs?\n\nhint: ",
+        ),
+        (
+            ["trainer.accelerator=cpu", "trainer.precision=16-mixed"],
+            r"fp16 with loss scaling needs a GPU\n\nhint: trainer.precision=bf16-mixed",
+        ),
+        (
+            ["trainer.accelerator=cpu", "trainer.devices=[0,1]"],
+            r"on a CPU a number of processes is wanted\n\nhint: trainer.devices=2",
+        ),
+        (
+            ["trainer.accelerator=cpu", "trainer.devices=4", "data.batch_size=3"],
+            r"data.batch_size=3 is the samples of one step over all 4 devices",
+        ),
         (["trainer.gradient_clip_algorithm=cut"], r"Lightning's Trainer: [\s\S]*\n\nhint: "),
         (["+logger.tensorbord={}"], r"unknown logger tensorbord\n\nhint: "),
         (["determinism.shards=4"], r"not there yet\n\nhint: "),
     ],
 )
-def test_bad_input_ends_with_two_a_hint_and_nothing_written(arguments: list[str], says: str, experiment: Experiment, tmp_path: Path) -> None:
+def test_bad_input_ends_with_two_a_hint_and_nothing_written(
+    arguments: list[str], says: str, experiment: Experiment, tmp_path: Path
+) -> None:
     run = experiment.train("paths.runs=runs", *arguments, code=2)
     assert run.err.startswith("error: ")
     assert "Traceback" not in run.err

@@ -75,5 +75,7 @@ except RuntimeError as error:
 
 def test_the_flags_that_can_change_bits_are_recorded() -> None:
     flags = determinism.flags()
-    assert {"deterministic_algorithms", "threads", "cpu_capability", "float32_matmul_precision", "variables"} <= set(flags)
+    assert {"deterministic_algorithms", "threads", "cpu_capability", "float32_matmul_precision", "variables"} <= set(
+        flags
+    )
     assert flags["threads"] == torch.get_num_threads()

@@ -24,7 +24,9 @@ def test_another_name_is_an_attribute_error() -> None:
         labtrain.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize("module", ["labtrain", "labtrain.cli", "labtrain.compose", "labtrain.doctor", "labtrain.new", "labtrain.target"])
+@pytest.mark.parametrize(
+    "module", ["labtrain", "labtrain.cli", "labtrain.compose", "labtrain.doctor", "labtrain.new", "labtrain.target"]
+)
 def test_torch_is_imported_only_where_it_is_needed(module: str) -> None:
     """Seconds of import are not paid by `--help`, by errors in the configuration, or by the doctor."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"

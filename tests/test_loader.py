@@ -63,7 +63,10 @@ def test_an_epoch_holds_each_sample_once_and_says_which() -> None:
     assert len(loader) == 3
 
 
-@pytest.mark.parametrize(("size", "drop_last", "sizes"), [(21, False, [8, 8, 5]), (21, True, [8, 8]), (16, False, [8, 8]), (16, True, [8, 8]), (3, True, [])])
+@pytest.mark.parametrize(
+    ("size", "drop_last", "sizes"),
+    [(21, False, [8, 8, 5]), (21, True, [8, 8]), (16, False, [8, 8]), (16, True, [8, 8]), (3, True, [])],
+)
 def test_the_last_batch_is_partial_or_left_out(size: int, drop_last: bool, sizes: list[int]) -> None:
     loader = DataLoader(Drawing(size), 8, drop_last=drop_last)
     assert [len(batch) for batch in loader] == sizes

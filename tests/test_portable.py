@@ -51,7 +51,7 @@ def run_portable(code: str) -> str:
 
 
 def test_square_roots_are_correctly_rounded() -> None:
-    """torch's own are not: 0.7 % of them on an AVX-512 machine, 17 % with MKL_CBWR=COMPATIBLE."""
+    """torch's own are not: 0.7 % are wrong in the last bit on an AVX-512 machine, 16 % with MKL_CBWR=COMPATIBLE."""
     code = """
 import numpy as np
 x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 3

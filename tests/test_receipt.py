@@ -29,7 +29,10 @@ def test_no_folder_and_no_receipt_are_none(tmp_path: Path) -> None:
         ("{", "is broken"),
         ("[]", "is broken"),
         ("{}", "is broken: KeyError"),
-        (json.dumps(whole(schema="labtrain/receipt/2")), "schema 'labtrain/receipt/2', this labtrain reads 'labtrain/receipt/1'"),
+        (
+            json.dumps(whole(schema="labtrain/receipt/2")),
+            "schema 'labtrain/receipt/2', this labtrain reads 'labtrain/receipt/1'",
+        ),
         (json.dumps({key: value for key, value in whole().items() if key != "trail"}), "is broken: without trail"),
         (json.dumps(whole(status="done")), "is broken: with status 'done'"),
     ],

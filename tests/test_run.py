@@ -71,7 +71,9 @@ def test_what_determines_the_bits_is(key: str, value: object) -> None:
 
 
 def test_with_fixed_shards_the_devices_are_no_part_of_the_name() -> None:
-    assert run_id(changed("determinism.shards", 4)) == run_id({**changed("determinism.shards", 4), "trainer": {**CONFIG["trainer"], "devices": 4}})
+    assert run_id(changed("determinism.shards", 4)) == run_id(
+        {**changed("determinism.shards", 4), "trainer": {**CONFIG["trainer"], "devices": 4}}
+    )
 
 
 def test_code_and_lock_are_part_of_the_name() -> None:
@@ -82,7 +84,14 @@ def test_code_and_lock_are_part_of_the_name() -> None:
 def test_the_code_is_the_experiments_own_sources(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text("x = 1\n")
     first = code_digest(tmp_path)
-    for elsewhere in ("tests/test_model.py", "runs/a/model.py", "vendor/x.py", ".hidden/x.py", "env/lib/x.py", "notes.md"):
+    for elsewhere in (
+        "tests/test_model.py",
+        "runs/a/model.py",
+        "vendor/x.py",
+        ".hidden/x.py",
+        "env/lib/x.py",
+        "notes.md",
+    ):
         path = tmp_path / elsewhere
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("y = 1\n")

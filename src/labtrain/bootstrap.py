@@ -179,7 +179,7 @@ def locked_block(lock: str, name: str) -> str:
 def fingerprint(root: Path, *, editable: bool) -> str:
     """Return what the environment is made from: the locks, and this Python."""
     sha = hashlib.sha256(f"{sys.version} {editable}".encode())
-    for name in (LOCK, WHEEL_LOCK, *(["pyproject.toml"] if editable else [])):
+    for name in (LOCK, WHEEL_LOCK, *(["pyproject.toml", "README.md"] if editable else [])):
         path = root / name
         sha.update(path.read_bytes() if path.exists() else b"")
     return sha.hexdigest()

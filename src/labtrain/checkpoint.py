@@ -6,6 +6,7 @@ is saved where an epoch has really ended, before the next begins, and put back i
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -153,25 +154,20 @@ def write_checkpoint(target: Path, state: dict[str, Any], manifest: Manifest) ->
         state: Lightning's checkpoint dictionary, its weights under `state_dict`.
         manifest: run id, step, epoch, position and metrics; files and digests are added.
     """
+    state_digest = digest_tree(state)  # before anything is written: it refuses what is no plain value
+    # safetensors refuses tensors that share memory, and tied weights do: clone
+    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state["state_dict"].items()}
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
-    rest = {key: value for key, value in state.items() if key != "state_dict"}
-    # contiguous().clone(): safetensors refuses tensors that share memory, and tied weights do
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state["state_dict"].items()}
     save_file(weights, target / WEIGHTS)
-    torch.save(rest, target / STATE)
+    torch.save({key: value for key, value in state.items() if key != "state_dict"}, target / STATE)
     refuse_unloadable(target / STATE)
     files = {
         name: {"sha256": file_sha256(target / name), "size_bytes": (target / name).stat().st_size}
         for name in (WEIGHTS, STATE)
     }
-    manifest = {
-        "schema": SCHEMA,
-        **manifest,
-        "weights_digest": digest(weights),
-        "state_digest": digest_tree(state),
-        "files": files,
-    }
+    digests = {"weights_digest": digest(weights), "state_digest": state_digest}
+    manifest = {"schema": SCHEMA, **manifest, **digests, "files": files}
     write_atomically(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 
@@ -184,10 +180,10 @@ def refuse_unloadable(path: Path) -> None:
     try:
         torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        text = " ".join(str(error).split())
         shutil.rmtree(path.parent)
+        found = re.search(r"GLOBAL (\S+)", str(error))
         raise LabtrainError(
-            f"the training state holds what a checkpoint cannot: {text[:300]}",
+            f"the training state holds what a checkpoint cannot: {found.group(1) if found else error}",
             hint="keep numbers, strings, tensors, lists and dicts in hyperparameters and state_dicts",
         ) from error
 

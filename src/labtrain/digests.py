@@ -135,4 +135,7 @@ def _walk(node: Any, sha: Any, where: str) -> None:
     elif node is None or isinstance(node, bool | int | float | str | bytes):
         sha.update(repr(node).encode())
     else:
-        raise LabtrainError(f"cannot digest {where}: a {type(node).__name__}")
+        raise LabtrainError(
+            f"{where} is a {type(node).__name__}: no tensor, number, string, list or dict, so no part of a checkpoint",
+            hint="keep plain values in hyperparameters and state_dicts",
+        )

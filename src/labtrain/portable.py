@@ -3,10 +3,10 @@
 Two libraries are left out, since torch decides by the CPU whether they run at all: oneDNN (bf16) and NNPACK (AVX2).
 
 Some element-wise functions are replaced. torch computes them through oneMKL's vector math, whose baseline code starts
-from RSQRTPS and RCPPS. Both are approximations that a CPU may choose for itself (12 bits are guaranteed), those of
-Intel, AMD and an emulator differ, and MKL_CBWR=COMPATIBLE does not change that: 17 of 100 square roots then differ in
-their last bit, and so does every step of Adam. Here numpy computes them: SQRTPS, which IEEE 754 defines to the last
-bit, and libm for the rest.
+from RSQRTPS and RCPPS. Both are approximations that a CPU may choose for itself (12 bits are guaranteed), an emulator
+chooses others than Intel, and MKL_CBWR=COMPATIBLE does not change that: 13 of 100 float32 square roots, and so each
+step of Adam, then differ between a CPU of 2023 and an emulated one of 2008. Here numpy computes them: SQRTPS, which
+IEEE 754 defines to the last bit, and libm for the rest.
 
 Found by running the same operations natively and under `qemu-x86_64 -cpu Nehalem`, as tests/test_portable.py does.
 """

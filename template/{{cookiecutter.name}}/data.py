@@ -3,12 +3,11 @@
 E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits. UCI Machine Learning Repository, 1998.
 """
 
+import labtrain
 import lightning.pytorch as pl
 import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import Dataset
-
-import labtrain
 
 
 class Digits(Dataset):

@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import torch
 from torch import nn
+from torchmetrics import Metric
 from torchmetrics.classification import MulticlassAccuracy
 
 
@@ -24,25 +25,26 @@ class DigitsNet(pl.LightningModule):
             nn.Flatten(),
             nn.Linear(2 * width * 16, 10),
         )
-        self.accuracy = nn.ModuleDict({f"{stage}_acc": MulticlassAccuracy(10, average="micro") for stage in ("train", "val", "test")})
+        self.train_acc = MulticlassAccuracy(10, average="micro")
+        self.val_acc = MulticlassAccuracy(10, average="micro")
+        self.test_acc = MulticlassAccuracy(10, average="micro")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.net(images)
 
     def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        return self._step(batch, "train")
+        return self._step(batch, "train", self.train_acc)
 
     def validation_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        self._step(batch, "val")
+        self._step(batch, "val", self.val_acc)
 
     def test_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> None:
-        self._step(batch, "test")
+        self._step(batch, "test", self.test_acc)
 
-    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str) -> torch.Tensor:
+    def _step(self, batch: tuple[torch.Tensor, torch.Tensor], stage: str, accuracy: Metric) -> torch.Tensor:
         images, labels = batch  # (B, 1, 8, 8), (B,)
         scores = self(images)  # (B, 10)
         loss = nn.functional.cross_entropy(scores, labels)
-        accuracy = self.accuracy[f"{stage}_acc"]
         accuracy(scores, labels)
         self.log(f"{stage}/loss", loss, on_step=False, on_epoch=True, sync_dist=True, batch_size=len(labels))
         self.log(f"{stage}/acc", accuracy, on_step=False, on_epoch=True, prog_bar=True)

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from data import DigitsData
+from model import DigitsNet
 
-from data import DigitsData  # noqa: E402
-from model import DigitsNet  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def train(runs: Path, *overrides: str) -> tuple[Path, str]:

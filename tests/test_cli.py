@@ -1,0 +1,64 @@
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from labtrain import __version__
+from labtrain.cli import LATER
+from tests.conftest import LABTRAIN, QUICK, Experiment
+
+
+def labtrain(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([LABTRAIN, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_the_version_and_the_help() -> None:
+    assert labtrain("--version").stdout == f"labtrain, version {__version__}\n"
+    text = labtrain("--help").stdout
+    assert all(command in text for command in ("demo", "digest", "doctor", "new", *LATER))
+
+
+@pytest.mark.parametrize("command", sorted(LATER))
+def test_what_is_not_there_yet_says_so(command: str) -> None:
+    done = labtrain(command, "runs/a/b", "--steps", "3")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert f"labtrain {command}" in done.stderr
+    assert "not there yet" in done.stderr
+
+
+def test_an_unknown_command_is_wrong_usage() -> None:
+    assert labtrain("digset").returncode == 2
+
+
+def test_the_digest_of_a_run_a_checkpoint_and_a_file(experiment: Experiment) -> None:
+    """Computed from the files; the whole state's is the manifest's too."""
+    run = experiment.train(*QUICK, "paths.runs=runs", "trainer.max_steps=2")
+    checkpoint = run.folder / "checkpoints" / "step-0000000002"
+    for target in (run.folder, checkpoint, checkpoint / "weights.safetensors", f"file://{checkpoint.resolve()}"):
+        done = labtrain("digest", str(target))
+        assert (done.returncode, done.stdout) == (0, run.digest + "\n"), done.stderr
+    whole = labtrain("digest", str(run.folder), "--all")
+    assert (whole.returncode, whole.stdout.strip()) == (0, run.receipt["results"]["state_digest"])
+
+    text = (run.folder / "receipt.json").read_text()
+    (run.folder / "receipt.json").write_text(
+        text.replace(f'"weights_digest": "{run.digest}"', f'"weights_digest": "{"0" * 64}"')
+    )
+    claimed = labtrain("digest", str(run.folder))
+    assert (claimed.returncode, claimed.stdout) == (1, run.digest + "\n")
+    assert f"its own record says {'0' * 64}" in claimed.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("nothing", "neither a run nor a checkpoint: looked for nothing/receipt.json, nothing/manifest.json"),
+        ("s3://bucket/run", "not there yet"),
+    ],
+)
+def test_a_target_that_has_no_digest(target: str, says: str, tmp_path: Path) -> None:
+    done = labtrain("digest", target)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "hint: " in done.stderr

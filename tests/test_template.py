@@ -1,0 +1,187 @@
+"""The generated experiment: its files, the two ways to make it, and that it stands alone."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from labtrain import __version__
+from labtrain.assets import SOURCES, asset
+from labtrain.new import build_wheel
+from tests.conftest import LABTRAIN, ROOT, Experiment
+
+WHEEL = f"vendor/labtrain-{__version__}-py3-none-any.whl"
+OWN = {
+    ".github/workflows/ci.yml",
+    ".gitignore",
+    "Makefile",
+    "README.md",
+    "conf/config.yaml",
+    "data.py",
+    "model.py",
+    "pyproject.toml",
+    "tests/test_experiment.py",
+    "train.py",
+}
+COPIED = {"requirements.lock", "labtrain.lock", WHEEL}
+
+
+def files(root: Path) -> dict[str, str]:
+    paths = (path for path in root.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if "__pycache__" not in path.parts
+    }
+
+
+def run(*command: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False, timeout=900
+    )
+
+
+def test_both_ways_make_the_same_files_and_only_these(tmp_path: Path) -> None:
+    """`cookiecutter template/` and `labtrain new`; the wheel has the same bytes each time."""
+    by_hand = run(
+        str(Path(LABTRAIN).with_name("cookiecutter")),
+        str(ROOT / "template"),
+        "--no-input",
+        "-o",
+        "one",
+        cwd=tmp_path,
+        env={"HOME": str(tmp_path)},
+    )
+    assert by_hand.returncode == 0, by_hand.stderr
+    by_labtrain = run(LABTRAIN, "new", "two/digits", cwd=tmp_path, env={"HOME": str(tmp_path / "home")})
+    assert by_labtrain.returncode == 0, by_labtrain.stderr
+    assert by_labtrain.stdout == "two/digits\n"
+    assert files(tmp_path / "one" / "digits") == files(tmp_path / "two" / "digits")
+    assert set(files(tmp_path / "one" / "digits")) == OWN | COPIED
+    assert not (tmp_path / "home").exists(), "labtrain new left something in the home directory"
+
+
+def test_it_is_small(shared_experiment: Experiment) -> None:
+    lines = sum(len((shared_experiment.root / name).read_text().splitlines()) for name in OWN if name.endswith(".py"))
+    assert len(OWN) <= 20
+    assert lines <= 300
+
+
+def test_nothing_of_the_template_is_left_in_it(shared_experiment: Experiment) -> None:
+    for name in OWN:
+        text = (shared_experiment.root / name).read_text()
+        assert "cookiecutter" not in text.replace("cookiecutter template/", ""), name
+    assert "${{ hashFiles('requirements.lock') }}" in (shared_experiment.root / ".github/workflows/ci.yml").read_text()
+
+
+def test_it_is_formatted_and_lints(shared_experiment: Experiment) -> None:
+    ruff = str(Path(LABTRAIN).with_name("ruff"))
+    for command in (["format", "--check", "."], ["check", "."]):
+        done = run(ruff, *command, "--no-cache", cwd=shared_experiment.root)
+        assert done.returncode == 0, done.stdout
+
+
+def test_its_own_tests_pass(own_experiment: Experiment) -> None:
+    done = run(sys.executable, "-m", "pytest", cwd=own_experiment.root)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "4 passed" in done.stdout
+
+
+def test_the_lock_names_the_wheel_that_made_it(shared_experiment: Experiment) -> None:
+    wheel = shared_experiment.root / WHEEL
+    assert (
+        shared_experiment.root / "labtrain.lock"
+    ).read_text() == f"./{WHEEL} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
+    assert (shared_experiment.root / "requirements.lock").read_bytes() == (ROOT / "requirements.lock").read_bytes()
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("labtrain/training.py") == (ROOT / "src/labtrain/training.py").read_bytes()
+        assert archive.read("labtrain/assets/requirements.lock") == (ROOT / "requirements.lock").read_bytes()
+        assert "labtrain/conf/labtrain.yaml" in archive.namelist()
+        assert not [name for name in archive.namelist() if name.endswith(".pyc")]
+
+
+def test_the_assets_are_those_that_hatchling_packs() -> None:
+    import tomllib
+
+    packed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["hatch"]["build"]["targets"]["wheel"][
+        "force-include"
+    ]
+    assert {target.removeprefix("labtrain/assets/"): source for source, target in packed.items()} == SOURCES
+    assert all(asset(name).exists() for name in SOURCES)
+
+
+def test_the_packed_wheel_holds_what_hatchlings_does(tmp_path: Path) -> None:
+    """Ours is packed where there may be no source tree; its files are those of a build from the source."""
+    hatch = run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path), cwd=ROOT)
+    assert hatch.returncode == 0, hatch.stderr
+    built = next(tmp_path.glob("*.whl"))
+    packed = build_wheel(tmp_path / "packed")
+
+    def contents(path: Path) -> dict[str, bytes]:
+        with zipfile.ZipFile(path) as archive:
+            return {
+                name: archive.read(name)
+                for name in archive.namelist()
+                if not name.endswith((".dist-info/RECORD", ".pyc"))
+            }
+
+    assert contents(packed) == contents(built)
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["new", "two words"], "'two words' is no identifier"),
+        (["new", "9lives"], "'9lives' is no identifier"),
+        (["new", "there"], "there exists already"),
+        (["new", "missing/../there"], "there exists already"),
+    ],
+)
+def test_a_bad_target_is_refused_and_nothing_is_made(command: list[str], says: str, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    done = run(LABTRAIN, *command, cwd=tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "\n\nhint: " in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+
+
+def test_a_bad_name_is_refused_by_cookiecutter_too(tmp_path: Path) -> None:
+    cookiecutter = str(Path(LABTRAIN).with_name("cookiecutter"))
+    done = run(
+        cookiecutter,
+        str(ROOT / "template"),
+        "--no-input",
+        "-o",
+        "out",
+        "name=two words",
+        cwd=tmp_path,
+        env={"HOME": str(tmp_path / "home")},
+    )
+    assert done.returncode != 0
+    assert "'two words' is no identifier" in done.stderr
+    assert not (tmp_path / "out" / "two words").exists()
+
+
+def test_it_stands_alone(own_experiment: Experiment) -> None:
+    """`make setup` in the experiment makes an environment from its own locks and wheel; it trains there, and makes another."""
+    root = own_experiment.root
+    setup = run("make", "setup", cwd=root)
+    assert setup.returncode == 0, setup.stderr
+    assert run("make", "setup", cwd=root).stderr == "", "the second make setup had something to do"
+    python = str(root / ".venv" / "bin" / "python")
+    where = run(python, "-c", "import labtrain; print(labtrain.__file__)", cwd=root)
+    assert where.stdout.startswith(str(root / ".venv"))
+    trained = run(python, "train.py", "trainer.max_steps=2", "logger=none", cwd=root)
+    assert trained.returncode == 0, trained.stderr
+    doctor = run(str(root / ".venv/bin/labtrain"), "doctor", "--json", cwd=root)
+    assert doctor.returncode == 0, doctor.stdout
+    again = run(str(root / ".venv/bin/labtrain"), "new", "child", cwd=root)
+    assert again.returncode == 0, again.stderr
+    assert files(root / "child")["vendor/" + Path(WHEEL).name] == files(root)[WHEEL], (
+        "an installed labtrain packs another wheel"
+    )

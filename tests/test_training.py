@@ -1,0 +1,400 @@
+"""train.py as people start it: real processes, real data, real signals. Bits are compared by digest."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from labtrain.digests import digest_file
+from labtrain.errors import DeviceError
+from labtrain.store import list_checkpoints
+from labtrain.training import explain
+from tests.conftest import QUICK, Experiment, Run
+
+SHORT = (*QUICK, "paths.runs=runs", "trainer.max_epochs=4", "checkpoint.keep_last=9")
+
+
+@pytest.fixture(scope="module")
+def reference(shared_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Four epochs, uninterrupted."""
+    runs = tmp_path_factory.mktemp("reference")
+    return shared_experiment.train(*SHORT, f"paths.runs={runs}")
+
+
+def folders(runs: Path) -> list[Path]:
+    return sorted(path for path in runs.glob("*/*") if path.is_dir())
+
+
+def kill_when(
+    experiment: Experiment, *overrides: str, checkpoints: int, number: int = signal.SIGKILL, group: bool = False
+) -> int:
+    """Start train.py, send it a signal once it has that many checkpoints, and return its exit code."""
+    child = subprocess.Popen(
+        experiment.command(*overrides), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 120
+    while sum(len(list_checkpoints(run / "checkpoints")) for run in folders(Path("runs"))) < checkpoints:
+        assert child.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(child.pid, number) if group else child.send_signal(number)
+    return child.wait(timeout=60)
+
+
+def same(run: Run, reference: Run) -> None:
+    """The same weights, the same whole training state, the same trail."""
+    assert run.digest == reference.digest
+    assert run.receipt["results"]["state_digest"] == reference.receipt["results"]["state_digest"]
+    assert run.receipt["results"]["metrics"] == reference.receipt["results"]["metrics"]
+    assert run.trail() == reference.trail()
+
+
+# ----------------------------------------------------------------------------------------------------------- one run
+
+
+def test_the_example_learns(experiment: Experiment) -> None:
+    """Over 97 % test accuracy, a receipt, checkpoints, a trail and the logs, and one line on stdout."""
+    run = experiment.train("paths.runs=runs")
+    assert re.fullmatch(r"runs/digits/[0-9a-f]{12} [0-9a-f]{64}\n", run.out)
+    receipt = run.receipt
+    assert receipt["status"] == "complete"
+    assert receipt["results"]["metrics"]["test/acc"] > 0.97
+    assert {"train/acc", "train/loss", "val/acc", "val/loss", "test/acc", "test/loss"} == set(
+        receipt["results"]["metrics"]
+    )
+    assert receipt["results"]["weights_digest"] == run.digest == receipt["checkpoints"][-1]["weights_digest"]
+    assert [checkpoint["step"] for checkpoint in receipt["checkpoints"]] == [280, 300]
+    assert {path.name for path in run.folder.iterdir()} == {
+        ".lock",
+        "checkpoints",
+        "config.yaml",
+        "receipt.json",
+        "tensorboard",
+        "trail.jsonl",
+    }
+    assert [line["step"] for line in run.trail()] == list(range(1, 301))
+    newest = run.folder / "checkpoints" / "step-0000000300"
+    assert digest_file(newest / "weights.safetensors") == run.digest
+    assert torch.load(newest / "state.pt", weights_only=True)["global_step"] == 300
+    # A log file does not drown: a line an epoch, and the table.
+    assert len(run.err.splitlines()) < 30
+    assert re.search(r"epoch 15/15  batch 20/20  [\d,]+ samples/s  0:00:00 left  .*val/acc 0\.9", run.err)
+    assert re.search(r"metric .* train .* val .* test", run.err)
+
+
+def test_a_complete_run_says_so_and_trains_nothing(experiment: Experiment, reference: Run) -> None:
+    runs = reference.folder.parents[1]
+    before = (reference.folder / "receipt.json").read_bytes()
+    run = experiment.train(*SHORT, f"paths.runs={runs}")
+    assert "is complete: nothing to train" in run.err
+    assert run.digest == reference.digest
+    assert (reference.folder / "receipt.json").read_bytes() == before
+
+
+def test_the_same_bits_with_workers_and_with_each_logger(experiment: Experiment, reference: Run) -> None:
+    """How a run is executed and watched does not reach its weights, nor its name."""
+    run = experiment.train(*SHORT, "data.num_workers=2", "logger=csv", "trainer.enable_progress_bar=true")
+    same(run, reference)
+    assert run.folder.name == reference.folder.name
+    rows = (run.folder / "metrics.csv").read_text().splitlines()
+    assert "val/acc" in rows[0]
+    assert len(rows) > 4
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=43", "model.width=8", "data.batch_size=63", "data.max_shift=0", "determinism.mode=portable"]
+)
+def test_what_determines_the_bits_changes_name_and_digest(
+    override: str, experiment: Experiment, reference: Run
+) -> None:
+    run = experiment.train(*SHORT, override)
+    assert run.digest != reference.digest
+    assert run.folder.name != reference.folder.name
+
+
+def test_edited_code_is_a_new_run(own_experiment: Experiment, reference: Run) -> None:
+    model = own_experiment.root / "model.py"
+    model.write_text(model.read_text().replace("nn.MaxPool2d(2)", "nn.AvgPool2d(2)"))
+    run = own_experiment.train(*SHORT, cwd=own_experiment.root)
+    assert Path(run.out.split()[0]).name != reference.folder.name
+    assert run.digest != reference.digest
+
+
+def test_never_starts_anew_beside(experiment: Experiment) -> None:
+    quick = (*SHORT, "trainer.max_steps=2")
+    first, second = experiment.train(*quick), experiment.train(*quick, "resume=never")
+    assert second.folder.name == f"{first.folder.name}-2"
+    assert second.digest == first.digest
+
+
+def test_the_best_checkpoints_are_kept_beside_the_last(experiment: Experiment) -> None:
+    run = experiment.train(
+        *SHORT,
+        "trainer.max_epochs=8",
+        "checkpoint.keep_last=1",
+        "checkpoint.keep_best=2",
+        "checkpoint.monitor=val/loss",
+        "checkpoint.mode=min",
+    )
+    kept = list_checkpoints(run.folder / "checkpoints")
+    # Unchanged by how much is kept: the same run with all of them.
+    every = experiment.train(*SHORT, "trainer.max_epochs=8", "paths.runs=every")
+    losses = {
+        manifest["step"]: manifest["metrics"]["val/loss"]
+        for _, manifest in list_checkpoints(every.folder / "checkpoints")
+    }
+    best = sorted(losses, key=losses.__getitem__)[:2]
+    assert {manifest["step"] for _, manifest in kept} == {*best, 160}
+
+
+def test_a_monitor_that_is_not_logged_is_an_error(experiment: Experiment) -> None:
+    run = experiment.train(*SHORT, "checkpoint.keep_best=1", "checkpoint.monitor=val/f1", code=2)
+    assert "checkpoint.monitor=val/f1: no such metric; logged are " in run.err
+    assert "val/acc" in run.err
+
+
+def test_checkpoints_elsewhere(experiment: Experiment, reference: Run, tmp_path: Path) -> None:
+    """checkpoint.url holds a folder a run; a run whose local folder is lost goes on from there."""
+    run = experiment.train(*SHORT, f"checkpoint.url={tmp_path}/store")
+    assert run.digest == reference.digest
+    assert [path.name for path in (tmp_path / "store").iterdir()] == [run.folder.name]
+    (run.folder / "receipt.json").unlink()
+    again = experiment.train(*SHORT, f"checkpoint.url={tmp_path}/store")
+    assert again.digest == reference.digest
+    assert "goes on from step-0000000080" in again.err
+
+
+# ------------------------------------------------------------------------------------------------- precision, devices
+
+
+def test_bf16_trains_and_gives_other_bits(experiment: Experiment, reference: Run) -> None:
+    run = experiment.train(*SHORT, "trainer.precision=bf16-mixed")
+    assert run.digest != reference.digest
+    assert run.receipt["results"]["metrics"]["train/loss"] < 1
+
+
+def test_four_processes_leave_one_folder(experiment: Experiment, tmp_path: Path) -> None:
+    """gloo on the CPU; each rank runs its parent's job. The validation sees each sample once: acc * 270 is a whole number."""
+    run = experiment.train(*SHORT, "trainer.accelerator=cpu", "trainer.devices=4")
+    assert folders(tmp_path / "runs") == [tmp_path / run.folder]
+    assert run.receipt["segments"][0]["devices"] == 4
+    assert len(run.out.splitlines()) == 1
+    accuracy = run.receipt["results"]["metrics"]["val/acc"]
+    assert abs(accuracy * 270 - round(accuracy * 270)) < 1e-4
+    assert accuracy > 0.9
+    again = experiment.train(*SHORT, "trainer.accelerator=cpu", "trainer.devices=4", "resume=never")
+    assert again.digest == run.digest
+
+
+def test_a_sweep_on_two_processes_leaves_a_folder_a_run(experiment: Experiment, tmp_path: Path) -> None:
+    """The known trap: ranks re-run the command line, and with it the sweep."""
+    run = experiment.train(
+        "-m", *SHORT, "trainer.max_epochs=1", "seed=1,2", "trainer.accelerator=cpu", "trainer.devices=2"
+    )
+    lines = [line.split() for line in run.out.splitlines()]
+    assert sorted(tmp_path / line[0] for line in lines) == folders(tmp_path / "runs")
+    assert len({line[1] for line in lines}) == 2
+    assert len(lines) == 2
+
+
+def test_a_sweep_goes_on_after_a_failing_job_and_ends_badly(experiment: Experiment, tmp_path: Path) -> None:
+    """The second job fails in its training; the third is trained; the exit code is not 0."""
+    run = experiment.train("-m", *SHORT, "trainer.max_steps=2", "model.dropout=0.1,7,0.2", code=None)
+    assert run.code == 1
+    assert len(run.out.splitlines()) == 2
+    assert "dropout probability has to be between 0 and 1" in run.err
+
+
+def test_out_of_memory_names_the_numbers_and_the_knobs() -> None:
+    """The exception is torch's own class with torch's own words; no GPU is at hand to run out of memory on."""
+    words = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 3.11 GiB is free. See documentation for x"
+    error = explain(torch.OutOfMemoryError(words), {"data": {"batch_size": 64}}, started=True)
+    assert isinstance(error, DeviceError)
+    assert "20.00 GiB" in str(error)
+    assert "See documentation" not in str(error)
+    for knob in ("data.batch_size=32", "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2"):
+        assert knob in error.hint
+
+
+# ------------------------------------------------------------------------------------------------- stopped and resumed
+
+
+@pytest.mark.parametrize("checkpoints", [1, 3])
+def test_killed_and_resumed_is_the_same_run(checkpoints: int, experiment: Experiment, reference: Run) -> None:
+    """SIGKILL in the epoch after a checkpoint, whatever that moment is: weights, optimizer, metrics and trail are the same."""
+    assert kill_when(experiment, *SHORT, checkpoints=checkpoints) == -signal.SIGKILL
+    (folder,) = folders(Path("runs"))
+    assert json.loads((folder / "receipt.json").read_text())["status"] == "running"
+    run = experiment.train(*SHORT)
+    assert "goes on from step-" in run.err
+    assert len(run.receipt["segments"]) == 2
+    same(run, reference)
+
+
+def test_killed_ranks_resume_as_one_run(experiment: Experiment, tmp_path: Path) -> None:
+    """Two processes; SIGKILL of rank 0 alone. The other does not stay behind, and the run goes on with the same bits."""
+    two = (*SHORT, "trainer.accelerator=cpu", "trainer.devices=2")
+    whole = experiment.train(*two, "paths.runs=whole")
+    assert kill_when(experiment, *two, checkpoints=1) == -signal.SIGKILL
+    (folder,) = folders(Path("runs"))
+    deadline = time.monotonic() + 60
+    while subprocess.run(["pgrep", "-f", f"labtrain.job {folder}"], capture_output=True, check=False).returncode == 0:
+        assert time.monotonic() < deadline, "a rank stayed behind"
+        time.sleep(0.1)
+    same(experiment.train(*two), whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_is_written_down_and_the_same_command_goes_on(
+    number: int, code: int, experiment: Experiment, reference: Run
+) -> None:
+    assert kill_when(experiment, *SHORT, checkpoints=2, number=number, group=number == signal.SIGINT) == code
+    (folder,) = folders(Path("runs"))
+    receipt = json.loads((folder / "receipt.json").read_text())
+    assert receipt["status"] == receipt["segments"][0]["status"] == "interrupted"
+    same(experiment.train(*SHORT), reference)
+
+
+def test_the_curves_of_a_resumed_run_are_continued(experiment: Experiment) -> None:
+    """metrics.csv holds each step once, with the numbers of the uninterrupted run."""
+    logged = ("logger=csv", *SHORT[:1], *SHORT[2:], "trainer.log_every_n_steps=1")
+    whole = experiment.train(*logged, "paths.runs=whole")
+    kill_when(experiment, *logged, checkpoints=2)
+    run = experiment.train(*logged)
+    assert (run.folder / "metrics.csv").read_text() == (whole.folder / "metrics.csv").read_text()
+
+
+def test_a_damaged_checkpoint_is_passed_over_aloud(experiment: Experiment, reference: Run) -> None:
+    """One flipped bit in the newest: the run goes on from the one before, and ends with the same bits."""
+    kill_when(experiment, *SHORT, checkpoints=2)
+    (folder,) = folders(Path("runs"))
+    newest = list_checkpoints(folder / "checkpoints")[-1][0]
+    raw = bytearray((newest / "weights.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (newest / "weights.safetensors").write_bytes(raw)
+    run = experiment.train(*SHORT)
+    assert re.search(
+        rf"warning: \S*{newest.name}/weights.safetensors: sha256 [0-9a-f]{{12}}, manifest says [0-9a-f]{{12}}", run.err
+    )
+    same(run, reference)
+
+
+def test_a_broken_receipt_stops_the_start(experiment: Experiment) -> None:
+    kill_when(experiment, *SHORT, checkpoints=1)
+    (folder,) = folders(Path("runs"))
+    (folder / "receipt.json").write_text("{")
+    run = experiment.train(*SHORT, code=2)
+    assert "receipt.json is broken" in run.err
+    assert "hint: mv " in run.err
+
+
+def test_two_starts_of_one_run_do_not_meet(experiment: Experiment) -> None:
+    """The second is refused, names the first, and leaves it alone."""
+    first = subprocess.Popen(
+        experiment.command(*SHORT, "trainer.max_epochs=400"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        while not list(Path("runs").glob("*/*/receipt.json")):
+            assert first.poll() is None
+            time.sleep(0.05)
+        second = experiment.train(*SHORT, "trainer.max_epochs=400", code=2)
+        assert f"is being trained by process {first.pid} on {socket.gethostname()}" in second.err
+        assert len(folders(Path("runs"))) == 1
+        assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+
+def test_a_missing_data_file_is_named_and_nothing_is_left(own_experiment: Experiment) -> None:
+    data = own_experiment.root / "data.py"
+    data.write_text(
+        data.read_text().replace(
+            "        digits = load_digits()\n",
+            '        open("/data/no-such-digits.csv")\n        digits = load_digits()\n',
+        )
+    )
+    run = own_experiment.train(cwd=own_experiment.root, code=2)
+    assert run.err.startswith("error: No such file or directory: /data/no-such-digits.csv\n\nhint: ")
+    assert list((own_experiment.root / "runs").glob("*/*")) == []
+
+
+def test_a_folder_that_cannot_be_written_is_refused_at_once(experiment: Experiment, tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file")
+    assert "runs: not a folder" in experiment.train(*SHORT, code=2).err
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    # Root may write anywhere, as long as it has that capability.
+    as_others = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"] if os.geteuid() == 0 else []
+    run = experiment.train(*SHORT, f"paths.runs={locked}/runs", code=2, prefix=as_others)
+    assert "no write permission" in run.err
+
+
+def test_a_loader_that_keeps_no_promise_is_refused_in_strict_and_named_in_warn(own_experiment: Experiment) -> None:
+    data = own_experiment.root / "data.py"
+    plain = "return torch.utils.data.DataLoader(self.train, self.batch_size, shuffle=True)"
+    data.write_text(
+        data.read_text().replace(
+            "return labtrain.DataLoader(self.train, self.batch_size, shuffle=True, num_workers=self.num_workers)", plain
+        )
+    )
+    quick = ("trainer.max_steps=2", *QUICK)
+    refused = own_experiment.train(*quick, cwd=own_experiment.root, code=2)
+    assert "the training data comes from torch.utils.data.dataloader.DataLoader" in refused.err
+    assert "hint: return labtrain.DataLoader(" in refused.err
+    warned = own_experiment.train(*quick, "determinism.mode=warn", cwd=own_experiment.root)
+    assert "warning: the training data comes from torch.utils.data.dataloader.DataLoader" in warned.err
+    silent = own_experiment.train(*quick, "determinism.mode=off", cwd=own_experiment.root)
+    assert "warning" not in silent.err
+
+
+def test_an_exception_of_the_model_keeps_its_traceback(own_experiment: Experiment) -> None:
+    model = own_experiment.root / "model.py"
+    model.write_text(model.read_text().replace('return self._step(batch, "train", self.train_acc)', "return 1 / 0"))
+    run = own_experiment.train(*QUICK, cwd=own_experiment.root, code=1)
+    assert "ZeroDivisionError" in run.err
+    (folder,) = folders(own_experiment.root / "runs")
+    assert json.loads((folder / "receipt.json").read_text())["status"] == "failed"
+
+
+# -------------------------------------------------------------------------------------------------------------- wandb
+
+
+def test_wandb_without_a_key_is_offline_and_connects_nowhere(experiment: Experiment, tmp_path: Path) -> None:
+    """W&B's own address is set to a server of this test, which must hear nothing."""
+    heard = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def listen() -> None:
+            while True:
+                try:
+                    heard.append(server.accept())
+                except OSError:
+                    return
+
+        threading.Thread(target=listen, daemon=True).start()
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        env = {
+            "WANDB_BASE_URL": f"http://{address}",
+            "HTTP_PROXY": f"http://{address}",
+            "HTTPS_PROXY": f"http://{address}",
+            "HOME": str(tmp_path),
+            "WANDB_API_KEY": "",
+        }
+        run = experiment.train("logger=many", *SHORT[:1], *SHORT[2:], "trainer.max_epochs=1", env=env)
+        server.shutdown(socket.SHUT_RDWR)
+    assert heard == []
+    assert {"metrics.csv", "tensorboard", "wandb"} <= {path.name for path in run.folder.iterdir()}
+    assert list(run.folder.glob("wandb/offline-run-*/*.wandb"))
