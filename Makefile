@@ -1,6 +1,9 @@
 # The commands of this repository; `make` lists them.
 PYTHON ?= python3
 VENV := .venv/bin
+# Nothing is left outside this folder but the package caches: torch, matplotlib and cookiecutter leave files when killed.
+export TMPDIR := $(CURDIR)/.tmp
+export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench lock
@@ -10,6 +13,7 @@ help: ## list the commands
 
 setup: ## make .venv from requirements.lock, every file by hash; nothing to do when it is up to date
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found, Python 3.11 to 3.13 wanted. hint: apt-get install python3 python3-venv" >&2; exit 2; }
+	@mkdir -p $(TMPDIR)
 	@PYTHONPATH=src $(PYTHON) -B -m labtrain.bootstrap --editable
 
 demo: setup ## train one experiment in three ways and compare the bits

@@ -57,12 +57,15 @@ def test_both_ways_make_the_same_files_and_only_these(tmp_path: Path) -> None:
         env={"HOME": str(tmp_path)},
     )
     assert by_hand.returncode == 0, by_hand.stderr
-    by_labtrain = run(LABTRAIN, "new", "two/digits", cwd=tmp_path, env={"HOME": str(tmp_path / "home")})
+    (tmp_path / "scratch").mkdir()
+    outside = {"HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "scratch")}
+    by_labtrain = run(LABTRAIN, "new", "two/digits", cwd=tmp_path, env=outside)
     assert by_labtrain.returncode == 0, by_labtrain.stderr
     assert by_labtrain.stdout == "two/digits\n"
     assert files(tmp_path / "one" / "digits") == files(tmp_path / "two" / "digits")
     assert set(files(tmp_path / "one" / "digits")) == OWN | COPIED
     assert not (tmp_path / "home").exists(), "labtrain new left something in the home directory"
+    assert list((tmp_path / "scratch").iterdir()) == [], "labtrain new left something in the temporary directory"
 
 
 def test_it_is_small(shared_experiment: Experiment) -> None:

@@ -6,6 +6,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -398,3 +399,26 @@ def test_wandb_without_a_key_is_offline_and_connects_nowhere(experiment: Experim
     assert heard == []
     assert {"metrics.csv", "tensorboard", "wandb"} <= {path.name for path in run.folder.iterdir()}
     assert list(run.folder.glob("wandb/offline-run-*/*.wandb"))
+
+
+# ------------------------------------------------------------------------------------------------------ as a function
+
+
+def test_train_can_be_called(own_experiment: Experiment, reference: Run) -> None:
+    """`labtrain.train(cfg)` in a person's own process: the same run, with the same bits, as train.py's."""
+    config = {**reference.receipt["config"], "paths": {"runs": str(own_experiment.root / "runs")}}
+    script = own_experiment.root / "mine.py"
+    script.write_text(
+        f"import labtrain\nresult = labtrain.train({config!r})\nprint(result.run_dir, result.weights_digest)\n"
+    )
+    quiet = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, cwd=own_experiment.root
+    )
+    assert quiet.returncode == 0, quiet.stderr
+    folder, digest = quiet.stdout.split()
+    assert digest == reference.digest
+    assert json.loads((Path(folder) / "receipt.json").read_text())["status"] == "complete"
+    again = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, check=False, cwd=own_experiment.root
+    )
+    assert again.stdout == quiet.stdout

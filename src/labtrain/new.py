@@ -40,7 +40,9 @@ def make_experiment(target: Path, *, author: str) -> None:
     if not os.access(missing, os.W_OK | os.X_OK):
         raise ConfigError(f"{missing}: no write permission", hint=f"ls -ld {missing}")
     with tempfile.TemporaryDirectory() as scratch:
-        # cookiecutter would leave its replay files in the home directory
+        # cookiecutter would leave its replay files in the home directory, and its rendered hooks in the temporary one
+        # (cookiecutter/hooks.py run_script_with_context).
+        before, tempfile.tempdir = tempfile.tempdir, scratch
         config = Path(scratch) / "cookiecutter.yaml"
         config.write_text(f"replay_dir: {scratch}/replay\ncookiecutters_dir: {scratch}/templates\n")
         try:
@@ -57,6 +59,8 @@ def make_experiment(target: Path, *, author: str) -> None:
             ) from error
         except (CookiecutterException, OSError) as error:
             raise LabtrainError(f"{target}: {error}", hint=f"ls -ld {target.parent}") from error
+        finally:
+            tempfile.tempdir = before
 
 
 def furnish(experiment: Path) -> None:
