@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.run import Job, code_digest, first_free, make_job, name
+from labtrain.run import Job, code_digest, first_free, lock_digest, make_job, name, route
 
 CONFIG = {
     "experiment": "digits",
@@ -115,3 +115,19 @@ def test_never_starts_beside(tmp_path: Path) -> None:
     run_dir.mkdir()
     (tmp_path / "abc-2").mkdir()
     assert first_free(run_dir) == tmp_path / "abc-3"
+
+
+def test_the_lock_is_that_of_the_route(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """conda's builds have bits of their own, so a run there has a name of its own."""
+    for lock in ("requirements.lock", "conda-lock.yml", "requirements-conda.lock"):
+        (tmp_path / lock).write_text(lock)
+    wheels = lock_digest(tmp_path)
+    assert route() == "wheels"
+    (tmp_path / "prefix" / "conda-meta").mkdir(parents=True)
+    monkeypatch.setattr("sys.prefix", str(tmp_path / "prefix"))
+    assert route() == "conda"
+    assert lock_digest(tmp_path) != wheels
+    monkeypatch.setattr("sys.prefix", "/nix/store/abc-env")
+    assert route() == "nix"
+    assert lock_digest(tmp_path) == wheels
+    assert lock_digest(tmp_path / "nothing") == ""

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from labtrain import __version__
-from labtrain.assets import SOURCES, asset
+from labtrain.assets import LOCKS, SOURCES, asset
 from labtrain.new import build_wheel
 from tests.conftest import LABTRAIN, ROOT, Experiment
 
@@ -27,7 +27,9 @@ OWN = {
     "tests/test_experiment.py",
     "train.py",
 }
-COPIED = {"requirements.lock", "labtrain.lock", WHEEL}
+COPIED = {"labtrain.lock", WHEEL} | {
+    str(path.relative_to(ROOT)) for name in LOCKS for path in [ROOT / name, *(ROOT / name).glob("*")] if path.is_file()
+}
 
 
 def files(root: Path) -> dict[str, str]:

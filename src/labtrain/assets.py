@@ -5,9 +5,19 @@ from pathlib import Path
 # The same list as pyproject.toml's force-include; tests/test_assets.py compares them.
 SOURCES = {
     "template": "template",
-    "requirements.lock": "requirements.lock",
     "golden/digits.json": "tests/golden/digits.json",
+    "requirements.lock": "requirements.lock",
+    "requirements-conda.lock": "requirements-conda.lock",
+    "environment.yml": "environment.yml",
+    "virtual-packages.yml": "virtual-packages.yml",
+    "conda-lock.yml": "conda-lock.yml",
+    "flake.nix": "flake.nix",
+    "flake.lock": "flake.lock",
+    "nix": "nix",
+    "sbom.cdx.json": "sbom.cdx.json",
 }
+# What an experiment carries of them: the three locks, and what seals them.
+LOCKS = tuple(name for name in SOURCES if name not in ("template", "golden/digits.json"))
 
 
 def asset(name: str) -> Path:

@@ -172,7 +172,7 @@ def locked_block(lock: str, name: str) -> str:
     """Return one package's lines of a lock: its pin and its hashes."""
     match = re.search(rf"^{re.escape(name)}==.*?(?=^\S|\Z)", lock, re.MULTILINE | re.DOTALL)
     if match is None:
-        raise LabtrainError(f"{LOCK} does not name {name}", hint="make lock")
+        raise LabtrainError(f"{LOCK} does not name {name}", hint="labtrain lock write")
     return "".join(line for line in match.group(0).splitlines(keepends=True) if not line.lstrip().startswith("#"))
 
 

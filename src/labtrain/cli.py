@@ -16,7 +16,6 @@ from labtrain.errors import LabtrainError, NotThereYetError
 
 # In the design, and not in this version: they say so instead of pretending.
 LATER = {
-    "lock": "write and compare the three locks",
     "verify": "run a receipt again and compare the bits",
     "diff": "what differs between two runs",
     "report": "runs as one self-contained page",
@@ -106,6 +105,46 @@ def doctor(as_json: bool, gpu: str) -> None:
             if check.hint:
                 click.echo(f"  {'':<14}hint: {check.hint}")
     sys.exit(any(check.status == "failed" for check in checks))
+
+
+@main.group()
+def lock() -> None:
+    """Write and compare the locks of the three environments."""
+
+
+@lock.command("check")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
+def lock_check(as_json: bool) -> None:
+    """Compare the locks with what they come from and with each other, offline."""
+    from dataclasses import asdict
+
+    from labtrain.lock.check import check_locks
+    from labtrain.lock.derive import stack
+
+    found = check_locks(Path.cwd())
+    if as_json:
+        click.echo(json.dumps([asdict(disagreement) for disagreement in found], indent=1))
+    else:
+        for disagreement in found:
+            click.echo(
+                f"{disagreement.file}  {disagreement.what}: {disagreement.found}   wanted: {disagreement.wanted}"
+            )
+        if not found:
+            for route, versions in stack(Path.cwd()).items():
+                click.echo(f"{route:<8}" + ", ".join(f"{name} {version}" for name, version in versions.items()))
+    if found:
+        click.echo("hint: labtrain lock write, or git checkout the file that should not have changed", err=True)
+    sys.exit(bool(found))
+
+
+@lock.command("write")
+@click.option("--upgrade", is_flag=True, help="Take the newest releases that pyproject.toml allows.")
+def lock_write(upgrade: bool) -> None:
+    """Make the locks anew: what is derived always, conda's where its spec changed."""
+    from labtrain.lock.write import write_locks
+
+    for line in write_locks(Path.cwd(), upgrade=upgrade):
+        click.echo(line)
 
 
 @main.command()

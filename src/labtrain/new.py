@@ -9,12 +9,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from labtrain.assets import SOURCES, asset
+from labtrain.assets import LOCKS, SOURCES, asset
 from labtrain.bootstrap import WHEEL_LOCK
 from labtrain.errors import ConfigError, LabtrainError
-from labtrain.run import LOCK_FILE
 
 ZIP_EPOCH = "315532800"  # 1980-01-01, the first day that a zip file can name: the same wheel from the same files
+SKIPPED = ("__pycache__", "*.pyc")
 
 
 def make_experiment(target: Path, *, author: str) -> None:
@@ -64,11 +64,22 @@ def make_experiment(target: Path, *, author: str) -> None:
 
 
 def furnish(experiment: Path) -> None:
-    """Copy requirements.lock into an experiment, this labtrain's wheel into `vendor/`, its hash into labtrain.lock."""
-    shutil.copyfile(asset(LOCK_FILE), experiment / LOCK_FILE)
+    """Copy the locks into an experiment, this labtrain's wheel into `vendor/`, and its hash into labtrain.lock."""
+    for name in LOCKS:
+        copy_asset(name, experiment / name)
     wheel = build_wheel(experiment / "vendor")
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     (experiment / WHEEL_LOCK).write_text(f"./vendor/{wheel.name} --hash=sha256:{digest}\n")
+
+
+def copy_asset(name: str, target: Path) -> None:
+    """Copy an asset, a file or a folder, to `target`."""
+    source = asset(name)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns(*SKIPPED))
+    else:
+        shutil.copyfile(source, target)
 
 
 def build_wheel(folder: Path) -> Path:
@@ -86,15 +97,9 @@ def build_wheel(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
-        skip = shutil.ignore_patterns("__pycache__", "*.pyc", "assets")
-        shutil.copytree(Path(__file__).parent, tree / "labtrain", ignore=skip)
+        shutil.copytree(Path(__file__).parent, tree / "labtrain", ignore=shutil.ignore_patterns("assets", *SKIPPED))
         for name in SOURCES:
-            source, copy = asset(name), tree / "labtrain" / "assets" / name
-            if source.is_dir():
-                shutil.copytree(source, copy, ignore=skip)
-            elif source.exists():
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, copy)
+            copy_asset(name, tree / "labtrain" / "assets" / name)
         info = tree / f"labtrain-{distribution.version}.dist-info"
         info.mkdir()
         for name in ("METADATA", "WHEEL", "entry_points.txt"):

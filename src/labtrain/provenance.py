@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from labtrain.run import Job
+from labtrain.run import Job, route
 
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile")
 
@@ -48,8 +48,9 @@ def git(folder: str, *arguments: str) -> str:
 
 
 def environment_state(job: Job) -> dict[str, Any]:
-    """Return the lock's digest, Python, and every installed distribution's version."""
+    """Return the route, its lock's digest, Python, and every installed distribution's version."""
     return {
+        "route": route(),
         "lock_digest": job.lock_digest or None,
         "python": platform.python_version(),
         "distributions": distributions(),

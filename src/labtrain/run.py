@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,12 @@ Config = dict[str, Any]
 
 JOB_VARIABLE = "LABTRAIN_JOB"
 LOCK_FILE = "requirements.lock"
+# The locks of each route. Nix installs the wheels of requirements.lock, conda has builds, and so bits, of its own.
+ROUTES = {
+    "wheels": (LOCK_FILE,),
+    "nix": (LOCK_FILE,),
+    "conda": ("conda-lock.yml", "requirements-conda.lock"),
+}
 
 # How a run is executed, watched or stored; nothing that the weights depend on.
 EXECUTION_KEYS = (
@@ -125,9 +132,16 @@ def sources(root: Path) -> Iterator[Path]:
 
 
 def lock_digest(root: Path) -> str:
-    """Return the sha256 of the experiment's lock; empty where there is none."""
-    lock = root / LOCK_FILE
-    return hashlib.sha256(lock.read_bytes()).hexdigest() if lock.exists() else ""
+    """Return the sha256 of the experiment's locks of the route that this environment took; empty where there are none."""
+    locks = [root / name for name in ROUTES[route()] if (root / name).exists()]
+    return hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest() if locks else ""
+
+
+def route() -> str:
+    """Return how this environment was made: conda, nix or wheels. Bits are promised within a route."""
+    if (Path(sys.prefix) / "conda-meta").is_dir():
+        return "conda"
+    return "nix" if Path(sys.prefix).resolve().is_relative_to("/nix/store") else "wheels"
 
 
 def first_free(run_dir: Path) -> Path:

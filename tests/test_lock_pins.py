@@ -6,14 +6,15 @@ from labtrain.errors import DamagedError
 from labtrain.lock import read_lock
 from tests.conftest import ROOT
 
-TWO = """\
+A, B, C = "a" * 64, "b" * 64, "c" * 64
+TWO = f"""\
 # a comment
 A.b_C==1.0 ; python_full_version >= '3' \\
-    --hash=sha256:aa \\
-    --hash=sha256:bb
+    --hash=sha256:{A} \\
+    --hash=sha256:{B}
     # via x
 never==2.0 ; sys_platform == 'win32' \\
-    --hash=sha256:cc
+    --hash=sha256:{C}
 """
 
 
@@ -21,11 +22,19 @@ def test_pins_apply_by_their_markers_and_go_by_normalised_names(tmp_path: Path) 
     (tmp_path / "r.lock").write_text(TWO)
     pins = read_lock(tmp_path / "r.lock")
     assert list(pins) == ["a-b-c"]
-    assert (pins["a-b-c"].version, pins["a-b-c"].hashes) == ("1.0", ("aa", "bb"))
+    assert (pins["a-b-c"].version, pins["a-b-c"].hashes) == ("1.0", (A, B))
 
 
 @pytest.mark.parametrize(
-    "line", ["a==1.0", "a>=1.0 --hash=sha256:aa", "-e .", "--index-url x", "a @ file:///x --hash=sha256:aa"]
+    "line",
+    [
+        "a==1.0",
+        "a>=1.0 --hash=sha256:aa",
+        "-e .",
+        "--index-url x",
+        "a @ file:///x --hash=sha256:aa",
+        "a==1.0 --hash=sha256:abc",
+    ],
 )
 def test_a_line_that_is_no_pin_with_a_hash_is_refused(line: str, tmp_path: Path) -> None:
     (tmp_path / "r.lock").write_text(line + "\n")

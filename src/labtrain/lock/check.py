@@ -1,0 +1,179 @@
+"""Compare the locks with what they come from and with each other: offline, and every disagreement at once."""
+
+import itertools
+import json
+import re
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from labtrain.errors import DamagedError
+from labtrain.lock import conda, derive
+from labtrain.lock.pins import PYTHON_312_LINUX, parse_pins, read_lock, read_pins
+from labtrain.provenance import normalised
+from labtrain.run import LOCK_FILE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disagreement:
+    """One thing that is not as it should be.
+
+    Attributes:
+        file: the lock, or what it comes from.
+        what: the package, or the part of the file.
+        found: what it says.
+        wanted: what the rest says.
+    """
+
+    file: str
+    what: str
+    found: str
+    wanted: str
+
+
+def check_locks(folder: Path) -> list[Disagreement]:
+    """Return every disagreement among the locks of a project or an experiment; none: they agree.
+
+    A file that cannot be read is one, and what depends on it is left out.
+    """
+    found: list[Disagreement] = []
+    for part in (check_requirements, check_spec, check_conda, check_wheels, check_conda_requirements, check_seal):
+        try:
+            found += part(folder)
+        except DamagedError as error:
+            path, _, text = str(error.args[0]).partition(": ")
+            file = str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
+            damaged = Disagreement(file=file, what="the file", found=text, wanted="a lock that can be read")
+            if damaged not in found:
+                found.append(damaged)
+    return found
+
+
+def check_requirements(folder: Path) -> Iterator[Disagreement]:
+    """Check requirements.lock: hashes and no address; and pyproject.toml's pins, where labtrain is developed."""
+    text = (folder / LOCK_FILE).read_text() if (folder / LOCK_FILE).exists() else ""
+    for address in re.findall(r"^.*(?:://|--(?:extra-)?index-url).*$", text, re.MULTILINE):
+        yield Disagreement(
+            file=LOCK_FILE, what="an address", found=address.strip()[:60], wanted="names, versions and hashes"
+        )
+    pins = {pin.name: pin.version for pin in read_pins(folder / LOCK_FILE)}
+    for requirement in _project_requirements(folder):
+        name = normalised(requirement.name)
+        if name not in pins:
+            yield Disagreement(file=LOCK_FILE, what=name, found="missing", wanted=f"{requirement} (pyproject.toml)")
+        elif not requirement.specifier.contains(pins[name], prereleases=True):
+            yield Disagreement(file=LOCK_FILE, what=name, found=pins[name], wanted=f"{requirement} (pyproject.toml)")
+
+
+def check_spec(folder: Path) -> Iterator[Disagreement]:
+    """Check environment.yml: its pins hold for the wheels' lock too."""
+    pins = {pin.name: pin.version for pin in read_pins(folder / LOCK_FILE)}
+    names = {conda_name: name for name, conda_name in conda.CONDA_NAMES.items()} | {"pytorch-gpu": "torch"}
+    for dependency in _conda_spec(folder):
+        conda_name, version, *_ = [*dependency.split("="), ""]
+        name = names.get(conda_name, normalised(conda_name))
+        if version and name in pins and not SpecifierSet(f"=={version}").contains(pins[name], prereleases=True):
+            yield Disagreement(file=conda.SPEC, what=conda_name, found=version, wanted=f"{pins[name]} ({LOCK_FILE})")
+
+
+def check_conda(folder: Path) -> Iterator[Disagreement]:
+    """Check conda-lock.yml: solved from environment.yml and virtual-packages.yml as they are, and whole in itself."""
+    lock = conda.read_conda_lock(folder)
+    locked = str((lock.get("metadata") or {}).get("content_hash", {}).get(conda.PLATFORM))
+    try:
+        now = conda.content_hash(folder)
+    except Exception as error:  # whatever conda-lock's parsers raise on a broken spec
+        raise DamagedError(f"{folder / conda.SPEC}: {' '.join(str(error).split())[:200]}") from error
+    if now != locked:
+        what = f"content hash of {conda.SPEC} and {conda.VIRTUAL}"
+        yield Disagreement(file=conda.LOCK, what=what, found=locked[:16], wanted=now[:16])
+    for name, found, wanted in conda.wrong_entries(lock["package"]):
+        yield Disagreement(file=conda.LOCK, what=name, found=found, wanted=wanted)
+
+
+def check_wheels(folder: Path) -> Iterator[Disagreement]:
+    """Check nix/wheels.json: one file of each package of the wheels' lock, at its hash."""
+    pins = read_lock(folder / LOCK_FILE, PYTHON_312_LINUX)
+    entries = derive.read_wheels(folder)
+    for entry in entries:
+        pin = pins.pop(entry["name"], None)
+        if pin is None:
+            yield Disagreement(
+                file=derive.WHEELS, what=entry["name"], found=entry["version"], wanted=f"not in {LOCK_FILE}"
+            )
+        elif derive.hex_digest(entry["hash"]) not in pin.hashes:
+            yield Disagreement(
+                file=derive.WHEELS, what=entry["name"], found=entry["hash"], wanted=f"a hash of {LOCK_FILE}"
+            )
+    for pin in pins.values():
+        yield Disagreement(file=derive.WHEELS, what=pin.name, found="missing", wanted=pin.version)
+
+
+def check_conda_requirements(folder: Path) -> Iterator[Disagreement]:
+    """Check requirements-conda.lock: exactly what conda-lock.yml lacks."""
+    wanted = {pin.name: pin for pin in parse_pins(derive.conda_requirements(folder), folder / LOCK_FILE)}
+    found = {pin.name: pin for pin in read_pins(folder / derive.CONDA_REQUIREMENTS)}
+    for name in sorted(set(wanted) | set(found)):
+        if name not in found or name not in wanted:
+            state = (
+                ("missing", wanted[name].version)
+                if name in wanted
+                else (found[name].version, f"not needed beside {conda.LOCK}")
+            )
+            yield Disagreement(file=derive.CONDA_REQUIREMENTS, what=name, found=state[0], wanted=state[1])
+        elif found[name].text != wanted[name].text:
+            hint = f"{wanted[name].version} with the hashes of {LOCK_FILE}"
+            yield Disagreement(
+                file=derive.CONDA_REQUIREMENTS, what=name, found=f"{found[name].version}, other lines", wanted=hint
+            )
+
+
+def check_seal(folder: Path) -> Iterator[Disagreement]:
+    """Check sbom.cdx.json: it seals every package of every lock as it is."""
+    path = folder / derive.SEAL
+    try:
+        components = json.loads(path.read_text())["components"]
+        sealed = {component["bom-ref"]: _property(component, "labtrain:seal") for component in components}
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise DamagedError(f"{path}: {error!r}", hint="labtrain lock write") from error
+    files = {"wheels": LOCK_FILE, "conda": conda.LOCK, "nix": derive.WHEELS}
+    now = derive.seal(folder)
+    for key in sorted(set(now) | set(sealed)):
+        route, _, name = key.partition(" ")
+        file = derive.FLAKE_LOCK if key == "nix nixpkgs" else files.get(route, derive.SEAL)
+        if key not in sealed:
+            yield Disagreement(file=file, what=name, found="an entry", wanted=f"none ({derive.SEAL})")
+        elif key not in now:
+            yield Disagreement(file=file, what=name, found="no entry", wanted=f"the one of {derive.SEAL}")
+        elif now[key] != sealed[key]:
+            yield Disagreement(
+                file=file, what=name, found=now[key][:12], wanted=f"{sealed[key][:12]}, its seal in {derive.SEAL}"
+            )
+
+
+def _property(component: dict[str, Any], name: str) -> str:
+    return next(str(entry["value"]) for entry in component["properties"] if entry["name"] == name)
+
+
+def _project_requirements(folder: Path) -> list[Requirement]:
+    path = folder / "pyproject.toml"
+    try:
+        project = tomllib.loads(path.read_text())["project"]
+    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
+        raise DamagedError(f"{path}: {error}") from error
+    extras: dict[str, list[str]] = project.get("optional-dependencies", {})
+    return [Requirement(line) for line in [*project.get("dependencies", []), *itertools.chain(*extras.values())]]
+
+
+def _conda_spec(folder: Path) -> list[str]:
+    path = folder / conda.SPEC
+    try:
+        return [str(line) for line in yaml.safe_load(path.read_text())["dependencies"]]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise DamagedError(f"{path}: {' '.join(str(error).split())}", hint=f"git checkout {conda.SPEC}") from error

@@ -1,0 +1,117 @@
+"""The conda lock: its entries, what they need of each other, and its content hash. No solver runs here."""
+
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from labtrain.errors import DamagedError
+from labtrain.provenance import normalised
+
+SPEC = "environment.yml"
+VIRTUAL = "virtual-packages.yml"
+LOCK = "conda-lock.yml"
+PLATFORM = "linux-64"
+
+# conda-forge's names of what the registry calls otherwise.
+CONDA_NAMES = {
+    "antlr4-python3-runtime": "antlr-python-runtime",
+    "fastjsonschema": "python-fastjsonschema",
+    "matplotlib": "matplotlib-base",
+    "nbconvert": "nbconvert-core",
+    "torch": "pytorch",
+    "tzdata": "python-tzdata",
+    "xxhash": "python-xxhash",
+}
+# The CUDA libraries are packages of conda-forge's own there.
+CUDA_PREFIX = "nvidia-"
+CUDA_SUFFIX = "-cu12"
+
+Entry = dict[str, Any]
+
+
+def read_conda_lock(folder: Path) -> dict[str, Any]:
+    """Return conda-lock.yml as it stands.
+
+    Raises:
+        DamagedError: it is missing, no YAML, or no conda lock.
+    """
+    path = folder / LOCK
+    try:
+        lock = _parse(path.read_text())
+        if lock["version"] != 1 or not isinstance(lock["package"], list):
+            raise ValueError("not version 1")
+        return dict(lock)
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        text = " ".join(str(error).split())
+        raise DamagedError(f"{path}: no conda lock ({text})", hint="git checkout conda-lock.yml") from error
+
+
+@functools.lru_cache(maxsize=1)
+def _parse(text: str) -> Any:
+    """Parse a lock once for all checks of one command; callers only read it."""
+    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+
+
+def provides(entries: list[Entry], name: str) -> bool:
+    """Return whether the conda lock holds what the registry calls `name`."""
+    names = {normalised(entry["name"]) for entry in entries}
+    if name.startswith(CUDA_PREFIX) and name.endswith(CUDA_SUFFIX):
+        return True
+    return name in names or normalised(CONDA_NAMES.get(name, name)) in names
+
+
+def content_hash(folder: Path) -> str:
+    """Return the content hash of environment.yml and virtual-packages.yml, by conda-lock's own API.
+
+    The same steps as `conda_lock.conda_lock.make_lock_files`; nothing is looked up in a channel.
+    """
+    from conda_lock import content_hash as hashes
+    from conda_lock import lookup, src_parser, virtual_package
+
+    spec = src_parser.make_lock_spec(
+        src_files=[folder / SPEC], platform_overrides=[PLATFORM], mapping_url=lookup.DEFAULT_MAPPING_URL
+    )
+    repository = virtual_package.virtual_package_repo_from_specification(folder / VIRTUAL)
+    with repository:
+        return str(hashes.compute_content_hashes(spec, repository)[PLATFORM])
+
+
+def wrong_entries(entries: list[Entry]) -> Iterator[tuple[str, str, str]]:
+    """Yield (package, found, wanted) for each entry that is malformed or whose needs are not met in the lock.
+
+    A package's needs are conda match specs, read and compared by rattler, the library of conda's current solver.
+    """
+    from rattler import BuildString, MatchSpec, PackageRecord
+
+    records: dict[str, PackageRecord] = {}
+    for entry in entries:
+        name = entry["name"]
+        file = re.search(r"/([^/]+)/([^/]+)-([^-/]+)-([^-/]+)\.(conda|tar\.bz2)$", str(entry.get("url", "")))
+        if file is None or (file.group(2), file.group(3)) != (name, str(entry["version"])):
+            yield name, f"url {entry.get('url')}", f"the file of {name} {entry['version']}"
+            continue
+        for kind, digits in (("md5", 32), ("sha256", 64)):
+            value = str((entry.get("hash") or {}).get(kind, ""))
+            if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", value):
+                yield name, f"{kind} {value or 'missing'}", f"{digits} hex digits"
+        number = int((re.search(r"(\d+)$", file.group(4)) or ["0", "0"])[1])
+        records[name] = PackageRecord(
+            name=name,
+            version=str(entry["version"]),
+            build=BuildString(file.group(4)),
+            build_number=number,
+            subdir=file.group(1),
+        )
+    for entry in entries:
+        for needed, spec in (entry.get("dependencies") or {}).items():
+            if needed.startswith("__"):
+                continue  # a virtual package: virtual-packages.yml
+            wanted = f"{needed} {spec}".strip()
+            if needed not in records:
+                yield entry["name"], f"nothing of that name, for its need {wanted}", wanted
+            elif not MatchSpec(wanted).matches(records[needed]):
+                yield entry["name"], f"{needed} {records[needed].version}", wanted

@@ -1,0 +1,151 @@
+"""What follows from the locks: the part that conda lacks, the seal, and the versions that a route implies."""
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from packaging.tags import compatible_tags, cpython_tags
+from packaging.utils import parse_wheel_filename
+
+from labtrain.errors import DamagedError
+from labtrain.lock import conda
+from labtrain.lock.pins import PYTHON_312_LINUX, Pin, read_lock, read_pins
+from labtrain.run import LOCK_FILE
+
+CONDA_REQUIREMENTS = "requirements-conda.lock"
+WHEELS = "nix/wheels.json"
+FLAKE_LOCK = "flake.lock"
+SEAL = "sbom.cdx.json"
+GLIBC = (2, 28)  # the newest that a wheel may ask for; environment.yml is solved for the same
+
+Seal = dict[str, str]
+
+
+def conda_requirements(folder: Path) -> str:
+    """Return requirements-conda.lock: the pins of requirements.lock that conda-lock.yml does not provide."""
+    entries = conda.read_conda_lock(folder)["package"]
+    pins = read_lock(folder / LOCK_FILE, PYTHON_312_LINUX)
+    return "".join(pin.text for name, pin in sorted(pins.items()) if not conda.provides(entries, name))
+
+
+def choose_file(pin: Pin, files: list[tuple[str, str]]) -> tuple[str, str]:
+    """Return the file that CPython 3.12 on x86-64 Linux installs: the wheel of the best tag, else the sdist.
+
+    Args:
+        pin: the package.
+        files: (name, sha256) of each of its files.
+
+    Raises:
+        DamagedError: none of its files can be installed there.
+    """
+    glibc = [f"manylinux_{GLIBC[0]}_{minor}_x86_64" for minor in range(GLIBC[1], 4, -1)]
+    platforms = [*glibc, "manylinux2014_x86_64", "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64"]
+    tags = [
+        *cpython_tags((3, 12), platforms=platforms),
+        *compatible_tags((3, 12), interpreter="cp312", platforms=platforms),
+    ]
+    ranks = {tag: rank for rank, tag in enumerate(tags)}
+    best: tuple[int, str, str] | None = None
+    for name, sha256 in files:
+        if sha256 not in pin.hashes:
+            continue
+        if name.endswith(".whl"):
+            rank = min((ranks[tag] for tag in parse_wheel_filename(name)[3] if tag in ranks), default=None)
+        else:
+            rank = len(ranks) if name.endswith(".tar.gz") else None
+        if rank is not None and (best is None or rank < best[0]):
+            best = (rank, name, sha256)
+    if best is None:
+        raise DamagedError(
+            f"{pin.name} {pin.version} has no file for CPython 3.12 on x86-64 Linux", hint="pin another version"
+        )
+    return best[1], best[2]
+
+
+def wheel_entry(pin: Pin, file: str, sha256: str) -> dict[str, Any]:
+    """Return one entry of wheels.json: what nixpkgs' fetchPypi is called with, so that no file names a host."""
+    entry: dict[str, Any] = {"name": pin.name, "version": pin.version, "hash": sri(sha256)}
+    if file.endswith(".whl"):
+        parts = file.removesuffix(".whl").split("-")
+        pname, version, *build, python, abi, platform = parts
+        return entry | {
+            "format": "wheel",
+            "pname": pname,
+            "version": version,
+            "build": build[0] if build else None,
+            "dist": python,
+            "python": python,
+            "abi": abi,
+            "platform": platform,
+        }
+    pname, _, version = file.removesuffix(".tar.gz").rpartition("-")
+    return entry | {"format": "sdist", "pname": pname, "version": version, "extension": "tar.gz"}
+
+
+def sri(sha256: str) -> str:
+    """Return a sha256 as Nix writes it (Subresource Integrity)."""
+    return f"sha256-{base64.b64encode(bytes.fromhex(sha256)).decode()}"
+
+
+def hex_digest(hash_sri: str) -> str:
+    """Return what `sri` was made from."""
+    return base64.b64decode(hash_sri.removeprefix("sha256-")).hex()
+
+
+def seal(folder: Path) -> Seal:
+    """Return a digest for each package of each lock, by route and name: what sbom.cdx.json must hold.
+
+    Over everything that a lock says of it, so that no character of a hash, pin or address can change unseen.
+    """
+    sealed: Seal = {}
+    for pin in read_pins(folder / LOCK_FILE):
+        sealed[f"wheels {pin.name} {pin.version}"] = _sha256(pin.text)
+    for entry in conda.read_conda_lock(folder)["package"]:
+        sealed[f"conda {entry['name']}"] = _sha256(json.dumps(entry, sort_keys=True))
+    for entry in read_wheels(folder):
+        sealed[f"nix {entry['name']}"] = _sha256(json.dumps(entry, sort_keys=True))
+    flake = folder / FLAKE_LOCK
+    if flake.exists():
+        sealed["nix nixpkgs"] = _sha256(flake.read_text())
+    return sealed
+
+
+def read_wheels(folder: Path) -> list[dict[str, Any]]:
+    """Return nix/wheels.json.
+
+    Raises:
+        DamagedError: it is missing or broken.
+    """
+    path = folder / WHEELS
+    try:
+        entries = json.loads(path.read_text())
+        for entry in entries:
+            entry["name"], entry["version"], entry["hash"], entry["format"]
+        return list(entries)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DamagedError(f"{path}: {error!r}", hint="labtrain lock write") from error
+
+
+def stack(folder: Path) -> dict[str, dict[str, str]]:
+    """Return the versions of what decides the numbers, by route: torch, CUDA runtime, cuDNN, NCCL."""
+    pins = read_lock(folder / LOCK_FILE, PYTHON_312_LINUX)
+    entries = {entry["name"]: str(entry["version"]) for entry in conda.read_conda_lock(folder)["package"]}
+    nix = {entry["name"]: entry["version"] for entry in read_wheels(folder)}
+    registry = {
+        "torch": "torch",
+        "CUDA runtime": "nvidia-cuda-runtime-cu12",
+        "cuDNN": "nvidia-cudnn-cu12",
+        "NCCL": "nvidia-nccl-cu12",
+    }
+    forge = {"torch": "pytorch", "CUDA runtime": "cuda-cudart", "cuDNN": "cudnn", "NCCL": "nccl"}
+    return {
+        "wheels": {what: pins[name].version if name in pins else "missing" for what, name in registry.items()},
+        "nix": {what: nix.get(name, "missing") for what, name in registry.items()},
+        "conda": {what: entries.get(name, "missing") for what, name in forge.items()},
+    }
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

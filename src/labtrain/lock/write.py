@@ -1,0 +1,163 @@
+"""Make anew what is derived: requirements.lock, nix/wheels.json, requirements-conda.lock, and the seal."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+import tomllib
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from labtrain.errors import ConfigError, LabtrainError
+from labtrain.lock import conda, derive
+from labtrain.lock.pins import PYTHON_312_LINUX, read_lock, read_pins
+from labtrain.receipt import write_atomically
+from labtrain.run import LOCK_FILE
+
+COMPILE = ("--universal", "--generate-hashes", "--no-emit-index-url", "--no-header", "--quiet")
+EXTRAS = ("--extra", "lab", "--extra", "dev")
+
+
+def write_locks(folder: Path, *, upgrade: bool = False) -> Iterator[str]:
+    """Write each derived lock, yielding a line for each.
+
+    Args:
+        folder: the project's; it holds pyproject.toml with the extras lab and dev.
+        upgrade: take the newest releases that pyproject.toml allows; else pins are kept where they still fit.
+
+    Raises:
+        LabtrainError: a tool failed, or the conda spec changed and no channel can be reached.
+    """
+    if not (folder / "pyproject.toml").exists() or not (folder / conda.SPEC).exists():
+        hint = "an experiment's locks are those of the labtrain that made it: make another with a newer one"
+        raise ConfigError(f"{folder} holds no pyproject.toml and {conda.SPEC} to resolve from", hint=hint)
+    before = (folder / LOCK_FILE).read_text() if (folder / LOCK_FILE).exists() else ""
+    options = [*COMPILE, *EXTRAS, *(["--upgrade"] if upgrade else [])]
+    _run(folder, "uv", "pip", "compile", *options, "pyproject.toml", "-o", LOCK_FILE)
+    yield f"{LOCK_FILE}: {'unchanged' if (folder / LOCK_FILE).read_text() == before else 'resolved anew'}"
+    yield from _lock_conda(folder)
+    wheels = choose_wheels(folder)
+    (folder / derive.WHEELS).parent.mkdir(exist_ok=True)
+    write_atomically(folder / derive.WHEELS, "[\n" + ",\n".join(json.dumps(entry) for entry in wheels) + "\n]\n")
+    yield f"{derive.WHEELS}: {len(wheels)} files"
+    text = derive.conda_requirements(folder)
+    write_atomically(folder / derive.CONDA_REQUIREMENTS, text)
+    yield f"{derive.CONDA_REQUIREMENTS}: {text.count('==')} packages"
+    write_atomically(folder / derive.SEAL, sbom(folder))
+    yield f"{derive.SEAL}: {len(derive.seal(folder))} packages of three routes"
+
+
+def choose_wheels(folder: Path) -> list[dict[str, Any]]:
+    """Return the entries of wheels.json, sorted by name.
+
+    A lock with hashes has no file names: uv tells them in a pylock.toml, which is not kept, since it names hosts.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        constraints = Path(scratch) / "constraints.txt"
+        pins = read_pins(folder / LOCK_FILE)
+        lines = [f"{pin.name}=={pin.version}{f' ; {pin.marker}' if pin.marker else ''}\n" for pin in pins]
+        constraints.write_text("".join(lines))
+        listing = Path(scratch) / "pylock.toml"
+        options = ["--universal", "--no-header", "--quiet", "--format", "pylock.toml", *EXTRAS]
+        _run(folder, "uv", "pip", "compile", *options, "-c", str(constraints), "pyproject.toml", "-o", str(listing))
+        packages = tomllib.loads(listing.read_text())["packages"]
+    files = {
+        (package["name"], package["version"]): [
+            (file["url"].rpartition("/")[2], file["hashes"]["sha256"])
+            for file in [*package.get("wheels", []), *([package["sdist"]] if "sdist" in package else [])]
+        ]
+        for package in packages
+    }
+    chosen = read_lock(folder / LOCK_FILE, PYTHON_312_LINUX)
+    return [
+        derive.wheel_entry(pin, *derive.choose_file(pin, files.get((pin.name, pin.version), [])))
+        for _, pin in sorted(chosen.items())
+    ]
+
+
+def sbom(folder: Path) -> str:
+    """Return sbom.cdx.json: a CycloneDX 1.6 document of every package of every route, by CycloneDX's own library.
+
+    https://cyclonedx.org/docs/1.6/json/. The same locks give the same text: no time, and a serial number of their own.
+    """
+    from cyclonedx.model import HashType, Property
+    from cyclonedx.model.bom import Bom
+    from cyclonedx.model.component import Component, ComponentType
+    from cyclonedx.output.json import JsonV1Dot6
+    from packageurl import PackageURL
+
+    sealed = derive.seal(folder)
+    hashes: dict[str, list[str]] = {f"wheels {pin.name} {pin.version}": [] for pin in read_pins(folder / LOCK_FILE)}
+    purls = {
+        f"wheels {pin.name} {pin.version}": PackageURL("pypi", None, pin.name, pin.version)
+        for pin in read_pins(folder / LOCK_FILE)
+    }
+    for entry in conda.read_conda_lock(folder)["package"]:
+        key = f"conda {entry['name']}"
+        hashes[key] = [f"{kind}:{value}" for kind, value in entry["hash"].items()]
+        purls[key] = PackageURL("conda", None, entry["name"], str(entry["version"]), {"channel": "conda-forge"})
+    for entry in derive.read_wheels(folder):
+        key = f"nix {entry['name']}"
+        hashes[key] = [f"sha256:{derive.hex_digest(entry['hash'])}"]
+        purls[key] = PackageURL("pypi", None, entry["name"], entry["version"], {"route": "nix"})
+    bom = Bom(
+        serial_number=uuid.UUID(hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()[:32], version=4)
+    )
+    for key, digest in sealed.items():
+        route, name, *_ = key.split(" ")
+        purl = purls.get(key)
+        component = Component(
+            type=ComponentType.LIBRARY,
+            name=name,
+            version=purl.version if purl else None,
+            purl=purl,
+            bom_ref=key,
+            hashes=[HashType.from_composite_str(text) for text in hashes.get(key, [])],
+            properties=[Property(name="labtrain:route", value=route), Property(name="labtrain:seal", value=digest)],
+        )
+        bom.components.add(component)
+    document = json.loads(JsonV1Dot6(bom).output_as_string())
+    document.get("metadata", {}).pop("timestamp", None)
+    return json.dumps(document, indent=1, sort_keys=True) + "\n"
+
+
+def _lock_conda(folder: Path) -> Iterator[str]:
+    """Solve the conda lock anew if what it was solved from has changed."""
+    locked = conda.read_conda_lock(folder)["metadata"]["content_hash"].get(conda.PLATFORM)
+    if conda.content_hash(folder) == locked:
+        yield f"{conda.LOCK}: unchanged"
+        return
+    options = [
+        "-f",
+        conda.SPEC,
+        "--virtual-package-spec",
+        conda.VIRTUAL,
+        "-p",
+        conda.PLATFORM,
+        "--lockfile",
+        conda.LOCK,
+    ]
+    try:
+        _run(folder, "conda-lock", "lock", *options)
+    except LabtrainError as error:
+        what = f"{conda.SPEC} or {conda.VIRTUAL} changed, and {conda.LOCK} could not be solved anew"
+        raise LabtrainError(
+            f"{what}: {error.args[0]}", hint="run it where conda-forge can be reached, or take the change back"
+        ) from error
+    yield f"{conda.LOCK}: solved anew"
+
+
+def _run(folder: Path, program: str, *arguments: str) -> None:
+    """Run a program of this environment.
+
+    Raises:
+        LabtrainError: it failed; with the end of what it printed.
+    """
+    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        text = " ".join((done.stderr.strip() or done.stdout.strip()).split())
+        raise LabtrainError(f"{program} {arguments[0]} failed: {text[-400:]}", hint="labtrain doctor, or the network")

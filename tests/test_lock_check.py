@@ -1,0 +1,282 @@
+"""`labtrain lock check`: every disagreement is found and named. Each case changes real locks, in a copy."""
+
+import json
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from labtrain.lock import read_lock
+from labtrain.lock.check import check_locks
+from labtrain.lock.conda import content_hash
+from labtrain.lock.derive import choose_file, conda_requirements, hex_digest, sri, wheel_entry
+from labtrain.lock.pins import PYTHON_312_LINUX
+from tests.conftest import LABTRAIN, ROOT
+
+FILES = ["environment.yml", "virtual-packages.yml", "conda-lock.yml", "requirements.lock", "requirements-conda.lock"]
+FILES += ["nix/wheels.json", "flake.lock", "sbom.cdx.json", "pyproject.toml"]
+
+
+@pytest.fixture
+def locks(tmp_path: Path) -> Path:
+    (tmp_path / "nix").mkdir()
+    for name in FILES:
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def change(path: Path, before: str, after: str) -> None:
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after, 1))
+
+
+def other_digit(character: str) -> str:
+    return "0" if character != "0" else "1"
+
+
+def one_character(text: str, at: int) -> str:
+    return text[:at] + other_digit(text[at]) + text[at + 1 :]
+
+
+def test_the_locks_of_the_repository_agree() -> None:
+    done = subprocess.run([LABTRAIN, "lock", "check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    routes = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert routes["wheels"] == routes["nix"]
+    assert re.fullmatch(
+        r"torch 2\.9\.1, CUDA runtime 12\.8\.\d+, cuDNN 9\.10\.[\d.]+, NCCL 2\.27\.\d+", routes["wheels"]
+    )
+    assert re.fullmatch(
+        r"torch 2\.9\.1, CUDA runtime 12\.9\.\d+, cuDNN 9\.13\.[\d.]+, NCCL 2\.\d+[\d.]+", routes["conda"]
+    )
+
+
+def test_all_of_a_locks_disagreements_come_at_once(locks: Path) -> None:
+    change(locks / "environment.yml", "hydra-core=1.3.*", "hydra-core=1.2.*")
+    change(locks / "nix/wheels.json", '"name": "click"', '"name": "clack"')
+    done = subprocess.run([LABTRAIN, "lock", "check", "--json"], cwd=locks, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    found = {(entry["file"], entry["what"]) for entry in json.loads(done.stdout)}
+    assert {
+        ("environment.yml", "hydra-core"),
+        ("conda-lock.yml", "content hash of environment.yml and virtual-packages.yml"),
+        ("nix/wheels.json", "click"),
+        ("nix/wheels.json", "clack"),
+    } <= found
+    assert "hint: labtrain lock write" in done.stderr
+
+
+def hashes_of(name: str, pattern: str) -> list[tuple[int, str]]:
+    """(position of a digit, package) for a seeded choice of a lock's hashes."""
+    text = (ROOT / name).read_text()
+    owner = re.compile(r"^([a-z0-9][\w.-]*)==" if name.endswith(".lock") else r"^- name: (\S+)", re.MULTILINE)
+    places = [match.start(1) for match in re.finditer(pattern, text)]
+    chosen = random.Random(1).sample(places, 8)
+    return [
+        (place + 5, [match.group(1) for match in owner.finditer(text) if match.start() < place][-1]) for place in chosen
+    ]
+
+
+HASHES = [
+    *[("requirements.lock", *case) for case in hashes_of("requirements.lock", r"sha256:([0-9a-f]{64})")],
+    *[("requirements-conda.lock", *case) for case in hashes_of("requirements-conda.lock", r"sha256:([0-9a-f]{64})")],
+    *[("conda-lock.yml", *case) for case in hashes_of("conda-lock.yml", r"sha256: ([0-9a-f]{64})")],
+    *[("conda-lock.yml", *case) for case in hashes_of("conda-lock.yml", r"md5: ([0-9a-f]{32})")],
+]
+
+
+@pytest.mark.parametrize(("name", "at", "package"), HASHES)
+def test_one_character_of_a_hash_is_named(name: str, at: int, package: str, locks: Path) -> None:
+    (locks / name).write_text(one_character((locks / name).read_text(), at))
+    found = [(entry.file, entry.what) for entry in check_locks(locks)]
+    assert any(
+        file == name and re.split(r"[ ]", what)[0].replace("_", "-") == package.replace("_", "-")
+        for file, what in found
+    ), found
+
+
+@pytest.mark.parametrize("index", [0, 40, 100, 200, 253])
+def test_one_character_of_a_wheels_hash_is_named(index: int, locks: Path) -> None:
+    entries = json.loads((locks / "nix/wheels.json").read_text())
+    digest = hex_digest(entries[index]["hash"])
+    entries[index]["hash"] = sri(one_character(digest, 7))
+    (locks / "nix/wheels.json").write_text(json.dumps(entries))
+    assert ("nix/wheels.json", entries[index]["name"]) in [(entry.file, entry.what) for entry in check_locks(locks)]
+
+
+def edit_conda(locks: Path, edit: Callable[[dict], None]) -> None:
+    lock = yaml.safe_load((locks / "conda-lock.yml").read_text())
+    edit(next(entry for entry in lock["package"] if entry["name"] == "lightning"))
+    (locks / "conda-lock.yml").write_text(yaml.safe_dump(lock, sort_keys=False))
+
+
+@pytest.mark.parametrize(
+    ("edit", "says"),
+    [
+        (lambda entry: entry.pop("url"), "url None"),
+        (lambda entry: entry.update(url=entry["url"].replace("lightning-2", "lightning-3")), "url https"),
+        (lambda entry: entry["hash"].pop("sha256"), "sha256 missing"),
+        (lambda entry: entry["hash"].update(md5="1234"), "md5 1234"),
+        (lambda entry: entry["dependencies"].update(pytorch=">=3"), "pytorch 2.9.1"),
+        (lambda entry: entry["dependencies"].update(nothing=">=1"), "nothing of that name, for its need nothing >=1"),
+        (lambda entry: entry.update(version="2.6.9"), "url https"),
+    ],
+)
+def test_an_entry_of_the_conda_lock_that_is_not_whole_is_named(
+    edit: Callable[[dict], None], says: str, locks: Path
+) -> None:
+    edit_conda(locks, edit)
+    found = [entry for entry in check_locks(locks) if (entry.file, entry.what) == ("conda-lock.yml", "lightning")]
+    assert any(entry.found.startswith(says) for entry in found), found
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "file", "what"),
+    [
+        ("pyproject.toml", '"torch==2.9.1"', '"torch==2.9.2"', "requirements.lock", "torch"),
+        ("pyproject.toml", '"lightning>=2.6,<2.7"', '"lightning>=2.7,<2.8"', "requirements.lock", "lightning"),
+        ("pyproject.toml", '"click>=8.1"', '"clack>=8.1"', "requirements.lock", "clack"),
+        ("environment.yml", "pytorch-gpu=2.9.1", "pytorch-gpu=2.9.2", "environment.yml", "pytorch-gpu"),
+        ("environment.yml", "omegaconf=2.3.*", "omegaconf=2.4.*", "environment.yml", "omegaconf"),
+        (
+            "environment.yml",
+            "  - tqdm\n",
+            "",
+            "conda-lock.yml",
+            "content hash of environment.yml and virtual-packages.yml",
+        ),
+        (
+            "virtual-packages.yml",
+            '"12.1"',
+            '"12.2"',
+            "conda-lock.yml",
+            "content hash of environment.yml and virtual-packages.yml",
+        ),
+        (
+            "conda-lock.yml",
+            "6eb683bd",
+            "6eb683be",
+            "conda-lock.yml",
+            "content hash of environment.yml and virtual-packages.yml",
+        ),
+        ("requirements.lock", "\nclick==8.5.1 ", "\nclick==8.5.2 ", "requirements.lock", "click 8.5.2"),
+        ("requirements-conda.lock", "ruff==0.", "ruff==1.", "requirements-conda.lock", "ruff"),
+        (
+            "requirements.lock",
+            "\ntorch==",
+            "\n--index-url https://example.org/simple\ntorch==",
+            "requirements.lock",
+            "an address",
+        ),
+        ("flake.lock", "3aadb7ca", "3aadb7cb", "flake.lock", "nixpkgs"),
+        ("nix/wheels.json", '"dist": "cp312"', '"dist": "cp311"', "nix/wheels.json", None),
+    ],
+)
+def test_one_change_of_a_pin_is_named(
+    name: str, before: str, after: str, file: str, what: str | None, locks: Path
+) -> None:
+    change(locks / name, before, after)
+    found = [(entry.file, entry.what) for entry in check_locks(locks)]
+    assert any(entry == (file, what) or (what is None and entry[0] == file) for entry in found), found
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name not in ("pyproject.toml", "flake.lock")])
+@pytest.mark.parametrize("how", ["removed", "emptied", "broken"])
+def test_a_file_that_cannot_be_read_is_named(name: str, how: str, locks: Path) -> None:
+    if how == "removed":
+        (locks / name).unlink()
+    else:
+        (locks / name).write_text("" if how == "emptied" else "{[not a lock")
+    assert any(
+        entry.file in (name, name.replace("virtual-packages", "environment"), "conda-lock.yml")
+        for entry in check_locks(locks)
+    )
+
+
+def test_what_conda_lacks_is_what_is_installed_on_top() -> None:
+    """cookiecutter is not in the conda lock; torch and CUDA's libraries are, under other names."""
+    names = set(re.findall(r"^([a-z0-9-]+)==", conda_requirements(ROOT), re.MULTILINE))
+    assert {"cookiecutter", "conda-lock"} <= names
+    assert not names & {"torch", "numpy", "lightning", "matplotlib", "xxhash", "nvidia-cudnn-cu12"}
+
+
+def test_conda_lock_itself_agrees() -> None:
+    """Its own parser reads the lock, its renderer lists each package, its hash is the one in the lock."""
+    from conda_lock.conda_lock import parse_conda_lock_file
+
+    content = parse_conda_lock_file(ROOT / "conda-lock.yml")
+    assert len(content.package) == 320
+    assert content.metadata.content_hash["linux-64"] == content_hash(ROOT)
+
+
+def test_conda_lock_renders_the_lock(tmp_path: Path) -> None:
+    command = [
+        str(Path(LABTRAIN).with_name("conda-lock")),
+        "render",
+        "--kind",
+        "explicit",
+        "-p",
+        "linux-64",
+        str(ROOT / "conda-lock.yml"),
+    ]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = (tmp_path / "conda-linux-64.lock").read_text().splitlines()
+    assert len([line for line in lines if line.startswith("https://")]) == 320
+
+
+def test_wheels_are_chosen_by_their_tags() -> None:
+    pin = read_lock(ROOT / "requirements.lock", PYTHON_312_LINUX)["numpy"]
+    digests = list(pin.hashes[:6])
+    files = [
+        ("numpy-2.5.5-cp311-cp311-manylinux_2_28_x86_64.whl", digests[0]),
+        ("numpy-2.5.5-cp312-cp312-manylinux_2_28_x86_64.whl", digests[1]),
+        ("numpy-2.5.5-cp312-cp312-musllinux_1_2_x86_64.whl", digests[2]),
+        ("numpy-2.5.5-cp312-cp312-manylinux_2_39_x86_64.whl", digests[3]),
+        ("numpy-2.5.5.tar.gz", digests[4]),
+    ]
+    assert choose_file(pin, files)[1] == digests[1]
+    assert choose_file(pin, files[4:])[1] == digests[4]
+    entry = wheel_entry(pin, "x_y-1.0-2-cp312-abi3-manylinux_2_17_x86_64.manylinux2014_x86_64.whl", digests[0])
+    assert (entry["pname"], entry["version"], entry["build"], entry["abi"]) == ("x_y", "1.0", "2", "abi3")
+    assert entry["platform"] == "manylinux_2_17_x86_64.manylinux2014_x86_64"
+    assert hex_digest(entry["hash"]) == digests[0]
+
+
+def test_the_sbom_is_valid_cyclonedx() -> None:
+    from cyclonedx.schema import SchemaVersion
+    from cyclonedx.validation.json import JsonStrictValidator
+
+    text = (ROOT / "sbom.cdx.json").read_text()
+    assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
+    purls = {component.get("purl") for component in json.loads(text)["components"]}
+    assert {"pkg:pypi/torch@2.9.1", "pkg:conda/pytorch@2.9.1?channel=conda-forge"} <= purls
+
+
+def test_written_locks_are_those_of_the_repository(locks: Path) -> None:
+    """`lock write` of an unchanged spec changes nothing; what was damaged in a derived file is mended. Asks the registry."""
+    shutil.copy(ROOT / "README.md", locks / "README.md")
+    change(locks / "nix/wheels.json", '"click"', '"clack"')
+    (locks / "requirements-conda.lock").unlink()
+    done = subprocess.run([LABTRAIN, "lock", "write"], cwd=locks, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "conda-lock.yml: unchanged" in done.stdout
+    for name in FILES:
+        assert (locks / name).read_text() == (ROOT / name).read_text(), name
+
+
+def test_a_conda_spec_that_changed_needs_a_channel(locks: Path) -> None:
+    """Where there is none, that is said, and the lock stays as it was."""
+    shutil.copy(ROOT / "README.md", locks / "README.md")
+    change(locks / "environment.yml", "  - conda-forge\n", "  - http://127.0.0.1:1/no-such-channel\n")
+    before = (locks / "conda-lock.yml").read_text()
+    done = subprocess.run([LABTRAIN, "lock", "write"], cwd=locks, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "could not be solved anew" in done.stderr
+    assert (locks / "conda-lock.yml").read_text() == before
