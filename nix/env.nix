@@ -93,9 +93,11 @@ let
   linkWheel =
     p: if isWheel p then link p else "ln -s ${toWheel "${p.name}-${p.version}" (link p)}/*.whl .\n";
 
-  # Of the repository only what pyproject.toml puts into the wheel: another test is no other environment.
+  # Of the repository only what pyproject.toml puts into the wheel: to edit a test does not build anew.
   project = builtins.fromTOML (builtins.readFile (root + "/pyproject.toml"));
-  packed = project.tool.hatch.build.targets.wheel;
+  packed =
+    project.tool.hatch.build.targets.wheel
+      or (throw "vendor/ holds no wheel that git knows. hint: git add vendor");
   inputs = [
     "pyproject.toml"
     project.project.readme
@@ -114,11 +116,11 @@ let
       in
       builtins.any (input: below relative input || below input relative) inputs;
   };
-  vendored = filter (lib.hasSuffix ".whl") (
-    builtins.attrNames (builtins.readDir (root + "/vendor"))
+  vendored = lib.optionals (builtins.pathExists (root + "/vendor")) (
+    filter (lib.hasSuffix ".whl") (builtins.attrNames (builtins.readDir (root + "/vendor")))
   );
   labtrain =
-    if builtins.pathExists (root + "/vendor") then
+    if vendored != [ ] then
       lib.concatMapStrings (wheel: "ln -s ${root + "/vendor/${wheel}"} ${wheel}\n") vendored
     else
       "ln -s ${toWheel "labtrain" "cp -r ${source} labtrain; chmod -R u+w labtrain\n"}/*.whl .\n";

@@ -84,13 +84,15 @@ def digest(target: str, whole: bool) -> None:
     show_default=True,
     help="Whether a machine without a GPU fails.",
 )
-def doctor(as_json: bool, gpu: str) -> None:
+@click.option("--deep", is_flag=True, help="Hash every installed file: half a minute.")
+@click.option("--checkpoints", metavar="URL", help="Where checkpoints go: checkpoint.url.  [default: runs/]")
+def doctor(as_json: bool, gpu: str, deep: bool, checkpoints: str | None) -> None:
     """Judge this machine and environment against the lock."""
     from dataclasses import asdict
 
     from labtrain.doctor import Check, examine
 
-    checks: list[Check] = list(examine(gpu_required=gpu == "required"))
+    checks: list[Check] = list(examine(gpu_required=gpu == "required", deep=deep, checkpoints=checkpoints))
     if as_json:
         click.echo(json.dumps([asdict(check) for check in checks], indent=1))
     else:
@@ -101,9 +103,9 @@ def doctor(as_json: bool, gpu: str) -> None:
                 group = check.group
                 click.echo(click.style(group, bold=True))
             wanted = "" if check.status == "ok" else f"   wanted: {check.wanted}"
-            click.echo(f"  {check.name:<14}{marks[check.status]:<8}  {check.found}{wanted}")
+            click.echo(f"  {check.name:<18}{marks[check.status]:<8}  {check.found}{wanted}")
             if check.hint:
-                click.echo(f"  {'':<14}hint: {check.hint}")
+                click.echo(f"  {'':<18}hint: {check.hint}")
     sys.exit(any(check.status == "failed" for check in checks))
 
 

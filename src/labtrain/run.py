@@ -132,7 +132,7 @@ def sources(root: Path) -> Iterator[Path]:
 
 
 def lock_digest(root: Path) -> str:
-    """Return the sha256 of the experiment's locks of the route that this environment took; empty where there are none."""
+    """Return the sha256 of the experiment's locks of this environment's route; empty where there are none."""
     locks = [root / name for name in ROUTES[route()] if (root / name).exists()]
     return hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest() if locks else ""
 

@@ -1,0 +1,149 @@
+"""Python, the route, every installed distribution and its files, and what shadows them."""
+
+import base64
+import csv
+import hashlib
+import os
+import platform
+import site
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from labtrain.doctor.report import Check, few, judged, skipped
+from labtrain.lock import Pin
+from labtrain.provenance import distributions
+from labtrain.run import route, shown
+
+GROUP = "environment"
+GLIBC = (2, 28)
+CUDA_LIBRARIES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libcufft", "libcusparse", "libcusolver", "libnvrtc")
+
+
+def checks(pins: dict[str, Pin], lock: Path, *, deep: bool = False) -> Iterator[Check]:
+    """Yield the group's checks."""
+    yield check_python()
+    yield check_glibc()
+    yield check_packages(pins, lock)
+    yield check_files(deep=deep)
+    yield from check_strays()
+
+
+def check_python() -> Check:
+    """Check the interpreter's version, and say which route made the environment."""
+    version = sys.version_info[:2]
+    found = f"{version[0]}.{version[1]}, {route()} route"
+    return judged(GROUP, "Python", (3, 11) <= version < (3, 14), found, "3.11 to 3.13", "make PYTHON=python3.12 setup")
+
+
+def check_glibc() -> Check:
+    """Check that the C library is new enough for the wheels."""
+    name, version = platform.libc_ver()
+    wanted = f"glibc {GLIBC[0]}.{GLIBC[1]} or later"
+    if name != "glibc":
+        return judged(
+            GROUP, "glibc", False, name or "another C library", wanted, "another distribution, or the container"
+        )
+    found = tuple(int(part) for part in version.split(".")[:2])
+    return judged(GROUP, "glibc", found >= GLIBC, version, wanted, "a newer distribution, or the container")
+
+
+def check_packages(pins: dict[str, Pin], lock: Path) -> Check:
+    """Compare the version of every installed distribution with the lock of the wheels."""
+    if route() == "conda":
+        return skipped(
+            GROUP,
+            "packages",
+            f"{len(distributions())} distributions of conda's own builds",
+            "conda list --explicit --md5",
+        )
+    installed = distributions()
+    wrong = [
+        f"{name} {installed.get(name, 'missing')} (locked {pin.version})"
+        for name, pin in pins.items()
+        if installed.get(name) != pin.version
+    ]
+    wrong += [f"{name} {installed[name]} (not locked)" for name in sorted(set(installed) - set(pins) - {"labtrain"})]
+    found = few(wrong) if wrong else f"all {len(pins)} as locked"
+    return judged(GROUP, "packages", not wrong, found, shown(lock), "make setup")
+
+
+def check_files(*, deep: bool = False) -> Check:
+    """Compare installed files with the hashes in their distribution's RECORD.
+
+    By default only those are read whose size or time says that they changed after they were installed: seven gigabytes
+    take longer than a second. RECORD comes out of the wheel, and the wheel's own hash was checked then.
+    """
+    changed, files = [], 0
+    for entry in dict.fromkeys(sys.path):
+        root = Path(entry)
+        for record in root.glob("*.dist-info/RECORD") if entry else ():
+            installed = record.stat().st_mtime
+            with record.open(newline="") as file:
+                for name, digest, size, *_ in csv.reader(file):
+                    if not digest.startswith("sha256="):
+                        continue
+                    files += 1
+                    if why := _changed(f"{entry}/{name}", digest, size, installed, deep=deep):
+                        changed.append(f"{name} of {record.parent.name.partition('-')[0]} {why}")
+    found = few(changed) if changed else f"{files} files {'hashed' if deep else 'unchanged since they were installed'}"
+    return judged(
+        GROUP,
+        "files",
+        not changed,
+        found,
+        "as in each RECORD",
+        "rm .venv/labtrain-setup .venv/bin/uv; make setup, or reinstall",
+    )
+
+
+def _changed(path: str, digest: str, size: str, installed: float, *, deep: bool) -> str:
+    try:  # plain functions: sixty thousand Path objects take half a second
+        stat = os.stat(path)  # noqa: PTH116
+    except OSError:
+        return "is missing"
+    if not deep and stat.st_mtime <= installed + 1 and (not size or stat.st_size == int(size)):
+        return ""
+    with open(path, "rb") as file:  # noqa: PTH123
+        now = hashlib.file_digest(file, "sha256").digest()
+    same = base64.urlsafe_b64encode(now).rstrip(b"=").decode() == digest.removeprefix("sha256=")
+    return "" if same else "was changed"
+
+
+def check_strays() -> Iterator[Check]:
+    """Check what could be imported or loaded before the locked files: PYTHONPATH, the user's site, LD_LIBRARY_PATH."""
+    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    shadows = [path for path in paths if any(Path(path).glob("*.dist-info")) or (Path(path) / "torch").exists()]
+    yield judged(
+        GROUP,
+        "PYTHONPATH",
+        not shadows,
+        f"{few(shadows)} holds packages" if shadows else os.environ.get("PYTHONPATH", "") or "not set",
+        "nothing that shadows the lock",
+        "unset PYTHONPATH",
+    )
+    user = site.getusersitepackages()
+    seen = bool(site.ENABLE_USER_SITE) and user in sys.path
+    yield judged(
+        GROUP,
+        "user site",
+        not seen,
+        f"{user} is searched" if seen else "not searched",
+        "not searched",
+        "export PYTHONNOUSERSITE=1",
+    )
+    folders = [folder for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep) if folder]
+    cuda = [
+        f"{folder}/{path.name}"
+        for folder in folders
+        for name in CUDA_LIBRARIES
+        for path in sorted(Path(folder).glob(f"{name}.so*"))[:1]
+    ]
+    yield judged(
+        GROUP,
+        "LD_LIBRARY_PATH",
+        not cuda,
+        f"another CUDA: {few(cuda)}" if cuda else few(folders) or "not set",
+        "no CUDA library but the environment's",
+        "unset LD_LIBRARY_PATH; torch finds its own",
+    )

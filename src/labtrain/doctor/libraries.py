@@ -1,0 +1,95 @@
+"""torch and the CUDA libraries that it loads, asked in a process of its own with a time limit."""
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from labtrain.doctor.report import Check, few, judged, skipped
+from labtrain.lock import Pin
+
+GROUP = "libraries"
+TIMEOUT_S = 120.0
+# What is loaded is read from the process's own map: the files that the dynamic linker has really chosen.
+PROBE = """
+import json, torch
+found = {"torch": torch.__version__, "CUDA runtime": torch.version.cuda}
+if torch.version.cuda:
+    number = torch.backends.cudnn.version()
+    found["cuDNN"] = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+    found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+(torch.ones(8, 8) @ torch.ones(8, 8)).sum().item()
+with open("/proc/self/maps") as maps:
+    found["loaded"] = sorted({line.split()[-1] for line in maps if "/libcu" in line or "/libnccl" in line})
+print(json.dumps(found))
+"""
+# What the probe finds, and the distribution of the lock that says what is wanted.
+PROBED = {
+    "torch": "torch",
+    "CUDA runtime": "nvidia-cuda-runtime-cu12",
+    "cuDNN": "nvidia-cudnn-cu12",
+    "NCCL": "nvidia-nccl-cu12",
+}
+DRIVER_LIBRARY = "libcuda.so"
+
+
+def checks(pins: dict[str, Pin], *, python: str = sys.executable, timeout_s: float = TIMEOUT_S) -> Iterator[Check]:
+    """Yield the group's checks: import torch, multiply two matrices, and compare what it loaded with the lock."""
+    try:
+        done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False, timeout=timeout_s)
+        found: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    except subprocess.TimeoutExpired:
+        found, reason = {}, f"no answer in {timeout_s:.0f} seconds"
+    except ValueError:
+        found, reason = {}, "it prints something else"
+    if not found:
+        yield judged(
+            GROUP, "torch", False, reason, "a torch that can be imported", explain_missing(reason) or "make setup"
+        )
+        return
+    for name, distribution in PROBED.items():
+        wanted = pins[distribution].version if distribution in pins else None
+        value = found.get(name)
+        if value is None or wanted is None:
+            yield skipped(GROUP, name, value or "not in this build", wanted or "not locked")
+            continue
+        yield judged(GROUP, name, f"{wanted}.".startswith(f"{value.split('+')[0]}."), value, wanted, "make setup")
+    prefix = str(Path(sys.prefix).resolve())
+    outside = [
+        path
+        for path in found["loaded"]
+        if not str(Path(path).resolve()).startswith(prefix) and DRIVER_LIBRARY not in path
+    ]
+    count = f"{len(found['loaded'])} of the environment's own"
+    yield judged(
+        GROUP,
+        "CUDA libraries",
+        not outside,
+        few(outside) or count,
+        "from this environment",
+        "unset LD_PRELOAD LD_LIBRARY_PATH",
+    )
+
+
+def explain_missing(reason: str) -> str:
+    """Return who asks for a shared library that is not found, and what helps: the classic `libcudart.so.11.0`.
+
+    The name stands in the file that needs it, in its dynamic section: a search for its bytes finds the file.
+    """
+    match = re.search(r"(lib[\w.+-]+\.so[.\d]*): cannot open shared object file", reason)
+    if match is None:
+        return ""
+    library = match.group(1)
+    needy = []
+    for entry in map(Path, dict.fromkeys(sys.path)):
+        for path in (
+            entry.glob("*/**/*.so*") if entry.name == "site-packages" or list(entry.glob("*.dist-info")) else ()
+        ):
+            if path.is_file() and path.stat().st_size < 50_000_000 and library.encode() + b"\0" in path.read_bytes():
+                needy.append(f"{path.relative_to(entry)}")
+    asks = f"{few(needy, 3)} asks for {library}" if needy else f"nothing in this environment names {library}"
+    return f"{asks}: that package was built for another CUDA. pip uninstall it, and make setup"

@@ -1,0 +1,102 @@
+"""The driver, through NVML, against the CUDA 12.1 floor; and each GPU against what this torch was built for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from labtrain.doctor.report import Check, judged, skipped
+
+GROUP = "NVIDIA"
+DRIVER_FLOOR = (12, 1)  # the CUDA version of the oldest driver that every environment is locked for
+# Compute capabilities that upstream's 2.9 wheels hold code for; a later minor of the same major runs it too.
+CAPABILITIES = ((7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
+WANTED = f"a driver of CUDA {DRIVER_FLOOR[0]}.{DRIVER_FLOOR[1]} or later (530.30.02 or later)"
+
+
+def checks(*, required: bool = False) -> Iterator[Check]:
+    """Yield the group's checks; one, where there is no driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        found = f"no NVIDIA driver: CPU only ({error})"
+        hint = f"install NVIDIA's driver, 530.30.02 or later; in a container, start it with --gpus all{_wsl_hint()}"
+        yield (
+            judged(GROUP, "driver", False, found, WANTED, hint) if required else skipped(GROUP, "driver", found, WANTED)
+        )
+        return
+    try:
+        yield check_driver(pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion_v2())
+        count = pynvml.nvmlDeviceGetCount()
+        hint = "nvidia-smi -L; in a container, start it with --gpus all"
+        yield judged(
+            GROUP, "GPUs", count > 0 or not required, str(count), "one or more" if required else "any number", hint
+        )
+        for index in range(count):
+            yield from check_gpu(pynvml, index)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def check_driver(driver: str, cuda_number: int) -> Check:
+    """Hold a driver against the floor; `cuda_number` is NVML's, 12010 for CUDA 12.1."""
+    cuda = (cuda_number // 1000, cuda_number % 1000 // 10)
+    hint = "install NVIDIA's driver 530.30.02 or later (it runs older programs too); the CUDA toolkit need not change"
+    if cuda[0] < 12:
+        hint += f". This one is of CUDA {cuda[0]}.{cuda[1]}; CUDA 11 ended with PyTorch 2.7"
+    return judged(GROUP, "driver", cuda >= DRIVER_FLOOR, f"{driver}, of CUDA {cuda[0]}.{cuda[1]}", WANTED, hint)
+
+
+def check_gpu(pynvml: Any, index: int) -> Iterator[Check]:
+    """Check one GPU: its compute capability, and who else uses it; tell its memory, ECC, MIG and persistence."""
+    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+    name = pynvml.nvmlDeviceGetName(handle)
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
+    good = any(capability[0] == major and capability[1] >= minor for major, minor in CAPABILITIES)
+    modes = ", ".join(f"{what} {_mode(pynvml, handle, what)}" for what in ("ECC", "MIG", "persistence"))
+    found = f"{name}, {memory.total / 1e9:.0f} GB, compute capability {capability[0]}.{capability[1]}, {modes}"
+    built = " ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
+    yield judged(
+        GROUP,
+        f"GPU {index}",
+        good,
+        found,
+        f"a compute capability of {built}",
+        "another GPU, or a torch that is built for this one",
+    )
+    others = _processes(pynvml, handle)
+    yield judged(
+        GROUP,
+        f"GPU {index} in use",
+        not others,
+        ", ".join(f"process {pid} holds {size / 1e9:.1f} GB" for pid, size in others) or "by nobody",
+        "by nobody else",
+        "nvidia-smi; wait, or choose another: trainer.devices=[1]",
+    )
+
+
+def _mode(pynvml: Any, handle: Any, what: str) -> str:
+    functions = {"ECC": "EccMode", "MIG": "MigMode", "persistence": "PersistenceMode"}
+    try:
+        mode = getattr(pynvml, f"nvmlDeviceGet{functions[what]}")(handle)
+        return "on" if (mode[0] if isinstance(mode, list) else mode) else "off"
+    except pynvml.NVMLError:
+        return "not there"
+
+
+def _processes(pynvml: Any, handle: Any) -> list[tuple[int, int]]:
+    try:
+        return [
+            (process.pid, process.usedGpuMemory or 0) for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+        ]
+    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError):  # the second: a driver older than this pynvml
+        return []
+
+
+def _wsl_hint() -> str:
+    """Return what helps under WSL, where the driver is Windows'."""
+    if "microsoft" not in Path("/proc/version").read_text().lower():
+        return ""
+    return "; under WSL, install the driver in Windows, none in Linux: its libcuda is in /usr/lib/wsl/lib"

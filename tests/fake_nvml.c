@@ -1,0 +1,16 @@
+/* A driver library of the shape of NVIDIA's libnvidia-ml.so.1: one GPU, as the macros say. Compiled by test_doctor.py. */
+#include <string.h>
+int nvmlInitWithFlags(unsigned flags) { (void)flags; return 0; }
+int nvmlInit_v2(void) { return 0; }
+int nvmlShutdown(void) { return 0; }
+const char *nvmlErrorString(int code) { (void)code; return "not supported"; }
+int nvmlSystemGetDriverVersion(char *to, unsigned size) { strncpy(to, DRIVER, size); return 0; }
+int nvmlSystemGetCudaDriverVersion_v2(int *to) { *to = CUDA; return 0; }
+int nvmlDeviceGetCount_v2(unsigned *to) { *to = 1; return 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **to) { *to = (void *)(size_t)(index + 1); return 0; }
+int nvmlDeviceGetName(void *gpu, char *to, unsigned size) { (void)gpu; strncpy(to, "Test GPU", size); return 0; }
+struct memory { unsigned long long total, free, used; };
+int nvmlDeviceGetMemoryInfo(void *gpu, struct memory *to) { (void)gpu; to->total = 24000000000ULL; to->free = to->total; to->used = 0; return 0; }
+int nvmlDeviceGetCudaComputeCapability(void *gpu, int *major, int *minor) { (void)gpu; *major = MAJOR; *minor = MINOR; return 0; }
+int nvmlDeviceGetEccMode(void *gpu, unsigned *now, unsigned *later) { (void)gpu; *now = *later = 1; return 0; }
+int nvmlDeviceGetPersistenceMode(void *gpu, unsigned *to) { (void)gpu; *to = 0; return 0; }
