@@ -22,15 +22,15 @@ demo: setup ## train one experiment in three ways and compare the bits
 test: setup ## the test suite
 	@$(VENV)/python -m pytest -n 2
 
-check: setup ## formatting, lint, types, and the floors
+check: setup ## formatting, lint, types, the floors and the locks
 	@$(VENV)/ruff format --check .
 	@$(VENV)/ruff check .
 	@$(VENV)/mypy
 	@$(VENV)/lint-imports
+	@$(VENV)/labtrain lock check
 
 bench: setup ## CPU seconds of the starts, median of 5
 	@$(VENV)/python benchmarks/start.py
 
-lock: setup ## resolve requirements.lock anew from pyproject.toml
-	@$(VENV)/uv pip compile --universal --generate-hashes --no-emit-index-url --no-header --quiet --upgrade \
-		--extra lab --extra dev pyproject.toml -o requirements.lock
+lock: setup ## make the locks anew from pyproject.toml and environment.yml
+	@$(VENV)/labtrain lock write

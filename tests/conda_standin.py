@@ -1,0 +1,43 @@
+"""A stand-in for the `conda` program, on rattler, the library of conda's current solver: what `conda-lock install` calls.
+
+`--version`, `info --json`, and `create --file EXPLICIT --prefix P`, whose lines are `url#md5`; as conda does, it refuses
+a package whose md5 is another. No conda can be had where these tests run.
+"""
+
+import asyncio
+import json
+import re
+import sys
+from pathlib import Path
+
+from rattler import BuildString, PackageRecord, RepoDataRecord, install
+
+
+def record(line: str) -> RepoDataRecord:
+    url, _, md5 = line.partition("#")
+    channel, subdir, file = url.rsplit("/", 2)
+    name, version, build = re.sub(r"\.(conda|tar\.bz2)$", "", file).rsplit("-", 2)
+    package = PackageRecord(
+        name=name, version=version, build=BuildString(build), build_number=0, subdir=subdir, md5=bytes.fromhex(md5)
+    )
+    return RepoDataRecord(package_record=package, file_name=file, url=url, channel=channel)
+
+
+def main(arguments: list[str]) -> int:
+    if "--version" in arguments:
+        print("conda 25.1.0")
+    elif arguments[:1] == ["info"]:
+        print(json.dumps({"conda_version": "25.1.0", "platform": "linux-64", "virtual_packages": []}))
+    elif arguments[:1] == ["create"]:
+        prefix, file = (arguments[arguments.index(option) + 1] for option in ("--prefix", "--file"))
+        lines = [line.strip() for line in Path(file).read_text().splitlines() if "://" in line]
+        cache = Path(prefix).parent / "package-cache"
+        asyncio.run(install([record(line) for line in lines], prefix, cache_dir=cache, show_progress=False))
+    else:
+        print(f"the stand-in for conda does not know {arguments}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
