@@ -98,13 +98,14 @@ let
   packed =
     project.tool.hatch.build.targets.wheel
       or (throw "vendor/ holds no wheel that git knows. hint: git add vendor");
-  inputs = [
-    "pyproject.toml"
-    project.project.readme
-  ]
-  ++ project.project.license-files
-  ++ packed.packages
-  ++ builtins.attrNames packed.force-include;
+  inputs =
+    packed.packages
+    ++ builtins.attrNames packed.force-include
+    ++ project.project.license-files
+    ++ [
+      project.project.readme
+      "pyproject.toml"
+    ];
   below = path: folder: path == folder || lib.hasPrefix "${folder}/" path;
   source = builtins.path {
     name = "labtrain-source";

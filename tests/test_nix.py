@@ -1,0 +1,271 @@
+"""The flake, built for real by Debian's Nix, with tests/nix/flake.nix in place of nixpkgs.
+
+nix/wheels.json is for CPython 3.12; a host may have another. So the builds here read a wheels.json made from the files
+that pip downloads, by the hashes of requirements.lock, for the Python that runs the tests; where such a file is the
+locked one as well (the sdist, pure Python, or a host with 3.12), its entry must be that of nix/wheels.json.
+"""
+
+import base64
+import csv
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labtrain import __version__
+from labtrain.bootstrap import locked_block
+from tests.conftest import ROOT, Experiment, need
+
+NIX_CONFIG = """\
+experimental-features = nix-command flakes
+build-users-group =
+sandbox = false
+substituters =
+max-jobs = 2
+"""
+SYSTEM = "x86_64-linux"
+Entry = dict[str, Any]
+
+
+def entry(file: Path) -> Entry:
+    """Return the entry of wheels.json for a downloaded file."""
+    hashed = "sha256-" + base64.b64encode(hashlib.sha256(file.read_bytes()).digest()).decode()
+    if file.suffix != ".whl":
+        pname, _, version = file.name.removesuffix(".tar.gz").rpartition("-")
+        found = {"pname": pname, "version": version, "format": "sdist", "extension": "tar.gz"}
+    else:
+        pname, version, *build, python, abi, platform = file.stem.split("-")
+        found = {"pname": pname, "version": version, "format": "wheel", "build": build[0] if build else None}
+        found |= {"dist": python, "python": python, "abi": abi, "platform": platform}
+    return {"name": re.sub(r"[-_.]+", "-", pname).lower(), **found, "hash": hashed}
+
+
+class Nix:
+    """Nix, with its caches and its stand-in for nixpkgs in a folder of the test's."""
+
+    def __init__(self, folder: Path) -> None:
+        need("nix", "nix-bin")
+        need("patchelf", "patchelf")
+        need("git", "git")
+        if os.geteuid() != 0:
+            pytest.skip("the stand-in for nixpkgs uses the host's Python, outside Nix's sandbox, as only root may ask")
+        self.folder, self.stub, self.wheels = folder, folder / "stub", folder / "wheels"
+        self.environment = {
+            **{key: value for key, value in os.environ.items() if not key.startswith(("NIX_", "PYTHON"))},
+            "NIX_CONFIG": NIX_CONFIG,
+            "XDG_CACHE_HOME": str(folder / "cache"),
+            "TMPDIR": str(folder),  # nix develop leaves an empty folder there
+        }
+        self.stub.mkdir()
+        self.wheels.mkdir()
+        shutil.copyfile(ROOT / "tests/nix/flake.nix", self.stub / "flake.nix")
+        version = sysconfig.get_python_version()
+        host = {
+            "interpreter": str(Path(sys.base_prefix, "bin", f"python{version}").resolve()),
+            "libPrefix": f"python{version}",
+            "wheels": str(self.wheels),
+        }
+        (self.stub / "host.json").write_text(json.dumps(host))
+
+    def __call__(self, *command: str, cwd: Path, stub: bool = True) -> str:
+        """Run nix and return what it prints."""
+        override = ["--override-input", "nixpkgs", f"path:{self.stub}", "--no-write-lock-file"] if stub else []
+        at = command.index("--") if "--" in command else command.index("-c") if "-c" in command else len(command)
+        return self.run("nix", *command[:at], *override, *command[at:], cwd=cwd)
+
+    def run(self, *command: str, cwd: Path) -> str:
+        done = subprocess.run(command, cwd=cwd, env=self.environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def git(self, folder: Path) -> None:
+        """Let git know all files of a folder: Nix sees no others."""
+        self.run("git", "init", "-q", cwd=folder)
+        self.run("git", "add", "-A", cwd=folder)
+
+    def download(self, names: list[str] | None = None) -> list[Entry]:
+        """Fetch locked files for this Python, by hash, and return their entries."""
+        lock = (ROOT / "requirements.lock").read_text()
+        requirements = self.folder / "requirements.txt"
+        requirements.write_text(lock if names is None else "".join(locked_block(lock, name) for name in names))
+        # pip asks an sdist for its metadata, with the setuptools of this environment.
+        command = "-m pip download -q --no-deps --require-hashes --no-build-isolation --no-cache-dir"
+        self.run(sys.executable, *command.split(), "-r", str(requirements), "-d", str(self.wheels), cwd=self.folder)
+        return [entry(file) for file in sorted(self.wheels.iterdir())]
+
+
+@pytest.fixture(scope="module")
+def nix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nix]:
+    folder = tmp_path_factory.mktemp("nix")
+    yield Nix(folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def repository(nix: Nix) -> Path:
+    """What the flake reads of this repository, as it stands in the working tree."""
+    target = nix.folder / "repository"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packed = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    names = ["flake.nix", "flake.lock", "nix", "pyproject.toml", "README.md", "LICENSE"]
+    for name in sorted({*names, *packed["packages"], *packed["force-include"]}):
+        source, copy = ROOT / name, target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(source, copy)
+    nix.git(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def small(nix: Nix, repository: Path) -> list[Entry]:
+    """The files of env-small, now the repository's wheels.json."""
+    small = f".#packages.{SYSTEM}.env-small.names"
+    names = sorted(set(json.loads(nix("eval", "--json", small, cwd=repository))))
+    entries = nix.download(names)
+    assert [one["name"] for one in sorted(entries, key=lambda one: one["name"])] == names
+    (repository / "nix/wheels.json").write_text(json.dumps(entries))
+    return entries
+
+
+def test_the_flake_has_one_input_which_its_lock_pins(nix: Nix, repository: Path) -> None:
+    """Nothing is fetched for this: the lock is whole."""
+    nodes = json.loads(nix("flake", "metadata", "--json", cwd=repository, stub=False))["locks"]["nodes"]
+    assert set(nodes) == {"root", "nixpkgs"}
+    assert nodes["nixpkgs"]["original"] == {"type": "github", "owner": "NixOS", "repo": "nixpkgs", "ref": "nixos-25.11"}
+    assert re.fullmatch("[0-9a-f]{40}", nodes["nixpkgs"]["locked"]["rev"])
+    assert nodes["nixpkgs"]["locked"]["narHash"].startswith("sha256-")
+
+
+def test_what_is_built_here_is_what_the_repository_locks(small: list[Entry]) -> None:
+    locked = {one["name"]: one for one in json.loads((ROOT / "nix/wheels.json").read_text())}
+    ours = sysconfig.get_python_version() == "3.12"
+    same = [one for one in small if ours or one["format"] == "sdist" or one["abi"] == "none"]
+    assert len(same) >= 10
+    for one in same:
+        assert {"build": None, **locked[one["name"]]} == {"build": None, **one}
+
+
+def test_the_outputs(nix: Nix, repository: Path, small: list[Entry]) -> None:
+    shown = json.loads(nix("flake", "show", "--json", cwd=repository))
+    assert {kind: set(shown[kind][SYSTEM]) for kind in ("packages", "apps", "devShells", "checks")} == {
+        "packages": {"default", "env", "env-small"},
+        "apps": {"labtrain"},
+        "devShells": {"default", "small"},
+        "checks": {"env", "env-small"},
+    }
+    assert shown["formatter"][SYSTEM]["type"] == "derivation"
+
+
+def test_the_environment_holds_the_wheels_byte_for_byte(nix: Nix, repository: Path, small: list[Entry]) -> None:
+    """The sdist and labtrain are built, and all is installed, by what the lock names."""
+    nix("build", ".#env-small", "--out-link", str(nix.folder / "small"), cwd=repository)
+    env = nix.folder / "small"
+    site = next(env.glob("lib/python3*/site-packages"))
+    wheels = [one for one in nix.wheels.iterdir() if one.suffix == ".whl"]
+    installed = {info.name.split("-")[0] for info in site.glob("*.dist-info")}
+    assert {"labtrain", "antlr4_python3_runtime", "hydra_core"} <= installed
+    assert len(installed) >= 12
+    compared = 0
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            if wheel.name.split("-")[0] not in installed:
+                continue  # it only builds
+            for member in archive.infolist():
+                if member.is_dir() or ".data/" in member.filename or member.filename.endswith("/RECORD"):
+                    continue  # what installing moves or writes
+                assert (site / member.filename).read_bytes() == archive.read(member), member.filename
+                compared += 1
+    assert compared > 500
+    for record in site.glob("*.dist-info/RECORD"):
+        for name, hashed, _ in csv.reader(record.read_text().splitlines()):
+            if hashed:
+                digest = base64.urlsafe_b64encode(hashlib.sha256((site / name).read_bytes()).digest())
+                assert hashed == "sha256=" + digest.decode().rstrip("="), name
+    for file in (ROOT / "src/labtrain").rglob("*.py"):
+        assert (site / "labtrain" / file.relative_to(ROOT / "src/labtrain")).read_bytes() == file.read_bytes()
+    assert [*site.rglob("__pycache__/*.pyc")], "the store cannot be written later"
+
+
+def test_built_again_it_is_the_same(nix: Nix, repository: Path, small: list[Entry]) -> None:
+    """Nix compares the two builds bit by bit: scripts, byte code and all."""
+    nix("build", ".#env-small", "--no-link", cwd=repository)
+    nix("build", ".#env-small", "--no-link", "--rebuild", cwd=repository)
+
+
+def test_a_shell_and_its_python(nix: Nix, repository: Path, small: list[Entry]) -> None:
+    """The antlr4 built from source parses, and extensions in C load."""
+    develop = ("develop", ".#small", "-c")
+    assert __version__ in nix(*develop, "labtrain", "--version", cwd=repository)
+    code = (
+        "import os, hydra, safetensors, xxhash, yaml\n"
+        "from hydra.core.override_parser.overrides_parser import OverridesParser\n"
+        "print(OverridesParser.create().parse_override('a.b=[1,x]').value(), os.environ['TRITON_LIBCUDA_PATH'])"
+    )
+    value, _, driver = nix(*develop, "python", "-c", code, cwd=repository).strip().rpartition(" ")
+    assert value == "[1, 'x']"
+    assert Path(driver) in (Path("/run/opengl-driver/lib"), nix.folder / "cache/labtrain/driver")
+
+
+def test_the_same_flake_in_an_experiment_takes_the_wheel_in_vendor(
+    nix: Nix, own_experiment: Experiment, small: list[Entry]
+) -> None:
+    root = own_experiment.root
+    for name in ("flake.nix", "flake.lock", "nix/env.nix"):
+        (root / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(ROOT / name, root / name)
+    (root / "nix/wheels.json").write_text(json.dumps(small))
+    (root / "vendor").rename(root / "hidden")
+    nix.git(root)
+    with pytest.raises(AssertionError, match="hint: git add vendor"):
+        nix("eval", ".#packages.x86_64-linux.env.drvPath", cwd=root)
+    (root / "hidden").rename(root / "vendor")
+    nix.git(root)
+    nix("flake", "check", cwd=root)  # evaluates each output and builds the checks
+    assert __version__ in nix("run", ".#labtrain", "--", "--version", cwd=root)
+    nix("build", ".#env", "--out-link", str(nix.folder / "experiment"), cwd=root)
+    site = next((nix.folder / "experiment").glob("lib/python3*/site-packages"))
+    (wheel,) = (root / "vendor").glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if not name.endswith(("/RECORD", "/")):
+                assert (site / name).read_bytes() == archive.read(name), name
+
+
+@pytest.mark.skipif(
+    os.environ.get("LABTRAIN_NIX_FULL") != "1",
+    reason="3 GB to download, 20 GB of disk: LABTRAIN_NIX_FULL=1 .venv/bin/python -m pytest -s tests/test_nix.py -k whole",
+)
+def test_the_whole_environment(nix: Nix, repository: Path, tmp_path: Path) -> None:
+    """Every locked file for this Python; torch multiplies, doctor finds nothing wrong, and the golden run is golden."""
+    target = tmp_path / "repository"
+    shutil.copytree(repository, target)
+    (target / "nix/wheels.json").write_text(json.dumps(nix.download()))
+    nix.git(target)
+    nix("build", ".#env", "--out-link", str(nix.folder / "whole"), cwd=target)
+    code = (
+        "import torch; a = torch.arange(6.).reshape(2, 3)\n"
+        "print(torch.__version__, torch.version.cuda, torch.backends.cudnn.version(), (a @ a.T).tolist())"
+    )
+    printed = nix("develop", "-c", "python", "-c", code, cwd=target)
+    print(printed)
+    assert printed.startswith("2.9.1")
+    assert printed.endswith("[[5.0, 14.0], [14.0, 50.0]]\n")
+    judged = json.loads(nix("run", ".#labtrain", "--", "doctor", "--json", cwd=target))
+    assert not [one for one in judged if one["status"] == "failed"]
+    demo = nix("run", ".#labtrain", "--", "demo", cwd=target)
+    print(demo)
+    assert demo.splitlines()[-1].endswith("ways, one digest: the golden one")
