@@ -6,7 +6,7 @@ int nvmlShutdown(void) { return 0; }
 const char *nvmlErrorString(int code) { (void)code; return "not supported"; }
 int nvmlSystemGetDriverVersion(char *to, unsigned size) { strncpy(to, DRIVER, size); return 0; }
 int nvmlSystemGetCudaDriverVersion_v2(int *to) { *to = CUDA; return 0; }
-int nvmlDeviceGetCount_v2(unsigned *to) { *to = 1; return 0; }
+int nvmlDeviceGetCount_v2(unsigned *to) { *to = COUNT; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **to) { *to = (void *)(size_t)(index + 1); return 0; }
 int nvmlDeviceGetName(void *gpu, char *to, unsigned size) { (void)gpu; strncpy(to, "Test GPU", size); return 0; }
 struct memory { unsigned long long total, free, used; };
@@ -14,3 +14,12 @@ int nvmlDeviceGetMemoryInfo(void *gpu, struct memory *to) { (void)gpu; to->total
 int nvmlDeviceGetCudaComputeCapability(void *gpu, int *major, int *minor) { (void)gpu; *major = MAJOR; *minor = MINOR; return 0; }
 int nvmlDeviceGetEccMode(void *gpu, unsigned *now, unsigned *later) { (void)gpu; *now = *later = 1; return 0; }
 int nvmlDeviceGetPersistenceMode(void *gpu, unsigned *to) { (void)gpu; *to = 0; return 0; }
+struct process { unsigned pid; unsigned long long memory; unsigned instance, compute; };
+int nvmlDeviceGetComputeRunningProcesses_v3(void *gpu, unsigned *count, struct process *to) {
+  (void)gpu;
+  if (PROCESSES > 0 && *count == 0) { *count = PROCESSES; return 7; /* NVML_ERROR_INSUFFICIENT_SIZE */ }
+  *count = PROCESSES;
+  for (unsigned index = 0; index < PROCESSES; index++) { to[index].pid = 4242 + index; to[index].memory = 21000000000ULL; }
+  return 0;
+}
+int nvmlDeviceGetP2PStatus(void *one, void *other, int what, int *to) { (void)one; (void)other; (void)what; *to = P2P; return 0; }

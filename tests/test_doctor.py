@@ -147,25 +147,33 @@ def test_another_cuda_on_the_library_path_is_named(tmp_path: Path) -> None:
     assert f"{tmp_path}/libcudart.so.11.0" in checks["LD_LIBRARY_PATH"]["found"]
 
 
-def test_another_python_or_c_library_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two that no test can install here: the interpreter's own answers are changed."""
-    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.17"))
-    assert environment.check_glibc().status == "failed"
-    monkeypatch.setattr("sys.version_info", (3, 10, 1))
-    assert environment.check_python().status == "failed"
+def test_another_python_fails() -> None:
+    assert environment.check_python((3, 10)).status == "failed"
+    assert environment.check_python((3, 14)).status == "failed"
+
+
+def test_an_old_c_library_fails(tmp_path: Path) -> None:
+    """A library that answers confstr() as glibc 2.17 does (RHEL 7), loaded before the real one."""
+    old = compiled(tmp_path, "old_glibc.c", "libold.so")
+    _, checks = doctor(LD_PRELOAD=str(old))
+    assert (checks["glibc"]["status"], checks["glibc"]["found"]) == ("failed", "2.17")
 
 
 # --------------------------------------------------------------------------------------------------------------- NVIDIA
 
 
-def driver(
-    folder: Path, *, number: str = "550.54.14", cuda: int = 12040, major: int = 8, minor: int = 9
-) -> dict[str, str]:
-    """Compile a driver library, and return what makes the linker find it."""
+def compiled(folder: Path, source: str, library: str, **macros: object) -> Path:
     need("gcc", "gcc")
-    macros = [f'-DDRIVER="{number}"', f"-DCUDA={cuda}", f"-DMAJOR={major}", f"-DMINOR={minor}"]
-    source, library = Path(__file__).with_name("fake_nvml.c"), folder / "libnvidia-ml.so.1"
-    subprocess.run(["gcc", "-shared", "-fPIC", *macros, "-o", str(library), str(source)], check=True)
+    options = [f"-D{name}={value}" for name, value in macros.items()]
+    command = ["gcc", "-shared", "-fPIC", *options, "-o", str(folder / library), str(Path(__file__).with_name(source))]
+    subprocess.run(command, check=True)
+    return folder / library
+
+
+def driver(folder: Path, *, number: str = "550.54.14", **macros: int) -> dict[str, str]:
+    """Compile a driver library, and return what makes the linker find it."""
+    given = {"CUDA": 12040, "MAJOR": 8, "MINOR": 9, "COUNT": 1, "PROCESSES": 0, "P2P": 0, **macros}
+    compiled(folder, "fake_nvml.c", "libnvidia-ml.so.1", DRIVER=f'"{number}"', **given)
     return {"LD_LIBRARY_PATH": str(folder)}
 
 
@@ -189,16 +197,32 @@ def test_a_good_driver_and_gpu_pass(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("cuda", "says"), [(12000, "530.30.02"), (11080, "CUDA 11 ended with PyTorch 2.7")])
 def test_a_driver_below_the_floor_fails_in_words(cuda: int, says: str, tmp_path: Path) -> None:
-    code, checks = doctor(**driver(tmp_path, number="520.61.05", cuda=cuda))
+    code, checks = doctor(**driver(tmp_path, number="520.61.05", CUDA=cuda))
     assert (code, checks["driver"]["status"]) == (1, "failed")
     assert says in checks["driver"]["hint"]
 
 
 @pytest.mark.parametrize(("major", "minor"), [(6, 1), (3, 5), (11, 0)])
 def test_a_gpu_that_this_torch_has_no_code_for_fails(major: int, minor: int, tmp_path: Path) -> None:
-    code, checks = doctor(**driver(tmp_path, major=major, minor=minor))
+    code, checks = doctor(**driver(tmp_path, MAJOR=major, MINOR=minor))
     assert (code, checks["GPU 0"]["status"]) == (1, "failed")
     assert f"compute capability {major}.{minor}" in checks["GPU 0"]["found"]
+
+
+def test_a_gpu_that_others_use_fails(tmp_path: Path) -> None:
+    code, checks = doctor(**driver(tmp_path, PROCESSES=2))
+    assert (code, checks["GPU 0 in use"]["status"]) == (1, "failed")
+    assert checks["GPU 0 in use"]["found"] == "process 4242 holds 21.0 GB, process 4243 holds 21.0 GB"
+
+
+def test_gpus_that_cannot_reach_each_other_are_told(tmp_path: Path) -> None:
+    """Not a failure: cards for the desk never can."""
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    assert doctor(**driver(tmp_path / "with", COUNT=3))[1]["P2P"]["status"] == "ok"
+    code, checks = doctor(**driver(tmp_path / "without", COUNT=3, P2P=5))
+    assert code == 0
+    assert checks["P2P"]["found"].startswith("none between 0-1; 0-2; 1-2")
 
 
 # ------------------------------------------------------------------------------------------------------------ libraries

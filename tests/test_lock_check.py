@@ -72,6 +72,14 @@ def test_all_of_a_locks_disagreements_come_at_once(locks: Path) -> None:
     assert "hint: labtrain lock write" in done.stderr
 
 
+def test_a_broken_lock_is_a_row_of_the_table(locks: Path) -> None:
+    (locks / "conda-lock.yml").write_text("{")
+    done = subprocess.run([LABTRAIN, "lock", "check"], cwd=locks, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert done.stdout.splitlines()[0].split() == ["file", "what", "found", "wanted"]
+    assert done.stdout.splitlines()[1].startswith("conda-lock.yml  the file  no conda lock")
+
+
 def hashes_of(name: str, pattern: str) -> list[tuple[int, str]]:
     """(position of a digit, package) for a seeded choice of a lock's hashes."""
     text = (ROOT / name).read_text()

@@ -6,6 +6,7 @@ Exit codes: 0 yes or same, 1 no or differs, 2 wrong usage or input.
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def lock() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
 def lock_check(as_json: bool) -> None:
     """Compare the locks with what they come from and with each other, offline."""
-    from dataclasses import asdict
+    from dataclasses import asdict, astuple
 
     from labtrain.lock.check import check_locks
     from labtrain.lock.derive import stack
@@ -127,13 +128,15 @@ def lock_check(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps([asdict(disagreement) for disagreement in found], indent=1))
     else:
-        for disagreement in found:
-            click.echo(
-                f"{disagreement.file}  {disagreement.what}: {disagreement.found}   wanted: {disagreement.wanted}"
-            )
-        if not found:
-            for route, versions in stack(Path.cwd()).items():
-                click.echo(f"{route:<8}" + ", ".join(f"{name} {version}" for name, version in versions.items()))
+        routes: dict[str, dict[str, str]] = {}
+        rows = [("file", "what", "found", "wanted"), *(astuple(disagreement) for disagreement in found)]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        for row in rows if found else ():
+            click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, [*widths, 0], strict=True)))
+        with suppress(LabtrainError):  # a lock that cannot be read stands in the table
+            routes = stack(Path.cwd())
+        for route, versions in routes.items():
+            click.echo(f"{route:<8}" + ", ".join(f"{name} {version}" for name, version in versions.items()))
     if found:
         click.echo("hint: labtrain lock write, or git checkout the file that should not have changed", err=True)
     sys.exit(bool(found))

@@ -29,9 +29,8 @@ def checks(pins: dict[str, Pin], lock: Path, *, deep: bool = False) -> Iterator[
     yield from check_strays()
 
 
-def check_python() -> Check:
+def check_python(version: tuple[int, ...] = sys.version_info[:2]) -> Check:
     """Check the interpreter's version, and say which route made the environment."""
-    version = sys.version_info[:2]
     found = f"{version[0]}.{version[1]}, {route()} route"
     return judged(GROUP, "Python", (3, 11) <= version < (3, 14), found, "3.11 to 3.13", "make PYTHON=python3.12 setup")
 

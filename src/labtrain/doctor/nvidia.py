@@ -1,10 +1,11 @@
 """The driver, through NVML, against the CUDA 12.1 floor; and each GPU against what this torch was built for."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from labtrain.doctor.report import Check, judged, skipped
+from labtrain.doctor.report import Check, few, judged, skipped
 
 GROUP = "NVIDIA"
 DRIVER_FLOOR = (12, 1)  # the CUDA version of the oldest driver that every environment is locked for
@@ -35,6 +36,8 @@ def checks(*, required: bool = False) -> Iterator[Check]:
         )
         for index in range(count):
             yield from check_gpu(pynvml, index)
+        if count > 1:
+            yield check_p2p(pynvml, count)
     finally:
         pynvml.nvmlShutdown()
 
@@ -75,6 +78,21 @@ def check_gpu(pynvml: Any, index: int) -> Iterator[Check]:
         "by nobody else",
         "nvidia-smi; wait, or choose another: trainer.devices=[1]",
     )
+
+
+def check_p2p(pynvml: Any, count: int) -> Check:
+    """Tell which pairs of GPUs cannot read each other's memory; cards for the desk never can, so this does not fail."""
+    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
+    read = 0  # pynvml's own constant for it is a tuple by mistake
+    without = [
+        f"{one}-{other}"
+        for one, other in itertools.combinations(range(count), 2)
+        if pynvml.nvmlDeviceGetP2PStatus(handles[one], handles[other], read) != pynvml.NVML_P2P_STATUS_OK
+    ]
+    wanted = "between all GPUs"
+    if not without:
+        return judged(GROUP, "P2P", True, wanted, wanted, "")
+    return skipped(GROUP, "P2P", f"none between {few(without)}: NCCL goes through shared memory, slower", wanted)
 
 
 def _mode(pynvml: Any, handle: Any, what: str) -> str:
