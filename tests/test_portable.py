@@ -1,3 +1,4 @@
+import json
 import os
 import subprocess
 import sys
@@ -8,7 +9,8 @@ import pytest
 import torch
 
 from labtrain.determinism import variables
-from tests.conftest import need
+from labtrain.run import JOB_VARIABLE, make_job
+from tests.conftest import ROOT, Experiment, need
 
 OPERATIONS = Path(__file__).with_name("portable_operations.py")
 
@@ -99,3 +101,32 @@ def test_numpy_keeps_its_promise() -> None:
     """The replacement stands on this: numpy's square root is the correctly rounded one."""
     x = np.random.RandomState(0).rand(100_000).astype(np.float32)
     assert np.array_equal(np.sqrt(x), np.sqrt(x.astype(np.float64)).astype(np.float32))
+
+
+@pytest.mark.skipif(
+    os.environ.get("LABTRAIN_QEMU_FULL") != "1",
+    reason="seven minutes: LABTRAIN_QEMU_FULL=1 .venv/bin/python -m pytest tests/test_portable.py -k golden",
+)
+def test_the_golden_run_is_golden_on_an_older_cpu(shared_experiment: Experiment, tmp_path: Path) -> None:
+    """All 300 steps under the emulated Nehalem. Stage 2 alone: an emulated process that starts another starts a native one."""
+    need("qemu-x86_64", "qemu-user")
+    first = shared_experiment.train(
+        "determinism.mode=portable",
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=1",
+        "logger=none",
+        f"paths.runs={tmp_path}",
+    )
+    config = first.receipt["config"]
+    config["trainer"]["max_steps"] = -1
+    job = make_job(config, root=shared_experiment.root, command=["test"])
+    done = subprocess.run(
+        ["qemu-x86_64", "-cpu", "Nehalem", sys.executable, "-m", "labtrain.job", job.run_dir],
+        env={**os.environ, **variables("portable", threads=1), JOB_VARIABLE: job.to_json()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    golden = json.loads((ROOT / "tests/golden/digits.json").read_text())["weights_digest"]
+    assert done.stdout.split()[1] == golden
