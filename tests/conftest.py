@@ -33,10 +33,11 @@ class Run:
     code: int
     out: str
     err: str
+    cwd: Path  # which the printed folder is relative to
 
     @property
     def folder(self) -> Path:
-        return Path(self.out.split()[0])
+        return self.cwd / self.out.split()[0]
 
     @property
     def digest(self) -> str:
@@ -78,7 +79,7 @@ class Experiment:
             timeout=300,
             **options,
         )
-        run = Run(done.returncode, done.stdout, done.stderr)
+        run = Run(done.returncode, done.stdout, done.stderr, Path(options.get("cwd", Path.cwd())))
         assert code is None or run.code == code, f"exit code {run.code}\n{run.out}\n{run.err}"
         return run
 

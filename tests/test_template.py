@@ -185,6 +185,8 @@ def test_it_stands_alone(own_experiment: Experiment) -> None:
     assert trained.returncode == 0, trained.stderr
     doctor = run(str(root / ".venv/bin/labtrain"), "doctor", "--json", cwd=root)
     assert doctor.returncode == 0, doctor.stdout
+    locks = run(str(root / ".venv/bin/labtrain"), "lock", "check", cwd=root)
+    assert locks.returncode == 0, locks.stdout
     again = run(str(root / ".venv/bin/labtrain"), "new", "child", cwd=root)
     assert again.returncode == 0, again.stderr
     assert files(root / "child")["vendor/" + Path(WHEEL).name] == files(root)[WHEEL], (

@@ -25,6 +25,11 @@ SCHEMA = "labtrain/checkpoint/1"
 Manifest = dict[str, Any]
 
 
+def checkpoint_folder(run_dir: Path, url: str | None) -> Path:
+    """Return where a run's checkpoints lie: in its own folder, or below `url` in one of the run's name."""
+    return Path(url.removeprefix("file://")) / run_dir.name if url else run_dir / "checkpoints"
+
+
 def read_manifest(path: Path) -> Manifest | None:
     """Return a checkpoint's manifest; None where the checkpoint was never completed."""
     try:

@@ -5,7 +5,7 @@ from pathlib import Path
 from labtrain import receipt
 from labtrain.digests import digest_file, digest_tree
 from labtrain.errors import LabtrainError, NotThereYetError
-from labtrain.store import WEIGHTS, newest_whole, read_manifest
+from labtrain.store import WEIGHTS, checkpoint_folder, newest_whole, read_manifest
 
 
 def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]:
@@ -26,8 +26,7 @@ def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]
     found = receipt.read(path)
     claimed = None
     if found is not None:
-        url = found["config"]["checkpoint"]["url"]
-        newest = newest_whole(Path(url) / path.name if url else path / "checkpoints")
+        newest = newest_whole(checkpoint_folder(path, found["config"]["checkpoint"]["url"]))
         if newest is None:
             raise LabtrainError(f"{path}: the run has no checkpoint yet", hint=f"ls {path}")
         claimed = found["results"].get("state_digest" if whole else "weights_digest")

@@ -27,7 +27,7 @@ from labtrain.errors import ConfigError, DeviceError, LabtrainError
 from labtrain.loggers import log_config, make_loggers
 from labtrain.recorder import Recorder
 from labtrain.run import Config, Job, make_job, shown
-from labtrain.store import Manifest, newest_whole
+from labtrain.store import Manifest, checkpoint_folder, newest_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +81,8 @@ def train(cfg: Any) -> Result:
     accelerator = choose_accelerator(config)
     _quiet_lightning()
     if config["trainer"]["num_nodes"] == 1:
-        os.environ.setdefault(
-            "GLOO_SOCKET_IFNAME", "lo"
-        )  # or gloo looks up the host's name, and hangs where it has none
+        # By itself gloo looks up the host's name, and hangs where it has none.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     determinism.set_run(seed=seed, mode=mode)
     determinism.apply(mode, threads=config["determinism"]["threads"])
     determinism.seed_all(seed, "init")
@@ -91,11 +90,7 @@ def train(cfg: Any) -> Result:
     determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
     model = instantiate(config, "model", pl.LightningModule)
 
-    folder = (
-        Path(config["checkpoint"]["url"].removeprefix("file://")) / run_dir.name
-        if config["checkpoint"]["url"]
-        else run_dir / "checkpoints"
-    )
+    folder = checkpoint_folder(run_dir, config["checkpoint"]["url"])
     path, manifest = newest_whole(folder) or (None, None)
     step = manifest["step"] if manifest else 0
     recorder = Recorder(job, checkpoints=folder, resumed_step=step)
