@@ -1,6 +1,7 @@
 """`labtrain lock check`: every disagreement is found and named. Each case changes real locks, in a copy."""
 
 import json
+import os
 import random
 import re
 import shutil
@@ -284,7 +285,13 @@ def test_a_conda_spec_that_changed_needs_a_channel(locks: Path) -> None:
     shutil.copy(ROOT / "README.md", locks / "README.md")
     change(locks / "environment.yml", "  - conda-forge\n", "  - http://127.0.0.1:1/no-such-channel\n")
     before = (locks / "conda-lock.yml").read_text()
-    done = subprocess.run([LABTRAIN, "lock", "write"], cwd=locks, capture_output=True, text=True, check=False)
+    elsewhere = {
+        **os.environ,
+        "XDG_DATA_HOME": str(locks / "data"),
+    }  # conda-lock keeps a file there while it looks for conda
+    done = subprocess.run(
+        [LABTRAIN, "lock", "write"], cwd=locks, env=elsewhere, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 2
     assert "could not be solved anew" in done.stderr
     assert (locks / "conda-lock.yml").read_text() == before

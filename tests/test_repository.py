@@ -8,7 +8,13 @@ import pytest
 from tests.conftest import ROOT
 
 # Written so that this file does not name them.
-REGISTRIES = ["python" + "hosted.org", "py" + "pi.org", "npm" + "js.org", "deb." + "debian.org", "pytorch.org/" + "whl"]
+REGISTRIES = [
+    "python" + "hosted.org",
+    "py" + "pi.org",
+    "npm" + "js.org",
+    "deb." + "deb" + "ian.org",
+    "pytorch.org/" + "whl",
+]
 
 
 def grep(pattern: str) -> list[str]:
