@@ -162,6 +162,13 @@ def test_a_monitor_that_is_not_logged_is_an_error(experiment: Experiment) -> Non
     assert "val/acc" in run.err
 
 
+def test_a_metric_that_comes_every_second_epoch_is_waited_for(experiment: Experiment) -> None:
+    """After the first epoch there is no validation yet, which is no error."""
+    best = ("checkpoint.keep_last=1", "checkpoint.keep_best=1", "checkpoint.monitor=val/acc")
+    run = experiment.train(*SHORT, "trainer.check_val_every_n_epoch=2", *best)
+    assert list_checkpoints(run.folder / "checkpoints")[-1][1]["step"] == 80
+
+
 def test_checkpoints_elsewhere(experiment: Experiment, reference: Run, tmp_path: Path) -> None:
     """checkpoint.url holds a folder a run; a run whose local folder is lost goes on from there."""
     run = experiment.train(*SHORT, f"checkpoint.url={tmp_path}/store")

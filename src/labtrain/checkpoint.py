@@ -112,19 +112,23 @@ class Checkpoints(pl.Callback):
                 "metrics": metrics,
             }
             write_checkpoint(target, state, manifest)
-            self.prune()
-        trainer.strategy.barrier(
-            "labtrain.checkpoint"
-        )  # or rank 0 could be killed before its own save, and others go on
+            every = trainer.check_val_every_n_epoch
+            self.prune(validated=finished or (every is not None and trainer.current_epoch >= every))
+        # Without it rank 0 could be killed before its own save, and the others go on.
+        trainer.strategy.barrier("labtrain.checkpoint")
 
-    def prune(self) -> None:
-        """Remove the checkpoints that are neither among the last nor among the best."""
+    def prune(self, *, validated: bool) -> None:
+        """Remove the checkpoints that are neither among the last nor among the best.
+
+        Raises:
+            LabtrainError: a validation has been run, and no checkpoint has the monitored metric.
+        """
         found = list_checkpoints(self.folder)
         kept = {path for path, _ in found[-self.keep_last :]}
         if self.keep_best and self.monitor is not None:
             name = self.monitor
             scored = [(manifest["metrics"][name], path) for path, manifest in found if name in manifest["metrics"]]
-            if not scored and found:
+            if not scored and validated:
                 names = ", ".join(sorted(found[-1][1]["metrics"])) or "none"
                 raise LabtrainError(
                     f"checkpoint.monitor={name}: no such metric; logged are {names}",

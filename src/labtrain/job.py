@@ -66,8 +66,8 @@ def print_table(result: "Result") -> None:
     stages: list[str] = []
     for name, value in result.metrics.items():
         stage, _, metric = name.rpartition("/")
-        if metric.endswith(("_step", "_epoch")) and metric.endswith("_step"):
-            continue
+        if metric.endswith("_step"):
+            continue  # Lightning's value of the last batch, beside that of the epoch
         rows.setdefault(metric.removesuffix("_epoch"), {})[stage] = value
         if stage not in stages:
             stages.append(stage)

@@ -155,9 +155,8 @@ def choose_accelerator(config: Config) -> str:
                 f"trainer.precision={precision}: fp16 with loss scaling needs a GPU",
                 hint="trainer.precision=bf16-mixed",
             )
-    world = (len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1) * config[
-        "trainer"
-    ]["num_nodes"]
+    per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
+    world = per_node * config["trainer"]["num_nodes"]
     if config["data"]["batch_size"] < world:
         raise ConfigError(
             f"data.batch_size={config['data']['batch_size']} is the samples of one step over all {world} devices",
@@ -200,9 +199,8 @@ def make_callbacks(job: Job, folder: Path, resumed: Manifest | None, recorder: R
 
     config, step = job.config, resumed["step"] if resumed else 0
     kept = {key: config["checkpoint"][key] for key in ("keep_last", "keep_best", "monitor", "mode")}
-    callbacks: list[pl.Callback] = [
-        Checkpoints(folder, run_id=job.run_id, resumed=resumed, **kept)
-    ]  # first: an epoch's state is saved before others touch it
+    # First: an epoch's state is saved before others touch it.
+    callbacks: list[pl.Callback] = [Checkpoints(folder, run_id=job.run_id, resumed=resumed, **kept)]
     if config["determinism"]["mode"] != "off":
         callbacks.append(Seeding(seed=config["seed"], mode=config["determinism"]["mode"]))
     callbacks.append(recorder)

@@ -90,11 +90,9 @@ def sbom(folder: Path) -> str:
     from packageurl import PackageURL
 
     sealed = derive.seal(folder)
-    hashes: dict[str, list[str]] = {f"wheels {pin.name} {pin.version}": [] for pin in read_pins(folder / LOCK_FILE)}
-    purls = {
-        f"wheels {pin.name} {pin.version}": PackageURL("pypi", None, pin.name, pin.version)
-        for pin in read_pins(folder / LOCK_FILE)
-    }
+    pins = read_pins(folder / LOCK_FILE)
+    hashes: dict[str, list[str]] = {f"wheels {pin.name} {pin.version}": [] for pin in pins}
+    purls = {f"wheels {pin.name} {pin.version}": PackageURL("pypi", None, pin.name, pin.version) for pin in pins}
     for entry in conda.read_conda_lock(folder)["package"]:
         key = f"conda {entry['name']}"
         hashes[key] = [f"{kind}:{value}" for kind, value in entry["hash"].items()]
