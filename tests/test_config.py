@@ -97,7 +97,16 @@ def test_the_logger_many_is_all_three() -> None:
         (["checkpoint.keep_best=1"], "needs a metric", "checkpoint.monitor"),
         (["experiment=../up"], "experiment=../up", "experiment"),
         (["experiment=.hidden"], "experiment=.hidden", "experiment"),
-        (["resume=yes"], "auto or never is wanted", "resume=auto"),
+        (["resume=null"], "auto, never or a run is wanted", "resume"),
+        (["determinism.shards=0"], "a number of shards, or null", "determinism.shards"),
+        (
+            ["determinism.shards=128"],
+            "data.batch_size=64 cannot be cut into determinism.shards=128",
+            "data.batch_size=128",
+        ),
+        (["trainer.devices=5"], "5 devices, and each batch is cut into determinism.shards=4", "determinism.shards=5"),
+        (["checkpoint.every_n_steps=0"], "checkpoint.every_n_steps=0: a number above 0", "checkpoint.every_n_steps"),
+        (["checkpoint.every_seconds=-1"], "checkpoint.every_seconds=-1", "checkpoint.every_seconds"),
         (["+trainer.deterministic=true"], "unknown key trainer.deterministic", "use determinism.mode"),
         (["+trainer.max_epoch=3"], "unknown key trainer.max_epoch", "near: trainer.max_epochs"),
         (["+checkpoint.keep=3"], "unknown key checkpoint.keep", "checkpoint.keep_"),
@@ -115,11 +124,8 @@ def test_a_bad_value_is_named_with_what_is_wanted(overrides: list[str], says: st
 @pytest.mark.parametrize(
     "override",
     [
-        "determinism.shards=4",
-        "checkpoint.every_n_steps=10",
-        "checkpoint.every_seconds=60",
         "checkpoint.url=s3://bucket/runs",
-        "resume=runs/digits/0123456789ab",
+        "resume=s3://bucket/runs/0123456789ab",
     ],
 )
 def test_what_is_not_there_yet_says_so(override: str) -> None:
@@ -181,11 +187,15 @@ def test_a_stranger_is_not_explained() -> None:
         ),
         (
             ["trainer.accelerator=cpu", "trainer.devices=4", "data.batch_size=3"],
+            r"data.batch_size=3 cannot be cut into determinism.shards=4\n\nhint: data.batch_size=4 or more",
+        ),
+        (
+            ["trainer.accelerator=cpu", "trainer.devices=4", "data.batch_size=3", "determinism.shards=null"],
             r"data.batch_size=3 is the samples of one step over all 4 devices",
         ),
+        (["resume=runs/digits/0123456789ab"], r"no run is there: looked for [\s\S]*receipt.json[\s\S]*\n\nhint: ls "),
         (["trainer.gradient_clip_algorithm=cut"], r"Lightning's Trainer: [\s\S]*\n\nhint: "),
         (["+logger.tensorbord={}"], r"unknown logger tensorbord\n\nhint: "),
-        (["determinism.shards=4"], r"not there yet\n\nhint: "),
     ],
 )
 def test_bad_input_ends_with_two_a_hint_and_nothing_written(

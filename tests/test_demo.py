@@ -14,18 +14,20 @@ from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment
 GOLDEN = json.loads((ROOT / "tests/golden/digits.json").read_text())["weights_digest"]
 
 
-def test_three_ways_one_digest_the_golden_one(tmp_path: Path) -> None:
+def test_four_ways_one_digest_the_golden_one(tmp_path: Path) -> None:
     done = subprocess.run(
         [LABTRAIN, "demo", "--dir", "kept"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [line for line in done.stdout.splitlines() if line.startswith(tuple(WAYS))]
-    assert len(rows) == 3
+    assert len(rows) == 4
     assert {row.split()[-1] for row in rows} == {GOLDEN}
-    assert done.stdout.splitlines()[-1] == "3 ways, one digest: the golden one"
+    assert done.stdout.splitlines()[-1] == "4 ways, one digest: the golden one"
     receipts = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("kept/golden/runs/*/*/*/receipt.json"))]
-    assert [len(receipt["segments"]) for receipt in receipts] == [1, 1, 2]
+    assert [len(receipt["segments"]) for receipt in receipts] == [1, 1, 1, 2]
     assert len({receipt["run_id"] for receipt in receipts}) == 1
+    assert receipts[2]["segments"][0]["devices"] == 2
+    assert receipts[3]["segments"][1]["from_step"] % 20 != 0  # in the middle of an epoch
     assert receipts[1]["determinism"]["variables"]["MKL_ENABLE_INSTRUCTIONS"] == "SSE4_2"
 
 

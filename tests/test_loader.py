@@ -8,7 +8,8 @@ import torch
 from labtrain import determinism
 from labtrain.digests import digest_tree
 from labtrain.errors import ConfigError
-from labtrain.loader import DataLoader, _part
+from labtrain.loader import DataLoader
+from labtrain.reduction import shard_range
 
 
 class Drawing(torch.utils.data.Dataset):
@@ -76,7 +77,7 @@ def test_the_last_batch_is_partial_or_left_out(size: int, drop_last: bool, sizes
 @pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("size", [0, 1, 3, 7, 64])
 def test_the_ranks_parts_cover_a_batch_without_overlap(size: int, world: int) -> None:
-    parts = [list(_part(size, rank, world)) for rank in range(world)]
+    parts = [list(shard_range(size, rank, world)) for rank in range(world)]
     assert sum(parts, []) == list(range(size))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
 

@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.run import Job, code_digest, first_free, lock_digest, make_job, name, route
+from labtrain.resume import make_job
+from labtrain.run import Job, code_digest, first_free, lock_digest, name, route
 
 CONFIG = {
     "experiment": "digits",
@@ -16,8 +17,16 @@ CONFIG = {
     "trail": {"every_n_steps": 1},
     "paths": {"runs": "runs"},
     "checkpoint": {"url": None, "keep_last": 2},
-    "determinism": {"mode": "strict", "shards": None, "threads": 1},
-    "trainer": {"devices": 1, "num_nodes": 1, "max_epochs": 3, "enable_progress_bar": True, "log_every_n_steps": 10},
+    "determinism": {"mode": "strict", "shards": 4, "threads": 1},
+    "trainer": {
+        "accelerator": "auto",
+        "strategy": "auto",
+        "devices": 1,
+        "num_nodes": 1,
+        "max_epochs": 3,
+        "enable_progress_bar": True,
+        "log_every_n_steps": 10,
+    },
 }
 
 
@@ -62,18 +71,24 @@ def test_how_a_run_is_executed_is_no_part_of_its_name(key: str, value: object) -
         ("trainer.max_epochs", 4),
         ("determinism.mode", "portable"),
         ("determinism.threads", 2),
-        ("trainer.devices", 2),
+        ("determinism.shards", 8),
+        ("determinism.shards", None),
+        ("trainer.strategy", "fsdp"),
     ],
 )
 def test_what_determines_the_bits_is(key: str, value: object) -> None:
-    """The number of devices too, as long as no fixed shards make the bits the same on any number."""
     assert run_id(changed(key, value)) != run_id(CONFIG)
 
 
-def test_with_fixed_shards_the_devices_are_no_part_of_the_name() -> None:
-    assert run_id(changed("determinism.shards", 4)) == run_id(
-        {**changed("determinism.shards", 4), "trainer": {**CONFIG["trainer"], "devices": 4}}
-    )
+@pytest.mark.parametrize(
+    ("key", "value"), [("trainer.devices", 4), ("trainer.num_nodes", 2), ("trainer.strategy", "ddp")]
+)
+def test_the_devices_are_part_of_the_name_only_without_shards(key: str, value: object) -> None:
+    assert run_id(changed(key, value)) == run_id(CONFIG)
+    plain = changed("determinism.shards", None)
+    more = json.loads(json.dumps(plain))
+    more["trainer"][key.partition(".")[2]] = value
+    assert run_id(more) != run_id(plain)
 
 
 def test_code_and_lock_are_part_of_the_name() -> None:

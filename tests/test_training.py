@@ -224,11 +224,23 @@ def test_a_sweep_goes_on_after_a_failing_job_and_ends_badly(experiment: Experime
 def test_out_of_memory_names_the_numbers_and_the_knobs() -> None:
     """The exception is torch's own class with torch's own words; no GPU is at hand to run out of memory on."""
     words = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 23.64 GiB of which 3.11 GiB is free. See documentation for x"
-    error = explain(torch.OutOfMemoryError(words), {"data": {"batch_size": 64}}, started=True)
+    error = explain(
+        torch.OutOfMemoryError(words),
+        {
+            "data": {"batch_size": 64},
+            "determinism": {"shards": 4},
+            "trainer": {"strategy": "auto", "accelerator": "gpu"},
+        },
+        started=True,
+    )
     assert isinstance(error, DeviceError)
     assert "20.00 GiB" in str(error)
     assert "See documentation" not in str(error)
-    for knob in ("data.batch_size=32", "trainer.precision=bf16-mixed", "trainer.accumulate_grad_batches=2"):
+    for knob in (
+        "determinism.shards=8",
+        "data.batch_size=32 trainer.accumulate_grad_batches=2",
+        "trainer.precision=bf16-mixed",
+    ):
         assert knob in error.hint
 
 
@@ -260,7 +272,7 @@ def test_killed_ranks_resume_as_one_run(experiment: Experiment, tmp_path: Path) 
     same(experiment.train(*two), whole)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGUSR1, 75)])
 def test_a_signal_is_written_down_and_the_same_command_goes_on(
     number: int, code: int, experiment: Experiment, reference: Run
 ) -> None:
@@ -362,10 +374,16 @@ def test_a_loader_that_keeps_no_promise_is_refused_in_strict_and_named_in_warn(o
     refused = own_experiment.train(*quick, cwd=own_experiment.root, code=2)
     assert "the training data comes from torch.utils.data.dataloader.DataLoader" in refused.err
     assert "hint: return labtrain.DataLoader(" in refused.err
-    warned = own_experiment.train(*quick, "determinism.mode=warn", cwd=own_experiment.root)
+    unsharded = (*quick, "determinism.shards=null")
+    warned = own_experiment.train(*unsharded, "determinism.mode=warn", cwd=own_experiment.root)
     assert "warning: the training data comes from torch.utils.data.dataloader.DataLoader" in warned.err
-    silent = own_experiment.train(*quick, "determinism.mode=off", cwd=own_experiment.root)
-    assert "warning" not in silent.err
+    notes = json.loads((own_experiment.root / warned.out.split()[0] / "receipt.json").read_text())["determinism"][
+        "notes"
+    ]
+    assert any("dataloader.DataLoader" in note for note in notes)
+    assert any("promise 3 is off" in note for note in notes)
+    silent = own_experiment.train(*unsharded, "determinism.mode=off", cwd=own_experiment.root)
+    assert "warning: the training data" not in silent.err
 
 
 def test_an_exception_of_the_model_keeps_its_traceback(own_experiment: Experiment) -> None:

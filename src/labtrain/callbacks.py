@@ -14,51 +14,68 @@ import torch
 import xxhash
 from lightning.pytorch.callbacks import ProgressBar
 
-from labtrain.determinism import STRICT_MODES, seed_all
+from labtrain.determinism import seed_all
 from labtrain.digests import tensor_bytes
-from labtrain.errors import ConfigError
-from labtrain.loader import DataLoader
+from labtrain.loader import DataLoader, Sharded
 
 
 class Seeding(pl.Callback):
-    """Makes every draw of a step a function of (seed, step, rank), so that no generator's state has to be saved.
+    """Makes what hooks draw a function of (seed, place), so that no generator's state has to be saved.
 
-    Raises:
-        ConfigError: at the start, where the mode promises that and the training data comes from another loader.
+    The steps themselves are seeded by the strategy, a shard at a time; without shards, here.
+
+    Args:
+        seed: the run's.
+        per_rank: each rank draws its own; with shards all ranks draw the same.
     """
 
-    def __init__(self, *, seed: int, mode: str) -> None:
-        self.seed, self.mode = seed, mode
+    def __init__(self, *, seed: int, per_rank: bool) -> None:
+        self.seed, self.per_rank = seed, per_rank
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for loader in trainer.fit_loop._combined_loader.flattened if trainer.fit_loop._combined_loader else ():
-            if isinstance(loader, DataLoader):
-                continue
-            kind = f"{type(loader).__module__}.{type(loader).__qualname__}"
-            what = f"the training data comes from {kind}: its order and draws are no function of seed and epoch"
-            if self.mode in STRICT_MODES:
-                raise ConfigError(
-                    what, hint="return labtrain.DataLoader(dataset, batch_size, shuffle=True), or determinism.mode=warn"
-                )
-            warn(what)
+    def _seed(self, trainer: pl.Trainer, *place: int | str) -> None:
+        seed_all(self.seed, *place, trainer.global_rank if self.per_rank else "all")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        seed_all(self.seed, "epoch", trainer.current_epoch, trainer.global_rank)
+        self._seed(trainer, "epoch", trainer.current_epoch)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        seed_all(self.seed, "step", trainer.global_step, batch_idx, trainer.global_rank)
+        self._seed(trainer, "step", trainer.current_epoch, batch_idx)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        seed_all(self.seed, "validation", trainer.global_step, dataloader_idx, batch_idx, trainer.global_rank)
+        self._seed(trainer, "validation", trainer.global_step, dataloader_idx, batch_idx)
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        seed_all(self.seed, "test", dataloader_idx, batch_idx, trainer.global_rank)
+        self._seed(trainer, "test", dataloader_idx, batch_idx)
+
+
+class BatchSizes(pl.Callback):
+    """Tells Lightning the number of samples of a sharded batch, for what hooks log."""
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._tell(trainer, batch)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._tell(trainer, batch)
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._tell(trainer, batch)
+
+    @staticmethod
+    def _tell(trainer: pl.Trainer, batch: Any) -> None:
+        if isinstance(batch, Sharded) and trainer._results is not None:
+            trainer._results.batch_size = batch.samples
 
 
 class Trail(pl.Callback):

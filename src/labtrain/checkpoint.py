@@ -1,13 +1,9 @@
-"""Checkpoints of a training: written at the end of each epoch, and taken up where they were written.
-
-Lightning's own loop state is left out: a checkpoint saved in its `on_train_epoch_end` misses what the epoch's end still
-does (plateau schedulers), and its restart stages skip or repeat work in some places. Instead the position (epoch, step)
-is saved where an epoch has really ended, before the next begins, and put back into the loops in `on_train_start`.
-"""
+"""Checkpoints of a training: what is written where `EpochLoop` saves, what is kept, and how it is read."""
 
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from labtrain.digests import digest, digest_tree
 from labtrain.errors import LabtrainError
+from labtrain.loggers import log_positions
+from labtrain.loop import PLACE, EpochLoop
 from labtrain.receipt import write_atomically
 from labtrain.store import (
     MANIFEST,
@@ -33,7 +31,7 @@ from labtrain.store import (
 
 
 class Checkpoints(pl.Callback):
-    """Saves at the end of each epoch and of the training, and takes up the loops where a checkpoint left them.
+    """Writes the training's state where the epoch loop says, gives it back on a resume, keeps the last and the best.
 
     Args:
         folder: below which the checkpoints lie.
@@ -42,7 +40,7 @@ class Checkpoints(pl.Callback):
         keep_best: how many of the best by `monitor` are kept beside them.
         monitor: a metric's name.
         mode: max or min: which value of it is better.
-        resumed: the manifest of the checkpoint that this training goes on from.
+        resumed_step: the step that this training goes on from.
     """
 
     def __init__(
@@ -54,91 +52,93 @@ class Checkpoints(pl.Callback):
         keep_best: int = 0,
         monitor: str | None = None,
         mode: str = "max",
-        resumed: Manifest | None = None,
+        resumed_step: int | None = None,
     ) -> None:
         self.folder, self.run_id = folder, run_id
         self.keep_last, self.keep_best, self.monitor, self.mode = keep_last, keep_best, monitor, mode
-        self.resumed = resumed
+        self.resumed_step = resumed_step
+        self.newest: tuple[Path, Manifest] | None = None
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        loop_of(trainer).loaded = checkpoint
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if self.resumed is None:
-            return
-        at = self.resumed["position"]
-        fit, loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
-        optimizer = loop.automatic_optimization.optim_progress.optimizer
-        for progress, done in (
-            (fit.epoch_progress.total, at["epoch"]),
-            (fit.epoch_progress.current, at["epoch"]),
-            (loop.batch_progress.total, at["batches"]),
-            (loop.scheduler_progress.total, at["scheduler_steps"]),
-            (optimizer.step.total, at["optimizer_steps"]),
-            (optimizer.zero_grad.total, at["optimizer_steps"]),
-            (loop.manual_optimization.optim_step_progress.total, at["optimizer_steps"]),
-        ):
-            for field in vars(progress):
-                setattr(progress, field, done)
-        loop._batches_that_stepped = at["batches_that_stepped"]
-        trainer.should_stop = at["finished"]  # an early stop, say: nothing is left to train
+        if loop_of(trainer).loaded is not None:
+            loop_of(trainer).restore()
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.current_epoch > 0:
-            self.save(trainer, finished=False)
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.score(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.score(trainer)
+        every = trainer.check_val_every_n_epoch
+        found = trainer.callback_metrics
+        validated = every is None or trainer.current_epoch + 1 >= every
+        if self.keep_best and self.monitor not in found and validated:
+            raise LabtrainError(
+                f"checkpoint.monitor={self.monitor}: no such metric; logged are {', '.join(sorted(found)) or 'none'}",
+                hint="checkpoint.keep_best=0, or name one of these",
+            )
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.save(trainer, finished=True)
+        # What a callback makes of the weights after the last step (an average of them, say) is the training's result.
+        changed = self.newest is not None and digest(pl_module) != self.newest[1]["weights_digest"]
+        if trainer.strategy.broadcast(changed):
+            self.save(trainer, finished=True)
 
-    def save(self, trainer: pl.Trainer, *, finished: bool) -> None:
+    def save(self, trainer: pl.Trainer, *, finished: bool = False) -> None:
         """Write the training's state as it is now; called on every rank, rank 0 writes."""
-        target = self.folder / f"step-{trainer.global_step:010d}"
+        step = trainer.global_step
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        already_there = self.resumed is not None and self.resumed["step"] == trainer.global_step
-        if trainer.is_global_zero and not already_there:
-            del state["loops"]
-            loop = trainer.fit_loop.epoch_loop
-            position = {
-                "epoch": trainer.current_epoch,
-                "batches": loop.batch_progress.total.completed,
-                "scheduler_steps": loop.scheduler_progress.total.completed,
-                "optimizer_steps": trainer.global_step,
-                "batches_that_stepped": loop._batches_that_stepped,
-                "finished": finished,
-            }
-            metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        del state["loops"]
+        state[PLACE] = loop_of(trainer).place()
+        if trainer.is_global_zero and (finished or step != self.resumed_step):
+            target = self.folder / f"step-{step:010d}{'-end' if finished else ''}"
             manifest = {
                 "run_id": self.run_id,
-                "step": trainer.global_step,
-                "epoch": position["epoch"],
-                "position": position,
-                "metrics": metrics,
+                "step": step,
+                "epoch": state[PLACE]["epoch"],
+                "batch": state[PLACE]["batch"],
+                "finished": finished,
+                "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+                "logs": log_positions(trainer.loggers),
             }
-            write_checkpoint(target, state, manifest)
-            every = trainer.check_val_every_n_epoch
-            self.prune(validated=finished or (every is not None and trainer.current_epoch >= every))
+            self.newest = target, write_checkpoint(target, state, manifest)
+            self.prune()
+        loop_of(trainer).wishes.saved = time.monotonic()
         # Without it rank 0 could be killed before its own save, and the others go on.
         trainer.strategy.barrier("labtrain.checkpoint")
 
-    def prune(self, *, validated: bool) -> None:
-        """Remove the checkpoints that are neither among the last nor among the best.
+    def score(self, trainer: pl.Trainer) -> None:
+        """Write the metrics of a validation beside the checkpoint that was saved before it."""
+        if self.newest is None or self.newest[1]["step"] != trainer.global_step:
+            return
+        path, manifest = self.newest
+        manifest["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        write_manifest(path, manifest)
+        self.prune()
 
-        Raises:
-            LabtrainError: a validation has been run, and no checkpoint has the monitored metric.
-        """
-        found = list_checkpoints(self.folder)
+    def prune(self) -> None:
+        """Remove the checkpoints that are neither among the last nor among the best."""
+        found = [(path, manifest) for path, manifest in list_checkpoints(self.folder) if not manifest["finished"]]
         kept = {path for path, _ in found[-self.keep_last :]}
-        if self.keep_best and self.monitor is not None:
+        if self.keep_best:
             name = self.monitor
             scored = [(manifest["metrics"][name], path) for path, manifest in found if name in manifest["metrics"]]
-            if not scored and validated:
-                names = ", ".join(sorted(found[-1][1]["metrics"])) or "none"
-                raise LabtrainError(
-                    f"checkpoint.monitor={name}: no such metric; logged are {names}",
-                    hint="checkpoint.keep_best=0, or name one of these",
-                )
             scored.sort(key=lambda entry: entry[0], reverse=self.mode == "max")
             kept |= {path for _, path in scored[: self.keep_best]}
         for path, _ in found:
             if path not in kept:
                 remove_checkpoint(path)
+
+
+def loop_of(trainer: pl.Trainer) -> EpochLoop:
+    """Return the training's epoch loop, which is labtrain's."""
+    assert isinstance(trainer.fit_loop.epoch_loop, EpochLoop)
+    return trainer.fit_loop.epoch_loop
 
 
 class FolderIO(TorchCheckpointIO):
@@ -150,13 +150,13 @@ class FolderIO(TorchCheckpointIO):
         return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
 
 
-def write_checkpoint(target: Path, state: dict[str, Any], manifest: Manifest) -> None:
-    """Write a checkpoint folder; it exists once its manifest does.
+def write_checkpoint(target: Path, state: dict[str, Any], manifest: Manifest) -> Manifest:
+    """Write a checkpoint folder, which exists once its manifest does; return the manifest.
 
     Args:
         target: the folder; what an interrupted save left there is removed.
         state: Lightning's checkpoint dictionary, its weights under `state_dict`.
-        manifest: run id, step, epoch, position and metrics; files and digests are added.
+        manifest: run id, step, place and metrics; files and digests are added.
     """
     state_digest = digest_tree(state)  # before anything is written: it refuses what is no plain value
     # safetensors refuses tensors that share memory, and tied weights do: clone
@@ -172,6 +172,12 @@ def write_checkpoint(target: Path, state: dict[str, Any], manifest: Manifest) ->
     }
     digests = {"weights_digest": digest(weights), "state_digest": state_digest}
     manifest = {"schema": SCHEMA, **manifest, **digests, "files": files}
+    write_manifest(target, manifest)
+    return manifest
+
+
+def write_manifest(target: Path, manifest: Manifest) -> None:
+    """Write or replace a checkpoint's manifest, in one step."""
     write_atomically(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
 
 

@@ -1,6 +1,7 @@
-"""Where two runs part: the first step whose trail differs, and the first tensor. No torch."""
+"""What differs between two runs, and where they part: the first step of the trail, and the first tensor. No torch."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -30,6 +31,52 @@ class Divergence:
         if self.tensor is not None:
             parts.append(f"first tensor {self.tensor}")
         return ", ".join(parts)
+
+
+# What of a receipt can change bits; the rest says when, by whom and how far.
+CAUSES = (
+    "config",
+    "code.digest",
+    "environment.lock_digest",
+    "environment.python",
+    "environment.distributions.torch",
+    "hardware.cpu",
+    "hardware.libc",
+    "hardware.gpus",
+    "determinism",
+)
+
+
+def changes(before: dict[str, Any], now: dict[str, Any], *, ignored: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """Return each cause that differs between two receipts: key, before, now.
+
+    Args:
+        before: a receipt.
+        now: another.
+        ignored: keys of the configuration that cannot change bits.
+    """
+    skipped = {f"config.{key}" for key in ignored}
+    found = []
+    for cause in CAUSES:
+        one, other = _flat(_get(before, cause), cause), _flat(_get(now, cause), cause)
+        for key in sorted(one.keys() | other.keys()):
+            if not any(key == skip or key.startswith(f"{skip}.") for skip in skipped) and one.get(key) != other.get(
+                key
+            ):
+                found.append({"key": key, "before": one.get(key), "now": other.get(key)})
+    return found
+
+
+def _get(node: Any, key: str) -> Any:
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def _flat(node: Any, key: str) -> dict[str, Any]:
+    if not isinstance(node, dict) or not node:
+        return {key: node}
+    return {name: value for part, child in node.items() for name, value in _flat(child, f"{key}.{part}").items()}
 
 
 def first_difference(one: Path, other: Path) -> Divergence | None:

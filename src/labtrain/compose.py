@@ -17,7 +17,8 @@ from typing import Any, cast
 from labtrain import config as configuration
 from labtrain import determinism, receipt
 from labtrain.errors import ConfigError, JobFailedError, LabtrainError
-from labtrain.run import JOB_VARIABLE, Config, Job, make_job, shown
+from labtrain.resume import make_job, near_run
+from labtrain.run import JOB_VARIABLE, Config, Job, shown
 
 # Linux takes one variable of at most 128 KiB (MAX_ARG_STRLEN).
 MAX_JOB_BYTES = 120_000
@@ -116,6 +117,11 @@ class Start:
         if finished(job):
             return
         refuse_unwritable(Path(job.run_dir))
+        if (near := near_run(job)) is not None:
+            sys.stderr.write(
+                f"near: {shown(near)}, unfinished, has this configuration and other code or another environment"
+                f" (resume={shown(near)} goes on with it)\n"
+            )
         environment = dict(os.environ)
         if not self.wants_trace:
             environment.pop("HYDRA_FULL_ERROR")
@@ -137,8 +143,11 @@ class Start:
 def finished(job: Job) -> bool:
     """Print the result of a run that is complete; False if there is something to train."""
     found = receipt.read(Path(job.run_dir))
-    if found is None or found["status"] != "complete":
+    if found is None or found["status"] != "complete" or job.origin:
         return False
+    if changed := [segment for segment in found["segments"] if segment.get("changed")]:
+        names = ", ".join(change["key"] for segment in changed for change in segment["changed"])
+        sys.stderr.write(f"warning: {shown(job.run_dir)} was gone on with after changes: {names}\n")
     sys.stderr.write(f"{shown(job.run_dir)} is complete: nothing to train (resume=never starts anew beside it)\n")
     sys.stdout.write(f"{shown(job.run_dir)} {found['results']['weights_digest']}\n")
     return True

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from labtrain.errors import ConfigError, LabtrainError, NotThereYetError
-from labtrain.run import Config
+from labtrain.run import Config, shards_in_use
 
 CONF = Path(__file__).parent / "conf"
 
@@ -81,27 +81,45 @@ def check(config: Config) -> None:
     _want("trainer.devices", devices, good, "a number of devices, a list of GPU numbers, or auto")
     if config["checkpoint"]["keep_best"] and config["checkpoint"]["monitor"] is None:
         raise ConfigError("checkpoint.keep_best needs a metric to compare by", hint="checkpoint.monitor=val/acc")
+    for key in ("every_n_steps", "every_seconds"):
+        value = config["checkpoint"][key]
+        good = value is None or _is_int(value, 1) or (key == "every_seconds" and isinstance(value, float) and value > 0)
+        _want(f"checkpoint.{key}", value, good, "a number above 0, or null")
+    _want("resume", config["resume"], isinstance(config["resume"], str) and config["resume"], "auto, never or a run")
+    _check_shards(config)
     _refuse_later_keys(config)
 
 
-def _refuse_later_keys(config: Config) -> None:
-    checkpoint, shards = config["checkpoint"], config["determinism"]["shards"]
-    if shards is not None:
-        what = f"determinism.shards={shards} (bits that do not depend on the number of devices)"
-        raise NotThereYetError(what, hint="leave determinism.shards=null, Lightning's plain strategy")
-    for key in ("every_n_steps", "every_seconds"):
-        if checkpoint[key] is not None:
-            hint = "checkpoints are written at the end of each epoch and of the training"
-            raise NotThereYetError(f"checkpoint.{key} (a resume inside an epoch)", hint=hint)
-    if "://" in str(checkpoint["url"] or "") and not str(checkpoint["url"]).startswith("file://"):
-        raise NotThereYetError(
-            f"checkpoint.url={checkpoint['url']}", hint="a local or mounted folder: checkpoint.url=/scratch/me"
+def _check_shards(config: Config) -> None:
+    shards, batch_size = config["determinism"]["shards"], config["data"]["batch_size"]
+    _want("determinism.shards", shards, shards is None or _is_int(shards, 1), "a number of shards, or null")
+    if shards_in_use(config) is None:
+        return
+    if batch_size < shards:
+        raise ConfigError(
+            f"data.batch_size={batch_size} cannot be cut into determinism.shards={shards}",
+            hint=f"data.batch_size={shards} or more, or determinism.shards={batch_size}",
         )
-    if config["resume"] not in ("auto", "never"):
-        hint = "resume=auto goes on with the run of the same id, resume=never starts anew beside it"
-        if "/" in str(config["resume"]):
-            raise NotThereYetError(f"resume={config['resume']}", hint=hint)
-        raise ConfigError(f"resume={config['resume']}: auto or never is wanted", hint=hint)
+    devices = config["trainer"]["devices"]
+    number = len(devices) if isinstance(devices, list) else 1 if devices == "auto" else devices
+    world = number * config["trainer"]["num_nodes"]
+    if world > shards:
+        raise too_many_devices(world, shards)
+
+
+def too_many_devices(world: int, shards: int) -> ConfigError:
+    """Return the error for more devices than a batch has shards."""
+    return ConfigError(
+        f"{world} devices, and each batch is cut into determinism.shards={shards}",
+        hint=f"trainer.devices={shards}, or determinism.shards={world}: another run, with bits of its own",
+    )
+
+
+def _refuse_later_keys(config: Config) -> None:
+    url = str(config["checkpoint"]["url"] or "")
+    for key, value in (("checkpoint.url", url), ("resume", str(config["resume"]))):
+        if "://" in value and not value.startswith("file://"):
+            raise NotThereYetError(f"{key}={value}", hint=f"a local or mounted folder: {key}=/scratch/me")
 
 
 def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> ConfigError:

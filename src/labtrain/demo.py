@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labtrain.assets import asset
-from labtrain.compare import first_difference
+from labtrain.compare import first_difference, read_trail
 from labtrain.errors import ConfigError, LabtrainError
 from labtrain.new import make_experiment
 from labtrain.receipt import read
 from labtrain.run import shown
-from labtrain.store import list_checkpoints
 
 # What the dispatch of MKL, oneDNN, torch, glibc and numpy would choose on a CPU from before AVX (2008).
 OLDER_CPU = {
@@ -32,7 +31,7 @@ OLDER_CPU = {
     "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
     "ONEDNN_MAX_CPU_ISA": "SSE41",
 }
-KILL_AFTER_CHECKPOINTS = 2
+KILL_AT_STEP = 111  # in the middle of an epoch, which has 20 steps
 TIMEOUT_S = 600
 NAME = "golden"
 
@@ -94,19 +93,25 @@ def as_an_older_cpu(command: list[str]) -> None:
     _train(command, os.environ | OLDER_CPU)
 
 
+def on_two_processes(command: list[str]) -> None:
+    """Train in two processes, over gloo."""
+    _train([*command, "trainer.devices=2"], dict(os.environ))
+
+
 def killed_and_resumed(command: list[str]) -> None:
-    """Kill the training with SIGKILL in the epoch after a checkpoint, then start it again."""
+    """Kill the training with SIGKILL in the middle of an epoch, then start it again."""
+    command = [*command, "checkpoint.every_n_steps=7"]
     runs = Path(next(word for word in command if word.startswith("paths.runs=")).partition("=")[2])
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + TIMEOUT_S
-        while sum(len(list_checkpoints(run / "checkpoints")) for run in runs.glob("*/*")) < KILL_AFTER_CHECKPOINTS:
+        while not any(len(read_trail(path)) >= KILL_AT_STEP for path in runs.glob("*/*")):
             if child.poll() is not None or time.monotonic() > deadline:
                 raise LabtrainError(
                     "the training ended before it could be killed",
                     hint="labtrain demo --dir kept-demo, and look into it",
                 )
-            time.sleep(0.01)
+            time.sleep(0.005)
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
@@ -116,6 +121,7 @@ def killed_and_resumed(command: list[str]) -> None:
 WAYS: dict[str, Callable[[list[str]], None]] = {
     "as it is": as_it_is,
     "as an older CPU computes it": as_an_older_cpu,
+    "in 2 processes": on_two_processes,
     "killed (SIGKILL) and resumed": killed_and_resumed,
 }
 

@@ -13,6 +13,7 @@ its traceback.
 """
 
 EXIT_USAGE = 2
+EXIT_STOPPED = 75  # a signal came, and the training was saved: EX_TEMPFAIL of sysexits.h
 
 
 class LabtrainError(Exception):

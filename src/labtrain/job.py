@@ -5,7 +5,6 @@ runs its parent's job, never the command line, and a sweep is never run by its r
 the list of processes.
 """
 
-import ctypes
 import gc
 import os
 import signal
@@ -13,13 +12,14 @@ import sys
 from typing import IO, TYPE_CHECKING
 
 from labtrain.compose import print_error
-from labtrain.errors import LabtrainError
+from labtrain.errors import EXIT_STOPPED, LabtrainError
 from labtrain.run import JOB_VARIABLE, Job, shown
+from labtrain.signals import Stopped, end_with_parent
 
 if TYPE_CHECKING:
     from labtrain.training import Result
 
-PR_SET_PDEATHSIG = 1
+FIRST_RANK = "LABTRAIN_FIRST_RANK"  # the process that started this one as a rank of its own
 
 
 def main() -> None:
@@ -29,12 +29,16 @@ def main() -> None:
         sys.exit(2)
     job = Job.from_json(os.environ[JOB_VARIABLE])
     rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if job.supervisor or rank:
-        _end_with_parent(job.supervisor if not rank else 0)
+    is_child = os.environ.get(FIRST_RANK) == str(os.getppid())
+    os.environ[FIRST_RANK] = str(os.getpid())
+    if is_child:
+        end_with_parent(os.getppid(), signal.SIGKILL)  # a rank alone has nothing to save
+    elif job.supervisor:
+        end_with_parent(job.supervisor, signal.SIGTERM)
     out = _take_stdout()
     sys.path[0] = job.root  # as if train.py ran: python -m puts the working directory here
     gc.disable()  # importing torch and Lightning makes no garbage: half a second of looking for it
-    from labtrain.training import Interrupted, train
+    from labtrain.training import train
 
     gc.freeze()
     gc.enable()
@@ -45,12 +49,11 @@ def main() -> None:
             sys.stderr.write(f"[rank {rank}] ")
         print_error(error)
         sys.exit(error.exit_code)
-    except Interrupted as error:
+    except Stopped as error:
         if not rank:
-            sys.stderr.write(
-                f"\nstopped by {error}: the same command goes on from the last checkpoint of {shown(job.run_dir)}\n"
-            )
-        sys.exit(128 + error.signum)
+            sys.stderr.write(f"\nstopped by {error}, saved: the same command goes on with {shown(job.run_dir)}\n")
+        # Lightning kills rank 0 where a rank that it started ends with another code.
+        sys.exit(0 if is_child else EXIT_STOPPED)
     if not rank and not int(os.environ.get("NODE_RANK", "0")):
         print_table(result)
         out.write(f"{shown(result.run_dir)} {result.weights_digest}\n")
@@ -89,13 +92,6 @@ def _take_stdout() -> IO[str]:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     return out
-
-
-def _end_with_parent(supervisor: int) -> None:
-    """Have the kernel send SIGTERM here when the parent (a sweep, or rank 0) is killed."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
-    if supervisor and os.getppid() != supervisor:
-        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,60 @@
 """The loader: torch's names, and samples that are a function of (seed, epoch, index).
 
 Whatever a dataset's `__getitem__` draws from `random`, `numpy.random` or torch's global generator is seeded per sample,
-so an unchanged dataset with torchvision-style transforms gives the same samples with any number of workers and after a
-resume. `batch_size` is global: each device takes its part of every batch, without padding and without duplicates.
+so an unchanged dataset with torchvision-style transforms gives the same samples with any number of workers, after a
+resume, and on any number of devices. `batch_size` is global. In a Trainer with fixed shards (strategy.py) a batch is a
+`Sharded`: the part of each shard that is this rank's. Otherwise each rank takes its contiguous part of every batch.
+Nothing is padded and no sample comes twice, in training and in evaluation.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from operator import getitem
+from typing import Any, cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import Dataset
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset, default_collate
 
 from labtrain.determinism import run_mode, run_seed, seed_all
 from labtrain.errors import ConfigError
-from labtrain.order import epoch_order
+from labtrain.order import Order
+from labtrain.reduction import shard_range
+from labtrain.signals import NUMBERS, end_with_parent
 
-Key = tuple[int, int]  # epoch, index
+
+class Sharded:
+    """One global batch, as one rank sees it. No collection, so that Lightning hands it on as it is.
+
+    Attributes:
+        parts: (shard number, number of samples, data) of each shard of this rank that has samples.
+        samples: of the whole batch.
+        shards: how many shards of the whole batch have samples.
+    """
+
+    def __init__(self, parts: list[tuple[int, int, Any]], *, samples: int, shards: int) -> None:
+        self.parts, self.samples, self.shards = parts, samples, shards
 
 
 class DataLoader:
     """Loads batches of any map-style dataset.
 
     Args:
-        dataset: has `__len__` and `__getitem__`.
+        dataset: has `__len__` and `__getitem__`, or `__getitems__`; or a tensor, an array or a memory map, or a
+            TensorDataset, whose rows are then taken a batch at a time.
         batch_size: samples in a batch over all devices.
         shuffle: a new order each epoch; a function of the run's seed and the epoch.
         num_workers: processes that load; the samples do not depend on it.
         collate_fn: makes a batch of a list of samples; torch's default.
         drop_last: leave out the last batch of an epoch where it is smaller.
         pin_memory: copy batches into page-locked memory; by default where there is a GPU.
+        draws: False declares that the dataset draws nothing, which saves the seeding of each sample (10 microseconds).
+            The first sample of each epoch is held to it.
 
     Raises:
         ConfigError: batch_size or the dataset cannot be used.
@@ -45,8 +70,15 @@ class DataLoader:
         collate_fn: Callable[[list[Any]], Any] | None = None,
         drop_last: bool = False,
         pin_memory: bool | None = None,
+        draws: bool = True,
+        **others: Any,
     ) -> None:
-        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        if others:
+            raise ConfigError(
+                f"labtrain.DataLoader({next(iter(others))}=...): order, workers and seeds are made from the run's seed",
+                hint="shuffle, num_workers, collate_fn, drop_last, pin_memory and draws can be set",
+            )
+        if not (hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__"))):
             raise ConfigError(
                 f"{type(dataset).__name__} is no map-style dataset", hint="give it __len__ and __getitem__"
             )
@@ -59,83 +91,226 @@ class DataLoader:
         self.collate_fn = collate_fn
         self.drop_last = drop_last
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        self.draws = draws
         self.epoch = 0
         self.sampler, self.batch_sampler = self, None  # Lightning calls loader.sampler.set_epoch(epoch)
-        self.indices = torch.empty(0, dtype=torch.int64)  # of the global batch that was yielded last
+        self.indices: Tensor = torch.empty(0, dtype=torch.int64)  # of the global batch that was yielded last
+        self._start = (0, 0)
+        self._shards: int | None = None
+        self._place = (0, 1)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
         self.epoch = epoch
 
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Leave out the first `batch` batches of `epoch`: they have been trained on."""
+        self._start = (epoch, batch)
+
+    def shard(self, shards: int, *, rank: int, world: int) -> None:
+        """Yield `Sharded` from now on."""
+        if self.batch_size < shards:
+            raise ConfigError(
+                f"batch_size={self.batch_size} cannot be cut into determinism.shards={shards}",
+                hint=f"data.batch_size={shards} or more, or determinism.shards={self.batch_size}",
+            )
+        self._shards, self._place = shards, (rank, world)
+
     def __len__(self) -> int:
         """Return the number of batches that this rank gets in an epoch."""
-        rank, world = _place()
-        whole, rest = divmod(len(self.dataset), self.batch_size)
-        return whole + (not self.drop_last and len(_part(rest, rank, world)) > 0)
+        whole, rest = divmod(len(cast(Any, self.dataset)), self.batch_size)
+        if self.drop_last or not rest:
+            return whole
+        return whole + (self._shards is not None or len(shard_range(rest, *_place())) > 0)
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing below runs before the first next(), which comes after set_epoch.
-        rank, world = _place()
-        if self.batch_size < world:
-            raise ConfigError(
-                f"batch_size={self.batch_size} on {world} devices: one sample a device is wanted",
-                hint=f"data.batch_size={world}",
+        size, epoch = len(cast(Any, self.dataset)), self.epoch
+        order = Order(size, seed=run_seed(), epoch=epoch, shuffle=self.shuffle)
+        first = self._start[1] if self._start[0] == epoch else 0
+        batches = range(first, len(self))
+        loaded = iter(
+            torch.utils.data.DataLoader(
+                _Fetch(self, epoch),
+                batch_size=None,
+                sampler=_Parts(self, order, batches),  # an entry is all the indices of one part: fetched at once
+                num_workers=self.num_workers,
+                collate_fn=_as_it_is,
+                pin_memory=self.pin_memory,
+                worker_init_fn=partial(_begin_worker, os.getpid()),
+                generator=torch.Generator().manual_seed(0),  # or torch draws its workers' seed from the global one
             )
-        size = len(self.dataset)
-        order = epoch_order(size, seed=run_seed(), epoch=self.epoch) if self.shuffle else torch.arange(size)
-        batches = _Batches(order, self.batch_size, len(self), epoch=self.epoch, rank=rank, world=world)
-        loader = torch.utils.data.DataLoader(
-            _Seeded(self.dataset, run_seed() if run_mode() != "off" else None),
-            batch_sampler=batches,
-            num_workers=self.num_workers,
-            collate_fn=self.collate_fn,
-            pin_memory=self.pin_memory,
-            generator=torch.Generator().manual_seed(0),  # or torch draws its workers' seed from the global generator
         )
-        for step, batch in enumerate(loader):
-            self.indices = batches.indices(step)
+        for batch in batches:
+            indices = order(batch * self.batch_size, (batch + 1) * self.batch_size)
+            if self._shards is None:
+                data: Any = next(loaded)
+            else:
+                parts = [(shard, len(part), next(loaded)) for shard, part in self._parts(indices)]
+                filled = sum(start < len(indices) for start in self._cuts()[:-1])
+                data = Sharded(parts, samples=len(indices), shards=filled)
+            self.indices = torch.from_numpy(indices)
+            yield data
+
+    def _cuts(self) -> list[int]:
+        """Return where a batch is cut, S + 1 positions. A smaller last batch fills the first shards."""
+        assert self._shards is not None
+        return [self.batch_size * shard // self._shards for shard in range(self._shards + 1)]
+
+    def _parts(self, indices: Any) -> list[tuple[int, Any]]:
+        """Return (shard, indices) of each part of one batch that this rank loads."""
+        if self._shards is None:
+            part = shard_range(len(indices), *_place())
+            return [(0, indices[part.start : part.stop])]
+        cuts = self._cuts()
+        mine = [(shard, indices[cuts[shard] : cuts[shard + 1]]) for shard in shard_range(self._shards, *self._place)]
+        return [(shard, part) for shard, part in mine if len(part)]
+
+
+class _Parts:
+    """The sampler: the indices of each part that this rank loads, in order."""
+
+    def __init__(self, loader: DataLoader, order: Order, batches: range) -> None:
+        self.loader, self.order, self.batches = loader, order, batches
+
+    def __iter__(self) -> Iterator[Any]:
+        size = self.loader.batch_size
+        for batch in self.batches:
+            for _, part in self.loader._parts(self.order(batch * size, (batch + 1) * size)):
+                yield part
+
+
+class _Fetch(Dataset[Any]):
+    """Loads the samples of one part, each under its own (seed, epoch, index); runs in the workers."""
+
+    def __init__(self, loader: DataLoader, epoch: int) -> None:
+        self.dataset: Any = loader.dataset
+        self.collate = loader.collate_fn
+        self.seed = run_seed() if run_mode() != "off" else None
+        self.draws, self.epoch, self.held_to_it = loader.draws, epoch, False
+
+    def __getitem__(self, indices: Any) -> Any:
+        if self.collate is None and (rows := _rows(self.dataset, indices)) is not None:
+            return rows
+        if hasattr(self.dataset, "__getitems__"):
+            # One call, so one seed: of the part, which holds the same samples on any number of workers.
+            samples = self._held(partial(self.dataset.__getitems__, indices.tolist()), int(indices[0]), "samples")
+        else:
+            samples = [self._held(partial(getitem, self.dataset, index), index, "sample") for index in indices.tolist()]
+        return (self.collate or default_collate)(samples)
+
+    def _held(self, load: Callable[[], Any], index: int, kind: str) -> Any:
+        if self.seed is None:
+            return load()
+        if self.draws:
+            seed_all(self.seed, kind, self.epoch, index)
+            return load()
+        if self.held_to_it:
+            return load()
+        self.held_to_it = True
+        seed_all(self.seed, kind, self.epoch, index)
+        before = _generators()
+        sample = load()
+        if _generators() != before:
+            raise ConfigError(
+                f"draws=False, but {type(self.dataset).__name__} drew random numbers for sample {index}",
+                hint="leave draws out: each sample is then seeded",
+            )
+        return sample
+
+
+class StatefulLoader:
+    """A loader that can say where it stands, so that a resume finds the place: torchdata's, mosaicml-streaming's.
+
+    Wraps it for the Trainer, which may fetch a batch ahead of the one it trains on: the state after each of the last
+    two batches is kept.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+        self.sampler, self.batch_sampler = self, None  # Lightning calls loader.sampler.set_epoch(epoch)
+        self.states: dict[int, Any] = {}  # by the number of batches of this epoch that were yielded
+        self.epoch = 0
+        self._start = (-1, 0)
+        self._state: Any = None
+        self._ended = False
+
+    def __len__(self) -> int:
+        return len(self.loader)  # TypeError where it has none, as Lightning expects
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tell the loader, or what orders its samples, which epoch comes next."""
+        self.epoch = epoch
+        for part in (self.loader, getattr(self.loader, "sampler", None)):
+            set_epoch = getattr(part, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+
+    def start_at(self, epoch: int, batch: int, *, state: Any, ended: bool) -> None:
+        """Go on from `state`: of a loader of this kind after `batch` batches of `epoch`, its last where ended."""
+        self._start, self._state, self._ended, self.epoch = (epoch, batch), state, ended, epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, done = self._start
+        if self.epoch == epoch and self._ended:
+            return
+        if self.epoch == epoch or (self._ended and self.epoch == epoch + 1):
+            self.loader.load_state_dict(self._state)
+        done = done if self.epoch == epoch else 0
+        for batch in self.loader:
+            done += 1
+            self.states = {number: state for number, state in self.states.items() if number == done - 1}
+            self.states[done] = self.loader.state_dict()
             yield batch
 
 
-class _Batches:
-    """The batch sampler: for each batch, the keys of this rank's part."""
-
-    def __init__(self, order: torch.Tensor, batch_size: int, steps: int, *, epoch: int, rank: int, world: int) -> None:
-        self.order, self.batch_size, self.steps = order, batch_size, steps
-        self.epoch, self.rank, self.world = epoch, rank, world
-
-    def indices(self, step: int) -> torch.Tensor:
-        """Return the indices of one global batch, shape (at most batch_size,), int64."""
-        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[Key]]:
-        for step in range(self.steps):
-            indices = self.indices(step).tolist()
-            part = _part(len(indices), self.rank, self.world)
-            yield [(self.epoch, index) for index in indices[part.start : part.stop]]
+def is_stateful(loader: Any) -> bool:
+    """Return whether a loader can say where it stands and be put there."""
+    return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
-class _Seeded(Dataset[Any]):
-    """A dataset whose draws are a function of (seed, epoch, index); with seed None, the dataset as it is."""
-
-    def __init__(self, dataset: Dataset[Any], seed: int | None) -> None:
-        self.dataset, self.seed = dataset, seed
-
-    def __getitem__(self, key: Key) -> Any:
-        epoch, index = key
-        if self.seed is not None:
-            seed_all(self.seed, "sample", epoch, index)
-        return self.dataset[index]
+def _rows(dataset: Any, indices: Any) -> Any:
+    """Return rows of a tensor, an array or a TensorDataset at once, as torch's collation of single ones would be."""
+    if isinstance(dataset, Tensor):
+        return dataset[torch.from_numpy(indices)]
+    if isinstance(dataset, np.ndarray):
+        return torch.from_numpy(np.asarray(dataset[indices]))
+    if type(dataset) is TensorDataset:
+        return [tensor[torch.from_numpy(indices)] for tensor in dataset.tensors]
+    return None
 
 
-def _part(size: int, rank: int, world: int) -> range:
-    """Return the positions of a batch of `size` that belong to `rank`: contiguous parts that differ by one at most."""
-    return range(size * rank // world, size * (rank + 1) // world)
+def _generators() -> tuple[Any, ...]:
+    import random
+
+    name, keys, position, *_ = np.random.get_state(legacy=True)
+    return random.getstate(), str(name), bytes(np.asarray(keys)), position, torch.get_rng_state().numpy().tobytes()
+
+
+def _as_it_is(sample: Any) -> Any:
+    return sample
+
+
+def _begin_worker(parent: int, _worker: int) -> None:
+    """Let nobody but the main process end this worker: schedulers signal both, and a step is to be finished first."""
+    for number in NUMBERS:
+        signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_for, args=(parent,), daemon=True).start()
+    end_with_parent(parent, signal.SIGKILL)
+
+
+def _end_for(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def _place() -> tuple[int, int]:
     """Return (rank, number of ranks)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def loaders_of(combined: Any) -> Iterable[Any]:
+    """Return the single loaders of Lightning's CombinedLoader, or of None."""
+    return combined.flattened if combined is not None else ()

@@ -1,11 +1,13 @@
 """The loggers of a run, below its folder: tensorboard/, metrics.csv, wandb/.
 
-A resumed run goes on with the same curves: what was logged after the step that it goes on from is dropped.
+A resumed run goes on with the same curves. Each checkpoint holds how far each logger had come, and what was logged
+later is cut off, since the resumed training logs it again; W&B, where nothing can be cut off, is not told twice.
 """
 
 import csv
 import netrc
 import os
+import struct
 import urllib.parse
 from pathlib import Path
 from typing import Any
@@ -21,65 +23,153 @@ from labtrain.run import Job
 WANDB_HOST = "https://api.wandb.ai"
 
 
-def make_loggers(job: Job, *, resumed_step: int) -> list[Logger]:
+def make_loggers(job: Job, *, resumed: dict[str, Any] | None) -> list[Logger]:
     """Return the run's loggers; none has written anything yet.
 
     Args:
         job: its `logger` names each logger and its options.
-        resumed_step: what was logged from here on, before the training was stopped, is dropped.
+        resumed: how far each had come at the checkpoint that the training goes on from, as `log_positions` returned it.
 
     Raises:
         ConfigError: a logger that labtrain does not know, or that is not installed.
     """
     loggers: list[Logger] = []
+    position = resumed or {}
     for name, options in job.config["logger"].items():
         options = dict(options or {})
         if name == "tensorboard":
-            if resumed_step:
-                options["purge_step"] = resumed_step
             loggers.append(
-                PlainTensorBoardLogger(job.run_dir, name=name, version="", default_hp_metric=False, **options)
+                ContinuedTensorBoardLogger(
+                    job.run_dir,
+                    position=position.get(name, {}),
+                    name=name,
+                    version="",
+                    default_hp_metric=False,
+                    **options,
+                )
             )
         elif name == "csv":
-            loggers.append(ContinuedCSVLogger(job.run_dir, resumed_step=resumed_step, **options))
+            loggers.append(ContinuedCSVLogger(job.run_dir, position=position.get(name, 0), **options))
         elif name == "wandb":
-            loggers.append(_wandb(job, options))
+            loggers.append(_wandb(job, options, position.get(name, 0)))
         else:
             raise ConfigError(f"unknown logger {name}", hint="logger=tensorboard, csv, wandb, many or none")
     return loggers
 
 
-class PlainTensorBoardLogger(TensorBoardLogger):
-    """Lightning's, without the hparams.yaml that config.yaml makes needless: to write it, it imports s3fs (0.2 s)."""
+def log_positions(loggers: list[Logger]) -> dict[str, Any]:
+    """Return how far each logger has come, by its name; what it has is written to its files first."""
+    return {
+        logger.key: logger.position()
+        for logger in loggers
+        if isinstance(logger, ContinuedTensorBoardLogger | ContinuedCSVLogger | ContinuedWandbLogger)
+    }
+
+
+class ContinuedTensorBoardLogger(TensorBoardLogger):
+    """Lightning's; its position is the size of each event file.
+
+    Without the hparams.yaml that config.yaml makes needless: to write it, Lightning imports s3fs (0.2 s).
+    """
+
+    key = "tensorboard"
+
+    def __init__(self, save_dir: str, *, position: dict[str, int], **options: Any) -> None:
+        super().__init__(save_dir, **options)
+        self.resumed: dict[str, int] | None = position
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self.resumed is not None:
+            for path in self._files():
+                size = self.resumed.get(path.name, 0)
+                os.truncate(path, size) if size else path.unlink()
+            self.resumed = None
+        return super().experiment
 
     @rank_zero_only
     def save(self) -> None:
         self.experiment.flush()
 
+    def position(self) -> dict[str, int]:
+        self.experiment.flush()
+        return {path.name: path.stat().st_size for path in self._files()}
+
+    def _files(self) -> list[Path]:
+        return sorted(Path(self.log_dir).glob("events.out.tfevents.*"))
+
 
 class ContinuedCSVLogger(CSVLogger):
-    """Lightning's CSV logger, which would delete the metrics.csv it finds; here the rows before the step are kept."""
+    """Lightning's, which would delete the metrics.csv it finds; its position is the number of rows."""
 
-    def __init__(self, save_dir: str, *, resumed_step: int, **options: Any) -> None:
+    key = "csv"
+
+    def __init__(self, save_dir: str, *, position: int, **options: Any) -> None:
         super().__init__(save_dir, name="", version="", **options)
-        self.resumed_step = resumed_step
+        self.resumed = position
 
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
         if self._experiment is None:
             path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
+            aside = path.with_name(f".{path.name}")  # until the kept rows are written again: a crash loses none
+            if path.exists() and not aside.exists():
+                path.rename(aside)
             rows: list[dict[str, Any]] = []
-            if path.exists():
-                with path.open(newline="") as file:
-                    rows = [row for row in csv.DictReader(file) if int(row["step"]) < self.resumed_step]
-                path.unlink()
+            if aside.exists():
+                with aside.open(newline="") as file:
+                    rows = list(csv.DictReader(file))[: self.resumed]
             self._experiment = ExperimentWriter(log_dir=self.log_dir)
             self._experiment.metrics = [{key: value for key, value in row.items() if value} for row in rows]
+            self._experiment.save()
+            aside.unlink(missing_ok=True)
+            self.rows = len(rows)
         return self._experiment
 
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        super().log_metrics(metrics, step)
+        self.rows += 1
 
-def _wandb(job: Job, options: dict[str, Any]) -> WandbLogger:
+    def position(self) -> int:
+        self.experiment.save()
+        return self.rows
+
+
+class ContinuedWandbLogger(WandbLogger):
+    """Lightning's; its position is the number of calls.
+
+    What W&B was told cannot be taken back, and a resumed training says it again, the same to the last bit: so a file
+    beside W&B's own holds how many calls it got, and the repeated ones are left out.
+    """
+
+    key = "wandb"
+    SENT = ".labtrain-sent"
+
+    def __init__(self, *, position: int, **options: Any) -> None:
+        super().__init__(**options)
+        self.calls = position
+        path = Path(options["save_dir"]) / self.SENT
+        self.sent = struct.unpack("<q", path.read_bytes())[0] if position and path.exists() else position
+        self.file: int | None = None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        self.calls += 1
+        if self.calls <= self.sent:
+            return
+        super().log_metrics(metrics, step)
+        if self.file is None:
+            self.file = os.open(Path(self.save_dir or ".") / self.SENT, os.O_WRONLY | os.O_CREAT, 0o644)
+        os.pwrite(self.file, struct.pack("<q", self.calls), 0)
+
+    def position(self) -> int:
+        return self.calls
+
+
+def _wandb(job: Job, options: dict[str, Any], position: int) -> WandbLogger:
     mode = options.pop("mode", "auto")
     if mode not in ("auto", "online", "offline"):
         raise ConfigError(
@@ -90,8 +180,14 @@ def _wandb(job: Job, options: dict[str, Any]) -> WandbLogger:
     options = {key: value for key, value in options.items() if value not in (None, [])}
     run = Path(job.run_dir).name
     try:
-        logger = WandbLogger(
-            name=run, id=run, resume="allow", save_dir=job.run_dir, offline=mode == "offline", **options
+        logger = ContinuedWandbLogger(
+            position=position,
+            name=run,
+            id=run,
+            resume="allow",
+            save_dir=job.run_dir,
+            offline=mode == "offline",
+            **options,
         )
     except ModuleNotFoundError as error:
         raise ConfigError(

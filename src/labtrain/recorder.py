@@ -3,18 +3,21 @@
 import fcntl
 import os
 import shutil
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 import yaml
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from labtrain import determinism, receipt
+from labtrain.compare import changes
 from labtrain.errors import LabtrainError
 from labtrain.loader import DataLoader
 from labtrain.provenance import code_state, environment_state, machine, timestamp, uncommitted_change
-from labtrain.run import Job, shown
+from labtrain.run import DEVICE_KEYS, EXECUTION_KEYS, Job, shards_in_use, shown
 from labtrain.store import list_checkpoints
 
 LOCK = ".lock"
@@ -34,6 +37,7 @@ class Recorder(pl.Callback):
     def __init__(self, job: Job, *, checkpoints: Path, resumed_step: int) -> None:
         self.job, self.run_dir, self.checkpoints = job, Path(job.run_dir), checkpoints
         self.resumed_step = resumed_step
+        self.notes: list[str] = []
         self.receipt: receipt.Receipt | None = None
         self.lock: int | None = None
         self.made_folder = False
@@ -48,8 +52,9 @@ class Recorder(pl.Callback):
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # A record lock: the loader's workers have no share in it, and do not hold it when this process is killed.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
             holder = os.read(self.lock, 100).decode().strip()
             os.close(self.lock)
             self.lock, self.made_folder = None, False
@@ -60,12 +65,19 @@ class Recorder(pl.Callback):
         os.ftruncate(self.lock, 0)
         os.pwrite(self.lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
 
+    def say(self, text: str) -> None:
+        """Warn, and write it in the receipt: what is not exact in this training, and why."""
+        if text not in self.notes:
+            self.notes.append(text)
+            if getattr(rank_zero_only, "rank", 0) == 0:
+                sys.stderr.write(f"warning: {text}\n")
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         job = self.job
         before = receipt.read(self.run_dir)
-        segment = {
+        segment: dict[str, Any] = {
             "started": timestamp(),
             "ended": None,
             "status": "running",
@@ -73,10 +85,11 @@ class Recorder(pl.Callback):
             "devices": trainer.world_size,
             "from_step": self.resumed_step,
             "to_step": None,
+            "changed": [],
         }
         loader = trainer.train_dataloader
         data = (
-            {"train_dataset": type(loader.dataset).__qualname__, "train_samples": len(loader.dataset)}
+            {"train_dataset": type(loader.dataset).__qualname__, "train_samples": len(cast(Any, loader.dataset))}
             if isinstance(loader, DataLoader)
             else {}
         )
@@ -89,17 +102,33 @@ class Recorder(pl.Callback):
             "code": code_state(job),
             "environment": environment_state(job),
             "hardware": {**machine(), **gpus(trainer)},
-            "determinism": {**job.config["determinism"], "seed": job.config["seed"], **determinism.flags()},
+            "determinism": {
+                **job.config["determinism"],
+                "seed": job.config["seed"],
+                "any_number_of_devices": shards_in_use(job.config) is not None,
+                **determinism.flags(),
+                "notes": self.notes,
+            },
             "data": data,
             "segments": [*(before["segments"] if before else []), segment],
             "results": {},
             "checkpoints": [],
             "trail": {"file": "trail.jsonl", "every_n_steps": job.config["trail"]["every_n_steps"]},
         }
+        if before is not None:
+            self._note_changes(before, segment)
         receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
         if change := uncommitted_change(job.root):
             receipt.write_atomically(self.run_dir / "code.patch", change)
         receipt.write(self.run_dir, self.receipt)
+
+    def _note_changes(self, before: receipt.Receipt, segment: dict[str, Any]) -> None:
+        """Say and record what is not as it was when the training stopped: from here on the bits may be others."""
+        assert self.receipt is not None
+        found = changes(before, self.receipt, ignored=(*EXECUTION_KEYS, *DEVICE_KEYS))
+        segment["changed"] = [change for change in found if change["key"] != "determinism.notes"]
+        for change in segment["changed"]:
+            self.say(f"goes on with another {change['key']}: {change['before']} before, now {change['now']}")
 
     def close(self, status: str, *, step: int, results: dict[str, Any] | None = None) -> None:
         """Write how the training ended; without a receipt, remove the folder that was made for it."""

@@ -39,8 +39,9 @@ EXECUTION_KEYS = (
     "trainer.log_every_n_steps",
     "trainer.profiler",
 )
-# With fixed shards the number of devices does not matter either; with Lightning's plain strategy it does.
-DEVICE_KEYS = ("trainer.devices", "trainer.num_nodes")
+# With fixed shards the number of devices does not matter either; with Lightning's own strategies it does.
+DEVICE_KEYS = ("trainer.devices", "trainer.num_nodes", "trainer.strategy")
+EXACT_STRATEGIES = ("auto", "ddp")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -56,6 +57,7 @@ class Job:
         code_digest: of the experiment's and labtrain's sources.
         lock_digest: of the environment's lock; empty where there is none.
         supervisor: process id of the sweep that waits for this job; 0 for a single run.
+        origin: with resume=RUN, the folder of the checkpoints that it goes on from; else empty.
     """
 
     run_id: str
@@ -66,6 +68,7 @@ class Job:
     code_digest: str
     lock_digest: str
     supervisor: int = 0
+    origin: str = ""
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -75,37 +78,29 @@ class Job:
         return cls(**json.loads(text))
 
 
-def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0) -> Job:
-    """Name the run that `config` describes, and its folder. Writes nothing."""
-    code, lock = code_digest(root), lock_digest(root)
-    run_id = name(config, code=code, lock=lock)
-    run_dir = Path(config["paths"]["runs"]).resolve() / str(config["experiment"]) / run_id
-    if config["resume"] == "never":
-        run_dir = first_free(run_dir)
-    return Job(
-        run_id=run_id,
-        run_dir=str(run_dir),
-        root=str(root),
-        config=config,
-        command=command,
-        code_digest=code,
-        lock_digest=lock,
-        supervisor=supervisor,
-    )
+def shards_in_use(config: Config) -> int | None:
+    """Return determinism.shards where bits do not depend on the devices; None under Lightning's own strategies."""
+    shards: int | None = config["determinism"]["shards"]
+    exact = config["trainer"]["strategy"] in EXACT_STRATEGIES
+    return shards if exact and config["trainer"]["accelerator"] in ("auto", "cpu", "gpu", "cuda") else None
 
 
 def name(config: Config, *, code: str, lock: str) -> str:
     """Return the run id: 12 hex digits of what determines the run's bits."""
-    kept = json.loads(json.dumps(config))
-    ignored = EXECUTION_KEYS if config["determinism"]["shards"] is None else EXECUTION_KEYS + DEVICE_KEYS
-    for key in ignored:
+    parts = (json.dumps(what_counts(config), sort_keys=True), code, lock)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def what_counts(config: Config) -> Config:
+    """Return the configuration without the keys that say how a run is executed."""
+    kept: Config = json.loads(json.dumps(config))
+    for key in EXECUTION_KEYS + (DEVICE_KEYS if shards_in_use(config) is not None else ()):
         *parents, last = key.split(".")
         node = kept
         for parent in parents:
             node = node.get(parent, {})
         node.pop(last, None)
-    parts = (json.dumps(kept, sort_keys=True), code, lock)
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+    return kept
 
 
 def code_digest(root: Path) -> str:

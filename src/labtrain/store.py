@@ -4,7 +4,8 @@
 
     step-0000000120/weights.safetensors   the state dict of the LightningModule
                     state.pt              the rest of the training state; loads with weights_only=True
-                    manifest.json         written last: sha256 and size of each file, position, weights digest
+                    manifest.json         written last: sha256 and size of each file, place, weights digest
+    step-0000000300-end/                  only where a callback changed the weights after the last step: the result
 """
 
 import hashlib
@@ -59,12 +60,19 @@ def verify_checkpoint(path: Path) -> None:
 def list_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
     """Return the complete checkpoints below `folder`, oldest first."""
     found = [(path, manifest) for path in folder.glob("step-*") if (manifest := read_manifest(path)) is not None]
-    return sorted(found, key=lambda entry: entry[1]["step"])
+    return sorted(found, key=lambda entry: (entry[1]["step"], entry[1].get("finished", False)))
 
 
-def newest_whole(folder: Path) -> tuple[Path, Manifest] | None:
-    """Return the newest checkpoint whose files are what its manifest says; name each that is not."""
+def newest_whole(folder: Path, *, to_resume: bool = False) -> tuple[Path, Manifest] | None:
+    """Return the newest checkpoint whose files are what its manifest says; name each that is not.
+
+    Args:
+        folder: where they lie.
+        to_resume: leave out one that holds what became of the weights after the training's end.
+    """
     for path, manifest in reversed(list_checkpoints(folder)):
+        if to_resume and manifest.get("finished"):
+            continue
         try:
             verify_checkpoint(path)
         except DamagedError as error:

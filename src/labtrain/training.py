@@ -7,8 +7,7 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -17,17 +16,23 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain import determinism, receipt
-from labtrain.callbacks import Progress, Seeding, Trail, warn
+from labtrain.callbacks import BatchSizes, Progress, Seeding, Trail, warn
 from labtrain.checkpoint import Checkpoints, FolderIO
+from labtrain.config import too_many_devices
 from labtrain.digests import digest
-from labtrain.errors import ConfigError, DeviceError, LabtrainError
+from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError
+from labtrain.guard import Guard, explain_operation, has_test
+from labtrain.loader import DataLoader, StatefulLoader, is_stateful
 from labtrain.loggers import log_config, make_loggers
+from labtrain.loop import PLACE, EpochLoop
 from labtrain.recorder import Recorder
-from labtrain.run import Config, Job, make_job, shown
+from labtrain.resume import make_job
+from labtrain.run import EXACT_STRATEGIES, Config, Job, shards_in_use, shown
+from labtrain.signals import Stopped, Wishes
 from labtrain.store import Manifest, checkpoint_folder, newest_whole
+from labtrain.strategy import Exact, ExactDDP, ExactSingleDevice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,14 +52,6 @@ class Result:
     steps: int
 
 
-class Interrupted(BaseException):
-    """A signal ended the training. A BaseException, as KeyboardInterrupt is: `except Exception` must not swallow it."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
-
-
 def train(cfg: Any) -> Result:
     """Train the run that a configuration describes and return its result; of a complete run, the result it has.
 
@@ -63,13 +60,13 @@ def train(cfg: Any) -> Result:
 
     Raises:
         LabtrainError: it cannot be trained; nothing was written.
-        Interrupted: a signal came; the receipt says so.
+        Stopped: a signal came; the state is saved, and the receipt says so.
     """
     job = cfg if isinstance(cfg, Job) else _job(cfg)
     config, run_dir = job.config, Path(job.run_dir)
     mode, seed = config["determinism"]["mode"], config["seed"]
     done = receipt.read(run_dir)
-    if done is not None and done["status"] == "complete":
+    if done is not None and done["status"] == "complete" and not job.origin:
         results = done["results"]
         return Result(
             run_dir=run_dir,
@@ -78,7 +75,7 @@ def train(cfg: Any) -> Result:
             steps=results["steps"],
         )
 
-    accelerator = choose_accelerator(config)
+    accelerator, devices = choose_accelerator(config)
     _quiet_lightning()
     if config["trainer"]["num_nodes"] == 1:
         # By itself gloo looks up the host's name, and hangs where it has none.
@@ -91,22 +88,39 @@ def train(cfg: Any) -> Result:
     model = instantiate(config, "model", pl.LightningModule)
 
     folder = checkpoint_folder(run_dir, config["checkpoint"]["url"])
-    path, manifest = newest_whole(folder) or (None, None)
-    step = manifest["step"] if manifest else 0
-    recorder = Recorder(job, checkpoints=folder, resumed_step=step)
-    loggers = make_loggers(job, resumed_step=step)
-    trainer = make_trainer(config, accelerator, loggers, make_callbacks(job, folder, manifest, recorder))
+    path, manifest = newest_whole(Path(job.origin or folder), to_resume=True) or (None, None)
+    if job.origin and path is None:
+        raise ConfigError(f"resume={config['resume']}: that run has no checkpoint yet", hint="resume=never")
+    wishes = Wishes(every_seconds=config["checkpoint"]["every_seconds"])
+    recorder = Recorder(job, checkpoints=folder, resumed_step=manifest["step"] if manifest else 0)
+    loggers = make_loggers(job, resumed=manifest["logs"] if manifest else None)
+    checkpoints = make_checkpoints(job, folder, manifest)
+    callbacks = make_callbacks(job, checkpoints, recorder)
+    trainer = make_trainer(config, accelerator, devices, loggers, callbacks, wishes)
+    loop = trainer.fit_loop.epoch_loop = EpochLoop(
+        trainer,
+        save=lambda: checkpoints.save(trainer),
+        every_n_steps=config["checkpoint"]["every_n_steps"],
+        wishes=wishes,
+    )
+    # Lightning's own handlers would end with exit code 0 after SIGTERM, and requeue a Slurm job by themselves.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    find_places(datamodule, loop)
     try:
-        with _signals():
+        with wishes.listening():
             if trainer.is_global_zero:
                 recorder.open()
                 if path is not None:
                     warn_resumed(run_dir, path)
+            if shards_in_use(config) is None:
+                recorder.say(plain_because(config))
+                if config["trainer"]["strategy"] not in EXACT_STRATEGIES and path is not None:
+                    raise NotThereYetError(f"going on under trainer.strategy={config['trainer']['strategy']}")
             log_config(loggers, config)
             trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
-            metrics = {**(manifest["metrics"] if manifest else {}), **_floats(trainer.callback_metrics)}
+            metrics = _floats(trainer.callback_metrics)
             weights, steps = digest(model), trainer.global_step
-            if is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model):
+            if has_test(model, datamodule):
                 trainer.test(model, datamodule=datamodule, verbose=False)
                 metrics |= _floats(trainer.callback_metrics)
             result = Result(run_dir=run_dir, metrics=metrics, weights_digest=weights, steps=steps)
@@ -114,26 +128,29 @@ def train(cfg: Any) -> Result:
                 recorder.close("complete", step=steps, results=_results(result, folder))
             return result
     except BaseException as error:
-        interrupted = isinstance(error, Interrupted | KeyboardInterrupt)
+        stopped = isinstance(error, Stopped | KeyboardInterrupt)
         if trainer.is_global_zero:
-            recorder.close("interrupted" if interrupted else "failed", step=trainer.global_step)
-        if launcher := trainer.strategy.launcher:
-            launcher.kill(signal.SIGTERM)  # the other ranks of this node; Lightning leaves them to time out
-        if (known := explain(error, config, started=recorder.receipt is not None)) is not None:
+            recorder.close("interrupted" if stopped else "failed", step=trainer.global_step)
+        if not stopped and (launcher := trainer.strategy.launcher):
+            launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
+        known = explain_operation(error, model) or explain(error, config, started=recorder.receipt is not None)
+        if known is not None:
             raise known from error
         raise
 
 
-def choose_accelerator(config: Config) -> str:
-    """Return `gpu` or `cpu`, or a name that only Lightning knows.
+def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
+    """Return `gpu` or `cpu`, or a name that only Lightning knows; and the devices of a node: a number, or GPU numbers.
 
     Raises:
         DeviceError: more devices are asked for than there are, or a precision that they do not have.
-        ConfigError: fewer samples a step than devices.
+        ConfigError: more devices than shards or samples.
     """
     wanted, devices, precision = (config["trainer"][key] for key in ("accelerator", "devices", "precision"))
     gpus = torch.cuda.device_count()
     accelerator = ("gpu" if gpus else "cpu") if wanted == "auto" else {"cuda": "gpu"}.get(wanted, wanted)
+    if devices == "auto":
+        devices = gpus if accelerator == "gpu" else 1 if accelerator == "cpu" else devices
     if accelerator == "gpu":
         numbers = devices if isinstance(devices, list) else range(devices if isinstance(devices, int) else 1)
         if missing := [number for number in numbers if number >= gpus]:
@@ -143,7 +160,9 @@ def choose_accelerator(config: Config) -> str:
                 if gpus
                 else "trainer.accelerator=cpu, or labtrain doctor says why no GPU is seen"
             )
-            raise DeviceError(f"trainer.devices={devices} asks for GPU {missing[0]}, {found}", hint=hint)
+            raise DeviceError(
+                f"trainer.devices={config['trainer']['devices']} asks for GPU {missing[0]}, {found}", hint=hint
+            )
     elif accelerator == "cpu":
         if isinstance(devices, list):
             raise DeviceError(
@@ -155,14 +174,50 @@ def choose_accelerator(config: Config) -> str:
                 f"trainer.precision={precision}: fp16 with loss scaling needs a GPU",
                 hint="trainer.precision=bf16-mixed",
             )
-    per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
-    world = per_node * config["trainer"]["num_nodes"]
-    if config["data"]["batch_size"] < world:
+    shards, batch_size, world = shards_in_use(config), config["data"]["batch_size"], _world(config, devices)
+    if shards is not None and world > shards:
+        raise too_many_devices(world, shards)
+    if batch_size < world:
         raise ConfigError(
-            f"data.batch_size={config['data']['batch_size']} is the samples of one step over all {world} devices",
+            f"data.batch_size={batch_size} is the samples of one step over all {world} devices",
             hint=f"data.batch_size={world} or more",
         )
-    return str(accelerator)
+    return str(accelerator), devices
+
+
+def _world(config: Config, devices: Any) -> int:
+    per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
+    return int(per_node * config["trainer"]["num_nodes"])
+
+
+def plain_because(config: Config) -> str:
+    """Return why the bits of this training depend on the number of devices."""
+    if config["determinism"]["shards"] is None:
+        why = "determinism.shards=null"
+    elif config["trainer"]["strategy"] not in EXACT_STRATEGIES:
+        why = f"trainer.strategy={config['trainer']['strategy']}"
+    else:
+        why = f"trainer.accelerator={config['trainer']['accelerator']}"
+    return f"{why}: Lightning's own strategy trains, the bits depend on the number of devices (promise 3 is off)"
+
+
+def find_places(datamodule: pl.LightningDataModule, loop: EpochLoop) -> None:
+    """Have the training loader begin where a checkpoint that is taken up stood."""
+    make = datamodule.train_dataloader
+
+    def train_dataloader() -> Any:
+        loader, at = make(), loop.loaded[PLACE] if loop.loaded is not None else None
+        if isinstance(loader, DataLoader):
+            if at is not None:
+                loader.start_at(at["epoch"], at["batch"])
+        elif is_stateful(loader):
+            loader = StatefulLoader(loader)
+            if at is not None:
+                mine = at["ranks"][loop.trainer.global_rank if len(at["ranks"]) > 1 else 0]
+                loader.start_at(at["epoch"], at["batch"], state=mine["loader"], ended=at["is_last_batch"])
+        return loader
+
+    datamodule.train_dataloader = train_dataloader  # type: ignore[method-assign]
 
 
 def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
@@ -193,20 +248,31 @@ def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
     return made
 
 
-def make_callbacks(job: Job, folder: Path, resumed: Manifest | None, recorder: Recorder) -> list[pl.Callback]:
+def make_checkpoints(job: Job, folder: Path, resumed: Manifest | None) -> Checkpoints:
+    """Return the keeper of the run's checkpoints."""
+    kept = {key: job.config["checkpoint"][key] for key in ("keep_last", "keep_best", "monitor", "mode")}
+    here = resumed is not None and not job.origin
+    return Checkpoints(folder, run_id=job.run_id, resumed_step=resumed["step"] if resumed and here else None, **kept)
+
+
+def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> list[pl.Callback]:
     """Return labtrain's callbacks and the person's, in the order in which they act."""
     from hydra.utils import instantiate as hydra_instantiate
 
-    config, step = job.config, resumed["step"] if resumed else 0
-    kept = {key: config["checkpoint"][key] for key in ("keep_last", "keep_best", "monitor", "mode")}
-    # First: an epoch's state is saved before others touch it.
-    callbacks: list[pl.Callback] = [Checkpoints(folder, run_id=job.run_id, resumed=resumed, **kept)]
-    if config["determinism"]["mode"] != "off":
-        callbacks.append(Seeding(seed=config["seed"], mode=config["determinism"]["mode"]))
-    callbacks.append(recorder)
+    config, shards = job.config, shards_in_use(job.config)
+    mode, threads = config["determinism"]["mode"], config["determinism"]["threads"]
+    # First: the counters are put in place before others look at them.
+    callbacks: list[pl.Callback] = [checkpoints, Guard(mode=mode, shards=shards, threads=threads, say=recorder.say)]
+    if mode != "off":
+        callbacks.append(Seeding(seed=config["seed"], per_rank=shards is None))
+    callbacks += [BatchSizes(), recorder]
     if config["trail"]["every_n_steps"]:
         callbacks.append(
-            Trail(Path(job.run_dir) / "trail.jsonl", every_n_steps=config["trail"]["every_n_steps"], resumed_step=step)
+            Trail(
+                Path(job.run_dir) / "trail.jsonl",
+                every_n_steps=config["trail"]["every_n_steps"],
+                resumed_step=recorder.resumed_step,
+            )
         )
     if config["trainer"]["enable_progress_bar"]:
         callbacks.append(Progress(batch_size=config["data"]["batch_size"]))
@@ -215,11 +281,20 @@ def make_callbacks(job: Job, folder: Path, resumed: Manifest | None, recorder: R
     ]
 
 
-def make_trainer(config: Config, accelerator: str, loggers: list[Any], callbacks: list[pl.Callback]) -> pl.Trainer:
+def make_trainer(
+    config: Config,
+    accelerator: str,
+    devices: int | list[int] | str,
+    loggers: list[Any],
+    callbacks: list[pl.Callback],
+    wishes: Wishes,
+) -> pl.Trainer:
     """Return Lightning's Trainer with the keys of `trainer`; those that are null take its defaults."""
-    options = {key: value for key, value in config["trainer"].items() if value is not None} | {
-        "accelerator": accelerator
-    }
+    options = {key: value for key, value in config["trainer"].items() if value is not None}
+    options |= {"accelerator": accelerator, "devices": devices}
+    shards = shards_in_use(config)
+    if shards is not None:
+        options["strategy"] = make_strategy(shards, accelerator, devices, _world(config, devices), wishes)
     try:
         return pl.Trainer(
             **options,
@@ -236,13 +311,23 @@ def make_trainer(config: Config, accelerator: str, loggers: list[Any], callbacks
         ) from error
 
 
+def make_strategy(shards: int, accelerator: str, devices: Any, world: int, wishes: Wishes) -> Exact:
+    """Return the exact strategy for one device or for several."""
+    if world > 1:
+        return ExactDDP(shards=shards, wishes=wishes)
+    number = devices[0] if isinstance(devices, list) else 0
+    device = torch.device("cuda", number) if accelerator == "gpu" else torch.device("cpu")
+    return ExactSingleDevice(device, shards=shards, wishes=wishes)
+
+
 def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainError | None:
     """Turn an exception of the training into an error for people; None where its traceback says more."""
     if isinstance(error, torch.OutOfMemoryError):
         numbers = " ".join(str(error).split(" See documentation")[0].split())
         half = max(1, config["data"]["batch_size"] // 2)
         smaller = f"data.batch_size={half}"
-        knobs = f"{smaller}; trainer.precision=bf16-mixed; {smaller} trainer.accumulate_grad_batches=2"
+        more = 2 * (shards_in_use(config) or 1)
+        knobs = f"determinism.shards={more}; trainer.precision=bf16-mixed; {smaller} trainer.accumulate_grad_batches=2"
         return DeviceError(
             f"out of GPU memory at data.batch_size={config['data']['batch_size']}: {numbers}",
             hint=f"one of these: {knobs}",
@@ -285,23 +370,6 @@ def _job(cfg: Any) -> Job:
 
 def _floats(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
     return {name: float(value) for name, value in sorted(metrics.items())}
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Raise Interrupted when SIGINT or SIGTERM comes; by itself Lightning would end with exit code 0 after SIGTERM."""
-
-    def stop(signum: int, _frame: object) -> None:
-        signal.signal(signum, signal.SIG_IGN)
-        raise Interrupted(signum)
-
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, stop) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _quiet_lightning() -> None:

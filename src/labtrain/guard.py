@@ -1,0 +1,268 @@
+"""Never silent: what cannot be exact is found before the first step, refused in strict mode, else said and recorded.
+
+=========================== ============================================================================================
+found                       because
+=========================== ============================================================================================
+another loader              its order and draws are no function of (seed, epoch), and a resume does not find its place
+several training loaders    where each stands in its cycle is not known after a resume
+torch.compile               kernels are chosen by timing, and by the shapes that this process has seen so far
+flags that code has changed cudnn.benchmark chooses kernels by timing; other threads are another order of addition
+TF32 set from outside       NVIDIA_TF32_OVERRIDE and its like change bits, and are not part of the run's name
+times                       a validation or an end by the clock comes at another step each time
+reloaded loaders            what a new loader is may depend on the epoch in which a process began
+=========================== ============================================================================================
+
+TF32 set in code (torch.set_float32_matmul_precision) and channels_last are functions of what was written: they are
+exact, and the receipt's flags show them. An operation without a deterministic kernel is stopped by torch itself; here
+its module is found.
+"""
+
+import os
+import re
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.overrides import TorchFunctionMode
+
+from labtrain.determinism import STRICT_MODES
+from labtrain.errors import ConfigError
+from labtrain.loader import DataLoader, StatefulLoader, loaders_of
+
+TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
+NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
+
+Finding = tuple[str, str]  # what, hint
+OURS = "return labtrain.DataLoader(dataset, batch_size, shuffle=True)"
+
+
+class Guard(pl.Callback):
+    """Looks at the beginning of the training and of the test.
+
+    Args:
+        mode: strict and portable refuse, warn says, off looks away.
+        shards: determinism.shards, where they are in use.
+        threads: determinism.threads.
+        say: called with each sentence that the person and the receipt are to have.
+
+    Raises:
+        ConfigError: in strict mode, for the first finding.
+    """
+
+    def __init__(self, *, mode: str, shards: int | None, threads: int, say: Callable[[str], None]) -> None:
+        self.mode, self.shards, self.threads, self.say = mode, shards, threads, say
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._refuse(uncuttable_loaders(trainer, self.shards))
+        self._judge(training_loaders(trainer))
+        self._judge(evaluation_loaders("validation", trainer.fit_loop.epoch_loop.val_loop._combined_loader))
+        self._judge(compiled(pl_module))
+        self._judge(changed_flags(self.threads))
+        self._judge(clocks(trainer))
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._judge(evaluation_loaders("test", trainer.test_loop._combined_loader))
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.current_epoch:
+            self._judge(changed_flags(self.threads))
+
+    def _judge(self, findings: Iterator[Finding]) -> None:
+        if self.mode in STRICT_MODES:
+            self._refuse(findings)
+        elif self.mode == "warn":
+            for what, _ in findings:
+                self.say(what)
+
+    @staticmethod
+    def _refuse(findings: Iterator[Finding]) -> None:
+        for what, hint in findings:
+            raise ConfigError(what, hint=hint)
+
+
+def uncuttable_loaders(trainer: pl.Trainer, shards: int | None) -> Iterator[Finding]:
+    """Find training loaders whose batches cannot be cut into shards, in any mode."""
+    loaders = list(loaders_of(trainer.fit_loop._combined_loader))
+    if shards in (None, 1) or (len(loaders) == 1 and isinstance(loaders[0], DataLoader)):
+        return
+    kinds = " and ".join(_kind(getattr(loader, "loader", loader)) for loader in loaders)
+    if len(loaders) == 1 and isinstance(loaders[0], StatefulLoader):
+        hint = "determinism.shards=null: an exact resume, by its state_dict, on one number of devices"
+    else:
+        hint = f"{OURS}, or determinism.shards=null determinism.mode=warn"
+    yield (
+        f"the training data comes from {kinds}: its batches cannot be cut into determinism.shards={shards}, and its"
+        " order and draws are no function of seed and epoch",
+        hint,
+    )
+
+
+def training_loaders(trainer: pl.Trainer) -> Iterator[Finding]:
+    """Find training loaders whose batches a resume would not give again."""
+    loaders = list(loaders_of(trainer.fit_loop._combined_loader))
+    hint = f"{OURS}, or determinism.mode=warn"
+    if len(loaders) > 1:
+        yield f"{len(loaders)} training loaders at once: where each stands cannot be found again after a resume", hint
+    for loader in loaders:
+        if not isinstance(loader, DataLoader | StatefulLoader):
+            what = "its order and draws are no function of seed and epoch"
+            yield f"the training data comes from {_kind(loader)}: {what}", hint
+
+
+def evaluation_loaders(stage: str, combined: Any) -> Iterator[Finding]:
+    """Find loaders of a validation or test that Lightning would pad with duplicates on several devices."""
+    for loader in loaders_of(combined):
+        if not isinstance(loader, DataLoader):
+            yield (
+                f"the {stage} data comes from {_kind(loader)}: its metrics would depend on the number of devices,"
+                " and its draws on what was drawn before",
+                "return labtrain.DataLoader(dataset, batch_size), or determinism.mode=warn",
+            )
+
+
+def compiled(module: torch.nn.Module) -> Iterator[Finding]:
+    """Find modules under torch.compile."""
+    for name, part in module.named_modules():
+        if isinstance(part, torch._dynamo.OptimizedModule) or getattr(part, "_compiled_call_impl", None) is not None:
+            yield (
+                f"{name or type(part).__name__} is compiled by torch.compile: its kernels are chosen by timing, and by"
+                " the shapes that the process has seen, so a resumed training may compute with others",
+                "leave torch.compile out, or determinism.mode=warn",
+            )
+            return
+
+
+def changed_flags(threads: int) -> Iterator[Finding]:
+    """Find what the person's code, or the environment, has set otherwise than the mode did."""
+    for name, found, wanted in (
+        ("torch.backends.cudnn.benchmark", torch.backends.cudnn.benchmark, False),
+        ("torch.backends.cudnn.deterministic", torch.backends.cudnn.deterministic, True),
+        ("torch.are_deterministic_algorithms_enabled()", torch.are_deterministic_algorithms_enabled(), True),
+        ("torch.get_num_threads()", torch.get_num_threads(), threads),
+    ):
+        if found != wanted:
+            yield (
+                f"{name} is {found}, determinism.mode had set {wanted}: something in the experiment's code changed it",
+                "remove that line, or determinism.mode=warn",
+            )
+    for name in TF32_VARIABLES:
+        if name in os.environ:
+            yield (
+                f"the environment has {name}={os.environ[name]}: it changes bits, and is no part of the run's name",
+                f"unset {name}; TF32 is had by torch.set_float32_matmul_precision('high') in the experiment",
+            )
+
+
+def clocks(trainer: pl.Trainer) -> Iterator[Finding]:
+    """Find what happens at a time, or depends on when a process began."""
+    if getattr(trainer, "_val_check_time_interval", None) is not None:
+        yield (
+            "trainer.val_check_interval is a time: validations come at other steps each time",
+            ("a number of batches, or determinism.mode=warn"),
+        )
+    if any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        yield "trainer.max_time ends the training by the clock", "trainer.max_steps, or determinism.mode=warn"
+    if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
+        yield (
+            "trainer.reload_dataloaders_every_n_epochs: what is loaded may depend on the epoch a process began in",
+            ("set_epoch, which labtrain.DataLoader has; or determinism.mode=warn"),
+        )
+
+
+def has_test(model: pl.LightningModule, datamodule: pl.LightningDataModule) -> bool:
+    """Return whether there is something to test."""
+    return is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model)
+
+
+# -------------------------------------------------------------------------- an operation without a deterministic kernel
+
+
+class NotDeterministicError(ConfigError):
+    """An operation has no deterministic kernel; it names the module that uses it."""
+
+    def __init__(self, operation: str, place: str) -> None:
+        super().__init__(
+            f"{operation} has no deterministic kernel here; it is used {place}",
+            hint="another operation (https://docs.pytorch.org/docs/2.9/generated/torch.use_deterministic_algorithms.html"
+            " lists them), or determinism.mode=warn",
+        )
+
+
+def explain_operation(error: BaseException, module: torch.nn.Module) -> NotDeterministicError | None:
+    """Turn torch's refusal of an operation into one that names the module; None if it is something else."""
+    found = NOT_DETERMINISTIC.search(str(error))
+    if isinstance(error, NotDeterministicError) or not isinstance(error, RuntimeError) or found is None:
+        return None
+    return NotDeterministicError(found.group(1), _innermost(error.__traceback__, module) or "in the backward pass")
+
+
+def explain_backward(error: BaseException, module: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> None:
+    """Run a step again whose backward met such an operation, and raise what names its module; return if it was none."""
+    found = NOT_DETERMINISTIC.search(str(error))
+    if not isinstance(error, RuntimeError) or found is None:
+        return
+    with _Tracer(module) as tracer:
+        try:
+            forward().backward()
+        except RuntimeError:
+            raise NotDeterministicError(found.group(1), f"in the backward of {tracer.last}") from error
+
+
+class _Tracer(TorchFunctionMode):
+    """Remembers, while a backward runs, which call of which module it is at."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.names = {part: name for name, part in module.named_modules()}
+        self.stack: list[torch.nn.Module] = []
+        self.last = "the model"
+
+    def __enter__(self) -> "_Tracer":
+        hooks = torch.nn.modules.module
+        self.handles = [
+            hooks.register_module_forward_pre_hook(lambda part, _: self.stack.append(part)),
+            hooks.register_module_forward_hook(self._left, always_call=True),
+        ]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *details: Any) -> None:
+        super().__exit__(*details)  # type: ignore[no-untyped-call]
+        for handle in self.handles:
+            handle.remove()
+
+    def _left(self, *_: Any) -> None:
+        self.stack.pop()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        node = getattr(result, "grad_fn", None) if isinstance(result, torch.Tensor) else None
+        if node is not None:
+            place = _described(self.stack[-1] if self.stack else None, self.names)
+            text = f"{getattr(func, '__name__', func)} in {place}"
+            node.register_prehook(lambda _: setattr(self, "last", text))
+        return result
+
+
+def _innermost(trace: types.TracebackType | None, module: torch.nn.Module) -> str | None:
+    names = {part: name for name, part in module.named_modules()}
+    place = None
+    while trace is not None:
+        owner = trace.tb_frame.f_locals.get("self")
+        if isinstance(owner, torch.nn.Module) and owner in names:
+            place = f"in {_described(owner, names)}, line {trace.tb_lineno} of {trace.tb_frame.f_code.co_filename}"
+        trace = trace.tb_next
+    return place
+
+
+def _described(part: torch.nn.Module | None, names: dict[torch.nn.Module, str]) -> str:
+    if part is None or not names.get(part):
+        return "the LightningModule" if part is None else type(part).__name__
+    return f"{names[part]} ({type(part).__name__})"
+
+
+def _kind(loader: Any) -> str:
+    return f"{type(loader).__module__}.{type(loader).__qualname__}"

@@ -1,0 +1,257 @@
+"""The place of a training: where it is saved, and how it is taken up again.
+
+There is one place in a step where a training is saved: the optimizer step is done and logged; a validation that is due,
+schedulers that wait for it, and the end of the epoch are still to come. Lightning has no hook there, so `EpochLoop` is
+its training epoch loop with two methods extended. A checkpoint holds the state at that place and nothing else, so the
+checkpoint of a step has one content, whatever became of the training that wrote it; and going on from it goes through
+the pending validation and epoch end exactly as the first time, in the last batch of an epoch too.
+
+Lightning's own loop state is left out. Its restart stages skip an epoch, or count a step twice, in some places; here
+the counters are put where they stood, in `restore` and in the one `advance` that does no batch.
+
+Lightning 2.6: loops/training_epoch_loop.py, loops/fit_loop.py, connectors/logger_connector.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+import torchmetrics
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.trainer.call import _call_callbacks_load_state_dict
+from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
+
+from labtrain.determinism import run_mode, run_seed, seed_all
+from labtrain.loader import StatefulLoader, loaders_of
+from labtrain.signals import Stopped, Wishes
+from labtrain.strategy import Exact
+from labtrain.tally import global_already, hold, release
+
+PLACE = "labtrain"  # its key in Lightning's checkpoint dictionary
+
+State = dict[str, Any]
+
+
+class EpochLoop(_TrainingEpochLoop):
+    """Lightning's loop over the batches of an epoch, which can be left and entered after any optimizer step.
+
+    Args:
+        trainer: its loop of the same kind is replaced.
+        save: called where the training is to be saved, on every rank.
+        every_n_steps: save that often; beside before each validation, at the end of each epoch and of the training.
+        wishes: of this process.
+    """
+
+    def __init__(
+        self, trainer: pl.Trainer, *, save: Callable[[], None], every_n_steps: int | None, wishes: Wishes
+    ) -> None:
+        replaced = trainer.fit_loop.epoch_loop
+        super().__init__(trainer, min_steps=replaced.min_steps, max_steps=replaced.max_steps)
+        self.val_loop = replaced.val_loop
+        self.save, self.every_n_steps, self.wishes = save, every_n_steps, wishes
+        self.loaded: State | None = None  # the checkpoint that is taken up, until it is
+        self._entering = False
+
+    # ------------------------------------------------------------------------------------------------------ saving
+
+    def on_advance_end(self, data_fetcher: Any) -> None:
+        if not self._entering and not self._should_accumulate():
+            self._agree()
+            if self.wishes.agreed_stop or self.wishes.agreed_save or self._due(data_fetcher):
+                self.save()
+            if self.wishes.agreed_stop:
+                raise Stopped(self.wishes.agreed_stop)
+        self._entering = False
+        if run_mode() != "off":
+            seed_all(run_seed(), "boundary", self.trainer.current_epoch, self.batch_idx)
+        super().on_advance_end(data_fetcher)
+
+    def _due(self, data_fetcher: Any) -> bool:
+        every = self.every_n_steps
+        return (
+            (every is not None and self.global_step % every == 0)
+            or self.trainer.should_stop
+            or self._is_training_done  # the last of the epoch, or max_steps
+            or self._should_check_val_fx(data_fetcher)
+        )
+
+    def _agree(self) -> None:
+        """Come to know what any rank wishes. Exact ranks have exchanged it with the step."""
+        if isinstance(self.trainer.strategy, Exact) and self.trainer.world_size > 1:
+            return
+        stop, save = self.wishes.numbers()
+        if self.trainer.world_size > 1:
+            both = torch.tensor([stop, save], device=self.trainer.strategy.root_device)
+            dist.all_reduce(both, op=dist.ReduceOp.MAX)
+            stop, save = both.tolist()
+        self.wishes.agree(stop, save)
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Do nothing: Lightning would ask rank 0 before each batch whether it got a SIGTERM."""
+
+    def place(self) -> State:
+        """Return where the training stands, as plain values and tensors."""
+        trainer, fit = self.trainer, self.trainer.fit_loop
+        mine = {"logged": self._logged(), "metrics": self._metric_states(), "loader": self._loader_state()}
+        ranks = [mine]
+        if trainer.world_size > 1 and not isinstance(trainer.strategy, Exact):
+            ranks = [{}] * trainer.world_size  # each rank has sums of its own
+            dist.all_gather_object(ranks, mine)
+        return {
+            "epoch": fit.epoch_progress.current.processed,
+            "batch": self.batch_progress.current.completed,
+            "batches": self.batch_progress.total.completed,
+            "is_last_batch": self.batch_progress.is_last_batch,
+            "global_step": self.global_step,
+            "scheduler_steps": self.scheduler_progress.total.completed,
+            "batches_that_stepped": self._batches_that_stepped,
+            "callback_metrics": {name: value.cpu() for name, value in trainer.callback_metrics.items()},
+            "ranks": ranks,
+        }
+
+    def _logged(self) -> list[State]:
+        entries = []
+        for key, entry in self._results.items():
+            meta = {
+                part.name: getattr(entry.meta, part.name)
+                for part in dataclasses.fields(entry.meta)
+                if part.name not in ("_sync", "reduce_fx")
+            }
+            sync, cache = entry.meta.sync, entry._forward_cache
+            entries.append(
+                {
+                    "key": key,
+                    "meta": meta | {"reduce_fx": entry.meta.reduce_fx.__name__},
+                    "sync": [sync.fn is global_already, sync.should, sync.rank_zero_only],
+                    "is_tensor": entry.is_tensor,
+                    "value": entry.value if entry.is_tensor else None,
+                    "weight": getattr(entry, "cumulated_batch_size", None) if entry.is_tensor else None,
+                    "cache": cache if isinstance(cache, torch.Tensor) else None,
+                    "updates": entry._update_count,
+                    "has_reset": entry.has_reset,
+                }
+            )
+        return entries
+
+    def _metric_states(self) -> State:
+        states: State = {}
+        for name, metric in self._metrics().items():
+            held = hold(metric)
+            del held["_forward_cache"], held["_computed"]
+            states[name] = held
+        return states
+
+    def _loader_state(self) -> Any:
+        for loader in loaders_of(self.trainer.fit_loop._combined_loader):
+            if isinstance(loader, StatefulLoader):
+                return loader.states.get(self.batch_progress.current.completed)
+        return None
+
+    def _metrics(self) -> dict[str, torchmetrics.Metric]:
+        module = self.trainer.lightning_module
+        return {
+            name: part
+            for name, part in module.named_modules()
+            if isinstance(part, torchmetrics.Metric) and part._defaults
+        }
+
+    # ---------------------------------------------------------------------------------------------------- going on
+
+    def restore(self) -> None:
+        """Put the counters where the loaded checkpoint was saved; before the first hook of the training."""
+        assert self.loaded is not None
+        at, fit = self.loaded[PLACE], self.trainer.fit_loop
+        for progress, done in (
+            (fit.epoch_progress.total, at["epoch"]),
+            (fit.epoch_progress.current, at["epoch"]),
+            (self.batch_progress.total, at["batches"]),
+            (self.batch_progress.current, at["batch"]),
+            (self.scheduler_progress.total, at["scheduler_steps"]),
+        ):
+            _put(progress, done)
+        self.batch_progress.is_last_batch = at["is_last_batch"]
+        self._batches_that_stepped = at["batches_that_stepped"]
+        self._put_global_step(at["global_step"] - 1)  # the last one's end is still to come: max_steps must not end it
+
+    def reset(self) -> None:
+        if self.loaded is None:
+            super().reset()
+
+    @property
+    def done(self) -> bool:
+        return self.loaded is None and super().done
+
+    def advance(self, data_fetcher: Any) -> None:
+        if self.loaded is None:
+            super().advance(data_fetcher)
+        else:
+            self._enter()
+
+    def _enter(self) -> None:
+        """Stand where the checkpoint was saved: in place of the batch that was trained then.
+
+        The state was loaded long ago, but hooks have run since, such as on_train_epoch_start for the second time in
+        this epoch; what they changed they had changed before, so it is loaded once more.
+        """
+        loaded, trainer = cast(State, self.loaded), self.trainer
+        self.loaded, self._entering = None, True
+        at = loaded[PLACE]
+        trainer.strategy.load_model_state_dict(loaded, strict=trainer.lightning_module.strict_loading)
+        trainer.strategy.load_optimizer_state_dict(loaded)
+        for config, state in zip(trainer.lr_scheduler_configs, loaded["lr_schedulers"], strict=True):
+            config.scheduler.load_state_dict(state)
+        trainer._checkpoint_connector._loaded_checkpoint = loaded
+        trainer._checkpoint_connector.restore_precision_plugin_state()
+        trainer._checkpoint_connector._loaded_checkpoint = {}
+        _call_callbacks_load_state_dict(trainer, loaded)
+        self._put_global_step(at["global_step"])
+        mine = at["ranks"][trainer.global_rank if len(at["ranks"]) > 1 else 0]
+        device = trainer.strategy.root_device
+        metrics = self._metrics()
+        for name, state in mine["metrics"].items():
+            values = {key: _moved(value, device) for key, value in state.items()}
+            release(metrics[name], values | {"_computed": None, "_forward_cache": None})
+        self._restore_logged(mine["logged"])
+        connector = trainer._logger_connector
+        connector._first_loop_iter = at["batch"] == 1  # not None: Lightning empties its sums in an epoch's first batch
+        connector._current_fx = "training_step"
+        connector._callback_metrics.update({key: value.to(device) for key, value in at["callback_metrics"].items()})
+
+    def _restore_logged(self, entries: list[State]) -> None:
+        strategy, device = self.trainer.strategy, self.trainer.strategy.root_device
+        for saved in entries:
+            meta = _Metadata(**saved["meta"])
+            combined, should, rank_zero_only = saved["sync"]
+            meta.sync = _Sync(
+                fn=global_already if combined else strategy.reduce, _should=should, rank_zero_only=rank_zero_only
+            )
+            entry = _ResultMetric(meta, saved["is_tensor"])
+            if saved["is_tensor"]:
+                entry.value = saved["value"].to(device)
+                if saved["weight"] is not None:
+                    entry.cumulated_batch_size = saved["weight"].to(device)
+            else:
+                entry.value = self.trainer.lightning_module.get_submodule(meta.metric_attribute or "")
+            entry._forward_cache = _moved(saved["cache"], device)
+            entry._update_count, entry.has_reset = saved["updates"], saved["has_reset"]
+            self._results[saved["key"]] = entry
+
+    def _put_global_step(self, done: int) -> None:
+        optimizer = self.automatic_optimization.optim_progress.optimizer
+        manual = self.manual_optimization.optim_step_progress.total
+        for progress in (optimizer.step.total, optimizer.zero_grad.total, manual):
+            _put(progress, done)
+
+
+def _put(progress: Any, done: int) -> None:
+    for part in dataclasses.fields(progress):
+        setattr(progress, part.name, done)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, list):
+        return [_moved(item, device) for item in value]
+    return value.to(device) if isinstance(value, torch.Tensor) else value

@@ -1,0 +1,243 @@
+"""Sums over shards, with the same bits on any number of ranks: ONE binary tree over shards 0..L-1, whoever holds them.
+
+Floating-point addition does not associate, so a sum depends on its order, and an all-reduce takes the order that suits
+its ring. Here the order is a function of the number of leaves alone. Leaf 0 and leaf 1 are added, 2 and 3, then those
+two sums, and so on; what is left where L is no power of two is folded from the right.
+
+Each rank holds a contiguous range of leaves and adds what lies in one subtree as a binary counter does, in place: at
+most log2(L) + 1 partial sums are alive. Across ranks, element by element, one rank adds: the ranks exchange the
+subtrees that they hold, each rank receives its part of every one (a reduce-scatter by hand), finishes the tree there,
+and sends the sums back (an all-gather). That is as many bytes as a ring all-reduce moves, for any number of ranks.
+
+Tensors are exchanged in buckets, as DistributedDataParallel does it (S. Li et al., VLDB 2020,
+https://arxiv.org/abs/2006.15704): a bucket leaves as soon as the last shard's backward has filled it, always in the
+same order, whichever gradient arrives first.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# DistributedDataParallel's sizes: a small first bucket leaves early.
+FIRST_BUCKET_BYTES = 1 << 20
+BUCKET_BYTES = 25 << 20
+
+T = TypeVar("T")
+
+
+def shard_range(shards: int, rank: int, world: int) -> range:
+    """Return the shards of `rank`: contiguous, and as many as another rank's or one more."""
+    return range(shards * rank // world, shards * (rank + 1) // world)
+
+
+class Tree(Generic[T]):
+    """Adds leaves that come in their order, along the binary tree: a binary counter of partial sums.
+
+    Args:
+        add: adds its second argument to its first, in place.
+    """
+
+    def __init__(self, add: Callable[[T, T], object]) -> None:
+        self.add = add
+        self.nodes: list[tuple[int, int, T]] = []  # first leaf, number of leaves, their sum
+
+    def push(self, first: int, size: int, value: T) -> None:
+        """Put in the sum of leaves first..first+size-1: a subtree, right of what is there."""
+        while self.nodes:
+            left_first, left_size, left = self.nodes[-1]
+            if left_size != size or left_first + size != first or left_first % (2 * size):
+                break
+            self.nodes.pop()
+            self.add(left, value)
+            first, size, value = left_first, 2 * size, left
+        self.nodes.append((first, size, value))
+
+    def root(self) -> T:
+        """Return the sum of all leaves."""
+        while len(self.nodes) > 1:
+            right = self.nodes.pop()[2]
+            self.add(self.nodes[-1][2], right)
+        return self.nodes[0][2]
+
+
+def subtrees(leaves: range) -> list[tuple[int, int]]:
+    """Return the subtrees, (first leaf, number of leaves) each, that a rank holding `leaves` has the sums of."""
+    tree: Tree[None] = Tree(lambda left, right: None)
+    for leaf in leaves:
+        tree.push(leaf, 1, None)
+    return [(first, size) for first, size, _ in tree.nodes]
+
+
+class ShardSum:
+    """Sums a list of tensors over the shards of one step at a time.
+
+    Args:
+        like: tensors of the shapes, dtypes, devices and strides that are to be summed.
+        shards: S, of a full batch.
+        rank: this process.
+        world: the number of processes; each holds `shard_range` of the shards.
+        bucket_bytes: how much is exchanged at once.
+    """
+
+    def __init__(
+        self, like: Sequence[Tensor], *, shards: int, rank: int, world: int, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
+        self.like, self.shards, self.rank, self.world = list(like), shards, rank, world
+        self._buckets = [_Bucket(indices) for indices in _assign(self.like, bucket_bytes if world > 1 else 0)]
+        self._place = {
+            index: (bucket, number) for bucket in self._buckets for number, index in enumerate(bucket.indices)
+        }
+        self._layouts: list[list[tuple[int, int]]] = []
+        self._started = self._last = 0
+
+    def begin(self, leaves: int) -> range:
+        """Begin a step of `leaves` shards, at most S, and return those of this rank."""
+        ranges = [shard_range(self.shards, rank, self.world) for rank in range(self.world)]
+        ranges = [range(shards.start, max(shards.start, min(shards.stop, leaves))) for shards in ranges]
+        self._layouts = [subtrees(shards) for shards in ranges]
+        self._started = 0
+        self._last = ranges[self.rank].stop - 1
+        for bucket in self._buckets:
+            bucket.begin()
+        return ranges[self.rank]
+
+    def push(self, shard: int, index: int, tensor: Tensor) -> None:
+        """Put in one tensor of a shard; the sum may be built in it. Shards come in their order, tensors in any."""
+        like = self.like[index]
+        if tensor.stride() != like.stride():  # one layout, whatever the route: a norm over it depends on the layout
+            tensor = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
+                tensor
+            )
+        bucket, number = self._place[index]
+        bucket.leaf[number] = tensor
+        if len(bucket.leaf) < len(bucket.indices):
+            return
+        bucket.tree.push(shard, 1, [bucket.leaf[number] for number in range(len(bucket.indices))])
+        bucket.leaf = {}
+        bucket.full = shard == self._last
+        if self.world > 1:
+            self._start()
+
+    def total(self) -> list[Tensor]:
+        """Return the sums over all shards of all ranks, in the order of `like`; the same bits on every rank."""
+        if self.world == 1:
+            return self._in_order(bucket.tree.root() for bucket in self._buckets)
+        for bucket in self._buckets:
+            bucket.full = True  # a rank without shards in this step
+        self._start()
+        for bucket in self._buckets:
+            self._finish_tree(bucket)
+        return self._in_order(self._collect(bucket) for bucket in self._buckets)
+
+    def _in_order(self, sums: Any) -> list[Tensor]:
+        ordered: list[Tensor] = [torch.empty(0)] * len(self.like)
+        for bucket, tensors in zip(self._buckets, sums, strict=True):
+            for index, tensor in zip(bucket.indices, tensors, strict=True):
+                ordered[index] = tensor
+        return ordered
+
+    def _start(self) -> None:
+        """Send the buckets that are full, in their order, and begin to receive this rank's part of the others'."""
+        while self._started < len(self._buckets) and self._buckets[self._started].full:
+            bucket = self._buckets[self._started]
+            self._started += 1
+            first = self.like[bucket.indices[0]]
+            numel = sum(self.like[index].numel() for index in bucket.indices)
+            chunk = -(-numel // self.world)
+            mine = [_flatten(tensors, self.world * chunk) for _, _, tensors in bucket.tree.nodes]
+            bucket.parts = [[part[rank * chunk : (rank + 1) * chunk] for part in mine] for rank in range(self.world)]
+            bucket.received = [
+                bucket.parts[rank] if rank == self.rank else [first.new_empty(chunk) for _ in self._layouts[rank]]
+                for rank in range(self.world)
+            ]
+            operations = []
+            for rank in range(self.world):
+                if rank != self.rank:
+                    operations += [dist.P2POp(dist.isend, part, rank) for part in bucket.parts[rank]]
+                    operations += [dist.P2POp(dist.irecv, part, rank) for part in bucket.received[rank]]
+            bucket.pending = dist.batch_isend_irecv(operations)
+
+    def _finish_tree(self, bucket: "_Bucket") -> None:
+        """Add up this rank's part of all subtrees, and begin to exchange the sums."""
+        for work in bucket.pending:
+            work.wait()
+        tree: Tree[Tensor] = Tree(Tensor.add_)
+        for layout, parts in zip(self._layouts, bucket.received, strict=True):
+            for (first, size), part in zip(layout, parts, strict=True):
+                tree.push(first, size, part)
+        mine = tree.root()
+        bucket.sums = mine.new_empty(self.world * mine.numel())
+        sums = bucket.sums.chunk(self.world)
+        sums[self.rank].copy_(mine)
+        operations = []
+        for rank in range(self.world):
+            if rank != self.rank:
+                operations.append(dist.P2POp(dist.isend, sums[self.rank], rank))
+                operations.append(dist.P2POp(dist.irecv, sums[rank], rank))
+        bucket.pending = dist.batch_isend_irecv(operations)
+
+    def _collect(self, bucket: "_Bucket") -> list[Tensor]:
+        for work in bucket.pending:
+            work.wait()
+        assert bucket.sums is not None
+        tensors, offset = [], 0
+        for index in bucket.indices:
+            like = self.like[index]
+            tensors.append(bucket.sums.as_strided(like.shape, like.stride(), offset))
+            offset += like.numel()
+        bucket.begin()
+        return tensors
+
+
+@dataclass
+class _Bucket:
+    """Tensors that are exchanged at once: of one dtype and device."""
+
+    indices: list[int]
+    tree: Tree[list[Tensor]] = field(init=False)
+    leaf: dict[int, Tensor] = field(init=False)
+    full: bool = field(init=False)
+    parts: list[list[Tensor]] = field(init=False)  # by receiving rank: of each subtree of this rank
+    received: list[list[Tensor]] = field(init=False)  # by sending rank: of each of its subtrees, this rank's part
+    pending: list[Any] = field(init=False)
+    sums: Tensor | None = field(init=False)
+
+    def begin(self) -> None:
+        self.tree, self.leaf, self.full = Tree(torch._foreach_add_), {}, False
+        self.parts, self.received, self.pending, self.sums = [], [], [], None
+
+
+def _assign(like: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
+    """Return the indices of each bucket: from the last tensor to the first, the order in which a backward fills them.
+
+    Args:
+        like: the tensors.
+        bucket_bytes: the size; 0 for one bucket a dtype and device.
+    """
+    done: list[list[int]] = []
+    filling: dict[Any, tuple[list[int], int]] = {}
+    for index in reversed(range(len(like))):
+        tensor = like[index]
+        key = tensor.dtype, tensor.device
+        indices, size = filling.pop(key, ([], 0))
+        indices.append(index)
+        size += tensor.numel() * tensor.element_size()
+        if bucket_bytes and size >= (bucket_bytes if done else min(FIRST_BUCKET_BYTES, bucket_bytes)):
+            done.append(indices)
+        else:
+            filling[key] = indices, size
+    return done + [indices for indices, _ in filling.values()]
+
+
+def _flatten(tensors: Sequence[Tensor], numel: int) -> Tensor:
+    """Return the tensors' memory, one after the other, in a vector of `numel`; the rest is zero."""
+    flat = tensors[0].new_empty(numel)
+    parts = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
+    used = sum(part.numel() for part in parts)
+    torch.cat(parts, out=flat[:used])
+    flat[used:].zero_()
+    return flat

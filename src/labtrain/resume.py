@@ -1,0 +1,74 @@
+"""Which run a start trains: the one its configuration, code and lock name, or one that it goes on with. No torch."""
+
+from pathlib import Path
+
+from labtrain import receipt
+from labtrain.errors import ConfigError, LabtrainError
+from labtrain.run import Config, Job, code_digest, first_free, lock_digest, name, shown, what_counts
+from labtrain.store import checkpoint_folder, list_checkpoints
+
+
+def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0) -> Job:
+    """Name the run that `config` describes, and its folder. Writes nothing."""
+    code, lock = code_digest(root), lock_digest(root)
+    run_id = name(config, code=code, lock=lock)
+    run_dir = Path(config["paths"]["runs"]).resolve() / str(config["experiment"]) / run_id
+    origin = ""
+    if config["resume"] == "never":
+        run_dir = first_free(run_dir)
+    elif config["resume"] != "auto":
+        run_dir, origin = find_origin(str(config["resume"]), run_dir.parent)
+        run_id = run_dir.name
+    return Job(
+        run_id=run_id,
+        run_dir=str(run_dir),
+        root=str(root),
+        config=config,
+        command=command,
+        code_digest=code,
+        lock_digest=lock,
+        supervisor=supervisor,
+        origin=origin,
+    )
+
+
+def find_origin(resume: str, experiment_runs: Path) -> tuple[Path, str]:
+    """Return the run's folder that resume=RUN goes on with, and the folder of its checkpoints.
+
+    Args:
+        resume: a run's folder, its id in this experiment, or a folder that holds its checkpoints.
+        experiment_runs: the folder of this experiment's runs.
+
+    Raises:
+        ConfigError: there is no run.
+    """
+    places = [Path(resume.removeprefix("file://")).resolve(), experiment_runs / resume]
+    for place in places:
+        found = receipt.read(place)
+        if found is not None:
+            return place, str(checkpoint_folder(place, found["config"]["checkpoint"]["url"]))
+        checkpoints = list_checkpoints(place)
+        if checkpoints:
+            return experiment_runs / checkpoints[-1][1]["run_id"], str(place)
+    looked = ", ".join(f"{shown(place)}/{name}" for place in places for name in (receipt.FILE, "step-*"))
+    raise ConfigError(
+        f"resume={resume}: no run is there: looked for {looked}",
+        hint=f"ls {shown(experiment_runs)}; auto goes on with the run of the same id, never starts anew",
+    )
+
+
+def near_run(job: Job) -> Path | None:
+    """Return the newest unfinished run of the same experiment and configuration, but other code or environment."""
+    run_dir = Path(job.run_dir)
+    if job.config["resume"] != "auto" or run_dir.exists():
+        return None
+    near: list[tuple[float, Path]] = []
+    for path in run_dir.parent.glob(f"*/{receipt.FILE}"):
+        try:
+            found = receipt.read(path.parent)
+        except LabtrainError:
+            continue
+        if found is None or found["status"] == "complete" or what_counts(found["config"]) != what_counts(job.config):
+            continue
+        near.append((path.stat().st_mtime, path.parent))
+    return max(near)[1] if near else None

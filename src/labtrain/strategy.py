@@ -1,0 +1,458 @@
+"""Exact training inside Lightning's Trainer: the same bits on 1, 2, 3, ... up to S devices.
+
+One Lightning batch is one global batch. The loader yields this rank's shards of it; `training_step` below runs the
+person's own once a shard, forward and backward, sums the gradients and the buffers along one tree (reduction.py), and
+returns the loss of the whole batch. Lightning then calls `backward`, which installs the sums. Clipping, scaler,
+optimizer, schedulers, callbacks and loggers are Lightning's own and see one step, whatever the number of processes: so
+`global_step`, `batch_idx`, `val_check_interval` and schedules do not depend on it either.
+
+Every shard is run under its own (seed, epoch, batch, shard), from the buffers that the step began with; buffers are
+then averaged over the samples, once a step. The loss is taken for what it nearly always is, a mean over the samples.
+
+Lightning 2.6: strategies/strategy.py and strategies/ddp.py.
+"""
+
+import zlib
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from torch import Tensor
+
+from labtrain.determinism import run_mode, run_seed, seed_all
+from labtrain.digests import tensor_bytes
+from labtrain.errors import ConfigError
+from labtrain.guard import explain_backward
+from labtrain.loader import DataLoader, Sharded
+from labtrain.reduction import BUCKET_BYTES, ShardSum, shard_range
+from labtrain.signals import Stopped, Wishes
+from labtrain.tally import Tally, add_rows
+
+
+class Exact:
+    """What both strategies share; the classes below mix it into Lightning's.
+
+    Args:
+        arguments: of Lightning's strategy.
+        shards: S; a part of the result, as the number of processes is not.
+        wishes: what this process wants of all: to stop, to save.
+        overlap: exchange gradients while the backward of the last shard still runs.
+        bucket_bytes: how much is exchanged at once.
+        options: of Lightning's strategy.
+    """
+
+    def __init__(
+        self,
+        *arguments: Any,
+        shards: int,
+        wishes: Wishes,
+        overlap: bool = True,
+        bucket_bytes: int = BUCKET_BYTES,
+        **options: Any,
+    ) -> None:
+        super().__init__(*arguments, **options)
+        self.shards, self.wishes, self.overlap, self.bucket_bytes = shards, wishes, overlap, bucket_bytes
+        self._sum: ShardSum | None = None
+        self._parameters: list[torch.nn.Parameter] = []
+        self._hooks: list[Any] = []
+        self._pushed: set[int] = set()  # parameters whose gradient of the last shard has gone
+        self._filling: int | None = None  # the shard whose gradients go as they come
+        self._installed: list[tuple[torch.nn.Parameter, Tensor, bool]] | None = None
+        self._inside = False  # a shard's step: what it logs is combined later
+
+    # ------------------------------------------------------------------------------------------- called by the Trainer
+
+    def configure_ddp(self) -> None:
+        _sync_module_states(cast(Any, self).model)  # instead of a DistributedDataParallel around it
+
+    def setup(self, trainer: pl.Trainer) -> None:
+        super().setup(trainer)  # type: ignore[misc]
+        module = self._module
+        if not module.automatic_optimization:
+            raise ConfigError(
+                f"{type(module).__name__} optimizes manually: its steps cannot be cut into determinism.shards",
+                hint="determinism.shards=null: Lightning's plain strategy, bits depend on the number of devices",
+            )
+        for name, part in module.named_modules():
+            if isinstance(part, torch.nn.SyncBatchNorm):
+                raise ConfigError(
+                    f"{name or 'the model'} is a SyncBatchNorm: its statistics are summed in the order of the devices",
+                    hint="BatchNorm, whose statistics are then those of a shard; or determinism.shards=null",
+                )
+        self._trainer = trainer
+        self._tally = Tally(module)
+        self._kept = Kept(module)
+        # Lightning runs this before the strategy gets the batch: put it off until a shard is at hand.
+        transfer = type(module)._on_before_batch_transfer
+        module._on_before_batch_transfer = (  # type: ignore[method-assign]
+            lambda batch, dataloader_idx=0: (
+                batch if isinstance(batch, Sharded) else transfer(module, batch, dataloader_idx)
+            )
+        )
+
+    def teardown(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if self._module is not None:
+            vars(self._module).pop("_on_before_batch_transfer", None)
+        super().teardown()  # type: ignore[misc]
+
+    def process_dataloader(self, loader: Any) -> Any:
+        if isinstance(loader, DataLoader):
+            loader.shard(self.shards, rank=self._rank, world=self._world)
+        return super().process_dataloader(loader)  # type: ignore[misc]
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        if isinstance(batch, Sharded):
+            return batch
+        return super().batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        """Return a tensor that is the same on all ranks as it is: a mean of three equal numbers may not be equal."""
+        if self._inside or self._world == 1 or not isinstance(tensor, Tensor):
+            return tensor
+        gathered = [torch.empty_like(tensor) for _ in range(self._world)]
+        dist.all_gather(gathered, tensor.contiguous(), group=group)
+        if reduce_op in ("mean", "avg") and all(torch.equal(other, tensor) for other in gathered):
+            return tensor
+        return super().reduce(tensor, group, reduce_op)  # type: ignore[misc]
+
+    def training_step(self, batch: Any, *args: Any) -> Any:
+        loop = self._trainer.fit_loop.epoch_loop
+        epoch, index = cast(Any, self._trainer.fit_loop.epoch_progress.current).processed, loop.batch_idx
+        if self.shards == 1:
+            return self._whole(batch, epoch, index, *args)
+        assert isinstance(batch, Sharded)  # guard.py
+        module, plugin, tally = self._module, cast(Any, self).precision_plugin, self._tally
+        parameters = self._prepare()
+        total = self._sum
+        assert total is not None
+        total.begin(batch.shards)
+        buffers = Buffers(self._kept)
+        older = [parameter.grad for parameter in parameters]  # of batches that are accumulated
+        output: Any = None
+        missing = not batch.parts  # a gradient, on this rank: then only the others know whether there is one
+        with self._scratch(loop) as results:
+            tally.begin(training=True)
+            for number, (shard, samples, data) in enumerate(batch.parts):
+                if number:
+                    buffers.restore()
+                for parameter in parameters:
+                    parameter.grad = None
+                data = self._moved(data, 0)
+                loop._results = tally.open(data, samples)
+                self._seed("shard", epoch, index, shard)
+                output = super().training_step(data, *args)  # type: ignore[misc]
+                loss = _loss(output)
+                if loss is None:
+                    raise ConfigError(
+                        f"training_step returned no loss for shard {shard} of batch {index}",
+                        hint="return the loss of every shard, 0 * loss to leave one out; or determinism.shards=null",
+                    )
+                weight = samples / batch.samples
+                self._filling = shard if self.overlap and number == len(batch.parts) - 1 else None
+                scaled = plugin.pre_backward(loss * (weight / self._trainer.accumulate_grad_batches), module)
+                try:
+                    plugin.backward(scaled, module, None)
+                except RuntimeError as error:
+                    self._filling = None
+                    explain_backward(error, module, partial(self._loss_again, data, *args))
+                    raise
+                self._filling = None
+                present = self._push(shard, parameters)
+                missing = missing or not all(present)
+                numbers = [*self._wishes(number), *present, *buffers.push(total, shard, len(parameters), weight)]
+                front = torch.tensor(numbers, dtype=torch.float64).to(loss.device)
+                tally.close(torch.cat([front, (loss.detach().double() * weight).reshape(1)]), samples)
+            counts = self._counts(batch)
+            front = tally.combine(results, samples=batch.samples, counts=counts, rank=self._rank, device=self._device)
+            sums = total.total()
+        self._agree(front)
+        _, has_SP, buffers_SB, losses_S1 = front.split([2, len(parameters), front.shape[1] - len(parameters) - 3, 1], 1)
+        wanted = (has_SP.amax(0) > 0).tolist() if missing else [True] * len(parameters)
+        buffers.install(sums[len(parameters) :], buffers_SB, everywhere=0 not in counts)
+        for parameter, gradient in zip(parameters, older, strict=True):
+            parameter.grad = gradient
+        self._installed = list(zip(parameters, sums, wanted, strict=False))
+        self._seed("after", epoch, index)  # what hooks draw from here on is the same on every rank
+        mean = add_rows(losses_S1)[0].float()
+        return {**output, "loss": mean} if isinstance(output, dict) else mean
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        if self._installed is None:
+            return cast(Tensor, super().backward(closure_loss, optimizer, *args, **kwargs))  # type: ignore[misc]
+        for parameter, gradient, wanted in self._installed:
+            if wanted:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._installed = None
+        return cast(Tensor, cast(Any, self).precision_plugin.post_backward(closure_loss, self._module))
+
+    def validation_step(self, batch: Any, *args: Any) -> Any:
+        return self._evaluate(super().validation_step, batch, *args)  # type: ignore[misc]
+
+    def test_step(self, batch: Any, *args: Any) -> Any:
+        return self._evaluate(super().test_step, batch, *args)  # type: ignore[misc]
+
+    # --------------------------------------------------------------------------------------------------------- a step
+
+    def _forward_again(self, data: Any, *args: Any) -> Any:
+        return _loss(super().training_step(data, *args))  # type: ignore[misc]
+
+    def _loss_again(self, data: Any, *args: Any) -> Any:
+        return _loss(super().training_step(data, *args))  # type: ignore[misc]
+
+    def _evaluate(self, step: Callable[..., Any], batch: Any, *args: Any) -> Any:
+        """Run a validation or test step once a shard; return its output, or a list where this rank has more shards."""
+        if not isinstance(batch, Sharded):
+            return step(batch, *args)
+        loop = self._trainer._evaluation_loop
+        index = loop.batch_progress.current.ready - 1
+        which, stage = loop._results.dataloader_idx, str(self._trainer.state.stage)
+        place = (stage, self._trainer.global_step, which or 0, index)
+        outputs = []
+        with self._scratch(loop) as results:
+            self._tally.begin(training=False)
+            for number, (shard, samples, data) in enumerate(batch.parts):
+                data = self._moved(data, which or 0)
+                loop._results = self._tally.open(data, samples, which)
+                self._seed(*place, shard)
+                outputs.append(step(data, *args))
+                self._tally.close(torch.tensor(self._wishes(number), dtype=torch.float64, device=self._device), samples)
+            front = self._tally.combine(
+                results, samples=batch.samples, counts=self._counts(batch), rank=self._rank, device=self._device
+            )
+        self._agree(front)
+        if self.wishes.agreed_stop and self._trainer.state.fn is not None:
+            raise Stopped(self.wishes.agreed_stop)  # what was trained is saved before each validation
+        self._seed("after", *place)
+        return outputs[0] if len(outputs) == 1 else outputs or None
+
+    def _whole(self, batch: Any, epoch: int, index: int, *args: Any) -> Any:
+        """Run a step of one shard as Lightning itself would: nothing is to be combined."""
+        data = batch
+        if isinstance(batch, Sharded):
+            data = self._moved(batch.parts[0][2], 0)
+            self._trainer.fit_loop.epoch_loop._results.batch = data
+        self._seed("shard", epoch, index, 0)
+        output = super().training_step(data, *args)  # type: ignore[misc]
+        self.wishes.agree(*self.wishes.numbers())
+        return output
+
+    @contextmanager
+    def _scratch(self, loop: Any) -> Any:
+        """Put Lightning's collection of what is logged back, whatever happens."""
+        results, self._inside = loop._results, True
+        try:
+            yield results
+        finally:
+            loop._results, self._inside = results, False
+
+    def _moved(self, data: Any, dataloader_idx: int) -> Any:
+        """Do to a shard what Lightning does to a batch before its step."""
+        data = cast(Any, self).precision_plugin.convert_input(data)
+        data = type(self._module)._on_before_batch_transfer(self._module, data, dataloader_idx)
+        return super().batch_to_device(data, dataloader_idx=dataloader_idx)  # type: ignore[misc]
+
+    def _prepare(self) -> list[torch.nn.Parameter]:
+        """Return the parameters that want a gradient; where they are others than before, lay out their sums anew."""
+        parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
+        if self._sum is not None and list(map(id, parameters)) == list(map(id, self._parameters)):
+            return parameters
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        buffers = [_get(owner, name) for owner, name in self._kept.means]
+        like = [_dense(tensor.detach()) for tensor in (*parameters, *buffers)]
+        self._sum = ShardSum(
+            like, shards=self.shards, rank=self._rank, world=self._world, bucket_bytes=self.bucket_bytes
+        )
+        self._parameters = parameters
+        if self._world > 1:
+            for number, parameter in enumerate(parameters):
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrived(number)))
+        return parameters
+
+    def _arrived(self, number: int) -> Callable[[Tensor], None]:
+        def hook(parameter: Tensor) -> None:
+            if self._filling is not None and parameter.grad is not None:
+                assert self._sum is not None
+                self._pushed.add(number)
+                self._sum.push(self._filling, number, _not_sparse(parameter.grad))
+                parameter.grad = None
+
+        return hook
+
+    def _push(self, shard: int, parameters: list[torch.nn.Parameter]) -> list[float]:
+        """Put in the gradients of one shard that have not gone already; return 1.0 for each that there is."""
+        assert self._sum is not None
+        present = []
+        for number, parameter in enumerate(parameters):
+            if number in self._pushed:
+                present.append(1.0)
+                continue
+            present.append(float(parameter.grad is not None))
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else _not_sparse(parameter.grad)
+            self._sum.push(shard, number, gradient)
+            parameter.grad = None
+        self._pushed.clear()
+        return present
+
+    def _wishes(self, number: int) -> tuple[float, float]:
+        return self.wishes.numbers() if number == 0 else (0.0, 0.0)
+
+    def _agree(self, front: Tensor) -> None:
+        # One process knows its own: no waiting for a GPU to read them back.
+        self.wishes.agree(*(front[:, :2].amax(0).tolist() if self._world > 1 else self.wishes.numbers()))
+
+    def _counts(self, batch: Sharded) -> list[int]:
+        ranges = [shard_range(self.shards, rank, self._world) for rank in range(self._world)]
+        return [max(0, min(shards.stop, batch.shards) - shards.start) for shards in ranges]
+
+    def _seed(self, *place: int | str) -> None:
+        if run_mode() != "off":
+            seed_all(run_seed(), *place)
+
+    @property
+    def _module(self) -> pl.LightningModule:
+        return cast(pl.LightningModule, cast(Any, self).lightning_module)
+
+    @property
+    def _rank(self) -> int:
+        return int(cast(Any, self).global_rank)
+
+    @property
+    def _world(self) -> int:
+        return int(cast(Any, self).world_size)
+
+    @property
+    def _device(self) -> torch.device:
+        return cast(torch.device, cast(Any, self).root_device)
+
+
+class ExactSingleDevice(Exact, SingleDeviceStrategy):
+    """One process."""
+
+
+class ExactDDP(Exact, DDPStrategy):
+    """Several processes, over gloo on CPUs and NCCL on GPUs."""
+
+
+class Kept:
+    """The buffers of a model, sorted by what becomes of them at the end of a step.
+
+    Attributes:
+        means: floating-point: (module, name) of each.
+        always: which of them count as changed in every step: BatchNorm's kernel does not tell torch.
+        equal: of other dtypes, which must come out the same in every shard.
+        counts: BatchNorm's number of batches, one more in every shard.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.means: list[tuple[torch.nn.Module, str]] = []
+        self.always: list[bool] = []
+        self.equal: list[tuple[torch.nn.Module, str]] = []
+        self.counts: list[tuple[torch.nn.Module, str]] = []
+        for part in module.modules():
+            norm = isinstance(part, torch.nn.modules.batchnorm._NormBase)
+            for name, buffer in part._buffers.items():
+                if buffer is None or any(buffer is other._buffers[key] for other, key in self.all):
+                    continue
+                if buffer.is_floating_point() or buffer.is_complex():
+                    self.means.append((part, name))
+                    self.always.append(norm)
+                else:
+                    (self.counts if norm else self.equal).append((part, name))
+
+    @property
+    def all(self) -> list[tuple[torch.nn.Module, str]]:
+        return self.means + self.equal + self.counts
+
+
+class Buffers:
+    """The buffers during one step: each shard begins with those of the step's beginning.
+
+    Afterwards a floating-point buffer that a shard changed is the mean over the samples; the others are as they were.
+    """
+
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
+        self.before = [_get(owner, name).clone() for owner, name in kept.all]
+        self.seen = [(now := _get(owner, name), now._version) for owner, name in kept.means + kept.equal]
+
+    def restore(self) -> None:
+        """Begin the next shard."""
+        for (owner, name), before in zip(self.kept.all, self.before, strict=True):
+            _get(owner, name).copy_(before)
+        self.seen = [(now := _get(owner, name), now._version) for owner, name in self.kept.means + self.kept.equal]
+
+    def push(self, total: ShardSum, shard: int, offset: int, weight: float) -> list[float]:
+        """Put in what a shard left, times its share of the samples.
+
+        Returns:
+            For each floating-point buffer 1.0 where it was changed, for each other one a number of its content.
+        """
+        numbers = []
+        seen = iter(self.seen)
+        for number, ((owner, name), always) in enumerate(zip(self.kept.means, self.kept.always, strict=True)):
+            now, (then, version) = _get(owner, name), next(seen)
+            total.push(shard, offset + number, now.detach() * weight)
+            changed = (always and owner.training) or now is not then or now._version != version
+            numbers.append(float(changed))
+        for owner, name in self.kept.equal:
+            now, (then, version) = _get(owner, name), next(seen)
+            changed = now is not then or now._version != version
+            numbers.append(float(zlib.crc32(tensor_bytes(now))) if changed else -1.0)
+        return numbers
+
+    def install(self, means: list[Tensor], numbers_SB: Tensor, *, everywhere: bool) -> None:
+        """End the step.
+
+        Args:
+            means: of the floating-point buffers.
+            numbers_SB: what `push` returned for each of the S shards.
+            everywhere: every rank had a shard; or those that had none get the integers from rank 0.
+
+        Raises:
+            ConfigError: integers come out differently.
+        """
+        for column, (owner, name) in enumerate(self.kept.equal, start=len(self.kept.means)):
+            if len(set(numbers_SB[:, column].tolist())) > 1:
+                raise ConfigError(
+                    f"buffer {name} of {type(owner).__name__} ({_get(owner, name).dtype}) comes out differently in the"
+                    " shards of a step: it cannot be averaged",
+                    hint="make it floating-point, or determinism.shards=null",
+                )
+        for column, ((owner, name), mean) in enumerate(zip(self.kept.means, means, strict=True)):
+            changed = numbers_SB[:, column].amax() > 0
+            _get(owner, name).copy_(torch.where(changed, mean, self.before[column]))
+        if not everywhere:
+            for owner, name in self.kept.equal + self.kept.counts:
+                dist.broadcast(_get(owner, name), src=0)
+
+
+def _get(owner: torch.nn.Module, name: str) -> Tensor:
+    return cast(Tensor, owner._buffers[name])
+
+
+def _loss(output: Any) -> Any:
+    return output["loss"] if isinstance(output, dict) else output
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """Return the tensor, or one like it where its elements overlap or leave gaps."""
+    return tensor if torch.empty_like(tensor, device="meta").stride() == tensor.stride() else torch.empty_like(tensor)
+
+
+def _not_sparse(gradient: Tensor) -> Tensor:
+    if gradient.layout != torch.strided:
+        raise ConfigError(
+            "a gradient is sparse: it cannot be summed along the tree of determinism.shards",
+            hint="nn.Embedding(..., sparse=False), or determinism.shards=null",
+        )
+    return gradient

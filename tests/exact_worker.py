@@ -1,0 +1,286 @@
+"""Models, data and a worker for tests that train many small runs: each in processes of its own, with one thread.
+
+The processes are forked from a server that has imported torch and Lightning once (multiprocessing's forkserver), so a run
+takes a second instead of five. They call `labtrain.train` with a whole configuration; only Hydra is not in it.
+"""
+
+import multiprocessing
+import os
+import random
+import signal
+import sys
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torchmetrics
+import yaml
+from torch import nn
+
+import labtrain
+from labtrain import training
+from labtrain.config import CONF
+from labtrain.errors import EXIT_STOPPED, LabtrainError
+from labtrain.resume import make_job
+from labtrain.signals import Stopped
+
+VOCABULARY, CONTEXT = 11, 8
+
+
+class Images(torch.utils.data.Dataset):
+    """Noise with labels, augmented from all three generators as torchvision's transforms and others do."""
+
+    def __init__(self, size: int, flip: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.randn(size, 1, 6, 6, generator=generator)
+        self.labels = torch.randint(0, 3, (size,), generator=generator)
+        if flip is not None:
+            self.images[flip] += 1e-3
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image = self.images[index] + 0.1 * torch.randn(1, 6, 6) + random.gauss(0, 0.1)
+        return image.flip(-1) if np.random.rand() < 0.5 else image, self.labels[index]
+
+
+class Texts(torch.utils.data.Dataset):
+    """Random tokens, shifted by one."""
+
+    def __init__(self, size: int, flip: int | None = None) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.tokens = torch.randint(0, VOCABULARY, (size, CONTEXT + 1), generator=generator)
+        if flip is not None:
+            self.tokens[flip] = (self.tokens[flip] + 1) % VOCABULARY
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.tokens[index, :-1], self.tokens[index, 1:]
+
+
+class Data(pl.LightningDataModule):
+    """Training and validation data of one kind."""
+
+    def __init__(
+        self, kind: str, size: int, batch_size: int, num_workers: int = 0, flip: int | None = None, loader: str = "ours"
+    ) -> None:
+        super().__init__()
+        dataset = Texts if kind == "texts" else Images
+        self.train, self.val = dataset(size, flip), dataset(7)
+        self.batch_size, self.num_workers, self.loader = batch_size, num_workers, loader
+
+    def train_dataloader(self) -> Any:
+        if self.loader == "stateful":
+            return Stateful(self.train, self.batch_size)
+        if self.loader == "counted":
+            return Stateful(self.train, self.batch_size, length=False)
+        return labtrain.DataLoader(self.train, self.batch_size, shuffle=True, num_workers=self.num_workers)
+
+    def val_dataloader(self) -> Any:
+        return labtrain.DataLoader(self.val, self.batch_size, num_workers=self.num_workers)
+
+
+class Stateful:
+    """A stream with a state of its own: what torchdata's StatefulDataLoader and mosaicml-streaming promise."""
+
+    def __init__(self, dataset: Any, batch_size: int, length: bool = True) -> None:
+        self.dataset, self.batch_size, self.generator = dataset, batch_size, torch.Generator().manual_seed(5)
+        self.order: list[int] = []
+        self.steps = -(-len(dataset) // batch_size)
+        if length:
+            self.__class__ = SizedStateful
+
+    def __iter__(self) -> Any:
+        if not self.order:
+            self.order = torch.randperm(len(self.dataset), generator=self.generator).tolist()
+        while self.order:
+            part, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
+            rows = [(self.dataset.images[i], self.dataset.labels[i]) for i in part]
+            yield torch.utils.data.default_collate(rows)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"order": list(self.order), "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.order = list(state["order"])
+        self.generator.set_state(state["generator"])
+
+
+class SizedStateful(Stateful):
+    """The same, and its length is known."""
+
+    def __len__(self) -> int:
+        return self.steps
+
+
+class Net(pl.LightningModule):
+    """What the models share: how they log, and how they are trained."""
+
+    classes = 3
+    plateau = False
+
+    def __init__(self, plateau: bool = False, break_at: int | None = None) -> None:
+        super().__init__()
+        self.plateau, self.break_at = plateau, break_at
+        self.train_acc = torchmetrics.Accuracy("multiclass", num_classes=self.classes)
+        self.train_mean = torchmetrics.MeanMetric()
+        self.val = torchmetrics.MetricCollection(
+            {
+                "acc": torchmetrics.Accuracy("multiclass", num_classes=self.classes),
+                "f1": torchmetrics.F1Score("multiclass", num_classes=self.classes, average="macro"),
+            },
+            prefix="val/",
+        )
+        self.val_max = torchmetrics.MaxMetric()
+        self.val_cat = torchmetrics.CatMetric()
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return self.net(inputs)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        inputs, targets = batch
+        scores = self(inputs).flatten(0, -2)
+        loss = nn.functional.cross_entropy(scores, targets.flatten())
+        self.train_acc(scores, targets.flatten())
+        self.train_mean(loss.detach(), weight=len(inputs))
+        self.log("train/loss", loss, on_step=True, on_epoch=True, sync_dist=True, prog_bar=True)
+        self.log("train/acc", self.train_acc, on_step=False, on_epoch=True)
+        self.log("train/mean", self.train_mean, on_step=True, on_epoch=True)
+        self.log("train/worst", loss.detach(), on_step=False, on_epoch=True, reduce_fx="max")
+        self.log("train/seen", float(len(inputs)), on_step=False, on_epoch=True, reduce_fx="sum")
+        return loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        norm = sum(p.grad.norm() for p in self.parameters() if p.grad is not None)
+        self.log("grad", norm + 0 * torch.rand(()), on_step=True, on_epoch=True)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        inputs, targets = batch
+        scores = self(inputs).flatten(0, -2)
+        loss = nn.functional.cross_entropy(scores, targets.flatten())
+        self.val(scores, targets.flatten())
+        self.val_max(loss)
+        self.val_cat(scores.softmax(-1).amax(-1))
+        self.log("val/loss", loss, sync_dist=True)
+        self.log_dict(self.val)
+        self.log("val/max", self.val_max)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/cat", self.val_cat.compute().double().mean())
+        self.val_cat.reset()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.break_at == self.trainer.global_step:
+            with torch.no_grad():
+                first = next(self.parameters()).view(-1).view(torch.int32)
+                first[0] ^= 1
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(self.parameters(), 3e-3)
+        if self.plateau:
+            schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, threshold=0.5)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "monitor": "val/loss"}}
+        warmup = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 5) * 0.99**step)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warmup, "interval": "step"}}
+
+
+class MLP(Net):
+    """Two layers and dropout; one parameter that is used in some shards only, one that is used in none."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 24), nn.GELU(), nn.Dropout(0.3), nn.Linear(24, 3))
+        self.sometimes, self.never = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        scores = self.net(inputs)
+        return scores * self.sometimes if inputs.mean() > 0 else scores
+
+
+class CNN(Net):
+    """Convolutions, BatchNorm and dropout."""
+
+    def __init__(self, channels_last: bool = False, **options: Any) -> None:
+        super().__init__(**options)
+        self.net = nn.Sequential(
+            nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2),
+            nn.Conv2d(6, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 3),
+        )  # fmt: skip
+        if channels_last:
+            self.net = self.net.to(memory_format=torch.channels_last)
+
+
+class GPT(Net):
+    """Two blocks of attention; the embedding and the last layer are one matrix."""
+
+    classes = VOCABULARY
+
+    def __init__(self, width: int = 16, **options: Any) -> None:
+        super().__init__(**options)
+        self.tokens, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.1, batch_first=True, norm_first=True)
+            for _ in range(2)
+        )
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+        self.head.weight = self.tokens.weight
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(CONTEXT))
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        x = self.tokens(inputs) + self.places.weight
+        for block in self.blocks:
+            x = block(x, src_mask=self.mask, is_causal=True)
+        return self.head(x)
+
+
+class At(pl.Callback):
+    """Sends its own process a signal once so many steps are done; when and which, no configuration knows."""
+
+    def __init__(self) -> None:
+        self.step, self.number, self.rank = map(int, os.environ.get("SIGNAL_AT", "0 0 0").split())
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.number and trainer.global_step == self.step and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), self.number)
+
+
+def default_config() -> dict[str, Any]:
+    """Return labtrain's own defaults, as Hydra would compose them."""
+    config = yaml.safe_load((CONF / "labtrain.yaml").read_text())
+    del config["defaults"], config["hydra"]
+    for group in ("trainer", "determinism", "checkpoint"):
+        config[group] = yaml.safe_load((CONF / group / "default.yaml").read_text())
+    return {**config, "experiment": "exact", "logger": {}, "callbacks": {"at": {"_target_": "tests.exact_worker.At"}}}
+
+
+def work(
+    config: dict[str, Any], rank: int, world: int, port: int, log: Path, result: Connection, signal_at: str
+) -> None:
+    """Train one rank of a run and end the process with the exit code that train.py would have."""
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "NODE_RANK": "0",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SIGNAL_AT": signal_at}  # fmt: skip
+    with log.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of its own
+    # The sources of the experiment are none: the tests' own would give each run another name while they are written.
+    root = Path(config["paths"]["runs"]).parent / "none"
+    try:
+        found = training.train(make_job(config, root=root, command=["test"]))
+    except LabtrainError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(error.exit_code)
+    except Stopped:
+        sys.exit(EXIT_STOPPED)
+    result.send(str(found.run_dir))
+    sys.exit(0)
+
+
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1}
