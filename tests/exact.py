@@ -28,7 +28,13 @@ class Runner:
     logs: list[Path] = field(default_factory=list)
 
     def run(
-        self, config: dict[str, Any], *, world: int = 1, code: int | None = 0, signal_at: str = "0 0 0"
+        self,
+        config: dict[str, Any],
+        *,
+        world: int = 1,
+        code: int | None = 0,
+        signal_at: str = "0 0 0",
+        bucket_bytes: int | None = None,
     ) -> Path | None:
         """Train in `world` processes; return the run's folder where it came to its end.
 
@@ -37,6 +43,7 @@ class Runner:
             world: how many processes.
             code: the exit code that is expected of rank 0; None: any.
             signal_at: step, number of a signal, and the rank that gets it.
+            bucket_bytes: for buckets so small that a model fills several.
         """
         os.environ |= VARIABLES
         context = multiprocessing.get_context("forkserver")
@@ -50,7 +57,9 @@ class Runner:
             port = server.getsockname()[1]
         receiver, sender = context.Pipe(duplex=False)
         ranks = [
-            context.Process(target=exact_worker.work, args=(config, rank, world, port, log, sender, signal_at))
+            context.Process(
+                target=exact_worker.work, args=(config, rank, world, port, log, sender, signal_at, bucket_bytes)
+            )
             for rank in range(world)
         ]
         for process in ranks:
@@ -96,13 +105,17 @@ SHAPES: dict[str, dict[str, Any]] = {
     "uneven": {"data": {"size": 37, "batch_size": 8}},
     "batch of 11": {"data": {"size": 36, "batch_size": 11}},
     "clipped": {"data": {"size": 37, "batch_size": 8}, "trainer": {"gradient_clip_val": 0.2}},
-    "validated in between": {"data": {"size": 37, "batch_size": 8}, "trainer": {"val_check_interval": 2}},
+    "validated in between": {
+        "data": {"size": 37, "batch_size": 8},
+        "trainer": {"val_check_interval": 2},
+        "model": {"plateau": True},
+    },
     "ends in between": {"data": {"size": 37, "batch_size": 8}, "trainer": {"max_epochs": None, "max_steps": 13}},
 }
 
 
 def configure(
-    model: str = "cnn", shape: str = "uneven", precision: str = "32-true", workers: int = 0, **more: Any
+    model: str = "cnn", shape: str = "uneven", precision: str = "32-true", workers: int = 0, /, **more: Any
 ) -> Any:
     """Return a configuration; `more` holds groups, whose keys are put in."""
     name, kind = MODELS[model]

@@ -193,13 +193,16 @@ class Net(pl.LightningModule):
 class MLP(Net):
     """Two layers and dropout; one parameter that is used in some shards only, one that is used in none."""
 
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, wide: bool = False, **options: Any) -> None:
         super().__init__(**options)
+        self.wide = wide
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 24), nn.GELU(), nn.Dropout(0.3), nn.Linear(24, 3))
         self.sometimes, self.never = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         scores = self.net(inputs)
+        if self.wide:  # a sum that is long enough to be shared by threads
+            scores = scores + 1e-3 * (scores.mean() * torch.linspace(0, 1, 100_000)).sin().sum()
         return scores * self.sometimes if inputs.mean() > 0 else scores
 
 
@@ -221,11 +224,11 @@ class GPT(Net):
 
     classes = VOCABULARY
 
-    def __init__(self, width: int = 16, **options: Any) -> None:
+    def __init__(self, width: int = 16, dropout: float = 0.1, **options: Any) -> None:
         super().__init__(**options)
         self.tokens, self.places = nn.Embedding(VOCABULARY, width), nn.Embedding(CONTEXT, width)
         self.blocks = nn.ModuleList(
-            nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=0.1, batch_first=True, norm_first=True)
+            nn.TransformerEncoderLayer(width, 2, 2 * width, dropout=dropout, batch_first=True, norm_first=True)
             for _ in range(2)
         )
         self.head = nn.Linear(width, VOCABULARY, bias=False)
@@ -247,7 +250,17 @@ class At(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if self.number and trainer.global_step == self.step and trainer.global_rank == self.rank:
-            os.kill(os.getpid(), self.number)
+            number, self.number = self.number, 0  # once, where several batches make a step
+            os.kill(os.getpid(), number)
+
+
+class Halve(pl.Callback):
+    """Changes the weights after the last step."""
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        with torch.no_grad():
+            for parameter in pl_module.parameters():
+                parameter *= 0.5
 
 
 def default_config() -> dict[str, Any]:
@@ -260,7 +273,14 @@ def default_config() -> dict[str, Any]:
 
 
 def work(
-    config: dict[str, Any], rank: int, world: int, port: int, log: Path, result: Connection, signal_at: str
+    config: dict[str, Any],
+    rank: int,
+    world: int,
+    port: int,
+    log: Path,
+    result: Connection,
+    signal_at: str,
+    bucket_bytes: int | None,
 ) -> None:
     """Train one rank of a run and end the process with the exit code that train.py would have."""
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "NODE_RANK": "0",
@@ -270,6 +290,16 @@ def work(
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of its own
+    make_strategy = training.make_strategy
+
+    def small_buckets(*arguments: Any) -> Any:
+        strategy = make_strategy(*arguments)
+        strategy.bucket_bytes = bucket_bytes or strategy.bucket_bytes
+        return strategy
+
+    training.make_strategy = small_buckets
+    if config["trainer"]["precision"] == "16-mixed":
+        train_in_fp16_on_cpu(world)
     # The sources of the experiment are none: the tests' own would give each run another name while they are written.
     root = Path(config["paths"]["runs"]).parent / "none"
     try:
@@ -281,6 +311,23 @@ def work(
         sys.exit(EXIT_STOPPED)
     result.send(str(found.run_dir))
     sys.exit(0)
+
+
+def train_in_fp16_on_cpu(world: int) -> None:
+    """Let fp16 and its loss scaling run where there is no GPU: torch can, Lightning and labtrain's users have no use for it.
+
+    The first scale overflows, so that steps are skipped and the scale comes down.
+    """
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    trainer = pl.Trainer
+
+    def make(*, precision: str, plugins: list[Any], **options: Any) -> pl.Trainer:
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
+        return trainer(plugins=[*plugins, MixedPrecision("16-mixed", "cpu", scaler)], **options)
+
+    training.pl.Trainer = make
+    training.choose_accelerator = lambda config: ("cpu", world)
 
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1}

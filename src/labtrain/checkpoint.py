@@ -83,26 +83,20 @@ class Checkpoints(pl.Callback):
                 hint="checkpoint.keep_best=0, or name one of these",
             )
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        # What a callback makes of the weights after the last step (an average of them, say) is the training's result.
-        changed = self.newest is not None and digest(pl_module) != self.newest[1]["weights_digest"]
-        if trainer.strategy.broadcast(changed):
-            self.save(trainer, finished=True)
-
-    def save(self, trainer: pl.Trainer, *, finished: bool = False) -> None:
+    def save(self, trainer: pl.Trainer) -> None:
         """Write the training's state as it is now; called on every rank, rank 0 writes."""
         step = trainer.global_step
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         del state["loops"]
         state[PLACE] = loop_of(trainer).place()
-        if trainer.is_global_zero and (finished or step != self.resumed_step):
-            target = self.folder / f"step-{step:010d}{'-end' if finished else ''}"
+        if trainer.is_global_zero and step != self.resumed_step:
+            target = self.folder / f"step-{step:010d}"
             manifest = {
                 "run_id": self.run_id,
                 "step": step,
                 "epoch": state[PLACE]["epoch"],
                 "batch": state[PLACE]["batch"],
-                "finished": finished,
+                "finished": False,
                 "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
                 "logs": log_positions(trainer.loggers),
             }
@@ -111,6 +105,16 @@ class Checkpoints(pl.Callback):
         loop_of(trainer).wishes.saved = time.monotonic()
         # Without it rank 0 could be killed before its own save, and the others go on.
         trainer.strategy.barrier("labtrain.checkpoint")
+
+    def finish(self, module: pl.LightningModule, weights_digest: str, *, step: int) -> None:
+        """Write the weights that the training ended with, where something changed them after the last step; on rank 0.
+
+        An average of weights that a callback puts in at the end, say. Nothing goes on from these.
+        """
+        found = list_checkpoints(self.folder)
+        if found and found[-1][1]["weights_digest"] != weights_digest:
+            manifest = {**found[-1][1], "finished": True}
+            write_checkpoint(self.folder / f"step-{step:010d}-end", {"state_dict": module.state_dict()}, manifest)
 
     def score(self, trainer: pl.Trainer) -> None:
         """Write the metrics of a validation beside the checkpoint that was saved before it."""
@@ -171,7 +175,7 @@ def write_checkpoint(target: Path, state: dict[str, Any], manifest: Manifest) ->
         for name in (WEIGHTS, STATE)
     }
     digests = {"weights_digest": digest(weights), "state_digest": state_digest}
-    manifest = {"schema": SCHEMA, **manifest, **digests, "files": files}
+    manifest = {**manifest, "schema": SCHEMA, **digests, "files": files}
     write_manifest(target, manifest)
     return manifest
 

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torchmetrics
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.trainer.call import _call_callbacks_load_state_dict
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 
 from labtrain.determinism import run_mode, run_seed, seed_all
@@ -197,16 +196,15 @@ class EpochLoop(_TrainingEpochLoop):
         this epoch; what they changed they had changed before, so it is loaded once more.
         """
         loaded, trainer = cast(State, self.loaded), self.trainer
-        self.loaded, self._entering = None, True
+        self._entering = True
         at = loaded[PLACE]
-        trainer.strategy.load_model_state_dict(loaded, strict=trainer.lightning_module.strict_loading)
-        trainer.strategy.load_optimizer_state_dict(loaded)
-        for config, state in zip(trainer.lr_scheduler_configs, loaded["lr_schedulers"], strict=True):
-            config.scheduler.load_state_dict(state)
-        trainer._checkpoint_connector._loaded_checkpoint = loaded
-        trainer._checkpoint_connector.restore_precision_plugin_state()
-        trainer._checkpoint_connector._loaded_checkpoint = {}
-        _call_callbacks_load_state_dict(trainer, loaded)
+        connector = trainer._checkpoint_connector
+        connector._loaded_checkpoint = loaded
+        connector.restore_model()
+        connector.restore_callbacks()
+        connector.restore_precision_plugin_state()
+        connector.restore_optimizers_and_schedulers()
+        connector._loaded_checkpoint, self.loaded = {}, None
         self._put_global_step(at["global_step"])
         mine = at["ranks"][trainer.global_rank if len(at["ranks"]) > 1 else 0]
         device = trainer.strategy.root_device
@@ -215,10 +213,10 @@ class EpochLoop(_TrainingEpochLoop):
             values = {key: _moved(value, device) for key, value in state.items()}
             release(metrics[name], values | {"_computed": None, "_forward_cache": None})
         self._restore_logged(mine["logged"])
-        connector = trainer._logger_connector
-        connector._first_loop_iter = at["batch"] == 1  # not None: Lightning empties its sums in an epoch's first batch
-        connector._current_fx = "training_step"
-        connector._callback_metrics.update({key: value.to(device) for key, value in at["callback_metrics"].items()})
+        logs = trainer._logger_connector
+        logs._first_loop_iter = at["batch"] == 1  # not None: Lightning empties its sums in an epoch's first batch
+        logs._current_fx = "training_step"
+        logs._callback_metrics.update({key: value.to(device) for key, value in at["callback_metrics"].items()})
 
     def _restore_logged(self, entries: list[State]) -> None:
         strategy, device = self.trainer.strategy, self.trainer.strategy.root_device

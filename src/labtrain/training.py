@@ -120,6 +120,8 @@ def train(cfg: Any) -> Result:
             trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
             metrics = _floats(trainer.callback_metrics)
             weights, steps = digest(model), trainer.global_step
+            if trainer.is_global_zero:
+                checkpoints.finish(model, weights, step=steps)
             if has_test(model, datamodule):
                 trainer.test(model, datamodule=datamodule, verbose=False)
                 metrics |= _floats(trainer.callback_metrics)
