@@ -35,6 +35,7 @@ class Runner:
         code: int | None = 0,
         signal_at: str = "0 0 0",
         bucket_bytes: int | None = None,
+        environment: dict[str, str] | None = None,
     ) -> Path | None:
         """Train in `world` processes; return the run's folder where it came to its end.
 
@@ -43,6 +44,7 @@ class Runner:
             world: how many processes.
             code: the exit code that is expected of rank 0; None: any.
             signal_at: step, number of a signal, and the rank that gets it.
+            environment: variables of the processes.
             bucket_bytes: for buckets so small that a model fills several.
         """
         os.environ |= VARIABLES
@@ -58,7 +60,8 @@ class Runner:
         receiver, sender = context.Pipe(duplex=False)
         ranks = [
             context.Process(
-                target=exact_worker.work, args=(config, rank, world, port, log, sender, signal_at, bucket_bytes)
+                target=exact_worker.work,
+                args=(config, rank, world, port, log, sender, signal_at, bucket_bytes, environment or {}),
             )
             for rank in range(world)
         ]

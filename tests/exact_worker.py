@@ -80,9 +80,14 @@ class Data(pl.LightningDataModule):
             return Stateful(self.train, self.batch_size)
         if self.loader == "counted":
             return Stateful(self.train, self.batch_size, length=False)
-        return labtrain.DataLoader(self.train, self.batch_size, shuffle=True, num_workers=self.num_workers)
+        ours = labtrain.DataLoader(self.train, self.batch_size, shuffle=True, num_workers=self.num_workers)
+        if self.loader == "torch":
+            return torch.utils.data.DataLoader(self.train, self.batch_size, shuffle=True)
+        return [ours, ours] if self.loader == "two" else ours
 
     def val_dataloader(self) -> Any:
+        if self.loader == "val":
+            return torch.utils.data.DataLoader(self.val, self.batch_size)
         return labtrain.DataLoader(self.val, self.batch_size, num_workers=self.num_workers)
 
 
@@ -206,6 +211,79 @@ class MLP(Net):
         return scores * self.sometimes if inputs.mean() > 0 else scores
 
 
+class NoDeterministicForward(nn.Module):
+    """Uses an operation without a deterministic kernel."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs + torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+
+
+class _NoDeterministicBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, inputs: torch.Tensor) -> torch.Tensor:
+        return inputs.clone()
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> torch.Tensor:
+        torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+        return gradient
+
+
+class NoDeterministicBackward(nn.Module):
+    """Uses one in its backward alone."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        return _NoDeterministicBackward.apply(inputs)
+
+
+class Faulty(MLP):
+    """What cannot be exact, a fault at a time."""
+
+    def __init__(self, fault: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.fault = fault
+        if fault == "manual":
+            self.automatic_optimization = False
+        elif fault == "syncbn":
+            self.norm = nn.SyncBatchNorm(3)
+        elif fault == "sparse":
+            self.table = nn.Embedding(3, 3, sparse=True)
+        elif fault == "counts":
+            self.register_buffer("seen", torch.zeros(3, dtype=torch.long))
+        elif fault == "metric":
+            self.pearson = torchmetrics.PearsonCorrCoef()
+        elif fault in ("forward", "backward"):
+            self.net.append(NoDeterministicForward() if fault == "forward" else NoDeterministicBackward())
+        elif fault == "compiled":
+            self.net = torch.compile(self.net)
+        elif fault == "benchmark":
+            torch.backends.cudnn.benchmark = True
+        elif fault == "tf32":
+            torch.set_float32_matmul_precision("high")
+        elif fault == "threads":
+            torch.set_num_threads(2)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        inputs, targets = batch
+        loss = super().training_step(batch, batch_idx)
+        if self.fault == "sparse":
+            loss = loss + self.table(targets).sum()
+        elif self.fault == "counts":
+            self.seen += torch.bincount(targets, minlength=3)
+        elif self.fault == "names":
+            self.log("high" if inputs.mean() > 0 else "low", 1.0)
+        elif self.fault == "none" and inputs.mean() > 0:
+            return None
+        return loss
+
+
+class TwoLoaders(MLP):
+    """Takes a batch from each of two loaders."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch[0], batch_idx)
+
+
 class CNN(Net):
     """Convolutions, BatchNorm and dropout."""
 
@@ -281,8 +359,10 @@ def work(
     result: Connection,
     signal_at: str,
     bucket_bytes: int | None,
+    environment: dict[str, str],
 ) -> None:
     """Train one rank of a run and end the process with the exit code that train.py would have."""
+    os.environ |= environment
     os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "NODE_RANK": "0",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SIGNAL_AT": signal_at}  # fmt: skip
     with log.open("a") as file:

@@ -234,17 +234,21 @@ class _Tracer(TorchFunctionMode):
         for handle in self.handles:
             handle.remove()
 
-    def _left(self, *_: Any) -> None:
-        self.stack.pop()
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        node = getattr(result, "grad_fn", None) if isinstance(result, torch.Tensor) else None
-        if node is not None:
-            place = _described(self.stack[-1] if self.stack else None, self.names)
-            text = f"{getattr(func, '__name__', func)} in {place}"
-            node.register_prehook(lambda _: setattr(self, "last", text))
+        place = _described(self.stack[-1] if self.stack else None, self.names)
+        self._mark(result, f"{getattr(func, '__name__', func)} in {place}")
         return result
+
+    def _left(self, part: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        self.stack.pop()
+        self._mark(output, _described(part, self.names))  # a torch.autograd.Function is no torch function
+
+    def _mark(self, result: Any, text: str) -> None:
+        node = getattr(result, "grad_fn", None) if isinstance(result, torch.Tensor) else None
+        if node is not None and "labtrain" not in node.metadata:
+            node.metadata["labtrain"] = text
+            node.register_prehook(lambda _: setattr(self, "last", text))
 
 
 def _innermost(trace: types.TracebackType | None, module: torch.nn.Module) -> str | None:
