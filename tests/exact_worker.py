@@ -390,6 +390,8 @@ def work(
     except Stopped:
         sys.exit(EXIT_STOPPED)
     result.send(str(found.run_dir))
+    if "wandb" in sys.modules:
+        sys.modules["wandb"].finish()  # as at the end of a process of its own: multiprocessing leaves atexit out
     sys.exit(0)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from labtrain.compare import read_trail
 from labtrain.digests import digest_file
 from labtrain.errors import DeviceError
 from labtrain.store import list_checkpoints
@@ -281,6 +282,92 @@ def test_a_signal_is_written_down_and_the_same_command_goes_on(
     receipt = json.loads((folder / "receipt.json").read_text())
     assert receipt["status"] == receipt["segments"][0]["status"] == "interrupted"
     same(experiment.train(*SHORT), reference)
+
+
+def test_two_processes_stop_together_and_one_goes_on(experiment: Experiment, reference: Run) -> None:
+    """SIGTERM to the first process alone, as `kill` sends it: both finish the step, one exit code, no rank stays behind."""
+    one = (*SHORT, "trainer.accelerator=cpu")
+    child = subprocess.Popen(
+        experiment.command(*one, "trainer.devices=2"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    wait_for_step(30)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=60) == 75
+    assert child.stderr is not None
+    assert "stopped by SIGTERM, saved: the same command goes on with runs/digits/" in child.stderr.read()
+    (folder,) = folders(Path("runs"))
+    assert subprocess.run(["pgrep", "-f", f"labtrain.job {folder}"], check=False, stdout=subprocess.DEVNULL).returncode
+    at = list_checkpoints(folder / "checkpoints")[-1][1]["step"]
+    assert at >= 30
+    run = experiment.train(*one)
+    same(run, reference)
+    assert [segment["devices"] for segment in run.receipt["segments"]] == [2, 1]
+    assert run.receipt["segments"][1]["from_step"] == at
+
+
+def test_killed_in_mid_epoch_with_workers_and_started_again_at_once(experiment: Experiment, reference: Run) -> None:
+    """The lock of the run goes with the process, although its loader's workers were forked from it."""
+    often = (*SHORT, "checkpoint.every_n_steps=1", "data.num_workers=2")
+    child = subprocess.Popen(experiment.command(*often), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(33)
+    child.kill()
+    child.wait()
+    run = experiment.train(*SHORT)
+    same(run, reference)
+    assert run.receipt["segments"][1]["from_step"] % 20 != 0
+
+
+def wait_for_step(step: int) -> None:
+    """Wait until the one run below runs/ has trained so far."""
+    deadline = time.monotonic() + 120
+    while not any(len(read_trail(folder)) >= step for folder in folders(Path("runs"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_a_second_signal_ends_at_once(own_experiment: Experiment) -> None:
+    """In a step that takes a minute: the first signal waits for it, the second does not."""
+    model = own_experiment.root / "model.py"
+    slow = "import time; open('in-the-step', 'w').close(); time.sleep(60)"
+    model.write_text(model.read_text().replace("images, labels = batch", f"{slow}; images, labels = batch"))
+    child = subprocess.Popen(
+        own_experiment.command(*QUICK, "trainer.num_sanity_val_steps=0"),
+        cwd=own_experiment.root,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while not (own_experiment.root / "in-the-step").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    assert child.poll() is None
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=5) == -signal.SIGTERM
+
+
+def test_a_run_of_edited_code_names_the_near_one(own_experiment: Experiment) -> None:
+    """One line says which, and how to go on with it; and so it does."""
+    kept = (*SHORT, f"paths.runs={own_experiment.root}/kept")
+    child = subprocess.Popen(own_experiment.command(*kept), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    near: list[Path] = []
+    while not near or not list_checkpoints(near[0] / "checkpoints"):
+        near = folders(own_experiment.root / "kept")
+        assert child.poll() is None
+        time.sleep(0.01)
+    child.send_signal(signal.SIGTERM)
+    assert child.wait(timeout=60) == 75
+    model = own_experiment.root / "model.py"
+    model.write_text(f"{model.read_text()}\n# a thought\n")
+    new = own_experiment.train(*kept, "trainer.max_epochs=4")
+    assert f"near: {near[0]}, unfinished, has this configuration and other code" in new.err
+    assert f"(resume={near[0]} goes on with it)" in new.err
+    assert new.folder != near[0]
+    on = own_experiment.train(*kept, f"resume={near[0]}")
+    assert on.folder == near[0]
+    assert "goes on with another code.digest" in on.err
+    assert on.digest == new.digest  # a comment changes no bit
 
 
 def test_the_curves_of_a_resumed_run_are_continued(experiment: Experiment) -> None:

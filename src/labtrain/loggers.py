@@ -1,16 +1,18 @@
 """The loggers of a run, below its folder: tensorboard/, metrics.csv, wandb/.
 
 A resumed run goes on with the same curves. Each checkpoint holds how far each logger had come, and what was logged
-later is cut off, since the resumed training logs it again; W&B, where nothing can be cut off, is not told twice.
+later is cut off, since the resumed training logs it again. W&B, where nothing can be cut off, is told what it lacks.
 """
 
 import csv
+import json
 import netrc
 import os
 import struct
 import urllib.parse
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -139,34 +141,83 @@ class ContinuedCSVLogger(CSVLogger):
 
 
 class ContinuedWandbLogger(WandbLogger):
-    """Lightning's; its position is the number of calls.
+    """Lightning's; its position is the number of rows. W&B gets each row once, however often the training is killed.
 
-    What W&B was told cannot be taken back, and a resumed training says it again, the same to the last bit: so a file
-    beside W&B's own holds how many calls it got, and the repeated ones are left out.
+    What W&B was told cannot be taken back, and when the training is killed it loses what it has not written yet (seen
+    with wandb 0.31: the whole last block of 32 KiB). So the rows are kept in a file of their own too. On a resume,
+    those that W&B does not have are told again; those that it has already are left out, the same to the last bit.
     """
 
     key = "wandb"
-    SENT = ".labtrain-sent"
+    ROWS = ".wandb-rows.jsonl"
 
     def __init__(self, *, position: int, **options: Any) -> None:
         super().__init__(**options)
-        self.calls = position
-        path = Path(options["save_dir"]) / self.SENT
-        self.sent = struct.unpack("<q", path.read_bytes())[0] if position and path.exists() else position
-        self.file: int | None = None
+        self.run_dir = Path(options["save_dir"])
+        self.rows, self.told = position, 0
+        self.file: IO[str] | None = None
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        self.calls += 1
-        if self.calls <= self.sent:
-            return
-        super().log_metrics(metrics, step)
         if self.file is None:
-            self.file = os.open(Path(self.save_dir or ".") / self.SENT, os.O_WRONLY | os.O_CREAT, 0o644)
-        os.pwrite(self.file, struct.pack("<q", self.calls), 0)
+            self._catch_up()
+        assert self.file is not None
+        self.rows += 1
+        row = {**metrics, "trainer/global_step": step}
+        self.file.write(json.dumps(row) + "\n")
+        self._tell(self.rows, row)
+
+    def _tell(self, number: int, row: dict[str, Any]) -> None:
+        if number > self.told:
+            self.told = number
+            self.experiment.log(row, step=number - 1, commit=True)
+
+    def _catch_up(self) -> None:
+        path = self.run_dir / self.ROWS
+        lines = path.read_text().splitlines(keepends=True)[: self.rows] if path.exists() else []
+        path.write_text("".join(lines))
+        self.file = path.open("a", buffering=1)
+        run = self.experiment
+        self.told = count_rows(self.run_dir) if self._offline else int(run.starting_step)
+        for number, line in enumerate(lines, start=1):
+            self._tell(number, json.loads(line))
+        self.told = max(self.told, self.rows - len(lines))  # rows of a folder that was lost
 
     def position(self) -> int:
-        return self.calls
+        return self.rows
+
+
+def count_rows(run_dir: Path) -> int:
+    """Return how many rows of history W&B has written to its files below a run."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows = 0
+    for path in run_dir.glob("wandb/offline-run-*/run-*.wandb"):
+        for data in wandb_records(path):
+            record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+            record.ParseFromString(data)
+            rows += record.WhichOneof("record_type") == "history"
+    return rows
+
+
+def wandb_records(path: Path) -> Iterator[bytes]:
+    """Yield the whole records of a `.wandb` file: 7 bytes, then LevelDB's log format.
+
+    Blocks of 32 KiB with pieces of (crc, length, kind), https://github.com/google/leveldb/blob/main/doc/log_format.md.
+    """
+    raw, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(raw):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        length, kind = struct.unpack_from("<HB", raw, at + 4)
+        if kind == 0 or at + 7 + length > len(raw):  # what a crash left
+            return
+        record += raw[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield record
+            record = b""
 
 
 def _wandb(job: Job, options: dict[str, Any], position: int) -> WandbLogger:

@@ -1,0 +1,130 @@
+"""resume=RUN, the near run, and what is said when something changed. `resume=auto` is in test_exact.py."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labtrain.errors import EXIT_STOPPED, ConfigError
+from labtrain.resume import find_origin, make_job, near_run
+from tests.exact import Runner, configure, outcome
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Runner:
+    return Runner(tmp_path)
+
+
+def stop(runner: Runner, config: Any, step: int = 7) -> Path:
+    runner.run(config, code=EXIT_STOPPED, signal_at=f"{step} {signal.SIGTERM} 0")
+    (run_dir,) = runner.folder.glob("runs/exact/*")
+    return run_dir
+
+
+def receipt(run_dir: Path) -> dict[str, Any]:
+    return dict(json.loads((run_dir / "receipt.json").read_text()))
+
+
+def test_going_on_with_a_run_although_something_changed(runner: Runner) -> None:
+    """In its own folder, under its own name; the difference is said, and stands in the receipt."""
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    longer = configure("mlp", "even", trainer={"max_epochs": 4}, resume=str(run_dir))
+    assert runner.run(longer) == run_dir
+    assert "goes on from step-0000000007" in runner.said()
+    assert "warning: goes on with another config.trainer.max_epochs: 3 before, now 4" in runner.said()
+    found = receipt(run_dir)
+    assert found["run_id"] == run_dir.name
+    assert [segment["changed"] for segment in found["segments"]] == [
+        [],
+        [{"key": "config.trainer.max_epochs", "before": 3, "now": 4}],
+    ]
+    assert found["results"]["steps"] == 20
+
+
+def test_a_complete_run_can_be_gone_on_with(runner: Runner) -> None:
+    """Three epochs and two more are five: the same bits."""
+    whole = outcome(runner.run(configure("mlp", "even", trainer={"max_epochs": 5})))
+    run_dir = runner.run(configure("mlp", "even"))
+    assert run_dir is not None
+    longer = configure("mlp", "even", trainer={"max_epochs": 5}, resume=run_dir.name)
+    found = outcome(runner.run(longer))
+    assert {**found, "run_id": None} == {**whole, "run_id": None}
+
+
+def test_checkpoints_alone_are_a_run_too(runner: Runner, tmp_path: Path) -> None:
+    config = configure("mlp", "even")
+    reference = outcome(runner.run(configure("mlp", "even", paths={"runs": "elsewhere"}, resume="never")))
+    shutil.rmtree(tmp_path / "runs")
+    run_dir = stop(runner, config)
+    shutil.move(run_dir / "checkpoints", tmp_path / "kept")
+    shutil.rmtree(run_dir)
+    config["resume"] = f"file://{tmp_path}/kept"
+    found = outcome(runner.run(config))
+    assert found["state_digest"] == reference["state_digest"]
+    assert found["trail"] == reference["trail"][7:]  # the first lines went with the folder
+
+
+def test_the_same_command_after_it_was_gone_on_with_says_so(runner: Runner) -> None:
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    runner.run(configure("mlp", "even", seed=43, resume=str(run_dir)))
+    assert "another config.seed: 42 before, now 43" in runner.said()
+
+
+def test_another_machine_or_environment_is_said(runner: Runner) -> None:
+    """A run that goes on on another processor, in strict mode, may get other bits: it is in the receipt."""
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    found = receipt(run_dir)
+    found["hardware"]["cpu"] = "Another CPU"
+    found["environment"]["distributions"]["torch"] = "2.8.0"
+    (run_dir / "receipt.json").write_text(json.dumps(found))
+    runner.run(config)
+    assert "goes on with another hardware.cpu: Another CPU before, now " in runner.said()
+    assert "environment.distributions.torch: 2.8.0 before" in runner.said()
+    changed = {change["key"] for change in receipt(run_dir)["segments"][1]["changed"]}
+    assert changed == {"hardware.cpu", "environment.distributions.torch"}
+
+
+def test_nothing_is_said_of_another_number_of_devices(runner: Runner) -> None:
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    runner.run(config, world=2)
+    assert "goes on with another" not in runner.said()
+    assert [segment["devices"] for segment in receipt(run_dir)["segments"]] == [1, 2]
+    assert receipt(run_dir)["segments"][1]["changed"] == []
+
+
+def test_a_near_run_is_found(runner: Runner, tmp_path: Path) -> None:
+    """Same experiment and configuration, other code, not complete."""
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    config = receipt(run_dir)["config"]
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "model.py").write_text("x = 1\n")
+    job = make_job(config, root=tmp_path / "code", command=[])
+    assert near_run(job) == run_dir
+    assert near_run(make_job({**config, "seed": 43}, root=tmp_path / "code", command=[])) is None
+    found = receipt(run_dir) | {"status": "complete"}
+    (run_dir / "receipt.json").write_text(json.dumps(found))
+    assert near_run(job) is None
+
+
+def test_a_run_that_is_not_there_names_the_places(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run is there: looked for ") as caught:
+        find_origin("0123456789ab", tmp_path / "runs" / "digits")
+    assert "runs/digits/0123456789ab/receipt.json" in str(caught.value)
+    assert "ls " in caught.value.hint
+
+
+def test_a_run_without_a_checkpoint_cannot_be_gone_on_with(runner: Runner) -> None:
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    shutil.rmtree(run_dir / "checkpoints")
+    config["resume"] = str(run_dir)
+    runner.run(config, code=2)
+    assert "that run has no checkpoint yet" in runner.said()
