@@ -6,7 +6,7 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench lock
+.PHONY: help setup demo test test-full check bench bench-exact lock
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -16,11 +16,14 @@ setup: ## make .venv from requirements.lock, every file by hash; nothing to do w
 	@mkdir -p $(TMPDIR)
 	@PYTHONPATH=src $(PYTHON) -B -m labtrain.bootstrap --editable
 
-demo: setup ## train one experiment in three ways and compare the bits
+demo: setup ## train one experiment in four ways and compare the bits
 	@$(VENV)/labtrain demo --dir .demo
 
 test: setup ## the test suite
 	@$(VENV)/python -m pytest -n 2
+
+test-full: setup ## all 1,440 combinations of the matrix of test_exact.py: about an hour
+	@LABTRAIN_EXACT_FULL=1 $(VENV)/python -m pytest -n 2 tests/test_exact.py
 
 check: setup ## formatting, lint, types, the floors and the locks
 	@$(VENV)/ruff format --check .
@@ -31,6 +34,9 @@ check: setup ## formatting, lint, types, the floors and the locks
 
 bench: setup ## CPU seconds of the starts, median of 5
 	@$(VENV)/python benchmarks/start.py
+
+bench-exact: setup ## what exactness costs, against Lightning: ratios, interleaved
+	@$(VENV)/python benchmarks/exact.py
 
 lock: setup ## make the locks anew from pyproject.toml and environment.yml
 	@$(VENV)/labtrain lock write

@@ -2,11 +2,11 @@
 
 The floors; an import points down only (import-linter holds it, `make check`)::
 
-    4  compose  job  cli  demo  new  conf/       thin: parse, call, print
-    3  training  checkpoint  callbacks           Lightning
-    2  determinism  order  loader                torch
-    1  run  receipt  lock  doctor  compare  digests   no torch
-    0  errors                                    standard library only
+    4  compose  job  cli  demo  new  conf/                       thin: parse, call, print
+    3  training  loop  strategy  tally  guard  checkpoint        Lightning
+    2  determinism  order  loader  reduction                     torch
+    1  run  resume  receipt  lock  doctor  compare  digests      no torch
+    0  errors  signals                                           standard library only
 
 `import labtrain` imports none of them: the public names below are loaded when first used, so that `labtrain --help`
 and the composition of a configuration never pay for torch.

@@ -123,7 +123,10 @@ class ShardSum:
             self._start()
 
     def total(self) -> list[Tensor]:
-        """Return the sums over all shards of all ranks, in the order of `like`; the same bits on every rank."""
+        """Return the sums over all shards of all ranks, in the order of `like`; the same bits on every rank.
+
+        With several ranks they are views of memory that the next step uses again.
+        """
         if self.world == 1:
             return self._in_order(bucket.tree.root() for bucket in self._buckets)
         for bucket in self._buckets:
@@ -148,10 +151,16 @@ class ShardSum:
             first = self.like[bucket.indices[0]]
             numel = sum(self.like[index].numel() for index in bucket.indices)
             chunk = -(-numel // self.world)
-            mine = [_flatten(tensors, self.world * chunk) for _, _, tensors in bucket.tree.nodes]
+            mine = [
+                _flatten(tensors, bucket.vector(("sent", number), self.world * chunk, first))
+                for number, (_, _, tensors) in enumerate(bucket.tree.nodes)
+            ]
+            bucket.sums = bucket.vector(("sums", 0), self.world * chunk, first)
             bucket.parts = [[part[rank * chunk : (rank + 1) * chunk] for part in mine] for rank in range(self.world)]
             bucket.received = [
-                bucket.parts[rank] if rank == self.rank else [first.new_empty(chunk) for _ in self._layouts[rank]]
+                bucket.parts[rank]
+                if rank == self.rank
+                else [bucket.vector((rank, number), chunk, first) for number in range(len(self._layouts[rank]))]
                 for rank in range(self.world)
             ]
             operations = []
@@ -165,14 +174,22 @@ class ShardSum:
         """Add up this rank's part of all subtrees, and begin to exchange the sums."""
         for work in bucket.pending:
             work.wait()
-        tree: Tree[Tensor] = Tree(Tensor.add_)
+        assert bucket.sums is not None
+        sums = bucket.sums.chunk(self.world)
+        additions = sum(map(len, self._layouts)) - 1
+
+        def add(left: Tensor, right: Tensor) -> None:
+            nonlocal additions
+            additions -= 1
+            torch.add(left, right, out=left if additions else sums[self.rank])  # the last one where it is wanted
+
+        tree: Tree[Tensor] = Tree(add)
         for layout, parts in zip(self._layouts, bucket.received, strict=True):
             for (first, size), part in zip(layout, parts, strict=True):
                 tree.push(first, size, part)
-        mine = tree.root()
-        bucket.sums = mine.new_empty(self.world * mine.numel())
-        sums = bucket.sums.chunk(self.world)
-        sums[self.rank].copy_(mine)
+        root = tree.root()
+        if sum(map(len, self._layouts)) == 1:
+            sums[self.rank].copy_(root)
         operations = []
         for rank in range(self.world):
             if rank != self.rank:
@@ -205,6 +222,13 @@ class _Bucket:
     received: list[list[Tensor]] = field(init=False)  # by sending rank: of each of its subtrees, this rank's part
     pending: list[Any] = field(init=False)
     sums: Tensor | None = field(init=False)
+    vectors: dict[tuple[str | int, int], Tensor] = field(default_factory=dict)
+
+    def vector(self, key: tuple[str | int, int], numel: int, like: Tensor) -> Tensor:
+        """Return the vector of that name: the same memory in each step, for new pages cost more than the sum."""
+        if key not in self.vectors:
+            self.vectors[key] = like.new_empty(numel)
+        return self.vectors[key]
 
     def begin(self) -> None:
         self.tree, self.leaf, self.full = Tree(torch._foreach_add_), {}, False
@@ -233,9 +257,8 @@ def _assign(like: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
     return done + [indices for indices, _ in filling.values()]
 
 
-def _flatten(tensors: Sequence[Tensor], numel: int) -> Tensor:
-    """Return the tensors' memory, one after the other, in a vector of `numel`; the rest is zero."""
-    flat = tensors[0].new_empty(numel)
+def _flatten(tensors: Sequence[Tensor], flat: Tensor) -> Tensor:
+    """Put the tensors' memory, one after the other, in a vector and return it; the rest is zero."""
     parts = [tensor.as_strided((tensor.numel(),), (1,)) for tensor in tensors]
     used = sum(part.numel() for part in parts)
     torch.cat(parts, out=flat[:used])

@@ -187,9 +187,12 @@ class Exact:
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self._installed is None:
             return cast(Tensor, super().backward(closure_loss, optimizer, *args, **kwargs))  # type: ignore[misc]
+        accumulates = self._trainer.accumulate_grad_batches > 1
         for parameter, gradient, wanted in self._installed:
-            if wanted:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            if wanted and parameter.grad is not None:
+                parameter.grad = parameter.grad + gradient
+            elif wanted:
+                parameter.grad = gradient.clone() if accumulates else gradient  # the next batch has the same memory
         self._installed = None
         return cast(Tensor, cast(Any, self).precision_plugin.post_backward(closure_loss, self._module))
 
