@@ -140,10 +140,18 @@ def train(
         rows = [order[part * size : (part + 1) * size] for part in parts]
         loader = Batches([[tensor[indices] for tensor in dataset.tensors] for indices in rows])
     trainer = pl.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy, max_steps=STEPS + WARMUP, logger=False, callbacks=callbacks,
-        accumulate_grad_batches=1 if side == "exact" else shards // world, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, plugins=[FolderIO()],
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy,
+        max_steps=STEPS + WARMUP,
+        accumulate_grad_batches=1 if side == "exact" else shards // world,
+        callbacks=callbacks,
+        plugins=[FolderIO()],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     if side == "exact":
         trainer.fit_loop.epoch_loop = EpochLoop(trainer, save=lambda: None, every_n_steps=None, wishes=wishes)
     determinism.seed_all(1, "init")

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from labtrain.determinism import variables
-from labtrain.run import JOB_VARIABLE, make_job
+from labtrain.resume import make_job
+from labtrain.run import JOB_VARIABLE
 from tests.conftest import ROOT, Experiment, need
 
 OPERATIONS = Path(__file__).with_name("portable_operations.py")

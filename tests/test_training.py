@@ -17,6 +17,7 @@ import torch
 from labtrain.compare import read_trail
 from labtrain.digests import digest_file
 from labtrain.errors import DeviceError
+from labtrain.run import shown
 from labtrain.store import list_checkpoints
 from labtrain.training import explain
 from tests.conftest import QUICK, Experiment, Run
@@ -361,11 +362,11 @@ def test_a_run_of_edited_code_names_the_near_one(own_experiment: Experiment) -> 
     model = own_experiment.root / "model.py"
     model.write_text(f"{model.read_text()}\n# a thought\n")
     new = own_experiment.train(*kept, "trainer.max_epochs=4")
-    assert f"near: {near[0]}, unfinished, has this configuration and other code" in new.err
-    assert f"(resume={near[0]} goes on with it)" in new.err
-    assert new.folder != near[0]
+    assert f"near: {shown(near[0])}, unfinished, has this configuration and other code" in new.err
+    assert f"(resume={shown(near[0])} goes on with it)" in new.err
+    assert new.folder.resolve() != near[0]
     on = own_experiment.train(*kept, f"resume={near[0]}")
-    assert on.folder == near[0]
+    assert on.folder.resolve() == near[0]
     assert "goes on with another code.digest" in on.err
     assert on.digest == new.digest  # a comment changes no bit
 
