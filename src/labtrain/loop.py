@@ -25,9 +25,10 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Metada
 
 from labtrain.determinism import run_mode, run_seed, seed_all
 from labtrain.loader import StatefulLoader, loaders_of
+from labtrain.metrics import hold, release
 from labtrain.signals import Stopped, Wishes
 from labtrain.strategy import Exact
-from labtrain.tally import global_already, hold, release
+from labtrain.tally import global_already
 
 PLACE = "labtrain"  # its key in Lightning's checkpoint dictionary
 

@@ -12,7 +12,6 @@ then averaged over the samples, once a step. The loss is taken for what it nearl
 Lightning 2.6: strategies/strategy.py and strategies/ddp.py.
 """
 
-import zlib
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -25,14 +24,15 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
+from labtrain.buffers import Buffers, Kept, get
 from labtrain.determinism import run_mode, run_seed, seed_all
-from labtrain.digests import tensor_bytes
 from labtrain.errors import ConfigError
 from labtrain.guard import explain_backward
 from labtrain.loader import DataLoader, Sharded
+from labtrain.metrics import add_rows
 from labtrain.reduction import BUCKET_BYTES, ShardSum, shard_range
 from labtrain.signals import Stopped, Wishes
-from labtrain.tally import Tally, add_rows
+from labtrain.tally import Tally
 
 
 class Exact:
@@ -204,9 +204,6 @@ class Exact:
 
     # --------------------------------------------------------------------------------------------------------- a step
 
-    def _forward_again(self, data: Any, *args: Any) -> Any:
-        return _loss(super().training_step(data, *args))  # type: ignore[misc]
-
     def _loss_again(self, data: Any, *args: Any) -> Any:
         return _loss(super().training_step(data, *args))  # type: ignore[misc]
 
@@ -270,7 +267,7 @@ class Exact:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        buffers = [_get(owner, name) for owner, name in self._kept.means]
+        buffers = [get(owner, name) for owner, name in self._kept.means]
         like = [_dense(tensor.detach()) for tensor in (*parameters, *buffers)]
         self._sum = ShardSum(
             like, shards=self.shards, rank=self._rank, world=self._world, bucket_bytes=self.bucket_bytes
@@ -344,103 +341,6 @@ class ExactSingleDevice(Exact, SingleDeviceStrategy):
 
 class ExactDDP(Exact, DDPStrategy):
     """Several processes, over gloo on CPUs and NCCL on GPUs."""
-
-
-class Kept:
-    """The buffers of a model, sorted by what becomes of them at the end of a step.
-
-    Attributes:
-        means: floating-point: (module, name) of each.
-        always: which of them count as changed in every step: BatchNorm's kernel does not tell torch.
-        equal: of other dtypes, which must come out the same in every shard.
-        counts: BatchNorm's number of batches, one more in every shard.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.means: list[tuple[torch.nn.Module, str]] = []
-        self.always: list[bool] = []
-        self.equal: list[tuple[torch.nn.Module, str]] = []
-        self.counts: list[tuple[torch.nn.Module, str]] = []
-        for part in module.modules():
-            norm = isinstance(part, torch.nn.modules.batchnorm._NormBase)
-            for name, buffer in part._buffers.items():
-                if buffer is None or any(buffer is other._buffers[key] for other, key in self.all):
-                    continue
-                if buffer.is_floating_point() or buffer.is_complex():
-                    self.means.append((part, name))
-                    self.always.append(norm)
-                else:
-                    (self.counts if norm else self.equal).append((part, name))
-
-    @property
-    def all(self) -> list[tuple[torch.nn.Module, str]]:
-        return self.means + self.equal + self.counts
-
-
-class Buffers:
-    """The buffers during one step: each shard begins with those of the step's beginning.
-
-    Afterwards a floating-point buffer that a shard changed is the mean over the samples; the others are as they were.
-    """
-
-    def __init__(self, kept: Kept) -> None:
-        self.kept = kept
-        self.before = [_get(owner, name).clone() for owner, name in kept.all]
-        self.seen = [(now := _get(owner, name), now._version) for owner, name in kept.means + kept.equal]
-
-    def restore(self) -> None:
-        """Begin the next shard."""
-        for (owner, name), before in zip(self.kept.all, self.before, strict=True):
-            _get(owner, name).copy_(before)
-        self.seen = [(now := _get(owner, name), now._version) for owner, name in self.kept.means + self.kept.equal]
-
-    def push(self, total: ShardSum, shard: int, offset: int, weight: float) -> list[float]:
-        """Put in what a shard left, times its share of the samples.
-
-        Returns:
-            For each floating-point buffer 1.0 where it was changed, for each other one a number of its content.
-        """
-        numbers = []
-        seen = iter(self.seen)
-        for number, ((owner, name), always) in enumerate(zip(self.kept.means, self.kept.always, strict=True)):
-            now, (then, version) = _get(owner, name), next(seen)
-            total.push(shard, offset + number, now.detach() * weight)
-            changed = (always and owner.training) or now is not then or now._version != version
-            numbers.append(float(changed))
-        for owner, name in self.kept.equal:
-            now, (then, version) = _get(owner, name), next(seen)
-            changed = now is not then or now._version != version
-            numbers.append(float(zlib.crc32(tensor_bytes(now))) if changed else -1.0)
-        return numbers
-
-    def install(self, means: list[Tensor], numbers_SB: Tensor, *, everywhere: bool) -> None:
-        """End the step.
-
-        Args:
-            means: of the floating-point buffers.
-            numbers_SB: what `push` returned for each of the S shards.
-            everywhere: every rank had a shard; or those that had none get the integers from rank 0.
-
-        Raises:
-            ConfigError: integers come out differently.
-        """
-        for column, (owner, name) in enumerate(self.kept.equal, start=len(self.kept.means)):
-            if len(set(numbers_SB[:, column].tolist())) > 1:
-                raise ConfigError(
-                    f"buffer {name} of {type(owner).__name__} ({_get(owner, name).dtype}) comes out differently in the"
-                    " shards of a step: it cannot be averaged",
-                    hint="make it floating-point, or determinism.shards=null",
-                )
-        for column, ((owner, name), mean) in enumerate(zip(self.kept.means, means, strict=True)):
-            changed = numbers_SB[:, column].amax() > 0
-            _get(owner, name).copy_(torch.where(changed, mean, self.before[column]))
-        if not everywhere:
-            for owner, name in self.kept.equal + self.kept.counts:
-                dist.broadcast(_get(owner, name), src=0)
-
-
-def _get(owner: torch.nn.Module, name: str) -> Tensor:
-    return cast(Tensor, owner._buffers[name])
 
 
 def _loss(output: Any) -> Any:

@@ -24,15 +24,12 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _Sync,
 )
 from torch import Tensor
-from torchmetrics.utilities.data import dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
 
 from labtrain.errors import ConfigError
+from labtrain.metrics import Held, hold, merged, reduced, reduction, release
 
 # Rows are padded, so that ranks that disagree about a row's length still exchange equally long ones, and can say so.
 ROW_MULTIPLE = 64
-REDUCTIONS: dict[Any, str] = {dim_zero_sum: "sum", dim_zero_mean: "mean", dim_zero_min: "min", dim_zero_max: "max"}
-
-Held = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +81,7 @@ class Tally:
                 self.metrics[name] = part
                 part.sync_on_compute = part._to_sync = part.dist_sync_on_step = False  # their states are global already
                 for state, default in part._defaults.items():
-                    if isinstance(default, Tensor) and not _reduction(part, state):
+                    if isinstance(default, Tensor) and not reduction(part, state):
                         raise ConfigError(
                             f"{name} ({type(part).__name__}): its state {state!r} is combined by a function of its own,"
                             " and not by sum, mean, min, max or concatenation",
@@ -201,7 +198,7 @@ class Tally:
         for name, state, default, kind in self._tensors(self._template.metrics):
             part = rows[:, at : at + default.numel()]
             at += default.numel()
-            steps[name][state] = _reduced(part, kind).to(default.dtype).view(default.shape)
+            steps[name][state] = reduced(part, kind).to(default.dtype).view(default.shape)
         for name, state in self._list_states(self._template.metrics):
             steps[name][state] = [item for shard in lists for item in shard[f"{name}.{state}"]]
         on_step = {entry.meta.metric_attribute for entry in self._template.entries if entry.meta.on_step}
@@ -216,8 +213,8 @@ class Tally:
                 if isinstance(value, list):
                     held[state] = held[state] + value
                 else:
-                    kind, before = _reduction(metric, state), held[state]
-                    held[state] = _merged(before, value.to(before.device), kind, held["_update_count"])
+                    kind, before = reduction(metric, state), held[state]
+                    held[state] = merged(before, value.to(before.device), kind, held["_update_count"])
             held["_update_count"] += 1
             held["_computed"] = None
         for name, held in self._held.items():
@@ -254,7 +251,7 @@ class Tally:
             metric = self.metrics[name]
             for state, default in metric._defaults.items():
                 if isinstance(default, Tensor):
-                    yield name, state, default, _reduction(metric, state)
+                    yield name, state, default, reduction(metric, state)
 
     def _list_states(self, names: Iterable[str]) -> Iterator[tuple[str, str]]:
         for name in names:
@@ -263,29 +260,11 @@ class Tally:
                     yield name, state
 
 
-def hold(metric: torchmetrics.Metric) -> Held:
-    """Return a metric's states and what it remembers of its calls."""
-    states = {state: getattr(metric, state) for state in metric._defaults}
-    states = {state: list(value) if isinstance(value, list) else value for state, value in states.items()}
-    return {
-        **states,
-        "_update_count": metric._update_count,
-        "_computed": metric._computed,
-        "_forward_cache": metric._forward_cache,
-    }
-
-
-def release(metric: torchmetrics.Metric, held: Held) -> None:
-    """Put back what `hold` returned."""
-    for name, value in held.items():
-        setattr(metric, name, value)
-
-
 def _log_tensor(into: _ResultMetric, meta: _Metadata, values: Tensor, weights: Tensor) -> None:
     """Add one step's value to Lightning's entry: in float64, whatever the number of steps."""
     kind = _kind(meta)
-    value = _reduced(values.unsqueeze(1), "sum" if kind == "mean" else kind)[0]
-    weight = _reduced(weights.unsqueeze(1), "sum")[0]
+    value = reduced(values.unsqueeze(1), "sum" if kind == "mean" else kind)[0]
+    weight = reduced(weights.unsqueeze(1), "sum")[0]
     if meta.on_step:
         into._forward_cache = (value / weight if kind == "mean" else value).float()
         if not meta.on_epoch:
@@ -320,36 +299,6 @@ def _kind(meta: _Metadata) -> str:
         if meta.is_max_reduction
         else "min"
     )
-
-
-def _reduced(rows: Tensor, kind: str) -> Tensor:
-    """Reduce rows (S, K) to (K,): a sum adds them one after the other."""
-    if kind in ("min", "max"):
-        return rows.amin(0) if kind == "min" else rows.amax(0)
-    return add_rows(rows) / len(rows) if kind == "mean" else add_rows(rows)
-
-
-def add_rows(rows_SK: Tensor) -> Tensor:
-    """Return the sum of the rows (S, K), added one after the other: (K,)."""
-    total = rows_SK[0].clone()
-    for row in rows_SK[1:]:
-        total += row
-    return total
-
-
-def _merged(held: Tensor, step: Tensor, kind: str, updates: int) -> Tensor:
-    """Return a metric's state after one more step, as torchmetrics' own Metric._reduce_states does it."""
-    if kind == "mean":
-        return (held * updates + step) / (updates + 1)
-    if kind == "sum":
-        return held + step
-    return (torch.minimum if kind == "min" else torch.maximum)(held, step)
-
-
-def _reduction(metric: torchmetrics.Metric, state: str) -> str:
-    """Return how a state is reduced over ranks: sum, mean, min, max; empty for another way."""
-    function: Any = metric._reductions[state]
-    return REDUCTIONS.get(function, "")
 
 
 def _empty(entry: _ResultMetric) -> None:

@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from labtrain import determinism, receipt
 from labtrain.callbacks import BatchSizes, Progress, Seeding, Trail, warn
 from labtrain.checkpoint import Checkpoints, FolderIO
-from labtrain.config import too_many_devices
+from labtrain.devices import choose_accelerator, make_strategy, plain_because, world_size
 from labtrain.digests import digest
 from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError
 from labtrain.guard import Guard, explain_operation, has_test
@@ -32,7 +32,6 @@ from labtrain.resume import make_job
 from labtrain.run import EXACT_STRATEGIES, Config, Job, shards_in_use, shown
 from labtrain.signals import Stopped, Wishes
 from labtrain.store import Manifest, checkpoint_folder, newest_whole
-from labtrain.strategy import Exact, ExactDDP, ExactSingleDevice
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,68 +140,6 @@ def train(cfg: Any) -> Result:
         raise
 
 
-def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
-    """Return `gpu` or `cpu`, or a name that only Lightning knows; and the devices of a node: a number, or GPU numbers.
-
-    Raises:
-        DeviceError: more devices are asked for than there are, or a precision that they do not have.
-        ConfigError: more devices than shards or samples.
-    """
-    wanted, devices, precision = (config["trainer"][key] for key in ("accelerator", "devices", "precision"))
-    gpus = torch.cuda.device_count()
-    accelerator = ("gpu" if gpus else "cpu") if wanted == "auto" else {"cuda": "gpu"}.get(wanted, wanted)
-    if devices == "auto":
-        devices = gpus if accelerator == "gpu" else 1 if accelerator == "cpu" else devices
-    if accelerator == "gpu":
-        numbers = devices if isinstance(devices, list) else range(devices if isinstance(devices, int) else 1)
-        if missing := [number for number in numbers if number >= gpus]:
-            found = f"this machine has {gpus} GPU{'s' if gpus != 1 else ''}"
-            hint = (
-                f"trainer.devices={gpus}, or trainer.accelerator=cpu"
-                if gpus
-                else "trainer.accelerator=cpu, or labtrain doctor says why no GPU is seen"
-            )
-            raise DeviceError(
-                f"trainer.devices={config['trainer']['devices']} asks for GPU {missing[0]}, {found}", hint=hint
-            )
-    elif accelerator == "cpu":
-        if isinstance(devices, list):
-            raise DeviceError(
-                f"trainer.devices={devices} names GPUs, on a CPU a number of processes is wanted",
-                hint=f"trainer.devices={len(devices)}",
-            )
-        if precision in ("16-mixed", "16-true", "16"):
-            raise DeviceError(
-                f"trainer.precision={precision}: fp16 with loss scaling needs a GPU",
-                hint="trainer.precision=bf16-mixed",
-            )
-    shards, batch_size, world = shards_in_use(config), config["data"]["batch_size"], _world(config, devices)
-    if shards is not None and world > shards:
-        raise too_many_devices(world, shards)
-    if batch_size < world:
-        raise ConfigError(
-            f"data.batch_size={batch_size} is the samples of one step over all {world} devices",
-            hint=f"data.batch_size={world} or more",
-        )
-    return str(accelerator), devices
-
-
-def _world(config: Config, devices: Any) -> int:
-    per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
-    return int(per_node * config["trainer"]["num_nodes"])
-
-
-def plain_because(config: Config) -> str:
-    """Return why the bits of this training depend on the number of devices."""
-    if config["determinism"]["shards"] is None:
-        why = "determinism.shards=null"
-    elif config["trainer"]["strategy"] not in EXACT_STRATEGIES:
-        why = f"trainer.strategy={config['trainer']['strategy']}"
-    else:
-        why = f"trainer.accelerator={config['trainer']['accelerator']}"
-    return f"{why}: Lightning's own strategy trains, the bits depend on the number of devices (promise 3 is off)"
-
-
 def find_places(datamodule: pl.LightningDataModule, loop: EpochLoop) -> None:
     """Have the training loader begin where a checkpoint that is taken up stood."""
     make = datamodule.train_dataloader
@@ -296,7 +233,7 @@ def make_trainer(
     options |= {"accelerator": accelerator, "devices": devices}
     shards = shards_in_use(config)
     if shards is not None:
-        options["strategy"] = make_strategy(shards, accelerator, devices, _world(config, devices), wishes)
+        options["strategy"] = make_strategy(shards, accelerator, devices, world_size(config, devices), wishes)
     try:
         return pl.Trainer(
             **options,
@@ -311,15 +248,6 @@ def make_trainer(
             f"Lightning's Trainer: {' '.join(str(error).split())}",
             hint="python train.py --help shows the keys of trainer",
         ) from error
-
-
-def make_strategy(shards: int, accelerator: str, devices: Any, world: int, wishes: Wishes) -> Exact:
-    """Return the exact strategy for one device or for several."""
-    if world > 1:
-        return ExactDDP(shards=shards, wishes=wishes)
-    number = devices[0] if isinstance(devices, list) else 0
-    device = torch.device("cuda", number) if accelerator == "gpu" else torch.device("cpu")
-    return ExactSingleDevice(device, shards=shards, wishes=wishes)
 
 
 def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainError | None:

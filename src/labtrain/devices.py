@@ -1,0 +1,83 @@
+"""The devices of a training, and the strategy that trains on them."""
+
+from typing import Any
+
+import torch
+
+from labtrain.config import too_many_devices
+from labtrain.errors import ConfigError, DeviceError
+from labtrain.run import EXACT_STRATEGIES, Config, shards_in_use
+from labtrain.signals import Wishes
+from labtrain.strategy import Exact, ExactDDP, ExactSingleDevice
+
+
+def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
+    """Return `gpu` or `cpu`, or a name that only Lightning knows; and the devices of a node: a number, or GPU numbers.
+
+    Raises:
+        DeviceError: more devices are asked for than there are, or a precision that they do not have.
+        ConfigError: more devices than shards or samples.
+    """
+    wanted, devices, precision = (config["trainer"][key] for key in ("accelerator", "devices", "precision"))
+    gpus = torch.cuda.device_count()
+    accelerator = ("gpu" if gpus else "cpu") if wanted == "auto" else {"cuda": "gpu"}.get(wanted, wanted)
+    if devices == "auto":
+        devices = gpus if accelerator == "gpu" else 1 if accelerator == "cpu" else devices
+    if accelerator == "gpu":
+        numbers = devices if isinstance(devices, list) else range(devices if isinstance(devices, int) else 1)
+        if missing := [number for number in numbers if number >= gpus]:
+            found = f"this machine has {gpus} GPU{'s' if gpus != 1 else ''}"
+            hint = (
+                f"trainer.devices={gpus}, or trainer.accelerator=cpu"
+                if gpus
+                else "trainer.accelerator=cpu, or labtrain doctor says why no GPU is seen"
+            )
+            raise DeviceError(
+                f"trainer.devices={config['trainer']['devices']} asks for GPU {missing[0]}, {found}", hint=hint
+            )
+    elif accelerator == "cpu":
+        if isinstance(devices, list):
+            raise DeviceError(
+                f"trainer.devices={devices} names GPUs, on a CPU a number of processes is wanted",
+                hint=f"trainer.devices={len(devices)}",
+            )
+        if precision in ("16-mixed", "16-true", "16"):
+            raise DeviceError(
+                f"trainer.precision={precision}: fp16 with loss scaling needs a GPU",
+                hint="trainer.precision=bf16-mixed",
+            )
+    shards, batch_size, world = shards_in_use(config), config["data"]["batch_size"], world_size(config, devices)
+    if shards is not None and world > shards:
+        raise too_many_devices(world, shards)
+    if batch_size < world:
+        raise ConfigError(
+            f"data.batch_size={batch_size} is the samples of one step over all {world} devices",
+            hint=f"data.batch_size={world} or more",
+        )
+    return str(accelerator), devices
+
+
+def world_size(config: Config, devices: Any) -> int:
+    """Return the number of processes over all nodes."""
+    per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
+    return int(per_node * config["trainer"]["num_nodes"])
+
+
+def plain_because(config: Config) -> str:
+    """Return why the bits of this training depend on the number of devices."""
+    if config["determinism"]["shards"] is None:
+        why = "determinism.shards=null"
+    elif config["trainer"]["strategy"] not in EXACT_STRATEGIES:
+        why = f"trainer.strategy={config['trainer']['strategy']}"
+    else:
+        why = f"trainer.accelerator={config['trainer']['accelerator']}"
+    return f"{why}: Lightning's own strategy trains, the bits depend on the number of devices (promise 3 is off)"
+
+
+def make_strategy(shards: int, accelerator: str, devices: Any, world: int, wishes: Wishes) -> Exact:
+    """Return the exact strategy for one device or for several."""
+    if world > 1:
+        return ExactDDP(shards=shards, wishes=wishes)
+    number = devices[0] if isinstance(devices, list) else 0
+    device = torch.device("cuda", number) if accelerator == "gpu" else torch.device("cpu")
+    return ExactSingleDevice(device, shards=shards, wishes=wishes)

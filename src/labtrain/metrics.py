@@ -1,0 +1,60 @@
+"""The states of torchmetrics: taken out, put back, and reduced over shards in one order."""
+
+from typing import Any
+
+import torch
+import torchmetrics
+from torch import Tensor
+from torchmetrics.utilities.data import dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
+
+REDUCTIONS: dict[Any, str] = {dim_zero_sum: "sum", dim_zero_mean: "mean", dim_zero_min: "min", dim_zero_max: "max"}
+
+Held = dict[str, Any]
+
+
+def hold(metric: torchmetrics.Metric) -> Held:
+    """Return a metric's states and what it remembers of its calls."""
+    states = {state: getattr(metric, state) for state in metric._defaults}
+    states = {state: list(value) if isinstance(value, list) else value for state, value in states.items()}
+    return {
+        **states,
+        "_update_count": metric._update_count,
+        "_computed": metric._computed,
+        "_forward_cache": metric._forward_cache,
+    }
+
+
+def release(metric: torchmetrics.Metric, held: Held) -> None:
+    """Put back what `hold` returned."""
+    for name, value in held.items():
+        setattr(metric, name, value)
+
+
+def reduced(rows: Tensor, kind: str) -> Tensor:
+    """Reduce rows (S, K) to (K,): a sum adds them one after the other."""
+    if kind in ("min", "max"):
+        return rows.amin(0) if kind == "min" else rows.amax(0)
+    return add_rows(rows) / len(rows) if kind == "mean" else add_rows(rows)
+
+
+def add_rows(rows_SK: Tensor) -> Tensor:
+    """Return the sum of the rows (S, K), added one after the other: (K,)."""
+    total = rows_SK[0].clone()
+    for row in rows_SK[1:]:
+        total += row
+    return total
+
+
+def merged(held: Tensor, step: Tensor, kind: str, updates: int) -> Tensor:
+    """Return a metric's state after one more step, as torchmetrics' own Metric._reduce_states does it."""
+    if kind == "mean":
+        return (held * updates + step) / (updates + 1)
+    if kind == "sum":
+        return held + step
+    return (torch.minimum if kind == "min" else torch.maximum)(held, step)
+
+
+def reduction(metric: torchmetrics.Metric, state: str) -> str:
+    """Return how a state is reduced over ranks: sum, mean, min, max; empty for another way."""
+    function: Any = metric._reductions[state]
+    return REDUCTIONS.get(function, "")
