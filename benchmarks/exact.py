@@ -1,8 +1,8 @@
 """What exactness costs: against Lightning's DDP over the same micro-batches, and against plain Lightning on one device.
 
-Both sides of a ratio train the same model on the same data in one run, step by step in turn (interleaved), each in
-processes of its own with one thread: two processes over gloo, or one. A step is timed from one batch's start to the
-next one's, where the processes have just met; the median counts. Prints a table, writes results-exact.json beside it.
+Both sides of a ratio train the same model on as many samples, on one thread a process. On one device they take turns, a
+step each, in one process; with two processes over gloo they take turns by runs. The median step of a run counts, and
+the median ratio of six rounds, in half of which Lightning begins. Prints a table, writes results-exact.json beside it.
 
 Run: make bench-exact
 """
@@ -15,6 +15,7 @@ import resource
 import socket
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -37,30 +38,46 @@ from labtrain.signals import Wishes
 from labtrain.strategy import ExactDDP, ExactSingleDevice
 
 HERE = Path(__file__).resolve().parent
-STEPS, WARMUP, ROUNDS = 30, 5, 5
+STEPS, WARMUP, ROUNDS = 30, 5, 6
 SHARDS = 4
 
 
 class Timed(pl.Callback):
-    """Keeps the seconds of each optimizer step: of the clock, and of this process's CPU time."""
+    """Keeps the seconds of each optimizer step: of the clock, and of CPU time.
 
-    def __init__(self) -> None:
+    Args:
+        batons: two trainings in one process hand each other these after each step, so that they take turns; their CPU
+            time is then that of their threads.
+    """
+
+    def __init__(self, batons: tuple[threading.Semaphore, threading.Semaphore] | None = None) -> None:
+        self.batons = batons
+        self.cpu_time = time.thread_time if batons else time.process_time
         self.wall: list[float] = []
         self.cpu: list[float] = []
+        self.began = (0.0, 0.0)
         self.step = 0
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.batons:
+            self.batons[0].acquire()
+        self.began = time.perf_counter(), self.cpu_time()
+
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step != self.step:
-            self.step = trainer.global_step
-            self.wall.append(time.perf_counter())
-            self.cpu.append(time.process_time())
+        if trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        self.wall.append(time.perf_counter() - self.began[0])
+        self.cpu.append(self.cpu_time() - self.began[1])
+        if self.batons:
+            self.batons[1].release()
+            if self.step < STEPS + WARMUP:
+                self.batons[0].acquire()
+        self.began = time.perf_counter(), self.cpu_time()
 
     def medians(self) -> tuple[float, float]:
         """Return the medians, without the first steps."""
-        return tuple(  # type: ignore[return-value]
-            statistics.median(b - a for a, b in zip(times[WARMUP:], times[WARMUP + 1 :], strict=False))
-            for times in (self.wall, self.cpu)
-        )
+        return statistics.median(self.wall[WARMUP:]), statistics.median(self.cpu[WARMUP:])
 
 
 class Net(pl.LightningModule):
@@ -69,7 +86,7 @@ class Net(pl.LightningModule):
     def __init__(self, kind: str) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        if kind == "mlp":  # 5.3 million parameters
+        if kind == "mlp":  # 3.4 million parameters
             for width in (1024, 1024, 1024, 1024):
                 layers += [nn.LazyLinear(width), nn.ReLU(), nn.Dropout(0.1)]
             layers.append(nn.LazyLinear(10))
@@ -112,18 +129,9 @@ def data(kind: str, batch_size: int) -> torch.utils.data.TensorDataset:
     return torch.utils.data.TensorDataset(torch.randn(size, *shape_of(kind)), torch.randint(0, 10, (size,)))
 
 
-def train(
-    kind: str, side: str, batch_size: int, shards: int, rank: int, world: int, port: int, result: Connection
-) -> None:
-    """Train one rank of one side, `exact` or `lightning`, and send its medians."""
-    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "NODE_RANK": "0",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
-    for descriptor in (1, 2):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)  # gloo and Lightning speak
-    determinism.set_run(seed=1, mode="strict")
-    determinism.apply("strict", threads=1)
-    determinism.seed_all(1, "data")
-    dataset, timed, wishes = data(kind, batch_size), Timed(), Wishes()
+def fit(kind: str, side: str, batch_size: int, shards: int, rank: int, world: int, timed: Timed) -> None:
+    """Train one side, `exact` or `lightning`."""
+    dataset, wishes = data(kind, batch_size), Wishes()
     callbacks: list[pl.Callback] = [timed]
     strategy: Any
     loader: Any
@@ -154,29 +162,70 @@ def train(
     )
     if side == "exact":
         trainer.fit_loop.epoch_loop = EpochLoop(trainer, save=lambda: None, every_n_steps=None, wishes=wishes)
-    determinism.seed_all(1, "init")
     trainer.fit(Net(kind), loader)
+
+
+def begin(rank: int, world: int, port: int) -> None:
+    """Make this process a rank that trains on one thread and is quiet."""
+    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "NODE_RANK": "0",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    for descriptor in (1, 2):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)  # gloo and Lightning speak
+    determinism.set_run(seed=1, mode="strict")
+    determinism.apply("strict", threads=1)
+    determinism.seed_all(1, "data")
+
+
+def work(
+    kind: str, side: str, batch_size: int, shards: int, rank: int, world: int, port: int, result: Connection
+) -> None:
+    """Train one rank of one side, and send its medians."""
+    begin(rank, world, port)
+    timed = Timed()
+    fit(kind, side, batch_size, shards, rank, world, timed)
     result.send(timed.medians())
     os._exit(0)
 
 
-def measure(kind: str, side: str, batch_size: int, shards: int, world: int) -> tuple[float, float]:
-    """Return the slowest rank's seconds of a step, and the sum of all ranks' CPU seconds."""
+def work_in_turn(kind: str, batch_size: int, first: str, result: Connection) -> None:
+    """Train both sides on one device in one process, a step of each in turn, and send their medians."""
+    begin(0, 1, 0)
+    one, other = threading.Semaphore(1), threading.Semaphore(0)
+    timed = {first: Timed((one, other))}
+    timed["lightning" if first == "exact" else "exact"] = Timed((other, one))
+    threads = [
+        threading.Thread(target=fit, args=(kind, side, batch_size, 1, 0, 1, each)) for side, each in timed.items()
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    result.send({side: each.medians() for side, each in timed.items()})
+    os._exit(0)
+
+
+def start(target: Any, *arguments: tuple[Any, ...]) -> list[Any]:
+    """Run a process for each tuple of arguments, and return what each sends."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["lightning.pytorch", "labtrain.strategy", "labtrain.loop"])
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    pipes = [context.Pipe(duplex=False) for _ in range(world)]
-    ranks = [
-        context.Process(target=train, args=(kind, side, batch_size, shards, rank, world, port, pipes[rank][1]))
-        for rank in range(world)
+    pipes = [context.Pipe(duplex=False) for _ in arguments]
+    processes = [
+        context.Process(target=target, args=(*each, sender)) for each, (_, sender) in zip(arguments, pipes, strict=True)
     ]
-    for process, (_, sender) in zip(ranks, pipes, strict=True):
+    for process, (_, sender) in zip(processes, pipes, strict=True):
         process.start()
         sender.close()
     found = [receiver.recv() for receiver, _ in pipes]
-    for process in ranks:
+    for process in processes:
         process.join()
+    return found
+
+
+def measure(kind: str, side: str, batch_size: int, shards: int, world: int) -> tuple[float, float]:
+    """Return the slowest rank's seconds of a step, and the sum of all ranks' CPU seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    found = start(work, *((kind, side, batch_size, shards, rank, world, port) for rank in range(world)))
     return max(wall for wall, _ in found), sum(cpu for _, cpu in found)
 
 
@@ -225,7 +274,10 @@ def main() -> None:
     for number in range(ROUNDS):
         for name, kind, batch_size, shards, world, _ in CASES:
             sides = ("exact", "lightning") if number % 2 else ("lightning", "exact")
-            found = {side: measure(kind, side, batch_size, shards, world) for side in sides}
+            if world == 1:
+                (found,) = start(work_in_turn, (kind, batch_size, sides[0]))
+            else:
+                found = {side: measure(kind, side, batch_size, shards, world) for side in sides}
             rounds[name].append((found["exact"], found["lightning"]))
             sys.stderr.write(f"round {number + 1} of {ROUNDS}: {name}\n")
     print(f"{'step time against Lightning':<44}{'clock':>8}{'CPU':>8}{'at most':>9}{'ms a step':>11}")

@@ -21,7 +21,7 @@ import yaml
 from torch import nn
 
 import labtrain
-from labtrain import training
+from labtrain import reduction, training
 from labtrain.config import CONF
 from labtrain.errors import EXIT_STOPPED, LabtrainError
 from labtrain.resume import make_job
@@ -374,7 +374,8 @@ def work(
 
     def small_buckets(*arguments: Any) -> Any:
         strategy = make_strategy(*arguments)
-        strategy.bucket_bytes = bucket_bytes or strategy.bucket_bytes
+        if bucket_bytes:
+            strategy.bucket_bytes, reduction.WHOLE_BYTES = bucket_bytes, 0  # and each in pieces
         return strategy
 
     training.make_strategy = small_buckets

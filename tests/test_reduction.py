@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from labtrain import reduction
 from labtrain.digests import digest_tree
 from labtrain.reduction import ShardSum, Tree, _assign, shard_range, subtrees
 
@@ -76,6 +77,7 @@ CASES = [(shards, leaves) for shards in (2, 3, 4, 5, 8) for leaves in range(1, s
 
 
 def work(rank: int, world: int, port: int, result: Connection) -> None:
+    reduction.WHOLE_BYTES = 100  # some buckets whole, the others in pieces
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo", rank=rank, world_size=world)

@@ -7,7 +7,8 @@ two sums, and so on; what is left where L is no power of two is folded from the 
 Each rank holds a contiguous range of leaves and adds what lies in one subtree as a binary counter does, in place: at
 most log2(L) + 1 partial sums are alive. Across ranks, element by element, one rank adds: the ranks exchange the
 subtrees that they hold, each rank receives its part of every one (a reduce-scatter by hand), finishes the tree there,
-and sends the sums back (an all-gather). That is as many bytes as a ring all-reduce moves, for any number of ranks.
+and sends the sums back (an all-gather). That is as many bytes as a ring all-reduce moves, for any number of ranks. A
+small bucket is summed by every rank for itself, along the same tree: one exchange instead of two.
 
 Tensors are exchanged in buckets, as DistributedDataParallel does it (S. Li et al., VLDB 2020,
 https://arxiv.org/abs/2006.15704): a bucket leaves as soon as the last shard's backward has filled it, always in the
@@ -25,6 +26,8 @@ from torch import Tensor
 # DistributedDataParallel's sizes: a small first bucket leaves early.
 FIRST_BUCKET_BYTES = 1 << 20
 BUCKET_BYTES = 25 << 20
+# Up to here a bucket is small.
+WHOLE_BYTES = 1 << 18
 
 T = TypeVar("T")
 
@@ -150,13 +153,16 @@ class ShardSum:
             self._started += 1
             first = self.like[bucket.indices[0]]
             numel = sum(self.like[index].numel() for index in bucket.indices)
-            chunk = -(-numel // self.world)
+            pieces = 1 if numel * first.element_size() <= WHOLE_BYTES else self.world
+            chunk = -(-numel // pieces)
             mine = [
-                _flatten(tensors, bucket.vector(("sent", number), self.world * chunk, first))
+                _flatten(tensors, bucket.vector(("sent", number), pieces * chunk, first))
                 for number, (_, _, tensors) in enumerate(bucket.tree.nodes)
             ]
-            bucket.sums = bucket.vector(("sums", 0), self.world * chunk, first)
-            bucket.parts = [[part[rank * chunk : (rank + 1) * chunk] for part in mine] for rank in range(self.world)]
+            bucket.sums = bucket.vector(("sums", 0), pieces * chunk, first)
+            bucket.pieces = pieces
+            starts = [rank * chunk if pieces > 1 else 0 for rank in range(self.world)]
+            bucket.parts = [[part[start : start + chunk] for part in mine] for start in starts]
             bucket.received = [
                 bucket.parts[rank]
                 if rank == self.rank
@@ -175,13 +181,14 @@ class ShardSum:
         for work in bucket.pending:
             work.wait()
         assert bucket.sums is not None
-        sums = bucket.sums.chunk(self.world)
+        sums = bucket.sums.chunk(bucket.pieces)
+        mine = sums[self.rank if bucket.pieces > 1 else 0]
         additions = sum(map(len, self._layouts)) - 1
 
         def add(left: Tensor, right: Tensor) -> None:
             nonlocal additions
             additions -= 1
-            torch.add(left, right, out=left if additions else sums[self.rank])  # the last one where it is wanted
+            torch.add(left, right, out=left if additions else mine)  # the last one where it is wanted
 
         tree: Tree[Tensor] = Tree(add)
         for layout, parts in zip(self._layouts, bucket.received, strict=True):
@@ -189,13 +196,13 @@ class ShardSum:
                 tree.push(first, size, part)
         root = tree.root()
         if sum(map(len, self._layouts)) == 1:
-            sums[self.rank].copy_(root)
+            mine.copy_(root)
         operations = []
-        for rank in range(self.world):
+        for rank in range(self.world) if bucket.pieces > 1 else ():
             if rank != self.rank:
-                operations.append(dist.P2POp(dist.isend, sums[self.rank], rank))
+                operations.append(dist.P2POp(dist.isend, mine, rank))
                 operations.append(dist.P2POp(dist.irecv, sums[rank], rank))
-        bucket.pending = dist.batch_isend_irecv(operations)
+        bucket.pending = dist.batch_isend_irecv(operations) if operations else []
 
     def _collect(self, bucket: "_Bucket") -> list[Tensor]:
         for work in bucket.pending:
@@ -221,6 +228,7 @@ class _Bucket:
     parts: list[list[Tensor]] = field(init=False)  # by receiving rank: of each subtree of this rank
     received: list[list[Tensor]] = field(init=False)  # by sending rank: of each of its subtrees, this rank's part
     pending: list[Any] = field(init=False)
+    pieces: int = field(init=False)  # into how many its sums are cut, one a rank; 1: every rank sums all of it
     sums: Tensor | None = field(init=False)
     vectors: dict[tuple[str | int, int], Tensor] = field(default_factory=dict)
 
