@@ -22,8 +22,8 @@ demo: setup ## train one experiment in four ways and compare the bits
 test: setup ## the test suite
 	@$(VENV)/python -m pytest -n 2
 
-test-full: setup ## all 1,440 combinations of the matrix of test_exact.py: about an hour
-	@LABTRAIN_EXACT_FULL=1 $(VENV)/python -m pytest -n 2 tests/test_exact.py
+test-full: setup ## what test leaves out: the whole matrix, an emulated CPU, all of Nix; an hour and more
+	@$(VENV)/python -m pytest -n 2 -m full
 
 check: setup ## formatting, lint, types, the floors and the locks
 	@$(VENV)/ruff format --check .

@@ -136,7 +136,7 @@ def fit(kind: str, side: str, batch_size: int, shards: int, rank: int, world: in
     strategy: Any
     loader: Any
     if side == "exact":
-        callbacks += [Seeding(seed=1, per_rank=False), BatchSizes()]
+        callbacks += [Seeding(per_rank=False), BatchSizes()]
         options: dict[str, Any] = {"shards": shards, "wishes": wishes}
         strategy = ExactDDP(**options) if world > 1 else ExactSingleDevice(torch.device("cpu"), **options)
         loader = DataLoader(dataset, batch_size, shuffle=True)

@@ -321,7 +321,10 @@ class GPT(Net):
 
 
 class At(pl.Callback):
-    """Sends its own process a signal once so many steps are done; when and which, no configuration knows."""
+    """Sends its own process a signal once so many steps are done; when and which, no configuration knows.
+
+    A step below 0 means in the validation after it.
+    """
 
     def __init__(self) -> None:
         self.step, self.number, self.rank = map(int, os.environ.get("SIGNAL_AT", "0 0 0").split())
@@ -330,6 +333,10 @@ class At(pl.Callback):
         if self.number and trainer.global_step == self.step and trainer.global_rank == self.rank:
             number, self.number = self.number, 0  # once, where several batches make a step
             os.kill(os.getpid(), number)
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if self.number and trainer.global_step == -self.step and trainer.global_rank == self.rank:
+            os.kill(os.getpid(), self.number)
 
 
 class Halve(pl.Callback):
@@ -370,15 +377,8 @@ def work(
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of its own
-    make_strategy = training.make_strategy
-
-    def small_buckets(*arguments: Any) -> Any:
-        strategy = make_strategy(*arguments)
-        if bucket_bytes:
-            strategy.bucket_bytes, reduction.WHOLE_BYTES = bucket_bytes, 0  # and each in pieces
-        return strategy
-
-    training.make_strategy = small_buckets
+    if bucket_bytes:
+        reduction.BUCKET_BYTES, reduction.WHOLE_BYTES = bucket_bytes, 0  # and each in pieces
     if config["trainer"]["precision"] == "16-mixed":
         train_in_fp16_on_cpu(world)
     # The sources of the experiment are none: the tests' own would give each run another name while they are written.

@@ -245,10 +245,7 @@ def test_the_same_flake_in_an_experiment_takes_the_wheel_in_vendor(
                 assert (site / name).read_bytes() == archive.read(name), name
 
 
-@pytest.mark.skipif(
-    os.environ.get("LABTRAIN_NIX_FULL") != "1",
-    reason="3 GB to download, 20 GB of disk: LABTRAIN_NIX_FULL=1 .venv/bin/python -m pytest -s tests/test_nix.py -k whole",
-)
+@pytest.mark.full  # 3 GB to download, 20 GB of disk
 def test_the_whole_environment(nix: Nix, repository: Path, tmp_path: Path) -> None:
     """Every locked file for this Python; torch multiplies, doctor finds nothing wrong, and the golden run is golden."""
     target = tmp_path / "repository"

@@ -104,10 +104,7 @@ def test_numpy_keeps_its_promise() -> None:
     assert np.array_equal(np.sqrt(x), np.sqrt(x.astype(np.float64)).astype(np.float32))
 
 
-@pytest.mark.skipif(
-    os.environ.get("LABTRAIN_QEMU_FULL") != "1",
-    reason="seven minutes: LABTRAIN_QEMU_FULL=1 .venv/bin/python -m pytest tests/test_portable.py -k golden",
-)
+@pytest.mark.full  # eight minutes
 def test_the_golden_run_is_golden_on_an_older_cpu(shared_experiment: Experiment, tmp_path: Path) -> None:
     """All 300 steps under the emulated Nehalem. Stage 2 alone: an emulated process that starts another starts a native one."""
     need("qemu-x86_64", "qemu-user")

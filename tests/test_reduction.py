@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from labtrain import reduction
 from labtrain.digests import digest_tree
-from labtrain.reduction import ShardSum, Tree, _assign, shard_range, subtrees
+from labtrain.reduction import ShardSum, Tree, _assign, filled_ranges, shard_range, subtrees
 
 SHAPES = [(3, 5), (7,), (), (2, 3, 4, 4), (11, 2)]
 
@@ -35,8 +35,11 @@ def leaf(shard: int) -> list[torch.Tensor]:
 
 
 def total(shards: int, leaves: int, rank: int = 0, world: int = 1, bucket_bytes: int = 80) -> list[torch.Tensor]:
-    summed = ShardSum(like(), shards=shards, rank=rank, world=world, bucket_bytes=bucket_bytes)
-    for shard in summed.begin(leaves):
+    reduction.BUCKET_BYTES = bucket_bytes
+    summed = ShardSum(like(), rank=rank, world=world)
+    ranges = filled_ranges(shards, world, leaves)
+    summed.begin(ranges)
+    for shard in ranges[rank]:
         values = leaf(shard)
         # In another order on each rank: gradients come as a backward makes them.
         for number in sorted(range(len(values)), key=lambda number: (number * (rank + 2)) % 7):

@@ -44,7 +44,7 @@ def test_shards_give_what_one_process_has(kind: str) -> None:
             plain.update(values(step, shard))
             logs.log("training_step", "m", module.metric, on_step=True, on_epoch=True, metric_attribute="metric")
             tally.close(torch.zeros(2, dtype=torch.float64), 3)
-        tally.combine(results, samples=9, counts=[3], rank=0, device=torch.device("cpu"))
+        tally.combine(results, samples=9, counts=[3], wishes=(0.0, 0.0), device=torch.device("cpu"))
         assert digest_tree(module.metric.compute()) == digest_tree(plain.compute())
         module.metric._computed = plain._computed = None
         alone = KINDS[kind]()
@@ -67,7 +67,7 @@ def test_numbers_are_weighted_by_samples(reduce_fx: str, on_step: float, on_epoc
             logs = tally.open(None, samples)
             logs.log("training_step", "x", torch.tensor(value), on_step=True, on_epoch=True, reduce_fx=reduce_fx)
             tally.close(torch.zeros(2, dtype=torch.float64), samples)
-        tally.combine(results, samples=4, counts=[2], rank=0, device=torch.device("cpu"))
+        tally.combine(results, samples=4, counts=[2], wishes=(0.0, 0.0), device=torch.device("cpu"))
         if step == 0:
             assert results.metrics(on_step=True)["log"]["x_step"].item() == on_step
     expected = (1 * 2 + 6 * 2 + 6 + 9 * 3) / 8 if reduce_fx == "mean" else on_epoch

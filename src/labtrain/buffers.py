@@ -1,8 +1,9 @@
 """The buffers of a model during a step that is run a shard at a time: BatchNorm's statistics first of all.
 
 Each shard begins with the buffers of the step's beginning, so that none depends on which process ran the one before. At
-the end a floating-point buffer is the mean over the samples: a running mean is then that of the whole batch, a running
-variance the mean of the shards' variances.
+the end a floating-point buffer that some shard changed is the mean over the samples, along the same tree as the
+gradients: a running mean is then that of the whole batch, a running variance the mean of the shards' variances. What
+does not change, such as a causal mask, is neither copied nor exchanged.
 """
 
 import zlib
@@ -16,100 +17,123 @@ from labtrain.digests import tensor_bytes
 from labtrain.errors import ConfigError
 from labtrain.reduction import ShardSum
 
-
-class Kept:
-    """The buffers of a model, sorted by what becomes of them at the end of a step.
-
-    Attributes:
-        means: floating-point: (module, name) of each.
-        always: which of them count as changed in every step: BatchNorm's kernel does not tell torch.
-        equal: of other dtypes, which must come out the same in every shard.
-        counts: BatchNorm's number of batches, one more in every shard.
-    """
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        self.means: list[tuple[torch.nn.Module, str]] = []
-        self.always: list[bool] = []
-        self.equal: list[tuple[torch.nn.Module, str]] = []
-        self.counts: list[tuple[torch.nn.Module, str]] = []
-        for part in module.modules():
-            norm = isinstance(part, torch.nn.modules.batchnorm._NormBase)
-            for name, buffer in part._buffers.items():
-                if buffer is None or any(buffer is other._buffers[key] for other, key in self.all):
-                    continue
-                if buffer.is_floating_point() or buffer.is_complex():
-                    self.means.append((part, name))
-                    self.always.append(norm)
-                else:
-                    (self.counts if norm else self.equal).append((part, name))
-
-    @property
-    def all(self) -> list[tuple[torch.nn.Module, str]]:
-        return self.means + self.equal + self.counts
+Owned = tuple[torch.nn.Module, str]  # a module, and the name of a buffer of its own
 
 
 class Buffers:
-    """The buffers during one step: each shard begins with those of the step's beginning.
+    """Keeps a model's buffers through its steps.
 
-    Afterwards a floating-point buffer that a shard changed is the mean over the samples; the others are as they were.
+    Args:
+        module: the model.
+        shards: S.
+        rank: this process.
+        world: the number of processes.
     """
 
-    def __init__(self, kept: Kept) -> None:
-        self.kept = kept
-        self.before = [get(owner, name).clone() for owner, name in kept.all]
-        self.seen = [(now := get(owner, name), now._version) for owner, name in kept.means + kept.equal]
+    def __init__(self, module: torch.nn.Module, *, shards: int, rank: int, world: int) -> None:
+        self.shards, self.rank, self.world = shards, rank, world
+        owned: dict[int, Owned] = {}  # tied ones once
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    owned.setdefault(id(buffer), (part, name))
+        means = [each for each in owned.values() if _get(each).is_floating_point() or _get(each).is_complex()]
+        others = [each for each in owned.values() if each not in means]
+        self.owned = means + others
+        self.num_means = len(means)
+        self._before = [_get(each).clone() for each in self.owned]
+        self._seen = [(now := _get(each), now._version) for each in self.owned]
+        self._left: dict[int, dict[int, Tensor]] = {}  # by shard and buffer: what it left, times its share
+        self._weights: dict[int, float] = {}
+        self.numbers: list[list[float]] = []  # of this rank's shards
+        self._sum: tuple[list[int], ShardSum] | None = None
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self._left, self._weights, self.numbers = {}, {}, []
+        for index in self._changed():
+            now = _get(self.owned[index])
+            self._before[index] = now.clone()
+            self._seen[index] = now, now._version
 
     def restore(self) -> None:
-        """Begin the next shard."""
-        for (owner, name), before in zip(self.kept.all, self.before, strict=True):
-            get(owner, name).copy_(before)
-        self.seen = [(now := get(owner, name), now._version) for owner, name in self.kept.means + self.kept.equal]
+        """Begin another shard of the step."""
+        for index in self._changed():
+            now = _get(self.owned[index])
+            now.copy_(self._before[index])
+            self._seen[index] = now, now._version
 
-    def push(self, total: ShardSum, shard: int, offset: int, weight: float) -> list[float]:
-        """Put in what a shard left, times its share of the samples.
+    def leave(self, shard: int, weight: float) -> list[float]:
+        """Keep what a shard left.
 
         Returns:
-            For each floating-point buffer 1.0 where it was changed, for each other one a number of its content.
+            A number a buffer: of those that are averaged 1.0 where it was changed; of the others one of their content.
         """
-        numbers = []
-        seen = iter(self.seen)
-        for number, ((owner, name), always) in enumerate(zip(self.kept.means, self.kept.always, strict=True)):
-            now, (then, version) = get(owner, name), next(seen)
-            total.push(shard, offset + number, now.detach() * weight)
-            changed = (always and owner.training) or now is not then or now._version != version
-            numbers.append(float(changed))
-        for owner, name in self.kept.equal:
-            now, (then, version) = get(owner, name), next(seen)
-            changed = now is not then or now._version != version
-            numbers.append(float(zlib.crc32(tensor_bytes(now))) if changed else -1.0)
+        numbers = [0.0] * len(self.owned)
+        self._left[shard], self._weights[shard] = {}, weight
+        for index in self._changed():
+            now = _get(self.owned[index]).detach()
+            if index < self.num_means:
+                self._left[shard][index] = now * weight
+                numbers[index] = 1.0
+            elif not _counts_batches(self.owned[index]):  # one more in each shard: nothing to compare
+                numbers[index] = 1.0 + zlib.crc32(tensor_bytes(now))
+        self.numbers.append(numbers)
         return numbers
 
-    def install(self, means: list[Tensor], numbers_SB: Tensor, *, everywhere: bool) -> None:
+    def install(self, numbers_SB: list[list[float]], ranges: list[range]) -> None:
         """End the step.
 
         Args:
-            means: of the floating-point buffers.
-            numbers_SB: what `push` returned for each of the S shards.
-            everywhere: every rank had a shard; or those that had none get the integers from rank 0.
+            numbers_SB: what `leave` returned for each of the S shards.
+            ranges: the shards of each rank; one that had none gets what is not averaged from rank 0.
 
         Raises:
             ConfigError: integers come out differently.
         """
-        for column, (owner, name) in enumerate(self.kept.equal, start=len(self.kept.means)):
-            if len(set(numbers_SB[:, column].tolist())) > 1:
+        columns = list(zip(*numbers_SB, strict=True))
+        for each, column in zip(self.owned[self.num_means :], columns[self.num_means :], strict=True):
+            if len(set(column)) > 1:
                 raise ConfigError(
-                    f"buffer {name} of {type(owner).__name__} ({get(owner, name).dtype}) comes out differently in the"
+                    f"buffer {each[1]} of {type(each[0]).__name__} ({_get(each).dtype}) comes out differently in the"
                     " shards of a step: it cannot be averaged",
                     hint="make it floating-point, or determinism.shards=null",
                 )
-        for column, ((owner, name), mean) in enumerate(zip(self.kept.means, means, strict=True)):
-            changed = numbers_SB[:, column].amax() > 0
-            get(owner, name).copy_(torch.where(changed, mean, self.before[column]))
-        if not everywhere:
-            for owner, name in self.kept.equal + self.kept.counts:
-                dist.broadcast(get(owner, name), src=0)
+        changed = [index for index, column in enumerate(columns[: self.num_means]) if any(column)]
+        if changed:
+            for index, mean in zip(changed, self._means(changed, ranges), strict=True):
+                _get(self.owned[index]).copy_(mean)
+        if not all(ranges):
+            for each in self.owned[self.num_means :]:
+                dist.broadcast(_get(each), src=0)
+
+    def _means(self, changed: list[int], ranges: list[range]) -> list[Tensor]:
+        if self._sum is None or self._sum[0] != changed:
+            like = [self._before[index] for index in changed]
+            self._sum = changed, ShardSum(like, rank=self.rank, world=self.world)
+        total = self._sum[1]
+        total.begin(ranges)
+        for shard in ranges[self.rank]:
+            for number, index in enumerate(changed):
+                left = self._left[shard].get(index)
+                total.push(shard, number, self._before[index] * self._weights[shard] if left is None else left)
+        return total.total()
+
+    def _changed(self) -> list[int]:
+        """Return which differ from when they were last seen: BatchNorm's kernel does not tell torch of its change."""
+        found = []
+        for index, (each, (then, version)) in enumerate(zip(self.owned, self._seen, strict=True)):
+            now = _get(each)
+            silent = each[0].training and isinstance(each[0], torch.nn.modules.batchnorm._NormBase)
+            if silent or now is not then or now._version != version:
+                found.append(index)
+        return found
 
 
-def get(owner: torch.nn.Module, name: str) -> Tensor:
+def _get(each: Owned) -> Tensor:
     """Return a buffer as it is now: code may have put another tensor in its place."""
-    return cast(Tensor, owner._buffers[name])
+    return cast(Tensor, each[0]._buffers[each[1]])
+
+
+def _counts_batches(each: Owned) -> bool:
+    return each[1] == "num_batches_tracked" and isinstance(each[0], torch.nn.modules.batchnorm._NormBase)

@@ -14,7 +14,7 @@ import torch
 import xxhash
 from lightning.pytorch.callbacks import ProgressBar
 
-from labtrain.determinism import seed_all
+from labtrain.determinism import seed_place
 from labtrain.digests import tensor_bytes
 from labtrain.loader import DataLoader, Sharded
 
@@ -25,15 +25,14 @@ class Seeding(pl.Callback):
     The steps themselves are seeded by the strategy, a shard at a time; without shards, here.
 
     Args:
-        seed: the run's.
         per_rank: each rank draws its own; with shards all ranks draw the same.
     """
 
-    def __init__(self, *, seed: int, per_rank: bool) -> None:
-        self.seed, self.per_rank = seed, per_rank
+    def __init__(self, *, per_rank: bool) -> None:
+        self.per_rank = per_rank
 
     def _seed(self, trainer: pl.Trainer, *place: int | str) -> None:
-        seed_all(self.seed, *place, trainer.global_rank if self.per_rank else "all")
+        seed_place(*place, trainer.global_rank if self.per_rank else "all")
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._seed(trainer, "epoch", trainer.current_epoch)

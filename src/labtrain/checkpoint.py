@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Checkpoints(pl.Callback):
         keep_best: how many of the best by `monitor` are kept beside them.
         monitor: a metric's name.
         mode: max or min: which value of it is better.
-        resumed_step: the step that this training goes on from.
+        resumed: the checkpoint that this training goes on from, where it is one of these.
     """
 
     def __init__(
@@ -52,12 +53,11 @@ class Checkpoints(pl.Callback):
         keep_best: int = 0,
         monitor: str | None = None,
         mode: str = "max",
-        resumed_step: int | None = None,
+        resumed: tuple[Path, Manifest] | None = None,
     ) -> None:
         self.folder, self.run_id = folder, run_id
         self.keep_last, self.keep_best, self.monitor, self.mode = keep_last, keep_best, monitor, mode
-        self.resumed_step = resumed_step
-        self.newest: tuple[Path, Manifest] | None = None
+        self.newest = resumed
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -89,7 +89,7 @@ class Checkpoints(pl.Callback):
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         del state["loops"]
         state[PLACE] = loop_of(trainer).place()
-        if trainer.is_global_zero and step != self.resumed_step:
+        if trainer.is_global_zero:
             target = self.folder / f"step-{step:010d}"
             manifest = {
                 "run_id": self.run_id,
@@ -97,7 +97,7 @@ class Checkpoints(pl.Callback):
                 "epoch": state[PLACE]["epoch"],
                 "batch": state[PLACE]["batch"],
                 "finished": False,
-                "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+                "metrics": as_floats(trainer.callback_metrics),
                 "logs": log_positions(trainer.loggers),
             }
             self.newest = target, write_checkpoint(target, state, manifest)
@@ -121,7 +121,7 @@ class Checkpoints(pl.Callback):
         if self.newest is None or self.newest[1]["step"] != trainer.global_step:
             return
         path, manifest = self.newest
-        manifest["metrics"] = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        manifest["metrics"] = as_floats(trainer.callback_metrics)
         write_manifest(path, manifest)
         self.prune()
 
@@ -137,6 +137,11 @@ class Checkpoints(pl.Callback):
         for path, _ in found:
             if path not in kept:
                 remove_checkpoint(path)
+
+
+def as_floats(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """Return metrics as numbers, by name."""
+    return {name: float(value) for name, value in sorted(metrics.items())}
 
 
 def loop_of(trainer: pl.Trainer) -> EpochLoop:

@@ -9,6 +9,7 @@ from typing import Any
 
 from labtrain.digests import read_safetensors
 from labtrain.errors import DamagedError
+from labtrain.run import get
 from labtrain.store import WEIGHTS, list_checkpoints
 
 
@@ -58,19 +59,13 @@ def changes(before: dict[str, Any], now: dict[str, Any], *, ignored: Iterable[st
     skipped = {f"config.{key}" for key in ignored}
     found = []
     for cause in CAUSES:
-        one, other = _flat(_get(before, cause), cause), _flat(_get(now, cause), cause)
+        one, other = _flat(get(before, cause), cause), _flat(get(now, cause), cause)
         for key in sorted(one.keys() | other.keys()):
             if not any(key == skip or key.startswith(f"{skip}.") for skip in skipped) and one.get(key) != other.get(
                 key
             ):
                 found.append({"key": key, "before": one.get(key), "now": other.get(key)})
     return found
-
-
-def _get(node: Any, key: str) -> Any:
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
 
 
 def _flat(node: Any, key: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from labtrain.errors import ConfigError, LabtrainError, NotThereYetError
-from labtrain.run import Config, shards_in_use
+from labtrain.run import Config, get, shards_in_use, world_size
 
 CONF = Path(__file__).parent / "conf"
 
@@ -52,7 +52,7 @@ def check(config: Config) -> None:
             raise unknown_key(key, allowed, where=" in conf/")
 
     for key in ("experiment", "model._target_", "data._target_"):
-        text = _get(config, key)
+        text = get(config, key)
         _want(key, text, isinstance(text, str) and text != "", "a name")
     # It becomes a folder's name: nothing that could leave runs/.
     simple = re.fullmatch(r"[\w][\w.=,+-]*", str(config["experiment"]))
@@ -100,9 +100,7 @@ def _check_shards(config: Config) -> None:
             f"data.batch_size={batch_size} cannot be cut into determinism.shards={shards}",
             hint=f"data.batch_size={shards} or more, or determinism.shards={batch_size}",
         )
-    devices = config["trainer"]["devices"]
-    number = len(devices) if isinstance(devices, list) else 1 if devices == "auto" else devices
-    world = number * config["trainer"]["num_nodes"]
+    world = world_size(config, config["trainer"]["devices"])
     if world > shards:
         raise too_many_devices(world, shards)
 
@@ -184,24 +182,17 @@ def _want(key: str, found: Any, good: Any, wanted: str) -> None:
 
 
 def _want_int(config: Config, key: str, *, minimum: int) -> None:
-    value = _get(config, key)
+    value = get(config, key)
     _want(key, value, _is_int(value, minimum), f"an integer of at least {minimum}")
 
 
 def _want_one_of(config: Config, key: str, options: tuple[str, ...]) -> None:
-    value = _get(config, key)
+    value = get(config, key)
     _want(key, value, value in options, f"one of {', '.join(options)}")
 
 
 def _is_int(value: Any, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-def _get(config: Config, key: str) -> Any:
-    node: Any = config
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
 
 
 def _flat(node: Any, prefix: str = "") -> list[str]:

@@ -159,3 +159,9 @@ def run_seed() -> int:
 def run_mode() -> str:
     """Return the determinism mode of the run that this process trains; off outside of one."""
     return _run_mode
+
+
+def seed_place(*place: int | str) -> None:
+    """Make the global generators a function of the run's seed and `place`; in mode off leave them alone."""
+    if _run_mode != "off":
+        seed_all(_run_seed, *place)

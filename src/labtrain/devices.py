@@ -6,7 +6,7 @@ import torch
 
 from labtrain.config import too_many_devices
 from labtrain.errors import ConfigError, DeviceError
-from labtrain.run import EXACT_STRATEGIES, Config, shards_in_use
+from labtrain.run import EXACT_STRATEGIES, Config, shards_in_use, world_size
 from labtrain.signals import Wishes
 from labtrain.strategy import Exact, ExactDDP, ExactSingleDevice
 
@@ -55,12 +55,6 @@ def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
             hint=f"data.batch_size={world} or more",
         )
     return str(accelerator), devices
-
-
-def world_size(config: Config, devices: Any) -> int:
-    """Return the number of processes over all nodes."""
-    per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
-    return int(per_node * config["trainer"]["num_nodes"])
 
 
 def plain_because(config: Config) -> str:

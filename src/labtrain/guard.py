@@ -25,7 +25,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.overrides import TorchFunctionMode
 
 from labtrain.determinism import STRICT_MODES
@@ -170,11 +169,6 @@ def clocks(trainer: pl.Trainer) -> Iterator[Finding]:
             "trainer.reload_dataloaders_every_n_epochs: what is loaded may depend on the epoch a process began in",
             ("set_epoch, which labtrain.DataLoader has; or determinism.mode=warn"),
         )
-
-
-def has_test(model: pl.LightningModule, datamodule: pl.LightningDataModule) -> bool:
-    """Return whether there is something to test."""
-    return is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model)
 
 
 # -------------------------------------------------------------------------- an operation without a deterministic kernel

@@ -7,7 +7,9 @@ resume, and on any number of devices. `batch_size` is global. In a Trainer with 
 Nothing is padded and no sample comes twice, in training and in evaluation.
 """
 
+import itertools
 import os
+import random
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -128,12 +130,13 @@ class DataLoader:
         size, epoch = len(cast(Any, self.dataset)), self.epoch
         order = Order(size, seed=run_seed(), epoch=epoch, shuffle=self.shuffle)
         first = self._start[1] if self._start[0] == epoch else 0
-        batches = range(first, len(self))
+        for_workers, for_batches = itertools.tee(self._plan(order, range(first, len(self))))
         loaded = iter(
             torch.utils.data.DataLoader(
                 _Fetch(self, epoch),
                 batch_size=None,
-                sampler=_Parts(self, order, batches),  # an entry is all the indices of one part: fetched at once
+                # All the indices of a part are an entry: fetched at once.
+                sampler=(part for _, parts in for_workers for _, part in parts),
                 num_workers=self.num_workers,
                 collate_fn=_as_it_is,
                 pin_memory=self.pin_memory,
@@ -141,16 +144,21 @@ class DataLoader:
                 generator=torch.Generator().manual_seed(0),  # or torch draws its workers' seed from the global one
             )
         )
-        for batch in batches:
-            indices = order(batch * self.batch_size, (batch + 1) * self.batch_size)
+        for indices, parts in for_batches:
+            data: Any = [(shard, len(part), next(loaded)) for shard, part in parts]
             if self._shards is None:
-                data: Any = next(loaded)
+                data = data[0][2]
             else:
-                parts = [(shard, len(part), next(loaded)) for shard, part in self._parts(indices)]
                 filled = sum(start < len(indices) for start in self._cuts()[:-1])
-                data = Sharded(parts, samples=len(indices), shards=filled)
+                data = Sharded(data, samples=len(indices), shards=filled)
             self.indices = torch.from_numpy(indices)
             yield data
+
+    def _plan(self, order: Order, batches: range) -> Iterator[tuple[Any, list[tuple[int, Any]]]]:
+        """Yield, of each batch, all its indices, and (shard, indices) of each part that this rank loads."""
+        for batch in batches:
+            indices = order(batch * self.batch_size, (batch + 1) * self.batch_size)
+            yield indices, self._parts(indices)
 
     def _cuts(self) -> list[int]:
         """Return where a batch is cut, S + 1 positions. A smaller last batch fills the first shards."""
@@ -165,19 +173,6 @@ class DataLoader:
         cuts = self._cuts()
         mine = [(shard, indices[cuts[shard] : cuts[shard + 1]]) for shard in shard_range(self._shards, *self._place)]
         return [(shard, part) for shard, part in mine if len(part)]
-
-
-class _Parts:
-    """The sampler: the indices of each part that this rank loads, in order."""
-
-    def __init__(self, loader: DataLoader, order: Order, batches: range) -> None:
-        self.loader, self.order, self.batches = loader, order, batches
-
-    def __iter__(self) -> Iterator[Any]:
-        size = self.loader.batch_size
-        for batch in self.batches:
-            for _, part in self.loader._parts(self.order(batch * size, (batch + 1) * size)):
-                yield part
 
 
 class _Fetch(Dataset[Any]):
@@ -200,17 +195,12 @@ class _Fetch(Dataset[Any]):
         return (self.collate or default_collate)(samples)
 
     def _held(self, load: Callable[[], Any], index: int, kind: str) -> Any:
-        if self.seed is None:
+        if self.seed is None or (not self.draws and self.held_to_it):
             return load()
-        if self.draws:
-            seed_all(self.seed, kind, self.epoch, index)
-            return load()
-        if self.held_to_it:
-            return load()
-        self.held_to_it = True
         seed_all(self.seed, kind, self.epoch, index)
-        before = _generators()
-        sample = load()
+        if self.draws:
+            return load()
+        self.held_to_it, before, sample = True, _generators(), load()
         if _generators() != before:
             raise ConfigError(
                 f"draws=False, but {type(self.dataset).__name__} drew random numbers for sample {index}",
@@ -281,8 +271,6 @@ def _rows(dataset: Any, indices: Any) -> Any:
 
 
 def _generators() -> tuple[Any, ...]:
-    import random
-
     name, keys, position, *_ = np.random.get_state(legacy=True)
     return random.getstate(), str(name), bytes(np.asarray(keys)), position, torch.get_rng_state().numpy().tobytes()
 

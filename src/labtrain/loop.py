@@ -19,13 +19,12 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-import torchmetrics
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 
-from labtrain.determinism import run_mode, run_seed, seed_all
-from labtrain.loader import StatefulLoader, loaders_of
-from labtrain.metrics import hold, release
+from labtrain.determinism import seed_place
+from labtrain.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
+from labtrain.metrics import hold, metrics_of, release
 from labtrain.signals import Stopped, Wishes
 from labtrain.strategy import Exact
 from labtrain.tally import global_already
@@ -65,15 +64,14 @@ class EpochLoop(_TrainingEpochLoop):
             if self.wishes.agreed_stop:
                 raise Stopped(self.wishes.agreed_stop)
         self._entering = False
-        if run_mode() != "off":
-            seed_all(run_seed(), "boundary", self.trainer.current_epoch, self.batch_idx)
+        seed_place("boundary", self.trainer.current_epoch, self.batch_idx)
         super().on_advance_end(data_fetcher)
 
     def _due(self, data_fetcher: Any) -> bool:
         every = self.every_n_steps
         return (
             (every is not None and self.global_step % every == 0)
-            or self.trainer.should_stop
+            or (self.trainer.should_stop and self.trainer.fit_loop._can_stop_early)
             or self._is_training_done  # the last of the epoch, or max_steps
             or self._should_check_val_fx(data_fetcher)
         )
@@ -138,7 +136,7 @@ class EpochLoop(_TrainingEpochLoop):
 
     def _metric_states(self) -> State:
         states: State = {}
-        for name, metric in self._metrics().items():
+        for name, metric in metrics_of(self.trainer.lightning_module).items():
             held = hold(metric)
             del held["_forward_cache"], held["_computed"]
             states[name] = held
@@ -149,14 +147,6 @@ class EpochLoop(_TrainingEpochLoop):
             if isinstance(loader, StatefulLoader):
                 return loader.states.get(self.batch_progress.current.completed)
         return None
-
-    def _metrics(self) -> dict[str, torchmetrics.Metric]:
-        module = self.trainer.lightning_module
-        return {
-            name: part
-            for name, part in module.named_modules()
-            if isinstance(part, torchmetrics.Metric) and part._defaults
-        }
 
     # ---------------------------------------------------------------------------------------------------- going on
 
@@ -175,6 +165,23 @@ class EpochLoop(_TrainingEpochLoop):
         self.batch_progress.is_last_batch = at["is_last_batch"]
         self._batches_that_stepped = at["batches_that_stepped"]
         self._put_global_step(at["global_step"] - 1)  # the last one's end is still to come: max_steps must not end it
+
+    def placed(self, loader: Any) -> Any:
+        """Return a training loader that begins where the loaded checkpoint stood; one with a state is wrapped."""
+        at = self.loaded[PLACE] if self.loaded is not None else None
+        if isinstance(loader, DataLoader):
+            if at is not None:
+                loader.start_at(at["epoch"], at["batch"])
+        elif is_stateful(loader):
+            loader = StatefulLoader(loader)
+            if at is not None:
+                state = self._of_this_rank(at)["loader"]
+                loader.start_at(at["epoch"], at["batch"], state=state, ended=at["is_last_batch"])
+        return loader
+
+    def _of_this_rank(self, at: State) -> State:
+        ranks: list[State] = at["ranks"]
+        return ranks[self.trainer.global_rank if len(ranks) > 1 else 0]
 
     def reset(self) -> None:
         if self.loaded is None:
@@ -207,9 +214,8 @@ class EpochLoop(_TrainingEpochLoop):
         connector.restore_optimizers_and_schedulers()
         connector._loaded_checkpoint, self.loaded = {}, None
         self._put_global_step(at["global_step"])
-        mine = at["ranks"][trainer.global_rank if len(at["ranks"]) > 1 else 0]
-        device = trainer.strategy.root_device
-        metrics = self._metrics()
+        mine, device = self._of_this_rank(at), trainer.strategy.root_device
+        metrics = metrics_of(trainer.lightning_module)
         for name, state in mine["metrics"].items():
             values = {key: _moved(value, device) for key, value in state.items()}
             release(metrics[name], values | {"_computed": None, "_forward_cache": None})

@@ -12,6 +12,13 @@ REDUCTIONS: dict[Any, str] = {dim_zero_sum: "sum", dim_zero_mean: "mean", dim_ze
 Held = dict[str, Any]
 
 
+def metrics_of(module: torch.nn.Module) -> dict[str, torchmetrics.Metric]:
+    """Return a model's metrics that have states of their own, by name."""
+    return {
+        name: part for name, part in module.named_modules() if isinstance(part, torchmetrics.Metric) and part._defaults
+    }
+
+
 def hold(metric: torchmetrics.Metric) -> Held:
     """Return a metric's states and what it remembers of its calls."""
     states = {state: getattr(metric, state) for state in metric._defaults}
@@ -30,11 +37,11 @@ def release(metric: torchmetrics.Metric, held: Held) -> None:
         setattr(metric, name, value)
 
 
-def reduced(rows: Tensor, kind: str) -> Tensor:
+def reduced(rows_SK: Tensor, kind: str) -> Tensor:
     """Reduce rows (S, K) to (K,): a sum adds them one after the other."""
     if kind in ("min", "max"):
-        return rows.amin(0) if kind == "min" else rows.amax(0)
-    return add_rows(rows) / len(rows) if kind == "mean" else add_rows(rows)
+        return rows_SK.amin(0) if kind == "min" else rows_SK.amax(0)
+    return add_rows(rows_SK) / len(rows_SK) if kind == "mean" else add_rows(rows_SK)
 
 
 def add_rows(rows_SK: Tensor) -> Tensor:
@@ -43,6 +50,15 @@ def add_rows(rows_SK: Tensor) -> Tensor:
     for row in rows_SK[1:]:
         total += row
     return total
+
+
+def fresh(metric: torchmetrics.Metric) -> Held:
+    """Return what `hold` would of a metric that was never updated."""
+    states: Held = {
+        state: default.clone().to(metric.device) if isinstance(default, Tensor) else []
+        for state, default in metric._defaults.items()
+    }
+    return {**states, "_update_count": 0, "_computed": None, "_forward_cache": None}
 
 
 def merged(held: Tensor, step: Tensor, kind: str, updates: int) -> Tensor:

@@ -37,6 +37,12 @@ def shard_range(shards: int, rank: int, world: int) -> range:
     return range(shards * rank // world, shards * (rank + 1) // world)
 
 
+def filled_ranges(shards: int, world: int, filled: int) -> list[range]:
+    """Return the shards of each rank that have samples, where the first `filled` of all have."""
+    ranges = [shard_range(shards, rank, world) for rank in range(world)]
+    return [range(each.start, max(each.start, min(each.stop, filled))) for each in ranges]
+
+
 class Tree(Generic[T]):
     """Adds leaves that come in their order, along the binary tree: a binary counter of partial sums.
 
@@ -80,41 +86,33 @@ class ShardSum:
 
     Args:
         like: tensors of the shapes, dtypes, devices and strides that are to be summed.
-        shards: S, of a full batch.
         rank: this process.
-        world: the number of processes; each holds `shard_range` of the shards.
-        bucket_bytes: how much is exchanged at once.
+        world: the number of processes.
     """
 
-    def __init__(
-        self, like: Sequence[Tensor], *, shards: int, rank: int, world: int, bucket_bytes: int = BUCKET_BYTES
-    ) -> None:
-        self.like, self.shards, self.rank, self.world = list(like), shards, rank, world
-        self._buckets = [_Bucket(indices) for indices in _assign(self.like, bucket_bytes if world > 1 else 0)]
+    def __init__(self, like: Sequence[Tensor], *, rank: int, world: int) -> None:
+        self.like, self.rank, self.world = list(like), rank, world
+        self._buckets = [_Bucket(indices) for indices in _assign(self.like, BUCKET_BYTES if world > 1 else 0)]
         self._place = {
             index: (bucket, number) for bucket in self._buckets for number, index in enumerate(bucket.indices)
         }
         self._layouts: list[list[tuple[int, int]]] = []
         self._started = self._last = 0
 
-    def begin(self, leaves: int) -> range:
-        """Begin a step of `leaves` shards, at most S, and return those of this rank."""
-        ranges = [shard_range(self.shards, rank, self.world) for rank in range(self.world)]
-        ranges = [range(shards.start, max(shards.start, min(shards.stop, leaves))) for shards in ranges]
+    def begin(self, ranges: list[range]) -> None:
+        """Begin a step, in which each rank has the shards of its range: `filled_ranges`."""
         self._layouts = [subtrees(shards) for shards in ranges]
         self._started = 0
         self._last = ranges[self.rank].stop - 1
         for bucket in self._buckets:
             bucket.begin()
-        return ranges[self.rank]
 
     def push(self, shard: int, index: int, tensor: Tensor) -> None:
         """Put in one tensor of a shard; the sum may be built in it. Shards come in their order, tensors in any."""
         like = self.like[index]
         if tensor.stride() != like.stride():  # one layout, whatever the route: a norm over it depends on the layout
-            tensor = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device).copy_(
-                tensor
-            )
+            laid_out = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
+            tensor = laid_out.copy_(tensor)
         bucket, number = self._place[index]
         bucket.leaf[number] = tensor
         if len(bucket.leaf) < len(bucket.indices):

@@ -78,6 +78,19 @@ class Job:
         return cls(**json.loads(text))
 
 
+def get(tree: Any, key: str) -> Any:
+    """Return the value at a dotted key of nested dicts; None where there is none."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
+
+
+def world_size(config: Config, devices: Any) -> int:
+    """Return the number of processes over all nodes; `auto` counts as one a node."""
+    per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
+    return int(per_node * config["trainer"]["num_nodes"])
+
+
 def shards_in_use(config: Config) -> int | None:
     """Return determinism.shards where bits do not depend on the devices; None under Lightning's own strategies."""
     shards: int | None = config["determinism"]["shards"]

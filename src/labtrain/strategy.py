@@ -24,13 +24,13 @@ from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from labtrain.buffers import Buffers, Kept, get
-from labtrain.determinism import run_mode, run_seed, seed_all
+from labtrain.buffers import Buffers
+from labtrain.determinism import seed_place
 from labtrain.errors import ConfigError
 from labtrain.guard import explain_backward
 from labtrain.loader import DataLoader, Sharded
 from labtrain.metrics import add_rows
-from labtrain.reduction import BUCKET_BYTES, ShardSum, shard_range
+from labtrain.reduction import ShardSum, filled_ranges
 from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
 
@@ -42,22 +42,12 @@ class Exact:
         arguments: of Lightning's strategy.
         shards: S; a part of the result, as the number of processes is not.
         wishes: what this process wants of all: to stop, to save.
-        overlap: exchange gradients while the backward of the last shard still runs.
-        bucket_bytes: how much is exchanged at once.
         options: of Lightning's strategy.
     """
 
-    def __init__(
-        self,
-        *arguments: Any,
-        shards: int,
-        wishes: Wishes,
-        overlap: bool = True,
-        bucket_bytes: int = BUCKET_BYTES,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *arguments: Any, shards: int, wishes: Wishes, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.shards, self.wishes, self.overlap, self.bucket_bytes = shards, wishes, overlap, bucket_bytes
+        self.shards, self.wishes = shards, wishes
         self._sum: ShardSum | None = None
         self._parameters: list[torch.nn.Parameter] = []
         self._hooks: list[Any] = []
@@ -87,7 +77,7 @@ class Exact:
                 )
         self._trainer = trainer
         self._tally = Tally(module)
-        self._kept = Kept(module)
+        self._buffers = Buffers(module, shards=self.shards, rank=self._rank, world=self._world)
         # Lightning runs this before the strategy gets the batch: put it off until a shard is at hand.
         transfer = type(module)._on_before_batch_transfer
         module._on_before_batch_transfer = (  # type: ignore[method-assign]
@@ -129,12 +119,12 @@ class Exact:
         if self.shards == 1:
             return self._whole(batch, epoch, index, *args)
         assert isinstance(batch, Sharded)  # guard.py
-        module, plugin, tally = self._module, cast(Any, self).precision_plugin, self._tally
+        module, plugin, tally, buffers = self._module, cast(Any, self).precision_plugin, self._tally, self._buffers
+        ranges = filled_ranges(self.shards, self._world, batch.shards)
         parameters = self._prepare()
-        total = self._sum
-        assert total is not None
-        total.begin(batch.shards)
-        buffers = Buffers(self._kept)
+        total = cast(ShardSum, self._sum)
+        total.begin(ranges)
+        buffers.begin()
         older = [parameter.grad for parameter in parameters]  # of batches that are accumulated
         output: Any = None
         missing = not batch.parts  # a gradient, on this rank: then only the others know whether there is one
@@ -147,7 +137,7 @@ class Exact:
                     parameter.grad = None
                 data = self._moved(data, 0)
                 loop._results = tally.open(data, samples)
-                self._seed("shard", epoch, index, shard)
+                seed_place("shard", epoch, index, shard)
                 output = super().training_step(data, *args)  # type: ignore[misc]
                 loss = _loss(output)
                 if loss is None:
@@ -156,7 +146,7 @@ class Exact:
                         hint="return the loss of every shard, 0 * loss to leave one out; or determinism.shards=null",
                     )
                 weight = samples / batch.samples
-                self._filling = shard if self.overlap and number == len(batch.parts) - 1 else None
+                self._filling = shard if number == len(batch.parts) - 1 else None
                 scaled = plugin.pre_backward(loss * (weight / self._trainer.accumulate_grad_batches), module)
                 try:
                     plugin.backward(scaled, module, None)
@@ -167,20 +157,18 @@ class Exact:
                 self._filling = None
                 present = self._push(shard, parameters)
                 missing = missing or not all(present)
-                numbers = [*self._wishes(number), *present, *buffers.push(total, shard, len(parameters), weight)]
-                front = torch.tensor(numbers, dtype=torch.float64).to(loss.device)
-                tally.close(torch.cat([front, (loss.detach().double() * weight).reshape(1)]), samples)
-            counts = self._counts(batch)
-            front = tally.combine(results, samples=batch.samples, counts=counts, rank=self._rank, device=self._device)
+                numbers = torch.tensor([*present, *buffers.leave(shard, weight)], dtype=torch.float64)
+                tally.close(torch.cat([numbers.to(loss.device), (loss.detach().double() * weight).reshape(1)]), samples)
+            rows_SK = self._combined(batch, results, ranges)
             sums = total.total()
-        self._agree(front)
-        _, has_SP, buffers_SB, losses_S1 = front.split([2, len(parameters), front.shape[1] - len(parameters) - 3, 1], 1)
+        has_SP, buffers_SB, losses_S1 = rows_SK.split([len(parameters), len(buffers.owned), 1], 1)
         wanted = (has_SP.amax(0) > 0).tolist() if missing else [True] * len(parameters)
-        buffers.install(sums[len(parameters) :], buffers_SB, everywhere=0 not in counts)
+        # One process knows its own: no waiting for a GPU to read them back.
+        buffers.install(buffers_SB.tolist() if self._world > 1 else buffers.numbers, ranges)
         for parameter, gradient in zip(parameters, older, strict=True):
             parameter.grad = gradient
-        self._installed = list(zip(parameters, sums, wanted, strict=False))
-        self._seed("after", epoch, index)  # what hooks draw from here on is the same on every rank
+        self._installed = list(zip(parameters, sums, wanted, strict=True))
+        seed_place("after", epoch, index)  # what hooks draw from here on is the same on every rank
         mean = add_rows(losses_S1)[0].float()
         return {**output, "loss": mean} if isinstance(output, dict) else mean
 
@@ -218,20 +206,29 @@ class Exact:
         outputs = []
         with self._scratch(loop) as results:
             self._tally.begin(training=False)
-            for number, (shard, samples, data) in enumerate(batch.parts):
+            for shard, samples, data in batch.parts:
                 data = self._moved(data, which or 0)
                 loop._results = self._tally.open(data, samples, which)
-                self._seed(*place, shard)
+                seed_place(*place, shard)
                 outputs.append(step(data, *args))
-                self._tally.close(torch.tensor(self._wishes(number), dtype=torch.float64, device=self._device), samples)
-            front = self._tally.combine(
-                results, samples=batch.samples, counts=self._counts(batch), rank=self._rank, device=self._device
-            )
-        self._agree(front)
-        if self.wishes.agreed_stop and self._trainer.state.fn is not None:
+                self._tally.close(torch.empty(0, dtype=torch.float64, device=self._device), samples)
+            self._combined(batch, results, filled_ranges(self.shards, self._world, batch.shards))
+        if self.wishes.agreed_stop:
             raise Stopped(self.wishes.agreed_stop)  # what was trained is saved before each validation
-        self._seed("after", *place)
+        seed_place("after", *place)
         return outputs[0] if len(outputs) == 1 else outputs or None
+
+    def _combined(self, batch: Sharded, results: Any, ranges: list[range]) -> Tensor:
+        """Bring together what all shards logged, and what all ranks wish; return the numbers that were put in front."""
+        rows_SK, agreed = self._tally.combine(
+            results,
+            samples=batch.samples,
+            counts=[len(shards) for shards in ranges],
+            wishes=self.wishes.numbers(),
+            device=self._device,
+        )
+        self.wishes.agree(*agreed)
+        return rows_SK
 
     def _whole(self, batch: Any, epoch: int, index: int, *args: Any) -> Any:
         """Run a step of one shard as Lightning itself would: nothing is to be combined."""
@@ -239,7 +236,7 @@ class Exact:
         if isinstance(batch, Sharded):
             data = self._moved(batch.parts[0][2], 0)
             self._trainer.fit_loop.epoch_loop._results.batch = data
-        self._seed("shard", epoch, index, 0)
+        seed_place("shard", epoch, index, 0)
         output = super().training_step(data, *args)  # type: ignore[misc]
         self.wishes.agree(*self.wishes.numbers())
         return output
@@ -267,11 +264,8 @@ class Exact:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        buffers = [get(owner, name) for owner, name in self._kept.means]
-        like = [_dense(tensor.detach()) for tensor in (*parameters, *buffers)]
-        self._sum = ShardSum(
-            like, shards=self.shards, rank=self._rank, world=self._world, bucket_bytes=self.bucket_bytes
-        )
+        like = [_dense(parameter.detach()) for parameter in parameters]
+        self._sum = ShardSum(like, rank=self._rank, world=self._world)
         self._parameters = parameters
         if self._world > 1:
             for number, parameter in enumerate(parameters):
@@ -302,21 +296,6 @@ class Exact:
             parameter.grad = None
         self._pushed.clear()
         return present
-
-    def _wishes(self, number: int) -> tuple[float, float]:
-        return self.wishes.numbers() if number == 0 else (0.0, 0.0)
-
-    def _agree(self, front: Tensor) -> None:
-        # One process knows its own: no waiting for a GPU to read them back.
-        self.wishes.agree(*(front[:, :2].amax(0).tolist() if self._world > 1 else self.wishes.numbers()))
-
-    def _counts(self, batch: Sharded) -> list[int]:
-        ranges = [shard_range(self.shards, rank, self._world) for rank in range(self._world)]
-        return [max(0, min(shards.stop, batch.shards) - shards.start) for shards in ranges]
-
-    def _seed(self, *place: int | str) -> None:
-        if run_mode() != "off":
-            seed_all(run_seed(), *place)
 
     @property
     def _module(self) -> pl.LightningModule:

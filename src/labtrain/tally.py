@@ -26,10 +26,11 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 from torch import Tensor
 
 from labtrain.errors import ConfigError
-from labtrain.metrics import Held, hold, merged, reduced, reduction, release
+from labtrain.metrics import Held, fresh, hold, merged, metrics_of, reduced, reduction, release
 
 # Rows are padded, so that ranks that disagree about a row's length still exchange equally long ones, and can say so.
 ROW_MULTIPLE = 64
+HEAD = 3  # of a rank's first row: the template's signature, and two wishes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,22 +72,23 @@ class Tally:
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.metrics: dict[str, torchmetrics.Metric] = {}
+        self.metrics = metrics_of(module)
         self._module = module
         self._entries: dict[str, Entry] = {}
-        for name, part in module.named_modules():
+        for part in module.modules():
             if isinstance(part, torchmetrics.MetricCollection):
                 part._enable_compute_groups = False  # or some of them would not be updated but share others' states
-            if isinstance(part, torchmetrics.Metric) and part._defaults:
-                self.metrics[name] = part
-                part.sync_on_compute = part._to_sync = part.dist_sync_on_step = False  # their states are global already
-                for state, default in part._defaults.items():
-                    if isinstance(default, Tensor) and not reduction(part, state):
-                        raise ConfigError(
-                            f"{name} ({type(part).__name__}): its state {state!r} is combined by a function of its own,"
-                            " and not by sum, mean, min, max or concatenation",
-                            hint="another metric, or determinism.shards=null",
-                        )
+        for name, metric in self.metrics.items():
+            metric.sync_on_compute = metric._to_sync = metric.dist_sync_on_step = (
+                False  # their states are global already
+            )
+            for state, default in metric._defaults.items():
+                if isinstance(default, Tensor) and not reduction(metric, state):
+                    raise ConfigError(
+                        f"{name} ({type(metric).__name__}): its state {state!r} is combined by a function of its own,"
+                        " and not by sum, mean, min, max or concatenation",
+                        hint="another metric, or determinism.shards=null",
+                    )
         self._scratch: dict[bool, _ResultCollection] = {}
         self._held: dict[str, Held] = {}
         self._rows: list[Tensor] = []
@@ -97,7 +99,7 @@ class Tally:
     def begin(self, *, training: bool) -> None:
         """Begin a step: put the metrics' states aside."""
         self._logs = self._scratch.setdefault(training, _ResultCollection(training=training))
-        self._held = {name: hold(metric) for name, metric in self.metrics.items()}
+        self._held = {name: hold(metric) for name, metric in self.metrics.items() if metric._update_count}
         self._rows, self._lists, self._template = [], [], None
 
     def open(self, data: Any, samples: int, dataloader_idx: int | None = None) -> _ResultCollection:
@@ -115,7 +117,7 @@ class Tally:
         logged = [(key, entry) for key, entry in self._logs.items() if not entry.has_reset]
         touched = tuple(name for name, metric in self.metrics.items() if metric._update_count)
         template = Template(len(front), tuple(self._entry(key, entry) for key, entry in logged), touched)
-        if self._template is not None and template.signature() != self._template.signature():
+        if self._template is not None and template != self._template:
             raise _unequal(f"{_names(template)} in one call, {_names(self._template)} in another")
         self._template = template
         numbers = [number for _, entry in logged for number in _numbers(entry, samples)]
@@ -133,19 +135,26 @@ class Tally:
         return self._entries[key]
 
     def combine(
-        self, results: _ResultCollection, *, samples: int, counts: list[int], rank: int, device: torch.device
-    ) -> Tensor:
+        self,
+        results: _ResultCollection,
+        *,
+        samples: int,
+        counts: list[int],
+        wishes: tuple[float, float],
+        device: torch.device,
+    ) -> tuple[Tensor, tuple[float, float]]:
         """End the step: bring all rows together, and hand the step's logs and metrics over.
 
         Args:
             results: Lightning's collection.
             samples: of the whole batch.
             counts: how many shards each rank has in this step.
-            rank: this one.
+            wishes: two numbers of this rank, whether it has shards or not.
             device: of the exchange.
 
         Returns:
-            The caller's numbers of all shards, shape (shards, front), the same on every rank.
+            The caller's numbers of all shards, shape (shards, front), and the largest wishes of all ranks; the same on
+            every rank.
 
         Raises:
             ConfigError: the shards do not log the same names.
@@ -155,42 +164,41 @@ class Tally:
             dist.broadcast_object_list(known, src=0)
             self._template = self._template or known[0]
         assert self._template is not None
-        rows, lists = self._together(counts, rank, device)
-        self._release(rows, lists, results)
+        if len(counts) == 1:
+            rows, lists = torch.stack(self._rows), self._lists
+        else:
+            rows, lists, wishes = self._together(counts, wishes, device)
+        self._release(rows, lists)
         self._log(rows, results, samples)
-        return rows[:, : self._template.front]
+        return rows[:, : self._template.front], wishes
 
     def _together(
-        self, counts: list[int], rank: int, device: torch.device
-    ) -> tuple[Tensor, list[dict[str, list[Any]]]]:
-        if len(counts) == 1:
-            return torch.stack(self._rows), self._lists
-        assert self._template is not None
+        self, counts: list[int], wishes: tuple[float, float], device: torch.device
+    ) -> tuple[Tensor, list[dict[str, list[Any]]], tuple[float, float]]:
         template = self._template
-        signature = template.signature()
+        assert template is not None
         states = sum(default.numel() for _, _, default, _ in self._tensors(template.metrics))
-        length = 1 + template.front + 2 * len(template.entries) + states
+        length = HEAD + template.front + 2 * len(template.entries) + states
         padded = -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
         mine = torch.zeros(max(counts), padded, dtype=torch.float64, device=device)
-        mine[:, 0] = signature
+        mine[0, :HEAD] = torch.tensor([template.signature(), *wishes], dtype=torch.float64)
         for number, row in enumerate(self._rows):
-            mine[number, 1 : 1 + len(row)] = row
+            mine[number, HEAD : HEAD + len(row)] = row
         all_rows = mine.new_empty(len(counts) * mine.numel())
         dist.all_gather_into_tensor(all_rows, mine.reshape(-1))
         by_rank = all_rows.view(len(counts), max(counts), padded)
-        found = by_rank[:, 0, 0].tolist()
-        if any(number != signature for number in found):
-            other = next(rank for rank, number in enumerate(found) if number != signature)
-            raise _unequal(f"rank {rank} logged {_names(template)}, rank {other} something else")
-        rows = torch.cat([by_rank[number, :count, 1:length] for number, count in enumerate(counts)])
+        signatures, stops, saves = by_rank[:, 0, :HEAD].T.tolist()
+        if len(set(signatures)) > 1:
+            raise _unequal(f"{_names(template)} on rank {dist.get_rank()}, something else on another")
+        rows = torch.cat([by_rank[number, :count, HEAD:length] for number, count in enumerate(counts)])
         lists = self._lists
         if any(True for _ in self._list_states(template.metrics)):
             gathered: list[Any] = [None] * len(counts)
             dist.all_gather_object(gathered, [_mapped(part, Tensor.cpu) for part in lists])
             lists = [_mapped(part, lambda item: item.to(device)) for parts in gathered for part in parts]
-        return rows, lists
+        return rows, lists, (max(stops), max(saves))
 
-    def _release(self, rows: Tensor, lists: list[dict[str, list[Any]]], results: _ResultCollection) -> None:
+    def _release(self, rows: Tensor, lists: list[dict[str, list[Any]]]) -> None:
         """Give the metrics their states back, with this step's."""
         assert self._template is not None
         at = self._template.front + 2 * len(self._template.entries)
@@ -203,7 +211,8 @@ class Tally:
             steps[name][state] = [item for shard in lists for item in shard[f"{name}.{state}"]]
         on_step = {entry.meta.metric_attribute for entry in self._template.entries if entry.meta.on_step}
         for name, step in steps.items():
-            metric, held = self.metrics[name], self._held[name]
+            metric = self.metrics[name]
+            held = self._held[name] = self._held.get(name) or fresh(metric)
             if name in on_step:
                 for state, value in step.items():
                     setattr(metric, state, value)
@@ -290,15 +299,7 @@ def _numbers(entry: _ResultMetric, samples: int) -> list[Tensor]:
 
 
 def _kind(meta: _Metadata) -> str:
-    return (
-        "mean"
-        if meta.is_mean_reduction
-        else "sum"
-        if meta.is_sum_reduction
-        else "max"
-        if meta.is_max_reduction
-        else "min"
-    )
+    return str(meta.reduce_fx.__name__)  # Lightning allows mean, sum, min and max
 
 
 def _empty(entry: _ResultMetric) -> None:

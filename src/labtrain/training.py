@@ -7,7 +7,6 @@ import logging
 import os
 import signal
 import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -16,22 +15,22 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain import determinism, receipt
 from labtrain.callbacks import BatchSizes, Progress, Seeding, Trail, warn
-from labtrain.checkpoint import Checkpoints, FolderIO
-from labtrain.devices import choose_accelerator, make_strategy, plain_because, world_size
+from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
+from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
 from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError
-from labtrain.guard import Guard, explain_operation, has_test
-from labtrain.loader import DataLoader, StatefulLoader, is_stateful
+from labtrain.guard import Guard, explain_operation
 from labtrain.loggers import log_config, make_loggers
-from labtrain.loop import PLACE, EpochLoop
+from labtrain.loop import EpochLoop
 from labtrain.recorder import Recorder
 from labtrain.resume import make_job
-from labtrain.run import EXACT_STRATEGIES, Config, Job, shards_in_use, shown
+from labtrain.run import EXACT_STRATEGIES, Config, Job, shards_in_use, shown, world_size
 from labtrain.signals import Stopped, Wishes
-from labtrain.store import Manifest, checkpoint_folder, newest_whole
+from labtrain.store import checkpoint_folder, newest_whole
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +92,9 @@ def train(cfg: Any) -> Result:
     wishes = Wishes(every_seconds=config["checkpoint"]["every_seconds"])
     recorder = Recorder(job, checkpoints=folder, resumed_step=manifest["step"] if manifest else 0)
     loggers = make_loggers(job, resumed=manifest["logs"] if manifest else None)
-    checkpoints = make_checkpoints(job, folder, manifest)
+    kept = {key: config["checkpoint"][key] for key in ("keep_last", "keep_best", "monitor", "mode")}
+    resumed = (path, manifest) if path is not None and manifest is not None and path.parent == folder else None
+    checkpoints = Checkpoints(folder, run_id=job.run_id, resumed=resumed, **kept)
     callbacks = make_callbacks(job, checkpoints, recorder)
     trainer = make_trainer(config, accelerator, devices, loggers, callbacks, wishes)
     loop = trainer.fit_loop.epoch_loop = EpochLoop(
@@ -104,7 +105,8 @@ def train(cfg: Any) -> Result:
     )
     # Lightning's own handlers would end with exit code 0 after SIGTERM, and requeue a Slurm job by themselves.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    find_places(datamodule, loop)
+    make_loader = datamodule.train_dataloader
+    datamodule.train_dataloader = lambda: loop.placed(make_loader())
     try:
         with wishes.listening():
             if trainer.is_global_zero:
@@ -117,13 +119,13 @@ def train(cfg: Any) -> Result:
                     raise NotThereYetError(f"going on under trainer.strategy={config['trainer']['strategy']}")
             log_config(loggers, config)
             trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
-            metrics = _floats(trainer.callback_metrics)
+            metrics = as_floats(trainer.callback_metrics)
             weights, steps = digest(model), trainer.global_step
             if trainer.is_global_zero:
                 checkpoints.finish(model, weights, step=steps)
-            if has_test(model, datamodule):
+            if is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model):
                 trainer.test(model, datamodule=datamodule, verbose=False)
-                metrics |= _floats(trainer.callback_metrics)
+                metrics |= as_floats(trainer.callback_metrics)
             result = Result(run_dir=run_dir, metrics=metrics, weights_digest=weights, steps=steps)
             if trainer.is_global_zero:
                 recorder.close("complete", step=steps, results=_results(result, folder))
@@ -138,25 +140,6 @@ def train(cfg: Any) -> Result:
         if known is not None:
             raise known from error
         raise
-
-
-def find_places(datamodule: pl.LightningDataModule, loop: EpochLoop) -> None:
-    """Have the training loader begin where a checkpoint that is taken up stood."""
-    make = datamodule.train_dataloader
-
-    def train_dataloader() -> Any:
-        loader, at = make(), loop.loaded[PLACE] if loop.loaded is not None else None
-        if isinstance(loader, DataLoader):
-            if at is not None:
-                loader.start_at(at["epoch"], at["batch"])
-        elif is_stateful(loader):
-            loader = StatefulLoader(loader)
-            if at is not None:
-                mine = at["ranks"][loop.trainer.global_rank if len(at["ranks"]) > 1 else 0]
-                loader.start_at(at["epoch"], at["batch"], state=mine["loader"], ended=at["is_last_batch"])
-        return loader
-
-    datamodule.train_dataloader = train_dataloader  # type: ignore[method-assign]
 
 
 def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
@@ -187,13 +170,6 @@ def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
     return made
 
 
-def make_checkpoints(job: Job, folder: Path, resumed: Manifest | None) -> Checkpoints:
-    """Return the keeper of the run's checkpoints."""
-    kept = {key: job.config["checkpoint"][key] for key in ("keep_last", "keep_best", "monitor", "mode")}
-    here = resumed is not None and not job.origin
-    return Checkpoints(folder, run_id=job.run_id, resumed_step=resumed["step"] if resumed and here else None, **kept)
-
-
 def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> list[pl.Callback]:
     """Return labtrain's callbacks and the person's, in the order in which they act."""
     from hydra.utils import instantiate as hydra_instantiate
@@ -202,9 +178,7 @@ def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> li
     mode, threads = config["determinism"]["mode"], config["determinism"]["threads"]
     # First: the counters are put in place before others look at them.
     callbacks: list[pl.Callback] = [checkpoints, Guard(mode=mode, shards=shards, threads=threads, say=recorder.say)]
-    if mode != "off":
-        callbacks.append(Seeding(seed=config["seed"], per_rank=shards is None))
-    callbacks += [BatchSizes(), recorder]
+    callbacks += [Seeding(per_rank=shards is None), BatchSizes(), recorder]
     if config["trail"]["every_n_steps"]:
         callbacks.append(
             Trail(
@@ -296,10 +270,6 @@ def _job(cfg: Any) -> Job:
     configuration.check(config)
     root = Path(getattr(__main__, "__file__", "notebook.py")).resolve().parent
     return make_job(config, root=root, command=[])
-
-
-def _floats(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    return {name: float(value) for name, value in sorted(metrics.items())}
 
 
 def _quiet_lightning() -> None:
