@@ -99,6 +99,36 @@ def test_nothing_is_said_of_another_number_of_devices(runner: Runner) -> None:
     assert receipt(run_dir)["segments"][1]["changed"] == []
 
 
+PLAIN: dict[str, Any] = {"determinism": {"shards": None, "mode": "warn"}}
+
+
+def test_another_number_of_devices_is_said_where_it_changes_bits(runner: Runner) -> None:
+    """Without shards, plain Lightning's sum over devices is another one, and the epoch's averages begin anew."""
+    run_dir = stop(runner, configure("cnn", "even", **PLAIN))
+    moved = configure("cnn", "even", **PLAIN, trainer={"devices": 2}, resume=str(run_dir))
+    assert runner.run(moved, world=2) == run_dir
+    assert "another config.trainer.devices: 1 before, now 2" in runner.said()
+    assert receipt(run_dir)["results"]["steps"] == 15
+
+
+def test_a_stream_does_not_go_on_for_other_ranks(runner: Runner) -> None:
+    """Each rank's loader has a state of its own: there is none for a second rank."""
+    stream: dict[str, Any] = {"data": {"loader": "stateful"}, **PLAIN}
+    run_dir = stop(runner, configure("cnn", "even", **stream))
+    moved = configure("cnn", "even", **stream, trainer={"devices": 2}, resume=str(run_dir))
+    runner.run(moved, world=2, code=2)
+    assert "the training data's state is that of 1 ranks, here are 2" in runner.said()
+    assert "hint: trainer.devices=1, or resume=never" in runner.said()
+
+
+@pytest.mark.parametrize(("before", "now"), [(PLAIN, {}), ({}, PLAIN)])
+def test_shards_can_be_taken_up_and_given_up(runner: Runner, before: dict[str, Any], now: dict[str, Any]) -> None:
+    run_dir = stop(runner, configure("mlp", "even", **before))
+    assert runner.run(configure("mlp", "even", **now, resume=str(run_dir))) == run_dir
+    assert "another config.determinism.shards" in runner.said()
+    assert receipt(run_dir)["results"]["steps"] == 15
+
+
 def test_a_near_run_is_found(runner: Runner, tmp_path: Path) -> None:
     """Same experiment and configuration, other code, not complete."""
     config = configure("mlp", "even")

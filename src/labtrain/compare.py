@@ -1,7 +1,6 @@
 """What differs between two runs, and where they part: the first step of the trail, and the first tensor. No torch."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 from labtrain.digests import read_safetensors
 from labtrain.errors import DamagedError
-from labtrain.run import get
+from labtrain.run import get, what_counts
 from labtrain.store import WEIGHTS, list_checkpoints
 
 
@@ -48,22 +47,18 @@ CAUSES = (
 )
 
 
-def changes(before: dict[str, Any], now: dict[str, Any], *, ignored: Iterable[str] = ()) -> list[dict[str, Any]]:
+def changes(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
     """Return each cause that differs between two receipts: key, before, now.
 
-    Args:
-        before: a receipt.
-        now: another.
-        ignored: keys of the configuration that cannot change bits.
+    A key of the configuration is one where it can change bits under either receipt: the number of devices can, where
+    `determinism.shards` is not in use.
     """
-    skipped = {f"config.{key}" for key in ignored}
+    counting = {key for one in (before, now) for key in _flat(what_counts(one["config"]), "config")}
     found = []
     for cause in CAUSES:
         one, other = _flat(get(before, cause), cause), _flat(get(now, cause), cause)
         for key in sorted(one.keys() | other.keys()):
-            if not any(key == skip or key.startswith(f"{skip}.") for skip in skipped) and one.get(key) != other.get(
-                key
-            ):
+            if one.get(key) != other.get(key) and (cause != "config" or key in counting):
                 found.append({"key": key, "before": one.get(key), "now": other.get(key)})
     return found
 

@@ -160,14 +160,14 @@ def clocks(trainer: pl.Trainer) -> Iterator[Finding]:
     if getattr(trainer, "_val_check_time_interval", None) is not None:
         yield (
             "trainer.val_check_interval is a time: validations come at other steps each time",
-            ("a number of batches, or determinism.mode=warn"),
+            "a number of batches, or determinism.mode=warn",
         )
     if any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         yield "trainer.max_time ends the training by the clock", "trainer.max_steps, or determinism.mode=warn"
     if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
         yield (
             "trainer.reload_dataloaders_every_n_epochs: what is loaded may depend on the epoch a process began in",
-            ("set_epoch, which labtrain.DataLoader has; or determinism.mode=warn"),
+            "set_epoch, which labtrain.DataLoader has; or determinism.mode=warn",
         )
 
 

@@ -23,6 +23,7 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 
 from labtrain.determinism import seed_place
+from labtrain.errors import ConfigError
 from labtrain.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
 from labtrain.metrics import hold, metrics_of, release
 from labtrain.signals import Stopped, Wishes
@@ -107,6 +108,7 @@ class EpochLoop(_TrainingEpochLoop):
             "scheduler_steps": self.scheduler_progress.total.completed,
             "batches_that_stepped": self._batches_that_stepped,
             "callback_metrics": {name: value.cpu() for name, value in trainer.callback_metrics.items()},
+            "exact": isinstance(trainer.strategy, Exact),
             "ranks": ranks,
         }
 
@@ -175,13 +177,23 @@ class EpochLoop(_TrainingEpochLoop):
         elif is_stateful(loader):
             loader = StatefulLoader(loader)
             if at is not None:
-                state = self._of_this_rank(at)["loader"]
-                loader.start_at(at["epoch"], at["batch"], state=state, ended=at["is_last_batch"])
+                mine = self._of_this_rank(at)
+                if mine is None:
+                    raise ConfigError(
+                        f"the training data's state is that of {len(at['ranks'])} ranks, here are"
+                        f" {self.trainer.world_size}: which samples each would go on with is not known",
+                        hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
+                    )
+                loader.start_at(at["epoch"], at["batch"], state=mine["loader"], ended=at["is_last_batch"])
         return loader
 
-    def _of_this_rank(self, at: State) -> State:
+    def _of_this_rank(self, at: State) -> State | None:
+        """Return what this rank held; None where that was held by other ranks: without shards, sums are theirs."""
+        exact = isinstance(self.trainer.strategy, Exact)
         ranks: list[State] = at["ranks"]
-        return ranks[self.trainer.global_rank if len(ranks) > 1 else 0]
+        if at["exact"] != exact or (not exact and len(ranks) != self.trainer.world_size):
+            return None
+        return ranks[0 if exact else self.trainer.global_rank]
 
     def reset(self) -> None:
         if self.loaded is None:
@@ -215,11 +227,12 @@ class EpochLoop(_TrainingEpochLoop):
         connector._loaded_checkpoint, self.loaded = {}, None
         self._put_global_step(at["global_step"])
         mine, device = self._of_this_rank(at), trainer.strategy.root_device
-        metrics = metrics_of(trainer.lightning_module)
-        for name, state in mine["metrics"].items():
-            values = {key: _moved(value, device) for key, value in state.items()}
-            release(metrics[name], values | {"_computed": None, "_forward_cache": None})
-        self._restore_logged(mine["logged"])
+        if mine is not None:
+            metrics = metrics_of(trainer.lightning_module)
+            for name, state in mine["metrics"].items():
+                values = {key: _moved(value, device) for key, value in state.items()}
+                release(metrics[name], values | {"_computed": None, "_forward_cache": None})
+            self._restore_logged(mine["logged"])
         logs = trainer._logger_connector
         logs._first_loop_iter = at["batch"] == 1  # not None: Lightning empties its sums in an epoch's first batch
         logs._current_fx = "training_step"

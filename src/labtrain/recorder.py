@@ -17,7 +17,7 @@ from labtrain.compare import changes
 from labtrain.errors import LabtrainError
 from labtrain.loader import DataLoader
 from labtrain.provenance import code_state, environment_state, machine, timestamp, uncommitted_change
-from labtrain.run import DEVICE_KEYS, EXECUTION_KEYS, Job, shards_in_use, shown
+from labtrain.run import Job, shards_in_use, shown
 from labtrain.store import list_checkpoints
 
 LOCK = ".lock"
@@ -125,7 +125,7 @@ class Recorder(pl.Callback):
     def _note_changes(self, before: receipt.Receipt, segment: dict[str, Any]) -> None:
         """Say and record what is not as it was when the training stopped: from here on the bits may be others."""
         assert self.receipt is not None
-        found = changes(before, self.receipt, ignored=(*EXECUTION_KEYS, *DEVICE_KEYS))
+        found = changes(before, self.receipt)
         segment["changed"] = [change for change in found if change["key"] != "determinism.notes"]
         for change in segment["changed"]:
             self.say(f"goes on with another {change['key']}: {change['before']} before, now {change['now']}")
