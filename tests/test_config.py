@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from labtrain import config as configuration
 from labtrain.config import CONF, check, unknown_key
-from labtrain.errors import ConfigError, LabtrainError, NotThereYetError
+from labtrain.errors import ConfigError, LabtrainError
 from tests.conftest import Experiment
 
 GOOD = {"experiment=digits", "+model._target_=model.Net", "+data._target_=data.Data", "data.batch_size=64"}
@@ -122,16 +122,21 @@ def test_a_bad_value_is_named_with_what_is_wanted(overrides: list[str], says: st
 
 
 @pytest.mark.parametrize(
-    "override",
+    ("override", "says"),
     [
-        "checkpoint.url=s3://bucket/runs",
-        "resume=s3://bucket/runs/0123456789ab",
+        ("checkpoint.url=s3://key:s3cret@bucket/runs", "a password stands in the URL of s3://bucket"),
+        ("resume='sftp://me:s3cret@host/runs'", "a password stands in the URL of sftp://host"),
+        ("checkpoint.url='https://host/runs?token=s3cret'", "without \\? and # is wanted"),
+        ("checkpoint.url=3", "a path or a URL is wanted"),
+        ("checkpoint.spool_bytes=0", "an integer of at least 1"),
+        ("checkpoint.deliver_seconds=null", "a number above 0 is wanted"),
     ],
 )
-def test_what_is_not_there_yet_says_so(override: str) -> None:
-    """A key of the design that this version does not honour is refused, not ignored."""
-    with pytest.raises(NotThereYetError, match="not there yet"):
+def test_a_place_that_cannot_be_used_is_refused(override: str, says: str) -> None:
+    """A URL with a credential in it would stand in the receipt, and in this very error."""
+    with pytest.raises(ConfigError, match=says) as error:
         check(composed(override))
+    assert "s3cret" not in str(error.value)
 
 
 def test_near_keys_come_from_the_same_group_first() -> None:

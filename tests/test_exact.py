@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from labtrain.errors import EXIT_STOPPED
-from labtrain.store import list_checkpoints
 from tests.exact import SHAPES, STORIES, Runner, configure, outcome, tell
 
 FACTORS: dict[str, tuple[Any, ...]] = {
@@ -111,6 +110,10 @@ def test_stopped_after_any_step(step: int, runner: Runner, other: Runner) -> Non
     assert outcome(other.run(config)) == reference
 
 
+def receipt_of(runner: Runner) -> dict[str, Any]:
+    return dict(json.loads(next(runner.folder.glob("runs/*/*/receipt.json")).read_text()))
+
+
 def newest_manifest(runner: Runner) -> dict[str, Any]:
     return dict(json.loads(max(runner.folder.glob("runs/*/*/checkpoints/step-*/manifest.json")).read_text()))
 
@@ -138,12 +141,10 @@ def test_a_checkpoint_gets_the_metrics_of_a_validation_that_was_killed(runner: R
     other.run(config, code=None, signal_at=f"-10 {signal.SIGKILL} 0")
     other.run(config)
     kept = [
-        [
-            (manifest["step"], manifest["metrics"])
-            for _, manifest in list_checkpoints(next(each.folder.glob("runs/*/*")) / "checkpoints")
-        ]
-        for each in (runner, other)
+        [(each["path"].rpartition("/")[2], each["score"]) for each in receipt_of(runner)["checkpoints"]]
+        for runner in (runner, other)
     ]
+    assert len(kept[0]) == 3
     assert kept[0] == kept[1]
 
 

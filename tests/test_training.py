@@ -149,11 +149,10 @@ def test_the_best_checkpoints_are_kept_beside_the_last(experiment: Experiment) -
     )
     kept = list_checkpoints(run.folder / "checkpoints")
     # Unchanged by how much is kept: the same run with all of them.
-    every = experiment.train(*SHORT, "trainer.max_epochs=8", "paths.runs=every")
-    losses = {
-        manifest["step"]: manifest["metrics"]["val/loss"]
-        for _, manifest in list_checkpoints(every.folder / "checkpoints")
-    }
+    monitored = ("checkpoint.keep_best=1", "checkpoint.monitor=val/loss", "checkpoint.keep_last=99")
+    every = experiment.train(*SHORT, "trainer.max_epochs=8", "paths.runs=every", *monitored)
+    losses = {entry["step"]: entry["score"] for entry in every.receipt["checkpoints"]}
+    assert len(losses) == 8
     best = sorted(losses, key=losses.__getitem__)[:2]
     assert {manifest["step"] for _, manifest in kept} == {*best, 160}
 

@@ -2,10 +2,11 @@
 
 The floors; an import points down only (import-linter holds it, `make check`)::
 
-    4  compose  job  cli  demo  new  conf/                       thin: parse, call, print
+    4  compose  job  cli  demo  new  target  conf/               thin: parse, call, print
     3  training  loop  strategy  tally  guard  checkpoint        Lightning
-    2  determinism  order  loader  reduction                     torch
+    2  determinism  order  loader  reduction  saver  staging     torch
     1  run  resume  receipt  lock  doctor  compare  digests      no torch
+       store  remote  delivery  prune
     0  errors  signals                                           standard library only
 
 `import labtrain` imports none of them: the public names below are loaded when first used, so that `labtrain --help`
@@ -16,13 +17,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["DataLoader", "LabtrainError", "Result", "digest", "main", "train"]
+__all__ = ["DataLoader", "LabtrainError", "Result", "digest", "load_weights", "main", "train"]
 
 _HOMES = {
     "DataLoader": "labtrain.loader",
     "LabtrainError": "labtrain.errors",
     "Result": "labtrain.training",
     "digest": "labtrain.digests",
+    "load_weights": "labtrain.target",
     "main": "labtrain.compose",
     "train": "labtrain.training",
 }
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from labtrain.digests import digest
     from labtrain.errors import LabtrainError
     from labtrain.loader import DataLoader
+    from labtrain.target import load_weights
     from labtrain.training import Result, train
 
 

@@ -1,63 +1,54 @@
-"""Checkpoints of a training: what is written where `EpochLoop` saves, what is kept, and how it is read."""
+"""Checkpoints of a training: what is saved where `EpochLoop` says, what is kept, and how it is read."""
 
-import json
-import re
-import shutil
-import time
+import pickle
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from labtrain.digests import digest, digest_tree
-from labtrain.errors import LabtrainError
+from labtrain.errors import DamagedError, LabtrainError
 from labtrain.loggers import log_positions
 from labtrain.loop import PLACE, EpochLoop
-from labtrain.receipt import write_atomically
-from labtrain.store import (
-    MANIFEST,
-    SCHEMA,
-    STATE,
-    WEIGHTS,
-    Manifest,
-    file_sha256,
-    list_checkpoints,
-    remove_checkpoint,
-    verify_checkpoint,
-)
+from labtrain.saver import Saver, state_digest
+from labtrain.store import STATE, WEIGHTS, Manifest, kept
 
 
 class Checkpoints(pl.Callback):
-    """Writes the training's state where the epoch loop says, gives it back on a resume, keeps the last and the best.
+    """Saves the training's state where the epoch loop says, and gives it back on a resume.
 
     Args:
-        folder: below which the checkpoints lie.
+        run_dir: the run's folder.
+        place: where its checkpoints lie: a folder or a URL.
         run_id: written in each manifest.
-        keep_last: how many of the newest are kept.
-        keep_best: how many of the best by `monitor` are kept beside them.
-        monitor: a metric's name.
-        mode: max or min: which value of it is better.
-        resumed: the checkpoint that this training goes on from, where it is one of these.
+        options: the keys of `checkpoint` in the configuration.
+        resumed: the manifest that this training goes on from, where it is one of this place, and its name.
     """
 
     def __init__(
         self,
-        folder: Path,
+        run_dir: Path,
+        place: str,
         *,
         run_id: str,
-        keep_last: int,
-        keep_best: int = 0,
-        monitor: str | None = None,
-        mode: str = "max",
-        resumed: tuple[Path, Manifest] | None = None,
+        options: dict[str, Any],
+        resumed: tuple[str, Manifest] | None = None,
     ) -> None:
-        self.folder, self.run_id = folder, run_id
-        self.keep_last, self.keep_best, self.monitor, self.mode = keep_last, keep_best, monitor, mode
-        self.newest = resumed
+        self.run_id, self.options = run_id, options
+        self.monitor, self.keep_best = options["monitor"], options["keep_best"]
+        keep = partial(
+            kept,
+            last=options["keep_last"],
+            best=options["keep_best"],
+            every=options["keep_every_n_steps"],
+            mode=options["mode"],
+        )
+        self.saver = Saver(run_dir, place, keep=keep, spool_bytes=options["spool_bytes"])
+        self.newest = (resumed[0], int(resumed[1]["step"])) if resumed else None
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -67,6 +58,12 @@ class Checkpoints(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if loop_of(trainer).loaded is not None:
             loop_of(trainer).restore()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero:
+            self.saver.check()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -83,60 +80,71 @@ class Checkpoints(pl.Callback):
                 hint="checkpoint.keep_best=0, or name one of these",
             )
 
-    def save(self, trainer: pl.Trainer) -> None:
-        """Write the training's state as it is now; called on every rank, rank 0 writes."""
-        step = trainer.global_step
+    def save(self, trainer: pl.Trainer, *, required: bool) -> None:
+        """Save the training's state as it is now; called on every rank, rank 0 writes.
+
+        Args:
+            trainer: whose state it is.
+            required: wait for the save before, and where the training stops for this one too. Else a save that
+                comes while the one before is being written is made up for as soon as that is done.
+        """
+        wishes = loop_of(trainer).wishes
+        if not required and not self.keep_best and trainer.strategy.broadcast(self.saver.busy):
+            wishes.owed = trainer.is_global_zero
+            return
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         del state["loops"]
         state[PLACE] = loop_of(trainer).place()
         if trainer.is_global_zero:
-            target = self.folder / f"step-{step:010d}"
             manifest = {
                 "run_id": self.run_id,
-                "step": step,
+                "step": trainer.global_step,
                 "epoch": state[PLACE]["epoch"],
                 "batch": state[PLACE]["batch"],
-                "finished": False,
                 "metrics": as_floats(trainer.callback_metrics),
                 "logs": log_positions(trainer.loggers),
             }
-            self.newest = target, write_checkpoint(target, state, manifest)
-            self.prune()
-        loop_of(trainer).wishes.saved = time.monotonic()
-        # Without it rank 0 could be killed before its own save, and the others go on.
-        trainer.strategy.barrier("labtrain.checkpoint")
+            self.newest = self.saver.save(state, manifest), trainer.global_step
+        wishes.keep_time()
+        if wishes.agreed_stop:
+            if trainer.is_global_zero:
+                self.saver.wait()
+            trainer.strategy.barrier("labtrain.checkpoint")  # else others end, and what started them ends rank 0
 
-    def finish(self, module: pl.LightningModule, weights_digest: str, *, step: int) -> None:
-        """Write the weights that the training ended with, where something changed them after the last step; on rank 0.
+    def finish(self, module: pl.LightningModule, weights_digest: str, *, resumed: Path | None) -> str | None:
+        """Save the weights that the training ended with, where something changed them after the last save; on rank 0.
 
         An average of weights that a callback puts in at the end, say. Nothing goes on from these.
+
+        Args:
+            module: the model.
+            weights_digest: of its weights.
+            resumed: the folder of the checkpoint that the training went on from.
+
+        Returns:
+            the digest of the state that is saved last; None where nothing is.
         """
-        found = list_checkpoints(self.folder)
-        if found and found[-1][1]["weights_digest"] != weights_digest:
-            manifest = {**found[-1][1], "finished": True}
-            write_checkpoint(self.folder / f"step-{step:010d}-end", {"state_dict": module.state_dict()}, manifest)
+        self.saver.wait()
+        if self.newest is None:
+            return None
+        manifest = self.saver.manifests[self.newest[0]]
+        if manifest["weights_digest"] == weights_digest:
+            state = self.saver.staged
+            if state is None and resumed is not None:  # it was complete, and only its delivery was missing
+                state = load_folder(resumed)
+            return state_digest(state) if state is not None else None
+        ended = [other for other in self.saver.manifests.values() if other["finished"]]
+        if all(other["weights_digest"] != weights_digest for other in ended):
+            self.saver.save({"state_dict": module.state_dict()}, manifest, finished=True)
+            self.saver.wait()
+        return state_digest({"state_dict": module.state_dict()})
 
     def score(self, trainer: pl.Trainer) -> None:
-        """Write the metrics of a validation beside the checkpoint that was saved before it."""
-        if self.newest is None or self.newest[1]["step"] != trainer.global_step:
+        """Note the monitored metric for the checkpoint that was saved before the validation."""
+        if self.newest is None or self.newest[1] != trainer.global_step or not trainer.is_global_zero:
             return
-        path, manifest = self.newest
-        manifest["metrics"] = as_floats(trainer.callback_metrics)
-        write_manifest(path, manifest)
-        self.prune()
-
-    def prune(self) -> None:
-        """Remove the checkpoints that are neither among the last nor among the best."""
-        found = [(path, manifest) for path, manifest in list_checkpoints(self.folder) if not manifest["finished"]]
-        kept = {path for path, _ in found[-self.keep_last :]}
-        if self.keep_best:
-            name = self.monitor
-            scored = [(manifest["metrics"][name], path) for path, manifest in found if name in manifest["metrics"]]
-            scored.sort(key=lambda entry: entry[0], reverse=self.mode == "max")
-            kept |= {path for _, path in scored[: self.keep_best]}
-        for path, _ in found:
-            if path not in kept:
-                remove_checkpoint(path)
+        if self.keep_best and self.monitor in trainer.callback_metrics:
+            self.saver.score(self.newest[0], float(trainer.callback_metrics[self.monitor]))
 
 
 def as_floats(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:
@@ -155,64 +163,22 @@ class FolderIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         if Path(path).is_dir():
-            return read_checkpoint(Path(path))
+            return load_folder(Path(path))
         return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
 
 
-def write_checkpoint(target: Path, state: dict[str, Any], manifest: Manifest) -> Manifest:
-    """Write a checkpoint folder, which exists once its manifest does; return the manifest.
-
-    Args:
-        target: the folder; what an interrupted save left there is removed.
-        state: Lightning's checkpoint dictionary, its weights under `state_dict`.
-        manifest: run id, step, place and metrics; files and digests are added.
-    """
-    state_digest = digest_tree(state)  # before anything is written: it refuses what is no plain value
-    # safetensors refuses tensors that share memory, and tied weights do: clone
-    weights = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state["state_dict"].items()}
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
-    save_file(weights, target / WEIGHTS)
-    torch.save({key: value for key, value in state.items() if key != "state_dict"}, target / STATE)
-    refuse_unloadable(target / STATE)
-    files = {
-        name: {"sha256": file_sha256(target / name), "size_bytes": (target / name).stat().st_size}
-        for name in (WEIGHTS, STATE)
-    }
-    digests = {"weights_digest": digest(weights), "state_digest": state_digest}
-    manifest = {**manifest, "schema": SCHEMA, **digests, "files": files}
-    write_manifest(target, manifest)
-    return manifest
-
-
-def write_manifest(target: Path, manifest: Manifest) -> None:
-    """Write or replace a checkpoint's manifest, in one step."""
-    write_atomically(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-
-
-def refuse_unloadable(path: Path) -> None:
-    """Refuse a state that could only be loaded by running code from the file.
+def load_folder(folder: Path) -> dict[str, Any]:
+    """Return Lightning's checkpoint dictionary from a folder that was verified, on the CPU, without its loops.
 
     Raises:
-        LabtrainError: names the class.
+        DamagedError: loading it would run code.
     """
     try:
-        torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:
-        shutil.rmtree(path.parent)
-        found = re.search(r"GLOBAL (\S+)", str(error))
-        raise LabtrainError(
-            f"the training state holds what a checkpoint cannot: {found.group(1) if found else error}",
-            hint="keep numbers, strings, tensors, lists and dicts in hyperparameters and state_dicts",
+        state: dict[str, Any] = torch.load(folder / STATE, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        first = " ".join(str(error).split())[:300]
+        raise DamagedError(
+            f"{folder / STATE} cannot be read without running code from it, so labtrain has not written it: {first}",
+            hint=f"rm -r {folder}, and ask who wrote it",
         ) from error
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return Lightning's checkpoint dictionary, on the CPU, without its loops.
-
-    Raises:
-        DamagedError: a file is missing or is not what the manifest says.
-    """
-    verify_checkpoint(path)
-    state: dict[str, Any] = torch.load(path / STATE, weights_only=True, map_location="cpu")
-    return state | {"state_dict": load_file(path / WEIGHTS)}
+    return state | {"state_dict": load_file(folder / WEIGHTS)}

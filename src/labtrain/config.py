@@ -12,7 +12,8 @@ from typing import Any
 
 import yaml
 
-from labtrain.errors import ConfigError, LabtrainError, NotThereYetError
+from labtrain.errors import ConfigError, LabtrainError
+from labtrain.remote import check_url
 from labtrain.run import Config, get, shards_in_use, world_size
 
 CONF = Path(__file__).parent / "conf"
@@ -39,7 +40,6 @@ def check(config: Config) -> None:
 
     Raises:
         ConfigError: names the key, what was found and what is wanted.
-        NotThereYetError: the key belongs to a later version.
     """
     for group in GROUPS:
         known = _yaml(CONF / group / "default.yaml")
@@ -81,13 +81,20 @@ def check(config: Config) -> None:
     _want("trainer.devices", devices, good, "a number of devices, a list of GPU numbers, or auto")
     if config["checkpoint"]["keep_best"] and config["checkpoint"]["monitor"] is None:
         raise ConfigError("checkpoint.keep_best needs a metric to compare by", hint="checkpoint.monitor=val/acc")
-    for key in ("every_n_steps", "every_seconds"):
+    _want_int(config, "checkpoint.spool_bytes", minimum=1)
+    for key in ("every_n_steps", "keep_every_n_steps", "every_seconds", "deliver_seconds"):
         value = config["checkpoint"][key]
-        good = value is None or _is_int(value, 1) or (key == "every_seconds" and isinstance(value, float) and value > 0)
-        _want(f"checkpoint.{key}", value, good, "a number above 0, or null")
+        good = (
+            value is None or _is_int(value, 1) or (key.endswith("seconds") and isinstance(value, float) and value > 0)
+        )
+        good = good and (value is not None or key != "deliver_seconds")
+        _want(f"checkpoint.{key}", value, good, "a number above 0, or null" if "every" in key else "a number above 0")
     _want("resume", config["resume"], isinstance(config["resume"], str) and config["resume"], "auto, never or a run")
     _check_shards(config)
-    _refuse_later_keys(config)
+    for key, url in (("checkpoint.url", config["checkpoint"]["url"]), ("resume", config["resume"])):
+        if url is not None:
+            _want(key, url, isinstance(url, str), "a path or a URL")
+            check_url(url)
 
 
 def _check_shards(config: Config) -> None:
@@ -111,13 +118,6 @@ def too_many_devices(world: int, shards: int) -> ConfigError:
         f"{world} devices, and each batch is cut into determinism.shards={shards}",
         hint=f"trainer.devices={shards}, or determinism.shards={world}: another run, with bits of its own",
     )
-
-
-def _refuse_later_keys(config: Config) -> None:
-    url = str(config["checkpoint"]["url"] or "")
-    for key, value in (("checkpoint.url", url), ("resume", str(config["resume"]))):
-        if "://" in value and not value.startswith("file://"):
-            raise NotThereYetError(f"{key}={value}", hint=f"a local or mounted folder: {key}=/scratch/me")
 
 
 def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> ConfigError:

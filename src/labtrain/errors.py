@@ -6,6 +6,7 @@
     ├── ConfigError          a key, a value or an override
     ├── DeviceError          devices, precision or memory that this machine does not have
     ├── DamagedError         a receipt, checkpoint or lock that is not what it should be
+    ├── StoreError           a place for checkpoints that cannot be reached, is full, or refuses
     └── NotThereYetError     part of the design that this version does not have
 
 Each ends a command with exit code 2. Anything else that is raised is a defect, or a person's own exception, and keeps
@@ -39,6 +40,10 @@ class DeviceError(LabtrainError):
 
 class DamagedError(LabtrainError):
     """A file of labtrain's that is broken, incomplete, or of an unknown version."""
+
+
+class StoreError(LabtrainError):
+    """A place for checkpoints that cannot be reached, is full, or refuses."""
 
 
 class NotThereYetError(LabtrainError):

@@ -40,13 +40,13 @@ class EpochLoop(_TrainingEpochLoop):
 
     Args:
         trainer: its loop of the same kind is replaced.
-        save: called where the training is to be saved, on every rank.
+        save: called where the training is to be saved, on every rank; told whether it must be, or can be put off.
         every_n_steps: save that often; beside before each validation, at the end of each epoch and of the training.
         wishes: of this process.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, *, save: Callable[[], None], every_n_steps: int | None, wishes: Wishes
+        self, trainer: pl.Trainer, *, save: Callable[[bool], None], every_n_steps: int | None, wishes: Wishes
     ) -> None:
         replaced = trainer.fit_loop.epoch_loop
         super().__init__(trainer, min_steps=replaced.min_steps, max_steps=replaced.max_steps)
@@ -60,22 +60,24 @@ class EpochLoop(_TrainingEpochLoop):
     def on_advance_end(self, data_fetcher: Any) -> None:
         if not self._entering and not self._should_accumulate():
             self._agree()
-            if self.wishes.agreed_stop or self.wishes.agreed_save or self._due(data_fetcher):
-                self.save()
+            if self.wishes.agreed_stop or self._ends():
+                self.save(True)
+            elif self.wishes.agreed_save or self._due(data_fetcher):
+                self.save(False)
             if self.wishes.agreed_stop:
                 raise Stopped(self.wishes.agreed_stop)
         self._entering = False
         seed_place("boundary", self.trainer.current_epoch, self.batch_idx)
         super().on_advance_end(data_fetcher)
 
+    def _ends(self) -> bool:
+        """Return whether this is the last step of the epoch, or of the training."""
+        stopping = self.trainer.should_stop and self.trainer.fit_loop._can_stop_early
+        return bool(stopping or self._is_training_done)
+
     def _due(self, data_fetcher: Any) -> bool:
         every = self.every_n_steps
-        return (
-            (every is not None and self.global_step % every == 0)
-            or (self.trainer.should_stop and self.trainer.fit_loop._can_stop_early)
-            or self._is_training_done  # the last of the epoch, or max_steps
-            or self._should_check_val_fx(data_fetcher)
-        )
+        return (every is not None and self.global_step % every == 0) or self._should_check_val_fx(data_fetcher)
 
     def _agree(self) -> None:
         """Come to know what any rank wishes. Exact ranks have exchanged it with the step."""

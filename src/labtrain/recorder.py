@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +19,6 @@ from labtrain.errors import LabtrainError
 from labtrain.loader import DataLoader
 from labtrain.provenance import code_state, environment_state, machine, timestamp, uncommitted_change
 from labtrain.run import Job, shards_in_use, shown
-from labtrain.store import list_checkpoints
 
 LOCK = ".lock"
 
@@ -30,11 +30,11 @@ class Recorder(pl.Callback):
 
     Args:
         job: the run.
-        checkpoints: the folder that its checkpoints lie below.
+        checkpoints: returns what the receipt says of its checkpoints.
         resumed_step: the step that this process goes on from.
     """
 
-    def __init__(self, job: Job, *, checkpoints: Path, resumed_step: int) -> None:
+    def __init__(self, job: Job, *, checkpoints: Callable[[], list[dict[str, Any]]], resumed_step: int) -> None:
         self.job, self.run_dir, self.checkpoints = job, Path(job.run_dir), checkpoints
         self.resumed_step = resumed_step
         self.notes: list[str] = []
@@ -136,10 +136,7 @@ class Recorder(pl.Callback):
             self.receipt["status"] = status
             self.receipt["segments"][-1] |= {"ended": timestamp(), "status": status, "to_step": step}
             self.receipt["results"] = results or {}
-            self.receipt["checkpoints"] = [
-                {"path": str(path), "step": manifest["step"], "weights_digest": manifest["weights_digest"]}
-                for path, manifest in list_checkpoints(self.checkpoints)
-            ]
+            self.receipt["checkpoints"] = self.checkpoints()
             receipt.write(self.run_dir, self.receipt)
         elif self.made_folder:
             shutil.rmtree(self.run_dir)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from labtrain import receipt
 from labtrain.errors import ConfigError, LabtrainError
+from labtrain.remote import is_local
 from labtrain.run import Config, Job, code_digest, first_free, lock_digest, name, shown, what_counts
-from labtrain.store import checkpoint_folder, list_checkpoints
+from labtrain.store import Store, checkpoint_place, list_checkpoints
 
 
 def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0) -> Job:
@@ -36,17 +37,26 @@ def find_origin(resume: str, experiment_runs: Path) -> tuple[Path, str]:
     """Return the run's folder that resume=RUN goes on with, and the folder of its checkpoints.
 
     Args:
-        resume: a run's folder, its id in this experiment, or a folder that holds its checkpoints.
+        resume: a run's folder, its id in this experiment, or a folder or URL that holds its checkpoints.
         experiment_runs: the folder of this experiment's runs.
 
     Raises:
         ConfigError: there is no run.
     """
+    if not is_local(resume):
+        store = Store(resume)
+        run_ids = {store.manifest(checkpoint)["run_id"] for checkpoint in store.checkpoints()[-1:]}
+        if not run_ids or any(checkpoint.run for checkpoint in store.checkpoints()):
+            raise ConfigError(
+                f"resume={resume}: {'more than one run is' if run_ids else 'no checkpoint is'} there",
+                hint=f"labtrain store ls {resume}; the folder of one run is wanted",
+            )
+        return experiment_runs / run_ids.pop(), store.url
     places = [Path(resume.removeprefix("file://")).resolve(), experiment_runs / resume]
     for place in places:
         found = receipt.read(place)
         if found is not None:
-            return place, str(checkpoint_folder(place, found["config"]["checkpoint"]["url"]))
+            return place, checkpoint_place(place, found["config"]["checkpoint"]["url"])
         checkpoints = list_checkpoints(place)
         if checkpoints:
             return experiment_runs / checkpoints[-1][1]["run_id"], str(place)

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1
@@ -35,13 +35,19 @@ class Wishes:
         self.every_seconds = every_seconds
         self.signum = 0
         self.saved = time.monotonic()
+        self.owed = False  # a save that was put off
+        self.can_save: Callable[[], bool] = lambda: True
         self.agreed_stop = 0
         self.agreed_save = False
 
     def numbers(self) -> tuple[float, float]:
         """Return them as numbers whose maximum over the ranks is what all do: a signal's number, 1 to save."""
         due = self.every_seconds is not None and time.monotonic() - self.saved >= self.every_seconds
-        return float(self.signum), float(due)
+        return float(self.signum), float((due or self.owed) and self.can_save())
+
+    def keep_time(self) -> None:
+        """Note that a save was made now."""
+        self.saved, self.owed = time.monotonic(), False
 
     def agree(self, stop: float, save: float) -> None:
         """Take the maximum over the ranks."""

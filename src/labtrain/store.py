@@ -1,94 +1,441 @@
-"""Where checkpoints lie: a folder each, complete when its manifest is there, checked against its hashes. No torch.
+"""Where checkpoints lie: a folder each below any fsspec URL, complete when its manifest is there. No torch.
 
 ::
 
+    .writer.json                          who trains this run; gone when it has ended
     step-0000000120/weights.safetensors   the state dict of the LightningModule
                     state.pt              the rest of the training state; loads with weights_only=True
                     manifest.json         written last: sha256 and size of each file, place, weights digest
+    step-0000000120.2/                    the same step once more, where the first name was taken by what a crash left
     step-0000000300-end/                  only where a callback changed the weights after the last step: the result
+
+The rule: a name is used once, files come first, and the manifest is created last, in one step and never replaced. So a
+reader sees a whole checkpoint or none; the newest is found by looking, not by a pointer that could lie; and whatever
+has no manifest was left by a crash or is being written. Four methods change something (`create`, `replace`, `put`,
+`remove`): a crash between any two of them is what the tests walk through.
 """
 
 import hashlib
 import json
+import os
+import re
+import secrets
 import shutil
 import sys
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labtrain.errors import DamagedError
+from labtrain.errors import DamagedError, StoreError
+from labtrain.remote import explained, is_local, open_url
 from labtrain.run import shown
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
+WRITER = ".writer.json"
 SCHEMA = "labtrain/checkpoint/1"
+NAME = re.compile(r"step-(\d{10})(-end)?(?:\.(\d+))?")
+PART_BYTES = 16 << 20  # of an upload; some at once
+PARTS_AT_ONCE = 4
 
 Manifest = dict[str, Any]
 
 
-def checkpoint_folder(run_dir: Path, url: str | None) -> Path:
-    """Return where a run's checkpoints lie: in its own folder, or below `url` in one of the run's name."""
-    return Path(url.removeprefix("file://")) / run_dir.name if url else run_dir / "checkpoints"
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """One checkpoint's folder: complete, or what a crash or an unfinished upload left.
 
-
-def read_manifest(path: Path) -> Manifest | None:
-    """Return a checkpoint's manifest; None where the checkpoint was never completed."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-        return dict(manifest) if manifest["schema"] == SCHEMA else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def verify_checkpoint(path: Path) -> None:
-    """Compare a checkpoint's files with its manifest.
-
-    Raises:
-        DamagedError: names the file, what it is and what the manifest says.
+    Attributes:
+        store: where it is.
+        path: its folder, relative to the store.
+        sizes: bytes of each file, by name.
     """
-    manifest = read_manifest(path)
-    if manifest is None:
-        raise DamagedError(f"{path}: no readable {MANIFEST}, the checkpoint is not complete", hint=f"rm -r {path}")
-    for name, wanted in manifest["files"].items():
-        found = file_sha256(path / name) if (path / name).exists() else "no file"
-        if found != wanted["sha256"]:
-            raise DamagedError(
-                f"{path / name}: sha256 {found[:12]}, manifest says {wanted['sha256'][:12]}", hint=f"rm -r {path}"
-            )
+
+    store: "Store"
+    path: str
+    sizes: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return self.path.rpartition("/")[2]
+
+    @property
+    def run(self) -> str:
+        return self.path.rpartition("/")[0]
+
+    @property
+    def step(self) -> int:
+        return self.order[0]
+
+    @property
+    def finished(self) -> bool:
+        """Whether it is what became of the weights after the last step; nothing goes on from it."""
+        return self.order[1]
+
+    @property
+    def order(self) -> tuple[int, bool, int]:
+        found = NAME.fullmatch(self.name)
+        assert found is not None
+        return int(found[1]), bool(found[2]), int(found[3] or 1)
+
+    @property
+    def url(self) -> str:
+        return f"{self.store.url}/{self.path}" if self.path else self.store.url
+
+    @property
+    def folder(self) -> Path:
+        """Its folder on this machine."""
+        assert self.store.local
+        return Path(self.store.root, self.path)
 
 
-def list_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
-    """Return the complete checkpoints below `folder`, oldest first."""
-    found = [(path, manifest) for path in folder.glob("step-*") if (manifest := read_manifest(path)) is not None]
-    return sorted(found, key=lambda entry: (entry[1]["step"], entry[1].get("finished", False)))
-
-
-def newest_whole(folder: Path, *, to_resume: bool = False) -> tuple[Path, Manifest] | None:
-    """Return the newest checkpoint whose files are what its manifest says; name each that is not.
+class Store:
+    """Checkpoints below one URL.
 
     Args:
-        folder: where they lie.
-        to_resume: leave out one that holds what became of the weights after the training's end.
+        place: a path, or any URL that fsspec has a backend for.
+
+    Raises:
+        ConfigError: the URL cannot be used.
+        StoreError: it cannot be reached, or refuses.
     """
-    for path, manifest in reversed(list_checkpoints(folder)):
-        if to_resume and manifest.get("finished"):
-            continue
+
+    def __init__(self, place: str | Path) -> None:
+        self.url = str(place).removeprefix("file://").rstrip("/")
+        self.local = is_local(self.url)
+        self.fs, self.root = open_url(self.url)
+
+    def __str__(self) -> str:
+        return shown(self.url) if self.local else self.url
+
+    # ------------------------------------------------------------------------------------------ what changes something
+
+    def create(self, path: str, data: bytes) -> None:
+        """Write a small file that must not exist yet, in one step.
+
+        Raises:
+            FileExistsError: it does.
+        """
+        full = f"{self.root}/{path}"
+        scratch = f"{full}.{secrets.token_hex(4)}"
         try:
-            verify_checkpoint(path)
+            if self.local:
+                self._write(scratch, data)
+                os.link(scratch, full)
+                Path(scratch).unlink()
+                sync(Path(full).parent)
+            elif self._is_sftp:
+                self._write(scratch, data)
+                self.fs.ftp.rename(scratch, full)  # fails where it exists, unlike posix_rename
+            else:
+                self.fs.pipe_file(full, data, mode="create")
+        except OSError as error:
+            with suppress(Exception):
+                if self.local or self._is_sftp:
+                    self.fs.rm_file(scratch)
+            if not isinstance(error, FileExistsError) and self.fs.exists(full):
+                raise FileExistsError(full) from error
+            raise
+
+    def replace(self, path: str, data: bytes) -> None:
+        """Write a small file, over the one that is there, in one step."""
+        full = f"{self.root}/{path}"
+        if not self.local and not self._is_sftp:
+            self.fs.pipe_file(full, data)
+            return
+        scratch = f"{full}.{secrets.token_hex(4)}"
+        self._write(scratch, data)
+        if self.local:
+            Path(scratch).replace(full)
+        else:
+            self.fs.ftp.posix_rename(scratch, full)
+
+    def put(self, local: Path, path: str, callback: Any = None) -> None:
+        """Upload a file, in parts at once where the backend has parts."""
+        options: dict[str, Any] = {"callback": callback} if callback is not None else {}
+        if "s3" in self.fs.protocol:
+            part = max(PART_BYTES, local.stat().st_size // 9000)  # S3 has at most 10,000
+            options |= {"chunksize": part, "max_concurrency": PARTS_AT_ONCE}
+        self.fs.put_file(str(local), f"{self.root}/{path}", **options)
+
+    def remove(self, path: str) -> None:
+        """Remove a file, or a folder and all below it; nothing where it is gone already."""
+        full = f"{self.root}/{path}"
+        with suppress(FileNotFoundError):
+            if self.local and Path(full).is_dir():
+                shutil.rmtree(full)
+            elif self.fs.isdir(full):
+                self.fs.rm(full, recursive=True)
+            else:
+                self.fs.rm_file(full)
+
+    @property
+    def _is_sftp(self) -> bool:
+        return "sftp" in self.fs.protocol
+
+    def _write(self, full: str, data: bytes) -> None:
+        self.fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+        if not self.local:
+            self.fs.pipe_file(full, data)
+            return
+        with Path(full).open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+
+    # -------------------------------------------------------------------------------------------------- looking
+
+    def find(self) -> list[Checkpoint]:
+        """Return every checkpoint's folder below the store, complete or not: by run, oldest first."""
+        with explained(self.url):
+            try:
+                files = self.fs.find(self.root, detail=True)
+            except FileNotFoundError:
+                if self.local or self._is_sftp:
+                    return []
+                raise
+        folders: dict[str, dict[str, int]] = {}
+        for path, info in files.items():
+            folder, _, name = path.removeprefix(self.root).lstrip("/").rpartition("/")
+            if NAME.fullmatch(folder.rpartition("/")[2]):
+                folders.setdefault(folder, {})[name] = info["size"]
+        found = [Checkpoint(self, path, sizes) for path, sizes in folders.items()]
+        return sorted(found, key=lambda checkpoint: (checkpoint.run, checkpoint.order))
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """Return the complete ones: by run, oldest first."""
+        return [checkpoint for checkpoint in self.find() if MANIFEST in checkpoint.sizes]
+
+    def read(self, path: str) -> bytes:
+        """Return a small file's content."""
+        return bytes(self.fs.cat_file(f"{self.root}/{path}"))
+
+    def manifest(self, checkpoint: Checkpoint) -> Manifest:
+        """Return a checkpoint's manifest.
+
+        Raises:
+            DamagedError: it is none.
+            StoreError: it cannot be read.
+        """
+        where = f"{checkpoint.path}/{MANIFEST}" if checkpoint.path else MANIFEST
+        with explained(self.url):
+            data = self.read(where)
+        with suppress(ValueError, KeyError, TypeError):
+            manifest = json.loads(data)
+            if manifest["schema"] == SCHEMA and WEIGHTS in manifest["files"]:
+                return dict(manifest)
+        raise DamagedError(f"{checkpoint.url}/{MANIFEST} is no manifest of {SCHEMA}", hint=_prune_hint(self))
+
+    def fetch(self, checkpoint: Checkpoint, into: Path) -> tuple[Path, Manifest]:
+        """Return a folder of this machine that holds a checkpoint, whole, and its manifest.
+
+        Args:
+            checkpoint: one of this store.
+            into: the folder to copy it to, where the store is remote; a local one is read where it lies.
+
+        Raises:
+            DamagedError: a file is missing, or is not what the manifest says.
+            StoreError: it cannot be read.
+        """
+        manifest = self.manifest(checkpoint)
+        folder = checkpoint.folder if self.local else into
+        for name, wanted in manifest["files"].items():
+            path = folder / name
+            if not self.local:
+                into.mkdir(parents=True, exist_ok=True)
+                with explained(self.url), suppress(FileNotFoundError):
+                    self.fs.get_file(f"{self.root}/{checkpoint.path}/{name}".replace("//", "/"), str(path))
+            try:
+                size = path.stat().st_size
+                found = file_sha256(path) if size == wanted["size_bytes"] else f"of {size} bytes"
+            except FileNotFoundError:
+                found = "no file"
+            except OSError as error:
+                raise StoreError(f"{path}: {error.strerror}", hint=f"ls -l {path}") from error
+            if found != wanted["sha256"]:
+                raise DamagedError(
+                    f"{checkpoint.url}/{name}: sha256 {found[:12]}, manifest says {wanted['sha256'][:12]}"
+                    if len(found) == 64
+                    else f"{checkpoint.url}/{name}: {found}, manifest says {wanted['size_bytes']} bytes",
+                    hint=_prune_hint(self),
+                )
+        return folder, manifest
+
+    # -------------------------------------------------------------------------------------------------- writing
+
+    def commit(self, path: str, manifest: Manifest) -> None:
+        """Make a checkpoint exist: create its manifest.
+
+        Raises:
+            StoreError: another process has made a checkpoint of this name.
+        """
+        data = (json.dumps(manifest, indent=1) + "\n").encode()
+        try:
+            self.create(f"{path}/{MANIFEST}", data)
+        except FileExistsError:
+            if self.read(f"{path}/{MANIFEST}") != data:  # else it is this one, whose answer was lost
+                raise taken_over(f"{self}/{path}") from None
+
+    def upload(self, folder: Path, manifest: Manifest, path: str, callback: Any = None) -> None:
+        """Copy a checkpoint's files here from a folder of this machine; it exists once it is committed."""
+        for name, wanted in manifest["files"].items():
+            self.put(folder / name, f"{path}/{name}", callback)
+            if (size := self.fs.info(f"{self.root}/{path}/{name}")["size"]) != wanted["size_bytes"]:
+                raise StoreError(f"{self.url}/{path}/{name}: {size} bytes arrived of {wanted['size_bytes']}")
+
+    def discard(self, path: str) -> None:
+        """Remove a checkpoint, its manifest first: a crash in between leaves none, not a broken one."""
+        self.remove(f"{path}/{MANIFEST}")
+        self.remove(path)
+
+    # -------------------------------------------------------------------------------------------------- its one writer
+
+    def take_over(self) -> str:
+        """Become the store's one writer and return what it is known by; the one before finds out at its next save."""
+        token = secrets.token_hex(8)
+        self.renew(token)
+        return token
+
+    def renew(self, token: str) -> None:
+        """Write who the writer is; the age of that file is when it last began to write."""
+        who = {"token": token, "host": os.uname().nodename, "process": os.getpid()}
+        with explained(self.url):
+            self.replace(WRITER, json.dumps(who).encode())
+
+    def writer(self) -> dict[str, Any] | None:
+        """Return who writes here: token, host, process; None where nobody does, or it ended as it should."""
+        try:
+            with explained(self.url), suppress(FileNotFoundError):
+                return dict(json.loads(self.read(WRITER)))
+        except (ValueError, TypeError):
+            pass
+        return None
+
+    def check_writer(self, token: str) -> None:
+        """Refuse to go on where another process has taken over.
+
+        Raises:
+            StoreError: names it.
+        """
+        found = self.writer()
+        if found is not None and found.get("token") != token:
+            raise taken_over(str(self), f" (process {found.get('process')} on {found.get('host')})")
+
+    def leave(self, token: str) -> None:
+        """Be its writer no more."""
+        found = self.writer()
+        if found is not None and found.get("token") == token:
+            with explained(self.url):
+                self.remove(WRITER)
+
+
+class TakenOverError(StoreError):
+    """Another process writes to this place."""
+
+
+def taken_over(where: str, who: str = "") -> TakenOverError:
+    """Return the error for two runs that write to one place."""
+    return TakenOverError(
+        f"another process{who} writes checkpoints to {where}: this one stops, and loses nothing that the other needs",
+        hint="train a run once; or keep them apart: resume=never, or another checkpoint.url",
+    )
+
+
+def checkpoint_place(run_dir: Path, url: str | None) -> str:
+    """Return where a run's checkpoints lie: in its own folder, or below `url` in one of the run's name."""
+    return f"{url.rstrip('/')}/{run_dir.name}" if url else str(run_dir / "checkpoints")
+
+
+def spool_of(run_dir: Path) -> Path:
+    """Return the folder in which a run's checkpoints wait for a remote store."""
+    return run_dir / "spool"
+
+
+def newest_whole(
+    stores: Iterable[Store], *, into: Path, to_resume: bool = False, say: Callable[[str], None] | None = None
+) -> tuple[Checkpoint, Path, Manifest] | None:
+    """Return the newest checkpoint whose files are what its manifest says, fetched; name each that is not.
+
+    Args:
+        stores: of one run; where two have a checkpoint, the first is asked first.
+        into: a folder below which a remote one is copied, under its name.
+        to_resume: leave out one that holds what became of the weights after the training's end.
+        say: told what is damaged; default: a warning on standard error.
+    """
+    found = [(checkpoint.order, -place, checkpoint) for place, store in enumerate(stores)
+             for checkpoint in store.checkpoints() if not (to_resume and checkpoint.finished)]  # fmt: skip
+    for _, _, checkpoint in sorted(found, key=lambda entry: entry[:2], reverse=True):
+        try:
+            folder, manifest = checkpoint.store.fetch(checkpoint, into / checkpoint.name)
         except DamagedError as error:
-            sys.stderr.write(f"warning: {error.args[0]}: going on from an older checkpoint than {shown(path)}\n")
+            text = f"{error.args[0]}: going on from an older checkpoint than {shown(checkpoint.url)}"
+            (say or (lambda line: sys.stderr.write(f"warning: {line}\n")))(text)
             continue
-        return path, manifest
+        return checkpoint, folder, manifest
     return None
 
 
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint, its manifest first: a crash in between leaves none, not a broken one."""
-    (path / MANIFEST).unlink()
-    shutil.rmtree(path)
+def list_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
+    """Return the complete checkpoints of a folder of this machine, oldest first."""
+    store, found = Store(folder), []
+    for checkpoint in store.checkpoints():
+        with suppress(DamagedError):
+            found.append((checkpoint.folder, store.manifest(checkpoint)))
+    return found
+
+
+def kept(
+    steps: dict[str, int],
+    scores: dict[str, float],
+    *,
+    last: int,
+    best: int = 0,
+    every: int | None = None,
+    mode: str = "max",
+) -> set[str]:
+    """Return which checkpoints are kept: the last, the best, and each whose step is a multiple.
+
+    Args:
+        steps: of each checkpoint, by name, oldest first.
+        scores: by name, of those that were validated.
+        last: how many of the newest.
+        best: how many of the best scores.
+        every: each whose step is a multiple of this.
+        mode: max or min: which score is better.
+    """
+    ranked = sorted((name for name in steps if name in scores), key=lambda name: scores[name], reverse=mode == "max")
+    good = {name for name, step in steps.items() if every and step % every == 0}
+    return good | set(list(steps)[-last:]) | set(ranked[:best])
+
+
+def free_name(step: int, taken: set[str], *, finished: bool = False) -> str:
+    """Return a checkpoint's name that is not taken, and take it."""
+    number, name = 1, f"step-{step:010d}{'-end' if finished else ''}"
+    free = name
+    while free in taken:
+        number += 1
+        free = f"{name}.{number}"
+    taken.add(free)
+    return free
+
+
+def sync(path: Path) -> None:
+    """Have the kernel write a file or a folder's entries to the disk: fsync(2)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_sha256(path: Path) -> str:
     """Return a file's sha256, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _prune_hint(store: Store) -> str:
+    return f"labtrain store check {store}"

@@ -1,43 +1,106 @@
-"""What a person names on the command line: a run, a checkpoint folder or a weights file."""
+"""What a person names on the command line: a run, a checkpoint's folder or URL, a store, or a weights file."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from labtrain import receipt
-from labtrain.digests import digest_file, digest_tree
-from labtrain.errors import LabtrainError, NotThereYetError
-from labtrain.store import WEIGHTS, checkpoint_folder, newest_whole, read_manifest
+from labtrain.digests import digest_file
+from labtrain.errors import LabtrainError
+from labtrain.remote import is_local
+from labtrain.store import (
+    MANIFEST,
+    NAME,
+    WEIGHTS,
+    Checkpoint,
+    Manifest,
+    Store,
+    checkpoint_place,
+    newest_whole,
+    spool_of,
+)
 
 
 def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]:
     """Return the digest of what `target` names, from its files, and what its own record claims.
 
     Args:
-        target: a run's folder (its newest checkpoint), a checkpoint's folder, or a .safetensors file.
+        target: a run's folder (its newest checkpoint), a checkpoint's folder or URL, or a .safetensors file.
         whole: of the whole training state instead of the weights.
 
     Raises:
         LabtrainError: nothing is there that has a digest.
     """
-    if "://" in target and not target.startswith("file://"):
-        raise NotThereYetError(f"labtrain digest {target} (remote stores)")
     path = Path(target.removeprefix("file://"))
     if path.is_file() and path.suffix == ".safetensors" and not whole:
         return digest_file(path), None
-    found = receipt.read(path)
-    claimed = None
-    if found is not None:
-        newest = newest_whole(checkpoint_folder(path, found["config"]["checkpoint"]["url"]))
-        if newest is None:
-            raise LabtrainError(f"{path}: the run has no checkpoint yet", hint=f"ls {path}")
-        claimed = found["results"].get("state_digest" if whole else "weights_digest")
-        path = newest[0]
-    manifest = read_manifest(path)
-    if manifest is None:
-        places = ", ".join(str(path / name) for name in (receipt.FILE, "manifest.json"))
-        raise LabtrainError(f"{path} is neither a run nor a checkpoint: looked for {places}", hint="ls runs/*/")
-    claimed = claimed or manifest["state_digest" if whole else "weights_digest"]
-    if not whole:
-        return digest_file(path / WEIGHTS), claimed
-    from labtrain.checkpoint import read_checkpoint
+    found = receipt.read(path) if is_local(target) else None
+    key = "state_digest" if whole else "weights_digest"
+    claimed = found["results"].get(key) if found else None
+    with found_checkpoint(target, verified=False) as (folder, manifest):
+        claimed = claimed or manifest.get(key)
+        if not whole:
+            return digest_file(folder / WEIGHTS), claimed
+        from labtrain.checkpoint import load_folder
+        from labtrain.saver import state_digest
 
-    return digest_tree(read_checkpoint(path)), claimed
+        return state_digest(load_folder(folder)), claimed
+
+
+def load_weights(target: str | Path) -> dict[str, Any]:
+    """Return the weights of a run, or of one checkpoint, as a state dict on the CPU. No code is run from them.
+
+    Args:
+        target: a run's folder or the URL of its checkpoints (the newest that is whole), a checkpoint's folder or URL,
+            or a .safetensors file.
+
+    Raises:
+        DamagedError: the file is not what the manifest says.
+        LabtrainError: there are none.
+        StoreError: the store cannot be read.
+    """
+    from safetensors.torch import load_file
+
+    if str(target).endswith(".safetensors") and is_local(str(target)):
+        return dict(load_file(str(target).removeprefix("file://")))
+    with found_checkpoint(str(target)) as (folder, _):
+        return dict(load_file(folder / WEIGHTS))
+
+
+@contextmanager
+def found_checkpoint(target: str, *, verified: bool = True) -> Iterator[tuple[Path, Manifest]]:
+    """Find a checkpoint and give its folder on this machine and its manifest, while they are needed.
+
+    Args:
+        target: of a run's folder or a URL of its checkpoints the newest that is whole; else that one.
+        verified: refuse a named one of this machine that is damaged.
+
+    Raises:
+        DamagedError: the one that is named is damaged.
+        LabtrainError: there is none.
+    """
+    with TemporaryDirectory(prefix="labtrain-") as scratch:
+        place = target.rstrip("/").removesuffix(f"/{MANIFEST}")
+        name = place.rpartition("/")[2]
+        if NAME.fullmatch(name):
+            store = Store(place.rpartition("/")[0] or ".")
+            named = Checkpoint(store, name, {})
+            if store.local and not verified:
+                yield named.folder, store.manifest(named)
+            else:
+                yield store.fetch(named, Path(scratch, name))
+            return
+        stores = [Store(place)]
+        if is_local(place) and (found := receipt.read(Path(place))) is not None:
+            run_dir = Path(place)
+            stores = [Store(spool) for spool in [spool_of(run_dir)] if spool.is_dir()]
+            stores.append(Store(checkpoint_place(run_dir, found["config"]["checkpoint"]["url"])))
+        newest = newest_whole(stores, into=Path(scratch))
+        if newest is None:
+            raise LabtrainError(
+                f"{target} is neither a run nor a checkpoint: looked for {receipt.FILE}, {MANIFEST} and step-*",
+                hint="ls runs/*/; labtrain store ls URL",
+            )
+        yield newest[1], newest[2]

@@ -3,8 +3,10 @@
 Whatever can be refused is refused before the run's folder is made.
 """
 
+import fcntl
 import logging
 import os
+import shutil
 import signal
 import warnings
 from dataclasses import dataclass
@@ -27,10 +29,11 @@ from labtrain.guard import Guard, explain_operation
 from labtrain.loggers import log_config, make_loggers
 from labtrain.loop import EpochLoop
 from labtrain.recorder import Recorder
+from labtrain.remote import is_local
 from labtrain.resume import make_job
 from labtrain.run import EXACT_STRATEGIES, Config, Job, shards_in_use, shown, world_size
 from labtrain.signals import Stopped, Wishes
-from labtrain.store import checkpoint_folder, newest_whole
+from labtrain.store import Manifest, Store, checkpoint_place, newest_whole, spool_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,21 +88,28 @@ def train(cfg: Any) -> Result:
     determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
     model = instantiate(config, "model", pl.LightningModule)
 
-    folder = checkpoint_folder(run_dir, config["checkpoint"]["url"])
-    path, manifest = newest_whole(Path(job.origin or folder), to_resume=True) or (None, None)
-    if job.origin and path is None:
+    place = checkpoint_place(run_dir, config["checkpoint"]["url"])
+    fetched = run_dir.with_name(f".{run_dir.name}.fetched")
+    found = find_checkpoint(job, place, fetched)
+    if job.origin and found is None:
         raise ConfigError(f"resume={config['resume']}: that run has no checkpoint yet", hint="resume=never")
+    name, path, manifest = found or (None, None, None)
     wishes = Wishes(every_seconds=config["checkpoint"]["every_seconds"])
-    recorder = Recorder(job, checkpoints=folder, resumed_step=manifest["step"] if manifest else 0)
     loggers = make_loggers(job, resumed=manifest["logs"] if manifest else None)
-    kept = {key: config["checkpoint"][key] for key in ("keep_last", "keep_best", "monitor", "mode")}
-    resumed = (path, manifest) if path is not None and manifest is not None and path.parent == folder else None
-    checkpoints = Checkpoints(folder, run_id=job.run_id, resumed=resumed, **kept)
+    checkpoints = Checkpoints(
+        run_dir,
+        place,
+        run_id=job.run_id,
+        options=config["checkpoint"],
+        resumed=(name, manifest) if name and manifest else None,
+    )
+    wishes.can_save = lambda: not checkpoints.saver.busy
+    recorder = Recorder(job, checkpoints=checkpoints.saver.listed, resumed_step=manifest["step"] if manifest else 0)
     callbacks = make_callbacks(job, checkpoints, recorder)
     trainer = make_trainer(config, accelerator, devices, loggers, callbacks, wishes)
     loop = trainer.fit_loop.epoch_loop = EpochLoop(
         trainer,
-        save=lambda: checkpoints.save(trainer),
+        save=lambda required: checkpoints.save(trainer, required=required),
         every_n_steps=config["checkpoint"]["every_n_steps"],
         wishes=wishes,
     )
@@ -111,8 +121,9 @@ def train(cfg: Any) -> Result:
         with wishes.listening():
             if trainer.is_global_zero:
                 recorder.open()
-                if path is not None:
-                    warn_resumed(run_dir, path)
+                checkpoints.saver.open()
+                if name is not None:
+                    warn_resumed(run_dir, name)
             if shards_in_use(config) is None:
                 recorder.say(plain_because(config))
                 if config["trainer"]["strategy"] not in EXACT_STRATEGIES and path is not None:
@@ -121,18 +132,22 @@ def train(cfg: Any) -> Result:
             trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
             metrics = as_floats(trainer.callback_metrics)
             weights, steps = digest(model), trainer.global_step
-            if trainer.is_global_zero:
-                checkpoints.finish(model, weights, step=steps)
+            state = checkpoints.finish(model, weights, resumed=path) if trainer.is_global_zero else None
             if is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model):
                 trainer.test(model, datamodule=datamodule, verbose=False)
                 metrics |= as_floats(trainer.callback_metrics)
             result = Result(run_dir=run_dir, metrics=metrics, weights_digest=weights, steps=steps)
             if trainer.is_global_zero:
-                recorder.close("complete", step=steps, results=_results(result, folder))
+                checkpoints.saver.close(seconds=config["checkpoint"]["deliver_seconds"], wanted=True)
+                recorder.close("complete", step=steps, results=results_of(result, state))
             return result
     except BaseException as error:
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
         if trainer.is_global_zero:
+            if isinstance(error, Stopped):
+                checkpoints.saver.close(seconds=config["checkpoint"]["deliver_seconds"], wanted=False)
+            else:
+                checkpoints.saver.abandon()
             recorder.close("interrupted" if stopped else "failed", step=trainer.global_step)
         if not stopped and (launcher := trainer.strategy.launcher):
             launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
@@ -140,6 +155,34 @@ def train(cfg: Any) -> Result:
         if known is not None:
             raise known from error
         raise
+    finally:
+        if trainer.is_global_zero:
+            shutil.rmtree(fetched, ignore_errors=True)
+
+
+def find_checkpoint(job: Job, place: str, into: Path) -> tuple[str, Path, Manifest] | None:
+    """Return the name, the folder and the manifest of the newest whole checkpoint that a job goes on from.
+
+    One of a remote store is copied into a folder of this machine, once for all ranks that share it.
+
+    Args:
+        job: the run.
+        place: where its checkpoints lie.
+        into: a folder for such copies.
+
+    Raises:
+        StoreError: the store cannot be asked: whether there is a checkpoint is not known.
+    """
+    origin = job.origin or place
+    stores = [Store(spool) for spool in [spool_of(Path(job.run_dir))] if spool.is_dir()] + [Store(origin)]
+    if is_local(origin):
+        found = newest_whole(stores, into=into, to_resume=True)
+    else:
+        into.mkdir(parents=True, exist_ok=True)
+        with (into / ".lock").open("w") as file:
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            found = newest_whole(stores, into=into, to_resume=True)
+    return (found[0].name, *found[1:]) if found else None
 
 
 def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
@@ -244,18 +287,18 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
     return None
 
 
-def warn_resumed(run_dir: Path, checkpoint: Path) -> None:
+def warn_resumed(run_dir: Path, name: str) -> None:
     """Say that a run goes on, and from where."""
-    warn(f"{shown(run_dir)} goes on from {checkpoint.name} (resume=never starts anew beside it)")
+    warn(f"{shown(run_dir)} goes on from {name} (resume=never starts anew beside it)")
 
 
-def _results(result: Result, folder: Path) -> dict[str, Any]:
-    found = newest_whole(folder)
+def results_of(result: Result, state_digest: str | None) -> dict[str, Any]:
+    """Return what a receipt holds of a result, with the digest of the training state that was saved last."""
     return {
         "metrics": result.metrics,
         "steps": result.steps,
         "weights_digest": result.weights_digest,
-        "state_digest": found[1]["state_digest"] if found else None,
+        "state_digest": state_digest,
     }
 
 
@@ -275,4 +318,5 @@ def _job(cfg: Any) -> Job:
 def _quiet_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # aiohttp's, when a store goes away: said by the delivery
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")

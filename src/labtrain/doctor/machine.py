@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from labtrain.doctor.report import Check, judged, skipped
+from labtrain.doctor.report import Check, judged
+from labtrain.errors import LabtrainError
+from labtrain.remote import explained, is_local
 from labtrain.run import shown
-from labtrain.store import list_checkpoints
+from labtrain.store import Store, list_checkpoints
 
 GROUP = "machine"
 SHM = Path("/dev/shm")
@@ -76,8 +78,8 @@ def check_disk(folder: Path) -> Check:
 def check_checkpoints(folder: Path, url: str | None) -> Check:
     """Check that the checkpoints' folder can be written, and that the last one's size fits there a few times."""
     name = "checkpoints"
-    if url is not None and "://" in url and not url.startswith("file://"):
-        return skipped(GROUP, name, f"{url}: remote stores are not there yet", "a local or mounted folder")
+    if url is not None and not is_local(url):
+        return _check_remote(name, url)
     target = Path(url.removeprefix("file://")) if url else folder / "runs"
     place = target
     while not place.exists() and place != place.parent:
@@ -113,6 +115,19 @@ def check_checkpoints(folder: Path, url: str | None) -> Check:
         f"room for {KEPT_CHECKPOINTS}",
         "checkpoint.url=/another/disk",
     )
+
+
+def _check_remote(name: str, url: str) -> Check:
+    wanted = "a store that can be written"
+    probe = f".labtrain-doctor-{os.getpid()}"
+    try:
+        store = Store(url)
+        with explained(url):
+            store.replace(probe, b"")
+            store.remove(probe)
+    except LabtrainError as error:
+        return judged(GROUP, name, False, str(error.args[0]), wanted, error.hint)
+    return judged(GROUP, name, True, f"{url} can be written", wanted, "")
 
 
 def check_clock() -> Check:

@@ -1,0 +1,272 @@
+"""What a save costs: the loop's wait, the time until it is on the disk or on S3, the steps meanwhile, and memory.
+
+Ratios of interleaved rounds, medians; `make bench-checkpoint`. The state has 400 MB: eight layers of 2048 x 2048 and
+Adam's two moments. For S3 a server is started from .servers (`make servers`).
+"""
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from labtrain.delivery import Delivery
+from labtrain.saver import Saver
+from labtrain.staging import Staging
+from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, kept, sync
+
+ROUNDS = 7
+MANIFEST_OF_A_SAVE = {"run_id": "bench", "step": 0, "epoch": 0, "metrics": {}, "logs": {}}
+
+
+class Net(pl.LightningModule):
+    """Eight layers of 2048 x 2048: 134 MB of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(*[torch.nn.Linear(2048, 2048) for _ in range(8)])
+
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        loss: torch.Tensor = self.net(batch[0]).square().mean()
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), 1e-4)
+
+
+class Bench(pl.Callback):
+    """Measures in the middle of a real training, at its second step."""
+
+    def __init__(self, folder: Path, io: AsyncCheckpointIO) -> None:
+        self.folder, self.io = folder, io
+        self.results: dict[str, Any] = {}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *rest: Any) -> None:
+        if rest[-1] == 1:
+            self.results = measure_local(trainer, self.folder, self.io)
+
+
+def measure_local(trainer: pl.Trainer, folder: Path, io: AsyncCheckpointIO) -> dict[str, Any]:
+    """Time each way to save the same state, in turn."""
+
+    def state() -> dict[str, Any]:
+        dumped: dict[str, Any] = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        del dumped["loops"]
+        return dumped
+
+    warm, saver = Staging(), saver_of(folder / "ours")
+    saver.open()
+    step = 0
+
+    def copy() -> Callable[[], None]:
+        warm.copy(state())
+        return lambda: None
+
+    def ours() -> Callable[[], None]:
+        nonlocal step
+        step += 1
+        saver.save(state(), {**MANIFEST_OF_A_SAVE, "step": step})
+        return saver.wait
+
+    def torch_save(durable: bool) -> Callable[[], None]:
+        path = folder / "torch.pt"
+        torch.save(state(), path)
+        if durable:
+            sync(path)
+        return lambda: None
+
+    def blocking() -> Callable[[], None]:
+        TorchCheckpointIO().save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(), folder / "blocking.ckpt")
+        return lambda: None
+
+    def asynchronous() -> Callable[[], None]:
+        trainer.save_checkpoint(folder / "async.ckpt")
+        assert io._executor is not None
+        return io._executor.submit(lambda: None).result
+
+    sides: dict[str, Callable[[], Callable[[], None]]] = {
+        "copy": copy,
+        "labtrain": ours,
+        "torch.save": partial(torch_save, False),
+        "torch.save and fsync": partial(torch_save, True),
+        "Lightning blocking": blocking,
+        "Lightning async": asynchronous,
+    }
+    seconds: dict[str, list[tuple[float, float, float]]] = {side: [] for side in sides}
+    for turn in range(ROUNDS + 1):
+        for side in sides if turn % 2 else reversed(sides):
+            began, cpu = time.perf_counter(), time.thread_time()
+            finish = sides[side]()
+            waited, waited_cpu = time.perf_counter() - began, time.thread_time() - cpu
+            finish()
+            if turn:
+                seconds[side].append((waited, waited_cpu, time.perf_counter() - began))
+            os.sync()
+    saver.close(seconds=0, wanted=True)
+
+    def ratio(side: str, base: str, what: int) -> float:
+        return statistics.median(a[what] / b[what] for a, b in zip(seconds[side], seconds[base], strict=True))
+
+    return {
+        side: {
+            "wait_ms": 1e3 * statistics.median(row[0] for row in rows),
+            "wait_of_a_copy": ratio(side, "copy", 0),
+            "wait_cpu_of_a_copy": ratio(side, "copy", 1),
+            "total_ms": 1e3 * statistics.median(row[2] for row in rows),
+            "total_of_torch_save": ratio(side, "torch.save", 2),
+            "total_of_torch_save_and_fsync": ratio(side, "torch.save and fsync", 2),
+        }
+        for side, rows in seconds.items()
+    }
+
+
+def saver_of(folder: Path) -> Saver:
+    folder.mkdir(parents=True, exist_ok=True)
+    return Saver(folder, str(folder / "checkpoints"), keep=partial(kept, last=1), spool_bytes=1 << 40)
+
+
+def measure_steps(folder: Path) -> dict[str, float]:
+    """Compare steps while a save is written with steps while none is: seconds a step, and memory over the state."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = model.configure_optimizers()
+    batch = torch.randn(64, 2048)
+
+    def train_step() -> float:
+        began = time.perf_counter()
+        optimizer.zero_grad()
+        model.net(batch).square().mean().backward()
+        optimizer.step()
+        return time.perf_counter() - began
+
+    for _ in range(3):
+        train_step()
+    before = peak_bytes()
+    state = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+    size = sum(p.numel() * 4 for p in model.parameters()) * 3
+    saver, quiet, busy = saver_of(folder), [], []
+    saver.open()
+    for step in range(1, ROUNDS + 2):
+        alone = [train_step() for _ in range(4)]
+        saver.save(state, {**MANIFEST_OF_A_SAVE, "step": step})
+        meanwhile = []
+        while saver.busy:
+            meanwhile.append(train_step())
+        if step > 1 and meanwhile:
+            quiet.append(statistics.median(alone))
+            busy.append(statistics.mean(meanwhile))
+    saver.close(seconds=0, wanted=True)
+    return {
+        "slow_down": statistics.median(b / q for b, q in zip(busy, quiet, strict=True)),
+        "state_bytes": size,
+        "memory_over_training_bytes": peak_bytes() - before,
+    }
+
+
+def peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure_s3(folder: Path) -> dict[str, float]:
+    """Compare the delivery of a checkpoint with s3fs's put of the same two files; time a listing of a thousand."""
+    from tests.servers import S3
+
+    server = S3(folder / "s3")
+    server.start()
+    server.make_bucket()
+    os.environ |= server.variables()
+    try:
+        run = saver_of(folder / "run")
+        run.open()
+        weights = {f"w{index}": torch.randn(2048, 2048) for index in range(25)}
+        manifest = {**MANIFEST_OF_A_SAVE, "step": 1}
+        name = run.save({"state_dict": weights, "more": [torch.randn(10)]}, manifest)
+        run.wait()
+        source = Path(run.home.root, name)
+        plain: list[float] = []
+        delivered: list[float] = []
+        for turn in range(4):
+            spool, remote = Store(folder / f"spool{turn}"), Store(f"s3://lab/{turn}")
+            shutil.copytree(source, Path(spool.root, name))
+            delivery = Delivery(spool, Store(remote.url), token=remote.take_over(), spool_bytes=1 << 40)
+
+            def put(store: Store = remote) -> None:
+                for file in (WEIGHTS, STATE):
+                    store.fs.put(str(source / file), f"{store.root}/plain/{file}")
+
+            def deliver(delivery: Delivery = delivery) -> None:
+                delivery.add(name, run.manifests[name])
+                assert delivery.wait(300)
+
+            for side, seconds in ((put, plain), (deliver, delivered))[:: 1 if turn % 2 else -1]:
+                began = time.perf_counter()
+                side()
+                if turn:
+                    seconds.append(time.perf_counter() - began)
+            delivery.stop()
+            remote.fs.rm(remote.root, recursive=True)
+        many = Store("s3://lab/many")
+        data = json.dumps({"schema": SCHEMA}).encode()
+        many.fs.pipe(
+            {f"{many.root}/step-{step:010d}/{file}": data for step in range(1000) for file in (MANIFEST, STATE)}
+        )
+        began = time.perf_counter()
+        assert len(many.checkpoints()) == 1000
+        listed = time.perf_counter() - began
+    finally:
+        server.kill()
+    size = sum(path.stat().st_size for path in source.iterdir())
+    return {
+        "throughput_of_s3fs_put": statistics.median(a / b for a, b in zip(plain, delivered, strict=True)),
+        "megabytes_per_second": size / 1e6 / statistics.median(delivered),
+        "listing_1000_s": listed,
+    }
+
+
+def main() -> None:
+    """Print the tables and write them beside this file."""
+    torch.set_num_threads(1)
+    place = Path(os.environ.get("BENCH_DIR", tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix="labtrain-bench-", dir=place))
+    try:
+        steps = measure_steps(folder / "steps")  # first: it looks at the peak of memory
+        io = AsyncCheckpointIO(TorchCheckpointIO())
+        bench = Bench(folder, io)
+        data = torch.utils.data.TensorDataset(torch.randn(16, 2048))
+        trainer = pl.Trainer(accelerator="cpu", max_steps=2, logger=False, enable_progress_bar=False,
+                             enable_model_summary=False, enable_checkpointing=False, callbacks=[bench], plugins=[io],
+                             default_root_dir=folder)  # fmt: skip
+        trainer.fit(Net(), torch.utils.data.DataLoader(data, batch_size=4))
+        results = {"local": bench.results, "steps": steps, "s3": measure_s3(folder)}
+    finally:
+        shutil.rmtree(folder)
+    print(f"{'':22}{'wait':>8}{'of a copy':>11}{'(CPU)':>8}{'to disk':>10}{'of torch.save':>15}{'with fsync':>12}")
+    for side, row in results["local"].items():
+        print(
+            f"{side:22}{row['wait_ms']:5.0f} ms{row['wait_of_a_copy']:11.2f}{row['wait_cpu_of_a_copy']:8.2f}"
+            f"{row['total_ms']:7.0f} ms{row['total_of_torch_save']:15.2f}{row['total_of_torch_save_and_fsync']:12.2f}"
+        )
+    print(f"a step while a save is written: {steps['slow_down']:.2f} of one while none is")
+    more = steps["memory_over_training_bytes"] / steps["state_bytes"]
+    print(f"memory over the training's own: {more:.2f} of the state ({steps['state_bytes'] / 1e6:.0f} MB)")
+    s3 = results["s3"]
+    print(f"S3: {s3['megabytes_per_second']:.0f} MB/s, {s3['throughput_of_s3fs_put']:.2f} of s3fs.put;"
+          f" 1,000 checkpoints listed in {s3['listing_1000_s']:.2f} s")  # fmt: skip
+    Path(__file__).with_name("results-checkpoint.json").write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""Brings checkpoints from the spool to a remote store, in a thread of its own: the newest first, until it is there.
+
+When the store is away the training goes on. What waits is kept in the spool, a folder of the run, and tried again,
+after longer and longer pauses; what retention would remove anyway is not delivered at all.
+"""
+
+import random
+import sys
+import threading
+import time
+from pathlib import Path
+
+from fsspec.callbacks import Callback
+
+from labtrain.errors import LabtrainError, StoreError
+from labtrain.remote import explained, without_secrets
+from labtrain.store import MANIFEST, Manifest, Store, TakenOverError
+
+LONGEST_PAUSE_S = 60.0
+
+
+class Delivery:
+    """One run's deliveries.
+
+    Args:
+        spool: where its checkpoints wait.
+        remote: where they go.
+        token: what this process is known by there.
+        spool_bytes: how much may wait.
+    """
+
+    def __init__(self, spool: Store, remote: Store, *, token: str, spool_bytes: int) -> None:
+        self.spool, self.url, self.token, self.spool_bytes = spool, remote.url, token, spool_bytes
+        self.remote: Store | None = remote
+        self.changed = threading.Condition()
+        self.waiting: dict[str, Manifest] = {}
+        self.doomed: set[str] = set()
+        self.error: LabtrainError | None = None
+        self.trouble = ""
+        self.progress = ""
+        self.stopping = False
+        self.thread = threading.Thread(target=self._work, name="labtrain-delivery", daemon=True)
+        self.thread.start()
+
+    def add(self, name: str, manifest: Manifest) -> None:
+        """Deliver a checkpoint of the spool."""
+        with self.changed:
+            self.waiting[name] = manifest
+            self.changed.notify_all()
+
+    def drop(self, names: set[str]) -> None:
+        """Remove checkpoints from the spool at once, and from the store when nothing newer waits."""
+        with self.changed:
+            for name in names:
+                self.waiting.pop(name, None)
+            self.doomed |= names
+            self.changed.notify_all()
+        for name in names:
+            self.spool.discard(name)
+
+    def check(self) -> None:
+        """Raise what ends the training: another process has taken over, or the spool is full."""
+        if self.error is not None:
+            raise self.error
+        with self.changed:
+            waiting = dict(self.waiting)
+        size = sum(_size(manifest) for manifest in waiting.values())
+        if size > self.spool_bytes:
+            raise StoreError(
+                f"{len(waiting)} checkpoints of {size:,} bytes wait in {self.spool} for {self.url}, "
+                f"checkpoint.spool_bytes={self.spool_bytes}: {self.trouble or 'the store is slower than the training'}",
+                hint="the same command goes on from them and delivers them, once the store answers;"
+                " or a larger checkpoint.spool_bytes",
+            )
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until everything is delivered and return whether it is; say each 5 s what is on its way."""
+        deadline, said = time.monotonic() + seconds, time.monotonic()
+        with self.changed:
+            while self.waiting or self.doomed:
+                if self.error is not None:
+                    raise self.error
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return not self.waiting
+                self.changed.wait(min(left, 1.0))
+                if self.waiting and time.monotonic() - said > 5:
+                    said = time.monotonic()
+                    sys.stderr.write(f"{self.status()}\n")
+        return True
+
+    def status(self) -> str:
+        """Return what is on its way, in a line; empty when all is delivered."""
+        waiting = len(self.waiting)
+        if not waiting:
+            return ""
+        return f"{waiting} to deliver to {self.url}: {self.progress or self.trouble or 'begins'}"
+
+    def stop(self) -> None:
+        """End the thread once it is idle; what waits stays in the spool."""
+        with self.changed:
+            self.stopping = True
+            self.changed.notify_all()
+
+    def _work(self) -> None:
+        failures = 0
+        while True:
+            with self.changed:
+                while not (self.waiting or self.doomed or self.stopping):
+                    self.changed.wait()
+                if self.stopping:
+                    return
+                name = max(self.waiting, default=None)
+            try:
+                if name is not None:
+                    self._deliver(name)
+                self._remove()
+                failures, self.trouble = 0, ""
+            except TakenOverError as error:
+                with self.changed:
+                    self.error = error
+                    self.changed.notify_all()
+                return
+            except Exception as error:  # whatever a backend raises: it is tried again
+                if name is not None and name not in self.waiting:
+                    continue  # superseded while it was on its way, its files are gone
+                self.remote = None  # an SFTP connection that broke stays broken
+                text = without_secrets(str(error.args[0] if error.args else type(error).__name__))
+                if not failures:
+                    sys.stderr.write(f"warning: {text}: the training goes on, checkpoints wait in {self.spool}\n")
+                failures += 1
+                with self.changed:
+                    self.trouble, self.progress = text, ""
+                    self.changed.notify_all()
+                pause = min(LONGEST_PAUSE_S, 0.5 * 2**failures) * random.SystemRandom().uniform(0.5, 1.0)
+                deadline = time.monotonic() + pause
+                with self.changed:
+                    while not self.stopping and (left := deadline - time.monotonic()) > 0:
+                        self.changed.wait(left)
+
+    def _deliver(self, name: str) -> None:
+        manifest, remote = self.waiting[name], self._connected()
+        with explained(self.url):
+            if not remote.fs.exists(f"{remote.root}/{name}/{MANIFEST}"):
+                remote.check_writer(self.token)
+                remote.renew(self.token)
+                progress = _Progress(self, name, _size(manifest))
+                remote.upload(Path(self.spool.root, name), manifest, name, progress)
+                remote.check_writer(self.token)
+                remote.commit(name, manifest)
+        self.spool.discard(name)
+        with self.changed:
+            self.waiting.pop(name, None)
+            self.progress = ""
+            self.changed.notify_all()
+
+    def _remove(self) -> None:
+        """Remove what is superseded; not before what supersedes it is there."""
+        if self.waiting:
+            return
+        for name in sorted(self.doomed):
+            with explained(self.url):
+                self._connected().discard(name)
+            with self.changed:
+                self.doomed.discard(name)
+                self.changed.notify_all()
+
+    def _connected(self) -> Store:
+        if self.remote is None:
+            self.remote = Store(self.url)
+        return self.remote
+
+
+class _Progress(Callback):  # type: ignore[misc]
+    """Tells how much of a checkpoint is on its way; fsspec's interface."""
+
+    def __init__(self, delivery: Delivery, name: str, total: int) -> None:
+        super().__init__()
+        self.delivery, self.label, self.total = delivery, name, total
+        self.before = self.value = 0
+
+    def set_size(self, size: int) -> None:
+        self.before += self.value
+        self.value = 0
+
+    def relative_update(self, inc: int = 1) -> None:
+        self.value += inc
+        done = (self.before + self.value) / 1e6
+        self.delivery.progress = f"{self.label}, {done:,.0f} of {self.total / 1e6:,.0f} MB"
+
+
+def _size(manifest: Manifest) -> int:
+    return sum(file["size_bytes"] for file in manifest["files"].values())

@@ -1,0 +1,140 @@
+"""What crashes left in a store, told from uploads in progress: `labtrain store prune`. No torch."""
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from labtrain.errors import DamagedError, LabtrainError
+from labtrain.remote import explained
+from labtrain.store import MANIFEST, Checkpoint, Store, kept
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A folder without a manifest, or an upload in parts that nobody ended.
+
+    Attributes:
+        path: relative to the store.
+        size_bytes: what is there of it; 0 where the backend does not say.
+        age_s: since something was last written to it, by the store's own clock.
+        in_progress: whether it may still be written.
+        upload: the backend's number of an upload in parts.
+    """
+
+    path: str
+    size_bytes: int
+    age_s: float
+    in_progress: bool
+    upload: str = ""
+
+
+def leftovers(store: Store, *, older_than_s: float) -> list[Leftover]:
+    """Find what has no manifest.
+
+    It is in progress where the run's writer lives on this machine; where it is dead, or has ended, it is not; of a
+    writer on another machine, what was touched in the last `older_than_s` seconds may be. Ages are between two times
+    of the store, never of this machine's clock.
+    """
+    now = None
+    found = []
+    writers: dict[str, bool | None] = {}
+    for checkpoint in store.find():
+        if MANIFEST in checkpoint.sizes:
+            continue
+        now = now or _store_time(store)
+        touched = [_modified(store, f"{checkpoint.path}/{name}") for name in checkpoint.sizes]
+        age = min((now - time).total_seconds() for time in touched)
+        alive = writers.setdefault(checkpoint.run, _writer_lives(store, checkpoint.run))
+        in_progress = age < older_than_s if alive is None else alive
+        found.append(Leftover(checkpoint.path, sum(checkpoint.sizes.values()), age, in_progress))
+    for upload in _uploads(store):
+        now = now or _store_time(store)
+        path = upload["Key"].removeprefix(store.root.partition("/")[2]).lstrip("/")
+        run = path.rpartition("/")[0].rpartition("/")[0]
+        age = (now - upload["Initiated"]).total_seconds()
+        alive = writers.setdefault(run, _writer_lives(store, run))
+        found.append(Leftover(path, 0, age, age < older_than_s if alive is None else alive, upload["UploadId"]))
+    return found
+
+
+def clear(store: Store, leftover: Leftover) -> None:
+    """Remove what a crash left."""
+    with explained(store.url):
+        if leftover.upload:
+            store.fs.abort_mpu(*f"{store.root}/{leftover.path}".split("/", 1), leftover.upload)
+        else:
+            store.remove(leftover.path)
+
+
+def superseded(store: Store, *, keep_last: int) -> list[Checkpoint]:
+    """Return each run's checkpoints that are older than its newest `keep_last`, of which one must be whole.
+
+    Raises:
+        LabtrainError: none of those that would be kept is whole.
+    """
+    doomed = []
+    runs: dict[str, list[Checkpoint]] = {}
+    for checkpoint in store.checkpoints():
+        runs.setdefault(checkpoint.run, []).append(checkpoint)
+    for run, found in runs.items():
+        stay = kept({each.path: each.step for each in found}, {}, last=keep_last)
+        stay |= {each.path for each in found if each.finished}
+        going = [each for each in found if each.path not in stay]
+        if going and not any(check(each) is None for each in reversed(found) if each.path in stay):
+            raise LabtrainError(
+                f"{store.url}/{run}: none of the {len(stay)} checkpoints that would stay is whole: nothing is removed",
+                hint=f"labtrain store check {store.url}",
+            )
+        doomed += going
+    return doomed
+
+
+def check(checkpoint: Checkpoint) -> str | None:
+    """Read a checkpoint and compare it with its manifest; return what is wrong, None if it is whole."""
+    with TemporaryDirectory() as folder:
+        try:
+            checkpoint.store.fetch(checkpoint, Path(folder))
+        except DamagedError as error:
+            return str(error.args[0])
+    return None
+
+
+def _writer_lives(store: Store, run: str) -> bool | None:
+    """Return whether the run's writer lives; None where that cannot be known from here."""
+    writer = Store(f"{store.url}/{run}").writer() if run else store.writer()
+    if writer is None:
+        return False
+    if writer.get("host") != os.uname().nodename:
+        return None
+    return Path(f"/proc/{writer.get('process')}").exists()
+
+
+def _store_time(store: Store) -> datetime:
+    """Return what the store takes the time to be: that of a file written now."""
+    probe = f".probe-{os.getpid()}"
+    with explained(store.url):
+        store.replace(probe, b"")
+        try:
+            return _modified(store, probe)
+        finally:
+            store.remove(probe)
+
+
+def _modified(store: Store, path: str) -> datetime:
+    with explained(store.url):
+        time = store.fs.modified(f"{store.root}/{path}")
+    assert isinstance(time, datetime)
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _uploads(store: Store) -> list[dict[str, Any]]:
+    if "s3" not in store.fs.protocol:
+        return []
+    bucket, _, prefix = store.root.partition("/")
+    with explained(store.url), suppress(FileNotFoundError):
+        return [found for found in store.fs.list_multipart_uploads(bucket) if found["Key"].startswith(prefix)]
+    return []

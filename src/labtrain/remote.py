@@ -1,0 +1,162 @@
+"""Opens what a URL names, as an fsspec filesystem, and puts what a backend raises into words. No torch.
+
+Credentials come from where each backend looks for them: environment, ~/.aws, ~/.ssh/config, an agent, a metadata
+service. A URL that holds a password is refused, since a URL stands in configurations, receipts and logs.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from labtrain.errors import ConfigError, StoreError
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+CONNECT_SECONDS = 10
+ANSWER_SECONDS = 60
+ATTEMPTS = 2  # of a request; a delivery is tried again as a whole
+# Credentials that a server might repeat in what it answers.
+SECRETS = re.compile(r"(SECRET|TOKEN|PASSWORD|ACCESS_KEY|ACCOUNT_KEY|SAS|CONNECTION_STRING)")
+NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
+
+
+def is_local(url: str) -> bool:
+    """Return whether a URL is a path of this machine."""
+    return "://" not in url or url.startswith("file://")
+
+
+def check_url(url: str) -> None:
+    """Refuse a URL that holds a password, or is none.
+
+    Raises:
+        ConfigError: without the password in it.
+    """
+    parts = urlsplit(url)
+    if parts.password is not None:
+        raise ConfigError(
+            f"a password stands in the URL of {parts.scheme}://{parts.hostname}: it would stand in receipts and logs",
+            hint="docs/storage.md says where each backend looks for credentials",
+        )
+    if "?" in url or "#" in url:
+        raise ConfigError(f"{url.partition('?')[0]}: a URL without ? and # is wanted", hint="docs/storage.md")
+
+
+def open_url(url: str) -> tuple["AbstractFileSystem", str]:
+    """Return the filesystem of a URL and the path in it.
+
+    Raises:
+        ConfigError: the URL cannot be used, or the package of its backend is not installed.
+        StoreError: the server cannot be reached, or refuses.
+    """
+    import fsspec
+
+    check_url(url)
+    if is_local(url):
+        from fsspec.implementations.local import LocalFileSystem
+
+        return LocalFileSystem(auto_mkdir=True), str(Path(url.removeprefix("file://")).absolute())
+    scheme = url.partition("://")[0]
+    with explained(url):
+        try:
+            if scheme in ("sftp", "ssh"):
+                return _sftp(url)
+            options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+            if scheme in ("s3", "s3a"):
+                timeouts = {"connect_timeout": CONNECT_SECONDS, "read_timeout": ANSWER_SECONDS}
+                options["config_kwargs"] = {**timeouts, "retries": {"max_attempts": ATTEMPTS}}
+            fs, root = fsspec.core.url_to_fs(url, **options)
+            if hasattr(fs, "retries"):
+                fs.retries = ATTEMPTS
+            return fs, root.rstrip("/")
+        except ImportError as error:
+            package = NEEDS.get(scheme, f"the fsspec package for {scheme}")
+            raise ConfigError(f"{url}: {package} is not installed", hint=f"uv pip install {package}") from error
+        except ValueError as error:
+            raise ConfigError(f"{url}: {error}", hint="docs/storage.md lists the backends") from error
+
+
+def _sftp(url: str) -> tuple["AbstractFileSystem", str]:
+    """Connect as ssh would: ~/.ssh/config, agent and keys; and only to a host whose key is known.
+
+    fsspec's own default accepts any key.
+    """
+    import paramiko
+    from fsspec.implementations.sftp import SFTPFileSystem
+
+    class KnownHostsOnly(SFTPFileSystem):  # type: ignore[misc]
+        def _connect(self) -> None:
+            config = paramiko.SSHConfig()
+            if (path := Path("~/.ssh/config").expanduser()).exists():
+                config = paramiko.SSHConfig.from_path(str(path))
+            found = config.lookup(self.host)
+            self.client = paramiko.SSHClient()
+            known = found.get("userknownhostsfile", "").split() or ["~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts"]
+            for file in known:
+                if (path := Path(file).expanduser()).exists():
+                    self.client.load_system_host_keys(str(path))
+            self.client.set_missing_host_key_policy(paramiko.RejectPolicy())
+            self.client.connect(
+                found.get("hostname", self.host),
+                port=int(self.ssh_kwargs.get("port") or found.get("port", 22)),
+                username=self.ssh_kwargs.get("username") or found.get("user"),
+                key_filename=[file for file in found.get("identityfile", []) if Path(file).exists()] or None,
+                timeout=CONNECT_SECONDS,
+                banner_timeout=CONNECT_SECONDS,
+                auth_timeout=CONNECT_SECONDS,
+            )
+            self.ftp = self.client.open_sftp()
+            self.ftp.get_channel().settimeout(ANSWER_SECONDS)
+
+    parts = urlsplit(url)
+    if not parts.hostname or not parts.path.strip("/"):
+        raise ConfigError(f"{url}: a host and a path are wanted", hint="sftp://me@host/scratch/me")
+    options = {"port": parts.port, "username": parts.username}
+    return KnownHostsOnly(parts.hostname, skip_instance_cache=True, **options), parts.path.rstrip("/")
+
+
+@contextmanager
+def explained(url: str) -> Iterator[None]:
+    """Turn what a backend raises into a StoreError that names the URL, with no credential in it."""
+    try:
+        yield
+    except (StoreError, ConfigError):
+        raise
+    except Exception as error:
+        if isinstance(error, ImportError | ValueError) and not isinstance(error, UnicodeError):
+            raise
+        text = without_secrets(" ".join(str(error).split()) or type(error).__name__)
+        raise StoreError(f"{url}: {text}", hint=_hint(error, text, url)) from None  # its context may hold requests
+
+
+def without_secrets(text: str) -> str:
+    """Return text with the values of this process's credentials blotted out."""
+    for name, value in os.environ.items():
+        if SECRETS.search(name) and len(value) > 3:
+            text = text.replace(value, f"${name}")
+    return text
+
+
+def _hint(error: Exception, text: str, url: str) -> str:
+    kind, host = type(error).__name__, urlsplit(url).hostname or ""
+    if "known_hosts" in text or kind == "BadHostKeyException":
+        return f"compare the key with your administrator's, then: ssh-keyscan {host} >> ~/.ssh/known_hosts"
+    if "RequestTimeTooSkewed" in text or "skew" in text.lower() or "difference between the request time" in text:
+        return "date; timedatectl set-ntp true: the clocks of this machine and the server are too far apart"
+    if "NoCredentials" in kind or "credentials" in text.lower():
+        return "aws configure, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if (
+        isinstance(error, PermissionError)
+        or "authentication" in f"{kind} {text}".lower()
+        or "SignatureDoesNotMatch" in text
+    ):
+        return f"credentials that may write there: docs/storage.md says where {url.partition('://')[0]} looks for them"
+    if isinstance(error, FileNotFoundError):
+        return f"make it first: {url}"
+    if isinstance(error, OSError) and error.errno in (28, 122):
+        return "df -h: free space, then the same command goes on"
+    return "the server, its address and port; docs/storage.md has a command to try it"

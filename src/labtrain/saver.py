@@ -1,0 +1,270 @@
+"""Saves of one run: copied while the loop waits, written and delivered while it trains; and which of them are kept.
+
+::
+
+    loop      copy the state into the staging buffers          the only wait
+    writer    files and their sha256, fsync, manifest          one save in flight; then retention
+    delivery  to checkpoint.url, where that is remote          delivery.py
+
+A failure of the writer reaches the loop with its next step.
+"""
+
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from labtrain.delivery import Delivery
+from labtrain.digests import digest, digest_tree
+from labtrain.errors import DamagedError, LabtrainError, StoreError
+from labtrain.remote import is_local
+from labtrain.staging import Staging
+from labtrain.store import (
+    MANIFEST,
+    SCHEMA,
+    STATE,
+    WEIGHTS,
+    Manifest,
+    Store,
+    file_sha256,
+    free_name,
+    spool_of,
+    sync,
+)
+
+Keep = Callable[[dict[str, int], dict[str, float]], set[str]]
+
+
+class Saver:
+    """Writes one run's checkpoints; on rank 0.
+
+    Args:
+        run_dir: the run's folder.
+        place: where its checkpoints lie: a folder or a URL.
+        keep: given the steps and scores of all by name, returns the names that are kept.
+        spool_bytes: how much may wait for a remote store.
+    """
+
+    def __init__(self, run_dir: Path, place: str, *, keep: Keep, spool_bytes: int) -> None:
+        self.place, self.keep, self.spool_bytes = place, keep, spool_bytes
+        self.home = Store(place if is_local(place) else spool_of(run_dir))
+        self.staging = Staging()
+        self.manifests: dict[str, Manifest] = {}  # of those that exist, oldest first
+        self.scores: dict[str, float] = {}
+        self.taken: set[str] = set()
+        self.undelivered: list[str] = []  # of a process before; not moved before all ranks have loaded one of them
+        self.staged: dict[str, Any] | None = None  # the state that was saved last
+        self.token = ""
+        self.delivery: Delivery | None = None
+        self.thread: threading.Thread | None = None
+        self.error: LabtrainError | None = None
+
+    def open(self) -> None:
+        """Become the one writer there, and remove what a crash of the one before left.
+
+        Raises:
+            StoreError: it cannot be written there.
+        """
+        self.token = self.home.take_over()
+        remote = None if is_local(self.place) else Store(self.place)
+        if remote is not None:
+            remote.renew(self.token)
+        waiting = []
+        for store in [self.home] + ([remote] if remote else []):
+            for checkpoint in store.find():
+                self.taken.add(checkpoint.name)
+                if MANIFEST not in checkpoint.sizes:
+                    store.remove(checkpoint.path)
+                    continue
+                with suppress(DamagedError):
+                    self.manifests[checkpoint.name] = store.manifest(checkpoint)
+                    if store is self.home:
+                        waiting.append(checkpoint.name)
+        if remote is not None:  # from here on it is the delivery's alone: a connection has one thread
+            self.delivery = Delivery(self.home, remote, token=self.token, spool_bytes=self.spool_bytes)
+            self.undelivered = waiting
+        self.manifests = dict(sorted(self.manifests.items()))
+        for manifest in self.manifests.values():
+            self.scores |= manifest.get("scores", {})
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is still being written."""
+        return self.thread is not None and self.thread.is_alive()
+
+    def save(self, state: dict[str, Any], manifest: Manifest, *, finished: bool = False) -> str:
+        """Copy a state and begin to write it; wait for the save before where one is still written. Return its name.
+
+        Args:
+            state: Lightning's checkpoint dictionary, its weights under `state_dict`.
+            manifest: run id, step, place and metrics; files, digests and scores are added.
+            finished: it is no place to go on from, but what became of the weights at the end.
+        """
+        self.wait()
+        self._deliver_what_was_left()
+        self.staged = copied = self.staging.copy(state)
+        name = free_name(manifest["step"], self.taken, finished=finished)
+        manifest = {**manifest, "finished": finished, "scores": dict(self.scores)}
+        self.thread = threading.Thread(target=self._write, args=(name, copied, manifest), daemon=True)
+        self.thread.start()
+        return name
+
+    def score(self, name: str, value: float) -> None:
+        """Note what the monitored metric is for a checkpoint; with the next save it decides which are the best."""
+        self.scores[name] = value
+
+    def listed(self) -> list[dict[str, Any]]:
+        """Return what the receipt says of each checkpoint."""
+        return [
+            {
+                "path": f"{self.place}/{name}",
+                "step": manifest["step"],
+                "weights_digest": manifest["weights_digest"],
+                "score": self.scores.get(name),
+            }
+            for name, manifest in self.manifests.items()
+        ]
+
+    def check(self) -> None:
+        """Raise what went wrong in the writer or the delivery since."""
+        if self.error is not None:
+            error, self.error = self.error, None
+            raise error
+        if self.delivery is not None:
+            self.delivery.check()
+
+    def wait(self) -> None:
+        """Wait until the save in flight is on this machine's disk."""
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+        self.check()
+
+    def close(self, *, seconds: float, wanted: bool) -> None:
+        """Wait for what is on its way, and be the writer no more.
+
+        Args:
+            seconds: how long, where a store does not answer.
+            wanted: whether what is not delivered then is an error; else a warning.
+
+        Raises:
+            StoreError: names what was not delivered, and where it is kept.
+        """
+        self.wait()
+        self._deliver_what_was_left()
+        self._retain()
+        if self.delivery is not None:
+            delivered = self.delivery.wait(seconds)
+            self.delivery.stop()
+            if not delivered:
+                error = StoreError(
+                    f"not delivered to {self.delivery.url}: {', '.join(sorted(self.delivery.waiting))}, kept in"
+                    f" {self.home}: {self.delivery.trouble or 'the time is up'}",
+                    hint="the same command delivers it once the store answers",
+                )
+                if wanted:
+                    raise error
+                sys.stderr.write(f"warning: {error}\n")
+                return
+            with suppress(StoreError):
+                Store(self.place).leave(self.token)
+        self.home.leave(self.token)
+
+    def abandon(self) -> None:
+        """Leave the rest undone: the training has failed."""
+        with suppress(LabtrainError):
+            self.wait()
+        if self.delivery is not None:
+            self.delivery.stop()
+        elif self.token:
+            with suppress(Exception):
+                self.home.leave(self.token)
+
+    def _write(self, name: str, state: dict[str, Any], manifest: Manifest) -> None:
+        try:
+            self.home.check_writer(self.token)
+            self.home.renew(self.token)
+            written = write_files(Path(self.home.root, name), state)
+            self.home.check_writer(self.token)
+            self.manifests[name] = {**manifest, "schema": SCHEMA, **written}
+            self.home.commit(name, self.manifests[name])
+            if self.delivery is not None:
+                self.delivery.add(name, self.manifests[name])
+            self._retain()
+        except LabtrainError as error:
+            self.manifests.pop(name, None)
+            self.error = error
+        except Exception as error:  # safetensors and torch have errors of their own for a full disk
+            self.manifests.pop(name, None)
+            self.error = StoreError(
+                f"{self.home}/{name} could not be written: {getattr(error, 'strerror', None) or error}",
+                hint=f"df -h {self.home}; ls -ld {self.home}; then the same command goes on from the newest",
+            )
+            with suppress(Exception):
+                self.home.remove(name)  # room for what comes after
+
+    def _deliver_what_was_left(self) -> None:
+        for name in self.undelivered:
+            if self.delivery is not None:
+                self.delivery.add(name, self.manifests[name])
+        self.undelivered = []
+
+    def _retain(self) -> None:
+        steps = {name: manifest["step"] for name, manifest in self.manifests.items() if not manifest["finished"]}
+        doomed = steps.keys() - self.keep(steps, dict(self.scores))
+        for name in doomed:
+            del self.manifests[name]
+            self.scores.pop(name, None)
+        if self.delivery is not None:
+            self.delivery.drop(doomed)
+        else:
+            for name in doomed:
+                self.home.discard(name)
+
+
+def write_files(folder: Path, state: dict[str, Any]) -> Manifest:
+    """Write a state's two files to a new folder, to the disk; return their sha256 and size, and the weights digest.
+
+    Args:
+        folder: must hold nothing yet.
+        state: tensors and plain values, the weights under `state_dict`; must not change meanwhile.
+    """
+    folder.mkdir(parents=True, exist_ok=True)  # empty where a crash came right after this line
+    weights = state["state_dict"]
+    rest = {key: value for key, value in state.items() if key != "state_dict"}
+
+    def write_weights() -> None:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+
+    def write_rest() -> None:
+        with (folder / STATE).open("wb") as file:  # torch's own has no words for a full disk
+            torch.save(rest, file)
+
+    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter's lock, and so does the disk
+
+        def written(path: Path, write: Callable[[], None]) -> dict[str, Any]:
+            write()
+            hashed = pool.submit(file_sha256, path)
+            sync(path)
+            return {"sha256": hashed.result(), "size_bytes": path.stat().st_size}
+
+        rest_file = pool.submit(written, folder / STATE, write_rest)
+        weights_file = pool.submit(written, folder / WEIGHTS, write_weights)
+        manifest = {
+            "weights_digest": digest(weights),
+            "files": {WEIGHTS: weights_file.result(), STATE: rest_file.result()},
+        }
+    sync(folder)
+    sync(folder.parent)
+    return manifest
+
+
+def state_digest(state: dict[str, Any]) -> str:
+    """Return the sha256 over a whole training state: tensors, plain values, and the weights by their digest."""
+    return digest_tree({**state, "state_dict": digest(state["state_dict"])})

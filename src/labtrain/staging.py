@@ -1,0 +1,59 @@
+"""The copy of a training's state that a save writes from: buffers on the host, used again at each save.
+
+The loop waits for this copy and nothing else. Whatever a checkpoint cannot hold is refused here, while its key is
+known: the copy is made of tensors and plain values alone, so the file that is made of it loads without running code.
+"""
+
+from collections import Counter, OrderedDict
+from typing import Any
+
+import torch
+
+from labtrain.errors import LabtrainError
+
+PLAIN = (type(None), bool, int, float, str, bytes)
+MAPPINGS: tuple[type[Any], ...] = (dict, OrderedDict, Counter)
+SEQUENCES: tuple[type[Any], ...] = (list, tuple, torch.Size)
+
+
+class Staging:
+    """Buffers for one training's state; on CUDA they are pinned, so that the device copies into them by itself."""
+
+    def __init__(self) -> None:
+        self.buffers: dict[str, torch.Tensor] = {}
+
+    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return a copy of nested dicts, lists and tuples of tensors and plain values, good until the next call.
+
+        Raises:
+            LabtrainError: names the key of what is neither.
+        """
+        copied: dict[str, Any] = self._copy(state, "state")
+        if any(buffer.is_pinned() for buffer in self.buffers.values()):
+            torch.cuda.current_stream().synchronize()
+        return copied
+
+    def _copy(self, value: Any, key: str) -> Any:
+        kind = type(value)
+        if isinstance(value, torch.Tensor):
+            return self._copy_tensor(value.detach(), key)
+        if kind in MAPPINGS:
+            return kind({name: self._copy(item, f"{key}.{name}") for name, item in value.items()})
+        if kind in SEQUENCES:
+            return kind([self._copy(item, f"{key}.{index}") for index, item in enumerate(value)])
+        if kind in PLAIN:
+            return value
+        raise LabtrainError(
+            f"{key} is a {kind.__module__}.{kind.__qualname__}: no tensor, number, string, list or dict, so no part of"
+            " a checkpoint",
+            hint="keep plain values in hyperparameters and state_dicts",
+        )
+
+    def _copy_tensor(self, tensor: torch.Tensor, key: str) -> torch.Tensor:
+        if tensor.layout != torch.strided:
+            return tensor.cpu().clone()
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            self.buffers[key] = buffer
+        return buffer.copy_(tensor, non_blocking=True)
