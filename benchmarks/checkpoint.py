@@ -78,8 +78,14 @@ def measure_local(trainer: pl.Trainer, folder: Path, io: AsyncCheckpointIO) -> d
     def ours() -> Callable[[], None]:
         nonlocal step
         step += 1
-        saver.save(state(), {**MANIFEST_OF_A_SAVE, "step": step})
-        return saver.wait
+        name = saver.save(state(), {**MANIFEST_OF_A_SAVE, "step": step})
+        manifest = Path(saver.home.root, name, MANIFEST)
+
+        def durable() -> None:
+            while not manifest.exists():
+                time.sleep(0.001)
+
+        return durable
 
     def torch_save(durable: bool) -> Callable[[], None]:
         path = folder / "torch.pt"
@@ -114,6 +120,7 @@ def measure_local(trainer: pl.Trainer, folder: Path, io: AsyncCheckpointIO) -> d
             finish()
             if turn:
                 seconds[side].append((waited, waited_cpu, time.perf_counter() - began))
+            saver.wait()  # what is superseded is removed after that
             os.sync()
     saver.close(seconds=0, wanted=True)
 

@@ -13,7 +13,7 @@ import pytest
 from labtrain.errors import ConfigError, LabtrainError, StoreError
 from labtrain.prune import Leftover, check, clear, leftovers, superseded
 from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, TakenOverError, file_sha256, kept, newest_whole
-from tests.conftest import LABTRAIN
+from tests.conftest import LABTRAIN, need
 from tests.servers import KEY, READ_KEY, READ_SECRET, SECRET, SFTP
 
 BACKENDS = ("local", "memory", "s3", "sftp")
@@ -327,3 +327,13 @@ def test_urls_that_cannot_be_used() -> None:
     for place, says in (("sftp://host", "a host and a path"), ("gs://bucket", "gcsfs"), ("nothing://x", "not known")):
         with pytest.raises(ConfigError, match=says):
             Store(place)
+
+
+@pytest.mark.parametrize("url", ["s3"], indirect=True)
+def test_a_clock_that_is_wrong_is_named(url: str) -> None:
+    need("faketime", "faketime")
+    command = ["faketime", "-f", "-2h", LABTRAIN, "store", "ls", url]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "The difference between the request time and the server's time is too large" in done.stderr
+    assert "the clocks of this machine and the server are too far apart" in done.stderr

@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -156,9 +156,9 @@ class Progress(ProgressBar):
 
     QUIET_SECONDS = 30.0
 
-    def __init__(self, *, batch_size: int) -> None:
+    def __init__(self, *, batch_size: int, status: Callable[[], str] = str) -> None:
         super().__init__()
-        self.batch_size = batch_size
+        self.batch_size, self.status = batch_size, status
         self.terminal = sys.stderr.isatty()
         self.enabled = True
         self.started = self.printed = 0.0
@@ -206,6 +206,8 @@ class Progress(ProgressBar):
         parts += [
             f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in metrics.items()
         ]
+        if status := self.status():
+            parts.append(status)
         return "  ".join(parts)
 
     @staticmethod

@@ -9,6 +9,8 @@
 A failure of the writer reaches the loop with its next step.
 """
 
+import hashlib
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -37,6 +39,8 @@ from labtrain.store import (
     spool_of,
     sync,
 )
+
+HASHED_BYTES = 4 << 20
 
 Keep = Callable[[dict[str, int], dict[str, float]], set[str]]
 
@@ -130,6 +134,10 @@ class Saver:
             }
             for name, manifest in self.manifests.items()
         ]
+
+    def status(self) -> str:
+        """Return what is on its way to a remote store, in a line; empty where nothing is."""
+        return self.delivery.status() if self.delivery is not None else ""
 
     def check(self) -> None:
         """Raise what went wrong in the writer or the delivery since."""
@@ -239,30 +247,47 @@ def write_files(folder: Path, state: dict[str, Any]) -> Manifest:
     weights = state["state_dict"]
     rest = {key: value for key, value in state.items() if key != "state_dict"}
 
-    def write_weights() -> None:
+    def write_weights() -> str:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+        hashed = pool.submit(file_sha256, folder / WEIGHTS)
+        sync(folder / WEIGHTS)
+        return hashed.result()
 
-    def write_rest() -> None:
+    def write_rest() -> str:
         with (folder / STATE).open("wb") as file:  # torch's own has no words for a full disk
-            torch.save(rest, file)
+            complete = threading.Event()
+            hashed = pool.submit(_hash_behind, folder / STATE, complete)
+            try:
+                torch.save(rest, file)
+                file.flush()
+            finally:
+                complete.set()
+            os.fsync(file.fileno())
+        return hashed.result()
 
     with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter's lock, and so does the disk
-
-        def written(path: Path, write: Callable[[], None]) -> dict[str, Any]:
-            write()
-            hashed = pool.submit(file_sha256, path)
-            sync(path)
-            return {"sha256": hashed.result(), "size_bytes": path.stat().st_size}
-
-        rest_file = pool.submit(written, folder / STATE, write_rest)
-        weights_file = pool.submit(written, folder / WEIGHTS, write_weights)
-        manifest = {
-            "weights_digest": digest(weights),
-            "files": {WEIGHTS: weights_file.result(), STATE: rest_file.result()},
+        rest_sha, weights_sha = pool.submit(write_rest), pool.submit(write_weights)
+        files = {WEIGHTS: weights_sha, STATE: rest_sha}
+        manifest: Manifest = {"weights_digest": digest(weights)}
+        manifest["files"] = {
+            name: {"sha256": sha.result(), "size_bytes": (folder / name).stat().st_size} for name, sha in files.items()
         }
     sync(folder)
     sync(folder.parent)
     return manifest
+
+
+def _hash_behind(path: Path, complete: threading.Event) -> str:
+    """Return the sha256 of a file that is being written from its beginning to its end."""
+    sha = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while True:
+            last = complete.is_set()
+            while data := file.read(HASHED_BYTES):
+                sha.update(data)
+            if last:
+                return sha.hexdigest()
+            complete.wait(0.002)
 
 
 def state_digest(state: dict[str, Any]) -> str:

@@ -231,7 +231,7 @@ def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> li
             )
         )
     if config["trainer"]["enable_progress_bar"]:
-        callbacks.append(Progress(batch_size=config["data"]["batch_size"]))
+        callbacks.append(Progress(batch_size=config["data"]["batch_size"], status=checkpoints.saver.status))
     return callbacks + [
         hydra_instantiate(options, _convert_="all") for options in config["callbacks"].values() if options
     ]
