@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 
+from labtrain.catalog import list_checkpoints, newest_whole
 from labtrain.checkpoint import FolderIO, load_folder
 from labtrain.digests import digest, digest_file
 from labtrain.errors import DamagedError, LabtrainError
 from labtrain.saver import write_files
 from labtrain.staging import Staging
-from labtrain.store import SCHEMA, Checkpoint, Store, list_checkpoints, newest_whole
+from labtrain.store import SCHEMA, Checkpoint, Store
 
 
 def state(value: float = 1.0, **more: object) -> dict:

@@ -158,3 +158,12 @@ def test_a_run_without_a_checkpoint_cannot_be_gone_on_with(runner: Runner) -> No
     config["resume"] = str(run_dir)
     runner.run(config, code=2)
     assert "that run has no checkpoint yet" in runner.said()
+
+
+def test_ranks_that_see_other_checkpoints_do_not_go_on(runner: Runner) -> None:
+    """Nodes without a common folder: each would go on from its own."""
+    config = configure("mlp", "even")
+    stop(runner, config)
+    runner.run(config, world=2, code=None, environment={"BLIND_RANK": "1"})
+    assert "rank 1 goes on from step 0, rank 0 from 7: they do not see the same checkpoints" in runner.said()
+    assert "hint: paths.runs on a folder that all nodes share" in runner.said()

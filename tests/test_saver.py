@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 import torch
 
+from labtrain.catalog import kept, newest_whole
 from labtrain.checkpoint import load_folder
 from labtrain.digests import digest
 from labtrain.errors import LabtrainError, StoreError
 from labtrain.saver import Saver
 from labtrain.staging import Staging
-from labtrain.store import Store, TakenOverError, kept, newest_whole
+from labtrain.store import Store, TakenOverError
 from tests.test_store import names
 
 keep_two = partial(kept, last=2)
@@ -173,6 +174,26 @@ def test_a_full_disk(spooled: bool, tmp_path: Path) -> None:
         assert names(saver.home) == ["step-0000000001", "step-0000000003"]
     finally:
         subprocess.run(["umount", str(tmp_path / "small")], check=True)
+
+
+def test_what_cannot_be_removed_costs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The new one is whole and stays: a failure to remove an old one is said, and the training goes on."""
+    saver = saver_of(tmp_path)
+    saver.open()
+    for step in (1, 2):
+        save(saver, step)
+        saver.wait()
+
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(saver.home, "discard", refuse)
+    save(saver, 3)
+    saver.wait()
+    assert names(saver.home) == [f"step-{step:010d}" for step in (1, 2, 3)]
+    assert "what is superseded could not be removed" in capsys.readouterr().err
 
 
 def test_another_process_that_took_over_is_found_before_anything_exists(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What every store keeps to, against real servers: a folder, memory, S3 (SeaweedFS), SFTP (OpenSSH)."""
 
+import errno
 import json
 import os
 import socket
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from labtrain.catalog import kept, newest_whole
 from labtrain.errors import ConfigError, LabtrainError, StoreError
 from labtrain.prune import Leftover, check, clear, leftovers, superseded
-from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, TakenOverError, file_sha256, kept, newest_whole
+from labtrain.remote import without_secrets
+from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, TakenOverError, file_sha256
 from tests.conftest import LABTRAIN, need
 from tests.servers import KEY, READ_KEY, READ_SECRET, SECRET, SFTP
 
@@ -87,6 +90,21 @@ def test_a_name_is_used_once(url: str, tmp_path: Path) -> None:
     assert len(won) == 1
     assert stores[0].read(f"step-0000000001/{MANIFEST}") == f"{won[0]}".encode()
     assert list(stores[0].find()[0].sizes) == [MANIFEST]
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some FUSE file systems are: a name is used once all the same."""
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store = Store(tmp_path)
+    store.create("step-0000000001/x", b"1")
+    with pytest.raises(FileExistsError):
+        store.create("step-0000000001/x", b"2")
+    assert store.read("step-0000000001/x") == b"1"
+    assert list(store.find()[0].sizes) == ["x"]
 
 
 @each
@@ -321,6 +339,13 @@ def test_nobody_answers() -> None:
         port = probe.getsockname()[1]
     with pytest.raises(StoreError, match=f"sftp://127.0.0.1:{port}/x"):
         Store(f"sftp://127.0.0.1:{port}/x")
+
+
+def test_secrets_that_a_server_repeats_are_blotted_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret-value")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "permission")
+    found = without_secrets("no permission for s3cret-value")
+    assert found == "no permission for $AWS_SECRET_ACCESS_KEY"
 
 
 def test_urls_that_cannot_be_used() -> None:

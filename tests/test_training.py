@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from labtrain.catalog import list_checkpoints
 from labtrain.compare import read_trail
 from labtrain.digests import digest_file
 from labtrain.errors import DeviceError
 from labtrain.run import shown
-from labtrain.store import list_checkpoints
 from labtrain.training import explain
 from tests.conftest import QUICK, Experiment, Run
 

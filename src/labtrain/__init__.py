@@ -6,7 +6,7 @@ The floors; an import points down only (import-linter holds it, `make check`)::
     3  training  loop  strategy  tally  guard  checkpoint        Lightning
     2  determinism  order  loader  reduction  saver  staging     torch
     1  run  resume  receipt  lock  doctor  compare  digests      no torch
-       store  remote  delivery  prune
+       store  remote  catalog  delivery  prune
     0  errors  signals                                           standard library only
 
 `import labtrain` imports none of them: the public names below are loaded when first used, so that `labtrain --help`

@@ -11,11 +11,12 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from safetensors.torch import load_file
 
+from labtrain.catalog import kept
 from labtrain.errors import DamagedError, LabtrainError
 from labtrain.loggers import log_positions
 from labtrain.loop import PLACE, EpochLoop
 from labtrain.saver import Saver, state_digest
-from labtrain.store import STATE, WEIGHTS, Manifest, kept
+from labtrain.store import STATE, WEIGHTS, Manifest
 
 
 class Checkpoints(pl.Callback):
@@ -56,7 +57,15 @@ class Checkpoints(pl.Callback):
         loop_of(trainer).loaded = checkpoint
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if loop_of(trainer).loaded is not None:
+        loaded = loop_of(trainer).loaded
+        step = loaded["global_step"] if loaded is not None else 0
+        if (first := trainer.strategy.broadcast(step)) != step:
+            raise LabtrainError(
+                f"rank {trainer.global_rank} goes on from step {step}, rank 0 from {first}: they do not see the same"
+                " checkpoints",
+                hint="paths.runs on a folder that all nodes share",
+            )
+        if loaded is not None:
             loop_of(trainer).restore()
 
     def on_train_batch_end(

@@ -6,10 +6,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from labtrain.catalog import list_checkpoints
 from labtrain.digests import read_safetensors
 from labtrain.errors import DamagedError
 from labtrain.run import get, what_counts
-from labtrain.store import WEIGHTS, list_checkpoints
+from labtrain.store import WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

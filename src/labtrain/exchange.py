@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from labtrain.catalog import free_name
 from labtrain.errors import ConfigError, DamagedError
 from labtrain.saver import write_files
 from labtrain.staging import Staging
-from labtrain.store import SCHEMA, Store, free_name
+from labtrain.store import SCHEMA, Store
 from labtrain.target import found_checkpoint
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from labtrain.catalog import kept
 from labtrain.errors import DamagedError, LabtrainError
 from labtrain.remote import explained
-from labtrain.store import MANIFEST, Checkpoint, Store, kept
+from labtrain.store import MANIFEST, Checkpoint, Store
 
 
 @dataclass(frozen=True, slots=True)

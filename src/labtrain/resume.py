@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from labtrain import receipt
+from labtrain.catalog import checkpoint_place, list_checkpoints
 from labtrain.errors import ConfigError, LabtrainError
 from labtrain.remote import is_local
 from labtrain.run import Config, Job, code_digest, first_free, lock_digest, name, shown, what_counts
-from labtrain.store import Store, checkpoint_place, list_checkpoints
+from labtrain.store import Store
 
 
 def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0) -> Job:

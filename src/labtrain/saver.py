@@ -22,23 +22,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from labtrain.catalog import free_name, spool_of
 from labtrain.delivery import Delivery
 from labtrain.digests import digest, digest_tree
 from labtrain.errors import DamagedError, LabtrainError, StoreError
 from labtrain.remote import is_local
 from labtrain.staging import Staging
-from labtrain.store import (
-    MANIFEST,
-    SCHEMA,
-    STATE,
-    WEIGHTS,
-    Manifest,
-    Store,
-    file_sha256,
-    free_name,
-    spool_of,
-    sync,
-)
+from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Manifest, Store, file_sha256, sync
 
 HASHED_BYTES = 4 << 20
 
@@ -198,24 +188,27 @@ class Saver:
         try:
             self.home.check_writer(self.token)
             self.home.renew(self.token)
-            written = write_files(Path(self.home.root, name), state)
+            manifest = {**manifest, "schema": SCHEMA, **write_files(Path(self.home.root, name), state)}
             self.home.check_writer(self.token)
-            self.manifests[name] = {**manifest, "schema": SCHEMA, **written}
-            self.home.commit(name, self.manifests[name])
-            if self.delivery is not None:
-                self.delivery.add(name, self.manifests[name])
-            self._retain()
-        except LabtrainError as error:
-            self.manifests.pop(name, None)
-            self.error = error
+            self.home.commit(name, manifest)
         except Exception as error:  # safetensors and torch have errors of their own for a full disk
-            self.manifests.pop(name, None)
-            self.error = StoreError(
-                f"{self.home}/{name} could not be written: {getattr(error, 'strerror', None) or error}",
-                hint=f"df -h {self.home}; ls -ld {self.home}; then the same command goes on from the newest",
-            )
+            self.error = error if isinstance(error, LabtrainError) else self._explained(name, error)
             with suppress(Exception):
-                self.home.remove(name)  # room for what comes after
+                self.home.discard(name)  # room for what comes after
+            return
+        self.manifests[name] = manifest
+        if self.delivery is not None:
+            self.delivery.add(name, manifest)
+        try:
+            self._retain()
+        except OSError as error:
+            sys.stderr.write(f"warning: {self.home}: what is superseded could not be removed: {error}\n")
+
+    def _explained(self, name: str, error: Exception) -> StoreError:
+        return StoreError(
+            f"{self.home}/{name} could not be written: {getattr(error, 'strerror', None) or error}",
+            hint=f"df -h {self.home}; ls -ld {self.home}; then the same command goes on from the newest",
+        )
 
     def _deliver_what_was_left(self) -> None:
         for name in self.undelivered:

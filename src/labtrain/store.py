@@ -15,14 +15,13 @@ has no manifest was left by a crash or is being written. Four methods change som
 `remove`): a crash between any two of them is what the tests walk through.
 """
 
+import errno
 import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
-import sys
-from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,8 +123,7 @@ class Store:
         try:
             if self.local:
                 self._write(scratch, data)
-                os.link(scratch, full)
-                Path(scratch).unlink()
+                _rename_to_new(Path(scratch), Path(full))
                 sync(Path(full).parent)
             elif self._is_sftp:
                 self._write(scratch, data)
@@ -177,7 +175,12 @@ class Store:
         return "sftp" in self.fs.protocol
 
     def _write(self, full: str, data: bytes) -> None:
-        self.fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+        folder = full.rpartition("/")[0]
+        try:
+            self.fs.makedirs(folder, exist_ok=True)
+        except OSError:
+            if not self.fs.isdir(folder):  # over SFTP, another process has made it just now
+                raise
         if not self.local:
             self.fs.pipe_file(full, data)
             return
@@ -344,84 +347,6 @@ def taken_over(where: str, who: str = "") -> TakenOverError:
     )
 
 
-def checkpoint_place(run_dir: Path, url: str | None) -> str:
-    """Return where a run's checkpoints lie: in its own folder, or below `url` in one of the run's name."""
-    return f"{url.rstrip('/')}/{run_dir.name}" if url else str(run_dir / "checkpoints")
-
-
-def spool_of(run_dir: Path) -> Path:
-    """Return the folder in which a run's checkpoints wait for a remote store."""
-    return run_dir / "spool"
-
-
-def newest_whole(
-    stores: Iterable[Store], *, into: Path, to_resume: bool = False, say: Callable[[str], None] | None = None
-) -> tuple[Checkpoint, Path, Manifest] | None:
-    """Return the newest checkpoint whose files are what its manifest says, fetched; name each that is not.
-
-    Args:
-        stores: of one run; where two have a checkpoint, the first is asked first.
-        into: a folder below which a remote one is copied, under its name.
-        to_resume: leave out one that holds what became of the weights after the training's end.
-        say: told what is damaged; default: a warning on standard error.
-    """
-    found = [(checkpoint.order, -place, checkpoint) for place, store in enumerate(stores)
-             for checkpoint in store.checkpoints() if not (to_resume and checkpoint.finished)]  # fmt: skip
-    for _, _, checkpoint in sorted(found, key=lambda entry: entry[:2], reverse=True):
-        try:
-            folder, manifest = checkpoint.store.fetch(checkpoint, into / checkpoint.name)
-        except DamagedError as error:
-            text = f"{error.args[0]}: going on from an older checkpoint than {shown(checkpoint.url)}"
-            (say or (lambda line: sys.stderr.write(f"warning: {line}\n")))(text)
-            continue
-        return checkpoint, folder, manifest
-    return None
-
-
-def list_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
-    """Return the complete checkpoints of a folder of this machine, oldest first."""
-    store, found = Store(folder), []
-    for checkpoint in store.checkpoints():
-        with suppress(DamagedError):
-            found.append((checkpoint.folder, store.manifest(checkpoint)))
-    return found
-
-
-def kept(
-    steps: dict[str, int],
-    scores: dict[str, float],
-    *,
-    last: int,
-    best: int = 0,
-    every: int | None = None,
-    mode: str = "max",
-) -> set[str]:
-    """Return which checkpoints are kept: the last, the best, and each whose step is a multiple.
-
-    Args:
-        steps: of each checkpoint, by name, oldest first.
-        scores: by name, of those that were validated.
-        last: how many of the newest.
-        best: how many of the best scores.
-        every: each whose step is a multiple of this.
-        mode: max or min: which score is better.
-    """
-    ranked = sorted((name for name in steps if name in scores), key=lambda name: scores[name], reverse=mode == "max")
-    good = {name for name, step in steps.items() if every and step % every == 0}
-    return good | set(list(steps)[-last:]) | set(ranked[:best])
-
-
-def free_name(step: int, taken: set[str], *, finished: bool = False) -> str:
-    """Return a checkpoint's name that is not taken, and take it."""
-    number, name = 1, f"step-{step:010d}{'-end' if finished else ''}"
-    free = name
-    while free in taken:
-        number += 1
-        free = f"{name}.{number}"
-    taken.add(free)
-    return free
-
-
 def sync(path: Path) -> None:
     """Have the kernel write a file or a folder's entries to the disk: fsync(2)."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -435,6 +360,19 @@ def file_sha256(path: Path) -> str:
     """Return a file's sha256, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _rename_to_new(scratch: Path, target: Path) -> None:
+    """Give a file its name, which nothing may have yet."""
+    try:
+        os.link(scratch, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if target.exists():  # a file system without links: the writer's name alone keeps others away
+            raise FileExistsError(target) from error
+        scratch.rename(target)
+    scratch.unlink(missing_ok=True)
 
 
 def _prune_hint(store: Store) -> str:

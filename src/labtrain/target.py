@@ -7,20 +7,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from labtrain import receipt
+from labtrain.catalog import checkpoint_place, newest_whole, spool_of
 from labtrain.digests import digest_file
 from labtrain.errors import LabtrainError
 from labtrain.remote import is_local
-from labtrain.store import (
-    MANIFEST,
-    NAME,
-    WEIGHTS,
-    Checkpoint,
-    Manifest,
-    Store,
-    checkpoint_place,
-    newest_whole,
-    spool_of,
-)
+from labtrain.store import MANIFEST, NAME, WEIGHTS, Checkpoint, Manifest, Store
 
 
 def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]:

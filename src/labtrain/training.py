@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain import determinism, receipt
 from labtrain.callbacks import BatchSizes, Progress, Seeding, Trail, warn
+from labtrain.catalog import checkpoint_place, newest_whole, spool_of
 from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
@@ -33,7 +34,7 @@ from labtrain.remote import is_local
 from labtrain.resume import make_job
 from labtrain.run import EXACT_STRATEGIES, Config, Job, shards_in_use, shown, world_size
 from labtrain.signals import Stopped, Wishes
-from labtrain.store import Manifest, Store, checkpoint_place, newest_whole, spool_of
+from labtrain.store import Manifest, Store
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,6 +178,8 @@ def find_checkpoint(job: Job, place: str, into: Path) -> tuple[str, Path, Manife
     stores = [Store(spool) for spool in [spool_of(Path(job.run_dir))] if spool.is_dir()] + [Store(origin)]
     if is_local(origin):
         found = newest_whole(stores, into=into, to_resume=True)
+    elif not any(store.checkpoints() for store in stores):
+        found = None
     else:
         into.mkdir(parents=True, exist_ok=True)
         with (into / ".lock").open("w") as file:

@@ -8,11 +8,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from labtrain.catalog import list_checkpoints
 from labtrain.doctor.report import Check, judged
 from labtrain.errors import LabtrainError
 from labtrain.remote import explained, is_local
 from labtrain.run import shown
-from labtrain.store import Store, list_checkpoints
+from labtrain.store import Store
 
 GROUP = "machine"
 SHM = Path("/dev/shm")
