@@ -175,12 +175,13 @@ class Store:
         return "sftp" in self.fs.protocol
 
     def _write(self, full: str, data: bytes) -> None:
-        folder = full.rpartition("/")[0]
-        try:
-            self.fs.makedirs(folder, exist_ok=True)
-        except OSError:
-            if not self.fs.isdir(folder):  # over SFTP, another process has made it just now
-                raise
+        for attempt in range(3):
+            try:
+                self.fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+                break
+            except OSError:  # over SFTP, another process may be making the same folders
+                if attempt == 2:
+                    raise
         if not self.local:
             self.fs.pipe_file(full, data)
             return
