@@ -304,7 +304,14 @@ def test_a_checkpoint_folder_that_cannot_be_written_fails() -> None:
     check = machine.check_checkpoints(ROOT, "/proc/checkpoints")
     assert check.status == "failed"
     assert check.hint == "ls -ld /proc"
-    assert machine.check_checkpoints(ROOT, "s3://bucket/runs").status == "skipped"
+
+
+def test_a_remote_store_is_written_to() -> None:
+    assert machine.check_checkpoints(ROOT, "memory://doctor").status == "ok"
+    check = machine.check_checkpoints(ROOT, "sftp://127.0.0.1:9/runs")
+    assert check.status == "failed"
+    assert check.found.startswith("sftp://127.0.0.1:9/runs: ")
+    assert check.hint
 
 
 def test_too_few_open_files_fail() -> None:
