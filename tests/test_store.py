@@ -223,10 +223,8 @@ def test_which_are_kept() -> None:
 # ------------------------------------------------------------------------------------------------------- commands
 
 
-@each
+@pytest.mark.parametrize("url", ["local", "s3", "sftp"], indirect=True)
 def test_the_commands(url: str, tmp_path: Path) -> None:
-    if url.startswith("memory"):
-        pytest.skip("a store in memory is of one process: there is nothing for a command to see")
     store = Store(url)
     for step in (1, 2):
         put(store, tmp_path / "from", step, f"runs/r{step}/step-{step:010d}")
