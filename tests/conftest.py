@@ -22,8 +22,12 @@ QUICK = ("trainer.enable_progress_bar=false", "logger=none")
 def need(program: str, package: str) -> None:
     """Skip where a program is missing, saying how to get it; under CI=true fail instead."""
     if shutil.which(program) is None:
-        text = f"{program} is not installed: {f'apt-get install {package}' if package else 'make servers'}"
-        pytest.fail(text) if os.environ.get("CI") == "true" else pytest.skip(text)
+        skip_or_fail(f"{program} is not installed: {f'apt-get install {package}' if package else 'make servers'}")
+
+
+def skip_or_fail(text: str) -> None:
+    """Skip, saying why; under CI=true fail."""
+    pytest.fail(text) if os.environ.get("CI") == "true" else pytest.skip(text)
 
 
 @dataclass
@@ -128,6 +132,9 @@ def sftp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
     server = SFTP(tmp_path_factory.mktemp("sftp"))
     server.start()
+    if refusal := server.refuses():  # as Debian's `nobody` is
+        server.kill()
+        skip_or_fail(f"sshd: {refusal}: run the tests as a user that can log in")
     yield server
     server.kill()
 

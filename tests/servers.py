@@ -222,3 +222,18 @@ class SFTP:
         if self.process is not None:
             end(self.process)
             self.process = None
+
+    def refuses(self) -> str:
+        """Return why the server lets this user in under no circumstances; empty where it does let them in."""
+        import paramiko
+
+        client = paramiko.SSHClient()
+        client.load_host_keys(str(self.home / ".ssh" / "known_hosts"))
+        try:
+            client.connect("127.0.0.1", self.port, getpass.getuser(), key_filename=str(self.home / ".ssh/id_ed25519"))
+        except paramiko.AuthenticationException:
+            lines = (self.folder / "log.txt").read_text().splitlines()
+            return next((line for line in lines if "not allowed because" in line), "")
+        finally:
+            client.close()
+        return ""
