@@ -95,6 +95,9 @@ class S3:
         if self.process is not None:
             end(self.process)
             self.process = None
+        for port in range(self.port, self.port + 10):
+            for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):  # it has no option for these
+                left.unlink(missing_ok=True)
 
     def make_bucket(self) -> None:
         import s3fs
