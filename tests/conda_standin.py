@@ -6,6 +6,7 @@ a package whose md5 is another. No conda can be had where these tests run.
 
 import asyncio
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -40,4 +41,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # not through the interpreter's end, where rattler's threads still run: seen once, a SIGSEGV
