@@ -12,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,27 @@ def end(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGKIL
 
 
 @dataclass
-class S3:
-    """SeaweedFS with one bucket, `lab`."""
+class Server:
+    """A process that listens, and its folder."""
 
     folder: Path
-    port: int = field(default_factory=lambda: free_ports(10))
+    port: int = 0
     process: subprocess.Popen[bytes] | None = None
+    ports = 1  # in a row
+
+    def __post_init__(self) -> None:
+        self.port = free_ports(self.ports)
+
+    def kill(self) -> None:
+        if self.process is not None:
+            end(self.process)
+            self.process = None
+
+
+class S3(Server):
+    """SeaweedFS with one bucket, `lab`."""
+
+    ports = 10
 
     @property
     def endpoint(self) -> str:
@@ -92,9 +107,7 @@ class S3:
         wait_until(lambda: urllib.request.urlopen(f"{self.endpoint}/healthz", timeout=1).status == 200)
 
     def kill(self) -> None:
-        if self.process is not None:
-            end(self.process)
-            self.process = None
+        super().kill()
         for port in range(self.port, self.port + 10):
             for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):  # it has no option for these
                 left.unlink(missing_ok=True)
@@ -171,13 +184,8 @@ def weed() -> str:
     return str(shutil.which("weed"))
 
 
-@dataclass
-class SFTP:
+class SFTP(Server):
     """OpenSSH's server, for one key; `home` is a home folder that knows it."""
-
-    folder: Path
-    port: int = field(default_factory=lambda: free_ports(1))
-    process: subprocess.Popen[bytes] | None = None
 
     @property
     def home(self) -> Path:
@@ -220,11 +228,6 @@ class SFTP:
             [program, "-D", "-f", str(self.folder / "sshd_config"), "-E", str(self.folder / "log.txt")]
         )
         wait_until(lambda: socket.create_connection(("127.0.0.1", self.port), 1))
-
-    def kill(self) -> None:
-        if self.process is not None:
-            end(self.process)
-            self.process = None
 
     def refuses(self) -> str:
         """Return why the server lets this user in under no circumstances; empty where it does let them in."""

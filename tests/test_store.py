@@ -123,7 +123,9 @@ def test_a_checkpoint_exists_with_its_manifest(url: str, tmp_path: Path) -> None
 
 @each
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "other manifest", "no manifest"])
-def test_each_damage_is_found_and_the_older_one_taken(url: str, damage: str, tmp_path: Path) -> None:
+def test_each_damage_is_found_and_the_older_one_taken(
+    url: str, damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     store = Store(url)
     older, newer = put(store, tmp_path / "from", 1), put(store, tmp_path / "from", 2)
     full = f"{store.root}/{newer}/{WEIGHTS}"
@@ -138,12 +140,12 @@ def test_each_damage_is_found_and_the_older_one_taken(url: str, damage: str, tmp
             store.fs.pipe_file(f"{store.root}/{newer}/{MANIFEST}", json.dumps(made(tmp_path / "x", 9)).encode())
         case "no manifest":
             store.fs.pipe_file(f"{store.root}/{newer}/{MANIFEST}", b'{"schema": "lab')
-    said: list[str] = []
-    found = newest_whole([store], into=tmp_path / "into", say=said.append)
+    found = newest_whole([store], into=tmp_path / "into")
+    said = capsys.readouterr().err
     assert found is not None
     assert found[0].name == older
-    assert newer in said[0]
-    assert "going on from an older checkpoint" in said[0]
+    assert newer in said
+    assert "going on from an older checkpoint" in said
     assert check(store.checkpoints()[0]) is None
     assert newer in str(check(store.checkpoints()[1]))
 

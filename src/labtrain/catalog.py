@@ -4,7 +4,7 @@ No torch.
 """
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -23,8 +23,14 @@ def spool_of(run_dir: Path) -> Path:
     return run_dir / "spool"
 
 
+def stores_of(run_dir: Path, place: str) -> list[Store]:
+    """Return where a run's checkpoints are looked for: what still waits in its spool, and their place."""
+    spool = spool_of(run_dir)
+    return [*([Store(spool)] if spool.is_dir() else []), Store(place)]
+
+
 def newest_whole(
-    stores: Iterable[Store], *, into: Path, to_resume: bool = False, say: Callable[[str], None] | None = None
+    stores: Iterable[Store], *, into: Path, to_resume: bool = False
 ) -> tuple[Checkpoint, Path, Manifest] | None:
     """Return the newest checkpoint whose files are what its manifest says, fetched; name each that is not.
 
@@ -32,7 +38,6 @@ def newest_whole(
         stores: of one run; where two have a checkpoint, the first is asked first.
         into: a folder below which a remote one is copied, under its name.
         to_resume: leave out one that holds what became of the weights after the training's end.
-        say: told what is damaged; default: a warning on standard error.
     """
     found = [(checkpoint.order, -place, checkpoint) for place, store in enumerate(stores)
              for checkpoint in store.checkpoints() if not (to_resume and checkpoint.finished)]  # fmt: skip
@@ -40,8 +45,8 @@ def newest_whole(
         try:
             folder, manifest = checkpoint.store.fetch(checkpoint, into / checkpoint.name)
         except DamagedError as error:
-            text = f"{error.args[0]}: going on from an older checkpoint than {shown(checkpoint.url)}"
-            (say or (lambda line: sys.stderr.write(f"warning: {line}\n")))(text)
+            older = f"going on from an older checkpoint than {shown(checkpoint.url)}"
+            sys.stderr.write(f"warning: {error.args[0]}: {older}\n")
             continue
         return checkpoint, folder, manifest
     return None

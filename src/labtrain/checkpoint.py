@@ -39,7 +39,7 @@ class Checkpoints(pl.Callback):
         options: dict[str, Any],
         resumed: tuple[str, Manifest] | None = None,
     ) -> None:
-        self.run_id, self.options = run_id, options
+        self.run_id = run_id
         self.monitor, self.keep_best = options["monitor"], options["keep_best"]
         keep = partial(
             kept,

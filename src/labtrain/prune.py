@@ -3,7 +3,7 @@
 import os
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -40,25 +40,27 @@ def leftovers(store: Store, *, older_than_s: float) -> list[Leftover]:
     writer on another machine, what was touched in the last `older_than_s` seconds may be. Ages are between two times
     of the store, never of this machine's clock.
     """
-    now = None
+    incomplete = [checkpoint for checkpoint in store.find() if MANIFEST not in checkpoint.sizes]
+    uploads = _uploads(store)
+    if not incomplete and not uploads:
+        return []
+    now, writers = store.now(), dict[str, bool | None]()
+
+    def left(run: str, path: str, size: int, touched: datetime, upload: str = "") -> Leftover:
+        if run not in writers:
+            writers[run] = _writer_lives(store, run)
+        age = (now - touched).total_seconds()
+        alive = writers[run]
+        return Leftover(path, size, age, age < older_than_s if alive is None else alive, upload)
+
     found = []
-    writers: dict[str, bool | None] = {}
-    for checkpoint in store.find():
-        if MANIFEST in checkpoint.sizes:
-            continue
-        now = now or _store_time(store)
-        touched = [_modified(store, f"{checkpoint.path}/{name}") for name in checkpoint.sizes]
-        age = min((now - time).total_seconds() for time in touched)
-        alive = writers.setdefault(checkpoint.run, _writer_lives(store, checkpoint.run))
-        in_progress = age < older_than_s if alive is None else alive
-        found.append(Leftover(checkpoint.path, sum(checkpoint.sizes.values()), age, in_progress))
-    for upload in _uploads(store):
-        now = now or _store_time(store)
+    for checkpoint in incomplete:
+        touched = max(store.modified(f"{checkpoint.path}/{name}") for name in checkpoint.sizes)
+        found.append(left(checkpoint.run, checkpoint.path, sum(checkpoint.sizes.values()), touched))
+    for upload in uploads:
         path = upload["Key"].removeprefix(store.root.partition("/")[2]).lstrip("/")
         run = path.rpartition("/")[0].rpartition("/")[0]
-        age = (now - upload["Initiated"]).total_seconds()
-        alive = writers.setdefault(run, _writer_lives(store, run))
-        found.append(Leftover(path, 0, age, age < older_than_s if alive is None else alive, upload["UploadId"]))
+        found.append(left(run, path, 0, upload["Initiated"], upload["UploadId"]))
     return found
 
 
@@ -112,24 +114,6 @@ def _writer_lives(store: Store, run: str) -> bool | None:
     if writer.get("host") != os.uname().nodename:
         return None
     return Path(f"/proc/{writer.get('process')}").exists()
-
-
-def _store_time(store: Store) -> datetime:
-    """Return what the store takes the time to be: that of a file written now."""
-    probe = f".probe-{os.getpid()}"
-    with explained(store.url):
-        store.replace(probe, b"")
-        try:
-            return _modified(store, probe)
-        finally:
-            store.remove(probe)
-
-
-def _modified(store: Store, path: str) -> datetime:
-    with explained(store.url):
-        time = store.fs.modified(f"{store.root}/{path}")
-    assert isinstance(time, datetime)
-    return time if time.tzinfo else time.replace(tzinfo=UTC)
 
 
 def _uploads(store: Store) -> list[dict[str, Any]]:

@@ -46,13 +46,13 @@ def find_origin(resume: str, experiment_runs: Path) -> tuple[Path, str]:
     """
     if not is_local(resume):
         store = Store(resume)
-        run_ids = {store.manifest(checkpoint)["run_id"] for checkpoint in store.checkpoints()[-1:]}
-        if not run_ids or any(checkpoint.run for checkpoint in store.checkpoints()):
+        there = store.checkpoints()
+        if not there or there[-1].run:
             raise ConfigError(
-                f"resume={resume}: {'more than one run is' if run_ids else 'no checkpoint is'} there",
+                f"resume={resume}: {'it holds the folders of runs' if there else 'no checkpoint is there'}",
                 hint=f"labtrain store ls {resume}; the folder of one run is wanted",
             )
-        return experiment_runs / run_ids.pop(), store.url
+        return experiment_runs / store.manifest(there[-1])["run_id"], store.url
     places = [Path(resume.removeprefix("file://")).resolve(), experiment_runs / resume]
     for place in places:
         found = receipt.read(place)

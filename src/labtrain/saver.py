@@ -199,10 +199,7 @@ class Saver:
         self.manifests[name] = manifest
         if self.delivery is not None:
             self.delivery.add(name, manifest)
-        try:
-            self._retain()
-        except OSError as error:
-            sys.stderr.write(f"warning: {self.home}: what is superseded could not be removed: {error}\n")
+        self._retain()
 
     def _explained(self, name: str, error: Exception) -> StoreError:
         return StoreError(
@@ -222,11 +219,14 @@ class Saver:
         for name in doomed:
             del self.manifests[name]
             self.scores.pop(name, None)
-        if self.delivery is not None:
-            self.delivery.drop(doomed)
-        else:
-            for name in doomed:
-                self.home.discard(name)
+        try:
+            if self.delivery is not None:
+                self.delivery.drop(doomed)
+            else:
+                for name in doomed:
+                    self.home.discard(name)
+        except OSError as error:
+            sys.stderr.write(f"warning: {self.home}: what is superseded could not be removed: {error}\n")
 
 
 def write_files(folder: Path, state: dict[str, Any]) -> Manifest:

@@ -24,6 +24,7 @@ import secrets
 import shutil
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -247,26 +248,22 @@ class Store:
         manifest = self.manifest(checkpoint)
         folder = checkpoint.folder if self.local else into
         for name, wanted in manifest["files"].items():
-            path = folder / name
-            if not self.local:
+            wrong = _wrong(folder / name, wanted)
+            if wrong and not self.local:  # else another rank of this machine has copied it, and may be reading it
                 into.mkdir(parents=True, exist_ok=True)
                 with explained(self.url), suppress(FileNotFoundError):
-                    self.fs.get_file(f"{self.root}/{checkpoint.path}/{name}".replace("//", "/"), str(path))
-            try:
-                size = path.stat().st_size
-                found = file_sha256(path) if size == wanted["size_bytes"] else f"of {size} bytes"
-            except FileNotFoundError:
-                found = "no file"
-            except OSError as error:
-                raise StoreError(f"{path}: {error.strerror}", hint=f"ls -l {path}") from error
-            if found != wanted["sha256"]:
-                raise DamagedError(
-                    f"{checkpoint.url}/{name}: sha256 {found[:12]}, manifest says {wanted['sha256'][:12]}"
-                    if len(found) == 64
-                    else f"{checkpoint.url}/{name}: {found}, manifest says {wanted['size_bytes']} bytes",
-                    hint=_prune_hint(self),
-                )
+                    self.fs.get_file(f"{self.root}/{checkpoint.path}/{name}", str(folder / name))
+                wrong = _wrong(folder / name, wanted)
+            if wrong:
+                raise DamagedError(f"{checkpoint.url}/{name}: {wrong}", hint=_prune_hint(self))
         return folder, manifest
+
+    def modified(self, path: str) -> datetime:
+        """Return when a file was last written, by the store's own clock."""
+        with explained(self.url):
+            time = self.fs.modified(f"{self.root}/{path}")
+        assert isinstance(time, datetime)
+        return time if time.tzinfo else time.replace(tzinfo=UTC)
 
     # -------------------------------------------------------------------------------------------------- writing
 
@@ -294,6 +291,16 @@ class Store:
         """Remove a checkpoint, its manifest first: a crash in between leaves none, not a broken one."""
         self.remove(f"{path}/{MANIFEST}")
         self.remove(path)
+
+    def now(self) -> datetime:
+        """Return what the store takes the time to be, by writing a file: so it can be written."""
+        probe = f".probe-{os.getpid()}"
+        with explained(self.url):
+            self.replace(probe, b"")
+            try:
+                return self.modified(probe)
+            finally:
+                self.remove(probe)
 
     # -------------------------------------------------------------------------------------------------- its one writer
 
@@ -361,6 +368,20 @@ def file_sha256(path: Path) -> str:
     """Return a file's sha256, 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _wrong(path: Path, wanted: dict[str, Any]) -> str:
+    """Return how a file differs from what a manifest says of it; empty where it does not."""
+    try:
+        size = path.stat().st_size
+        if size != wanted["size_bytes"]:
+            return f"of {size} bytes, manifest says {wanted['size_bytes']}"
+        found = file_sha256(path)
+    except FileNotFoundError:
+        return f"no file, manifest says {wanted['size_bytes']} bytes"
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror}", hint=f"ls -l {path}") from error
+    return "" if found == wanted["sha256"] else f"sha256 {found[:12]}, manifest says {wanted['sha256'][:12]}"
 
 
 def _rename_to_new(scratch: Path, target: Path) -> None:

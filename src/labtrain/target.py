@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from labtrain import receipt
-from labtrain.catalog import checkpoint_place, newest_whole, spool_of
+from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.digests import digest_file
 from labtrain.errors import LabtrainError
 from labtrain.remote import is_local
@@ -83,12 +83,11 @@ def found_checkpoint(target: str, *, verified: bool = True) -> Iterator[tuple[Pa
             else:
                 yield store.fetch(named, Path(scratch, name))
             return
-        stores = [Store(place)]
-        if is_local(place) and (found := receipt.read(Path(place))) is not None:
-            run_dir = Path(place)
-            stores = [Store(spool) for spool in [spool_of(run_dir)] if spool.is_dir()]
-            stores.append(Store(checkpoint_place(run_dir, found["config"]["checkpoint"]["url"])))
-        newest = newest_whole(stores, into=Path(scratch))
+        run_dir = Path(place.removeprefix("file://"))
+        found = receipt.read(run_dir) if is_local(place) else None
+        if found is not None:
+            place = checkpoint_place(run_dir, found["config"]["checkpoint"]["url"])
+        newest = newest_whole(stores_of(run_dir, place) if found else [Store(place)], into=Path(scratch))
         if newest is None:
             raise LabtrainError(
                 f"{target} is neither a run nor a checkpoint: looked for {receipt.FILE}, {MANIFEST} and step-*",

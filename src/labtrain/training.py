@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain import determinism, receipt
 from labtrain.callbacks import BatchSizes, Progress, Seeding, Trail, warn
-from labtrain.catalog import checkpoint_place, newest_whole, spool_of
+from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
@@ -34,7 +34,7 @@ from labtrain.remote import is_local
 from labtrain.resume import make_job
 from labtrain.run import EXACT_STRATEGIES, Config, Job, shards_in_use, shown, world_size
 from labtrain.signals import Stopped, Wishes
-from labtrain.store import Manifest, Store
+from labtrain.store import Manifest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,11 +145,13 @@ def train(cfg: Any) -> Result:
     except BaseException as error:
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
         if trainer.is_global_zero:
-            if isinstance(error, Stopped):
-                checkpoints.saver.close(seconds=config["checkpoint"]["deliver_seconds"], wanted=False)
-            else:
-                checkpoints.saver.abandon()
-            recorder.close("interrupted" if stopped else "failed", step=trainer.global_step)
+            try:
+                if isinstance(error, Stopped):
+                    checkpoints.saver.close(seconds=config["checkpoint"]["deliver_seconds"], wanted=False)
+                else:
+                    checkpoints.saver.abandon()
+            finally:
+                recorder.close("interrupted" if stopped else "failed", step=trainer.global_step)
         if not stopped and (launcher := trainer.strategy.launcher):
             launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
         known = explain_operation(error, model) or explain(error, config, started=recorder.receipt is not None)
@@ -175,7 +177,7 @@ def find_checkpoint(job: Job, place: str, into: Path) -> tuple[str, Path, Manife
         StoreError: the store cannot be asked: whether there is a checkpoint is not known.
     """
     origin = job.origin or place
-    stores = [Store(spool) for spool in [spool_of(Path(job.run_dir))] if spool.is_dir()] + [Store(origin)]
+    stores = stores_of(Path(job.run_dir), origin)
     if is_local(origin):
         found = newest_whole(stores, into=into, to_resume=True)
     elif not any(store.checkpoints() for store in stores):

@@ -11,7 +11,7 @@ from pathlib import Path
 from labtrain.catalog import list_checkpoints
 from labtrain.doctor.report import Check, judged
 from labtrain.errors import LabtrainError
-from labtrain.remote import explained, is_local
+from labtrain.remote import is_local
 from labtrain.run import shown
 from labtrain.store import Store
 
@@ -120,12 +120,8 @@ def check_checkpoints(folder: Path, url: str | None) -> Check:
 
 def _check_remote(name: str, url: str) -> Check:
     wanted = "a store that can be written"
-    probe = f".labtrain-doctor-{os.getpid()}"
     try:
-        store = Store(url)
-        with explained(url):
-            store.replace(probe, b"")
-            store.remove(probe)
+        Store(url).now()
     except LabtrainError as error:
         return judged(GROUP, name, False, str(error.args[0]), wanted, error.hint)
     return judged(GROUP, name, True, f"{url} can be written", wanted, "")
