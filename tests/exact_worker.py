@@ -4,6 +4,7 @@ The processes are forked from a server that has imported torch and Lightning onc
 takes a second instead of five. They call `labtrain.train` with a whole configuration; only Hydra is not in it.
 """
 
+import errno
 import multiprocessing
 import os
 import random
@@ -23,7 +24,7 @@ import yaml
 from torch import nn
 
 import labtrain
-from labtrain import reduction, training
+from labtrain import files, reduction, training
 from labtrain.config import CONF
 from labtrain.errors import EXIT_STOPPED, LabtrainError
 from labtrain.resume import make_job
@@ -367,6 +368,30 @@ def kill_in_save(number: int, delay: float) -> None:
     Saver.save = watched  # type: ignore[method-assign]
 
 
+def full_in_save(name: str) -> None:
+    """Have this process find the disk full in its third save: when it writes its part, or when it has written it."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
+    owner: Any = HuggingFaceStorageWriter if name == "write_data" else files
+    real, left = getattr(owner, name), [3]
+
+    def full(*arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    setattr(owner, name, full)
+
+
+class Scaled(MLP):
+    """Has a parameter without a dimension."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.scale = nn.Parameter(torch.ones(()))
+
+
 class Halve(pl.Callback):
     """Changes the weights after the last step."""
 
@@ -404,8 +429,13 @@ def work(
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     if "KILL_IN_SAVE" in environment:
-        number, delay = environment["KILL_IN_SAVE"].split()
-        kill_in_save(int(number), float(delay))
+        number, delay, *which = environment["KILL_IN_SAVE"].split()
+        if which in ([], [str(rank)]):
+            kill_in_save(int(number), float(delay))
+    if "FULL_IN_SAVE" in environment:
+        which, name = environment["FULL_IN_SAVE"].split()
+        if which == str(rank):
+            full_in_save(name)
     if environment.get("BLIND_RANK") == str(rank):
         training.find_checkpoint = lambda *_: None
     torch.set_num_threads(1)

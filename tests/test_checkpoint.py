@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from labtrain.catalog import list_checkpoints, newest_whole
-from labtrain.checkpoint import FolderIO, load_folder
+from labtrain.checkpoint import FolderIO
 from labtrain.digests import digest, digest_file
 from labtrain.errors import DamagedError, LabtrainError
-from labtrain.saver import write_files
+from labtrain.files import load_folder, write_files
 from labtrain.staging import Staging
 from labtrain.store import SCHEMA, Checkpoint, Store
 

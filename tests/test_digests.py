@@ -1,4 +1,5 @@
 import hashlib
+import json
 import struct
 from collections import OrderedDict
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from labtrain.digests import digest, digest_file, digest_tree, read_safetensors
+from labtrain.digests import digest, digest_file, digest_folder, digest_tree, read_safetensors
 from labtrain.errors import DamagedError, LabtrainError
 
 
@@ -32,6 +33,30 @@ def test_a_file_has_the_digest_of_what_was_saved(dtype: torch.dtype, tmp_path: P
     }
     save_file(state, tmp_path / "w.safetensors")
     assert digest_file(tmp_path / "w.safetensors") == digest(state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+def test_parts_have_the_digest_of_the_whole(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Cut along either dimension, one part empty; a hole between them is found."""
+    rows, columns = torch.arange(20).reshape(5, 4).to(dtype), torch.arange(12).reshape(2, 6).to(dtype)
+    scalar = torch.ones((), dtype=dtype)
+    write_part(tmp_path, 1, rows=(rows[:3], (0, 0)), columns=(columns[:, 2:], (0, 2)), scalar=(scalar, ()))
+    write_part(tmp_path, 2, rows=(rows[3:], (3, 0)), columns=(columns[:, :2], (0, 0)))
+    write_part(tmp_path, 3, rows=(rows[5:], (5, 0)))
+    assert digest_folder(tmp_path) == digest({"rows": rows, "columns": columns, "scalar": scalar})
+    write_part(tmp_path, 2, rows=(rows[4:], (4, 0)), columns=(columns[:, :2], (0, 0)))
+    with pytest.raises(DamagedError, match="rows is not whole: 16 of 20 values"):
+        digest_folder(tmp_path)
+
+
+def write_part(folder: Path, rank: int, **tensors: tuple[torch.Tensor, tuple[int, ...]]) -> None:
+    """Write a file as torch.distributed.checkpoint does: each tensor's rows, and where they lie in the whole."""
+    offsets = {f"state_dict/{name}": {"saved_offsets": list(where)} for name, (_, where) in tensors.items()}
+    save_file(
+        {f"state_dict/{name}": part.contiguous() for name, (part, _) in tensors.items()},
+        folder / f"shard-{rank:05d}-model-00001-of-00001.safetensors",
+        metadata={"DCP_SHARDING_INFO": json.dumps(offsets)},
+    )
 
 
 def test_strides_do_not_matter_and_one_bit_does() -> None:

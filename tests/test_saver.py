@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from labtrain.catalog import kept, newest_whole
-from labtrain.checkpoint import load_folder
 from labtrain.digests import digest
 from labtrain.errors import LabtrainError, StoreError
+from labtrain.files import load_folder
 from labtrain.saver import Saver
 from labtrain.staging import Staging
 from labtrain.store import Store, TakenOverError

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from labtrain.catalog import kept, newest_whole
-from labtrain.errors import ConfigError, LabtrainError, StoreError
+from labtrain.errors import ConfigError, DamagedError, LabtrainError, StoreError
 from labtrain.prune import Leftover, check, clear, leftovers, superseded
 from labtrain.remote import without_secrets
 from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, TakenOverError, file_sha256
@@ -346,6 +346,16 @@ def test_secrets_that_a_server_repeats_are_blotted_out(monkeypatch: pytest.Monke
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "permission")
     found = without_secrets("no permission for s3cret-value")
     assert found == "no permission for $AWS_SECRET_ACCESS_KEY"
+
+
+def test_a_manifest_leads_nowhere_else(tmp_path: Path) -> None:
+    """Its files are read, and copied, by their names."""
+    store = Store(tmp_path)
+    (tmp_path / "step-0000000001").mkdir()
+    manifest = {"schema": SCHEMA, "files": {f"../{WEIGHTS}": {"sha256": "0", "size_bytes": 1}}}
+    store.commit("step-0000000001", manifest)
+    with pytest.raises(DamagedError, match="is no manifest"):
+        store.fetch(store.checkpoints()[0], tmp_path / "to")
 
 
 def test_urls_that_cannot_be_used() -> None:

@@ -74,12 +74,3 @@ def test_in_mode_off_shards_still_sum_along_the_tree(runner: Runner, tmp_path: P
         config["model"]["dropout"] = 0.0
         digests.add(outcome(Runner(folder).run(config, world=world))["weights_digest"])
     assert len(digests) == 1
-
-
-def test_fsdp_is_lightnings_and_says_so(runner: Runner) -> None:
-    """It needs a GPU: here only its refusal on a CPU can be seen, and that it is told so in words."""
-    config = configure("mlp", "even", trainer={"strategy": "fsdp"})
-    runner.run(config, code=2)
-    assert "Lightning's Trainer: " in runner.said()
-    assert "fsdp" in runner.said().lower()
-    assert not list(runner.folder.glob("runs/*/*"))

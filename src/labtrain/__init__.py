@@ -3,8 +3,8 @@
 The floors; an import points down only (import-linter holds it, `make check`)::
 
     4  compose  job  cli  demo  new  target  conf/               thin: parse, call, print
-    3  training  loop  strategy  tally  guard  checkpoint        Lightning
-    2  determinism  order  loader  reduction  saver  staging     torch
+    3  training  loop  strategy  fsdp  tally  guard  checkpoint  Lightning
+    2  determinism  order  loader  reduction  saver  files       torch
     1  run  resume  receipt  lock  doctor  compare  digests      no torch
        store  remote  catalog  delivery  prune
     0  errors  signals                                           standard library only

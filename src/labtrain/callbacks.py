@@ -11,11 +11,14 @@ from typing import IO, Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 import xxhash
 from lightning.pytorch.callbacks import ProgressBar
+from torch.distributed.tensor import DTensor
 
 from labtrain.determinism import seed_place
 from labtrain.digests import tensor_bytes
+from labtrain.files import is_spread
 from labtrain.loader import DataLoader, Sharded
 
 
@@ -88,8 +91,10 @@ class Trail(pl.Callback):
         self.path, self.every_n_steps, self.resumed_step = path, every_n_steps, resumed_step
         self.file: IO[str] | None = None
         self.last_step = resumed_step
+        self.spread = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.spread = is_spread(pl_module.state_dict())
         if trainer.is_global_zero:
             cut_trail(self.path, last_step=self.resumed_step)
             self.file = self.path.open("a", buffering=1)
@@ -98,9 +103,14 @@ class Trail(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if self.file is None or step == self.last_step or step % self.every_n_steps:
+        if step == self.last_step or step % self.every_n_steps:
             return
         self.last_step = step
+        if self.file is None and not self.spread:
+            return
+        weights = checksum_of_all(pl_module.state_dict(), spread=self.spread)
+        if self.file is None:
+            return
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
         value = loss.item() if isinstance(loss, torch.Tensor) else math.nan
         loader = trainer.train_dataloader
@@ -109,7 +119,7 @@ class Trail(pl.Callback):
             "epoch": trainer.current_epoch,
             "loss": value if math.isfinite(value) else repr(value),
             "batch": xxhash.xxh3_64_hexdigest(tensor_bytes(loader.indices)) if isinstance(loader, DataLoader) else None,
-            "weights": checksum(pl_module.state_dict().values()),
+            "weights": weights,
         }
         self.file.write(json.dumps(line) + "\n")
 
@@ -129,6 +139,16 @@ def cut_trail(path: Path, *, last_step: int) -> None:
             break
         kept += line
     path.write_bytes(kept)
+
+
+def checksum_of_all(weights: dict[str, torch.Tensor], *, spread: bool) -> str:
+    """Return a digest of a state dict's bits; where it is spread, of each rank's part, on all of them at once."""
+    if not spread:
+        return checksum(weights.values())
+    parts = [""] * dist.get_world_size()
+    dist.all_gather_object(parts, checksum(tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                                           for tensor in weights.values()))  # fmt: skip
+    return xxhash.xxh3_128_hexdigest("".join(parts).encode())
 
 
 def checksum(tensors: Iterable[torch.Tensor]) -> str:

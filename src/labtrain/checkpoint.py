@@ -1,6 +1,5 @@
 """Checkpoints of a training: what is saved where `EpochLoop` says, what is kept, and how it is read."""
 
-import pickle
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -8,15 +7,17 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from safetensors.torch import load_file
 
 from labtrain.catalog import kept
-from labtrain.errors import DamagedError, LabtrainError
+from labtrain.digests import state_digest
+from labtrain.errors import LabtrainError
+from labtrain.files import is_spread, load_folder
 from labtrain.loggers import log_positions
 from labtrain.loop import PLACE, EpochLoop
-from labtrain.saver import Saver, state_digest
-from labtrain.store import STATE, WEIGHTS, Manifest
+from labtrain.saver import Saver
+from labtrain.store import Manifest
 
 
 class Checkpoints(pl.Callback):
@@ -67,12 +68,13 @@ class Checkpoints(pl.Callback):
             )
         if loaded is not None:
             loop_of(trainer).restore()
+        if is_spread(pl_module.state_dict()):
+            self.saver.group = dist.new_group(backend="gloo")  # the writers', beside what the loop exchanges
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.is_global_zero:
-            self.saver.check()
+        self.saver.check()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -90,7 +92,7 @@ class Checkpoints(pl.Callback):
             )
 
     def save(self, trainer: pl.Trainer, *, required: bool) -> None:
-        """Save the training's state as it is now; called on every rank, rank 0 writes.
+        """Save the training's state as it is now; on every rank: rank 0 writes, and each its part of what is spread.
 
         Args:
             trainer: whose state it is.
@@ -104,7 +106,7 @@ class Checkpoints(pl.Callback):
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         del state["loops"]
         state[PLACE] = loop_of(trainer).place()
-        if trainer.is_global_zero:
+        if trainer.is_global_zero or self.saver.group is not None:
             manifest = {
                 "run_id": self.run_id,
                 "step": trainer.global_step,
@@ -116,37 +118,42 @@ class Checkpoints(pl.Callback):
             self.newest = self.saver.save(state, manifest), trainer.global_step
         wishes.keep_time()
         if wishes.agreed_stop:
-            if trainer.is_global_zero:
-                self.saver.wait()
+            self.saver.wait()
             trainer.strategy.barrier("labtrain.checkpoint")  # else others end, and what started them ends rank 0
 
-    def finish(self, module: pl.LightningModule, weights_digest: str, *, resumed: Path | None) -> str | None:
-        """Save the weights that the training ended with, where something changed them after the last save; on rank 0.
+    def finish(self, trainer: pl.Trainer, weights_digest: str, *, resumed: Path | None) -> str | None:
+        """Save the weights that the training ended with, where something changed them after the last save.
 
-        An average of weights that a callback puts in at the end, say. Nothing goes on from these.
+        An average of weights that a callback puts in at the end, say. Nothing goes on from these. Called on every rank.
 
         Args:
-            module: the model.
-            weights_digest: of its weights.
+            trainer: at its end.
+            weights_digest: of its model.
             resumed: the folder of the checkpoint that the training went on from.
 
         Returns:
-            the digest of the state that is saved last; None where nothing is.
+            the digest of the state that is saved last; None where nothing is, or it is spread over the ranks.
         """
-        self.saver.wait()
-        if self.newest is None:
+        saver, spread = self.saver, self.saver.group is not None
+
+        def agreed(rank_zeros: bool) -> bool:
+            return trainer.strategy.broadcast(rank_zeros) if spread else rank_zeros
+
+        saver.wait()
+        if self.newest is None or not (trainer.is_global_zero or spread):
             return None
-        manifest = self.saver.manifests[self.newest[0]]
-        if manifest["weights_digest"] == weights_digest:
-            state = self.saver.staged
-            if state is None and resumed is not None:  # it was complete, and only its delivery was missing
+        manifest = saver.manifests.get(self.newest[0], {"step": self.newest[1]})  # rank 0 has all of it
+        if agreed(manifest.get("weights_digest") == weights_digest):
+            state = saver.staged
+            if state is None and resumed is not None and not spread:  # it was complete, only its delivery was missing
                 state = load_folder(resumed)
-            return state_digest(state) if state is not None else None
-        ended = [other for other in self.saver.manifests.values() if other["finished"]]
-        if all(other["weights_digest"] != weights_digest for other in ended):
-            self.saver.save({"state_dict": module.state_dict()}, manifest, finished=True)
-            self.saver.wait()
-        return state_digest({"state_dict": module.state_dict()})
+            return state_digest(state) if state is not None and not spread else None
+        state = {"state_dict": trainer.strategy.lightning_module_state_dict()}
+        ended = [other for other in saver.manifests.values() if other["finished"]]
+        if not agreed(any(other["weights_digest"] == weights_digest for other in ended)):
+            saver.save(state, manifest, finished=True)
+            saver.wait()
+        return None if spread else state_digest(state)
 
     def score(self, trainer: pl.Trainer) -> None:
         """Note the monitored metric for the checkpoint that was saved before the validation."""
@@ -174,20 +181,3 @@ class FolderIO(TorchCheckpointIO):
         if Path(path).is_dir():
             return load_folder(Path(path))
         return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)
-
-
-def load_folder(folder: Path) -> dict[str, Any]:
-    """Return Lightning's checkpoint dictionary from a folder that was verified, on the CPU, without its loops.
-
-    Raises:
-        DamagedError: loading it would run code.
-    """
-    try:
-        state: dict[str, Any] = torch.load(folder / STATE, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        first = " ".join(str(error).split())[:300]
-        raise DamagedError(
-            f"{folder / STATE} cannot be read without running code from it, so labtrain has not written it: {first}",
-            hint=f"rm -r {folder}, and ask who wrote it",
-        ) from error
-    return state | {"state_dict": load_file(folder / WEIGHTS)}

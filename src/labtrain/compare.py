@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.catalog import list_checkpoints
-from labtrain.digests import read_safetensors
+from labtrain.digests import read_weights
 from labtrain.errors import DamagedError
 from labtrain.run import get, what_counts
-from labtrain.store import WEIGHTS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,7 +91,7 @@ def _first_tensor(one: Path, other: Path) -> str | None:
     for path, manifest in list_checkpoints(one / "checkpoints"):
         if manifest["step"] not in theirs:
             continue
-        pairs = zip_longest(read_safetensors(path / WEIGHTS), read_safetensors(theirs[manifest["step"]] / WEIGHTS))
+        pairs = zip_longest(read_weights(path), read_weights(theirs[manifest["step"]]))
         for mine, their in pairs:
             if mine != their:
                 return (mine or their or ("",))[0]

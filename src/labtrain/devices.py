@@ -3,12 +3,14 @@
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import Strategy
 
 from labtrain.config import too_many_devices
 from labtrain.errors import ConfigError, DeviceError
-from labtrain.run import EXACT_STRATEGIES, Config, shards_in_use, world_size
+from labtrain.fsdp import FullySharded
+from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, shards_in_use, world_size
 from labtrain.signals import Wishes
-from labtrain.strategy import Exact, ExactDDP, ExactSingleDevice
+from labtrain.strategy import ExactDDP, ExactSingleDevice
 
 
 def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
@@ -65,11 +67,15 @@ def plain_because(config: Config) -> str:
         why = f"trainer.strategy={config['trainer']['strategy']}"
     else:
         why = f"trainer.accelerator={config['trainer']['accelerator']}"
-    return f"{why}: Lightning's own strategy trains, the bits depend on the number of devices (promise 3 is off)"
+    whose = "FSDP2" if config["trainer"]["strategy"] == SHARDED_STRATEGY else "Lightning's own strategy"
+    return f"{why}: {whose} trains, the bits depend on the number of devices (promise 3 is off)"
 
 
-def make_strategy(shards: int, accelerator: str, devices: Any, world: int, wishes: Wishes) -> Exact:
-    """Return the exact strategy for one device or for several."""
+def make_strategy(config: Config, accelerator: str, devices: Any, wishes: Wishes) -> Strategy | None:
+    """Return labtrain's strategy: exact, on one device or several, or fully sharded; None where it is Lightning's."""
+    shards, world = shards_in_use(config), world_size(config, devices)
+    if shards is None:
+        return FullySharded(world) if config["trainer"]["strategy"] == SHARDED_STRATEGY else None
     if world > 1:
         return ExactDDP(shards=shards, wishes=wishes)
     number = devices[0] if isinstance(devices, list) else 0

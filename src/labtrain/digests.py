@@ -7,8 +7,11 @@ a tensor is used through its own methods, and a ``.safetensors`` file is read as
 
 import hashlib
 import json
+import math
 import struct
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +37,8 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 
+SPREAD_WEIGHTS = "state_dict/"  # before the names of weights in the parts of a checkpoint (files.py)
+
 Entry = tuple[str, str, tuple[int, ...], bytes | memoryview]
 
 
@@ -58,6 +63,16 @@ def digest_file(path: Path) -> str:
     return _digest(read_safetensors(path))
 
 
+def digest_folder(folder: Path) -> str:
+    """Return the weights digest of a checkpoint's folder, whole or in parts, reading one tensor at a time."""
+    return _digest(read_weights(folder))
+
+
+def state_digest(state: Mapping[str, Any]) -> str:
+    """Return the sha256 over a whole training state: tensors, plain values, and the weights by their digest."""
+    return digest_tree({**state, "state_dict": digest(state["state_dict"])})
+
+
 def _digest(entries: Iterable[Entry]) -> str:
     sha = hashlib.sha256()
     for name, dtype, shape, raw in entries:
@@ -73,34 +88,108 @@ def tensor_bytes(tensor: Any) -> memoryview:
     return memoryview(flat.view(uint8).numpy())
 
 
+def read_weights(folder: Path) -> Iterator[Entry]:
+    """Yield (name, dtype, shape, bytes) of each tensor of a checkpoint's weights, by name.
+
+    Raises:
+        DamagedError: a file is cut short or is no safetensors file, or a part is missing.
+    """
+    parts = sorted(folder.glob("shard-*.safetensors"))
+    if not parts:
+        yield from read_safetensors(folder / "weights.safetensors")
+        return
+    found: dict[str, list[tuple[_Part, list[int]]]] = {}
+    for path in parts:
+        metadata, tensors = _header(path)
+        with _damage_of(path):
+            offsets = json.loads(metadata["DCP_SHARDING_INFO"])
+            for name, part in tensors.items():
+                if name.startswith(SPREAD_WEIGHTS):
+                    found.setdefault(name, []).append((part, offsets[name]["saved_offsets"]))
+    for name in sorted(found):
+        yield name.removeprefix(SPREAD_WEIGHTS), *_whole(name, found[name])
+
+
 def read_safetensors(path: Path) -> Iterator[Entry]:
     """Yield (name, dtype, shape, bytes) of each tensor of a ``.safetensors`` file, by name.
 
     Raises:
         DamagedError: the file is cut short or is no safetensors file.
     """
+    for name, part in sorted(_header(path)[1].items()):
+        yield name, part.dtype, part.shape, part.read()
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Where a tensor, or a part of one, lies."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    first: int
+    last: int
+
+    def read(self) -> bytes:
+        with self.path.open("rb") as file:
+            file.seek(self.first)
+            raw = file.read(self.last - self.first)
+        if len(raw) != self.last - self.first:
+            raise DamagedError(f"{self.path}: not a whole safetensors file (cut short)")
+        return raw
+
+
+def _header(path: Path) -> tuple[dict[str, str], dict[str, _Part]]:
+    """Return a ``.safetensors`` file's metadata, and where its tensors lie."""
+    with _damage_of(path), path.open("rb") as file:
+        (size,) = struct.unpack("<Q", file.read(8))
+        if size > path.stat().st_size:
+            raise ValueError("header longer than the file")
+        header = json.loads(file.read(size))
+        metadata = header.pop("__metadata__", {})
+        return metadata, {
+            name: _Part(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]),
+                        *(8 + size + offset for offset in entry["data_offsets"]))
+            for name, entry in header.items()
+        }  # fmt: skip
+
+
+@contextmanager
+def _damage_of(path: Path) -> Iterator[None]:
     try:
-        with path.open("rb") as file:
-            (size,) = struct.unpack("<Q", file.read(8))
-            if size > path.stat().st_size:
-                raise ValueError("header longer than the file")
-            header = json.loads(file.read(size))
-            header.pop("__metadata__", None)
-            start = 8 + size
-            for name, entry in sorted(header.items()):
-                first, last = entry["data_offsets"]
-                file.seek(start + first)
-                raw = file.read(last - first)
-                if len(raw) != last - first:
-                    raise ValueError(f"{name} is cut short")
-                yield name, _DTYPES[entry["dtype"]], tuple(entry["shape"]), raw
-    except (ValueError, KeyError, struct.error) as error:
+        yield
+    except (ValueError, KeyError, TypeError, struct.error) as error:
         raise DamagedError(f"{path}: not a whole safetensors file ({error})") from error
+
+
+def _whole(name: str, parts: list[tuple[_Part, list[int]]]) -> tuple[str, tuple[int, ...], memoryview]:
+    """Put a tensor's parts together, each at its offsets."""
+    import numpy as np
+
+    shape = tuple(
+        max(offset + size for offset, size in zip(sides, sizes, strict=True))
+        for sides, sizes in zip(
+            zip(*(offsets for _, offsets in parts), strict=True),
+            zip(*(part.shape for part, _ in parts), strict=True),
+            strict=True,
+        )
+    )
+    filled = sum(math.prod(part.shape) for part, _ in parts)
+    if filled != math.prod(shape):
+        raise DamagedError(f"{parts[0][0].path.parent}: {name} is not whole: {filled} of {math.prod(shape)} values")
+    item = next(((part.last - part.first) // math.prod(part.shape) for part, _ in parts if math.prod(part.shape)), 1)
+    whole = np.empty((*shape, item), np.uint8)
+    for part, offsets in parts:
+        place = tuple(slice(offset, offset + size) for offset, size in zip(offsets, part.shape, strict=True))
+        whole[place] = np.frombuffer(part.read(), np.uint8).reshape(*part.shape, item)
+    return parts[0][0].dtype, shape, whole.reshape(-1).data
 
 
 def _parts(name: str, tensor: Any) -> tuple[str, tuple[int, ...], memoryview]:
     if not hasattr(tensor, "detach"):
         raise LabtrainError(f"cannot digest {name}: {type(tensor).__name__} is no tensor")
+    if hasattr(tensor, "full_tensor"):  # spread over the ranks: brought together, by all of them at once
+        tensor = tensor.full_tensor()
     return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor_bytes(tensor)
 
 

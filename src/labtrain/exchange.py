@@ -9,7 +9,7 @@ import torch
 
 from labtrain.catalog import free_name
 from labtrain.errors import ConfigError, DamagedError
-from labtrain.saver import write_files
+from labtrain.files import load_folder, write_files
 from labtrain.staging import Staging
 from labtrain.store import SCHEMA, Store
 from labtrain.target import found_checkpoint
@@ -22,8 +22,6 @@ def export_checkpoint(target: str, file: Path) -> None:
         target: a run, or a checkpoint's folder or URL.
         file: must not exist yet.
     """
-    from labtrain.checkpoint import load_folder
-
     if file.exists():
         raise ConfigError(f"{file} is there already", hint=f"another name, or rm {file}")
     with found_checkpoint(target) as (folder, _):

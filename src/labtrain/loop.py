@@ -99,7 +99,8 @@ class EpochLoop(_TrainingEpochLoop):
         mine = {"logged": self._logged(), "metrics": self._metric_states(), "loader": self._loader_state()}
         ranks = [mine]
         if trainer.world_size > 1 and not isinstance(trainer.strategy, Exact):
-            ranks = [{}] * trainer.world_size  # each rank has sums of its own
+            mine["buffers"] = {name: buffer.cpu() for name, buffer in trainer.lightning_module.named_buffers()}
+            ranks = [{}] * trainer.world_size  # each rank has sums and buffers of its own
             dist.all_gather_object(ranks, mine)
         return {
             "epoch": fit.epoch_progress.current.processed,
@@ -234,6 +235,8 @@ class EpochLoop(_TrainingEpochLoop):
             for name, state in mine["metrics"].items():
                 values = {key: _moved(value, device) for key, value in state.items()}
                 release(metrics[name], values | {"_computed": None, "_forward_cache": None})
+            for name, value in mine.get("buffers", {}).items():
+                trainer.lightning_module.get_buffer(name).copy_(value)
             self._restore_logged(mine["logged"])
         logs = trainer._logger_connector
         logs._first_loop_iter = at["batch"] == 1  # not None: Lightning empties its sums in an epoch's first batch

@@ -42,6 +42,7 @@ EXECUTION_KEYS = (
 # With fixed shards the number of devices does not matter either; with Lightning's own strategies it does.
 DEVICE_KEYS = ("trainer.devices", "trainer.num_nodes", "trainer.strategy")
 EXACT_STRATEGIES = ("auto", "ddp")
+SHARDED_STRATEGY = "fsdp"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,37 +6,31 @@
     writer    files and their sha256, fsync, manifest          one save in flight; then retention
     delivery  to checkpoint.url, where that is remote          delivery.py
 
-A failure of the writer reaches the loop with its next step.
+A failure of the writer reaches the loop with its next step. Rank 0 saves what all ranks have; of a state that is spread
+over them each saves its part, and rank 0 makes the checkpoint exist when all parts are on the disk.
 """
 
-import hashlib
-import os
 import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
 from labtrain.catalog import free_name, spool_of
 from labtrain.delivery import Delivery
-from labtrain.digests import digest, digest_tree
 from labtrain.errors import DamagedError, LabtrainError, StoreError
+from labtrain.files import together, write_files
 from labtrain.remote import is_local
 from labtrain.staging import Staging
-from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Manifest, Store, file_sha256, sync
-
-HASHED_BYTES = 4 << 20
+from labtrain.store import MANIFEST, SCHEMA, Manifest, Store
 
 Keep = Callable[[dict[str, int], dict[str, float]], set[str]]
 
 
 class Saver:
-    """Writes one run's checkpoints; on rank 0.
+    """Writes one run's checkpoints: on rank 0, and its part of a state that is spread on every other.
 
     Args:
         run_dir: the run's folder.
@@ -54,7 +48,8 @@ class Saver:
         self.taken: set[str] = set()
         self.undelivered: list[str] = []  # of a process before; not moved before all ranks have loaded one of them
         self.staged: dict[str, Any] | None = None  # the state that was saved last
-        self.token = ""
+        self.token = ""  # of rank 0
+        self.group: Any = None  # of the ranks, where the state is spread over them; the writers' own
         self.delivery: Delivery | None = None
         self.thread: threading.Thread | None = None
         self.error: LabtrainError | None = None
@@ -97,7 +92,8 @@ class Saver:
 
         Args:
             state: Lightning's checkpoint dictionary, its weights under `state_dict`.
-            manifest: run id, step, place and metrics; files, digests and scores are added.
+            manifest: run id, step, place and metrics; files, digests and scores are added. Rank 0's counts, as its
+                name does.
             finished: it is no place to go on from, but what became of the weights at the end.
         """
         self.wait()
@@ -186,22 +182,33 @@ class Saver:
 
     def _write(self, name: str, state: dict[str, Any], manifest: Manifest) -> None:
         try:
+            name = together(self.group, partial(self._begin, name))[0]
+            manifest = {**manifest, "schema": SCHEMA, **write_files(Path(self.home.root, name), state, self.group)}
+            together(self.group, partial(self._commit, name, manifest))
+        except BaseException as error:  # safetensors and torch have errors of their own for a full disk
+            self.error = error if isinstance(error, LabtrainError) else self._explained(name, error)
+            if self.token:
+                with suppress(Exception):
+                    self.home.discard(name)  # room for what comes after
+            return
+        if self.token:
+            self.manifests[name] = manifest
+            if self.delivery is not None:
+                self.delivery.add(name, manifest)
+            self._retain()
+
+    def _begin(self, name: str) -> str:
+        if self.token:
             self.home.check_writer(self.token)
             self.home.renew(self.token)
-            manifest = {**manifest, "schema": SCHEMA, **write_files(Path(self.home.root, name), state)}
+        return name
+
+    def _commit(self, name: str, manifest: Manifest) -> None:
+        if self.token:
             self.home.check_writer(self.token)
             self.home.commit(name, manifest)
-        except Exception as error:  # safetensors and torch have errors of their own for a full disk
-            self.error = error if isinstance(error, LabtrainError) else self._explained(name, error)
-            with suppress(Exception):
-                self.home.discard(name)  # room for what comes after
-            return
-        self.manifests[name] = manifest
-        if self.delivery is not None:
-            self.delivery.add(name, manifest)
-        self._retain()
 
-    def _explained(self, name: str, error: Exception) -> StoreError:
+    def _explained(self, name: str, error: BaseException) -> StoreError:
         return StoreError(
             f"{self.home}/{name} could not be written: {getattr(error, 'strerror', None) or error}",
             hint=f"df -h {self.home}; ls -ld {self.home}; then the same command goes on from the newest",
@@ -227,62 +234,3 @@ class Saver:
                     self.home.discard(name)
         except OSError as error:
             sys.stderr.write(f"warning: {self.home}: what is superseded could not be removed: {error}\n")
-
-
-def write_files(folder: Path, state: dict[str, Any]) -> Manifest:
-    """Write a state's two files to a new folder, to the disk; return their sha256 and size, and the weights digest.
-
-    Args:
-        folder: must hold nothing yet.
-        state: tensors and plain values, the weights under `state_dict`; must not change meanwhile.
-    """
-    folder.mkdir(parents=True, exist_ok=True)  # empty where a crash came right after this line
-    weights = state["state_dict"]
-    rest = {key: value for key, value in state.items() if key != "state_dict"}
-
-    def write_weights() -> str:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
-        hashed = pool.submit(file_sha256, folder / WEIGHTS)
-        sync(folder / WEIGHTS)
-        return hashed.result()
-
-    def write_rest() -> str:
-        with (folder / STATE).open("wb") as file:  # torch's own has no words for a full disk
-            complete = threading.Event()
-            hashed = pool.submit(_hash_behind, folder / STATE, complete)
-            try:
-                torch.save(rest, file)
-                file.flush()
-            finally:
-                complete.set()
-            os.fsync(file.fileno())
-        return hashed.result()
-
-    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter's lock, and so does the disk
-        rest_sha, weights_sha = pool.submit(write_rest), pool.submit(write_weights)
-        files = {WEIGHTS: weights_sha, STATE: rest_sha}
-        manifest: Manifest = {"weights_digest": digest(weights)}
-        manifest["files"] = {
-            name: {"sha256": sha.result(), "size_bytes": (folder / name).stat().st_size} for name, sha in files.items()
-        }
-    sync(folder)
-    sync(folder.parent)
-    return manifest
-
-
-def _hash_behind(path: Path, complete: threading.Event) -> str:
-    """Return the sha256 of a file that is being written from its beginning to its end."""
-    sha = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:
-        while True:
-            last = complete.is_set()
-            while data := file.read(HASHED_BYTES):
-                sha.update(data)
-            if last:
-                return sha.hexdigest()
-            complete.wait(0.002)
-
-
-def state_digest(state: dict[str, Any]) -> str:
-    """Return the sha256 over a whole training state: tensors, plain values, and the weights by their digest."""
-    return digest_tree({**state, "state_dict": digest(state["state_dict"])})

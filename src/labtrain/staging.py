@@ -8,6 +8,7 @@ from collections import Counter, OrderedDict
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from labtrain.errors import LabtrainError
 
@@ -50,6 +51,9 @@ class Staging:
         )
 
     def _copy_tensor(self, tensor: torch.Tensor, key: str) -> torch.Tensor:
+        if isinstance(tensor, DTensor):  # this rank's part; `from_local` would move it back to the mesh's device
+            part = self._copy_tensor(tensor.to_local(), key)
+            return DTensor(part, tensor._spec, requires_grad=False)
         if tensor.layout != torch.strided:
             return tensor.cpu().clone()
         buffer = self.buffers.get(key)

@@ -230,7 +230,8 @@ class Store:
             data = self.read(where)
         with suppress(ValueError, KeyError, TypeError):
             manifest = json.loads(data)
-            if manifest["schema"] == SCHEMA and WEIGHTS in manifest["files"]:
+            files = manifest["files"]  # each is read, and copied, by its name: none may lead out of the folder
+            if manifest["schema"] == SCHEMA and files and not any("/" in name for name in files):
                 return dict(manifest)
         raise DamagedError(f"{checkpoint.url}/{MANIFEST} is no manifest of {SCHEMA}", hint=_prune_hint(self))
 

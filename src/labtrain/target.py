@@ -8,10 +8,10 @@ from typing import Any
 
 from labtrain import receipt
 from labtrain.catalog import checkpoint_place, newest_whole, stores_of
-from labtrain.digests import digest_file
+from labtrain.digests import digest_file, digest_folder, state_digest
 from labtrain.errors import LabtrainError
 from labtrain.remote import is_local
-from labtrain.store import MANIFEST, NAME, WEIGHTS, Checkpoint, Manifest, Store
+from labtrain.store import MANIFEST, NAME, Checkpoint, Manifest, Store
 
 
 def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]:
@@ -33,9 +33,8 @@ def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]
     with found_checkpoint(target, verified=False) as (folder, manifest):
         claimed = claimed or manifest.get(key)
         if not whole:
-            return digest_file(folder / WEIGHTS), claimed
-        from labtrain.checkpoint import load_folder
-        from labtrain.saver import state_digest
+            return digest_folder(folder), claimed
+        from labtrain.files import load_folder
 
         return state_digest(load_folder(folder)), claimed
 
@@ -54,10 +53,12 @@ def load_weights(target: str | Path) -> dict[str, Any]:
     """
     from safetensors.torch import load_file
 
+    from labtrain.files import load_weights_of
+
     if str(target).endswith(".safetensors") and is_local(str(target)):
         return dict(load_file(str(target).removeprefix("file://")))
     with found_checkpoint(str(target)) as (folder, _):
-        return dict(load_file(folder / WEIGHTS))
+        return load_weights_of(folder)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from labtrain.loop import EpochLoop
 from labtrain.recorder import Recorder
 from labtrain.remote import is_local
 from labtrain.resume import make_job
-from labtrain.run import EXACT_STRATEGIES, Config, Job, shards_in_use, shown, world_size
+from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, shards_in_use, shown
 from labtrain.signals import Stopped, Wishes
 from labtrain.store import Manifest
 
@@ -127,13 +127,13 @@ def train(cfg: Any) -> Result:
                     warn_resumed(run_dir, name)
             if shards_in_use(config) is None:
                 recorder.say(plain_because(config))
-                if config["trainer"]["strategy"] not in EXACT_STRATEGIES and path is not None:
+                if config["trainer"]["strategy"] not in (*EXACT_STRATEGIES, SHARDED_STRATEGY) and path is not None:
                     raise NotThereYetError(f"going on under trainer.strategy={config['trainer']['strategy']}")
             log_config(loggers, config)
             trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
             metrics = as_floats(trainer.callback_metrics)
             weights, steps = digest(model), trainer.global_step
-            state = checkpoints.finish(model, weights, resumed=path) if trainer.is_global_zero else None
+            state = checkpoints.finish(trainer, weights, resumed=path)
             if is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model):
                 trainer.test(model, datamodule=datamodule, verbose=False)
                 metrics |= as_floats(trainer.callback_metrics)
@@ -253,9 +253,8 @@ def make_trainer(
     """Return Lightning's Trainer with the keys of `trainer`; those that are null take its defaults."""
     options = {key: value for key, value in config["trainer"].items() if value is not None}
     options |= {"accelerator": accelerator, "devices": devices}
-    shards = shards_in_use(config)
-    if shards is not None:
-        options["strategy"] = make_strategy(shards, accelerator, devices, world_size(config, devices), wishes)
+    if (strategy := make_strategy(config, accelerator, devices, wishes)) is not None:
+        options["strategy"] = strategy
     try:
         return pl.Trainer(
             **options,

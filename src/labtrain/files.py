@@ -1,0 +1,285 @@
+"""The files of a checkpoint: one training's state, whole, or a part a rank.
+
+::
+
+    weights.safetensors                     the state dict, where every rank has all of it
+    shard-00001-model-00001-of-00001....    where it is spread over the ranks (FSDP): rank 0's part of weights and
+    shard-00002-...                         moments, rank 1's, ...; each tensor named by its path in the state
+    state.pt                                the rest; loads with weights_only=True
+
+Parts are planned, written and put together by torch.distributed.checkpoint, in its safetensors format, whose reader
+finds what lies where in the files' own headers: the default format keeps that in a pickle. So a state that was saved by
+four ranks is read by any number of them, each its own part, or whole by one process without the others.
+https://docs.pytorch.org/docs/2.9/distributed.checkpoint.html
+"""
+
+import hashlib
+import os
+import pickle
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
+
+from labtrain.digests import SPREAD_WEIGHTS, digest, digest_folder
+from labtrain.errors import DamagedError, LabtrainError, StoreError
+from labtrain.store import STATE, WEIGHTS, Manifest, file_sha256, sync
+
+HASHED_BYTES = 4 << 20
+PARTS = "parts"  # in state.pt: the paths of the tensors that lie in the parts
+
+State = dict[str, Any]
+Keys = tuple[Any, ...]
+T = TypeVar("T")
+
+
+def is_spread(weights: State) -> bool:
+    """Return whether a state dict is spread over the ranks: whether each holds but a part of some tensor."""
+    return any(isinstance(tensor, DTensor) for tensor in weights.values())
+
+
+def write_files(folder: Path, state: State, group: Any = None) -> Manifest:
+    """Write a state to a new folder, to the disk; return its files' sha256 and size, and the weights digest.
+
+    Args:
+        folder: must hold nothing yet.
+        state: tensors and plain values, the weights under `state_dict`; must not change meanwhile.
+        group: where the state is spread, the ranks that hold it; all of them call this, and rank 0 has the answer.
+    """
+    folder.mkdir(parents=True, exist_ok=True)  # empty where a crash came right after this line
+    found = _write_whole(folder, state) if group is None else _write_part(folder, state, group)
+    sync(folder)
+    sync(folder.parent)
+    return found
+
+
+def together(group: Any, action: Callable[[], T]) -> list[T]:
+    """Run an action on every rank of a group and return what each returned; where one fails, fail on all.
+
+    Raises:
+        LabtrainError: another rank has failed; says which, and why.
+    """
+    if group is None:
+        return [action()]
+    result, failure, said = None, None, ("", "")
+    try:
+        result = action()
+    except Exception as error:  # whatever it is, the others wait to hear of it
+        failure, said = error, (str(error.args[0] if error.args else type(error).__name__), getattr(error, "hint", ""))
+    all_of_them: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(all_of_them, (result, *said), group=group)
+    if failure is not None:
+        raise failure
+    for rank, (_, text, hint) in enumerate(all_of_them):
+        if text:
+            raise LabtrainError(f"rank {rank}: {text}", hint=hint)
+    return [result for result, _, _ in all_of_them]
+
+
+def load_folder(folder: Path, like: State | None = None) -> State:
+    """Return Lightning's checkpoint dictionary from a folder that was verified, without its loops.
+
+    Args:
+        folder: of a checkpoint.
+        like: the state as it is spread over the ranks now: each then reads its own parts, to where those of `like`
+            are, and all ranks call this. Else the whole is read, on the CPU, optimizers' states by number.
+
+    Raises:
+        DamagedError: loading it would run code, or its parts are not there.
+    """
+    try:
+        state: State = torch.load(folder / STATE, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        first = " ".join(str(error).split())[:300]
+        raise DamagedError(
+            f"{folder / STATE} cannot be read without running code from it, so labtrain has not written it: {first}",
+            hint=f"rm -r {folder}, and ask who wrote it",
+        ) from error
+    if not in_parts(folder):
+        return state | {"state_dict": load_file(folder / WEIGHTS)}
+    paths: dict[str, Keys] = {_name(path): tuple(path) for path in state.pop(PARTS)}
+    now = {} if like is None else _flat(like)
+    tensors = _load_parts(folder, paths, now, alone=like is None)
+    for name, path in paths.items():
+        _put(state, path, tensors[name])
+    if like is None:
+        state["optimizer_states"] = [_numbered(optimizer) for optimizer in state.get("optimizer_states", [])]
+    return state
+
+
+def load_weights_of(folder: Path) -> State:
+    """Return a checkpoint's state dict, whole, on the CPU."""
+    if not in_parts(folder):
+        return dict(load_file(folder / WEIGHTS))
+    tensors = _load_parts(folder, None, {}, alone=True)
+    return {name.removeprefix(SPREAD_WEIGHTS): tensor for name, tensor in tensors.items()}
+
+
+def in_parts(folder: Path) -> bool:
+    """Return whether a checkpoint was saved by ranks that each held a part."""
+    return not (folder / WEIGHTS).exists()
+
+
+def _write_whole(folder: Path, state: State) -> Manifest:
+    weights = state["state_dict"]
+    rest = {key: value for key, value in state.items() if key != "state_dict"}
+
+    def write_weights() -> str:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+        hashed = pool.submit(file_sha256, folder / WEIGHTS)
+        sync(folder / WEIGHTS)
+        return hashed.result()
+
+    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter's lock, and so does the disk
+        rest_sha, weights_sha = pool.submit(_write_rest, folder, rest, pool), pool.submit(write_weights)
+        files = {WEIGHTS: weights_sha, STATE: rest_sha}
+        manifest: Manifest = {"weights_digest": digest(weights)}
+        manifest["files"] = {
+            name: {"sha256": sha.result(), "size_bytes": (folder / name).stat().st_size} for name, sha in files.items()
+        }
+    return manifest
+
+
+def _write_part(folder: Path, state: State, group: Any) -> Manifest:
+    rank = dist.get_rank(group)
+    paths: list[Keys] = []
+    rest = _without_parts(state, (), paths)
+    # What is no DTensor is rank 0's; the others' buffers are in the place of the training (loop.py).
+    tensors = {_name(path): _get(state, path) for path in paths}
+    tensors = {name: tensor for name, tensor in tensors.items() if rank == 0 or isinstance(tensor, DTensor)}
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    with warnings.catch_warnings(category=UserWarning, action="ignore"):  # of its own use of TypedStorage
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        try:
+            save(tensors, storage_writer=writer, process_group=group)
+        except CheckpointException as error:  # no Exception, and raised on all ranks
+            failed, (cause, _) = next(iter(error.failures.items()))
+            said = getattr(cause, "strerror", None) or cause
+            raise StoreError(
+                f"{folder}: rank {failed} could not write its part: {said}", hint=f"df -h {folder.parent}"
+            ) from error
+
+    def hashed() -> Manifest:
+        mine = {path.name: file_sha256(path) for path in folder.glob(f"shard-{rank + 1:05d}-*")}
+        if rank == 0:
+            with ThreadPoolExecutor(1) as pool:
+                mine[STATE] = _write_rest(folder, {**rest, PARTS: [list(path) for path in paths]}, pool)
+        return {name: {"sha256": sha, "size_bytes": (folder / name).stat().st_size} for name, sha in mine.items()}
+
+    files = {name: entry for part in together(group, hashed) for name, entry in part.items()}
+    if rank != 0:
+        return {}
+    if hidden := [name for name in files if not (folder / name).exists()]:
+        raise StoreError(
+            f"{folder}/{hidden[0]} was written by another rank, and rank 0 does not see it",
+            hint="paths.runs on a folder that all nodes share",
+        )
+    return {"files": files, "weights_digest": digest_folder(folder)}
+
+
+def _write_rest(folder: Path, rest: State, pool: ThreadPoolExecutor) -> str:
+    with (folder / STATE).open("wb") as file:  # torch's own has no words for a full disk
+        complete = threading.Event()
+        hashed = pool.submit(_hash_behind, folder / STATE, complete)
+        try:
+            torch.save(rest, file)
+            file.flush()
+        finally:
+            complete.set()
+        os.fsync(file.fileno())
+    return hashed.result()
+
+
+def _hash_behind(path: Path, complete: threading.Event) -> str:
+    """Return the sha256 of a file that is being written from its beginning to its end."""
+    sha = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while True:
+            last = complete.is_set()
+            while data := file.read(HASHED_BYTES):
+                sha.update(data)
+            if last:
+                return sha.hexdigest()
+            complete.wait(0.002)
+
+
+def _load_parts(folder: Path, names: Any, now: State, *, alone: bool) -> State:
+    """Return the tensors of these names, of the weights by default: to the like of what is in `now`, else whole."""
+    # 0.1 s, which a training without parts need not pay
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    reader = HuggingFaceStorageReader(str(folder))
+    known: Any = reader.read_metadata().state_dict_metadata
+    if names is None:
+        names = [name for name in known if name.startswith(SPREAD_WEIGHTS)]
+    if missing := [name for name in names if name not in known]:
+        raise DamagedError(
+            f"{folder}: {missing[0]} is in none of its parts", hint=f"labtrain store check {folder.parent}"
+        )
+    tensors = {
+        name: torch.empty_like(now[name])
+        if name in now
+        else torch.empty(known[name].size, dtype=known[name].properties.dtype)
+        for name in names
+    }
+    with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that it does so in one process
+        try:
+            load(tensors, storage_reader=reader, no_dist=alone)
+        except CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            raise LabtrainError(
+                f"{folder} does not fit: {cause}", hint="the model it was saved of; or resume=never"
+            ) from error
+    return tensors
+
+
+def _without_parts(node: Any, path: Keys, paths: list[Keys]) -> Any:
+    """Return a state with None for what lies in the parts, the weights and each DTensor; note the paths of those."""
+    if isinstance(node, dict):
+        return {key: _without_parts(value, (*path, key), paths) for key, value in node.items()}
+    if isinstance(node, list | tuple) and type(node) in (list, tuple):
+        return type(node)(_without_parts(value, (*path, index), paths) for index, value in enumerate(node))
+    if isinstance(node, DTensor) or (path[0] == "state_dict" and isinstance(node, torch.Tensor)):
+        paths.append(path)
+        return None
+    return node
+
+
+def _flat(state: State) -> State:
+    paths: list[Keys] = []
+    _without_parts(state, (), paths)
+    return {_name(path): _get(state, path) for path in paths}
+
+
+def _name(path: Any) -> str:
+    return "/".join(map(str, path))
+
+
+def _get(state: Any, path: Keys) -> Any:
+    for key in path:
+        state = state[key]
+    return state
+
+
+def _put(state: Any, path: Keys, value: Any) -> None:
+    _get(state, path[:-1])[path[-1]] = value
+
+
+def _numbered(optimizer: State) -> State:
+    """Return an optimizer's state by the parameters' numbers, as an optimizer itself has it; saved is it by names."""
+    names = [name for group in optimizer["param_groups"] for name in group["params"]]
+    number = {name: index for index, name in enumerate(names)}
+    groups = [{**group, "params": [number[name] for name in group["params"]]} for group in optimizer["param_groups"]]
+    return {"state": {number[name]: state for name, state in optimizer["state"].items()}, "param_groups": groups}

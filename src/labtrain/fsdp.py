@@ -1,0 +1,119 @@
+"""`trainer.strategy=fsdp`: weights, gradients and moments spread over the ranks, by torch's FSDP2.
+
+Lightning's ModelParallelStrategy trains; what it wants of a person's `configure_model` is done here for a model that
+has none: each block of a list of blocks (nn.ModuleList, nn.Sequential) is sharded by itself, so that the weights of one
+at a time are brought together, then the rest. One's own `configure_model`, with `fully_shard` in it, is left alone.
+Bits depend on the number of devices (promise 3 is off), not on being stopped and gone on with.
+
+https://docs.pytorch.org/docs/2.9/distributed.fsdp.fully_shard.html; Lightning 2.6: strategies/model_parallel.py.
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+
+from labtrain.errors import ConfigError
+from labtrain.files import in_parts, load_folder
+
+BLOCK_PARAMETERS = 1_000_000  # fewer are not worth an exchange of their own
+STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+class FullySharded(ModelParallelStrategy):
+    """FSDP2, saved and loaded a part a rank.
+
+    Args:
+        world: number of processes over all nodes.
+    """
+
+    def __init__(self, world: int) -> None:
+        super().__init__(data_parallel_size=world, tensor_parallel_size=1)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    def setup_environment(self) -> None:
+        super().setup_environment()
+        module = cast(pl.LightningModule, self.lightning_module)
+        if not is_overridden("configure_model", module):
+            configure = partial(shard, module, self.device_mesh["data_parallel"])
+            module.configure_model = configure  # type: ignore[method-assign]
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+        return get_model_state_dict(self._sharded)
+
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        return get_optimizer_state_dict(self._sharded, _plain(optimizer))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        folder = Path(checkpoint_path)
+        if not folder.is_dir() or not in_parts(folder):
+            raise ConfigError(
+                f"{folder} holds a whole state: trainer.strategy=fsdp goes on from one that was saved under it",
+                hint="trainer.strategy=auto; or labtrain.load_weights in the model, and resume=never",
+            )
+        like = {
+            "state_dict": self.lightning_module_state_dict(),
+            "optimizer_states": [self.optimizer_state(optimizer) for optimizer in self.optimizers],
+        }
+        return load_folder(folder, like)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+        set_model_state_dict(self._sharded, checkpoint["state_dict"], options=StateDictOptions(strict=strict))
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            set_optimizer_state_dict(self._sharded, _plain(optimizer), state)
+
+    @property
+    def _sharded(self) -> nn.Module:
+        assert self.model is not None
+        return self.model
+
+
+def shard(module: pl.LightningModule, mesh: Any) -> None:
+    """Shard a model over the ranks of a mesh: its larger blocks each by itself, then what is left.
+
+    Raises:
+        ConfigError: a parameter has no dimension that could be cut.
+    """
+    from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
+        return  # for the fit, before a test
+    for name, parameter in module.named_parameters():
+        if parameter.dim() == 0:
+            raise ConfigError(
+                f"{name} is a scalar: trainer.strategy=fsdp cuts each parameter along its first dimension",
+                hint=f"give {name} the shape (1,)",
+            )
+    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
+    blocks = [block for part in lists for block in part
+              if sum(parameter.numel() for parameter in block.parameters()) >= BLOCK_PARAMETERS]  # fmt: skip
+    for block in reversed(blocks):  # what lies inside comes first
+        if not isinstance(block, FSDPModule):
+            fully_shard(block, mesh=mesh)
+    fully_shard(module, mesh=mesh)
+    for step in STEPS:  # Lightning calls these, not `forward`
+        register_fsdp_forward_method(module, step)
+
+
+def _plain(optimizer: Any) -> torch.optim.Optimizer:
+    return cast(torch.optim.Optimizer, optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
