@@ -29,7 +29,7 @@ from labtrain.saver import Saver
 from labtrain.staging import Staging
 from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, sync
 
-ROUNDS = 7
+ROUNDS = 15
 MANIFEST_OF_A_SAVE = {"run_id": "bench", "step": 0, "epoch": 0, "metrics": {}, "logs": {}}
 
 
@@ -70,7 +70,9 @@ def measure_local(trainer: pl.Trainer, folder: Path, io: AsyncCheckpointIO) -> d
 
     warm, saver = Staging(), saver_of(folder / "ours")
     saver.open()
-    step = 0
+    step = turn = 0
+    others = folder / "others"
+    others.mkdir()
 
     def copy() -> Callable[[], None]:
         warm.copy(state())
@@ -88,19 +90,21 @@ def measure_local(trainer: pl.Trainer, folder: Path, io: AsyncCheckpointIO) -> d
 
         return durable
 
+    # Each writes a new file, as checkpoints are: over one that is there the kernel has the pages at hand.
     def torch_save(durable: bool) -> Callable[[], None]:
-        path = folder / "torch.pt"
+        path = others / f"{turn}-{durable}.pt"
         torch.save(state(), path)
         if durable:
             sync(path)
         return lambda: None
 
     def blocking() -> Callable[[], None]:
-        TorchCheckpointIO().save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(), folder / "blocking.ckpt")
+        dumped = trainer._checkpoint_connector.dump_checkpoint()
+        TorchCheckpointIO().save_checkpoint(dumped, others / f"{turn}-blocking.ckpt")
         return lambda: None
 
     def asynchronous() -> Callable[[], None]:
-        trainer.save_checkpoint(folder / "async.ckpt")
+        trainer.save_checkpoint(others / f"{turn}-async.ckpt")
         assert io._executor is not None
         return io._executor.submit(lambda: None).result
 
@@ -122,6 +126,8 @@ def measure_local(trainer: pl.Trainer, folder: Path, io: AsyncCheckpointIO) -> d
             if turn:
                 seconds[side].append((waited, waited_cpu, time.perf_counter() - began))
             saver.wait()  # what is superseded is removed after that
+            for path in others.iterdir():
+                path.unlink()
             os.sync()
     saver.close(seconds=0, wanted=True)
 
