@@ -1,6 +1,5 @@
 """A state that is spread over the ranks: trained, killed, gone on with, moved, read whole. With gloo, on the CPU."""
 
-import json
 import multiprocessing
 import random
 import shutil
@@ -24,7 +23,7 @@ from labtrain.errors import EXIT_STOPPED, DamagedError
 from labtrain.files import PARTS, _load_parts, in_parts, load_folder
 from labtrain.fsdp import shard
 from labtrain.store import STATE, Store
-from tests.conftest import LABTRAIN
+from tests.conftest import LABTRAIN, Experiment
 from tests.exact import Runner, configure, outcome, tell
 from tests.exact_worker import GPT, MLP
 from tests.test_storage import variables
@@ -234,9 +233,12 @@ def test_large_blocks_are_brought_together_one_at_a_time() -> None:
         dist.destroy_process_group()
 
 
-def test_the_receipt_says_what_is_off(runner: Runner) -> None:
-    run_dir = runner.run(fsdp("gpt"), world=2)
-    assert run_dir is not None
-    (note,) = json.loads((run_dir / "receipt.json").read_text())["determinism"]["notes"]
+def test_in_a_generated_experiment(experiment: Experiment) -> None:
+    """With a logger, through Lightning's launcher, and complete a second time; the receipt says what is off."""
+    command = ("paths.runs=runs", "trainer.strategy=fsdp", "trainer.devices=2", "trainer.max_steps=12", "logger=csv")
+    run = experiment.train(*command)
+    (note,) = run.receipt["determinism"]["notes"]
     assert "trainer.strategy=fsdp" in note
     assert "promise 3 is off" in note
+    assert "test/acc" in run.receipt["results"]["metrics"]
+    assert experiment.train(*command).digest == run.digest == digest(labtrain.load_weights(run.folder))

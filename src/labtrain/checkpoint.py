@@ -106,15 +106,16 @@ class Checkpoints(pl.Callback):
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         del state["loops"]
         state[PLACE] = loop_of(trainer).place()
-        if trainer.is_global_zero or self.saver.group is not None:
-            manifest = {
+        manifest: Manifest = {"step": trainer.global_step}
+        if trainer.is_global_zero:
+            manifest |= {
                 "run_id": self.run_id,
-                "step": trainer.global_step,
                 "epoch": state[PLACE]["epoch"],
                 "batch": state[PLACE]["batch"],
                 "metrics": as_floats(trainer.callback_metrics),
                 "logs": log_positions(trainer.loggers),
             }
+        if trainer.is_global_zero or self.saver.group is not None:
             self.newest = self.saver.save(state, manifest), trainer.global_step
         wishes.keep_time()
         if wishes.agreed_stop:
