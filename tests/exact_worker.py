@@ -355,6 +355,20 @@ class Away(pl.Callback):
             time.sleep(0.2)
 
 
+class Broken(pl.Callback):
+    """Divides by zero after the step that BREAK_AT names."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        1 / (trainer.global_step - int(os.environ.get("BREAK_AT", "0")))
+
+
+class Hub(pl.Callback):
+    """Takes a credential, as what talks to a service does."""
+
+    def __init__(self, hub_token: str) -> None:
+        assert hub_token
+
+
 def kill_in_save(number: int, delay: float) -> None:
     """Have this process killed a while after its so many-th save has begun."""
     save, left = Saver.save, [number]

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from labtrain import receipt as receipts
 from labtrain.errors import EXIT_STOPPED, ConfigError
 from labtrain.resume import find_origin, make_job, near_run
 from tests.exact import Runner, configure, outcome
@@ -82,7 +83,7 @@ def test_another_machine_or_environment_is_said(runner: Runner) -> None:
     found = receipt(run_dir)
     found["hardware"]["cpu"] = "Another CPU"
     found["environment"]["distributions"]["torch"] = "2.8.0"
-    (run_dir / "receipt.json").write_text(json.dumps(found))
+    receipts.write(run_dir, found)
     runner.run(config)
     assert "goes on with another hardware.cpu: Another CPU before, now " in runner.said()
     assert "environment.distributions.torch: 2.8.0 before" in runner.said()
@@ -140,7 +141,7 @@ def test_a_near_run_is_found(runner: Runner, tmp_path: Path) -> None:
     assert near_run(job) == run_dir
     assert near_run(make_job({**config, "seed": 43}, root=tmp_path / "code", command=[])) is None
     found = receipt(run_dir) | {"status": "complete"}
-    (run_dir / "receipt.json").write_text(json.dumps(found))
+    receipts.write(run_dir, found)
     assert near_run(job) is None
 
 

@@ -17,13 +17,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["DataLoader", "LabtrainError", "Result", "digest", "load_weights", "main", "train"]
+__all__ = ["DataLoader", "LabtrainError", "Result", "digest", "fingerprint", "load_weights", "main", "train"]
 
 _HOMES = {
     "DataLoader": "labtrain.loader",
     "LabtrainError": "labtrain.errors",
     "Result": "labtrain.training",
     "digest": "labtrain.digests",
+    "fingerprint": "labtrain.fingerprints",
     "load_weights": "labtrain.target",
     "main": "labtrain.compose",
     "train": "labtrain.training",
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from labtrain.compose import main
     from labtrain.digests import digest
     from labtrain.errors import LabtrainError
+    from labtrain.fingerprints import fingerprint
     from labtrain.loader import DataLoader
     from labtrain.target import load_weights
     from labtrain.training import Result, train

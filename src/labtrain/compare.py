@@ -1,15 +1,68 @@
-"""What differs between two runs, and where they part: the first step of the trail, and the first tensor. No torch."""
+"""What differs between two runs: causes first, then where they part. No torch.
+
+A cause is what can change bits and is not the same: configuration, code, environment, hardware, determinism, data. What
+differs and cannot change them, as the number of devices cannot with shards, is told apart. The first step is found in
+the trails' bytes by bisection: they are the same up to it.
+"""
 
 import json
+import re
+import shlex
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from labtrain import receipt as receipts
 from labtrain.catalog import list_checkpoints
 from labtrain.digests import read_weights
-from labtrain.errors import DamagedError
-from labtrain.run import get, what_counts
+from labtrain.errors import ConfigError, DamagedError
+from labtrain.run import get, shown, what_counts
+from labtrain.store import file_sha256
+
+TRAIL = "trail.jsonl"
+KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table
+FIELDS = ("step", "batch", "loss", "weights")
+
+# What of a receipt can change bits; the rest says when, by whom and how far.
+CAUSES = (
+    "config",
+    "code.digest",
+    "environment.route",
+    "environment.lock_digest",
+    "environment.python",
+    "environment.distributions",
+    "environment.changed_files",
+    "hardware.cpu",
+    "hardware.libc",
+    "hardware.gpus",
+    "hardware.driver",
+    "hardware.cuda",
+    "hardware.cudnn",
+    "hardware.nccl",
+    "determinism",
+    "data",
+)
+# What is only told: it follows from another, or is the same fact in other words.
+WITHOUT_A_SAY = ("determinism.notes", "determinism.any_number_of_devices")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """One fact of two receipts that is not the same.
+
+    Attributes:
+        key: its place in the receipt.
+        a: in the first.
+        b: in the second.
+        matters: whether it can change bits.
+    """
+
+    key: str
+    a: Any
+    b: Any
+    matters: bool
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,40 +86,117 @@ class Divergence:
         return ", ".join(parts)
 
 
-# What of a receipt can change bits; the rest says when, by whom and how far.
-CAUSES = (
-    "config",
-    "code.digest",
-    "environment.lock_digest",
-    "environment.python",
-    "environment.distributions.torch",
-    "hardware.cpu",
-    "hardware.libc",
-    "hardware.gpus",
-    "determinism",
-)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """What `labtrain diff` tells of two runs.
 
-
-def changes(before: dict[str, Any], now: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return each cause that differs between two receipts: key, before, now.
-
-    A key of the configuration is one where it can change bits under either receipt: the number of devices can, where
-    `determinism.shards` is not in use.
+    Attributes:
+        differences: of their receipts, causes first.
+        overrides: what turns the first's configuration into the second's, as one types it.
+        divergence: where they part; None where trails and common checkpoints are the same.
+        metrics: (first, second) of each that is not the same, by name; None where one has it not.
+        same_weights: whether both ended with the same; None where one has not ended.
     """
-    counting = {key for one in (before, now) for key in _flat(what_counts(one["config"]), "config")}
-    found = []
-    for cause in CAUSES:
-        one, other = _flat(get(before, cause), cause), _flat(get(now, cause), cause)
-        for key in sorted(one.keys() | other.keys()):
-            if one.get(key) != other.get(key) and (cause != "config" or key in counting):
-                found.append({"key": key, "before": one.get(key), "now": other.get(key)})
-    return found
+
+    differences: list[Difference]
+    overrides: list[str]
+    divergence: Divergence | None
+    metrics: dict[str, tuple[float | None, float | None]]
+    same_weights: bool | None
+
+    @property
+    def same(self) -> bool:
+        causes = any(difference.matters for difference in self.differences)
+        return not causes and self.divergence is None and not self.metrics and self.same_weights is not False
 
 
-def _flat(node: Any, key: str) -> dict[str, Any]:
-    if not isinstance(node, dict) or not node:
-        return {key: node}
-    return {name: value for part, child in node.items() for name, value in _flat(child, f"{key}.{part}").items()}
+def compare(one: Path, other: Path) -> Comparison:
+    """Compare two runs.
+
+    Args:
+        one: a run's folder, or a receipt.
+        other: the same.
+
+    Raises:
+        ConfigError: there is no run.
+        DamagedError: a receipt or a trail is broken, or was changed.
+    """
+    first, second = (path.parent if path.name == receipts.FILE else path for path in (one, other))
+    a, b = _receipt(first), _receipt(second)
+    mine, theirs = a["results"], b["results"]
+    metrics = {
+        name: (get(mine, "metrics").get(name), get(theirs, "metrics").get(name))
+        for name in sorted({*mine["metrics"], *theirs["metrics"]})
+        if mine["metrics"].get(name) != theirs["metrics"].get(name)
+    } if mine and theirs else {}  # fmt: skip
+    return Comparison(
+        differences=sorted(differences(a, b), key=lambda each: not each.matters),
+        overrides=overrides(a["config"], b["config"]),
+        divergence=first_difference(first, second),
+        metrics=metrics,
+        same_weights=mine["weights_digest"] == theirs["weights_digest"] if mine and theirs else None,
+    )
+
+
+def lines_of(found: Comparison) -> Iterator[str]:
+    """Yield what a person reads of a comparison."""
+    for matters, title in ((True, "causes"), (False, "not the same, and no cause")):
+        rows = [(each.key, _shown(each.a), _shown(each.b)) for each in found.differences if each.matters == matters]
+        if rows:
+            yield title
+            width = min(max(len(key) for key, _, _ in rows), KEY_WIDTH)
+            yield from (f"  {key:<{width}}  {a} -> {b}" for key, a, b in rows)
+    if found.overrides:
+        yield f"from A's configuration to B's: python train.py {' '.join(map(shlex.quote, found.overrides))}"
+    words = {True: "the same", False: "others", None: "not compared: a run is not complete"}
+    yield f"weights at the end: {words[found.same_weights]}"
+    yield f"trails and checkpoints: {found.divergence or 'the same wherever both have them'}"
+    yield from (f"  {name}  {_shown(a)} -> {_shown(b)}" for name, (a, b) in found.metrics.items())
+
+
+def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference]:
+    """Yield what is not the same in two receipts, and whether it can change bits.
+
+    A key of the configuration can where it is in the run's name under either receipt: the number of devices is not
+    where `determinism.shards` is in use. The processor cannot where both ran in portable mode.
+    """
+    counting = {key for each in (a, b) for key in _flat(what_counts(each["config"]), "config")}
+    portable = all(each["determinism"]["mode"] == "portable" for each in (a, b))
+    for section in ("config", "code", "environment", "hardware", "determinism", "data"):
+        mine, theirs = _flat(a[section], section), _flat(b[section], section)
+        for key in [*mine, *(key for key in theirs if key not in mine)]:
+            if mine.get(key) == theirs.get(key) or key in WITHOUT_A_SAY:
+                continue
+            wanted = {"determinism.seed": "seed"}.get(key, key)
+            if section == "determinism" and get(a["config"], wanted) != get(b["config"], wanted):
+                continue  # told as the configuration's
+            if section == "config":
+                matters = key in counting
+            else:
+                matters = any(key == cause or key.startswith(f"{cause}.") for cause in CAUSES)
+                matters = matters and not (portable and key == "hardware.cpu")
+            yield Difference(key=key, a=mine.get(key), b=theirs.get(key), matters=matters)
+
+
+def changes(before: receipts.Receipt, now: receipts.Receipt) -> list[dict[str, Any]]:
+    """Return each cause that differs between two receipts of one run: key, before, now.
+
+    What a receipt tells of its end alone, the installed files, is left out.
+    """
+    return [
+        {"key": each.key, "before": each.a, "now": each.b}
+        for each in differences(before, now)
+        if each.matters and each.key not in ("environment.files", "environment.changed_files")
+    ]
+
+
+def overrides(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Return what turns one configuration into another, as Hydra's overrides."""
+    mine, theirs = _flat(a, ""), _flat(b, "")
+    changed = [f"{key}={_typed(theirs[key])}" for key in mine if key in theirs and mine[key] != theirs[key]]
+    gone = [f"~{key}" for key in mine if key not in theirs]
+    new = [f"+{key}={_typed(value)}" for key, value in theirs.items() if key not in mine]
+    return changed + gone + new
 
 
 def first_difference(one: Path, other: Path) -> Divergence | None:
@@ -76,14 +206,122 @@ def first_difference(one: Path, other: Path) -> Divergence | None:
     return None if step is None and tensor is None else Divergence(step=step, phase=phase, tensor=tensor)
 
 
+def read_trail(run_dir: Path) -> list[dict[str, Any]]:
+    """Return a run's trail, a dict a step; a last line cut by a crash is left out.
+
+    Raises:
+        DamagedError: a line in the middle is broken.
+    """
+    return _parsed(_trail_bytes(run_dir), run_dir)
+
+
+def _receipt(run_dir: Path) -> receipts.Receipt:
+    """Return a run's receipt, once its trail has been held against it."""
+    found = receipts.read(run_dir)
+    if found is None:
+        raise ConfigError(f"{shown(run_dir)} is no run: looked for {receipts.FILE}", hint="ls runs/*/")
+    said, trail = found["trail"]["sha256"], run_dir / TRAIL
+    if said is not None and trail.exists() and file_sha256(trail) != said and found["status"] != "running":
+        raise DamagedError(
+            f"{shown(trail)} was changed after it was written: its receipt says sha256 {said[:12]}",
+            hint="take it from where it was written",
+        )
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
+    text = " ".join(text.split())
+    return text if len(text) <= VALUE_WIDTH else f"{text[:VALUE_WIDTH]}..."
+
+
+def _flat(node: Any, key: str) -> dict[str, Any]:
+    if not isinstance(node, dict) or not node:
+        return {key: node}
+    flat: dict[str, Any] = {}
+    for part, child in node.items():
+        flat |= _flat(child, f"{key}.{part}" if key else part)
+    return flat
+
+
+def _typed(value: Any) -> str:
+    """Return a value in Hydra's grammar of overrides."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_typed(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_typed, value)) + "]"
+    if isinstance(value, str):
+        plain = value and all(letter.isalnum() or letter in "_-./" for letter in value)
+        plain = plain and not _means_something_else(value)
+        # In quotes a backslash is itself, but where it stands before a quote.
+        return value if plain else "'" + re.sub(r"(\\*)('|$)", _escaped, value) + "'"
+    return json.dumps(value)
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return match[1] * 2 + ("\\'" if match[2] else "")
+
+
+def _means_something_else(text: str) -> bool:
+    """Return whether a text, typed as it is, is a number or a word of Hydra's."""
+    try:
+        float(text)
+    except ValueError:
+        return text.lower() in ("null", "true", "false", "nan", "inf", "-inf")
+    return True
+
+
+def _parsed(lines: bytes, run_dir: Path) -> list[dict[str, Any]]:
+    try:
+        return list(json.loads(b"[" + lines.rstrip(b"\n").replace(b"\n", b",") + b"]"))  # a third faster than by lines
+    except ValueError as error:
+        path = run_dir / TRAIL
+        raise DamagedError(f"{path} is broken: {error}", hint=f"mv {run_dir} {run_dir}.broken") from error
+
+
+def _trail_bytes(run_dir: Path) -> bytes:
+    path = run_dir / TRAIL
+    if not path.exists():
+        return b""
+    lines = path.read_bytes()
+    return lines[: lines.rfind(b"\n") + 1]
+
+
 def _first_step(one: Path, other: Path) -> tuple[int | None, str | None]:
-    for mine, theirs in zip_longest(read_trail(one), read_trail(other)):
-        if mine is None or theirs is None:
-            return int((mine or theirs)["step"]), "length"
-        for field in ("step", "batch", "loss", "weights"):
-            if mine[field] != theirs[field]:
-                return int(mine["step"]), field
-    return None, None
+    mine, theirs = _trail_bytes(one), _trail_bytes(other)
+    if not mine or not theirs or mine == theirs:
+        return None, None
+    same = _line_of_the_first_difference(mine, theirs)
+    if same < min(len(mine), len(theirs)):
+        first, second = (
+            _parsed(lines[same : lines.find(b"\n", same)], folder)[0]
+            for lines, folder in ((mine, one), (theirs, other))
+        )
+        if first["step"] == second["step"]:
+            field = next(field for field in FIELDS if first[field] != second[field])
+            return int(first["step"]), field
+    # One is written less often, begins later or ends earlier: by the steps that both have.
+    steps = {line["step"]: line for line in read_trail(other)}
+    trail = read_trail(one)
+    for line in trail:
+        there = steps.get(line["step"], line)
+        for field in FIELDS:
+            if line[field] != there[field]:
+                return int(line["step"]), field
+    ends = trail[-1]["step"], max(steps)
+    return (None, None) if ends[0] == ends[1] else (min(ends) + 1, "length")
+
+
+def _line_of_the_first_difference(one: bytes, other: bytes) -> int:
+    """Return where the first line begins that differs, by bisection over how far both are the same."""
+    same, most = 0, min(len(one), len(other))
+    while same < most:
+        half = (same + most + 1) // 2
+        if one[same:half] == other[same:half]:
+            same = half
+        else:
+            most = half - 1
+    return one.rfind(b"\n", 0, same) + 1
 
 
 def _first_tensor(one: Path, other: Path) -> str | None:
@@ -96,21 +334,3 @@ def _first_tensor(one: Path, other: Path) -> str | None:
             if mine != their:
                 return (mine or their or ("",))[0]
     return None
-
-
-def read_trail(run_dir: Path) -> list[dict[str, Any]]:
-    """Return a run's trail, a dict a step; a last line cut by a crash is left out.
-
-    Raises:
-        DamagedError: a line in the middle is broken.
-    """
-    path = run_dir / "trail.jsonl"
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    try:
-        return [json.loads(line) for line in lines]
-    except ValueError as error:
-        raise DamagedError(f"{path} is broken: {error}", hint=f"mv {run_dir} {run_dir}.broken") from error

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from labtrain.run import Job, route
+from labtrain.run import Job, route, sources
 
+LONGEST_PATCH = 1_000_000  # characters
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile")
 
 
@@ -20,27 +22,63 @@ def timestamp() -> str:
 
 
 def code_state(job: Job) -> dict[str, Any]:
-    """Return the code's digest, and git's commit, branch and dirtiness where the experiment is in a repository."""
-    commit = git(job.root, "rev-parse", "HEAD").strip()
+    """Return the code's digest, and what git says of it where the experiment is in a repository.
+
+    Returns:
+        digest; commit, branch and dirty; untracked: the sources that git does not know; patch: what turns the commit
+        into this code, those sources with it, None where it is too long to be kept here (code.patch has it).
+    """
+    root = job.root
+    commit = git(root, "rev-parse", "HEAD").strip()
+    patch = uncommitted_change(root) if commit else ""
     return {
         "digest": job.code_digest,
         "commit": commit or None,
-        "branch": git(job.root, "rev-parse", "--abbrev-ref", "HEAD").strip() or None,
-        "dirty": bool(git(job.root, "status", "--porcelain", "--", ".").strip()) if commit else None,
+        "branch": git(root, "rev-parse", "--abbrev-ref", "HEAD").strip() or None,
+        "dirty": bool(git(root, "status", "--porcelain", "--", ".").strip()) if commit else None,
+        "untracked": untracked_sources(root) if commit else [],
+        "patch": patch if len(patch) <= LONGEST_PATCH else None,
     }
 
 
+def untracked_sources(root: str) -> list[str]:
+    """Return the Python sources of an experiment that git does not know, relative to its folder."""
+    known = set(git(root, "ls-files", "-z", "--", ".").split("\0"))
+    return sorted(name for path in sources(Path(root)) if (name := path.relative_to(root).as_posix()) not in known)
+
+
 def uncommitted_change(root: str) -> str:
-    """Return `git diff HEAD` of the experiment's folder; empty where there is no change or no repository."""
-    return git(root, "diff", "--binary", "HEAD", "--", ".")
+    """Return what turns HEAD into the experiment's folder as it is: `git diff HEAD`, with the sources that it lacks.
+
+    Those are added to an index of our own, and to objects of our own: the repository is as it was.
+    """
+    untracked = untracked_sources(root)
+    if not untracked:
+        return git(root, "diff", "--binary", "HEAD", "--", ".")
+    objects = git(root, "rev-parse", "--path-format=absolute", "--git-path", "objects").strip()
+    with TemporaryDirectory() as scratch:
+        own = {
+            "GIT_INDEX_FILE": f"{scratch}/index",
+            "GIT_OBJECT_DIRECTORY": scratch,
+            "GIT_ALTERNATE_OBJECT_DIRECTORIES": objects,
+        }
+        git(root, "read-tree", "HEAD", **own)
+        git(root, "add", "--force", "--", *untracked, **own)
+        return git(root, "diff", "--binary", "HEAD", "--", ".", **own)
 
 
-def git(folder: str, *arguments: str) -> str:
+def git(folder: str, *arguments: str, **variables: str) -> str:
     """Return what git prints; empty where it fails or is not installed."""
     try:
         command = ["git", "-C", folder, *arguments]
         done = subprocess.run(
-            command, capture_output=True, text=True, errors="surrogateescape", check=False, timeout=60
+            command,
+            env=os.environ | variables,
+            capture_output=True,
+            text=True,
+            errors="surrogateescape",
+            check=False,
+            timeout=60,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

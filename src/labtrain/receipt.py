@@ -1,11 +1,17 @@
-"""The receipt: what a run leaves behind for whoever checks it. Schema ``labtrain/receipt/1``.
+"""The receipt: what a run leaves behind for whoever checks it. Schema ``labtrain/receipt/1``, receipt.schema.json.
 
 One JSON file a run, written whole by the first process of rank 0 and replaced atomically at each change of status:
-``running``, then ``interrupted``, ``complete`` or ``failed``.
+``running``, then ``interrupted``, ``complete`` or ``failed``. It ends with its own digest: a change by hand or by a
+disk is found, one by somebody who writes the digest anew is not.
+
+What looks like a credential is never in it: values of keys that name one, and texts in the forms that the large
+services give theirs.
 """
 
+import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -29,16 +35,55 @@ KEYS = (
     "results",
     "checkpoints",
     "trail",
+    "digest",
 )
+
+# Names of keys and variables whose values are credentials; and values that are, whatever their key.
+SECRET_KEY = re.compile(
+    r"(?:^|[_.\-])(?:token|secret|passw(?:or)?d|pwd|api_?key|access_?key|secret_?key|private_?key|account_?key|credentials?"
+    r"|auth|authorization|connection_?string)$",
+    re.IGNORECASE,
+)
+SECRET_VALUE = re.compile(
+    r"(?:AKIA|ASIA)[0-9A-Z]{16}|gh[pousr]_\w{20,}|github_pat_\w{20,}|glpat-[\w-]{16,}|hf_\w{20,}|sk-[\w-]{20,}"
+    r"|xox[abposr]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
+)
+# A text that a person would not read: "[PAD]" under model.pad_token is none.
+SECRET_FORM = re.compile(r"[\w+/=\-.:~%]{8,}")
+NOT_RECORDED = "(not recorded)"
 
 Receipt = dict[str, Any]
 
 
 def write(run_dir: Path, receipt: Receipt) -> None:
-    """Replace the run's receipt in one step: a reader sees the old one or the new one, whole."""
+    """Replace the run's receipt in one step, with its digest: a reader sees the old one or the new one, whole."""
     assert tuple(receipt) == KEYS
     assert receipt["status"] in STATUSES
+    receipt["digest"] = digest_of(receipt)
     write_atomically(run_dir / FILE, json.dumps(receipt, indent=1) + "\n")
+
+
+def digest_of(receipt: Receipt) -> str:
+    """Return the sha256 over a receipt without its own digest: JSON with sorted keys and no spaces, in ASCII."""
+    rest = {key: value for key, value in receipt.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def without_secrets(node: Any, key: str = "") -> Any:
+    """Return nested dicts, lists and texts without what looks like a credential."""
+    if isinstance(node, dict):
+        return {name: without_secrets(value, str(name)) for name, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [without_secrets(value, key) for value in node]
+    if not isinstance(node, str):
+        return node
+    name, sign, value = node.partition("=")  # an override, as it was typed
+    if sign and SECRET_KEY.search(name) and SECRET_FORM.fullmatch(value):
+        return f"{name}={NOT_RECORDED}"
+    if key and SECRET_KEY.search(key) and SECRET_FORM.fullmatch(node):
+        return NOT_RECORDED
+    return SECRET_VALUE.sub(NOT_RECORDED, node)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -74,4 +119,9 @@ def read(run_dir: Path) -> Receipt | None:
     if missing or receipt["status"] not in STATUSES:
         wrong = f"without {', '.join(missing)}" if missing else f"with status {receipt['status']!r}"
         raise DamagedError(f"{path} is broken: {wrong}", hint=hint)
+    if receipt["digest"] != (found := digest_of(receipt)):
+        said = str(receipt["digest"])[:12]
+        raise DamagedError(
+            f"{path} was changed after it was written: its digest is {found[:12]}, it says {said}", hint=hint
+        )
     return dict(receipt)

@@ -5,8 +5,9 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -14,11 +15,14 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from labtrain import determinism, receipt
-from labtrain.compare import changes
+from labtrain.compare import TRAIL, changes, read_trail
+from labtrain.doctor.environment import files_state
 from labtrain.errors import LabtrainError
-from labtrain.loader import DataLoader
+from labtrain.fingerprints import fingerprint
+from labtrain.loader import DataLoader, loaders_of
 from labtrain.provenance import code_state, environment_state, machine, timestamp, uncommitted_change
 from labtrain.run import Job, shards_in_use, shown
+from labtrain.store import file_sha256
 
 LOCK = ".lock"
 
@@ -77,29 +81,27 @@ class Recorder(pl.Callback):
             return
         job = self.job
         before = receipt.read(self.run_dir)
+        if before is not None:
+            close_killed(before, self.run_dir)
         segment: dict[str, Any] = {
             "started": timestamp(),
             "ended": None,
             "status": "running",
+            "why": None,
             "host": os.uname().nodename,
             "devices": trainer.world_size,
             "from_step": self.resumed_step,
             "to_step": None,
             "changed": [],
         }
-        loader = trainer.train_dataloader
-        data = (
-            {"train_dataset": type(loader.dataset).__qualname__, "train_samples": len(cast(Any, loader.dataset))}
-            if isinstance(loader, DataLoader)
-            else {}
-        )
+        config, code = receipt.without_secrets(job.config), receipt.without_secrets(code_state(job))
         self.receipt = {
             "schema": receipt.SCHEMA,
             "run_id": job.run_id,
             "status": "running",
-            "command": job.command,
-            "config": job.config,
-            "code": code_state(job),
+            "command": receipt.without_secrets(job.command),
+            "config": config,
+            "code": code,
             "environment": environment_state(job),
             "hardware": {**machine(), **gpus(trainer)},
             "determinism": {
@@ -109,16 +111,17 @@ class Recorder(pl.Callback):
                 **determinism.flags(),
                 "notes": self.notes,
             },
-            "data": data,
+            "data": data_of(trainer),
             "segments": [*(before["segments"] if before else []), segment],
             "results": {},
             "checkpoints": [],
-            "trail": {"file": "trail.jsonl", "every_n_steps": job.config["trail"]["every_n_steps"]},
+            "trail": {"file": TRAIL, "every_n_steps": job.config["trail"]["every_n_steps"], "sha256": None},
+            "digest": "",
         }
         if before is not None:
             self._note_changes(before, segment)
-        receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(job.config, sort_keys=False))
-        if change := uncommitted_change(job.root):
+        receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        if code["dirty"] and (change := code["patch"] or receipt.without_secrets(uncommitted_change(job.root))):
             receipt.write_atomically(self.run_dir / "code.patch", change)
         receipt.write(self.run_dir, self.receipt)
 
@@ -130,11 +133,21 @@ class Recorder(pl.Callback):
         for change in segment["changed"]:
             self.say(f"goes on with another {change['key']}: {change['before']} before, now {change['now']}")
 
-    def close(self, status: str, *, step: int, results: dict[str, Any] | None = None) -> None:
-        """Write how the training ended; without a receipt, remove the folder that was made for it."""
+    def close(self, status: str, *, step: int, why: str | None = None, results: dict[str, Any] | None = None) -> None:
+        """Write how the training ended; without a receipt, remove the folder that was made for it.
+
+        Args:
+            status: one of `receipt.STATUSES`.
+            step: that it had come to.
+            why: it ended before its time: a signal's name, or an exception's.
+            results: of a complete one.
+        """
         if self.receipt is not None:
             self.receipt["status"] = status
-            self.receipt["segments"][-1] |= {"ended": timestamp(), "status": status, "to_step": step}
+            self.receipt["segments"][-1] |= {"ended": timestamp(), "status": status, "why": why, "to_step": step}
+            self.receipt["environment"] |= files_state()
+            if (trail := self.run_dir / TRAIL).exists():
+                self.receipt["trail"]["sha256"] = file_sha256(trail)
             self.receipt["results"] = results or {}
             self.receipt["checkpoints"] = self.checkpoints()
             receipt.write(self.run_dir, self.receipt)
@@ -143,6 +156,30 @@ class Recorder(pl.Callback):
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
+
+
+def close_killed(before: receipt.Receipt, run_dir: Path) -> None:
+    """Close the last segment of a receipt whose process was killed, by what it left: its trail."""
+    segment, trail = before["segments"][-1], run_dir / TRAIL
+    if segment["status"] == "running":
+        lines = read_trail(run_dir)
+        ended = datetime.fromtimestamp(trail.stat().st_mtime, UTC).isoformat(timespec="seconds") if lines else None
+        segment |= {"status": "killed", "ended": ended, "to_step": lines[-1]["step"] if lines else segment["from_step"]}
+
+
+def data_of(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return the fingerprint of what the training and the validation load, by `train` and `val`."""
+    validation = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    loaders = {"train": [trainer.train_dataloader], "val": loaders_of(validation)}
+    found = {
+        stage: [fingerprint(loader.dataset) for loader in of if isinstance(loader, DataLoader)]
+        for stage, of in loaders.items()
+    }
+    return {
+        (stage if not number else f"{stage}-{number + 1}"): each
+        for stage, prints in found.items()
+        for number, each in enumerate(prints)
+    }
 
 
 def gpus(trainer: pl.Trainer) -> dict[str, Any]:
@@ -155,7 +192,22 @@ def gpus(trainer: pl.Trainer) -> dict[str, Any]:
             {"name": gpu.name, "memory_bytes": gpu.total_memory, "compute_capability": f"{gpu.major}.{gpu.minor}"}
             for gpu in properties
         ],
+        "driver": driver(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
     }
+
+
+def driver() -> str | None:
+    """Return the version of NVIDIA's driver."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError:
+        return None

@@ -151,7 +151,8 @@ def train(cfg: Any) -> Result:
                 else:
                     checkpoints.saver.abandon()
             finally:
-                recorder.close("interrupted" if stopped else "failed", step=trainer.global_step)
+                why = str(error) if isinstance(error, Stopped) else type(error).__qualname__
+                recorder.close("interrupted" if stopped else "failed", step=trainer.global_step, why=why)
         if not stopped and (launcher := trainer.strategy.launcher):
             launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
         known = explain_operation(error, model) or explain(error, config, started=recorder.receipt is not None)

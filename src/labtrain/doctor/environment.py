@@ -9,6 +9,7 @@ import site
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from labtrain.doctor.report import Check, few, judged, skipped
 from labtrain.lock import Pin
@@ -67,8 +68,28 @@ def check_packages(pins: dict[str, Pin], lock: Path) -> Check:
     return judged(GROUP, "packages", not wrong, found, shown(lock), "make setup")
 
 
+def files_state() -> dict[str, Any]:
+    """Return what a receipt says of the installed files: how many, and each that is not as it was installed."""
+    changed, files = changed_files()
+    return {"files": files, "changed_files": changed}
+
+
 def check_files(*, deep: bool = False) -> Check:
-    """Compare installed files with the hashes in their distribution's RECORD.
+    """Compare installed files with the hashes in their distribution's RECORD."""
+    changed, files = changed_files(deep=deep)
+    found = few(changed) if changed else f"{files} files {'hashed' if deep else 'unchanged since they were installed'}"
+    return judged(
+        GROUP,
+        "files",
+        not changed,
+        found,
+        "as in each RECORD",
+        "rm .venv/labtrain-setup .venv/bin/uv; make setup, or reinstall",
+    )
+
+
+def changed_files(*, deep: bool = False) -> tuple[list[str], int]:
+    """Return each installed file that is not what its distribution's RECORD says, and how many there are.
 
     By default only those are read whose size or time says that they changed after they were installed: seven gigabytes
     take longer than a second. RECORD comes out of the wheel, and the wheel's own hash was checked then.
@@ -85,15 +106,7 @@ def check_files(*, deep: bool = False) -> Check:
                     files += 1
                     if why := _changed(f"{entry}/{name}", digest, size, installed, deep=deep):
                         changed.append(f"{name} of {record.parent.name.partition('-')[0]} {why}")
-    found = few(changed) if changed else f"{files} files {'hashed' if deep else 'unchanged since they were installed'}"
-    return judged(
-        GROUP,
-        "files",
-        not changed,
-        found,
-        "as in each RECORD",
-        "rm .venv/labtrain-setup .venv/bin/uv; make setup, or reinstall",
-    )
+    return changed, files
 
 
 def _changed(path: str, digest: str, size: str, installed: float, *, deep: bool) -> str:

@@ -1,0 +1,209 @@
+"""What a dataset's data is: one sha256 over the files, arrays and values that it holds. No torch.
+
+A dataset with a method `fingerprint()` is asked. Else what it holds is walked, attribute by attribute, through whatever
+is inside: tensors and arrays by dtype, shape and bytes; paths, and texts that name a file or folder, by the files'
+sha256, relative to the folder; plain values as they are; objects, transforms say, by their type and what they hold;
+functions by their name. What can only be told by its type is listed, and so is a folder of more than 100,000 files: the
+digest says nothing of its inside.
+
+Files are hashed once: their sha256 is kept in ~/.cache/labtrain, by place, size, time and inode.
+"""
+
+import functools
+import hashlib
+import os
+import sqlite3
+import sys
+import time
+import types
+from collections.abc import Iterator
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from labtrain.digests import tensor_bytes
+from labtrain.errors import ConfigError
+
+SETTLED_NS = 2_000_000_000  # a file that was written since may be written again within the same tick of its clock
+SAID_BYTES = 5_000_000_000
+MOST_FILES = 100_000
+OUTER_PARTS = 2  # / and /data: a place for datasets
+PLAIN = (type(None), bool, int, float, complex, str, bytes)
+
+
+@dataclass
+class _Seen:
+    """What a walk came by."""
+
+    files: int = 0
+    size: int = 0
+    opaque: set[str] = field(default_factory=set)
+    objects: dict[int, int] = field(default_factory=dict)  # by id, in the order in which they were met
+    kept: list[Any] = field(default_factory=list)  # so that no id is given away meanwhile
+
+
+def fingerprint(dataset: Any) -> dict[str, Any]:
+    """Return what identifies a dataset's data.
+
+    Args:
+        dataset: any dataset; one with a method `fingerprint()` that returns a text is asked instead of walked.
+
+    Returns:
+        digest: 64 hex digits; type; samples, where it has a length; files and bytes that were read, and opaque: the
+        types of what has no content that could be told.
+
+    Raises:
+        ConfigError: its own method returns no text.
+    """
+    seen, sha = _Seen(), hashlib.sha256()
+    own = getattr(dataset, "fingerprint", None)
+    if callable(own):
+        said = own()
+        if not isinstance(said, str) or not said:
+            raise ConfigError(
+                f"{type(dataset).__qualname__}.fingerprint() returned {said!r}",
+                hint="return a text that names the data",
+            )
+        sha.update(f"own:{said}".encode())
+    else:
+        with closing(_Cache()) as cache:
+            for part in _walk(dataset, seen, cache):
+                sha.update(part)
+    found: dict[str, Any] = {"digest": sha.hexdigest(), "type": type(dataset).__qualname__}
+    with suppress(TypeError, NotImplementedError):
+        found["samples"] = len(dataset)
+    return {**found, "files": seen.files, "bytes": seen.size, "opaque": sorted(seen.opaque)}
+
+
+def _walk(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryview]:
+    kind = type(node)
+    if kind is str and _is_place(node):
+        yield from _place(Path(node), seen, cache)
+    elif isinstance(node, Path):
+        yield from _place(node, seen, cache)
+    elif kind in PLAIN:
+        yield f"{kind.__name__}:{node!r};".encode()
+    elif hasattr(node, "detach") and hasattr(node, "element_size"):
+        raw = tensor_bytes(node)
+        seen.size += raw.nbytes
+        yield f"tensor:{node.dtype}{tuple(node.shape)};".encode()
+        yield raw
+    elif hasattr(node, "__array_interface__") and hasattr(node, "dtype") and not node.dtype.hasobject:
+        import numpy as np
+
+        seen.size += node.nbytes
+        yield f"array:{node.dtype.str}{node.shape};".encode()
+        for start in range(0, len(node), 1 + len(node) // 64) if node.ndim else ():  # a memory map, a part at a time
+            yield np.ascontiguousarray(node[start : start + 1 + len(node) // 64]).reshape(-1).view(np.uint8).data
+        if not node.ndim:
+            yield node.tobytes()
+    elif isinstance(node, types.FunctionType | types.BuiltinFunctionType | types.MethodType | type):
+        yield f"named:{node.__module__}.{node.__qualname__};".encode()
+    elif id(node) in seen.objects:
+        yield f"again:{seen.objects[id(node)]};".encode()
+    else:
+        seen.objects[id(node)] = len(seen.objects)
+        seen.kept.append(node)
+        yield from _inside(node, seen, cache)
+
+
+def _inside(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryview]:
+    kind = type(node)
+    if isinstance(node, dict):
+        yield f"dict {len(node)}:".encode()
+        for key, value in node.items():
+            yield from _walk(key, seen, cache)
+            yield from _walk(value, seen, cache)
+    elif isinstance(node, list | tuple):
+        yield f"list {len(node)}:".encode()
+        for value in node:
+            yield from _walk(value, seen, cache)
+    elif isinstance(node, set | frozenset):
+        yield f"set {len(node)}:".encode()
+        for value in sorted(node, key=repr):
+            yield from _walk(value, seen, cache)
+    elif isinstance(node, functools.partial):
+        yield b"partial:"
+        yield from _walk([node.func, node.args, node.keywords], seen, cache)
+    elif hasattr(node, "__dict__") and not isinstance(node, types.ModuleType):
+        yield f"object {kind.__module__}.{kind.__qualname__} {len(vars(node))}:".encode()
+        for name in sorted(vars(node)):
+            yield f"{name}=".encode()
+            yield from _walk(vars(node)[name], seen, cache)
+    else:
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        seen.opaque.add(name)
+        yield f"opaque {name};".encode()
+
+
+def _is_place(text: str) -> bool:
+    return os.sep in text and len(text) < 4096 and "\0" not in text and "\n" not in text and os.path.exists(text)  # noqa: PTH110
+
+
+def _place(path: Path, seen: _Seen, cache: "_Cache") -> Iterator[bytes]:
+    """Yield what identifies a file, or all files below a folder: wherever it lies, and whatever it is called there."""
+    if not path.exists():
+        yield f"path:{path};".encode()
+        return
+    files = _files(path)
+    if files is None:
+        seen.opaque.add(f"folder {path}")
+        yield b"opaque folder;"
+        return
+    total = sum(file.stat().st_size for file in files)
+    if total > SAID_BYTES:
+        sys.stderr.write(f"fingerprint: {path}: {total / 1e9:,.0f} GB, hashed once\n")
+    seen.files += len(files)
+    seen.size += total
+    yield f"files {len(files)}:".encode()
+    for file in files:
+        yield f"{file.relative_to(path) if file != path else ''}\0{cache.sha256(file)};".encode()
+
+
+def _files(path: Path) -> list[Path] | None:
+    """Return a path's files, sorted; None where it holds too many to be one dataset, as / and a home do."""
+    if path.is_file():
+        return [path]
+    if len(path.resolve().parts) <= OUTER_PARTS:
+        return None
+    files: list[Path] = []
+    for folder, _, names in os.walk(path):
+        files += [Path(folder, name) for name in names if Path(folder, name).is_file()]
+        if len(files) > MOST_FILES:
+            return None
+    return sorted(files)
+
+
+class _Cache:
+    """The sha256 of files, by place, size, time and inode; where it cannot be kept, each is hashed."""
+
+    def __init__(self) -> None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
+        self.database: sqlite3.Connection | None = None
+        with suppress(OSError, sqlite3.Error):
+            (home / "labtrain").mkdir(parents=True, exist_ok=True)
+            self.database = sqlite3.connect(home / "labtrain" / "files.sqlite", timeout=10)
+            self.database.execute("create table if not exists files (place text primary key, stamp text, sha256 text)")
+
+    def sha256(self, path: Path) -> str:
+        place, status = str(path.resolve()), path.stat()
+        stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {status.st_dev}"
+        with suppress(sqlite3.Error):
+            if self.database is not None:
+                query = "select sha256 from files where place = ? and stamp = ?"
+                if known := self.database.execute(query, (place, stamp)).fetchone():
+                    return str(known[0])
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if time.time_ns() - status.st_mtime_ns > SETTLED_NS:
+            with suppress(sqlite3.Error):
+                if self.database is not None:
+                    self.database.execute("insert or replace into files values (?, ?, ?)", (place, stamp, found))
+        return found
+
+    def close(self) -> None:
+        if self.database is not None:
+            with suppress(sqlite3.Error):
+                self.database.commit()
+            self.database.close()
