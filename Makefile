@@ -6,7 +6,7 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full servers check bench bench-exact bench-checkpoint lock
+.PHONY: help setup demo test test-full servers check bench bench-exact bench-checkpoint bench-receipt lock
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -43,6 +43,9 @@ bench-exact: setup ## what exactness costs, against Lightning: ratios, interleav
 
 bench-checkpoint: servers ## what a save costs: waits, totals, S3, memory
 	@$(VENV)/python benchmarks/checkpoint.py
+
+bench-receipt: setup ## what receipts and trails cost
+	@PATH=$(CURDIR)/$(VENV):$$PATH $(VENV)/python benchmarks/receipt.py
 
 lock: setup ## make the locks anew from pyproject.toml and environment.yml
 	@$(VENV)/labtrain lock write

@@ -18,7 +18,6 @@ from labtrain.errors import LabtrainError, NotThereYetError
 # In the design, and not in this version: they say so instead of pretending.
 LATER = {
     "verify": "run a receipt again and compare the bits",
-    "diff": "what differs between two runs",
     "report": "runs as one self-contained page",
     "gate": "may the environment be upgraded",
 }
@@ -73,6 +72,29 @@ def digest(target: str, whole: bool) -> None:
     if claimed not in (None, found):
         click.echo(f"error: its own record says {claimed}", err=True)
         sys.exit(1)
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
+def diff(a: Path, b: Path, as_json: bool) -> None:
+    """Tell what differs between two runs, causes first, and where they part; exit code 1 if anything that matters does.
+
+    A and B are folders of runs, or receipts.
+    """
+    from dataclasses import asdict
+
+    from labtrain.compare import compare, lines_of
+
+    found = compare(a, b)
+    if as_json:
+        click.echo(json.dumps({"same": found.same, **asdict(found)}, indent=1))
+    else:
+        click.echo(f"A  {a}\nB  {b}")
+        for line in lines_of(found):
+            click.echo(line)
+    sys.exit(not found.same)
 
 
 @main.command()

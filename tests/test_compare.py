@@ -1,0 +1,229 @@
+"""`labtrain diff`: each fact under its own name, what cannot matter told apart, and the step where runs part."""
+
+import copy
+import json
+import random
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from labtrain import receipt
+from labtrain.compare import TRAIL, compare, first_difference, overrides
+from labtrain.errors import ConfigError, DamagedError
+from tests.conftest import LABTRAIN
+from tests.exact import Runner, configure
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real run of 15 steps, of portable mode's mode word: what each test changes is a copy's."""
+    found = Runner(tmp_path_factory.mktemp("run")).run(configure("mlp", "even"))
+    assert found is not None
+    return found
+
+
+def changed(run_dir: Path, folder: Path, key: str, value: Any) -> Path:
+    """Return a copy of a run whose receipt says something else."""
+    shutil.copytree(run_dir, folder / "copy")
+    found = receipt.read(run_dir)
+    assert found is not None
+    node = found
+    *parents, last = key.split("/")
+    for part in parents:
+        node = node[part]
+    node[last] = value
+    receipt.write(folder / "copy", found)
+    return folder / "copy"
+
+
+def test_a_run_is_the_same_as_itself(run_dir: Path) -> None:
+    found = compare(run_dir, run_dir / receipt.FILE)
+    assert found.same
+    assert (found.differences, found.overrides, found.divergence, found.metrics) == ([], [], None, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("environment/distributions/numpy", "1.0"),
+        ("environment/changed_files", ["torch/nn/functional.py of torch was changed"]),
+        ("environment/python", "3.9.0"),
+        ("environment/route", "conda"),
+        ("code/digest", "0" * 64),
+        ("hardware/cpu", "Another CPU"),
+        ("hardware/libc", "glibc 2.17"),
+        ("hardware/driver", "530.30.02"),
+        ("determinism/variables/NVIDIA_TF32_OVERRIDE", "1"),
+        ("determinism/float32_matmul_precision", "high"),
+        ("data/train/digest", "0" * 64),
+    ],
+)
+def test_each_cause_has_its_own_name(run_dir: Path, tmp_path: Path, key: str, value: Any) -> None:
+    found = compare(run_dir, changed(run_dir, tmp_path, key, value))
+    assert [(each.key, each.b, each.matters) for each in found.differences] == [(key.replace("/", "."), value, True)]
+    assert not found.same
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("config/trainer/devices", 4),
+        ("config/data/num_workers", 3),
+        ("config/logger", {"csv": {}}),
+        ("config/checkpoint/url", "s3://lab/x"),
+        ("config/paths/runs", "elsewhere"),
+        ("hardware/memory_bytes", 1),
+        ("hardware/cores", 99),
+        ("code/branch", "other"),
+    ],
+)
+def test_what_cannot_matter_is_no_cause(run_dir: Path, tmp_path: Path, key: str, value: Any) -> None:
+    found = compare(run_dir, changed(run_dir, tmp_path, key, value))
+    assert found.differences
+    assert not any(each.matters for each in found.differences)
+    assert all(each.key.startswith(key.replace("/", ".")) for each in found.differences)
+    assert found.same
+
+
+def test_devices_are_a_cause_without_shards_and_the_processor_none_in_portable_mode(run_dir: Path) -> None:
+    from labtrain.compare import differences
+
+    a = receipt.read(run_dir)
+    assert a is not None
+    for key, value, wanted in (("shards", None, True), ("shards", 4, False)):
+        one, other = copy.deepcopy(a), copy.deepcopy(a)
+        one["config"]["determinism"][key] = other["config"]["determinism"][key] = value
+        other["config"]["trainer"]["devices"] = 2
+        assert [each.matters for each in differences(one, other)] == [wanted]
+    one, other = copy.deepcopy(a), copy.deepcopy(a)
+    one["determinism"]["mode"] = other["determinism"]["mode"] = "portable"
+    other["hardware"]["cpu"] = "Another CPU"
+    assert [each.matters for each in differences(one, other)] == [False]
+
+
+@pytest.mark.parametrize(
+    ("more", "keys"),
+    [
+        ({"seed": 43}, {"config.seed"}),
+        ({"determinism": {"shards": 2}}, {"config.determinism.shards"}),
+        ({"determinism": {"threads": 2}}, {"config.determinism.threads"}),
+        ({"data": {"flip": 3}}, {"config.data.flip", "data.train.digest"}),
+    ],
+)
+def test_real_runs(run_dir: Path, tmp_path: Path, more: dict[str, Any], keys: set[str]) -> None:
+    other = Runner(tmp_path).run(configure("mlp", "even", **more))
+    assert other is not None
+    found = compare(run_dir, other)
+    causes = {each.key for each in found.differences if each.matters}
+    assert causes - {"determinism.variables.OMP_NUM_THREADS"} == keys
+    if "config.determinism.threads" not in keys:  # which changes no bit of so small a model
+        assert found.divergence is not None
+        assert found.same_weights is False
+    done = subprocess.run([LABTRAIN, "diff", str(run_dir), str(other)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert all(key in done.stdout for key in keys)
+    done = subprocess.run(
+        [LABTRAIN, "diff", "--json", str(run_dir), str(other)], capture_output=True, text=True, check=False
+    )
+    assert {each["key"] for each in json.loads(done.stdout)["differences"] if each["matters"]} == causes
+    assert json.loads(done.stdout)["same"] is False
+
+
+def test_on_other_devices_it_is_the_same(run_dir: Path, tmp_path: Path) -> None:
+    other = Runner(tmp_path).run(configure("mlp", "even"), world=2)
+    done = subprocess.run([LABTRAIN, "diff", str(run_dir), str(other)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "config.trainer.devices  1 -> 2" in done.stdout
+    assert "causes" not in done.stdout.replace("no cause", "")
+
+
+def trail(folder: Path, steps: int, *, every: int = 1, first: int = 1, other_from: int | None = None) -> Path:
+    draw = random.Random(0)
+    folder.mkdir(parents=True)
+    lines = []
+    for step in range(1, steps + 1):
+        weights = f"{draw.getrandbits(128):032x}"
+        if other_from is not None and step >= other_from:
+            weights = f"{int(weights, 16) ^ 1:032x}"
+        if step >= first and step % every == 0:
+            line = {"step": step, "epoch": 0, "loss": step / 7, "batch": "b", "weights": weights}
+            lines.append(json.dumps(line) + "\n")
+    (folder / TRAIL).write_text("".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("step", [1, 2, 499, 500, 1000])
+def test_the_first_step_is_found(tmp_path: Path, step: int) -> None:
+    one, other = trail(tmp_path / "a", 1000), trail(tmp_path / "b", 1000, other_from=step)
+    found = first_difference(one, other)
+    assert found is not None
+    assert (found.step, found.phase) == (step, "weights")
+
+
+def test_trails_of_other_steps(tmp_path: Path) -> None:
+    """Written less often, begun later, ended earlier, cut by a crash."""
+    one = trail(tmp_path / "a", 100)
+    assert first_difference(one, trail(tmp_path / "b", 100, every=5)) is None
+    assert first_difference(one, trail(tmp_path / "c", 100, first=40)) is None
+    found = first_difference(one, trail(tmp_path / "d", 100, every=10, other_from=42))
+    assert found is not None
+    assert (found.step, found.phase) == (50, "weights")
+    found = first_difference(one, trail(tmp_path / "e", 90))
+    assert found is not None
+    assert (found.step, found.phase) == (91, "length")
+    cut = trail(tmp_path / "f", 100)
+    (cut / TRAIL).write_bytes((cut / TRAIL).read_bytes()[:-5])
+    found = first_difference(one, cut)
+    assert found is not None
+    assert (found.step, found.phase) == (100, "length")
+    assert first_difference(one, tmp_path / "none") is None
+
+
+def test_overrides_turn_one_configuration_into_the_other() -> None:
+    """Hydra reads them back as they were meant."""
+    values = [
+        "a b",
+        "null",
+        "12",
+        "1e3",
+        "it's",
+        "back\\slash",
+        "end\\",
+        "\\'",
+        "",
+        "s3://lab/x",
+        [1, "two", None],
+        True,
+        None,
+        0.1,
+        -3,
+    ]
+    a = {"same": 1, "gone": 2, "deep": {f"k{index}": "before" for index in range(len(values))}}
+    b = {"same": 1, "new": "x", "deep": {f"k{index}": value for index, value in enumerate(values)}}
+    parsed = OverridesParser.create().parse_overrides(overrides(a, b))
+    found = {each.key_or_group: each.value() for each in parsed if not each.is_delete()}
+    assert found == {**{f"deep.k{index}": value for index, value in enumerate(values)}, "new": "x"}
+    assert [each.key_or_group for each in parsed if each.is_delete()] == ["gone"]
+    assert [each.key_or_group for each in parsed if each.is_add()] == ["new"]
+
+
+def test_what_is_no_run_or_was_changed_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"is no run: looked for receipt\.json"):
+        compare(run_dir, tmp_path)
+    copied = tmp_path / "copy"
+    shutil.copytree(run_dir, copied)
+    lines = (copied / TRAIL).read_text().splitlines(keepends=True)
+    (copied / TRAIL).write_text("".join([*lines[:3], "{broken\n", *lines[4:]]))
+    with pytest.raises(DamagedError, match=r"trail.jsonl is broken"):
+        first_difference(run_dir, copied)
+    with pytest.raises(DamagedError, match=r"trail.jsonl was changed after it was written"):
+        compare(run_dir, copied)
+    (copied / "receipt.json").write_text((copied / "receipt.json").read_text().replace('"steps": 15', '"steps": 16'))
+    done = subprocess.run([LABTRAIN, "diff", str(run_dir), str(copied)], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "was changed after it was written" in done.stderr
+    assert "hint: " in done.stderr
