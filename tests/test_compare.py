@@ -28,7 +28,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def changed(run_dir: Path, folder: Path, key: str, value: Any) -> Path:
     """Return a copy of a run whose receipt says something else."""
-    shutil.copytree(run_dir, folder / "copy")
+    shutil.copytree(run_dir, folder / "copy", ignore=shutil.ignore_patterns(".lock"))
     found = receipt.read(run_dir)
     assert found is not None
     node = found
@@ -55,6 +55,7 @@ def test_a_run_is_the_same_as_itself(run_dir: Path) -> None:
         ("environment/route", "conda"),
         ("code/digest", "0" * 64),
         ("hardware/cpu", "Another CPU"),
+        ("hardware/instruction_sets", ["avx2"]),
         ("hardware/libc", "glibc 2.17"),
         ("hardware/driver", "530.30.02"),
         ("determinism/variables/NVIDIA_TF32_OVERRIDE", "1"),
@@ -181,6 +182,43 @@ def test_trails_of_other_steps(tmp_path: Path) -> None:
     assert found is not None
     assert (found.step, found.phase) == (100, "length")
     assert first_difference(one, tmp_path / "none") is None
+
+
+def test_a_trail_that_is_written_less_often_ends_where_the_other_does(tmp_path: Path) -> None:
+    assert first_difference(trail(tmp_path / "a", 100), trail(tmp_path / "b", 100, every=3)) is None
+    assert first_difference(trail(tmp_path / "c", 100, every=3), trail(tmp_path / "d", 100)) is None
+    lines = (tmp_path / "a" / TRAIL).read_text()
+    shutil.copytree(tmp_path / "a", tmp_path / "e")
+    (tmp_path / "e" / TRAIL).write_text(lines.replace('"step": 7, "epoch": 0', '"step": 7, "epoch": 1'))
+    found = first_difference(tmp_path / "a", tmp_path / "e")
+    assert found is not None
+    assert (found.step, found.phase) == (7, "epoch")
+
+
+def test_weights_that_were_changed_at_the_end_are_compared_with_such(tmp_path: Path) -> None:
+    """A run and its like, each with a checkpoint of its last step and another of what a callback made of it."""
+    config = configure("mlp", "even")
+    config["callbacks"]["halve"] = {"_target_": "tests.exact_worker.Halve"}
+    runs = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        runs.append(Runner(tmp_path / name).run(config))
+    assert runs[0] is not None
+    assert runs[1] is not None
+    assert compare(*runs).same
+
+
+def test_a_run_that_has_not_ended_has_no_cause_for_that(run_dir: Path, tmp_path: Path) -> None:
+    stopped = changed(run_dir, tmp_path, "environment", {
+        key: value for key, value in (receipt.read(run_dir) or {})["environment"].items() if "files" not in key
+    })  # fmt: skip
+    assert not [each for each in compare(run_dir, stopped).differences if each.matters]
+
+
+def test_what_is_no_number_is_itself(run_dir: Path, tmp_path: Path) -> None:
+    runs = [changed(run_dir, tmp_path / name, "results/metrics/val/loss".replace("val/loss", "nan"), float("nan"))
+            for name in ("a", "b")]  # fmt: skip
+    assert compare(*runs).same
 
 
 def test_overrides_turn_one_configuration_into_the_other() -> None:

@@ -1,5 +1,9 @@
 """What identifies a dataset's data, and what does not."""
 
+import copy
+import datetime
+import logging
+import random
 import shutil
 import sqlite3
 from collections.abc import Callable
@@ -7,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
@@ -98,6 +103,70 @@ def test_datasets_of_datasets(tmp_path: Path) -> None:
     array[999, 2] = 2
     assert digest_of(array) != whole
     assert digest_of(np.float32(1)[()]) != digest_of(np.empty((0, 3)))
+
+
+def test_tables_and_arrays_of_objects() -> None:
+    tables = [pd.DataFrame({"x": [1, 2], "y": ["a", last]}) for last in ("b", "c")]
+    assert digest_of(tables[0]) == digest_of(tables[0].copy()) != digest_of(tables[1])
+    assert digest_of(tables[0].rename(columns={"x": "z"})) != digest_of(tables[0])
+    assert digest_of(tables[0]["y"]) != digest_of(tables[1]["y"])
+    assert digest_of(np.array(["a", 1], object)) != digest_of(np.array(["a", 2], object))
+    assert fingerprint([*tables, np.array(["a", 1], object)])["opaque"] == []
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (range(800), range(200, 1000)),
+        (datetime.date(2026, 1, 1), datetime.date(2026, 1, 2)),
+        (random.Random(1), random.Random(2)),
+        (torch.float32, torch.float64),
+        (pd.DataFrame({"x": np.arange(3, dtype=np.int32)}), pd.DataFrame({"x": np.arange(3, dtype=np.int64)})),
+        (
+            pd.DataFrame(0, [0], [f"c{n}" for n in range(300)]),
+            pd.DataFrame(0, [0], [f"c{n + n // 150}" for n in range(300)]),
+        ),
+        (np.zeros(0, np.float32), np.zeros(0, np.float64)),
+    ],
+)
+def test_what_looks_alike_is_told_apart(one: Any, other: Any) -> None:
+    assert digest_of([one]) == digest_of([copy.copy(one)]) != digest_of([other])
+    assert fingerprint([one])["opaque"] == []
+
+
+class Named(dict):  # type: ignore[type-arg]
+    """A dict with something of its own."""
+
+    def __init__(self, word: str) -> None:
+        super().__init__(x=1)
+        self.word = word
+
+
+class Slots:
+    __slots__ = ("x",)
+
+
+def test_what_is_no_data_does_not_matter_and_what_is_hidden_is_listed() -> None:
+    """A logger is its name, not what the process does with it; nothing that is held ends a training."""
+    before = digest_of([logging.getLogger("x")])
+    logging.getLogger("x.y").addHandler(logging.NullHandler())
+    logging.getLogger("x").setLevel(logging.CRITICAL)
+    assert digest_of([logging.getLogger("x")]) == before
+    assert digest_of([Named("a")]) != digest_of([Named("b")])
+    sparse = torch.eye(3).to_sparse()
+    found = fingerprint([sparse, torch.empty(2, device="meta"), pd.Categorical(["a"]), Slots(), pd.Timestamp(0)])
+    assert set(found["opaque"]) >= {"torch.Tensor", "tests.test_fingerprints.Slots"}
+
+
+def test_links_are_followed_and_lead_nowhere_twice(tmp_path: Path) -> None:
+    real = images(tmp_path / "data" / "real")
+    (tmp_path / "data" / "x").mkdir()
+    (tmp_path / "data" / "x" / "train").symlink_to(real)
+    (real / "back").symlink_to(tmp_path / "data" / "x")
+    before = fingerprint(tmp_path / "data" / "x")
+    assert before["files"] == 2
+    (real / "a.png").write_bytes(b"other")
+    assert digest_of(tmp_path / "data" / "x") != before["digest"]
 
 
 def test_its_own_word_counts() -> None:

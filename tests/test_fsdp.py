@@ -233,6 +233,26 @@ def test_large_blocks_are_brought_together_one_at_a_time() -> None:
         dist.destroy_process_group()
 
 
+def test_tied_weights_stay_tied_and_lists_of_lists_are_cut() -> None:
+    """A head that is the embedding, both large: sharded apart they would be two. torch shards no container."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        tied = MLP()
+        tied.net = nn.Sequential(nn.Embedding(1100, 1000), nn.Linear(1000, 1100, bias=False))
+        tied.net[1].weight = tied.net[0].weight
+        before = len(list(tied.parameters()))
+        shard(tied, mesh)
+        assert len(list(tied.parameters())) == before
+        assert tied.net[1].weight is tied.net[0].weight
+        deep = MLP()
+        deep.net = nn.ModuleList([nn.ModuleList([nn.Linear(1000, 1100), nn.Linear(3, 3)])])
+        shard(deep, mesh)
+        assert [name for name, part in deep.named_modules() if isinstance(part, FSDPModule)] == ["", "net.0.0"]
+    finally:
+        dist.destroy_process_group()
+
+
 def test_in_a_generated_experiment(experiment: Experiment) -> None:
     """With a logger, through Lightning's launcher, and complete a second time; the receipt says what is off."""
     command = ("paths.runs=runs", "trainer.strategy=fsdp", "trainer.devices=2", "trainer.max_steps=12", "logger=csv")

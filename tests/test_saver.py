@@ -18,6 +18,7 @@ from labtrain.catalog import kept, newest_whole
 from labtrain.digests import digest
 from labtrain.errors import LabtrainError, StoreError
 from labtrain.files import load_folder
+from labtrain.prune import check
 from labtrain.saver import Saver
 from labtrain.staging import Staging
 from labtrain.store import Store, TakenOverError
@@ -207,6 +208,11 @@ def test_another_process_that_took_over_is_found_before_anything_exists(tmp_path
     save(other, 2)
     other.wait()
     assert names(other.home) == ["step-0000000002"]
+    save(saver, 2)  # which the other has made exist meanwhile: it is not taken away
+    with pytest.raises(TakenOverError):
+        saver.wait()
+    assert names(other.home) == ["step-0000000002"]
+    assert check(other.home.checkpoints()[0]) is None
 
 
 def test_an_end_without_delivery_names_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

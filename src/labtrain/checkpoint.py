@@ -52,21 +52,25 @@ class Checkpoints(pl.Callback):
         self.saver = Saver(run_dir, place, keep=keep, spool_bytes=options["spool_bytes"])
         self.newest = (resumed[0], int(resumed[1]["step"])) if resumed else None
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        loop_of(trainer).loaded = checkpoint
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        loaded = loop_of(trainer).loaded
-        step = loaded["global_step"] if loaded is not None else 0
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Stop, before anything is loaded together, where ranks would go on from different checkpoints."""
+        if stage != "fit":
+            return
+        step = self.newest[1] if self.newest else 0
         if (first := trainer.strategy.broadcast(step)) != step:
             raise LabtrainError(
                 f"rank {trainer.global_rank} goes on from step {step}, rank 0 from {first}: they do not see the same"
                 " checkpoints",
                 hint="paths.runs on a folder that all nodes share",
             )
-        if loaded is not None:
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        loop_of(trainer).loaded = checkpoint
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if loop_of(trainer).loaded is not None:
             loop_of(trainer).restore()
         if is_spread(pl_module.state_dict()):
             self.saver.group = dist.new_group(backend="gloo")  # the writers', beside what the loop exchanges
@@ -74,7 +78,8 @@ class Checkpoints(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self.saver.check()
+        if trainer.is_global_zero:
+            self.saver.check()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:

@@ -23,7 +23,7 @@ from labtrain.store import file_sha256
 
 TRAIL = "trail.jsonl"
 KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table
-FIELDS = ("step", "batch", "loss", "weights")
+FIELDS = ("step", "epoch", "batch", "loss", "weights")
 
 # What of a receipt can change bits; the rest says when, by whom and how far.
 CAUSES = (
@@ -35,6 +35,7 @@ CAUSES = (
     "environment.distributions",
     "environment.changed_files",
     "hardware.cpu",
+    "hardware.instruction_sets",
     "hardware.libc",
     "hardware.gpus",
     "hardware.driver",
@@ -45,6 +46,8 @@ CAUSES = (
     "data",
 )
 # What is only told: it follows from another, or is the same fact in other words.
+OF_THE_PROCESSOR = ("hardware.cpu", "hardware.instruction_sets")  # which portable mode makes equal
+AT_THE_END = ("environment.files", "environment.changed_files")  # told by a training that has ended
 WITHOUT_A_SAY = ("determinism.notes", "determinism.any_number_of_devices")
 
 
@@ -127,7 +130,7 @@ def compare(one: Path, other: Path) -> Comparison:
     metrics = {
         name: (get(mine, "metrics").get(name), get(theirs, "metrics").get(name))
         for name in sorted({*mine["metrics"], *theirs["metrics"]})
-        if mine["metrics"].get(name) != theirs["metrics"].get(name)
+        if repr(mine["metrics"].get(name)) != repr(theirs["metrics"].get(name))  # NaN is itself here
     } if mine and theirs else {}  # fmt: skip
     return Comparison(
         differences=sorted(differences(a, b), key=lambda each: not each.matters),
@@ -167,6 +170,8 @@ def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference
         for key in [*mine, *(key for key in theirs if key not in mine)]:
             if mine.get(key) == theirs.get(key) or key in WITHOUT_A_SAY:
                 continue
+            if key in AT_THE_END and None in (mine.get(key), theirs.get(key)):
+                continue
             wanted = {"determinism.seed": "seed"}.get(key, key)
             if section == "determinism" and get(a["config"], wanted) != get(b["config"], wanted):
                 continue  # told as the configuration's
@@ -174,7 +179,7 @@ def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference
                 matters = key in counting
             else:
                 matters = any(key == cause or key.startswith(f"{cause}.") for cause in CAUSES)
-                matters = matters and not (portable and key == "hardware.cpu")
+                matters = matters and not (portable and key in OF_THE_PROCESSOR)
             yield Difference(key=key, a=mine.get(key), b=theirs.get(key), matters=matters)
 
 
@@ -186,7 +191,7 @@ def changes(before: receipts.Receipt, now: receipts.Receipt) -> list[dict[str, A
     return [
         {"key": each.key, "before": each.a, "now": each.b}
         for each in differences(before, now)
-        if each.matters and each.key not in ("environment.files", "environment.changed_files")
+        if each.matters and each.key not in AT_THE_END
     ]
 
 
@@ -298,7 +303,7 @@ def _first_step(one: Path, other: Path) -> tuple[int | None, str | None]:
             for lines, folder in ((mine, one), (theirs, other))
         )
         if first["step"] == second["step"]:
-            field = next(field for field in FIELDS if first[field] != second[field])
+            field = next((field for field in FIELDS if first[field] != second[field]), "line")
             return int(first["step"]), field
     # One is written less often, begins later or ends earlier: by the steps that both have.
     steps = {line["step"]: line for line in read_trail(other)}
@@ -309,7 +314,11 @@ def _first_step(one: Path, other: Path) -> tuple[int | None, str | None]:
             if line[field] != there[field]:
                 return int(line["step"]), field
     ends = trail[-1]["step"], max(steps)
-    return (None, None) if ends[0] == ends[1] else (min(ends) + 1, "length")
+    interval = max(
+        trail[-1]["step"] - trail[-2]["step"] if len(trail) > 1 else 1,
+        max(steps) - max(steps.keys() - {max(steps)}, default=0),
+    )
+    return (None, None) if abs(ends[0] - ends[1]) < interval else (min(ends) + 1, "length")
 
 
 def _line_of_the_first_difference(one: bytes, other: bytes) -> int:
@@ -324,12 +333,16 @@ def _line_of_the_first_difference(one: bytes, other: bytes) -> int:
     return one.rfind(b"\n", 0, same) + 1
 
 
+def _which(manifest: dict[str, Any]) -> tuple[int, bool]:
+    return manifest["step"], manifest.get("finished", False)
+
+
 def _first_tensor(one: Path, other: Path) -> str | None:
-    theirs = {manifest["step"]: path for path, manifest in list_checkpoints(other / "checkpoints")}
+    theirs = {_which(manifest): path for path, manifest in list_checkpoints(other / "checkpoints")}
     for path, manifest in list_checkpoints(one / "checkpoints"):
-        if manifest["step"] not in theirs:
+        if _which(manifest) not in theirs:
             continue
-        pairs = zip_longest(read_weights(path), read_weights(theirs[manifest["step"]]))
+        pairs = zip_longest(read_weights(path), read_weights(theirs[_which(manifest)]))
         for mine, their in pairs:
             if mine != their:
                 return (mine or their or ("",))[0]

@@ -54,11 +54,8 @@ def write_files(folder: Path, state: State, group: Any = None) -> Manifest:
         state: tensors and plain values, the weights under `state_dict`; must not change meanwhile.
         group: where the state is spread, the ranks that hold it; all of them call this, and rank 0 has the answer.
     """
-    folder.mkdir(parents=True, exist_ok=True)  # empty where a crash came right after this line
-    found = _write_whole(folder, state) if group is None else _write_part(folder, state, group)
-    sync(folder)
-    sync(folder.parent)
-    return found
+    together(group, lambda: folder.mkdir(parents=True, exist_ok=True))  # empty where a crash came right after this line
+    return _write_whole(folder, state) if group is None else _write_part(folder, state, group)
 
 
 def together(group: Any, action: Callable[[], T]) -> list[T]:
@@ -69,19 +66,28 @@ def together(group: Any, action: Callable[[], T]) -> list[T]:
     """
     if group is None:
         return [action()]
-    result, failure, said = None, None, ("", "")
+    result, failure, said = None, None, None
     try:
         result = action()
     except Exception as error:  # whatever it is, the others wait to hear of it
-        failure, said = error, (str(error.args[0] if error.args else type(error).__name__), getattr(error, "hint", ""))
+        failure, said = error, (_words(error), getattr(error, "hint", ""))
     all_of_them: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(all_of_them, (result, *said), group=group)
+    dist.all_gather_object(all_of_them, (result, said), group=group)
     if failure is not None:
         raise failure
-    for rank, (_, text, hint) in enumerate(all_of_them):
-        if text:
-            raise LabtrainError(f"rank {rank}: {text}", hint=hint)
-    return [result for result, _, _ in all_of_them]
+    for rank, (_, failed) in enumerate(all_of_them):
+        if failed is not None:
+            raise LabtrainError(
+                f"rank {rank}: {failed[0]}", hint=failed[1] or "the same command goes on from the newest"
+            )
+    return [result for result, _ in all_of_them]
+
+
+def _words(error: BaseException) -> str:
+    """Return an exception in a line, without its hint."""
+    if isinstance(error, LabtrainError):
+        return str(error.args[0])
+    return getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
 
 
 def load_folder(folder: Path, like: State | None = None) -> State:
@@ -145,47 +151,60 @@ def _write_whole(folder: Path, state: State) -> Manifest:
         manifest["files"] = {
             name: {"sha256": sha.result(), "size_bytes": (folder / name).stat().st_size} for name, sha in files.items()
         }
+    _sync_folder(folder)
     return manifest
 
 
 def _write_part(folder: Path, state: State, group: Any) -> Manifest:
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
+
     rank = dist.get_rank(group)
     paths: list[Keys] = []
     rest = _without_parts(state, (), paths)
     # What is no DTensor is rank 0's; the others' buffers are in the place of the training (loop.py).
     tensors = {_name(path): _get(state, path) for path in paths}
-    tensors = {name: tensor for name, tensor in tensors.items() if rank == 0 or isinstance(tensor, DTensor)}
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import save
-
-    with warnings.catch_warnings(category=UserWarning, action="ignore"):  # of its own use of TypedStorage
+    tensors = {
+        name: tensor if isinstance(tensor, DTensor) else tensor.contiguous()
+        for name, tensor in tensors.items()
+        if rank == 0 or isinstance(tensor, DTensor)
+    }
+    try:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        try:
-            save(tensors, storage_writer=writer, process_group=group)
-        except CheckpointException as error:  # no Exception, and raised on all ranks
-            failed, (cause, _) = next(iter(error.failures.items()))
-            said = getattr(cause, "strerror", None) or cause
-            raise StoreError(
-                f"{folder}: rank {failed} could not write its part: {said}", hint=f"df -h {folder.parent}"
-            ) from error
+        save(tensors, storage_writer=writer, process_group=group)
+    except CheckpointException as error:  # no Exception, and raised on all ranks
+        failed, (cause, _) = next(iter(error.failures.items()))
+        raise StoreError(
+            f"{folder}: rank {failed} could not write its part: {_words(cause)}", hint=f"df -h {folder.parent}"
+        ) from error
 
     def hashed() -> Manifest:
         mine = {path.name: file_sha256(path) for path in folder.glob(f"shard-{rank + 1:05d}-*")}
         if rank == 0:
             with ThreadPoolExecutor(1) as pool:
                 mine[STATE] = _write_rest(folder, {**rest, PARTS: [list(path) for path in paths]}, pool)
+        _sync_folder(folder)
         return {name: {"sha256": sha, "size_bytes": (folder / name).stat().st_size} for name, sha in mine.items()}
 
     files = {name: entry for part in together(group, hashed) for name, entry in part.items()}
-    if rank != 0:
-        return {}
-    if hidden := [name for name in files if not (folder / name).exists()]:
-        raise StoreError(
-            f"{folder}/{hidden[0]} was written by another rank, and rank 0 does not see it",
-            hint="paths.runs on a folder that all nodes share",
-        )
-    return {"files": files, "weights_digest": digest_folder(folder)}
+
+    def summary() -> Manifest:
+        if rank != 0:
+            return {}
+        if hidden := [name for name in files if not (folder / name).exists()]:
+            raise StoreError(
+                f"{folder}/{hidden[0]} was written by another rank, and rank 0 does not see it",
+                hint="paths.runs on a folder that all nodes share",
+            )
+        return {"files": files, "weights_digest": digest_folder(folder)}
+
+    return together(group, summary)[0]
+
+
+def _sync_folder(folder: Path) -> None:
+    sync(folder)
+    sync(folder.parent)
 
 
 def _write_rest(folder: Path, rest: State, pool: ThreadPoolExecutor) -> str:
@@ -256,7 +275,8 @@ def _load_parts(folder: Path, names: Any, now: State, *, alone: bool) -> State:
 def _without_parts(node: Any, path: Keys, paths: list[Keys]) -> Any:
     """Return a state with None for what lies in the parts, the weights and each DTensor; note the paths of those."""
     if isinstance(node, dict):
-        return {key: _without_parts(value, (*path, key), paths) for key, value in node.items()}
+        kind: Any = type(node)  # a Counter, say
+        return kind({key: _without_parts(value, (*path, key), paths) for key, value in node.items()})
     if isinstance(node, list | tuple) and type(node) in (list, tuple):
         return type(node)(_without_parts(value, (*path, index), paths) for index, value in enumerate(node))
     if isinstance(node, DTensor) or (path[0] == "state_dict" and isinstance(node, torch.Tensor)):

@@ -1,17 +1,20 @@
 """What a dataset's data is: one sha256 over the files, arrays and values that it holds. No torch.
 
 A dataset with a method `fingerprint()` is asked. Else what it holds is walked, attribute by attribute, through whatever
-is inside: tensors and arrays by dtype, shape and bytes; paths, and texts that name a file or folder, by the files'
-sha256, relative to the folder; plain values as they are; objects, transforms say, by their type and what they hold;
-functions by their name. What can only be told by its type is listed, and so is a folder of more than 100,000 files: the
-digest says nothing of its inside.
+is inside: tensors, arrays and pandas' tables by dtype, shape and content; paths, and texts that name a file or folder,
+by the files' sha256, relative to the folder; plain values as they are; objects, transforms say, by their type and what
+they hold; functions by their name. What can only be told by its type is listed, and so is a folder of more than 100,000
+files: the digest says nothing of its inside.
 
 Files are hashed once: their sha256 is kept in ~/.cache/labtrain, by place, size, time and inode.
 """
 
+import datetime
 import functools
 import hashlib
+import logging
 import os
+import random
 import sqlite3
 import sys
 import time
@@ -19,6 +22,8 @@ import types
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from decimal import Decimal
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +35,8 @@ SAID_BYTES = 5_000_000_000
 MOST_FILES = 100_000
 OUTER_PARTS = 2  # / and /data: a place for datasets
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
+TOLD_BY_THEIR_WORDS = (range, slice, datetime.date, datetime.time, datetime.timedelta, Decimal, Enum)
+TORCH_WORDS = ("torch.dtype", "torch.device", "torch.memory_format")
 
 
 @dataclass
@@ -38,6 +45,7 @@ class _Seen:
 
     files: int = 0
     size: int = 0
+    said: int = 0  # of the size, to the person who waits
     opaque: set[str] = field(default_factory=set)
     objects: dict[int, int] = field(default_factory=dict)  # by id, in the order in which they were met
     kept: list[Any] = field(default_factory=list)  # so that no id is given away meanwhile
@@ -78,34 +86,50 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
 
 def _walk(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryview]:
     kind = type(node)
-    if kind is str and _is_place(node):
+    if isinstance(node, Path) or (kind is str and _is_place(node)):
         yield from _place(Path(node), seen, cache)
-    elif isinstance(node, Path):
-        yield from _place(node, seen, cache)
-    elif kind in PLAIN:
+    elif kind in PLAIN or isinstance(node, TOLD_BY_THEIR_WORDS) or _name(kind) in TORCH_WORDS:
         yield f"{kind.__name__}:{node!r};".encode()
-    elif hasattr(node, "detach") and hasattr(node, "element_size"):
-        raw = tensor_bytes(node)
-        seen.size += raw.nbytes
-        yield f"tensor:{node.dtype}{tuple(node.shape)};".encode()
-        yield raw
-    elif hasattr(node, "__array_interface__") and hasattr(node, "dtype") and not node.dtype.hasobject:
-        import numpy as np
-
-        seen.size += node.nbytes
-        yield f"array:{node.dtype.str}{node.shape};".encode()
-        for start in range(0, len(node), 1 + len(node) // 64) if node.ndim else ():  # a memory map, a part at a time
-            yield np.ascontiguousarray(node[start : start + 1 + len(node) // 64]).reshape(-1).view(np.uint8).data
-        if not node.ndim:
-            yield node.tobytes()
     elif isinstance(node, types.FunctionType | types.BuiltinFunctionType | types.MethodType | type):
         yield f"named:{node.__module__}.{node.__qualname__};".encode()
+    elif isinstance(node, logging.Logger):
+        yield f"logger:{node.name};".encode()
     elif id(node) in seen.objects:
         yield f"again:{seen.objects[id(node)]};".encode()
     else:
         seen.objects[id(node)] = len(seen.objects)
         seen.kept.append(node)
-        yield from _inside(node, seen, cache)
+        try:
+            content = _content(node)
+        except Exception:  # a sparse tensor, a table of lists: it is listed
+            content = None
+            seen.opaque.add(_name(kind))
+        if content is None:
+            yield from _inside(node, seen, cache)
+        for part in content or ():
+            seen.size += len(part) if isinstance(part, memoryview) else 0
+            yield part
+
+
+def _content(node: Any) -> list[bytes | memoryview] | None:
+    """Return the content of a tensor, an array, a table or a generator; None for anything else."""
+    kind = type(node)
+    if hasattr(node, "detach") and hasattr(node, "element_size"):
+        return [f"tensor:{node.dtype}{tuple(node.shape)};".encode(), tensor_bytes(node)]
+    if kind.__module__.partition(".")[0] == "pandas" and hasattr(node, "to_numpy"):
+        from pandas.util import hash_pandas_object
+
+        frame = node.to_frame() if hasattr(node, "to_frame") else node
+        columns = [(str(name), str(dtype)) for name, dtype in zip(frame.columns, frame.dtypes, strict=True)]
+        return [f"table:{kind.__name__}{columns};".encode(), memoryview(hash_pandas_object(node).to_numpy()).cast("B")]
+    if hasattr(node, "__array_interface__") and hasattr(node, "dtype") and not node.dtype.hasobject:
+        import numpy as np
+
+        raw = np.ascontiguousarray(node).reshape(-1).view(np.uint8)  # of a memory map, its pages
+        return [f"array:{node.dtype.str}{node.shape};".encode(), raw.data]
+    if isinstance(node, random.Random):
+        return [f"generator:{node.getstate()!r};".encode()]
+    return None
 
 
 def _inside(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryview]:
@@ -115,6 +139,8 @@ def _inside(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryv
         for key, value in node.items():
             yield from _walk(key, seen, cache)
             yield from _walk(value, seen, cache)
+    elif hasattr(node, "__array_interface__") and hasattr(node, "tolist"):  # of Python objects
+        yield from _walk(node.tolist(), seen, cache)
     elif isinstance(node, list | tuple):
         yield f"list {len(node)}:".encode()
         for value in node:
@@ -126,15 +152,24 @@ def _inside(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryv
     elif isinstance(node, functools.partial):
         yield b"partial:"
         yield from _walk([node.func, node.args, node.keywords], seen, cache)
-    elif hasattr(node, "__dict__") and not isinstance(node, types.ModuleType):
-        yield f"object {kind.__module__}.{kind.__qualname__} {len(vars(node))}:".encode()
+    elif not hasattr(node, "__dict__") or _has_hidden_state(kind):
+        seen.opaque.add(_name(kind))
+        yield f"opaque {_name(kind)};".encode()
+    if hasattr(node, "__dict__") and not isinstance(node, types.ModuleType):
+        yield f"object {_name(kind)} {len(vars(node))}:".encode()
         for name in sorted(vars(node)):
             yield f"{name}=".encode()
             yield from _walk(vars(node)[name], seen, cache)
-    else:
-        name = f"{kind.__module__}.{kind.__qualname__}"
-        seen.opaque.add(name)
-        yield f"opaque {name};".encode()
+
+
+def _has_hidden_state(kind: type) -> bool:
+    """Return whether an object of a class holds what Python does not see: a base that is written in C."""
+    heap_type = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, nearly always
+    return any(base is not object and not base.__flags__ & heap_type for base in kind.__mro__)
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _is_place(text: str) -> bool:
@@ -151,11 +186,11 @@ def _place(path: Path, seen: _Seen, cache: "_Cache") -> Iterator[bytes]:
         seen.opaque.add(f"folder {path}")
         yield b"opaque folder;"
         return
-    total = sum(file.stat().st_size for file in files)
-    if total > SAID_BYTES:
-        sys.stderr.write(f"fingerprint: {path}: {total / 1e9:,.0f} GB, hashed once\n")
     seen.files += len(files)
-    seen.size += total
+    seen.size += sum(file.stat().st_size for file in files)
+    if seen.size > seen.said + SAID_BYTES:
+        seen.said = seen.size
+        sys.stderr.write(f"fingerprint: {seen.size / 1e9:,.0f} GB of data, hashed once\n")
     yield f"files {len(files)}:".encode()
     for file in files:
         yield f"{file.relative_to(path) if file != path else ''}\0{cache.sha256(file)};".encode()
@@ -168,7 +203,10 @@ def _files(path: Path) -> list[Path] | None:
     if len(path.resolve().parts) <= OUTER_PARTS:
         return None
     files: list[Path] = []
-    for folder, _, names in os.walk(path):
+    entered: set[Path] = set()  # a link may lead back
+    for folder, folders, names in os.walk(path, followlinks=True):
+        entered.add(Path(folder).resolve())
+        folders[:] = [name for name in folders if Path(folder, name).resolve() not in entered]
         files += [Path(folder, name) for name in names if Path(folder, name).is_file()]
         if len(files) > MOST_FILES:
             return None
@@ -183,7 +221,9 @@ class _Cache:
         self.database: sqlite3.Connection | None = None
         with suppress(OSError, sqlite3.Error):
             (home / "labtrain").mkdir(parents=True, exist_ok=True)
-            self.database = sqlite3.connect(home / "labtrain" / "files.sqlite", timeout=10)
+            # Each file is kept as soon as it is hashed, and nobody waits for another's.
+            self.database = sqlite3.connect(home / "labtrain" / "files.sqlite", timeout=10, isolation_level=None)
+            self.database.execute("pragma synchronous = off")
             self.database.execute("create table if not exists files (place text primary key, stamp text, sha256 text)")
 
     def sha256(self, path: Path) -> str:
@@ -204,6 +244,4 @@ class _Cache:
 
     def close(self) -> None:
         if self.database is not None:
-            with suppress(sqlite3.Error):
-                self.database.commit()
             self.database.close()

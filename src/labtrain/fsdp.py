@@ -104,15 +104,31 @@ def shard(module: pl.LightningModule, mesh: Any) -> None:
                 f"{name} is a scalar: trainer.strategy=fsdp cuts each parameter along its first dimension",
                 hint=f"give {name} the shape (1,)",
             )
-    lists = [part for part in module.modules() if isinstance(part, nn.ModuleList | nn.Sequential)]
-    blocks = [block for part in lists for block in part
-              if sum(parameter.numel() for parameter in block.parameters()) >= BLOCK_PARAMETERS]  # fmt: skip
-    for block in reversed(blocks):  # what lies inside comes first
-        if not isinstance(block, FSDPModule):
-            fully_shard(block, mesh=mesh)
+    for block in reversed(large_blocks(module)):  # what lies inside comes first
+        fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
     for step in STEPS:  # Lightning calls these, not `forward`
         register_fsdp_forward_method(module, step)
+
+
+def large_blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the elements of a model's lists that are sharded by themselves, outer ones first.
+
+    Not one that shares a parameter with what lies outside of it: sharded apart, the two would be tied no more.
+    """
+    places: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    blocks = []
+    for name, block in module.named_modules():
+        parent = module.get_submodule(name.rpartition(".")[0])
+        if not isinstance(parent, nn.ModuleList | nn.Sequential) or isinstance(block, nn.ModuleList | nn.ModuleDict):
+            continue  # torch shards no container; its elements follow
+        size = sum(parameter.numel() for parameter in block.parameters())
+        own = all(place.startswith(f"{name}.") for parameter in block.parameters() for place in places[id(parameter)])
+        if size >= BLOCK_PARAMETERS and own:
+            blocks.append(block)
+    return blocks
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

@@ -99,7 +99,9 @@ class EpochLoop(_TrainingEpochLoop):
         mine = {"logged": self._logged(), "metrics": self._metric_states(), "loader": self._loader_state()}
         ranks = [mine]
         if trainer.world_size > 1 and not isinstance(trainer.strategy, Exact):
-            mine["buffers"] = {name: buffer.cpu() for name, buffer in trainer.lightning_module.named_buffers()}
+            kept = trainer.lightning_module.state_dict(keep_vars=True)
+            buffers = trainer.lightning_module.named_buffers()
+            mine["buffers"] = {name: buffer.cpu() for name, buffer in buffers if name in kept}
             ranks = [{}] * trainer.world_size  # each rank has sums and buffers of its own
             dist.all_gather_object(ranks, mine)
         return {

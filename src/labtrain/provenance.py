@@ -25,36 +25,44 @@ def code_state(job: Job) -> dict[str, Any]:
     """Return the code's digest, and what git says of it where the experiment is in a repository.
 
     Returns:
-        digest; commit, branch and dirty; untracked: the sources that git does not know; patch: what turns the commit
-        into this code, those sources with it, None where it is too long to be kept here (code.patch has it).
+        digest; commit, branch and dirty; untracked: the sources that git does not know; ignored: those that it is told
+        to ignore; patch: what turns the commit into this code, the untracked with it, None where it is too long to be
+        kept here (code.patch has it), or git fails.
     """
     root = job.root
     commit = git(root, "rev-parse", "HEAD").strip()
     patch = uncommitted_change(root) if commit else ""
+    untracked, ignored = unknown_sources(root) if commit else ([], [])
     return {
         "digest": job.code_digest,
         "commit": commit or None,
         "branch": git(root, "rev-parse", "--abbrev-ref", "HEAD").strip() or None,
         "dirty": bool(git(root, "status", "--porcelain", "--", ".").strip()) if commit else None,
-        "untracked": untracked_sources(root) if commit else [],
-        "patch": patch if len(patch) <= LONGEST_PATCH else None,
+        "untracked": untracked,
+        "ignored": ignored,
+        "patch": patch if patch is not None and len(patch) <= LONGEST_PATCH else None,
     }
 
 
-def untracked_sources(root: str) -> list[str]:
-    """Return the Python sources of an experiment that git does not know, relative to its folder."""
+def unknown_sources(root: str) -> tuple[list[str], list[str]]:
+    """Return the Python sources of an experiment that git does not know, and those that it is told to ignore."""
+    here = {path.relative_to(root).as_posix() for path in sources(Path(root))}
     known = set(git(root, "ls-files", "-z", "--", ".").split("\0"))
-    return sorted(name for path in sources(Path(root)) if (name := path.relative_to(root).as_posix()) not in known)
+    new = set(git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", ".").split("\0"))
+    return sorted(here & new), sorted(here - new - known)
 
 
-def uncommitted_change(root: str) -> str:
+def uncommitted_change(root: str) -> str | None:
     """Return what turns HEAD into the experiment's folder as it is: `git diff HEAD`, with the sources that it lacks.
 
-    Those are added to an index of our own, and to objects of our own: the repository is as it was.
+    Those are added to an index of our own, and to objects of our own: the repository is as it was. What git is told to
+    ignore is not taken: credentials lie there. None where git fails.
     """
-    untracked = untracked_sources(root)
+    diff = ("-c", "core.quotepath=off", "diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv",
+            "--src-prefix=a/", "--dst-prefix=b/", "HEAD", "--", ".")  # fmt: skip
+    untracked, _ = unknown_sources(root)
     if not untracked:
-        return git(root, "diff", "--binary", "HEAD", "--", ".")
+        return _git(root, *diff)
     objects = git(root, "rev-parse", "--path-format=absolute", "--git-path", "objects").strip()
     with TemporaryDirectory() as scratch:
         own = {
@@ -62,27 +70,24 @@ def uncommitted_change(root: str) -> str:
             "GIT_OBJECT_DIRECTORY": scratch,
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": objects,
         }
-        git(root, "read-tree", "HEAD", **own)
-        git(root, "add", "--force", "--", *untracked, **own)
-        return git(root, "diff", "--binary", "HEAD", "--", ".", **own)
+        if _git(root, "read-tree", "HEAD", **own) is None or _git(root, "add", "--", *untracked, **own) is None:
+            return None
+        return _git(root, *diff, **own)
 
 
-def git(folder: str, *arguments: str, **variables: str) -> str:
+def git(folder: str, *arguments: str) -> str:
     """Return what git prints; empty where it fails or is not installed."""
+    return _git(folder, *arguments) or ""
+
+
+def _git(folder: str, *arguments: str, **variables: str) -> str | None:
+    """Return what git prints, each byte as it is; None where it fails or is not installed."""
+    command = ["git", "-C", folder, *arguments]
     try:
-        command = ["git", "-C", folder, *arguments]
-        done = subprocess.run(
-            command,
-            env=os.environ | variables,
-            capture_output=True,
-            text=True,
-            errors="surrogateescape",
-            check=False,
-            timeout=60,
-        )
+        done = subprocess.run(command, env=os.environ | variables, capture_output=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout if done.returncode == 0 else ""
+        return None
+    return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None
 
 
 def environment_state(job: Job) -> dict[str, Any]:

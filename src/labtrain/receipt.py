@@ -49,8 +49,7 @@ SECRET_VALUE = re.compile(
     r"|xox[abposr]-[\w-]{10,}|AIza[\w-]{30,}|eyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]+|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
 )
-# A text that a person would not read: "[PAD]" under model.pad_token is none.
-SECRET_FORM = re.compile(r"[\w+/=\-.:~%]{8,}")
+MARKER = re.compile(r"[\[<].*[\]>]")  # "[PAD]" under model.pad_token is no credential
 NOT_RECORDED = "(not recorded)"
 
 Receipt = dict[str, Any]
@@ -67,29 +66,40 @@ def write(run_dir: Path, receipt: Receipt) -> None:
 def digest_of(receipt: Receipt) -> str:
     """Return the sha256 over a receipt without its own digest: JSON with sorted keys and no spaces, in ASCII."""
     rest = {key: value for key, value in receipt.items() if key != "digest"}
+    rest = json.loads(json.dumps(rest))  # as it is read: keys are texts, and sorted as such
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def without_secrets(node: Any, key: str = "") -> Any:
-    """Return nested dicts, lists and texts without what looks like a credential."""
+def without_secrets(node: Any, *, secret: bool = False) -> Any:
+    """Return nested dicts, lists and texts without what looks like a credential.
+
+    Args:
+        node: what a receipt is to hold.
+        secret: it stands under a key that names one, so that each text in it is one.
+    """
     if isinstance(node, dict):
-        return {name: without_secrets(value, str(name)) for name, value in node.items()}
+        return {key: without_secrets(value, secret=secret or _is_secret(str(key))) for key, value in node.items()}
     if isinstance(node, list | tuple):
-        return [without_secrets(value, key) for value in node]
-    if not isinstance(node, str):
+        return [without_secrets(value, secret=secret) for value in node]
+    if not isinstance(node, str) or not node:
         return node
     name, sign, value = node.partition("=")  # an override, as it was typed
-    if sign and SECRET_KEY.search(name) and SECRET_FORM.fullmatch(value):
+    if sign and value and " " not in name and _is_secret(name) and not MARKER.fullmatch(value):
         return f"{name}={NOT_RECORDED}"
-    if key and SECRET_KEY.search(key) and SECRET_FORM.fullmatch(node):
+    if secret and not MARKER.fullmatch(node):
         return NOT_RECORDED
     return SECRET_VALUE.sub(NOT_RECORDED, node)
+
+
+def _is_secret(key: str) -> bool:
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)  # openaiApiKey
+    return SECRET_KEY.search(words) is not None
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that a crash leaves the old file or the new one."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    with scratch.open("w") as file:
+    with scratch.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -111,7 +111,7 @@ class Recorder(pl.Callback):
                 **determinism.flags(),
                 "notes": self.notes,
             },
-            "data": data_of(trainer),
+            "data": data_of(trainer, self.say),
             "segments": [*(before["segments"] if before else []), segment],
             "results": {},
             "checkpoints": [],
@@ -128,8 +128,7 @@ class Recorder(pl.Callback):
     def _note_changes(self, before: receipt.Receipt, segment: dict[str, Any]) -> None:
         """Say and record what is not as it was when the training stopped: from here on the bits may be others."""
         assert self.receipt is not None
-        found = changes(before, self.receipt)
-        segment["changed"] = [change for change in found if change["key"] != "determinism.notes"]
+        segment["changed"] = changes(before, self.receipt)
         for change in segment["changed"]:
             self.say(f"goes on with another {change['key']}: {change['before']} before, now {change['now']}")
 
@@ -167,19 +166,23 @@ def close_killed(before: receipt.Receipt, run_dir: Path) -> None:
         segment |= {"status": "killed", "ended": ended, "to_step": lines[-1]["step"] if lines else segment["from_step"]}
 
 
-def data_of(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return the fingerprint of what the training and the validation load, by `train` and `val`."""
+def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return the fingerprint of what the training and the validation load, by `train` and `val`, `val-2`, ...
+
+    Data that cannot be read so ends no training: that is said.
+    """
     validation = trainer.fit_loop.epoch_loop.val_loop._combined_loader
-    loaders = {"train": [trainer.train_dataloader], "val": loaders_of(validation)}
-    found = {
-        stage: [fingerprint(loader.dataset) for loader in of if isinstance(loader, DataLoader)]
-        for stage, of in loaders.items()
-    }
-    return {
-        (stage if not number else f"{stage}-{number + 1}"): each
-        for stage, prints in found.items()
-        for number, each in enumerate(prints)
-    }
+    found: dict[str, Any] = {}
+    for stage, loaders in (("train", [trainer.train_dataloader]), ("val", loaders_of(validation))):
+        for number, loader in enumerate(loader for loader in loaders if isinstance(loader, DataLoader)):
+            name = stage if not number else f"{stage}-{number + 1}"
+            try:
+                found[name] = fingerprint(loader.dataset)
+            except LabtrainError:
+                raise
+            except Exception as error:  # whatever a person's dataset holds
+                say(f"the {name} data has no fingerprint: {type(error).__name__}: {error}")
+    return found
 
 
 def gpus(trainer: pl.Trainer) -> dict[str, Any]:

@@ -74,12 +74,13 @@ def near_run(job: Job) -> Path | None:
     if job.config["resume"] != "auto" or run_dir.exists():
         return None
     near: list[tuple[float, Path]] = []
+    wanted = what_counts(receipt.without_secrets(job.config))
     for path in run_dir.parent.glob(f"*/{receipt.FILE}"):
         try:
             found = receipt.read(path.parent)
         except LabtrainError:
             continue
-        if found is None or found["status"] == "complete" or what_counts(found["config"]) != what_counts(job.config):
+        if found is None or found["status"] == "complete" or what_counts(found["config"]) != wanted:
             continue
         near.append((path.stat().st_mtime, path.parent))
     return max(near)[1] if near else None

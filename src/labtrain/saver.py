@@ -24,7 +24,7 @@ from labtrain.errors import DamagedError, LabtrainError, StoreError
 from labtrain.files import together, write_files
 from labtrain.remote import is_local
 from labtrain.staging import Staging
-from labtrain.store import MANIFEST, SCHEMA, Manifest, Store
+from labtrain.store import MANIFEST, SCHEMA, Manifest, Store, TakenOverError
 
 Keep = Callable[[dict[str, int], dict[str, float]], set[str]]
 
@@ -126,8 +126,8 @@ class Saver:
         return self.delivery.status() if self.delivery is not None else ""
 
     def check(self) -> None:
-        """Raise what went wrong in the writer or the delivery since."""
-        if self.error is not None:
+        """Raise what went wrong in the writer or the delivery since; on rank 0, which hears of all and ends them."""
+        if self.error is not None and self.token:
             error, self.error = self.error, None
             raise error
         if self.delivery is not None:
@@ -181,13 +181,16 @@ class Saver:
                 self.home.leave(self.token)
 
     def _write(self, name: str, state: dict[str, Any], manifest: Manifest) -> None:
+        begun = False
         try:
             name = together(self.group, partial(self._begin, name))[0]
+            begun = True
             manifest = {**manifest, "schema": SCHEMA, **write_files(Path(self.home.root, name), state, self.group)}
             together(self.group, partial(self._commit, name, manifest))
         except BaseException as error:  # safetensors and torch have errors of their own for a full disk
             self.error = error if isinstance(error, LabtrainError) else self._explained(name, error)
-            if self.token:
+            mine = self.token and begun and not isinstance(error, TakenOverError)  # else it may be another's by now
+            if mine and not Path(self.home.root, name, MANIFEST).exists():
                 with suppress(Exception):
                     self.home.discard(name)  # room for what comes after
             return

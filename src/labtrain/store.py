@@ -231,7 +231,8 @@ class Store:
         with suppress(ValueError, KeyError, TypeError):
             manifest = json.loads(data)
             files = manifest["files"]  # each is read, and copied, by its name: none may lead out of the folder
-            if manifest["schema"] == SCHEMA and files and not any("/" in name for name in files):
+            weights = any(name.endswith(".safetensors") for name in files)
+            if manifest["schema"] == SCHEMA and weights and not any("/" in name for name in files):
                 return dict(manifest)
         raise DamagedError(f"{checkpoint.url}/{MANIFEST} is no manifest of {SCHEMA}", hint=_prune_hint(self))
 
