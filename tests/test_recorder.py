@@ -112,7 +112,7 @@ def test_the_patch_turns_the_commit_into_the_code(own_experiment: Experiment, tm
         ["more.py"],
         git(root, "rev-parse", "HEAD").strip(),
     )
-    assert code["patch"] == uncommitted_change(str(root)) == (run.folder / "code.patch").read_text()
+    assert code["patch"] == uncommitted_change(str(root), ["more.py"]) == (run.folder / "code.patch").read_text()
     shutil.rmtree(root / "runs")
     assert before == (
         git(root, "status", "--porcelain"),

@@ -45,9 +45,9 @@ CAUSES = (
     "determinism",
     "data",
 )
-# What is only told: it follows from another, or is the same fact in other words.
 OF_THE_PROCESSOR = ("hardware.cpu", "hardware.instruction_sets")  # which portable mode makes equal
 AT_THE_END = ("environment.files", "environment.changed_files")  # told by a training that has ended
+# It follows from another, or is the same fact in other words.
 WITHOUT_A_SAY = ("determinism.notes", "determinism.any_number_of_devices")
 
 
@@ -128,7 +128,7 @@ def compare(one: Path, other: Path) -> Comparison:
     a, b = _receipt(first), _receipt(second)
     mine, theirs = a["results"], b["results"]
     metrics = {
-        name: (get(mine, "metrics").get(name), get(theirs, "metrics").get(name))
+        name: (mine["metrics"].get(name), theirs["metrics"].get(name))
         for name in sorted({*mine["metrics"], *theirs["metrics"]})
         if repr(mine["metrics"].get(name)) != repr(theirs["metrics"].get(name))  # NaN is itself here
     } if mine and theirs else {}  # fmt: skip

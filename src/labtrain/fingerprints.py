@@ -79,7 +79,7 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
             for part in _walk(dataset, seen, cache):
                 sha.update(part)
     found: dict[str, Any] = {"digest": sha.hexdigest(), "type": type(dataset).__qualname__}
-    with suppress(TypeError, NotImplementedError):
+    if hasattr(dataset, "__len__"):
         found["samples"] = len(dataset)
     return {**found, "files": seen.files, "bytes": seen.size, "opaque": sorted(seen.opaque)}
 

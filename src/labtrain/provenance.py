@@ -12,7 +12,6 @@ from typing import Any
 
 from labtrain.run import Job, route, sources
 
-LONGEST_PATCH = 1_000_000  # characters
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile")
 
 
@@ -26,12 +25,10 @@ def code_state(job: Job) -> dict[str, Any]:
 
     Returns:
         digest; commit, branch and dirty; untracked: the sources that git does not know; ignored: those that it is told
-        to ignore; patch: what turns the commit into this code, the untracked with it, None where it is too long to be
-        kept here (code.patch has it), or git fails.
+        to ignore; patch: what turns the commit into this code, the untracked with it, None where git fails.
     """
     root = job.root
     commit = git(root, "rev-parse", "HEAD").strip()
-    patch = uncommitted_change(root) if commit else ""
     untracked, ignored = unknown_sources(root) if commit else ([], [])
     return {
         "digest": job.code_digest,
@@ -40,7 +37,7 @@ def code_state(job: Job) -> dict[str, Any]:
         "dirty": bool(git(root, "status", "--porcelain", "--", ".").strip()) if commit else None,
         "untracked": untracked,
         "ignored": ignored,
-        "patch": patch if patch is not None and len(patch) <= LONGEST_PATCH else None,
+        "patch": uncommitted_change(root, untracked) if commit else "",
     }
 
 
@@ -52,7 +49,7 @@ def unknown_sources(root: str) -> tuple[list[str], list[str]]:
     return sorted(here & new), sorted(here - new - known)
 
 
-def uncommitted_change(root: str) -> str | None:
+def uncommitted_change(root: str, untracked: list[str]) -> str | None:
     """Return what turns HEAD into the experiment's folder as it is: `git diff HEAD`, with the sources that it lacks.
 
     Those are added to an index of our own, and to objects of our own: the repository is as it was. What git is told to
@@ -60,7 +57,6 @@ def uncommitted_change(root: str) -> str | None:
     """
     diff = ("-c", "core.quotepath=off", "diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv",
             "--src-prefix=a/", "--dst-prefix=b/", "HEAD", "--", ".")  # fmt: skip
-    untracked, _ = unknown_sources(root)
     if not untracked:
         return _git(root, *diff)
     objects = git(root, "rev-parse", "--path-format=absolute", "--git-path", "objects").strip()

@@ -40,7 +40,7 @@ KEYS = (
 
 # Names of keys and variables whose values are credentials; and values that are, whatever their key.
 SECRET_KEY = re.compile(
-    r"(?:^|[_.\-])(?:token|secret|passw(?:or)?d|pwd|api_?key|access_?key|secret_?key|private_?key|account_?key|credentials?"
+    r"(?:^|[_.\-])(?:token|secret|passw(?:or)?d|pwd|api_?key|access_?key(?:_?id)?|secret_?key|private_?key|account_?key|credentials?"
     r"|auth|authorization|connection_?string)$",
     re.IGNORECASE,
 )
@@ -78,20 +78,21 @@ def without_secrets(node: Any, *, secret: bool = False) -> Any:
         secret: it stands under a key that names one, so that each text in it is one.
     """
     if isinstance(node, dict):
-        return {key: without_secrets(value, secret=secret or _is_secret(str(key))) for key, value in node.items()}
+        return {key: without_secrets(value, secret=secret or names_a_secret(str(key))) for key, value in node.items()}
     if isinstance(node, list | tuple):
         return [without_secrets(value, secret=secret) for value in node]
     if not isinstance(node, str) or not node:
         return node
     name, sign, value = node.partition("=")  # an override, as it was typed
-    if sign and value and " " not in name and _is_secret(name) and not MARKER.fullmatch(value):
+    if sign and value and " " not in name and names_a_secret(name) and not MARKER.fullmatch(value):
         return f"{name}={NOT_RECORDED}"
     if secret and not MARKER.fullmatch(node):
         return NOT_RECORDED
     return SECRET_VALUE.sub(NOT_RECORDED, node)
 
 
-def _is_secret(key: str) -> bool:
+def names_a_secret(key: str) -> bool:
+    """Return whether what stands under a key, or in a variable of this name, is a credential."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", key)  # openaiApiKey
     return SECRET_KEY.search(words) is not None
 

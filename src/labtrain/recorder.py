@@ -20,11 +20,12 @@ from labtrain.doctor.environment import files_state
 from labtrain.errors import LabtrainError
 from labtrain.fingerprints import fingerprint
 from labtrain.loader import DataLoader, loaders_of
-from labtrain.provenance import code_state, environment_state, machine, timestamp, uncommitted_change
+from labtrain.provenance import code_state, environment_state, machine, timestamp
 from labtrain.run import Job, shards_in_use, shown
 from labtrain.store import file_sha256
 
 LOCK = ".lock"
+LONGEST_PATCH = 1_000_000  # characters; of a longer one the receipt has none, code.patch has it
 
 
 class Recorder(pl.Callback):
@@ -121,8 +122,10 @@ class Recorder(pl.Callback):
         if before is not None:
             self._note_changes(before, segment)
         receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        if code["dirty"] and (change := code["patch"] or receipt.without_secrets(uncommitted_change(job.root))):
-            receipt.write_atomically(self.run_dir / "code.patch", change)
+        if code["patch"]:
+            receipt.write_atomically(self.run_dir / "code.patch", code["patch"])
+            if len(code["patch"]) > LONGEST_PATCH:
+                code["patch"] = None
         receipt.write(self.run_dir, self.receipt)
 
     def _note_changes(self, before: receipt.Receipt, segment: dict[str, Any]) -> None:

@@ -5,7 +5,6 @@ service. A URL that holds a password is refused, since a URL stands in configura
 """
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from labtrain.errors import ConfigError, StoreError
+from labtrain.receipt import names_a_secret
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -21,7 +21,6 @@ CONNECT_SECONDS = 10
 ANSWER_SECONDS = 60
 ATTEMPTS = 2  # of a request; a delivery is tried again as a whole
 # Credentials that a server might repeat in what it answers.
-SECRETS = re.compile(r"SECRET|_TOKEN|PASSWORD|ACCESS_KEY|ACCOUNT_KEY|CONNECTION_STRING")
 NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
 
 
@@ -136,7 +135,7 @@ def explained(url: str) -> Iterator[None]:
 def without_secrets(text: str) -> str:
     """Return text with the values of this process's credentials blotted out."""
     for name, value in os.environ.items():
-        if SECRETS.search(name) and len(value) >= 8:
+        if names_a_secret(name) and len(value) >= 8:
             text = text.replace(value, f"${name}")
     return text
 
