@@ -1,4 +1,4 @@
-"""What receipts and trails cost: the trail's part of a step, a receipt at the start, two runs of 10^6 steps compared.
+"""What receipts cost: the trail's part of a step, a receipt at the start, two runs of 10^6 steps compared, the page.
 
 CPU seconds on one thread, medians of rounds in turn; `make bench-receipt`. The models have 10 million parameters.
 """
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 
 from labtrain import receipt
-from labtrain.callbacks import checksum
-from labtrain.compare import TRAIL, compare, read_trail
+from labtrain.checksums import two_sums
+from labtrain.compare import compare
 from labtrain.doctor.environment import files_state
 from labtrain.provenance import code_state, environment_state, machine
 from labtrain.run import Job
+from labtrain.trail import HISTORY, TRAIL, read_trail
 
 ROUNDS = 15
 STEPS = 1_000_000
@@ -37,18 +38,21 @@ def cpu_seconds(work: Callable[[], object]) -> float:
 
 
 def measure_trail(model: torch.nn.Module, batch: torch.Tensor) -> dict[str, float]:
-    """Compare the digest of a model's weights with a training step."""
+    """Compare the sums over a model's gradients and weights with a training step."""
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     rounds: list[tuple[float, float]] = []
     for turn in range(ROUNDS + 1):
         began = time.thread_time()
         optimizer.zero_grad()
         model(batch).square().mean().backward()
+        between = time.thread_time()
+        two_sums(enumerate(parameter.grad for parameter in model.parameters() if parameter.grad is not None))
+        gradients = time.thread_time() - between
         optimizer.step()
         stepped = time.thread_time()
-        checksum(model.state_dict().values())
+        two_sums(enumerate(model.state_dict().values()))
         if turn:
-            rounds.append((stepped - began, time.thread_time() - stepped))
+            rounds.append((stepped - began - gradients, time.thread_time() - stepped + gradients))
     return {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "step_ms": 1e3 * statistics.median(one for one, _ in rounds),
@@ -99,7 +103,8 @@ def measure_diff(folder: Path) -> dict[str, float]:
     with (a / TRAIL).open("w") as one, (b / TRAIL).open("w") as other:
         for step in range(1, STEPS + 1):
             weights = f"{draw.getrandbits(128):032x}"
-            line = {"step": step, "epoch": step // 1000, "loss": draw.random(), "batch": f"{draw.getrandbits(64):016x}"}
+            line = {"step": step, "epoch": step // 1000, "loss": draw.random(), "batch": f"{draw.getrandbits(64):016x}",
+                    "gradients": f"{draw.getrandbits(64):016x}"}  # fmt: skip
             one.write(json.dumps({**line, "weights": weights}) + "\n")
             other.write(json.dumps({**line, "weights": weights[::-1] if step >= at else weights}) + "\n")
     written = {
@@ -124,6 +129,59 @@ def measure_diff(folder: Path) -> dict[str, float]:
     }
 
 
+def measure_report(folder: Path) -> dict[str, float]:
+    """Write the page of 5 runs of 10^5 steps that part at different steps, with an hour's history of three metrics."""
+    steps = STEPS // 10
+    job = Job(run_id="", run_dir="", root=str(folder), config={}, command=[], code_digest="", lock_digest="")
+    segment: dict[str, Any] = {
+        "started": "2027-01-15T08:00:00+00:00", "ended": "2027-01-15T09:00:00+00:00", "status": "complete", "why": None,
+        "host": "ws", "devices": 1, "from_step": 0, "to_step": steps, "changed": [],
+    }  # fmt: skip
+    written = {
+        **{key: {} for key in receipt.KEYS},
+        "schema": receipt.SCHEMA,
+        "status": "complete",
+        "command": ["train.py"],
+        "config": {"determinism": {"shards": 4}, "trainer": {"strategy": "auto", "accelerator": "auto"}, "seed": 42},
+        "code": {"digest": "0" * 64, "commit": None, "dirty": None},
+        "environment": environment_state(job),
+        "hardware": machine(),
+        "determinism": {"mode": "strict", "shards": 4, "threads": 1, "seed": 42, "notes": []},
+        "segments": [segment],
+        "results": {"metrics": {"test/acc": 0.5}, "steps": steps, "weights_digest": "0" * 64},
+        "trail": {"sha256": None},
+    }
+    runs = [folder / f"run-{number}" for number in range(5)]
+    for number, run in enumerate(runs):
+        run.mkdir()
+        draw = random.Random(0)
+        with (run / TRAIL).open("w") as trail:
+            for step in range(1, steps + 1):
+                if number and step == steps * number // 5:
+                    draw = random.Random(number)
+                weights = f"{draw.getrandbits(128):032x}"
+                line = {"step": step, "epoch": step // 1000, "loss": step**-0.3 * (1 + draw.random()),
+                        "batch": f"{step:016x}", "gradients": f"{step:016x}", "weights": weights}  # fmt: skip
+                trail.write(json.dumps(line) + "\n")
+        with (run / HISTORY).open("w") as history:
+            for second in range(1, 3601):
+                line = {"time": 1_800_000_000.0 + second, "step": second * steps // 3600,
+                        "samples_per_s": draw.random(), "memory_bytes": draw.getrandbits(32),
+                        "gpu_memory_bytes": None, "lr": [draw.random()],
+                        "metrics": {name: draw.random() for name in ("train/loss", "val/loss", "val/acc")}}  # fmt: skip
+                history.write(json.dumps(line) + "\n")
+        receipt.write(run, {**written, "run_id": f"{number:012x}"} | {"digest": ""})
+    page = folder / "report.html"
+
+    def report() -> None:
+        subprocess.run(["labtrain", "report", *runs, "-o", page], check=True, capture_output=True)
+
+    return {
+        "report_s": statistics.median(cpu_seconds(report) for _ in range(3)),
+        "report_mb": page.stat().st_size / 1e6,
+    }
+
+
 def main() -> None:
     """Print the table and write it beside this file."""
     torch.set_num_threads(1)
@@ -134,6 +192,7 @@ def main() -> None:
             "mlp": measure_trail(mlp(), torch.randn(64, 1000)),
             **measure_start(folder),
             **measure_diff(folder),
+            **measure_report(folder),
         }
     finally:
         shutil.rmtree(folder)
@@ -143,6 +202,8 @@ def main() -> None:
         ("a receipt at the start, seconds", "start_s", 0.3),
         ("two runs of 10^6 steps compared, seconds", "diff_s", 3.0),
         ("a trail of 10^6 steps read, seconds", "read_s", 2.0),
+        ("the page of 5 runs of 10^5 steps, seconds", "report_s", 5.0),
+        ("the page of 5 runs of 10^5 steps, MB", "report_mb", 8.0),
     ):
         print(f"{text:<55}{found[key]:>8.3f}   at most {wanted}")
     Path(__file__).with_name("results-receipt.json").write_text(json.dumps(found, indent=1) + "\n")

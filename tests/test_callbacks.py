@@ -1,49 +1,36 @@
-import json
 from pathlib import Path
 
 import torch
 
-from labtrain.callbacks import checksum, clock, cut_trail, device_checksum
-
-
-def write(path: Path, steps: int, tail: str = "") -> None:
-    path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, steps + 1)) + tail)
-
-
-def test_a_trail_is_cut_at_the_step_that_is_resumed(tmp_path: Path) -> None:
-    path = tmp_path / "trail.jsonl"
-    write(path, 9)
-    cut_trail(path, last_step=5)
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
-
-
-def test_a_line_that_a_crash_cut_short_goes(tmp_path: Path) -> None:
-    path = tmp_path / "trail.jsonl"
-    write(path, 3, tail='{"step": 4, "lo')
-    cut_trail(path, last_step=9)
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
-    cut_trail(tmp_path / "nothing.jsonl", last_step=9)
-
-
-def test_every_bit_of_every_weight_reaches_the_checksums() -> None:
-    """One flipped bit, anywhere: the CPU's digest differs, and so does the sum that is computed on a GPU."""
-    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
-    here, there = {checksum([x])}, {device_checksum(x).item()}
-    for index in range(x.numel()):
-        for bit in (0, 1, 22, 23, 30):
-            y = x.clone()
-            y.view(-1).view(torch.int32)[index] ^= 1 << bit
-            here.add(checksum([y]))
-            there.add(device_checksum(y).item())
-    assert len(here) == len(there) == 1 + x.numel() * 5
-
-
-def test_a_checksum_knows_order_and_place() -> None:
-    x, y = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
-    assert checksum([x, y]) != checksum([y, x])
-    assert device_checksum(x) != device_checksum(y)
-    assert device_checksum(torch.empty(0)) == 0
+from labtrain.callbacks import Trail, clock, tensor_names
+from labtrain.trail import read_trail
 
 
 def test_a_clock_reads_as_people_write_it() -> None:
     assert [clock(seconds) for seconds in (0, 59.6, 3599, 90061)] == ["0:00:00", "0:01:00", "0:59:59", "25:01:01"]
+
+
+def test_a_line_that_waits_for_a_device_is_written_before_a_checkpoint_and_at_the_end(tmp_path: Path) -> None:
+    """Or a training that goes on from that checkpoint would lack it."""
+    trail = Trail(tmp_path / "trail.jsonl", every_n_steps=1)
+    trail.file = trail.path.open("a", buffering=1)
+    loss = torch.tensor([0.25], dtype=torch.float64).view(torch.int64)
+    for step, end in (
+        (1, lambda: trail.on_save_checkpoint(None, None, {})),
+        (2, lambda: trail.teardown(None, None, "")),
+    ):  # type: ignore[arg-type]
+        line = {"step": step, "epoch": 0, "loss": True, "batch": None, "gradients": True}
+        trail.pending = line, torch.cat([loss, torch.tensor([1, -1, 2, 3])])
+        assert len(read_trail(tmp_path)) == step - 1
+        end()
+        assert read_trail(tmp_path)[-1] == {
+            "step": step, "epoch": 0, "loss": 0.25, "batch": None,
+            "gradients": "0000000200000003", "weights": "0000000000000001ffffffffffffffff"}  # fmt: skip
+    assert trail.file is None
+
+
+def test_the_tensors_of_a_trail_are_the_weights_and_what_else_is_trained() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    assert tensor_names(model) == list(model.state_dict())
+    model._register_state_dict_hook(lambda module, state, prefix, meta: state.__delitem__("0.weight"))
+    assert tensor_names(model)[-1] == "0.weight"

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import random
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,8 +11,9 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from labtrain import receipt
-from labtrain.compare import TRAIL, compare, first_difference, overrides
+from labtrain.compare import compare, first_difference, overrides
 from labtrain.errors import ConfigError, DamagedError
+from labtrain.trail import TRAIL
 from tests.conftest import LABTRAIN
 from tests.exact import Runner, configure
 
@@ -53,7 +53,7 @@ def test_a_run_is_the_same_as_itself(run_dir: Path) -> None:
         ("environment/changed_files", ["torch/nn/functional.py of torch was changed"]),
         ("environment/python", "3.9.0"),
         ("environment/route", "conda"),
-        ("code/digest", "0" * 64),
+        ("code/labtrain", "0" * 64),
         ("hardware/cpu", "Another CPU"),
         ("hardware/instruction_sets", ["avx2"]),
         ("hardware/libc", "glibc 2.17"),
@@ -140,59 +140,6 @@ def test_on_other_devices_it_is_the_same(run_dir: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert "config.trainer.devices  1 -> 2" in done.stdout
     assert "causes" not in done.stdout.replace("no cause", "")
-
-
-def trail(folder: Path, steps: int, *, every: int = 1, first: int = 1, other_from: int | None = None) -> Path:
-    draw = random.Random(0)
-    folder.mkdir(parents=True)
-    lines = []
-    for step in range(1, steps + 1):
-        weights = f"{draw.getrandbits(128):032x}"
-        if other_from is not None and step >= other_from:
-            weights = f"{int(weights, 16) ^ 1:032x}"
-        if step >= first and step % every == 0:
-            line = {"step": step, "epoch": 0, "loss": step / 7, "batch": "b", "weights": weights}
-            lines.append(json.dumps(line) + "\n")
-    (folder / TRAIL).write_text("".join(lines))
-    return folder
-
-
-@pytest.mark.parametrize("step", [1, 2, 499, 500, 1000])
-def test_the_first_step_is_found(tmp_path: Path, step: int) -> None:
-    one, other = trail(tmp_path / "a", 1000), trail(tmp_path / "b", 1000, other_from=step)
-    found = first_difference(one, other)
-    assert found is not None
-    assert (found.step, found.phase) == (step, "weights")
-
-
-def test_trails_of_other_steps(tmp_path: Path) -> None:
-    """Written less often, begun later, ended earlier, cut by a crash."""
-    one = trail(tmp_path / "a", 100)
-    assert first_difference(one, trail(tmp_path / "b", 100, every=5)) is None
-    assert first_difference(one, trail(tmp_path / "c", 100, first=40)) is None
-    found = first_difference(one, trail(tmp_path / "d", 100, every=10, other_from=42))
-    assert found is not None
-    assert (found.step, found.phase) == (50, "weights")
-    found = first_difference(one, trail(tmp_path / "e", 90))
-    assert found is not None
-    assert (found.step, found.phase) == (91, "length")
-    cut = trail(tmp_path / "f", 100)
-    (cut / TRAIL).write_bytes((cut / TRAIL).read_bytes()[:-5])
-    found = first_difference(one, cut)
-    assert found is not None
-    assert (found.step, found.phase) == (100, "length")
-    assert first_difference(one, tmp_path / "none") is None
-
-
-def test_a_trail_that_is_written_less_often_ends_where_the_other_does(tmp_path: Path) -> None:
-    assert first_difference(trail(tmp_path / "a", 100), trail(tmp_path / "b", 100, every=3)) is None
-    assert first_difference(trail(tmp_path / "c", 100, every=3), trail(tmp_path / "d", 100)) is None
-    lines = (tmp_path / "a" / TRAIL).read_text()
-    shutil.copytree(tmp_path / "a", tmp_path / "e")
-    (tmp_path / "e" / TRAIL).write_text(lines.replace('"step": 7, "epoch": 0', '"step": 7, "epoch": 1'))
-    found = first_difference(tmp_path / "a", tmp_path / "e")
-    assert found is not None
-    assert (found.step, found.phase) == (7, "epoch")
 
 
 def test_weights_that_were_changed_at_the_end_are_compared_with_such(tmp_path: Path) -> None:

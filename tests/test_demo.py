@@ -46,13 +46,13 @@ def test_a_difference_is_named_by_step_and_tensor(experiment: Experiment, capsys
     assert first_difference(one.folder, one.folder) is None
 
     lines = other.trail()
-    lines[7]["weights"] = "0"
+    lines[7]["weights"] = "0" * 32
     copy = Path("copy")
     copy.mkdir()
     (copy / "trail.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = first_difference(other.folder, copy)
     assert found is not None
-    assert (found.step, found.phase) == (8, "weights")
+    assert (found.step, found.phase) == (8, "update")
     (copy / "trail.jsonl").write_text("".join(json.dumps(line) + "\n" for line in other.trail()[:5]))
     found = first_difference(other.folder, copy)
     assert found is not None

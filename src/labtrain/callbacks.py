@@ -5,21 +5,21 @@ import math
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed as dist
 import xxhash
 from lightning.pytorch.callbacks import ProgressBar
-from torch.distributed.tensor import DTensor
 
+from labtrain.checksums import shown_sums, two_sums
 from labtrain.determinism import seed_place
 from labtrain.digests import tensor_bytes
 from labtrain.files import is_spread
 from labtrain.loader import DataLoader, Sharded
+from labtrain.trail import cut_trail
 
 
 class Seeding(pl.Callback):
@@ -81,10 +81,14 @@ class BatchSizes(pl.Callback):
 
 
 class Trail(pl.Callback):
-    """Writes a line a step: step, epoch, loss, digest of the batch's indices, digest of the weights after the step.
+    """Writes the trail, a line a step (trail.py); a resumed training first cuts it at the step it goes on from.
 
-    On the CPU the digest is xxh3_128 over the weights' bytes, on a GPU an integer checksum computed there. A resumed
-    training first cuts the trail at the step it goes on from.
+    What a GPU sums is fetched while it does the next step, and before a checkpoint: no step waits for it.
+
+    Args:
+        path: of the trail.
+        every_n_steps: how often a line is written.
+        resumed_step: the step that this process goes on from.
     """
 
     def __init__(self, path: Path, *, every_n_steps: int, resumed_step: int = 0) -> None:
@@ -92,12 +96,32 @@ class Trail(pl.Callback):
         self.file: IO[str] | None = None
         self.last_step = resumed_step
         self.spread = False
+        self.numbers: dict[int, int] = {}  # of each parameter, by id: its place in `tensor_names`
+        self.gradients: torch.Tensor | None = None  # their sums, of the step that is being done
+        self.pending: tuple[dict[str, Any], torch.Tensor] | None = None
+        self.copied: torch.cuda.Event | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.spread = is_spread(pl_module.state_dict())
+        places = {name: number for number, name in enumerate(tensor_names(pl_module))}
+        self.numbers = {id(parameter): places[name] for name, parameter in pl_module.named_parameters()}
         if trainer.is_global_zero:
             cut_trail(self.path, last_step=self.resumed_step)
             self.file = self.path.open("a", buffering=1)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+        if (trainer.global_step + 1) % self.every_n_steps or (self.file is None and not self.spread):
+            return
+        sums = two_sums(
+            [
+                (self.numbers[id(parameter)], parameter.grad)
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if parameter.grad is not None and id(parameter) in self.numbers
+            ],
+            spread=self.spread,
+        )
+        self.gradients = sums if self.gradients is None else self.gradients + sums  # of several optimizers
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,69 +130,66 @@ class Trail(pl.Callback):
         if step == self.last_step or step % self.every_n_steps:
             return
         self.last_step = step
+        gradients, self.gradients = self.gradients, None
         if self.file is None and not self.spread:
             return
-        weights = checksum_of_all(pl_module.state_dict(), spread=self.spread)
+        weights = two_sums(enumerate(pl_module.state_dict().values()), spread=self.spread)
         if self.file is None:
             return
+        self.flush()
         loss = outputs["loss"] if isinstance(outputs, dict) else outputs
-        value = loss.item() if isinstance(loss, torch.Tensor) else math.nan
         loader = trainer.train_dataloader
         line = {
             "step": step,
             "epoch": trainer.current_epoch,
-            "loss": value if math.isfinite(value) else repr(value),
+            "loss": isinstance(loss, torch.Tensor),
             "batch": xxhash.xxh3_64_hexdigest(tensor_bytes(loader.indices)) if isinstance(loader, DataLoader) else None,
-            "weights": weights,
+            "gradients": gradients is not None,
         }
-        self.file.write(json.dumps(line) + "\n")
+        exact = loss.detach().double() if isinstance(loss, torch.Tensor) else torch.zeros((), dtype=torch.float64)
+        parts = [exact.reshape(1).view(torch.int64), weights, weights if gradients is None else gradients]
+        packed = torch.cat([part.to(weights.device) for part in parts])  # (5,)
+        self.pending = line, packed
+        if packed.device.type == "cuda":
+            self.pending = line, torch.empty(5, dtype=torch.int64, pin_memory=True).copy_(packed, non_blocking=True)
+            self.copied = torch.cuda.Event()
+            self.copied.record()
+        else:
+            self.flush()
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.flush()  # a training that goes on from it needs this step's line
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self.flush()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self.flush()
         if self.file is not None:
             self.file.close()
             self.file = None
 
-
-def cut_trail(path: Path, *, last_step: int) -> None:
-    """Keep a trail's lines up to `last_step`; a last line without its end, left by a crash, goes too."""
-    if not path.exists():
-        return
-    kept = bytearray()
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n") or json.loads(line)["step"] > last_step:
-            break
-        kept += line
-    path.write_bytes(kept)
-
-
-def checksum_of_all(weights: dict[str, torch.Tensor], *, spread: bool) -> str:
-    """Return a digest of a state dict's bits; where it is spread, of each rank's part, on all of them at once."""
-    if not spread:
-        return checksum(weights.values())
-    parts = [""] * dist.get_world_size()
-    dist.all_gather_object(parts, checksum(tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                                           for tensor in weights.values()))  # fmt: skip
-    return xxhash.xxh3_128_hexdigest("".join(parts).encode())
+    def flush(self) -> None:
+        """Write the line that waits for a GPU's sums."""
+        if self.pending is None or self.file is None:
+            return
+        if self.copied is not None:
+            self.copied.synchronize()
+        line, packed = self.pending
+        self.pending = self.copied = None
+        value = packed[:1].view(torch.float64).item() if line["loss"] else math.nan
+        sums = packed[1:].tolist()
+        line["loss"] = value if math.isfinite(value) else repr(value)
+        line["gradients"] = shown_sums(sums[2:], bits=32) if line["gradients"] else None
+        line["weights"] = shown_sums(sums[:2])
+        self.file.write(json.dumps(line) + "\n")
 
 
-def checksum(tensors: Iterable[torch.Tensor]) -> str:
-    """Return a digest of tensors' bits, in their order: fast, not cryptographic."""
-    sha = xxhash.xxh3_128()
-    for tensor in tensors:
-        sha.update(tensor_bytes(tensor if tensor.device.type == "cpu" else device_checksum(tensor)))
-    return sha.hexdigest()
-
-
-def device_checksum(tensor: torch.Tensor) -> torch.Tensor:
-    """Return an int64 scalar that depends on every bit of `tensor`, computed where the tensor is.
-
-    A weighted sum of its bytes modulo 2^64: integers, so that no order of summation can matter.
-    """
-    if tensor.numel() == 0:
-        return torch.zeros((), dtype=torch.int64, device=tensor.device)
-    raw = tensor.detach().contiguous().reshape(-1).view(torch.uint8).to(torch.int64)
-    weight = torch.arange(1, 2 * raw.numel(), 2, device=tensor.device)  # odd, so that each bit reaches the sum
-    return ((raw + 1) * weight * (weight ^ 0x5DEECE66C)).sum()
+def tensor_names(module: torch.nn.Module) -> list[str]:
+    """Return the names of the tensors that the trail's digests are of, by number: weights, then other parameters."""
+    return list(dict.fromkeys([*module.state_dict(), *(name for name, _ in module.named_parameters())]))
 
 
 class Progress(ProgressBar):

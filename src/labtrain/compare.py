@@ -1,8 +1,8 @@
 """What differs between two runs: causes first, then where they part. No torch.
 
 A cause is what can change bits and is not the same: configuration, code, environment, hardware, determinism, data. What
-differs and cannot change them, as the number of devices cannot with shards, is told apart. The first step is found in
-the trails' bytes by bisection: they are the same up to it.
+differs and cannot change them, as the number of devices cannot with shards, is told apart. Where they part is
+read in their trails (trail.py).
 """
 
 import json
@@ -20,16 +20,15 @@ from labtrain.digests import read_weights
 from labtrain.errors import ConfigError, DamagedError
 from labtrain.run import get, shown, what_counts
 from labtrain.store import file_sha256
+from labtrain.trail import TRAIL, first_step
 
-TRAIL = "trail.jsonl"
-HISTORY = "history.jsonl"
 KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table
-FIELDS = ("step", "epoch", "batch", "loss", "weights")
 
 # What of a receipt can change bits; the rest says when, by whom and how far.
 CAUSES = (
     "config",
-    "code.digest",
+    "code.sources",
+    "code.labtrain",
     "environment.route",
     "environment.lock_digest",
     "environment.python",
@@ -49,7 +48,7 @@ CAUSES = (
 OF_THE_PROCESSOR = ("hardware.cpu", "hardware.instruction_sets")  # which portable mode makes equal
 AT_THE_END = ("environment.files", "environment.changed_files")  # told by a training that has ended
 # It follows from another, or is the same fact in other words.
-WITHOUT_A_SAY = ("determinism.notes", "determinism.any_number_of_devices")
+WITHOUT_A_SAY = ("code.digest", "determinism.notes", "determinism.any_number_of_devices")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,8 +74,9 @@ class Divergence:
 
     Attributes:
         step: the first optimizer step whose trail differs; None where no trail shows one.
-        phase: what differs first in it: batch, loss or weights; length where one trail ends.
-        tensor: the first tensor, by name, that differs in the first checkpoint with a difference.
+        phase: what differs first in it: batch, loss, gradient or update; length where one trail ends.
+        tensor: the one tensor that differs in it; where it is more than one, the first, by name, that differs in the
+            first checkpoint with a difference.
     """
 
     step: int | None
@@ -125,8 +125,7 @@ def compare(one: Path, other: Path) -> Comparison:
         ConfigError: there is no run.
         DamagedError: a receipt or a trail is broken, or was changed.
     """
-    first, second = (path.parent if path.name == receipts.FILE else path for path in (one, other))
-    a, b = _receipt(first), _receipt(second)
+    (first, a), (second, b) = open_run(one), open_run(other)
     mine, theirs = a["results"], b["results"]
     metrics = {
         name: (mine["metrics"].get(name), theirs["metrics"].get(name))
@@ -145,7 +144,11 @@ def compare(one: Path, other: Path) -> Comparison:
 def lines_of(found: Comparison) -> Iterator[str]:
     """Yield what a person reads of a comparison."""
     for matters, title in ((True, "causes"), (False, "not the same, and no cause")):
-        rows = [(each.key, _shown(each.a), _shown(each.b)) for each in found.differences if each.matters == matters]
+        rows = [
+            (each.key, shown_value(each.a), shown_value(each.b))
+            for each in found.differences
+            if each.matters == matters
+        ]
         if rows:
             yield title
             width = min(max(len(key) for key, _, _ in rows), KEY_WIDTH)
@@ -155,7 +158,7 @@ def lines_of(found: Comparison) -> Iterator[str]:
     words = {True: "the same", False: "others", None: "not compared: a run is not complete"}
     yield f"weights at the end: {words[found.same_weights]}"
     yield f"trails and checkpoints: {found.divergence or 'the same wherever both have them'}"
-    yield from (f"  {name}  {_shown(a)} -> {_shown(b)}" for name, (a, b) in found.metrics.items())
+    yield from (f"  {name}  {shown_value(a)} -> {shown_value(b)}" for name, (a, b) in found.metrics.items())
 
 
 def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference]:
@@ -205,24 +208,32 @@ def overrides(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     return changed + gone + new
 
 
-def first_difference(one: Path, other: Path) -> Divergence | None:
-    """Compare two run folders; None where every step and the weights of every common checkpoint are the same."""
-    step, phase = _first_step(one, other)
-    tensor = _first_tensor(one, other)
+def first_difference(one: Path, other: Path, names: list[str] | None = None) -> Divergence | None:
+    """Compare two run folders; None where every step and the weights of every common checkpoint are the same.
+
+    Args:
+        one: a run's folder.
+        other: another's.
+        names: of the tensors that their trails' digests are of; by default what the first's receipt says.
+    """
+    if names is None:
+        names = (receipts.read(one) or {}).get("trail", {}).get("tensors", [])
+    step, phase, tensor = first_step(one, other, names) or (None, None, None)
+    tensor = tensor or _first_tensor(one, other)
     return None if step is None and tensor is None else Divergence(step=step, phase=phase, tensor=tensor)
 
 
-def read_trail(run_dir: Path) -> list[dict[str, Any]]:
-    """Return a run's trail, a dict a step; a last line cut by a crash is left out.
+def open_run(run: Path) -> tuple[Path, receipts.Receipt]:
+    """Return a run's folder and its receipt, once its trail has been held against it.
+
+    Args:
+        run: a run's folder, or a receipt.
 
     Raises:
-        DamagedError: a line in the middle is broken.
+        ConfigError: there is no run.
+        DamagedError: the receipt or the trail is broken, or was changed.
     """
-    return _parsed(_trail_bytes(run_dir), run_dir)
-
-
-def _receipt(run_dir: Path) -> receipts.Receipt:
-    """Return a run's receipt, once its trail has been held against it."""
+    run_dir = run.parent if run.name == receipts.FILE else run
     found = receipts.read(run_dir)
     if found is None:
         raise ConfigError(f"{shown(run_dir)} is no run: looked for {receipts.FILE}", hint="ls runs/*/")
@@ -232,10 +243,11 @@ def _receipt(run_dir: Path) -> receipts.Receipt:
             f"{shown(trail)} was changed after it was written: its receipt says sha256 {said[:12]}",
             hint="take it from where it was written",
         )
-    return found
+    return run_dir, found
 
 
-def _shown(value: Any) -> str:
+def shown_value(value: Any) -> str:
+    """Return a value of a receipt in one line, shortened."""
     text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
     text = " ".join(text.split())
     return text if len(text) <= VALUE_WIDTH else f"{text[:VALUE_WIDTH]}..."
@@ -275,63 +287,6 @@ def _means_something_else(text: str) -> bool:
     except ValueError:
         return text.lower() in ("null", "true", "false", "nan", "inf", "-inf")
     return True
-
-
-def _parsed(lines: bytes, run_dir: Path) -> list[dict[str, Any]]:
-    try:
-        return list(json.loads(b"[" + lines.rstrip(b"\n").replace(b"\n", b",") + b"]"))  # a third faster than by lines
-    except ValueError as error:
-        path = run_dir / TRAIL
-        raise DamagedError(f"{path} is broken: {error}", hint=f"mv {run_dir} {run_dir}.broken") from error
-
-
-def _trail_bytes(run_dir: Path) -> bytes:
-    path = run_dir / TRAIL
-    if not path.exists():
-        return b""
-    lines = path.read_bytes()
-    return lines[: lines.rfind(b"\n") + 1]
-
-
-def _first_step(one: Path, other: Path) -> tuple[int | None, str | None]:
-    mine, theirs = _trail_bytes(one), _trail_bytes(other)
-    if not mine or not theirs or mine == theirs:
-        return None, None
-    same = _line_of_the_first_difference(mine, theirs)
-    if same < min(len(mine), len(theirs)):
-        first, second = (
-            _parsed(lines[same : lines.find(b"\n", same)], folder)[0]
-            for lines, folder in ((mine, one), (theirs, other))
-        )
-        if first["step"] == second["step"]:
-            field = next((field for field in FIELDS if first[field] != second[field]), "line")
-            return int(first["step"]), field
-    # One is written less often, begins later or ends earlier: by the steps that both have.
-    steps = {line["step"]: line for line in read_trail(other)}
-    trail = read_trail(one)
-    for line in trail:
-        there = steps.get(line["step"], line)
-        for field in FIELDS:
-            if line[field] != there[field]:
-                return int(line["step"]), field
-    ends = trail[-1]["step"], max(steps)
-    interval = max(
-        trail[-1]["step"] - trail[-2]["step"] if len(trail) > 1 else 1,
-        max(steps) - max(steps.keys() - {max(steps)}, default=0),
-    )
-    return (None, None) if abs(ends[0] - ends[1]) < interval else (min(ends) + 1, "length")
-
-
-def _line_of_the_first_difference(one: bytes, other: bytes) -> int:
-    """Return where the first line begins that differs, by bisection over how far both are the same."""
-    same, most = 0, min(len(one), len(other))
-    while same < most:
-        half = (same + most + 1) // 2
-        if one[same:half] == other[same:half]:
-            same = half
-        else:
-            most = half - 1
-    return one.rfind(b"\n", 0, same) + 1
 
 
 def _which(manifest: dict[str, Any]) -> tuple[int, bool]:

@@ -122,22 +122,32 @@ class Start:
                 f"near: {shown(near)}, unfinished, has this configuration and other code or another environment"
                 f" (resume={shown(near)} goes on with it)\n"
             )
-        environment = dict(os.environ)
-        if not self.wants_trace:
-            environment.pop("HYDRA_FULL_ERROR")
-        environment |= determinism.variables(config["determinism"]["mode"], threads=config["determinism"]["threads"])
-        environment[JOB_VARIABLE] = job.to_json()
-        if len(environment[JOB_VARIABLE].encode()) > MAX_JOB_BYTES:
-            raise ConfigError(
-                f"the resolved configuration is larger than {MAX_JOB_BYTES} bytes",
-                hint="keep data in a file and name the file",
-            )
-        command = [sys.executable, "-m", "labtrain.job", shown(job.run_dir)]
+        command, environment = process_of(job)
+        if self.wants_trace:
+            environment["HYDRA_FULL_ERROR"] = "1"
         sys.stdout.flush()
         sys.stderr.flush()
         if single:
             os.execve(command[0], command, environment)  # the same pid: signals, Slurm and torchrun see one process
         supervise(command, environment)
+
+
+def process_of(job: Job) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the variables of the process that trains a job.
+
+    Raises:
+        ConfigError: the configuration is too large to be handed over.
+    """
+    config = job.config
+    environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
+    environment |= determinism.variables(config["determinism"]["mode"], threads=config["determinism"]["threads"])
+    environment[JOB_VARIABLE] = job.to_json()
+    if len(environment[JOB_VARIABLE].encode()) > MAX_JOB_BYTES:
+        raise ConfigError(
+            f"the resolved configuration is larger than {MAX_JOB_BYTES} bytes",
+            hint="keep data in a file and name the file",
+        )
+    return [sys.executable, "-m", "labtrain.job", shown(job.run_dir)], environment
 
 
 def finished(job: Job) -> bool:

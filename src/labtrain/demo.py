@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labtrain.assets import asset
-from labtrain.compare import first_difference, read_trail
+from labtrain.compare import first_difference
 from labtrain.errors import ConfigError, LabtrainError
 from labtrain.new import make_experiment
 from labtrain.receipt import read
 from labtrain.run import shown
+from labtrain.trail import read_trail
 
 # What the dispatch of MKL, oneDNN, torch, glibc and numpy would choose on a CPU from before AVX (2008).
 OLDER_CPU = {

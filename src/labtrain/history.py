@@ -8,6 +8,7 @@ last checkpoint stays, since that time was spent.
 import json
 import math
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,8 +16,8 @@ import lightning.pytorch as pl
 import psutil
 import torch
 
-from labtrain.compare import HISTORY
 from labtrain.loader import DataLoader
+from labtrain.trail import HISTORY
 
 
 class History(pl.Callback):
@@ -70,7 +71,7 @@ class History(pl.Callback):
         now = time.monotonic()
         seconds = now - self.written
         device = trainer.strategy.root_device
-        line = {
+        line: dict[str, Any] = {
             "time": round(time.time(), 3),
             "step": trainer.global_step,
             "samples_per_s": round(self.samples / seconds, 1) if self.samples and seconds else None,
@@ -88,3 +89,20 @@ class History(pl.Callback):
             self.known = found
         self.file.write(json.dumps(line, default=float) + "\n")
         self.written, self.samples = now, 0
+
+
+def best_of(run_dir: Path, *, monitor: str | None, mode: str) -> dict[str, Any] | None:
+    """Return the best value that a run's monitored metric had: metric, value, and the first step with it."""
+    path = run_dir / HISTORY
+    if monitor is None or not path.exists():
+        return None
+    found: list[tuple[float, int]] = []
+    for text in path.read_text().splitlines():
+        with suppress(ValueError):  # cut short by a kill
+            line = json.loads(text)
+            if monitor in line["metrics"]:
+                found.append((line["metrics"][monitor], -line["step"]))
+    if not found:
+        return None
+    value, step = max(found) if mode == "max" else min(found, key=lambda each: (each[0], -each[1]))
+    return {"metric": monitor, "value": value, "step": -step}

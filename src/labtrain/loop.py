@@ -13,6 +13,7 @@ Lightning 2.6: loops/training_epoch_loop.py, loops/fit_loop.py, connectors/logge
 """
 
 import dataclasses
+import signal
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -43,15 +44,22 @@ class EpochLoop(_TrainingEpochLoop):
         save: called where the training is to be saved, on every rank; told whether it must be, or can be put off.
         every_n_steps: save that often; beside before each validation, at the end of each epoch and of the training.
         wishes: of this process.
+        stop_at: the step after which it saves and stops; 0: none.
     """
 
     def __init__(
-        self, trainer: pl.Trainer, *, save: Callable[[bool], None], every_n_steps: int | None, wishes: Wishes
+        self,
+        trainer: pl.Trainer,
+        *,
+        save: Callable[[bool], None],
+        every_n_steps: int | None,
+        wishes: Wishes,
+        stop_at: int = 0,
     ) -> None:
         replaced = trainer.fit_loop.epoch_loop
         super().__init__(trainer, min_steps=replaced.min_steps, max_steps=replaced.max_steps)
         self.val_loop = replaced.val_loop
-        self.save, self.every_n_steps, self.wishes = save, every_n_steps, wishes
+        self.save, self.every_n_steps, self.wishes, self.stop_at = save, every_n_steps, wishes, stop_at
         self.loaded: State | None = None  # the checkpoint that is taken up, until it is
         self._entering = False
 
@@ -81,6 +89,11 @@ class EpochLoop(_TrainingEpochLoop):
 
     def _agree(self) -> None:
         """Come to know what any rank wishes. Exact ranks have exchanged it with the step."""
+        self._exchange()
+        if self.global_step == self.stop_at:
+            self.wishes.agreed_stop = signal.SIGTERM
+
+    def _exchange(self) -> None:
         if isinstance(self.trainer.strategy, Exact) and self.trainer.world_size > 1:
             return
         stop, save = self.wishes.numbers()

@@ -1,5 +1,7 @@
 """Where a run comes from: its code, its environment, its machine. Facts for the receipt and the doctor; no torch."""
 
+import hashlib
+import json
 import os
 import platform
 import re
@@ -10,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from labtrain.run import Job, route, sources
+from labtrain.run import Job, route, source_digests, sources
 
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile")
 
@@ -24,15 +26,20 @@ def code_state(job: Job) -> dict[str, Any]:
     """Return the code's digest, and what git says of it where the experiment is in a repository.
 
     Returns:
-        digest; commit, branch and dirty; untracked: the sources that git does not know; ignored: those that it is told
-        to ignore; patch: what turns the commit into this code, the untracked with it, None where git fails.
+        digest; sources: the sha256 of each of the experiment's; labtrain: the digest of its own; commit, branch and
+        dirty; folder: of the experiment in its repository; untracked: the sources that git does not know; ignored:
+        those that it is told to ignore; patch: what turns the commit into this code, the untracked with it, None where
+        git fails.
     """
     root = job.root
     commit = git(root, "rev-parse", "HEAD").strip()
     untracked, ignored = unknown_sources(root) if commit else ([], [])
     return {
         "digest": job.code_digest,
+        "sources": source_digests(Path(root)),
+        "labtrain": hashlib.sha256(json.dumps(source_digests(Path(__file__).parent)).encode()).hexdigest(),
         "commit": commit or None,
+        "folder": git(root, "rev-parse", "--show-prefix").strip().rstrip("/") if commit else None,
         "branch": git(root, "rev-parse", "--abbrev-ref", "HEAD").strip() or None,
         "dirty": bool(git(root, "status", "--porcelain", "--", ".").strip()) if commit else None,
         "untracked": untracked,

@@ -15,7 +15,8 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from labtrain import determinism, receipt
-from labtrain.compare import TRAIL, changes, read_trail
+from labtrain.callbacks import tensor_names
+from labtrain.compare import changes
 from labtrain.doctor.environment import files_state
 from labtrain.errors import LabtrainError
 from labtrain.fingerprints import fingerprint
@@ -23,6 +24,7 @@ from labtrain.loader import DataLoader, loaders_of
 from labtrain.provenance import code_state, environment_state, machine, timestamp
 from labtrain.run import Job, shards_in_use, shown
 from labtrain.store import file_sha256
+from labtrain.trail import TRAIL, read_trail
 
 LOCK = ".lock"
 LONGEST_PATCH = 1_000_000  # characters; of a longer one the receipt has none, code.patch has it
@@ -116,7 +118,12 @@ class Recorder(pl.Callback):
             "segments": [*(before["segments"] if before else []), segment],
             "results": {},
             "checkpoints": [],
-            "trail": {"file": TRAIL, "every_n_steps": job.config["trail"]["every_n_steps"], "sha256": None},
+            "trail": {
+                "file": TRAIL,
+                "every_n_steps": job.config["trail"]["every_n_steps"],
+                "tensors": tensor_names(pl_module),
+                "sha256": None,
+            },
             "digest": "",
         }
         if before is not None:

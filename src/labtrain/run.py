@@ -59,6 +59,7 @@ class Job:
         lock_digest: of the environment's lock; empty where there is none.
         supervisor: process id of the sweep that waits for this job; 0 for a single run.
         origin: with resume=RUN, the folder of the checkpoints that it goes on from; else empty.
+        stop_at: the step after which it saves and stops, as after a SIGTERM; 0: none.
     """
 
     run_id: str
@@ -70,6 +71,7 @@ class Job:
     lock_digest: str
     supervisor: int = 0
     origin: str = ""
+    stop_at: int = 0
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -121,11 +123,19 @@ def code_digest(root: Path) -> str:
     """Return the sha256 over the names and contents of the experiment's and labtrain's Python sources."""
     sha = hashlib.sha256()
     for base in (root, Path(__file__).parent):
-        for path in sorted(sources(base)):
-            sha.update(f"{path.relative_to(base).as_posix()}\0".encode())
-            sha.update(hashlib.sha256(path.read_bytes()).digest())
+        for name, digest in source_digests(base).items():
+            sha.update(f"{name}\0".encode())
+            sha.update(bytes.fromhex(digest))
         sha.update(b"\0")
     return sha.hexdigest()
+
+
+def source_digests(root: Path) -> dict[str, str]:
+    """Return the sha256 of each Python file below `root` that a run can depend on, by its path."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(sources(root))
+    }
 
 
 def sources(root: Path) -> Iterator[Path]:

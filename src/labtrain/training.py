@@ -27,7 +27,7 @@ from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
 from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError
 from labtrain.guard import Guard, explain_operation
-from labtrain.history import History
+from labtrain.history import History, best_of
 from labtrain.loggers import log_config, make_loggers
 from labtrain.loop import EpochLoop
 from labtrain.recorder import Recorder
@@ -114,6 +114,7 @@ def train(cfg: Any) -> Result:
         save=lambda required: checkpoints.save(trainer, required=required),
         every_n_steps=config["checkpoint"]["every_n_steps"],
         wishes=wishes,
+        stop_at=job.stop_at,
     )
     # Lightning's own handlers would end with exit code 0 after SIGTERM, and requeue a Slurm job by themselves.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
@@ -141,7 +142,7 @@ def train(cfg: Any) -> Result:
             result = Result(run_dir=run_dir, metrics=metrics, weights_digest=weights, steps=steps)
             if trainer.is_global_zero:
                 checkpoints.saver.close(seconds=config["checkpoint"]["deliver_seconds"], wanted=True)
-                recorder.close("complete", step=steps, results=results_of(result, state))
+                recorder.close("complete", step=steps, results=results_of(result, state, config))
             return result
     except BaseException as error:
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
@@ -299,10 +300,12 @@ def warn_resumed(run_dir: Path, name: str) -> None:
     warn(f"{shown(run_dir)} goes on from {name} (resume=never starts anew beside it)")
 
 
-def results_of(result: Result, state_digest: str | None) -> dict[str, Any]:
+def results_of(result: Result, state_digest: str | None, config: Config) -> dict[str, Any]:
     """Return what a receipt holds of a result, with the digest of the training state that was saved last."""
+    monitor, mode = config["checkpoint"]["monitor"], config["checkpoint"]["mode"]
     return {
         "metrics": result.metrics,
+        "best": best_of(result.run_dir, monitor=monitor, mode=mode),
         "steps": result.steps,
         "weights_digest": result.weights_digest,
         "state_digest": state_digest,

@@ -1,0 +1,134 @@
+"""A run as an RO-Crate, which archives, journals and WorkflowHub take: `labtrain crate`.
+
+RO-Crate 1.1 with the profile Workflow Run Crate 0.5 (https://w3id.org/ro/wfrun/workflow/0.5). Where the sources that
+ran are not at hand there is no workflow to enclose, and it is a Process Run Crate 0.5. The metadata say what the
+receipt says, of the configuration only what the bits depend on, and hold no path of a machine. The enclosed files are
+the run's own, byte for byte: the receipt and the configuration name the folder that the runs lay in. The same run gives
+the same bytes.
+"""
+
+import json
+import os
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from labtrain import receipt as receipts
+from labtrain.catalog import checkpoint_place, newest_whole, stores_of
+from labtrain.crate_metadata import FILES, MAIN, WEIGHTS, describe
+from labtrain.errors import ConfigError, DamagedError, LabtrainError
+from labtrain.run import shown, source_digests, sources
+from labtrain.store import file_sha256
+
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold
+
+
+def write_crate(run_dir: Path, file: Path, *, weights: bool, author: str | None, licence: str | None) -> Path:
+    """Write a run as an RO-Crate and return its file, which is replaced if it is there.
+
+    Args:
+        run_dir: the run's folder.
+        file: to write, a .zip.
+        weights: enclose those of the newest checkpoint that is whole.
+        author: the name of who trained it.
+        licence: an SPDX identifier or a URL.
+
+    Raises:
+        ConfigError: there is no run, or `file` or `licence` is none.
+        DamagedError: a file is not what the receipt says.
+        LabtrainError: the run is trained now or has no weights, or `file` cannot be written.
+    """
+    found = receipts.read(run_dir)
+    if found is None:
+        raise ConfigError(f"{shown(run_dir)} is no run: looked for {receipts.FILE}", hint="ls runs/*/")
+    if found["status"] == "running":
+        hint = "wait for its end, or start it again, then export it"
+        raise LabtrainError(f"{shown(run_dir)} is being trained, or was killed", hint=hint)
+    if file.suffix != ".zip":
+        raise ConfigError(f"{file} is no .zip", hint=f"-o {file}.zip")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"{file}: there is no folder {file.parent}", hint=f"mkdir -p {file.parent}")
+    with TemporaryDirectory(prefix="labtrain-") as scratch:
+        enclosed = {name: run_dir / name for name in FILES if name != WEIGHTS and (run_dir / name).is_file()}
+        said = found["trail"]["sha256"]
+        if said and "trail.jsonl" in enclosed and file_sha256(enclosed["trail.jsonl"]) != said:
+            hint = "restore trail.jsonl from a backup"
+            raise DamagedError(f"{run_dir}/trail.jsonl was changed after it was written", hint=hint)
+        if weights:
+            enclosed[WEIGHTS] = _weights(run_dir, found, Path(scratch))
+        code = _sources(run_dir, found)
+        _write(file, describe(found, enclosed, code, author=author, licence=licence), enclosed | code)
+    return file
+
+
+def _weights(run_dir: Path, found: receipts.Receipt, scratch: Path) -> Path:
+    """Return the weights of the newest checkpoint that is whole."""
+    place = checkpoint_place(run_dir, found["config"]["checkpoint"]["url"])
+    newest = newest_whole(stores_of(run_dir, place), into=scratch)
+    if newest is None:
+        raise LabtrainError(f"{shown(run_dir)} has no checkpoint that is whole", hint="leave out --weights")
+    _, folder, manifest = newest
+    claimed = found["results"].get("weights_digest")
+    if claimed not in (None, manifest.get("weights_digest")):
+        raise DamagedError(
+            f"{folder}: weights {manifest.get('weights_digest')}, the receipt says {claimed}",
+            hint=f"labtrain digest {shown(run_dir)}",
+        )
+    return folder / WEIGHTS
+
+
+def _sources(run_dir: Path, found: receipts.Receipt) -> dict[str, Path]:
+    """Return the experiment's sources by their names in the crate: those that ran, or none and a word why."""
+    root = next((folder for folder in run_dir.resolve().parents if (folder / MAIN).is_file()), None)
+    if root is None:
+        _leave_out(found, "the run lies in no experiment's folder")
+        return {}
+    if source_digests(root) != found["code"]["sources"]:
+        _leave_out(found, f"the sources in {root} are not those that ran")
+        return {}
+    enclosed: dict[str, Path] = {}
+    for path in sorted(sources(root)):
+        name = path.relative_to(root).as_posix()
+        if name in found["code"]["ignored"] or receipts.SECRET_VALUE.search(path.read_text(errors="replace")):
+            _warn(f"{name} is not enclosed: git is told to ignore it, or it holds what looks like a credential")
+        else:
+            enclosed[name] = path
+    return enclosed
+
+
+def _leave_out(found: receipts.Receipt, why: str) -> None:
+    commit = found["code"]["commit"]
+    _warn(f"{why}: they are not enclosed, and the crate names {f'commit {commit}' if commit else 'their digest'} alone")
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
+
+
+def _write(file: Path, metadata: dict[str, Any], enclosed: dict[str, Path]) -> None:
+    """Write the zip in one step: names sorted, all of one date, so that the same files are the same bytes."""
+    text = json.dumps(metadata, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with zipfile.ZipFile(scratch, "w") as archive:
+            archive.writestr(_entry("ro-crate-metadata.json"), text)
+            for name, path in sorted(enclosed.items()):
+                with path.open("rb") as source, archive.open(_entry(name), "w", force_zip64=True) as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
+        with scratch.open("rb") as written:
+            os.fsync(written.fileno())
+        scratch.replace(file)
+    except OSError as error:
+        raise LabtrainError(f"{file} cannot be written: {error.strerror}", hint=f"df {file.parent}") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _entry(name: str) -> zipfile.ZipInfo:
+    entry = zipfile.ZipInfo(name, EPOCH)
+    entry.compress_type = zipfile.ZIP_STORED if name == WEIGHTS else zipfile.ZIP_DEFLATED  # floats do not get smaller
+    entry.external_attr = 0o644 << 16
+    return entry

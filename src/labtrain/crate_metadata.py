@@ -1,0 +1,247 @@
+"""What an RO-Crate says of a run: ro-crate-metadata.json, by the profile's own words.
+
+https://w3id.org/ro/wfrun/process/0.5 and https://w3id.org/ro/wfrun/workflow/0.5, which are of RO-Crate 1.1. An entity
+is named by what it stands for, and by no random number.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from labtrain.errors import ConfigError
+from labtrain.receipt import Receipt
+from labtrain.run import what_counts
+from labtrain.store import file_sha256
+
+MAIN = "train.py"
+WEIGHTS = "weights.safetensors"
+# A run's files, where it has them: media type, what it is, does the training give it, does it tell of the training.
+FILES = {
+    "receipt.json": ("application/json", "The receipt: what ran, on what, and what came of it", True, True),
+    "receipt.json.sig": ("text/plain", "The receipt's signature by an SSH key", False, True),
+    "config.yaml": ("application/yaml", "The resolved configuration", False, False),
+    "code.patch": ("text/x-diff", "What turns the commit into the code that ran", False, False),
+    "trail.jsonl": ("application/jsonl", "A line a step: loss, digests of batch and weights", True, True),
+    "history.jsonl": ("application/jsonl", "Time, throughput, memory and metrics of the training", True, True),
+    "verified.jsonl": ("application/json", "What came of running it again", False, True),
+    WEIGHTS: ("application/octet-stream", "The weights of the newest checkpoint", True, False),
+}
+PROFILES = (
+    ("https://w3id.org/ro/wfrun/process/0.5", "Process Run Crate", "0.5"),
+    ("https://w3id.org/ro/wfrun/workflow/0.5", "Workflow Run Crate", "0.5"),
+    ("https://w3id.org/workflowhub/workflow-ro-crate/1.0", "Workflow RO-Crate", "1.0"),
+)
+PYTHON = "https://www.python.org/"
+HOMES = {
+    "python": PYTHON,
+    "torch": "https://pytorch.org/",
+    "lightning": "https://lightning.ai/",
+    "numpy": "https://numpy.org/",
+    "cuda": "https://developer.nvidia.com/cuda-toolkit",
+    "cudnn": "https://developer.nvidia.com/cudnn",
+    "nccl": "https://developer.nvidia.com/nccl",
+}
+KINDS = {bool: "Boolean", int: "Integer", float: "Float", str: "Text"}
+LOCAL_PATH = re.compile(r"(?:file://|(?<![\w.:/~-]))/[^\s'\"]+")
+SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
+
+
+def describe(
+    found: Receipt, enclosed: dict[str, Path], code: dict[str, Path], *, author: str | None, licence: str | None
+) -> dict[str, Any]:
+    """Return the metadata of a run's crate: a JSON-LD document, its entities sorted by name.
+
+    Args:
+        found: the receipt.
+        enclosed: the run's files in the crate, by name.
+        code: the experiment's sources in it, by name; without train.py it is no crate of a workflow.
+        author: the name of who trained it.
+        licence: an SPDX identifier or a URL.
+
+    Raises:
+        ConfigError: `licence` is neither.
+    """
+    from rocrate.model import Person
+    from rocrate.rocrate import ROCrate
+
+    crate = ROCrate(version="1.1")
+    crate.metadata.extra_contexts.append("https://w3id.org/ro/terms/workflow-run/context")
+    experiment, segments = found["config"]["experiment"], found["segments"]
+    action = _action(crate, found)
+    files = {name: _file(crate, name, path, FILES[name][0]) for name, path in sorted(enclosed.items())}
+    for name, file in files.items():
+        file["description"] = FILES[name][1]
+        if FILES[name][3]:
+            file["about"] = action
+    workflow = _workflow(crate, found, code)
+    action["instrument"] = workflow
+    action["object"] = [
+        *_data(crate, found),
+        *(files[name] for name in ("code.patch", "config.yaml") if name in files),
+        *_parameters(crate, found, workflow if MAIN in code else None),
+    ]
+    action["result"] = [*(file for name, file in files.items() if FILES[name][2]), *_results(crate, found)]
+
+    root = crate.root_dataset
+    root["name"], root["mentions"] = action["name"], action
+    root["description"] = f"A training of {experiment} with labtrain, and the receipt by which it can be verified."
+    root["datePublished"] = segments[-1]["ended"] or segments[-1]["started"]
+    root["license"] = _licence(crate, licence)
+    profiles = [
+        _add(crate, url, "CreativeWork", name=name, version=version)
+        for url, name, version in (PROFILES if MAIN in code else PROFILES[:1])
+    ]
+    root["conformsTo"] = profiles if MAIN in code else profiles[0]
+    if author:
+        action["agent"] = root["author"] = crate.add(Person(crate, "#author", {"name": author}))
+    root["hasPart"] = sorted(root["hasPart"], key=lambda part: str(part.id))
+    document: dict[str, Any] = crate.metadata.generate()
+    document["@graph"].sort(key=lambda entity: str(entity["@id"]))
+    return document
+
+
+def _action(crate: Any, found: Receipt) -> Any:
+    """Return the training: when, how it was called, and how it ended."""
+    first, last, complete = found["segments"][0], found["segments"][-1], found["status"] == "complete"
+    title = f"Training of {found['config']['experiment']}, run {found['run_id']}"
+    action = _add(crate, f"#run-{found['run_id']}", "CreateAction", name=title)
+    action["description"] = _portable(" ".join(found["command"]))
+    action["startTime"], action["endTime"] = first["started"], last["ended"] or last["started"]
+    action["actionStatus"] = f"http://schema.org/{'Completed' if complete else 'Failed'}ActionStatus"
+    if not complete:
+        action["error"] = _portable(f"{found['status']} at step {last['to_step']}: {last['why']}")
+    variables = found["determinism"].get("variables", {})
+    action["environment"] = [_value(crate, "variable", name, value) for name, value in sorted(variables.items())]
+    return action
+
+
+def _workflow(crate: Any, found: Receipt, code: dict[str, Path]) -> Any:
+    """Return what was run: the enclosed train.py, or the code that the receipt names; and what it needed."""
+    from rocrate.model import ComputerLanguage
+
+    version = found["code"]["commit"] or found["code"]["digest"]
+    for name, path in sorted(code.items()):
+        kinds = ["SoftwareSourceCode", "ComputationalWorkflow"] if name == MAIN else ["SoftwareSourceCode"]
+        _file(crate, name, path, "text/x-python", *kinds)["version"] = version
+    workflow = crate.get(MAIN) or _add(crate, f"#{MAIN}", "SoftwareSourceCode")
+    if MAIN in code:
+        crate.root_dataset["mainEntity"] = workflow
+        crate.metadata.append_to("conformsTo", {"@id": PROFILES[-1][0]})
+    language = {"name": "Python", "identifier": PYTHON, "url": PYTHON, "version": found["environment"]["python"]}
+    workflow["programmingLanguage"] = crate.add(ComputerLanguage(crate, PYTHON, language))
+    workflow["name"] = f"{MAIN} of {found['config']['experiment']}"
+    workflow["version"], workflow["identifier"] = version, f"sha256:{found['code']['digest']}"
+    workflow["softwareRequirements"] = _software(crate, found)
+    return workflow
+
+
+def _software(crate: Any, found: Receipt) -> list[Any]:
+    """Return what decides the bits, by package URL: Python, the libraries, on a GPU CUDA's; and the lock of all."""
+    environment, hardware = found["environment"], found["hardware"]
+    kind = "generic" if environment["route"] == "conda" else "pypi"
+    versions = {
+        ("generic", "python"): environment["python"],
+        ("generic", "labtrain"): environment["distributions"].get("labtrain"),
+        **{(kind, name): environment["distributions"].get(name) for name in ("lightning", "numpy", "torch")},
+        **{("generic", name): hardware.get(name) for name in ("cuda", "cudnn", "nccl")},
+        ("generic", "nvidia-driver"): hardware.get("driver"),
+    }
+    software = [
+        _add(crate, f"pkg:{kind}/{name}@{quote(str(version))}", "SoftwareApplication", name=name,
+             softwareVersion=str(version), **({"url": HOMES[name]} if name in HOMES else {}))
+        for (kind, name), version in versions.items() if version
+    ]  # fmt: skip
+    if environment["lock_digest"]:
+        name, version = f"locked environment, {environment['route']}", f"sha256:{environment['lock_digest']}"
+        software.append(_add(crate, "#lock", "SoftwareApplication", name=name, softwareVersion=version))
+    return software
+
+
+def _data(crate: Any, found: Receipt) -> list[Any]:
+    """Return the data, which are not enclosed, by their fingerprints."""
+    return [
+        _add(crate, f"#data-{quote(name)}", "CreativeWork", name=f"{name} data, {each['type']}",
+             description=f"{each.get('samples', 'an unknown number of')} samples; labtrain's fingerprint of them",
+             identifier=f"sha256:{each['digest']}")
+        for name, each in sorted(found["data"].items())
+    ]  # fmt: skip
+
+
+def _parameters(crate: Any, found: Receipt, workflow: Any) -> list[Any]:
+    """Return what was configured and can change bits; to a workflow its slots are added."""
+    given = [(key, _plain(value)) for key, value in sorted(_flat(what_counts(found["config"])))]
+    values = [_value(crate, "config", key, value) for key, value in given]
+    if workflow is not None:
+        slots = [
+            _add(crate, f"#parameter-{quote(key)}", "FormalParameter", name=key, additionalType=KINDS[type(value)])
+            for key, value in given
+        ]
+        workflow["input"] = slots
+        for value, slot in zip(values, slots, strict=True):
+            value["exampleOfWork"] = slot
+    return values
+
+
+def _results(crate: Any, found: Receipt) -> list[Any]:
+    """Return what came of it that is no file: metrics, steps, and the digests of weights and state."""
+    results = found["results"]
+    digests = {key: results[key] for key in ("state_digest", "steps", "weights_digest") if key in results}
+    return [
+        *(_value(crate, "result", name, value) for name, value in digests.items()),
+        *(_value(crate, "metric", name, value) for name, value in sorted(results.get("metrics", {}).items())),
+    ]
+
+
+def _licence(crate: Any, licence: str | None) -> Any:
+    """Return the licence: Workflow RO-Crate wants one, and that none was chosen is said in so many words."""
+    if licence is None:
+        text = "No licence was chosen for this crate: all rights are reserved."
+        return _add(crate, "#no-licence", "CreativeWork", name="No licence", description=text)
+    if licence.startswith(("https://", "http://")):
+        return _add(crate, licence, "CreativeWork", name=licence, url=licence)
+    if not SPDX.fullmatch(licence):
+        raise ConfigError(f"{licence!r} is neither an SPDX identifier nor a URL", hint="--license CC-BY-4.0")
+    url = f"https://spdx.org/licenses/{licence}"
+    return _add(crate, url, "CreativeWork", name=licence, identifier=licence, url=url)
+
+
+def _file(crate: Any, name: str, path: Path, media_type: str, *kinds: str) -> Any:
+    """Add a file that is enclosed, with its size and sha256."""
+    properties = {"name": name, "encodingFormat": media_type, "sha256": file_sha256(path),
+                  "contentSize": str(path.stat().st_size)}  # fmt: skip
+    return crate.add_file(path, name, properties={**({"@type": ["File", *kinds]} if kinds else {}), **properties})
+
+
+def _value(crate: Any, group: str, name: str, value: Any) -> Any:
+    return _add(crate, f"#{group}-{quote(name)}", "PropertyValue", name=name, value=_plain(value))
+
+
+def _add(crate: Any, identifier: str, kind: str, /, **properties: Any) -> Any:
+    from rocrate.model import ContextEntity
+
+    return crate.add(ContextEntity(crate, identifier, {"@type": kind, **properties}))
+
+
+def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested dicts by dotted keys, without those that are not set."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", value
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON-LD can hold it: a number, a truth or a text; what is nested as JSON."""
+    if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return _portable(value if isinstance(value, str) else json.dumps(value))
+
+
+def _portable(text: str) -> str:
+    """Return a text without the paths of a machine in it."""
+    return LOCAL_PATH.sub("(local path)", text)

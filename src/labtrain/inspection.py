@@ -1,0 +1,86 @@
+"""What a receipt says of code, environment, machine, configuration and checkpoints, against what is here. No torch."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+
+from labtrain.compare import Difference, differences, overrides
+from labtrain.digests import digest_folder
+from labtrain.doctor.environment import files_state
+from labtrain.errors import DamagedError
+from labtrain.provenance import code_state, environment_state, machine
+from labtrain.receipt import Receipt, without_secrets
+from labtrain.run import Job, code_digest, lock_digest, shown, what_counts
+from labtrain.store import Store
+
+
+def state_differences(receipt: Receipt, root: Path) -> list[Difference]:
+    """Return how today's code, environment and machine differ from a receipt's."""
+    job = Job(
+        run_id="",
+        run_dir="",
+        root=str(root),
+        config={},
+        command=[],
+        code_digest=code_digest(root),
+        lock_digest=lock_digest(root),
+    )
+    now = {
+        **receipt,
+        "code": code_state(job),
+        "environment": environment_state(job) | files_state(),
+        "hardware": receipt["hardware"] | machine(),
+    }
+    return list(told_differences(receipt, now))
+
+
+def composed_differently(receipt: Receipt, root: Path) -> list[Difference]:
+    """Return how the receipt's command composes today, if that is another configuration; no cause: it is not used."""
+    command = receipt["command"]
+    if not command or {"-m", "--multirun"} & set(command):
+        return []
+    done = subprocess.run(
+        [sys.executable, str(root / Path(command[0]).name), *command[1:], "--cfg", "job", "--resolve"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=root,
+        timeout=120,
+    )
+    if done.returncode:
+        words = " ".join(done.stderr.split())
+        return [Difference(key="config", a="composes", b=f"does not: {words[:200]}", matters=False)]
+    now = without_secrets(yaml.safe_load(done.stdout))
+    changed = overrides(what_counts(receipt["config"]), what_counts(now))
+    return [Difference(key="config", a="this", b=" ".join(changed), matters=False)] if changed else []
+
+
+def check_checkpoints(run_dir: Path, receipt: Receipt) -> int:
+    """Hold the checkpoints that lie in the run's folder against their manifests and the receipt; return how many.
+
+    Raises:
+        DamagedError: names the first that is not what they say.
+    """
+    said = {Path(entry["path"]).name: entry["weights_digest"] for entry in receipt["checkpoints"]}
+    store = Store(run_dir / "checkpoints")
+    there = store.checkpoints()
+    for each in there:
+        folder, manifest = store.fetch(each, each.folder)
+        wanted, found = said.get(each.name), digest_folder(folder)
+        if found != manifest["weights_digest"] or wanted not in (None, found):
+            raise DamagedError(
+                f"{shown(folder)}: its weights are {found[:12]}, its manifest says {manifest['weights_digest'][:12]},"
+                f" the receipt {str(wanted)[:12]}",
+                hint="take it from where it was written",
+            )
+    return len(there)
+
+
+def told_differences(receipt: Receipt, now: Receipt) -> Iterator[Difference]:
+    """Yield the differences that a person wants to know: not where things lie, and not how the code came here."""
+    for each in differences(receipt, now):
+        if each.matters or not each.key.startswith(("config.", "code.")):
+            yield each

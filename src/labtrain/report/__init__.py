@@ -1,0 +1,39 @@
+"""A report: one or several runs as one HTML file that asks no network for anything. No torch.
+
+::
+
+    data.py      reads a run's folder: receipt, trail, history, verifications
+    charts.py    what is drawn: curves over each other, reduced where they are long, and their numbers in words
+    page.py      puts the page together: page.html.j2, page.css, page.js, and plotly.js whole
+"""
+
+from pathlib import Path
+
+from labtrain import receipt
+from labtrain.errors import ConfigError, LabtrainError
+from labtrain.report.data import read_runs
+from labtrain.report.page import render
+
+
+def write_report(runs: list[Path], output: Path) -> None:
+    """Write the page of one or several runs; the same runs give the same bytes.
+
+    Args:
+        runs: folders of runs, or their receipts; the others are held against the first.
+        output: a file ending in .html, replaced in one step.
+
+    Raises:
+        ConfigError: there is no such run, one is named twice, or the page cannot lie there.
+        DamagedError: a receipt, a trail or a record of verifications is broken, or was changed.
+    """
+    if output.suffix not in (".html", ".htm"):
+        raise ConfigError(f"{output} is no name of a page: wanted one that ends in .html", hint=f"-o {output}.html")
+    if output.is_dir():
+        raise ConfigError(f"{output} is a folder", hint=f"-o {output / 'report.html'}")
+    if not output.parent.is_dir():
+        raise ConfigError(f"{output.parent} is no folder: the page cannot lie there", hint=f"mkdir -p {output.parent}")
+    page = render(read_runs(runs))
+    try:
+        receipt.write_atomically(output, page)
+    except OSError as error:
+        raise LabtrainError(f"{output} cannot be written: {error.strerror}", hint="-o another.html") from error

@@ -1,0 +1,255 @@
+"""Reads what a run has left, for the page: each file but the receipt may be missing, and none is believed unread."""
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from labtrain import receipt as receipts
+from labtrain.compare import Comparison, compare, open_run
+from labtrain.errors import ConfigError, DamagedError
+from labtrain.run import shown
+from labtrain.trail import HISTORY, TRAIL, read_trail
+
+VERIFIED = "verified.jsonl"  # a line a verification (verification.py, a floor above)
+
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Series:
+    """A curve.
+
+    Attributes:
+        x: steps, or seconds since the epoch; rising.
+        y: what was measured there; NaN where it was no finite number, or where nothing was measured.
+        last: the last value as it was written, which may be no finite number; None of an empty curve.
+        gaps: how many of `y` were written, and are no finite numbers.
+    """
+
+    x: Numbers
+    y: Numbers
+    last: float | None
+    gaps: int = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class History:
+    """What history.jsonl tells.
+
+    Attributes:
+        metrics: by name, against the step.
+        rates: the learning rate of each parameter group, against the step.
+        throughput: samples a second, against the time of day.
+        memory: bytes of the process, against the time of day.
+        gpu_memory: the same of the GPU; empty without one.
+        last_time: of its last line, in seconds since the epoch.
+    """
+
+    metrics: dict[str, Series]
+    rates: list[Series]
+    throughput: Series
+    memory: Series
+    gpu_memory: Series
+    last_time: float | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """A line of verified.jsonl: somebody has run a receipt again; `same` is None where nothing was trained."""
+
+    when: datetime
+    by: str
+    host: str
+    cpu: str
+    gpus: list[str]
+    labtrain: str
+    receipt: str
+    from_step: int
+    to_step: int
+    whole: bool
+    same: bool | None
+    found: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A run, read.
+
+    Attributes:
+        label: what it is called on the page: A, B, ...
+        folder: as it was named.
+        verifications: newest first; also those of an earlier state of this receipt.
+        comparison: with the first run; None of that one.
+    """
+
+    label: str
+    folder: Path
+    receipt: receipts.Receipt
+    loss: Series
+    history: History
+    verifications: list[Verification]
+    comparison: Comparison | None
+
+    @property
+    def parts_at(self) -> int | None:
+        """The first step at which it is not as the first run."""
+        found = self.comparison.divergence if self.comparison else None
+        return found.step if found else None
+
+
+def read_runs(paths: Iterable[Path]) -> list[Run]:
+    """Read runs, each by its folder or its receipt.
+
+    Raises:
+        ConfigError: there is no run, or one is named twice.
+        DamagedError: a file is broken, or was changed.
+    """
+    found: dict[Path, receipts.Receipt] = {}
+    for path in paths:
+        folder, receipt = open_run(path)
+        if any(folder.resolve() == other.resolve() for other in found):
+            raise ConfigError(f"{shown(folder)} is named twice", hint="name each run once")
+        found[folder] = receipt
+    first = next(iter(found))
+    return [
+        _read_run(folder, receipt, label_of(place), None if folder == first else compare(first, folder))
+        for place, (folder, receipt) in enumerate(found.items())
+    ]
+
+
+def label_of(place: int) -> str:
+    """Return A, ..., Z, AA, AB, ...: the name of a run on the page."""
+    letter = chr(ord("A") + place % 26)
+    return letter if place < 26 else label_of(place // 26 - 1) + letter
+
+
+def _read_run(folder: Path, receipt: receipts.Receipt, label: str, comparison: Comparison | None) -> Run:
+    trail = folder / TRAIL
+    try:
+        losses = [(line["step"], float(line["loss"])) for line in read_trail(folder)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{shown(trail)} is broken: {error!r}", hint=f"mv {trail} {trail}.broken") from error
+    return Run(
+        label=label,
+        folder=folder,
+        receipt=receipt,
+        loss=_series(losses),
+        history=read_history(folder, _starts(receipt)),
+        verifications=read_verifications(folder),
+        comparison=comparison,
+    )
+
+
+def read_history(folder: Path, starts: Iterable[float] = ()) -> History:
+    """Read a run's history; empty without one. Of a step that was done twice, the later line counts.
+
+    Args:
+        folder: of the run.
+        starts: of its segments, in seconds since the epoch: no curve against the time is drawn across one.
+
+    Raises:
+        DamagedError: a line is whole and not what a history has.
+    """
+    metrics: dict[str, dict[float, float]] = {}
+    rates: list[dict[float, float]] = []
+    measured: dict[str, list[tuple[float, float]]] = {"samples_per_s": [], "memory_bytes": [], "gpu_memory_bytes": []}
+    last_time = None
+    for line in _lines(folder / HISTORY):
+        try:
+            time, step = float(line["time"]), int(line["step"])
+            for name, value in line["metrics"].items():
+                metrics.setdefault(name, {})[step] = float(value)
+            for group, value in enumerate(line["lr"]):
+                rates.extend({} for _ in range(group + 1 - len(rates)))
+                rates[group][step] = float(value)
+            for key, points in measured.items():
+                if line[key] is not None:
+                    points.append((time, float(line[key])))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            path = folder / HISTORY
+            raise DamagedError(f"{shown(path)} is broken: {error!r}", hint=f"mv {path} {path}.broken") from error
+        last_time = max(time, last_time or time)
+    cuts = sorted(starts)
+    by_time = {key: _series(_with_gaps(sorted(points), cuts), gaps=False) for key, points in measured.items()}
+    return History(
+        metrics={name: _series(sorted(points.items())) for name, points in sorted(metrics.items())},
+        rates=[_series(sorted(points.items())) for points in rates],
+        throughput=by_time["samples_per_s"],
+        memory=by_time["memory_bytes"],
+        gpu_memory=by_time["gpu_memory_bytes"],
+        last_time=last_time,
+    )
+
+
+def read_verifications(folder: Path) -> list[Verification]:
+    """Read who has run this again, newest first; none without the file.
+
+    Raises:
+        DamagedError: the file is broken.
+    """
+    path = folder / VERIFIED
+    if not path.exists():
+        return []
+    text = path.read_text(errors="replace")
+    try:
+        found = [
+            Verification(**{**{key: entry[key] for key in Verification.__slots__}, "when": _time(entry["when"])})
+            for entry in map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{shown(path)} is broken: {error!r}", hint=f"mv {path} {path}.broken") from error
+    return sorted(found, key=lambda each: each.when, reverse=True)
+
+
+def seconds_of(text: str | None) -> float | None:
+    """Return a receipt's time in seconds since the epoch."""
+    return None if text is None else _time(text).timestamp()
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+def _starts(receipt: receipts.Receipt) -> list[float]:
+    return [_time(segment["started"]).timestamp() for segment in receipt["segments"]]
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield what can be read of a history: a line that a crash cut short is no JSON, whatever follows it."""
+    if not path.exists():
+        return
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue
+
+
+def _with_gaps(points: list[tuple[float, float]], cuts: list[float]) -> Iterator[tuple[float, float]]:
+    """Yield points in the order of time, and NaN before the first of each segment."""
+    left = list(cuts)
+    for number, (time, value) in enumerate(points):
+        begun = bool(left) and left[0] <= time
+        while left and left[0] <= time:
+            left.pop(0)
+        if begun and number:
+            yield (points[number - 1][0] + time) / 2, math.nan
+        yield time, value
+
+
+def _series(points: Iterable[tuple[float, float]], *, gaps: bool = True) -> Series:
+    x, y = np.array(list(points), dtype=np.float64).reshape(-1, 2).T
+    finite = np.isfinite(y)
+    return Series(
+        x=x,
+        y=np.where(finite, y, np.nan),
+        last=float(y[-1]) if len(y) else None,
+        gaps=int(np.count_nonzero(~finite)) if gaps else 0,
+    )

@@ -1,0 +1,268 @@
+"""Puts the page together. What comes from a run is text that nobody has looked at: it is escaped, and never run.
+
+The page's policy (Content-Security-Policy) lets two scripts run, by their hashes, and loads nothing from anywhere.
+"""
+
+import base64
+import hashlib
+import json
+import shlex
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs, get_plotlyjs_version
+
+from labtrain import __version__
+from labtrain.report.charts import DIGITS, curves_of, machine_of, timeline_of
+from labtrain.report.data import Run, Verification, seconds_of
+from labtrain.run import get, shown
+
+HERE = Path(__file__).parent
+SHORT = 12  # characters of a digest that is shown whole when it is opened
+DASHES = ("", "6 3", "2 2", "8 3 2 3", "11 4", "11 3 2 3 2 3")  # of the runs' lines, in turn; colours are the sheet's
+COLOURS = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cell:
+    """What stands in a table.
+
+    Attributes:
+        text: as a person reads it.
+        code: it is to be copied as it is.
+        number: it is not to be broken into two lines.
+        full: a digest whose beginning `text` is.
+        mark: status or verdict whose sign stands before it.
+    """
+
+    text: str
+    code: bool = False
+    number: bool = False
+    full: str = ""
+    mark: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """What is known of one run's being the same when it is run again.
+
+    Attributes:
+        mark: same, differs, partly or none.
+        word: the mark, in words.
+        text: a sentence: when, by whom, on what.
+        command: that would tell more; empty where nothing is left to try.
+    """
+
+    mark: str
+    word: str
+    text: str
+    command: str
+
+
+def render(runs: list[Run]) -> str:
+    """Return the page of runs."""
+    curves, machine = curves_of(runs), machine_of(runs)
+    drawn = [timeline_of(runs), *(chart.drawn for chart in [*curves, *machine])]
+    names = [f"{run.label} {run.receipt['run_id']}" for run in runs]
+    scripts = [_script(get_plotlyjs()), _script((HERE / "page.js").read_text())]
+    experiments = {str(get(run.receipt["config"], "experiment") or run.folder.resolve().parent.name) for run in runs}
+    verdicts = [verdict_of(run) for run in runs]
+    words = Counter(verdict.word for verdict in verdicts)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string((HERE / "page.html.j2").read_text()).render(
+        experiment=", ".join(sorted(experiments)),
+        runs=runs,
+        facts=facts_of(runs),
+        verdicts=verdicts,
+        tally=f"{len(runs)} runs: {', '.join(f'{count} {word.lower()}' for word, count in words.items())}.",
+        segments=[(run, segment, _span(segment)) for run in runs for segment in run.receipt["segments"]],
+        curves=curves,
+        machine=machine,
+        receipts=[json.dumps(run.receipt, indent=1) + "\n" for run in runs],
+        data=_json({"names": names, "dashes": DASHES, "colours": COLOURS, "charts": drawn}),
+        dashes=DASHES,
+        colours=COLOURS,
+        digits=DIGITS,
+        style=Markup((HERE / "page.css").read_text()),
+        scripts=scripts,
+        policy=_policy(scripts),
+        version=__version__,
+        plotly_version=get_plotlyjs_version(),
+        when=when,
+        folder=lambda run: shown(run.folder),
+        shown_value=_shown_value,
+        typed=lambda overrides: " ".join(map(shlex.quote, overrides)),
+    )
+    return page.encode("utf-8", "backslashreplace").decode()  # a lone surrogate, of a path that is no UTF-8
+
+
+def facts_of(runs: list[Run]) -> list[tuple[str, list[Cell]]]:
+    """Return the rows of the table of runs: what each was, and what it came to."""
+    receipts = [run.receipt for run in runs]
+    rows = [
+        ("Run", [Cell(text=receipt["run_id"], code=True) for receipt in receipts]),
+        ("Status", [_status(run) for run in runs]),
+        ("Folder", [Cell(text=shown(run.folder), code=True) for run in runs]),
+        ("Started", [Cell(text=when(receipt["segments"][0]["started"])) for receipt in receipts]),
+        ("Ended", [Cell(text=when(receipt["segments"][-1]["ended"])) for receipt in receipts]),
+        ("Host", [Cell(text=_in_turn(segment["host"] for segment in receipt["segments"])) for receipt in receipts]),
+        ("Command", [Cell(text=shlex.join(["python", *receipt["command"]]), code=True) for receipt in receipts]),
+        ("Seed", [Cell(text=str(receipt["determinism"]["seed"])) for receipt in receipts]),
+        ("Devices", [Cell(text=_in_turn(each["devices"] for each in receipt["segments"])) for receipt in receipts]),
+        ("Steps", [Cell(text=_steps(run)) for run in runs]),
+        ("Commit", [_commit(receipt["code"]) for receipt in receipts]),
+        ("Code", [_digest(receipt["code"]["digest"]) for receipt in receipts]),
+        ("Environment", [Cell(text=_environment(receipt["environment"])) for receipt in receipts]),
+        ("Lock", [_digest(receipt["environment"]["lock_digest"]) for receipt in receipts]),
+        ("Processor", [Cell(text=receipt["hardware"]["cpu"]) for receipt in receipts]),
+        (
+            "GPUs",
+            [Cell(text=_gpus(each["name"] for each in receipt["hardware"].get("gpus", []))) for receipt in receipts],
+        ),
+        ("Determinism", [Cell(text=_determinism(receipt["determinism"])) for receipt in receipts]),
+        ("Training data", [_digest(receipt["data"].get("train", {}).get("digest")) for receipt in receipts]),
+        ("Weights", [_digest(receipt["results"].get("weights_digest")) for receipt in receipts]),
+    ]
+    if any(receipt["determinism"]["notes"] for receipt in receipts):
+        notes = [Cell(text="; ".join(receipt["determinism"]["notes"]) or "nothing") for receipt in receipts]
+        rows.append(("Not exact", notes))
+    metrics = {name: None for receipt in receipts for name in receipt["results"].get("metrics", {})}
+    for name in metrics:
+        rows.append((name, [_number(receipt["results"].get("metrics", {}), name) for receipt in receipts]))
+    return rows
+
+
+def verdict_of(run: Run) -> Verdict:
+    """Say whether a run has been verified: by the newest verification of this very receipt."""
+    trained = [each for each in run.verifications if each.same is not None]
+    of_this = [each for each in trained if each.receipt == run.receipt["digest"]]
+    earlier = len(trained) - len(of_this)
+    more = []
+    if earlier:
+        found, tell = ("a verification is", "tells") if earlier == 1 else (f"{earlier} verifications are", "tell")
+        more.append(
+            f"{found[0].upper()}{found[1:]} of an earlier state of this receipt and {tell} nothing of this one."
+        )
+    command = f"labtrain verify {shlex.quote(shown(run.folder))}"
+    if not of_this:
+        text = " ".join(["Nobody has run this receipt again and recorded it.", *more])
+        return Verdict(mark="none", word="Not verified yet", text=text, command=command)
+    newest = of_this[0]
+    if others := sum(each.same != newest.same for each in of_this[1:]):
+        said = "differed" if newest.same else "gave the same bits"
+        more.append(f"Of {len(of_this)} verifications of this receipt, {others} {said}.")
+    by = f"By {newest.by} on {_machine(newest)}, {when(newest.when.isoformat())}, labtrain {newest.labtrain}."
+    if not newest.same:
+        text = " ".join([f"Run again, it was not the same: {newest.found.rstrip('.')}.", by, *more])
+        return Verdict(mark="differs", word="Differs", text=text, command="")
+    steps = f"steps {newest.from_step} to {newest.to_step}"
+    if newest.whole:
+        text = " ".join([f"Run again to its end, {steps}: the same bits.", by, *more])
+        return Verdict(mark="same", word="Verified", text=text, command="")
+    text = " ".join([f"Run again in {steps}, not to its end: the same bits there.", by, *more])
+    return Verdict(mark="partly", word="Verified in part", text=text, command=command)
+
+
+def when(text: str | None) -> str:
+    """Return a receipt's time as a person reads it."""
+    return "not yet" if text is None else text[:19].replace("T", " ") + text[19:].replace("+00:00", " UTC")
+
+
+def _machine(found: Verification) -> str:
+    gpus = f", {_gpus(found.gpus)}" if found.gpus else ""
+    return f"{found.host} ({found.cpu}{gpus})"
+
+
+def _status(run: Run) -> Cell:
+    status, last = run.receipt["status"], run.receipt["segments"][-1]
+    if status == "running":  # so says a killed one too, until it is started again
+        return Cell(text="running, or killed and not started again", mark=status)
+    return Cell(text=f"{status}: {last['why']}" if last["why"] else status, mark=status)
+
+
+def _steps(run: Run) -> str:
+    steps = run.receipt["results"].get("steps")
+    if steps is not None:
+        return str(steps)
+    return f"{run.loss.x[-1]:.0f} so far" if len(run.loss.x) else "none so far"
+
+
+def _commit(code: dict[str, Any]) -> Cell:
+    if not code["commit"]:
+        return Cell(text="not in a commit")
+    return Cell(text=code["commit"][:SHORT] + (", with changes" if code["dirty"] else ""), full=code["commit"])
+
+
+def _digest(digest: str | None) -> Cell:
+    return Cell(text=digest[:SHORT], full=digest, code=True) if digest else Cell(text="none")
+
+
+def _environment(environment: dict[str, Any]) -> str:
+    torch = environment["distributions"].get("torch")
+    changed = environment.get("changed_files")
+    parts = [environment["route"], f"Python {environment['python']}", *([f"torch {torch}"] if torch else [])]
+    return ", ".join(parts + ([f"{len(changed)} changed files"] if changed else []))
+
+
+def _determinism(found: dict[str, Any]) -> str:
+    shards = "no shards" if found["shards"] is None else f"{found['shards']} shards"
+    return f"{found['mode']}, {shards}, {found['threads']} thread{'' if found['threads'] == 1 else 's'}"
+
+
+def _gpus(names: Any) -> str:
+    return ", ".join(f"{count} × {name}" for name, count in Counter(map(str, names)).items()) or "none"  # noqa: RUF001
+
+
+def _in_turn(values: Any) -> str:
+    """Return what came one after the other, once where it stayed."""
+    found: list[str] = []
+    for value in map(str, values):
+        if not found or found[-1] != value:
+            found.append(value)
+    return ", then ".join(found)
+
+
+def _number(metrics: dict[str, Any], name: str) -> Cell:
+    return Cell(text=repr(metrics[name]), code=True, number=True) if name in metrics else Cell(text="none")
+
+
+def _span(segment: dict[str, Any]) -> str:
+    end = seconds_of(segment["ended"])
+    if end is None:
+        return "not known"
+    seconds = int(end - (seconds_of(segment["started"]) or end))
+    hours, minutes = seconds // 3600, seconds // 60 % 60
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
+
+
+def _shown_value(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
+
+
+def _json(data: Any) -> Markup:
+    """Return data for a script element: no text in it can end the element."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _script(text: str) -> Markup:
+    return Markup(text.replace("\r\n", "\n").replace("</script", "<\\/script").replace("<!--", "<\\!--"))
+
+
+def _policy(scripts: list[Markup]) -> str:
+    hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    sources = " ".join(f"'sha256-{found}'" for found in hashes)
+    return "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {sources}",
+            "style-src 'unsafe-inline'",
+            "img-src data: blob:",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )

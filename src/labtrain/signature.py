@@ -1,0 +1,188 @@
+"""Who vouches for a receipt: signatures by OpenSSH, as git has them for commits (ssh-keygen(1), -Y; PROTOCOL.sshsig).
+
+A signature is a file beside the receipt, over its bytes. Who may sign stands in an allowed signers file, the one that
+the lab's commits are checked with. What git is set to is asked where the person stands, never in the run's folder: that
+may be somebody else's, and would name its own signers.
+"""
+
+import base64
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from labtrain import receipt
+from labtrain.errors import ConfigError, DamagedError, LabtrainError
+from labtrain.provenance import git
+from labtrain.run import shown
+
+FILE = f"{receipt.FILE}.sig"
+NAMESPACE = "labtrain-receipt"  # a signature for another purpose is none of a receipt
+BATCH_TIMEOUT_S = 60.0  # for an agent, or a touch of a hardware key, that nobody may be there to give
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Signature:
+    """A signature that was checked.
+
+    Attributes:
+        principal: who the allowed signers file says has signed.
+        fingerprint: of their key: SHA256:...
+    """
+
+    principal: str
+    fingerprint: str
+
+
+def sign(run_dir: Path, *, key: Path | None) -> Path:
+    """Sign a run's receipt and return the signature's file; an older one is replaced.
+
+    Args:
+        run_dir: the run's folder.
+        key: a private key, or a public one whose private half an agent holds. None: what git signs commits with, where
+            that is an SSH key, else ~/.ssh/id_ed25519.
+
+    Raises:
+        DamagedError: the receipt cannot be trusted.
+        LabtrainError: the run is trained now, or the key cannot be used.
+    """
+    found = receipt.read(run_dir)
+    if found is None:
+        raise ConfigError(f"{shown(run_dir)} is no run: looked for {receipt.FILE}", hint="ls runs/*/")
+    if found["status"] == "running":
+        raise LabtrainError(
+            f"{shown(run_dir)} is being trained, or was killed: its receipt will change",
+            hint="wait for its end, or start it again, then sign",
+        )
+    signature = run_dir / FILE
+    with TemporaryDirectory(prefix="labtrain-") as folder:
+        # On a copy: asked to sign the file itself, ssh-keygen asks whether to replace the old signature.
+        copy = Path(folder, receipt.FILE)
+        copy.write_bytes((run_dir / receipt.FILE).read_bytes())
+        path = key or _usual_key(Path(folder))
+        done = _ssh_keygen("sign", "-f", str(path), str(copy), may_ask=sys.stdin.isatty())
+        if done.returncode != 0:
+            said = done.stderr.strip()
+            locked = "passphrase" in said or "No private key" in said
+            raise LabtrainError(
+                f"{path} cannot sign: {said}", hint=f"ssh-add {path}" if locked else "labtrain sign RUN --key FILE"
+            )
+        text = copy.with_name(FILE).read_text()
+    receipt.write_atomically(signature, text)
+    return signature
+
+
+def check_signature(run_dir: Path, *, signers: Path | None) -> Signature | None:
+    """Return who signed a run's receipt; None where it is not signed.
+
+    Args:
+        run_dir: the run's folder.
+        signers: an allowed signers file. None: git's.
+
+    Raises:
+        DamagedError: the signature is not one of these bytes.
+        LabtrainError: the signer is none of those that are allowed, or it is not known who is.
+    """
+    file = run_dir / FILE
+    if not file.exists():
+        return None
+    try:
+        text = (run_dir / receipt.FILE).read_bytes()
+    except OSError as error:
+        raise DamagedError(f"{shown(file)} is there, and no {receipt.FILE}", hint="ls runs/*/") from error
+    valid = _ssh_keygen("check-novalidate", "-s", str(file), text=text)
+    if valid.returncode != 0:
+        raise DamagedError(
+            f"{shown(file)} does not sign this {receipt.FILE}: {valid.stderr.strip()}",
+            hint=f"one of them was changed; if the training went on since: labtrain sign {shown(run_dir)}",
+        )
+    fingerprint = valid.stdout.split()[-1]
+    allowed = signers or _usual_signers()
+    if not allowed.is_file():
+        raise LabtrainError(f"{allowed}: there is no such file of allowed signers", hint="--signers FILE")
+    done = _ssh_keygen("find-principals", "-s", str(file), "-f", str(allowed))
+    for principal in done.stdout.splitlines():
+        done = _ssh_keygen("verify", "-f", str(allowed), "-I", principal, "-s", str(file), text=text)
+        if done.returncode == 0:
+            return Signature(principal=principal, fingerprint=fingerprint)
+    public = _public_key(file)
+    if public.split()[-1] in allowed.read_text():  # expired, not yet valid, or for other namespaces
+        raise LabtrainError(
+            f"{shown(file)}: {allowed} does not allow the key {fingerprint} to sign this: {done.stderr.strip()}",
+            hint=f"have it signed with another key, or change the key's options in {allowed}",
+        )
+    raise LabtrainError(
+        f"{shown(file)} is by the key {fingerprint}, which is nobody's in {allowed}",
+        hint=f'if you know whose it is, add to {allowed}: NAME@HOST namespaces="{NAMESPACE}" {public}',
+    )
+
+
+def _usual_key(scratch: Path) -> Path:
+    """Return the key that git signs with, else the usual one; of a key that git has by value, a file in `scratch`."""
+    configured = git(".", "config", "--get", "user.signingkey").strip()
+    if configured and git(".", "config", "--get", "gpg.format").strip() == "ssh":
+        if configured.startswith(("key::", "ssh-")):
+            public = scratch / "key.pub"
+            public.write_text(configured.removeprefix("key::") + "\n")
+            return public
+        return Path(configured).expanduser()
+    usual = Path("~/.ssh/id_ed25519").expanduser()
+    if not usual.exists():
+        raise LabtrainError(
+            f"no key to sign with: looked for {usual}, and git's user.signingkey with gpg.format=ssh",
+            hint="ssh-keygen -t ed25519, or labtrain sign RUN --key FILE",
+        )
+    return usual
+
+
+def _usual_signers() -> Path:
+    """Return git's allowed signers file; a relative one lies below the working tree, as for git."""
+    configured = git(".", "config", "--type=path", "--get", "gpg.ssh.allowedSignersFile").strip()
+    if not configured:
+        raise LabtrainError(
+            "it is signed, and it is not known who may sign: git has no gpg.ssh.allowedSignersFile",
+            hint="--signers FILE, or git config --global gpg.ssh.allowedSignersFile FILE",
+        )
+    return Path(git(".", "rev-parse", "--show-toplevel").strip(), configured)
+
+
+def _public_key(signature: Path) -> str:
+    """Return the public key that a signature holds, as a line of an allowed signers file has it."""
+    blob = base64.b64decode("".join(signature.read_text().strip().splitlines()[1:-1]))
+    key, _ = _field(blob[10:])  # after the magic SSHSIG and a version of four bytes
+    return f"{_field(key)[0].decode()} {base64.b64encode(key).decode()}"
+
+
+def _field(blob: bytes) -> tuple[bytes, bytes]:
+    """Return the first string of SSH's wire format, and the rest (RFC 4251, section 5)."""
+    end = 4 + int.from_bytes(blob[:4])
+    return blob[4:end], blob[end:]
+
+
+def _ssh_keygen(
+    action: str, *arguments: str, text: bytes | None = None, may_ask: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run `ssh-keygen -Y`; it can ask for a passphrase only where `may_ask`.
+
+    In a batch it gets no terminal, not even the one of its session: it would open that and wait.
+    """
+    namespace = [] if action == "find-principals" else ["-n", NAMESPACE]
+    command = ["ssh-keygen", "-Y", action, *namespace, *arguments]
+    try:
+        done = subprocess.run(
+            command,
+            input=None if may_ask else text or b"",
+            capture_output=True,
+            check=False,
+            start_new_session=not may_ask,
+            timeout=None if may_ask else BATCH_TIMEOUT_S,
+            env=os.environ if may_ask else os.environ | {"SSH_ASKPASS_REQUIRE": "never"},
+        )
+    except FileNotFoundError as error:
+        raise LabtrainError("ssh-keygen is not installed", hint="apt-get install openssh-client") from error
+    except subprocess.TimeoutExpired as error:
+        raise LabtrainError(f"ssh-keygen did not answer for {BATCH_TIMEOUT_S:.0f} s", hint="ssh-add -l") from error
+    out, err = (stream.decode("utf-8", "replace") for stream in (done.stdout, done.stderr))
+    return subprocess.CompletedProcess(command, done.returncode, out, err)

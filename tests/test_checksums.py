@@ -1,0 +1,55 @@
+"""The sums of the trail: each bit, the order and the place reach them, on the CPU and as a GPU computes them."""
+
+import torch
+
+from labtrain import checksums
+from labtrain.checksums import device_hash, shown_sums, two_sums
+
+
+def digest(*tensors: torch.Tensor) -> str:
+    return shown_sums(two_sums(enumerate(tensors)).tolist())
+
+
+def test_every_bit_of_every_weight_reaches_the_sums() -> None:
+    """One flipped bit, anywhere: the CPU's hash differs, and so does the one that is computed on a GPU."""
+    x = torch.randn(5, 7, generator=torch.Generator().manual_seed(0))
+    here, there = {digest(x)}, {device_hash(x).item()}
+    for index in range(x.numel()):
+        for bit in (0, 1, 22, 23, 30):
+            y = x.clone()
+            y.view(-1).view(torch.int32)[index] ^= 1 << bit
+            here.add(digest(y))
+            there.add(device_hash(y).item())
+    assert len(here) == len(there) == 1 + x.numel() * 5
+
+
+def test_a_sum_knows_order_and_place() -> None:
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0])
+    assert digest(x, y) != digest(y, x)
+    assert device_hash(x) != device_hash(y)
+    assert device_hash(torch.empty(0)) == 0
+    assert len(digest(x)) == 32
+
+
+def test_a_tensor_of_any_dtype_and_layout_has_a_hash_of_its_values() -> None:
+    for dtype in (
+        torch.bool,
+        torch.uint8,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.complex64,
+        torch.complex128,
+    ):
+        x = (torch.arange(24).view(4, 6) % 5 % 2).to(dtype)
+        assert device_hash(x.t().contiguous().t()) == device_hash(x)
+        assert digest(x.t().contiguous().t()) == digest(x)
+        assert device_hash(x[:2]) != device_hash(x[2:])
+
+
+def test_a_large_tensor_is_summed_in_blocks_to_the_same(monkeypatch: object) -> None:
+    x = torch.randn(1000, generator=torch.Generator().manual_seed(1))
+    whole = device_hash(x)
+    for block in (1, 7, 999):
+        monkeypatch.setattr(checksums, "BLOCK", block)  # type: ignore[attr-defined]
+        assert device_hash(x) == whole

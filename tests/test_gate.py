@@ -1,0 +1,132 @@
+"""`labtrain gate`: the same bits, or equivalent within a margin by runs of several seeds, or not; exit code 0 or 1."""
+
+import json
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labtrain import receipt as receipts
+from tests.conftest import LABTRAIN, QUICK, Experiment, Run
+
+# What an upgrade does: OTHER_BITS=1 changes a layer a little at the start, 2 makes the training worse.
+UPGRADE = """
+
+_init = DigitsNet.__init__
+
+
+def _other_bits(self, *arguments, **options):
+    import os
+
+    _init(self, *arguments, **options)
+    if os.environ.get("OTHER_BITS") == "1":
+        self.net[0].weight.data.mul_(1.02)
+    if os.environ.get("OTHER_BITS") == "2":
+        self.learning_rate /= 100
+
+
+DigitsNet.__init__ = _other_bits
+"""
+SHORT = (*QUICK, "trainer.max_epochs=3", "data.batch_size=128")
+
+
+def gate(*arguments: Path | str, code: int, **env: str) -> Run:
+    import os
+
+    done = subprocess.run([LABTRAIN, "gate", *map(str, arguments)], capture_output=True, text=True, check=False,
+                          timeout=500, env=os.environ | env)  # fmt: skip
+    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return Run(done.returncode, done.stdout, done.stderr, Path.cwd())
+
+
+@pytest.fixture(scope="module")
+def recorded(shared_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Runs of one experiment with three seeds."""
+    root = tmp_path_factory.mktemp("gate") / "digits"
+    shutil.copytree(shared_experiment.root, root, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    (root / "model.py").write_text((root / "model.py").read_text() + UPGRADE)
+    experiment = Experiment(root)
+    return [experiment.train(*SHORT, f"seed={seed}", cwd=root).folder for seed in (1, 2, 3)]
+
+
+def test_the_same_bits_are_a_yes_and_the_runs_are_kept_as_the_next_baselines(
+    recorded: list[Path], tmp_path: Path
+) -> None:
+    found = gate(recorded[0], recorded[1] / "receipt.json", "--keep", tmp_path / "kept", code=0)
+    assert "yes: 2 of 2 give the same bits" in found.out
+    for before in recorded[:2]:
+        kept = receipts.read(tmp_path / "kept" / "digits" / before.name)
+        assert kept is not None
+        assert kept["results"] == (receipts.read(before) or {})["results"]
+    assert "is there already" in gate(recorded[0], "--keep", tmp_path / "kept", code=2).err
+
+
+def test_other_bits_are_a_no_and_it_says_where_they_begin(recorded: list[Path], tmp_path: Path) -> None:
+    page = tmp_path / "gate.html"
+    found = gate(recorded[0], "--report", page, code=1, OTHER_BITS="1")
+    assert "no: other bits, first at step 1, in the loss" in found.out
+    assert "--seeds 5 --margin M" in found.out
+    assert recorded[0].name in page.read_text()
+
+
+def test_other_bits_of_the_same_quality_are_equivalent_within_a_margin_and_not_within_a_narrow_one(
+    recorded: list[Path],
+) -> None:
+    command = (*recorded, "--seeds", "3", "--metric", "test/acc", "--json")
+    found = json.loads(gate(*command, "--margin", "0.2", code=0, OTHER_BITS="1").out)[0]
+    assert not found["same_bits"]
+    assert found["test"]["pairs"] == 3
+    assert [each["seed"] for each in found["values"]] == [1, 2, 3]
+    for each, run_dir in zip(found["values"], recorded, strict=True):
+        assert each["before"] == (receipts.read(run_dir) or {})["results"]["metrics"]["test/acc"]
+    assert any(each["before"] != each["now"] for each in found["values"])
+    narrow = json.loads(gate(*command, "--margin", "0.0001", code=1, OTHER_BITS="1").out)[0]
+    assert narrow["test"]["power"] < 0.8
+    assert "too few runs or too large a spread" in narrow["found"]
+
+
+def test_a_worse_training_is_not_equivalent(recorded: list[Path]) -> None:
+    found = gate(*recorded, "--seeds", "3", "--metric", "test/acc", "--margin", "0.05", code=1, OTHER_BITS="2")
+    assert "no: not shown to be the same: test/acc changes by -0." in found.out
+
+
+def test_seeds_that_were_not_recorded_are_trained_by_the_old_interpreter(recorded: list[Path], tmp_path: Path) -> None:
+    """The old side is another environment: here, one in which the variable of the upgrade is unset."""
+    old = tmp_path / "python"
+    old.write_text(f'#!/bin/sh\nunset OTHER_BITS\nexec {sys.executable} "$@"\n')
+    old.chmod(old.stat().st_mode | stat.S_IXUSR)
+    command = (recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "0.2", "--old-python", old, "--json")
+    found = json.loads(gate(*command, code=0, OTHER_BITS="1").out)[0]
+    (seed,) = [each["seed"] for each in found["values"] if each["seed"] != 1]
+    assert seed == 2
+    recorded_two = (receipts.read(recorded[1]) or {})["results"]["metrics"]["test/acc"]
+    assert next(each["before"] for each in found["values"] if each["seed"] == 2) == recorded_two
+
+
+def refused(recorded: list[Path], tmp_path: Path) -> list[tuple[tuple[Any, ...], str]]:
+    running = tmp_path / "running"
+    shutil.copytree(recorded[0], running)
+    found = receipts.read(running)
+    assert found is not None
+    found["status"] = "interrupted"
+    receipts.write(running, found)
+    return [
+        ((tmp_path,), "is no run"),
+        ((running,), "is interrupted, a complete run is wanted"),
+        ((recorded[0], "--seeds", "2"), "which metric is compared?"),
+        ((recorded[0], "--seeds", "2", "--metric", "no/such"), "has no metric no/such; it has test/acc"),
+        ((recorded[0], "--seeds", "2", "--metric", "test/acc"), "how large a difference of test/acc does not matter?"),
+        ((recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "0.1"), "2 seeds are wanted on both sides, 1 recorded"),
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_judged_is_refused_before_anything_is_trained(recorded: list[Path], tmp_path: Path) -> None:
+    for arguments, says in refused(recorded, tmp_path):
+        found = gate(*arguments, code=2)
+        assert says in found.err
+        assert "hint: " in found.err
+        assert not found.out

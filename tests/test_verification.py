@@ -1,0 +1,345 @@
+"""`labtrain verify`: trained again to the same bits, or the step, phase and tensor named; and what was changed, refused."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labtrain import receipt as receipts
+from labtrain.trail import read_trail
+from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, Run, need
+
+# A fault of the machine, told by a variable that no receipt knows: one bit of a weight, a gradient or a loss at a step.
+FAULT = """
+
+_configure = DigitsNet.configure_optimizers
+
+
+def _with_fault(self):
+    import os
+
+    found = _configure(self)
+    step, place, bit, *counted = os.environ.get("FAULT", "0 none 0").split()
+    count = [0]  # the step that is done; with a fourth word, of this process
+
+    def flip(tensor):
+        flat = tensor.detach().view(-1).view(torch.int32)
+        flat[len(flat) // 2] ^= 1 << int(bit)
+
+    def before(*_):
+        count[0] = count[0] + 1 if counted else self.trainer.global_step + 1
+        if count[0] == int(step) and place.startswith("gradient:"):
+            flip(dict(self.named_parameters())[place.removeprefix("gradient:")].grad)
+
+    def after(*_):
+        if count[0] == int(step) and place.startswith("weight:"):
+            flip(self.state_dict()[place.removeprefix("weight:")])
+        if count[0] == int(step) and place == "all":
+            for weights in self.parameters():
+                flip(weights)
+
+    self.on_after_backward = before
+    found["optimizer"].register_step_post_hook(after)
+    return found
+
+
+DigitsNet.configure_optimizers = _with_fault
+"""
+TWO_EPOCHS = (*QUICK, "trainer.max_epochs=2", "data.batch_size=128")  # 20 steps
+STEPS = 20
+
+
+def verify(run: Path | str, *options: str, code: int | None = 0, cwd: Path | None = None, **env: str) -> Run:
+    """Run `labtrain verify`."""
+    done = subprocess.run(
+        [LABTRAIN, "verify", str(run), *options], capture_output=True, text=True, check=False, timeout=300,
+        cwd=cwd, env=os.environ | env,
+    )  # fmt: skip
+    assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return Run(done.returncode, done.stdout, done.stderr, cwd or Path.cwd())
+
+
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(
+        ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True, capture_output=True
+    )
+
+
+def changed(run_dir: Path, key: str, value: Any) -> None:
+    """Change a receipt as somebody would who also writes its digest anew."""
+    found = receipts.read(run_dir)
+    assert found is not None
+    *parents, last = key.split("/")
+    node = found
+    for part in parents:
+        node = node[part]
+    node[last] = value
+    receipts.write(run_dir, found)
+
+
+@pytest.fixture(scope="module")
+def trained(shared_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path]:
+    """An experiment of this module's, in a git repository, and a run of it on two devices."""
+    root = tmp_path_factory.mktemp("verify") / "digits"
+    shutil.copytree(shared_experiment.root, root, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    (root / "model.py").write_text((root / "model.py").read_text() + FAULT)
+    git(root, "init", "-q")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "all")
+    experiment = Experiment(root)
+    run = experiment.train(
+        *TWO_EPOCHS, "trainer.devices=2", "checkpoint.every_n_steps=5", "checkpoint.keep_last=9", cwd=root
+    )
+    return experiment, run.folder
+
+
+@pytest.fixture
+def copy(trained: tuple[Experiment, Path], tmp_path: Path) -> Path:
+    """A copy of the run, below a copy of the experiment, that a test may change."""
+    experiment, run_dir = trained
+    shutil.copytree(experiment.root, tmp_path / "digits", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "digits" / run_dir.relative_to(experiment.root)
+
+
+def test_a_run_of_two_devices_comes_out_again_on_two_and_on_one(trained: tuple[Experiment, Path]) -> None:
+    _, run_dir = trained
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for options in ((), ("--devices", "1"), ("--steps", "7"), ("--from", "15"), ("--from", "5", "--steps", "3")):
+        found = verify(run_dir, *options)
+        assert "differs" not in found.out
+        assert found.out.splitlines()[-1].startswith("yes          the same bits, ")
+    told = [json.loads(line) for line in (run_dir / "verified.jsonl").read_text().splitlines()]
+    assert [(each["from_step"], each["to_step"], each["whole"], each["same"]) for each in told] == [
+        (0, 20, True, True), (0, 20, True, True), (0, 7, False, True), (15, 20, True, True), (5, 8, False, True)]  # fmt: skip
+    assert {path: path.read_bytes() for path in before} == before
+    (run_dir / "verified.jsonl").unlink()
+    assert {path for path in run_dir.rglob("*") if path.is_file()} == set(before)
+
+
+def test_killed_and_moved_runs_come_out_in_their_own_segments_and_in_one_go(copy: Path) -> None:
+    experiment = Experiment(copy.parents[2])
+    command = (*TWO_EPOCHS, "seed=5", "checkpoint.every_n_steps=4", "checkpoint.keep_last=9")
+    first = subprocess.Popen(
+        experiment.command(*command, "trainer.devices=2"), cwd=experiment.root, stderr=subprocess.DEVNULL
+    )
+    folders = lambda: [path for path in copy.parent.glob("*") if path != copy]  # noqa: E731
+    while not any(len(read_trail(folder)) >= 10 for folder in folders()):
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    run = experiment.train(*command, cwd=experiment.root)
+    segments = run.receipt["segments"]
+    assert [(each["devices"], each["status"]) for each in segments] == [(2, "killed"), (1, "complete")]
+    assert 0 < segments[1]["from_step"] < STEPS
+    for options in ((), ("--segments",)):
+        assert "yes          the same bits, to its end" in verify(run.folder, *options).out
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_one_flipped_bit_is_named_by_step_and_tensor(copy: Path, seed: int) -> None:
+    """In a weight after the step, in a gradient before it; recorded by the machine that flipped it, or in the rerun."""
+    experiment = Experiment(copy.parents[2])
+    draw = random.Random(seed)
+    step, bit = draw.randrange(2, STEPS), draw.randrange(32)
+    tensor = draw.choice(["net.0.weight", "net.1.weight", "net.4.bias", "net.9.weight", "net.9.bias"])
+    kind = ("weight", "gradient")[seed % 2]
+    run = experiment.train(*TWO_EPOCHS, "seed=3", env={"FAULT": f"{step} {kind}:{tensor} {bit}"}, cwd=experiment.root)
+    found = json.loads(verify(run.folder, "--json", code=1).out)
+    phase = {"weight": "update", "gradient": "gradient"}[kind]
+    assert found["divergence"] == {"step": step, "phase": phase, "tensor": tensor}
+    assert "this machine agrees with itself" in found["found"]
+    assert found["to_step"] == step - 1
+    sound = verify(copy, "--json", code=1, FAULT=f"{step} {kind}:{tensor} {bit}")
+    assert json.loads(sound.out)["divergence"] == {"step": step, "phase": phase, "tensor": tensor}
+
+
+def test_where_all_tensors_differ_the_first_and_their_number_come_from_the_next_checkpoint(copy: Path) -> None:
+    found = json.loads(verify(copy, "--json", code=1, FAULT="7 all 3").out)
+    assert found["divergence"] == {"step": 7, "phase": "update", "tensor": "net.0.weight"}
+    assert "tensors differ at step 10" in found["found"]
+
+
+def test_a_machine_that_does_not_repeat_itself_is_said_so(copy: Path) -> None:
+    """From the last checkpoint the fault's own count of steps begins anew: it does not come again."""
+    found = json.loads(verify(copy, "--json", code=1, FAULT="8 weight:net.9.bias 4 counted").out)
+    assert found["divergence"] == {"step": 8, "phase": "update", "tensor": "net.9.bias"}
+    assert "not when trained again from step 5: this machine does not give the same bits twice" in found["found"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("results/weights_digest", "0" * 64, "weights_digest 000000000000"),
+        ("results/state_digest", "1" * 64, "state_digest 111111111111"),
+        ("results/steps", 21, "steps 21, now 20"),
+        ("trail/sha256", None, "trail's sha256"),
+    ],
+)
+def test_a_wrong_result_is_named(copy: Path, key: str, value: Any, says: str) -> None:
+    changed(copy, key, value)
+    if key == "trail/sha256":
+        changed(copy, key, "2" * 64)
+        (copy / "trail.jsonl").unlink()
+    found = verify(copy, code=1).out
+    assert "the results are not as the receipt says" in found
+    assert says in found
+
+
+def test_a_seed_that_is_not_the_runs_parts_in_the_first_batch(copy: Path) -> None:
+    changed(copy, "config/seed", 7)
+    found = json.loads(verify(copy, "--steps", "3", "--json", code=1).out)
+    assert found["divergence"]["step"] == 1
+    assert found["divergence"]["phase"] == "batch"
+    assert {"key": "config", "a": "this", "b": "seed=42", "matters": False} in found["differences"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("environment/distributions/numpy", "1.0", "environment.distributions.numpy"),
+        ("environment/changed_files", ["torch/nn/functional.py of torch was changed"], "environment.changed_files"),
+        ("environment/lock_digest", "0" * 64, "environment.lock_digest"),
+        ("hardware/libc", "glibc 2.17", "hardware.libc"),
+        ("hardware/driver", "530.30.02", "hardware.driver"),
+        ("determinism/variables/NVIDIA_TF32_OVERRIDE", "1", "determinism.variables.NVIDIA_TF32_OVERRIDE"),
+        ("data/train/digest", "0" * 64, "data.train.digest"),
+        ("code/labtrain", "0" * 64, "code.labtrain"),
+    ],
+)
+def test_what_is_not_as_recorded_has_its_own_name(copy: Path, key: str, value: Any, name: str) -> None:
+    changed(copy, key, value)
+    found = json.loads(verify(copy, "--steps", "0", "--json", code=1).out)
+    assert [each["key"] for each in found["differences"] if each["matters"]] == [name]
+    assert found["same"] is None
+
+
+@pytest.mark.parametrize("file", ["receipt.json", "trail.jsonl", "checkpoints/step-0000000010/weights.safetensors"])
+def test_what_was_changed_since_is_refused(copy: Path, file: str) -> None:
+    path = copy / file
+    raw = bytearray(path.read_bytes())
+    raw[-10] ^= 1
+    path.write_bytes(raw)
+    found = verify(copy, code=2)
+    assert file.rpartition("/")[2].partition(".")[0] in found.err
+    assert "hint: " in found.err
+
+
+def test_a_checkpoint_that_was_exchanged_with_its_manifest_is_refused(copy: Path) -> None:
+    """Whole in itself, and not the receipt's."""
+    shutil.rmtree(copy / "checkpoints" / "step-0000000010")
+    shutil.copytree(copy / "checkpoints" / "step-0000000005", copy / "checkpoints" / "step-0000000010")
+    assert "the receipt" in verify(copy, code=2).err
+
+
+def test_a_clone_and_the_receipt_give_yes_and_another_line_of_code_is_checked_out_beside(
+    copy: Path, tmp_path: Path
+) -> None:
+    """With an uncommitted change and an untracked source in the receipt's patch; the clone is left as it was."""
+    experiment = Experiment(copy.parents[2])
+    git(experiment.root, "add", "-A")
+    model = experiment.root / "model.py"
+    model.write_text("from more import SLOPE\n" + model.read_text().replace("nn.ReLU()", "nn.LeakyReLU(SLOPE)"))
+    (experiment.root / "more.py").write_text("SLOPE = 0.02\n")
+    run = experiment.train(*TWO_EPOCHS, cwd=experiment.root)
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(experiment.root), str(clone))
+    shutil.copy(run.folder / "receipt.json", tmp_path / "theirs.json")
+    (tmp_path / "given").mkdir()
+    shutil.copy(run.folder / "receipt.json", tmp_path / "given" / "receipt.json")
+    found = verify(tmp_path / "given" / "receipt.json", cwd=clone)
+    assert "with the patch" in found.out
+    assert found.out.splitlines()[-1] == "yes          the same bits, to its end"
+    assert not subprocess.run(
+        ["git", "-C", clone, "status", "--porcelain"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "trail.jsonl" in verify(tmp_path / "given" / "receipt.json", "--steps", "3", code=2, cwd=clone).err
+    changed(tmp_path / "given", "code/patch", "")
+    assert "does not give the receipt's code: model.py, more.py" in verify(tmp_path / "given", code=2, cwd=clone).err
+    changed(tmp_path / "given", "code/commit", "0" * 40)
+    assert "is not in this repository" in verify(tmp_path / "given", code=2, cwd=clone).err
+    assert "the experiment is not here" in verify(tmp_path / "given", code=2, cwd=tmp_path).err
+
+
+def test_a_run_is_verified_while_it_is_trained(copy: Path) -> None:
+    experiment = Experiment(copy.parents[2])
+    long = (*QUICK, "trainer.max_epochs=400", "seed=9", "checkpoint.keep_last=1")
+    training = subprocess.Popen(experiment.command(*long), cwd=experiment.root, stderr=subprocess.DEVNULL)
+    try:
+        while not (there := [path for path in copy.parent.glob("*") if path != copy and len(read_trail(path)) > 30]):
+            assert training.poll() is None
+            time.sleep(0.02)
+        found = verify(there[0], "--steps", "25")
+        assert training.poll() is None
+        assert "running" in found.out
+        assert found.out.splitlines()[-1] == "yes          the same bits, steps 1 to 25"
+    finally:
+        training.kill()
+        training.wait()
+
+
+def test_one_run_may_be_verified_by_two_at_once(copy: Path) -> None:
+    both = [subprocess.Popen([LABTRAIN, "verify", copy, "--steps", "5"], stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [each.wait(timeout=120) for each in both] == [0, 0]
+    assert len((copy / "verified.jsonl").read_text().splitlines()) == 2
+
+
+def test_what_went_on_after_a_change_is_verified_from_there(copy: Path) -> None:
+    experiment = Experiment(copy.parents[2])
+    command = (*QUICK, "trainer.max_epochs=6", "seed=8", "checkpoint.every_n_steps=1", "checkpoint.keep_last=999")
+    training = subprocess.Popen(experiment.command(*command), cwd=experiment.root, stderr=subprocess.DEVNULL)
+    while not (there := [path for path in copy.parent.glob("*") if path != copy and len(read_trail(path)) > 5]):
+        assert training.poll() is None
+        time.sleep(0.005)
+    training.send_signal(signal.SIGTERM)
+    assert training.wait(timeout=60) == 75
+    run = experiment.train(*command, "model.dropout=0.1", f"resume={there[0]}", cwd=experiment.root)
+    (after,) = [segment["from_step"] for segment in run.receipt["segments"] if segment["changed"]]
+    assert f"went on after changes at step {after}" in verify(run.folder, code=2).err
+    assert "yes          the same bits, to its end" in verify(run.folder, "--from", str(after)).out
+
+
+def test_bad_input_is_refused(copy: Path, tmp_path: Path) -> None:
+    for options, says in (
+        ((str(tmp_path),), "is no run"),
+        ((str(copy), "--from", "3"), "there are 5, 10, 15, 20"),
+        ((str(copy), "--steps", "99"), "the trail ends at step 20"),
+        ((str(copy), "--from", "5", "--segments"), "without --from"),
+    ):
+        found = verify(*options, code=2)
+        assert says in found.err
+        assert "hint: " in found.err
+    changed(copy, "config/model/token", "(not recorded)")
+    assert (
+        "config.model.token" in verify(copy, code=2).err or "model.token names a credential" in verify(copy, code=2).err
+    )
+
+
+def test_the_golden_receipt_of_another_machine_comes_out_here(shared_experiment: Experiment) -> None:
+    """Recorded on another CPU, in portable mode: tests/golden/receipt.json."""
+    found = verify(ROOT / "tests" / "golden" / "receipt.json", cwd=shared_experiment.root)
+    assert "the same bits, to its end" in found.out
+    assert replace(found, code=0) == found
+
+
+def test_who_signed_it_is_said_and_can_be_asked_for(copy: Path, tmp_path: Path) -> None:
+    need("ssh-keygen", "openssh-client")
+    key, signers = tmp_path / "key", tmp_path / "signers"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    signers.write_text(f"ada@lab {key.with_suffix('.pub').read_text()}")
+    few = ("--steps", "1", "--signers", str(signers))
+    assert "is not signed" in verify(copy, *few, code=2).err
+    subprocess.run([LABTRAIN, "sign", copy, "--key", key], check=True, capture_output=True)
+    assert "signature    of ada@lab, SHA256:" in verify(copy, *few).out
+    quiet = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
+    assert "signature    not checked: " in verify(copy, "--steps", "1", **quiet).out
+    changed(copy, "run_id", "0" * 12)
+    assert "does not sign this receipt.json" in verify(copy, *few, code=2).err
