@@ -6,7 +6,7 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full servers check bench bench-exact bench-checkpoint bench-receipt lock
+.PHONY: help setup demo test test-full servers check golden bench bench-exact bench-checkpoint bench-receipt lock
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,11 @@ check: setup ## formatting, lint, types, the floors and the locks
 	@$(VENV)/mypy
 	@$(VENV)/lint-imports
 	@$(VENV)/labtrain lock check
+
+golden: setup ## record tests/golden anew: what the demo is held against
+	@rm -rf .demo && mkdir .demo && $(VENV)/labtrain new .demo/golden
+	@cd .demo/golden && ../../$(VENV)/python train.py determinism.mode=portable trainer.accelerator=cpu paths.runs=runs logger=none
+	@cp .demo/golden/runs/golden/*/receipt.json .demo/golden/runs/golden/*/trail.jsonl tests/golden/
 
 bench: setup ## CPU seconds of the starts, median of 5
 	@$(VENV)/python benchmarks/start.py

@@ -11,7 +11,7 @@ from labtrain.demo import WAYS, judge, make_empty, read_outcome
 from labtrain.errors import ConfigError
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment
 
-GOLDEN = json.loads((ROOT / "tests/golden/digits.json").read_text())["weights_digest"]
+GOLDEN = json.loads((ROOT / "tests/golden/receipt.json").read_text())["results"]["weights_digest"]
 
 
 def test_four_ways_one_digest_the_golden_one(tmp_path: Path) -> None:
@@ -22,7 +22,14 @@ def test_four_ways_one_digest_the_golden_one(tmp_path: Path) -> None:
     rows = [line for line in done.stdout.splitlines() if line.startswith(tuple(WAYS))]
     assert len(rows) == 4
     assert {row.split()[-1] for row in rows} == {GOLDEN}
-    assert done.stdout.splitlines()[-1] == "4 ways, one digest: the golden one"
+    assert done.stdout.splitlines()[-3:] == [
+        "4 ways, one digest: the golden one",
+        "verified, trained again from its receipt: the same bits, to its end",
+        "report: kept/report.html",
+    ]
+    page = (tmp_path / "kept" / "report.html").read_text()
+    assert "4 ways, one digest, the golden one: A as it is, B as an older CPU computes it" in page
+    assert page.count(GOLDEN) >= 4
     receipts = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("kept/golden/runs/*/*/*/receipt.json"))]
     assert [len(receipt["segments"]) for receipt in receipts] == [1, 1, 1, 2]
     assert len({receipt["run_id"] for receipt in receipts}) == 1
@@ -41,7 +48,7 @@ def test_a_difference_is_named_by_step_and_tensor(experiment: Experiment, capsys
     one = experiment.train(*quick, "paths.runs=one")
     other = experiment.train(*quick, "paths.runs=other", "seed=43")
     outcomes = [read_outcome("one", Path("one"), 1.0), read_outcome("other", Path("other"), 1.0)]
-    assert not judge(outcomes, GOLDEN)
+    assert not judge(outcomes)
     assert "differs: one and other: first at step 1, in the batch, first tensor net.0.weight" in capsys.readouterr().out
     assert first_difference(one.folder, one.folder) is None
 
@@ -57,8 +64,8 @@ def test_a_difference_is_named_by_step_and_tensor(experiment: Experiment, capsys
     found = first_difference(other.folder, copy)
     assert found is not None
     assert (found.step, found.phase) == (6, "length")
-    assert not judge(outcomes[:1], GOLDEN)
-    assert "not with the golden digest" in capsys.readouterr().out
+    assert not judge(outcomes[:1])
+    assert "not with the golden run: first at step 1" in capsys.readouterr().out
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:

@@ -1,22 +1,27 @@
 """The generated experiment: its files, the two ways to make it, and that it stands alone."""
 
+import fnmatch
 import hashlib
+import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
-from labtrain import __version__
+from labtrain import __version__, receipt
 from labtrain.assets import LOCKS, SOURCES, asset
 from labtrain.new import build_wheel
-from tests.conftest import LABTRAIN, ROOT, Experiment
+from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment
 
 WHEEL = f"vendor/labtrain-{__version__}-py3-none-any.whl"
 OWN = {
     ".github/workflows/ci.yml",
+    ".github/workflows/gate.yml",
     ".gitignore",
     "Makefile",
     "README.md",
@@ -81,6 +86,29 @@ def test_nothing_of_the_template_is_left_in_it(shared_experiment: Experiment) ->
         text = (shared_experiment.root / name).read_text()
         assert "cookiecutter" not in text.replace("cookiecutter template/", ""), name
     assert "${{ hashFiles('requirements.lock') }}" in (shared_experiment.root / ".github/workflows/ci.yml").read_text()
+
+
+def test_its_gate_runs_where_a_lock_changes(own_experiment: Experiment, tmp_path: Path) -> None:
+    """The workflow's own command, on a baseline that is a receipt and its trail in the experiment's repository."""
+    workflow = yaml.safe_load((own_experiment.root / ".github/workflows/gate.yml").read_text())
+    paths = workflow[True]["pull_request"]["paths"]  # YAML 1.1 reads `on` as true
+    for name in ("requirements.lock", "labtrain.lock", "conda-lock.yml", "flake.lock", "nix/wheels.json"):
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in paths), name
+    (command,) = [step["run"] for step in workflow["jobs"]["gate"]["steps"] if "labtrain gate" in step.get("run", "")]
+    done = own_experiment.train(*QUICK, "trainer.max_steps=4", f"paths.runs={tmp_path / 'runs'}")
+    baseline = own_experiment.root / "baselines" / "digits"
+    baseline.mkdir(parents=True)
+    for name in ("receipt.json", "trail.jsonl"):
+        shutil.copy(done.folder / name, baseline)
+    command = command.replace(".venv/bin/labtrain", LABTRAIN)
+    assert "yes: 1 of 1 give the same bits" in run("sh", "-c", command, cwd=own_experiment.root).stdout
+    assert (own_experiment.root / "gate.html").exists()
+    found = json.loads((baseline / "receipt.json").read_text())
+    found["results"]["weights_digest"] = "0" * 64
+    receipt.write(baseline, found)
+    done = run("sh", "-c", command, cwd=own_experiment.root)
+    assert done.returncode == 1
+    assert "no: other bits, weights_digest" in done.stdout
 
 
 def test_it_is_formatted_and_lints(shared_experiment: Experiment) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 # The same list as pyproject.toml's force-include; tests/test_assets.py compares them.
 SOURCES = {
     "template": "template",
-    "golden/digits.json": "tests/golden/digits.json",
+    "golden": "tests/golden",
     "requirements.lock": "requirements.lock",
     "requirements-conda.lock": "requirements-conda.lock",
     "environment.yml": "environment.yml",
@@ -17,7 +17,7 @@ SOURCES = {
     "sbom.cdx.json": "sbom.cdx.json",
 }
 # What an experiment carries of them: the three locks, and what seals them.
-LOCKS = tuple(name for name in SOURCES if name not in ("template", "golden/digits.json"))
+LOCKS = tuple(name for name in SOURCES if name not in ("template", "golden"))
 
 
 def asset(name: str) -> Path:

@@ -237,6 +237,7 @@ def open_run(run: Path) -> tuple[Path, receipts.Receipt]:
     found = receipts.read(run_dir)
     if found is None:
         raise ConfigError(f"{shown(run_dir)} is no run: looked for {receipts.FILE}", hint="ls runs/*/")
+    receipts.hold_against_schema(found, run_dir)
     said, trail = found["trail"]["sha256"], run_dir / TRAIL
     if said is not None and trail.exists() and file_sha256(trail) != said and found["status"] != "running":
         raise DamagedError(

@@ -4,7 +4,6 @@ Everything is real: the experiment comes from the template, the data is scikit-l
 of its own, and the kill is SIGKILL. `determinism.mode=portable` makes the bits those of every x86-64 CPU.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -21,8 +20,10 @@ from labtrain.compare import first_difference
 from labtrain.errors import ConfigError, LabtrainError
 from labtrain.new import make_experiment
 from labtrain.receipt import read
+from labtrain.report import write_report
 from labtrain.run import shown
 from labtrain.trail import read_trail
+from labtrain.verification import verify_run
 
 # What the dispatch of MKL, oneDNN, torch, glibc and numpy would choose on a CPU from before AVX (2008).
 OLDER_CPU = {
@@ -35,6 +36,7 @@ OLDER_CPU = {
 KILL_AT_STEP = 111  # in the middle of an epoch, which has 20 steps
 TIMEOUT_S = 600
 NAME = "golden"
+REPORT = "report.html"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +55,9 @@ def run_demo(folder: Path | None = None) -> bool:
     """Train the golden run in each way, print the table, and return whether all digests are the golden one.
 
     Args:
-        folder: where the experiment is kept; a temporary folder that is removed where it is None.
+        folder: where the experiment and its report are kept; a temporary folder that is removed where it is None.
     """
+    keep = folder is not None
     with ExitStack() as stack:
         if folder is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="labtrain-demo-")))
@@ -79,9 +82,16 @@ def run_demo(folder: Path | None = None) -> bool:
                 ]
             )
             outcomes.append(read_outcome(way, runs, time.monotonic() - started))
-        golden = json.loads(asset("golden/digits.json").read_text())["weights_digest"]
-        print_table(outcomes, golden)
-        return judge(outcomes, golden)
+        print_table(outcomes)
+        good = judge(outcomes)
+        verdict = verify_run(outcomes[0].run_dir)
+        print(f"verified, trained again from its receipt: {verdict.found}")
+        ways = ", ".join(f"{letter} {outcome.way}" for letter, outcome in zip("ABCD", outcomes, strict=True))
+        said = [f"{len(outcomes)} ways, {'one digest, the golden one' if good else 'and not one digest'}: {ways}."]
+        write_report([outcome.run_dir for outcome in outcomes], folder / REPORT, said=said)
+        if keep:
+            print(f"report: {shown(folder / REPORT)}")
+        return good and verdict.same is True
 
 
 def as_it_is(command: list[str]) -> None:
@@ -144,15 +154,22 @@ def read_outcome(way: str, runs: Path, seconds: float) -> Outcome:
     )
 
 
-def print_table(outcomes: list[Outcome], golden: str) -> None:
+def golden_digest() -> str:
+    """Return the weights digest of the golden run, of its receipt."""
+    receipt = read(asset("golden"))
+    assert receipt is not None
+    return str(receipt["results"]["weights_digest"])
+
+
+def print_table(outcomes: list[Outcome]) -> None:
     """Print a row a way, and the golden digest below, to standard output."""
     print(f"{'way':<30}{'steps':>6}{'test acc':>10}{'seconds':>9}  weights digest")
     for outcome in outcomes:
         print(f"{outcome.way:<30}{outcome.steps:>6}{outcome.accuracy:>10.4f}{outcome.seconds:>9.1f}  {outcome.digest}")
-    print(f"{'golden':<55}  {golden}")
+    print(f"{'golden':<55}  {golden_digest()}")
 
 
-def judge(outcomes: list[Outcome], golden: str) -> bool:
+def judge(outcomes: list[Outcome]) -> bool:
     """Print whether all digests are equal and the golden one, and where runs part if not."""
     first = outcomes[0]
     for other in outcomes[1:]:
@@ -160,11 +177,10 @@ def judge(outcomes: list[Outcome], golden: str) -> bool:
             print(f"differs: {first.way} and {other.way}: {first_difference(first.run_dir, other.run_dir)}")
     if len({outcome.digest for outcome in outcomes}) > 1:
         return False
-    if first.digest != golden:
-        print(
-            "differs: the ways agree with each other, but not with the golden digest: is this environment the lock's?"
-        )
-        print("hint: labtrain doctor")
+    if first.digest != golden_digest():
+        parted = first_difference(asset("golden"), first.run_dir)
+        print(f"differs: the ways agree with each other, not with the golden run: {parted}")
+        print("hint: is this environment the lock's? labtrain doctor")
         return False
     print(f"{len(outcomes)} ways, one digest: the golden one")
     return True
@@ -178,7 +194,7 @@ def make_empty(folder: Path) -> None:
     """
     import shutil
 
-    if folder.exists() and {path.name for path in folder.iterdir()} - {NAME}:
+    if folder.exists() and {path.name for path in folder.iterdir()} - {NAME, REPORT}:
         raise ConfigError(f"{shown(folder)} holds something else than a demo", hint="labtrain demo --dir another")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -126,13 +126,20 @@ def machine() -> dict[str, Any]:
     cpu = _cpuinfo()
     flags = cpu.get("flags", "").split()
     return {
-        "cpu": cpu.get("model name") or platform.machine(),
+        "cpu": _model(cpu),
         "instruction_sets": [flag for flag in INSTRUCTION_SETS if flag in flags],
         "cores": os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "platform": platform.platform(),
         "libc": " ".join(platform.libc_ver()),
     }
+
+
+def _model(cpu: dict[str, str]) -> str:
+    """Return a processor's name and its numbers: a virtual machine's name may say no more than Xeon."""
+    numbers = [f"{name} {cpu[key]}" for name, key in (("family", "cpu family"), ("model", "model"),
+                                                       ("stepping", "stepping")) if key in cpu]  # fmt: skip
+    return (cpu.get("model name") or platform.machine()) + (f" ({', '.join(numbers)})" if numbers else "")
 
 
 def _cpuinfo() -> dict[str, str]:

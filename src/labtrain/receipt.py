@@ -97,6 +97,24 @@ def names_a_secret(key: str) -> bool:
     return SECRET_KEY.search(words) is not None
 
 
+def hold_against_schema(receipt: Receipt, run_dir: Path) -> None:
+    """Hold a receipt against receipt.schema.json: what somebody else wrote may have a right digest and lack a key.
+
+    Raises:
+        DamagedError: names the first place that is not as the schema says.
+    """
+    import jsonschema
+
+    schema = json.loads(Path(__file__).with_name("receipt.schema.json").read_text())
+    first = next(iter(jsonschema.Draft202012Validator(schema).iter_errors(receipt)), None)
+    if first is not None:
+        place = ".".join(map(str, first.absolute_path)) or "its top level"
+        raise DamagedError(
+            f"{run_dir / FILE} is not what its schema says, at {place}: {first.message[:200]}",
+            hint="take it from where it was written",
+        )
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that a crash leaves the old file or the new one."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")

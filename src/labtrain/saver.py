@@ -40,7 +40,7 @@ class Saver:
     """
 
     def __init__(self, run_dir: Path, place: str, *, keep: Keep, spool_bytes: int) -> None:
-        self.place, self.keep, self.spool_bytes = place, keep, spool_bytes
+        self.run_dir, self.place, self.keep, self.spool_bytes = run_dir, place, keep, spool_bytes
         self.home = Store(place if is_local(place) else spool_of(run_dir))
         self.staging = Staging()
         self.manifests: dict[str, Manifest] = {}  # of those that exist, oldest first
@@ -110,10 +110,11 @@ class Saver:
         self.scores[name] = value
 
     def listed(self) -> list[dict[str, Any]]:
-        """Return what the receipt says of each checkpoint."""
+        """Return what the receipt says of each checkpoint; one in the run's folder by its path there."""
+        place = self.place.removeprefix(f"{self.run_dir}/")
         return [
             {
-                "path": f"{self.place}/{name}",
+                "path": f"{place}/{name}",
                 "step": manifest["step"],
                 "weights_digest": manifest["weights_digest"],
                 "score": self.scores.get(name),

@@ -7,6 +7,7 @@
     page.py      puts the page together: page.html.j2, page.css, page.js, and plotly.js whole
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from labtrain import receipt
@@ -15,12 +16,13 @@ from labtrain.report.data import read_runs
 from labtrain.report.page import render
 
 
-def write_report(runs: list[Path], output: Path) -> None:
+def write_report(runs: list[Path], output: Path, *, said: Sequence[str] = ()) -> None:
     """Write the page of one or several runs; the same runs give the same bytes.
 
     Args:
         runs: folders of runs, or their receipts; the others are held against the first.
         output: a file ending in .html, replaced in one step.
+        said: sentences that stand before the verdicts, such as a gate's.
 
     Raises:
         ConfigError: there is no such run, one is named twice, or the page cannot lie there.
@@ -32,7 +34,7 @@ def write_report(runs: list[Path], output: Path) -> None:
         raise ConfigError(f"{output} is a folder", hint=f"-o {output / 'report.html'}")
     if not output.parent.is_dir():
         raise ConfigError(f"{output.parent} is no folder: the page cannot lie there", hint=f"mkdir -p {output.parent}")
-    page = render(read_runs(runs))
+    page = render(read_runs(runs), said=said)
     try:
         receipt.write_atomically(output, page)
     except OSError as error:

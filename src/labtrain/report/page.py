@@ -8,6 +8,7 @@ import hashlib
 import json
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ class Verdict:
     command: str
 
 
-def render(runs: list[Run]) -> str:
+def render(runs: list[Run], *, said: Sequence[str] = ()) -> str:
     """Return the page of runs."""
     curves, machine = curves_of(runs), machine_of(runs)
     drawn = [timeline_of(runs), *(chart.drawn for chart in [*curves, *machine])]
@@ -77,6 +78,7 @@ def render(runs: list[Run]) -> str:
         experiment=", ".join(sorted(experiments)),
         runs=runs,
         facts=facts_of(runs),
+        said=said,
         verdicts=verdicts,
         tally=f"{len(runs)} runs: {', '.join(f'{count} {word.lower()}' for word, count in words.items())}.",
         segments=[(run, segment, _span(segment)) for run in runs for segment in run.receipt["segments"]],

@@ -1,0 +1,123 @@
+"""The `labtrain` command: each subcommand parses, calls one function and prints. Data to stdout, the rest to stderr.
+
+Exit codes: 0 yes or same, 1 no or differs, 2 wrong usage or input.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from labtrain import __version__
+from labtrain.cli import locks, receipts, stores
+from labtrain.errors import LabtrainError
+
+
+class Group(click.Group):
+    """Prints a LabtrainError as a person reads it, and exits with its code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except LabtrainError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="labtrain")
+@click.pass_context
+def main(ctx: click.Context) -> None:
+    """Reproducible training: experiments, their environment and their receipts."""
+    if os.environ.get("NO_COLOR"):
+        ctx.color = False
+
+
+@main.command()
+@click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--author", default="Anonymous", help="Your name, for its README.")
+def new(target: Path, author: str) -> None:
+    """Make a new experiment in DIR."""
+    from labtrain.new import make_experiment
+
+    make_experiment(target, author=author)
+    click.echo(target)
+    click.echo(f"next: cd {target} && python train.py", err=True)
+
+
+@main.command()
+@click.argument("target", metavar="TARGET")
+@click.option("--all", "whole", is_flag=True, help="Of the whole training state, not the weights alone.")
+def digest(target: str, whole: bool) -> None:
+    """Print the sha256 of the weights of a run, a checkpoint folder or a .safetensors file.
+
+    Computed from the files, not read from the receipt; exit code 1 if the receipt or manifest says another.
+    """
+    from labtrain.target import digest_target
+
+    found, claimed = digest_target(target, whole=whole)
+    click.echo(found)
+    if claimed not in (None, found):
+        click.echo(f"error: its own record says {claimed}", err=True)
+        sys.exit(1)
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
+@click.option(
+    "--gpu",
+    type=click.Choice(["optional", "required"]),
+    default="optional",
+    show_default=True,
+    help="Whether a machine without a GPU fails.",
+)
+@click.option("--deep", is_flag=True, help="Hash every installed file: half a minute.")
+@click.option("--checkpoints", metavar="URL", help="Where checkpoints go: checkpoint.url.  [default: runs/]")
+def doctor(as_json: bool, gpu: str, deep: bool, checkpoints: str | None) -> None:
+    """Judge this machine and environment against the lock."""
+    from dataclasses import asdict
+
+    from labtrain.doctor import Check, examine
+
+    checks: list[Check] = list(examine(gpu_required=gpu == "required", deep=deep, checkpoints=checkpoints))
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks], indent=1))
+    else:
+        marks = {"ok": click.style("ok", fg="green"), "failed": click.style("failed", fg="red"), "skipped": "skipped"}
+        group = ""
+        for check in checks:
+            if check.group != group:
+                group = check.group
+                click.echo(click.style(group, bold=True))
+            wanted = "" if check.status == "ok" else f"   wanted: {check.wanted}"
+            click.echo(f"  {check.name:<18}{marks[check.status]:<8}  {check.found}{wanted}")
+            if check.hint:
+                click.echo(f"  {'':<18}hint: {check.hint}")
+    sys.exit(any(check.status == "failed" for check in checks))
+
+
+@main.command()
+@click.option(
+    "--dir", "folder", type=click.Path(path_type=Path), help="Keep the experiment here; replaced if a demo made it."
+)
+def demo(folder: Path | None) -> None:
+    """Train one experiment in several ways and compare the bits: the golden run."""
+    from labtrain.demo import run_demo
+
+    sys.exit(0 if run_demo(folder) else 1)
+
+
+for command in (
+    receipts.diff,
+    receipts.verify,
+    receipts.report,
+    receipts.gate,
+    receipts.sign,
+    receipts.crate,
+    locks.lock,
+    stores.store,
+):
+    main.add_command(command)

@@ -1,0 +1,183 @@
+"""What is asked of receipts: `labtrain diff`, verify, gate, report, sign, crate."""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--key", type=click.Path(path_type=Path), metavar="FILE", help="An SSH key.  [default: git's, or ~/.ssh/id_ed25519]"
+)
+def sign(run: Path, key: Path | None) -> None:
+    """Sign a run's receipt with an SSH key, as git signs commits, and print the signature's file."""
+    from labtrain.signature import sign as sign_receipt
+
+    click.echo(sign_receipt(run, key=key))
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.zip",
+    required=True,
+    help="Replaced if it is there.",
+)
+@click.option("--weights", is_flag=True, help="With the weights of its newest checkpoint, not their digest alone.")
+@click.option("--author", metavar="NAME", help="Who trained it.  [default: not said]")
+@click.option("--license", "licence", metavar="ID", help="An SPDX identifier, CC-BY-4.0 for one, or a URL.")
+def crate(run: Path, output: Path, weights: bool, author: str | None, licence: str | None) -> None:
+    """Export a run for an archive or a journal, as an RO-Crate of the profile Workflow Run Crate."""
+    from labtrain.crate import write_crate
+
+    click.echo(write_crate(run, output, weights=weights, author=author, licence=licence))
+
+
+@click.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
+def diff(a: Path, b: Path, as_json: bool) -> None:
+    """Tell what differs between two runs, causes first, and where they part; exit code 1 if anything that matters does.
+
+    A and B are folders of runs, or receipts.
+    """
+    from dataclasses import asdict
+
+    from labtrain.compare import compare, lines_of
+
+    found = compare(a, b)
+    if as_json:
+        click.echo(json.dumps({"same": found.same, **asdict(found)}, indent=1))
+    else:
+        click.echo(f"A  {a}\nB  {b}")
+        for line in lines_of(found):
+            click.echo(line)
+    sys.exit(not found.same)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--steps", type=click.IntRange(min=0), help="Train so many again; 0: none.  [default: to its end]")
+@click.option("--from", "start", type=click.IntRange(min=0), default=0, metavar="STEP", help="From a checkpoint.")
+@click.option("--segments", is_flag=True, help="Stopped and resumed as the run was, on as many devices.")
+@click.option("--devices", type=click.IntRange(min=1), help="On so many.  [default: as the receipt says]")
+@click.option("--signers", type=click.Path(path_type=Path), metavar="FILE", help="One of these must have signed it.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
+def verify(
+    run: Path,
+    steps: int | None,
+    start: int,
+    segments: bool,
+    devices: int | None,
+    signers: Path | None,
+    as_json: bool,
+) -> None:
+    """Train a run again in a scratch place and compare the bits; exit code 1 if they are not the same.
+
+    RUN is a run's folder, or a receipt alone in a clone of its experiment's repository. What it was trained on, data
+    and environment, is compared first; what differs is named.
+    """
+    from dataclasses import asdict
+
+    from labtrain.verification import verify_run
+
+    verdict = verify_run(
+        run,
+        steps=steps,
+        start=start,
+        segments=segments,
+        devices=devices,
+        signers=signers,
+        say=lambda line: click.echo(line, err=as_json),
+    )
+    if as_json:
+        click.echo(json.dumps(asdict(verdict), indent=1))
+    else:
+        click.echo(f"{'no' if verdict.same is False else 'yes':<11}  {verdict.found}")
+    causes = any(each.matters for each in verdict.differences)
+    sys.exit(causes if verdict.same is None else not verdict.same)
+
+
+@click.command()
+@click.argument("baselines", nargs=-1, required=True, metavar="BASELINE...", type=click.Path(path_type=Path))
+@click.option(
+    "--seeds", type=click.IntRange(min=2), metavar="N", help="Where bits differ, compare so many on each side."
+)
+@click.option("--metric", metavar="NAME", help="Which is compared.  [default: checkpoint.monitor]")
+@click.option("--margin", type=float, metavar="M", help="The largest difference of its mean that does not matter.")
+@click.option("--alpha", type=float, default=0.05, show_default=True, help="Level of the test.")
+@click.option("--old-python", type=click.Path(path_type=Path), help="The old environment's: trains seeds that lack.")
+@click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Leave today's runs there, for next time.")
+@click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE.html", help="A page of all of it.")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
+def gate(
+    baselines: tuple[Path, ...],
+    seeds: int | None,
+    metric: str | None,
+    margin: float | None,
+    alpha: float,
+    old_python: Path | None,
+    keep: Path | None,
+    page: Path | None,
+    as_json: bool,
+) -> None:
+    """Train recorded runs again in today's environment: may it be upgraded? Exit code 0 if so, else 1.
+
+    The same bits are a yes. Other bits can be one with --seeds and --margin: where an equivalence test shows that the
+    metric's mean moved by less than the margin. BASELINEs that differ in nothing but the seed are one experiment.
+    """
+    from labtrain.gate import judge_upgrade, keep_runs, summary_of, words_of
+
+    with tempfile.TemporaryDirectory(prefix="labtrain-gate-") as scratch:
+        outcomes = judge_upgrade(
+            list(baselines),
+            scratch=Path(scratch),
+            seeds=seeds or 0,
+            metric=metric,
+            margin=margin,
+            alpha=alpha,
+            old_python=old_python,
+            say=lambda line: click.echo(line, err=as_json),
+        )
+        if page is not None:
+            from labtrain.report import write_report
+
+            runs = [run.run_dir for outcome in outcomes for run in (*outcome.before, *outcome.now)]
+            write_report(runs, page, said=[f"Gate, {each.experiment}: {words_of(each)}." for each in outcomes])
+        if keep is not None:
+            keep_runs(outcomes, keep)
+    if as_json:
+        click.echo(json.dumps([summary_of(outcome) for outcome in outcomes], indent=1))
+    for outcome in () if as_json else outcomes:
+        click.echo(f"{outcome.experiment:<11}  {words_of(outcome)}")
+    sys.exit(not all(outcome.passed for outcome in outcomes))
+
+
+@click.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    default=Path("report.html"),
+    show_default=True,
+    help="Replaced if it is there.",
+)
+def report(runs: tuple[Path, ...], output: Path) -> None:
+    """Write one page of one or several runs, which asks no network for anything, and print its path.
+
+    RUN is a run's folder, or its receipt; the others are held against the first.
+    """
+    from labtrain.report import write_report
+
+    write_report(list(runs), output)
+    click.echo(output)

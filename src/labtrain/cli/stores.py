@@ -1,0 +1,88 @@
+"""`labtrain store`: ls, check, prune, export, import."""
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+
+@click.group()
+def store() -> None:
+    """List, check and prune checkpoints in a store: a folder, s3://, sftp://, gs://, az://."""
+
+
+@store.command("ls")
+@click.argument("url")
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, with the manifests.")
+def store_ls(url: str, as_json: bool) -> None:
+    """Print a line a checkpoint below URL: path, step, megabytes."""
+    from labtrain.store import Store
+
+    place = Store(url)
+    found = place.checkpoints()
+    if as_json:
+        rows = [{"path": each.url, "sizes": each.sizes, "manifest": place.manifest(each)} for each in found]
+        click.echo(json.dumps(rows, indent=1))
+        return
+    for each in found:
+        end = "  end" if each.finished else ""
+        click.echo(f"{each.url}  step {each.step}  {sum(each.sizes.values()) / 1e6:,.1f} MB{end}")
+
+
+@store.command("check")
+@click.argument("url")
+def store_check(url: str) -> None:
+    """Read every checkpoint below URL and compare it with its manifest; exit code 1 if one is damaged."""
+    from labtrain.prune import check
+    from labtrain.store import Store
+
+    damaged = False
+    for each in Store(url).checkpoints():
+        wrong = check(each)
+        damaged |= wrong is not None
+        click.echo(f"{each.url}  {'whole' if wrong is None else wrong}")
+    sys.exit(damaged)
+
+
+@store.command("prune")
+@click.argument("url")
+@click.option("--keep-last", type=click.IntRange(min=1), help="Also remove all but so many of each run's newest.")
+@click.option("--older-than", type=float, default=24.0, show_default=True, metavar="HOURS",
+              help="Of a writer on another machine: what it has not touched for so long.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Print what would be removed.")
+def store_prune(url: str, keep_last: int | None, older_than: float, dry_run: bool) -> None:
+    """Remove what crashes left below URL, and no upload in progress."""
+    from labtrain.prune import clear, leftovers, superseded
+    from labtrain.store import Store
+
+    place = Store(url)
+    for left in leftovers(place, older_than_s=older_than * 3600):
+        what = "in progress, kept" if left.in_progress else "left by a crash, removed"
+        click.echo(f"{place.url}/{left.path}  {left.size_bytes / 1e6:,.1f} MB, {left.age_s / 3600:.1f} h old: {what}")
+        if not left.in_progress and not dry_run:
+            clear(place, left)
+    for each in superseded(place, keep_last=keep_last) if keep_last else ():
+        click.echo(f"{each.url}  step {each.step}: removed")
+        if not dry_run:
+            place.discard(each.path)
+
+
+@store.command("export")
+@click.argument("target")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+def store_export(target: str, file: Path) -> None:
+    """Write a checkpoint, or the newest of a run, as a Lightning .ckpt."""
+    from labtrain.exchange import export_checkpoint
+
+    export_checkpoint(target, file)
+
+
+@store.command("import")
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.argument("url")
+def store_import(file: Path, url: str) -> None:
+    """Write a Lightning .ckpt as a checkpoint below URL; its weights can then be loaded, and no code is run."""
+    from labtrain.exchange import import_checkpoint
+
+    click.echo(import_checkpoint(file, url))
