@@ -36,7 +36,6 @@ class History(pl.Callback):
         self.process = psutil.Process()
         self.written = 0.0
         self.samples = 0
-        self.known: dict[str, float] = {}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -80,13 +79,11 @@ class History(pl.Callback):
             "lr": [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups],
             "metrics": {},
         }
-        if metrics:
-            found = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
-            # Lightning still holds the last epoch's of the training when a validation ends.
-            line["metrics"] = {
-                name: value for name, value in found.items() if math.isfinite(value) and self.known.get(name) != value
-            }
-            self.known = found
+        if metrics and trainer._results is not None:
+            # What this loop logged: callback_metrics holds the other loop's last values as well.
+            logged = trainer._results.metrics(on_step=False)["callback"]
+            found = {name: float(value) for name, value in sorted(logged.items())}
+            line["metrics"] = {name: value for name, value in found.items() if math.isfinite(value)}
         self.file.write(json.dumps(line, default=float) + "\n")
         self.written, self.samples = now, 0
 
