@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from labtrain import receipt
+from labtrain.assets import asset
 from labtrain.checksums import two_sums
 from labtrain.compare import compare
 from labtrain.doctor.environment import files_state
@@ -94,6 +95,14 @@ def measure_start(folder: Path) -> dict[str, float]:
     }
 
 
+def golden_receipt() -> receipt.Receipt:
+    """Return a real receipt, of another trail than its own."""
+    found = receipt.read(asset("golden/receipt.json").parent)
+    assert found is not None
+    found["trail"]["sha256"] = None
+    return found
+
+
 def measure_diff(folder: Path) -> dict[str, float]:
     """Compare two runs of 10^6 steps that part in the last quarter; read one trail."""
     draw, at = random.Random(0), STEPS * 3 // 4
@@ -107,16 +116,8 @@ def measure_diff(folder: Path) -> dict[str, float]:
                     "gradients": f"{draw.getrandbits(64):016x}"}  # fmt: skip
             one.write(json.dumps({**line, "weights": weights}) + "\n")
             other.write(json.dumps({**line, "weights": weights[::-1] if step >= at else weights}) + "\n")
-    written = {
-        **{key: {} for key in receipt.KEYS},
-        "schema": receipt.SCHEMA,
-        "status": "complete",
-        "determinism": {"mode": "strict"},
-        "config": {"determinism": {"shards": 4}, "trainer": {"strategy": "auto", "accelerator": "auto"}},
-        "trail": {"sha256": None},
-    }
     for run in (a, b):
-        receipt.write(run, dict(written))
+        receipt.write(run, golden_receipt())
 
     def differ() -> None:
         found = compare(a, b).divergence
@@ -132,25 +133,6 @@ def measure_diff(folder: Path) -> dict[str, float]:
 def measure_report(folder: Path) -> dict[str, float]:
     """Write the page of 5 runs of 10^5 steps that part at different steps, with an hour's history of three metrics."""
     steps = STEPS // 10
-    job = Job(run_id="", run_dir="", root=str(folder), config={}, command=[], code_digest="", lock_digest="")
-    segment: dict[str, Any] = {
-        "started": "2027-01-15T08:00:00+00:00", "ended": "2027-01-15T09:00:00+00:00", "status": "complete", "why": None,
-        "host": "ws", "devices": 1, "from_step": 0, "to_step": steps, "changed": [],
-    }  # fmt: skip
-    written = {
-        **{key: {} for key in receipt.KEYS},
-        "schema": receipt.SCHEMA,
-        "status": "complete",
-        "command": ["train.py"],
-        "config": {"determinism": {"shards": 4}, "trainer": {"strategy": "auto", "accelerator": "auto"}, "seed": 42},
-        "code": {"digest": "0" * 64, "commit": None, "dirty": None},
-        "environment": environment_state(job),
-        "hardware": machine(),
-        "determinism": {"mode": "strict", "shards": 4, "threads": 1, "seed": 42, "notes": []},
-        "segments": [segment],
-        "results": {"metrics": {"test/acc": 0.5}, "steps": steps, "weights_digest": "0" * 64},
-        "trail": {"sha256": None},
-    }
     runs = [folder / f"run-{number}" for number in range(5)]
     for number, run in enumerate(runs):
         run.mkdir()
@@ -170,7 +152,7 @@ def measure_report(folder: Path) -> dict[str, float]:
                         "gpu_memory_bytes": None, "lr": [draw.random()],
                         "metrics": {name: draw.random() for name in ("train/loss", "val/loss", "val/acc")}}  # fmt: skip
                 history.write(json.dumps(line) + "\n")
-        receipt.write(run, {**written, "run_id": f"{number:012x}"} | {"digest": ""})
+        receipt.write(run, golden_receipt() | {"run_id": f"{number:012x}"})
     page = folder / "report.html"
 
     def report() -> None:

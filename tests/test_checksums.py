@@ -1,5 +1,6 @@
 """The sums of the trail: each bit, the order and the place reach them, on the CPU and as a GPU computes them."""
 
+import pytest
 import torch
 
 from labtrain import checksums
@@ -47,9 +48,15 @@ def test_a_tensor_of_any_dtype_and_layout_has_a_hash_of_its_values() -> None:
         assert device_hash(x[:2]) != device_hash(x[2:])
 
 
-def test_a_large_tensor_is_summed_in_blocks_to_the_same(monkeypatch: object) -> None:
+def test_a_large_tensor_is_summed_in_blocks_that_know_their_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two equal blocks exchanged, or one bit of any of them flipped, the hash is another."""
+    monkeypatch.setattr(checksums, "BLOCK", 100)
+    checksums._weights.cache_clear()
     x = torch.randn(1000, generator=torch.Generator().manual_seed(1))
-    whole = device_hash(x)
-    for block in (1, 7, 999):
-        monkeypatch.setattr(checksums, "BLOCK", block)  # type: ignore[attr-defined]
-        assert device_hash(x) == whole
+    found = {device_hash(x).item(), device_hash(torch.cat([x[100:200], x[:100], x[200:]])).item()}
+    for index in range(0, 1000, 7):
+        y = x.clone()
+        y.view(torch.int32)[index] ^= 1 << (index % 32)
+        found.add(device_hash(y).item())
+    assert len(found) == 2 + len(range(0, 1000, 7))
+    checksums._weights.cache_clear()

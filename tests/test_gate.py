@@ -13,7 +13,7 @@ import pytest
 from labtrain import receipt as receipts
 from tests.conftest import LABTRAIN, QUICK, Experiment, Run
 
-# What an upgrade does: OTHER_BITS=1 changes a layer a little at the start, 2 makes the training worse.
+# What an upgrade does: OTHER_BITS=1 changes a layer a little at the start, 2 makes the training worse, 3 ends it.
 UPGRADE = """
 
 _init = DigitsNet.__init__
@@ -27,6 +27,8 @@ def _other_bits(self, *arguments, **options):
         self.net[0].weight.data.mul_(1.02)
     if os.environ.get("OTHER_BITS") == "2":
         self.learning_rate /= 100
+    if os.environ.get("OTHER_BITS") == "3":
+        raise RuntimeError("this release is broken")
 
 
 DigitsNet.__init__ = _other_bits
@@ -59,7 +61,7 @@ def test_the_same_bits_are_a_yes_and_the_runs_are_kept_as_the_next_baselines(
     found = gate(recorded[0], recorded[1] / "receipt.json", "--keep", tmp_path / "kept", code=0)
     assert "yes: 2 of 2 give the same bits" in found.out
     for before in recorded[:2]:
-        kept = receipts.read(tmp_path / "kept" / "digits" / before.name)
+        kept = receipts.read(tmp_path / "kept" / f"digits-{before.name}")
         assert kept is not None
         assert kept["results"] == (receipts.read(before) or {})["results"]
     assert "is there already" in gate(recorded[0], "--keep", tmp_path / "kept", code=2).err
@@ -119,6 +121,11 @@ def refused(recorded: list[Path], tmp_path: Path) -> list[tuple[tuple[Any, ...],
         ((running,), "is interrupted, a complete run is wanted"),
         ((recorded[0], "--seeds", "2"), "which metric is compared?"),
         ((recorded[0], "--seeds", "2", "--metric", "no/such"), "has no metric no/such; it has test/acc"),
+        ((recorded[0], recorded[0] / "receipt.json"), "are one run"),
+        ((recorded[0], "--metric", "typo"), "has no metric typo"),
+        ((*recorded, "--seeds", "2", "--metric", "test/acc", "--margin", "-1"), "margin -1.0"),
+        ((recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "1", "--old-python", "no/python"), "no/python"),
+        ((recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "1", "--old-python", "/usr/bin/python3"), "/usr/bin/python3: "),
         ((recorded[0], "--seeds", "2", "--metric", "test/acc"), "how large a difference of test/acc does not matter?"),
         ((recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "0.1"), "2 seeds are wanted on both sides, 1 recorded"),
     ]  # fmt: skip
@@ -130,3 +137,11 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_trained(recorded: l
         assert says in found.err
         assert "hint: " in found.err
         assert not found.out
+
+
+def test_what_cannot_be_trained_today_is_a_no_with_its_reason(recorded: list[Path], tmp_path: Path) -> None:
+    page = tmp_path / "gate.html"
+    found = gate(recorded[0], "--report", page, code=1, OTHER_BITS="3")
+    assert "no: other bits, seed 1 cannot be trained in today's environment" in found.out
+    assert "this release is broken" in found.out
+    assert page.exists()

@@ -127,25 +127,33 @@ def test_the_patch_turns_the_commit_into_the_code(own_experiment: Experiment, tm
 
 
 def test_the_patch_is_the_change_byte_for_byte(own_experiment: Experiment, tmp_path: Path) -> None:
-    """Lines that end as Windows ends them, a text that is no UTF-8, git's own settings; what it ignores is only named."""
+    """Lines as Windows ends them, a text that is no UTF-8, git's settings, staged files; what it ignores is only named."""
     root = own_experiment.root
     (root / "windows.py").write_bytes(b"x = 1\r\ny = 2\r\n")
     (root / ".gitignore").write_text("keys.py\nruns/\n.venv/\n")
     git(root, "init", "-q")
     git(root, "add", "-A")
     git(root, "commit", "-qm", "first")
-    for name, value in (("color.ui", "always"), ("diff.noprefix", "true"), ("diff.external", "false")):
+    for name, value in (("color.ui", "always"), ("diff.noprefix", "true"), ("diff.external", "false"),
+                        ("diff.relative", "true"), ("diff.context", "0")):  # fmt: skip
         git(root, "config", name, value)
+    (root / "staged.py").write_text("x = 1\n")
+    git(root, "add", "staged.py")
+    git(root, "mv", "data.py", "moved.py")
+    (root / "data.py").write_text("from moved import *  # noqa: F403\n")
     (root / "windows.py").write_bytes(b"x = 1\r\ny = 3\r\n")
     (root / "latin.py").write_bytes(b"# caf\xe9\nx = 1\n")
     (root / "keys.py").write_text("PASSWORD = 'correct-horse'\n")
     run = own_experiment.train("trainer.max_steps=1", "logger=none", cwd=root)
-    assert (run.receipt["code"]["untracked"], run.receipt["code"]["ignored"]) == (["latin.py"], ["keys.py"])
+    assert (run.receipt["code"]["untracked"], run.receipt["code"]["ignored"]) == (
+        ["data.py", "latin.py"],
+        ["keys.py"],
+    )
     assert b"correct-horse" not in (run.folder / "code.patch").read_bytes() + (run.folder / "receipt.json").read_bytes()
     clone = tmp_path / "clone"
     git(tmp_path, "clone", "-q", str(root), str(clone))
     git(clone, "apply", str(run.folder.resolve() / "code.patch"))
-    for name in ("windows.py", "latin.py"):
+    for name in ("windows.py", "latin.py", "staged.py", "moved.py", "data.py"):
         assert (clone / name).read_bytes() == (root / name).read_bytes()
 
 

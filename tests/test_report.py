@@ -18,9 +18,10 @@ from labtrain import receipt
 from labtrain.errors import DamagedError
 from labtrain.report import write_report
 from labtrain.report.charts import AROUND, AT_MOST, curves_of, machine_of, reduced
-from labtrain.report.data import HISTORY, VERIFIED, label_of, read_history, read_runs
+from labtrain.report.data import label_of, read_history, read_runs
 from labtrain.report.page import verdict_of
-from labtrain.trail import TRAIL
+from labtrain.trail import HISTORY, TRAIL
+from labtrain.verdicts import VERIFIED
 from tests.conftest import LABTRAIN, ROOT, need, skip_or_fail
 from tests.exact import Runner, configure
 

@@ -1,6 +1,7 @@
 """The trail: cut at the step that is gone on from, and the first step, phase and tensor that differ."""
 
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -31,6 +32,17 @@ def test_a_line_that_a_crash_cut_short_goes(tmp_path: Path) -> None:
     cut_trail(path, last_step=9)
     assert path.read_bytes().endswith(b'{"step": 3}\n')
     cut_trail(tmp_path / "nothing.jsonl", last_step=9)
+
+
+def test_a_trail_that_is_not_to_be_cut_is_not_written(tmp_path: Path) -> None:
+    """A crash in the middle of that would cost the trail."""
+    path = tmp_path / TRAIL
+    write(path, 9)
+    os.utime(path, ns=(1, 1))
+    cut_trail(path, last_step=9)
+    assert path.stat().st_mtime_ns == 1
+    cut_trail(path, last_step=0)
+    assert path.read_bytes() == b""
 
 
 def test_a_line_that_is_broken_in_the_middle_is_refused(tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from labtrain.catalog import list_checkpoints
-from labtrain.compare import read_trail
 from labtrain.digests import digest_file
 from labtrain.errors import DeviceError
 from labtrain.run import shown
+from labtrain.trail import read_trail
 from labtrain.training import explain
 from tests.conftest import QUICK, Experiment, Run
 

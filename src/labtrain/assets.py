@@ -5,7 +5,8 @@ from pathlib import Path
 # The same list as pyproject.toml's force-include; tests/test_assets.py compares them.
 SOURCES = {
     "template": "template",
-    "golden": "tests/golden",
+    "golden/receipt.json": "tests/golden/receipt.json",
+    "golden/trail.jsonl": "tests/golden/trail.jsonl",
     "requirements.lock": "requirements.lock",
     "requirements-conda.lock": "requirements-conda.lock",
     "environment.yml": "environment.yml",
@@ -17,7 +18,7 @@ SOURCES = {
     "sbom.cdx.json": "sbom.cdx.json",
 }
 # What an experiment carries of them: the three locks, and what seals them.
-LOCKS = tuple(name for name in SOURCES if name not in ("template", "golden"))
+LOCKS = tuple(name for name in SOURCES if name.partition("/")[0] not in ("template", "golden"))
 
 
 def asset(name: str) -> Path:

@@ -109,19 +109,24 @@ class Trail(pl.Callback):
             cut_trail(self.path, last_step=self.resumed_step)
             self.file = self.path.open("a", buffering=1)
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.gradients = None
+
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
         if (trainer.global_step + 1) % self.every_n_steps or (self.file is None and not self.spread):
             return
-        sums = two_sums(
-            [
-                (self.numbers[id(parameter)], parameter.grad)
-                for group in optimizer.param_groups
-                for parameter in group["params"]
-                if parameter.grad is not None and id(parameter) in self.numbers
-            ],
-            spread=self.spread,
-        )
-        self.gradients = sums if self.gradients is None else self.gradients + sums  # of several optimizers
+        gradients = [
+            (self.numbers[id(parameter)], part)
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None and id(parameter) in self.numbers
+            for part in dense_parts(parameter.grad)
+        ]
+        if gradients:
+            sums = two_sums(gradients, spread=self.spread)
+            self.gradients = sums if self.gradients is None else self.gradients + sums  # of several optimizers
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -137,16 +142,18 @@ class Trail(pl.Callback):
         if self.file is None:
             return
         self.flush()
-        loss = outputs["loss"] if isinstance(outputs, dict) else outputs
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:  # manual optimization returns what it likes
+            loss = None
         loader = trainer.train_dataloader
         line = {
             "step": step,
             "epoch": trainer.current_epoch,
-            "loss": isinstance(loss, torch.Tensor),
+            "loss": loss is not None,
             "batch": xxhash.xxh3_64_hexdigest(tensor_bytes(loader.indices)) if isinstance(loader, DataLoader) else None,
             "gradients": gradients is not None,
         }
-        exact = loss.detach().double() if isinstance(loss, torch.Tensor) else torch.zeros((), dtype=torch.float64)
+        exact = torch.zeros((), dtype=torch.float64) if loss is None else loss.detach().double()
         parts = [exact.reshape(1).view(torch.int64), weights, weights if gradients is None else gradients]
         packed = torch.cat([part.to(weights.device) for part in parts])  # (5,)
         self.pending = line, packed
@@ -185,6 +192,14 @@ class Trail(pl.Callback):
         line["gradients"] = shown_sums(sums[2:], bits=32) if line["gradients"] else None
         line["weights"] = shown_sums(sums[:2])
         self.file.write(json.dumps(line) + "\n")
+
+
+def dense_parts(gradient: torch.Tensor) -> list[torch.Tensor]:
+    """Return a gradient, or what a sparse one is made of."""
+    if gradient.layout != torch.sparse_coo:
+        return [gradient]
+    gradient = gradient.coalesce()
+    return [gradient.indices(), gradient.values()]
 
 
 def tensor_names(module: torch.nn.Module) -> list[str]:

@@ -167,10 +167,10 @@ def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference
     A key of the configuration can where it is in the run's name under either receipt: the number of devices is not
     where `determinism.shards` is in use. The processor cannot where both ran in portable mode.
     """
-    counting = {key for each in (a, b) for key in _flat(what_counts(each["config"]), "config")}
+    counting = {key for each in (a, b) for key in flat(what_counts(each["config"]), "config")}
     portable = all(each["determinism"]["mode"] == "portable" for each in (a, b))
     for section in ("config", "code", "environment", "hardware", "determinism", "data"):
-        mine, theirs = _flat(a[section], section), _flat(b[section], section)
+        mine, theirs = flat(a[section], section), flat(b[section], section)
         for key in [*mine, *(key for key in theirs if key not in mine)]:
             if mine.get(key) == theirs.get(key) or key in WITHOUT_A_SAY:
                 continue
@@ -201,23 +201,16 @@ def changes(before: receipts.Receipt, now: receipts.Receipt) -> list[dict[str, A
 
 def overrides(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """Return what turns one configuration into another, as Hydra's overrides."""
-    mine, theirs = _flat(a, ""), _flat(b, "")
+    mine, theirs = flat(a, ""), flat(b, "")
     changed = [f"{key}={_typed(theirs[key])}" for key in mine if key in theirs and mine[key] != theirs[key]]
     gone = [f"~{key}" for key in mine if key not in theirs]
     new = [f"+{key}={_typed(value)}" for key, value in theirs.items() if key not in mine]
     return changed + gone + new
 
 
-def first_difference(one: Path, other: Path, names: list[str] | None = None) -> Divergence | None:
-    """Compare two run folders; None where every step and the weights of every common checkpoint are the same.
-
-    Args:
-        one: a run's folder.
-        other: another's.
-        names: of the tensors that their trails' digests are of; by default what the first's receipt says.
-    """
-    if names is None:
-        names = (receipts.read(one) or {}).get("trail", {}).get("tensors", [])
+def first_difference(one: Path, other: Path) -> Divergence | None:
+    """Compare two run folders; None where every step and the weights of every common checkpoint are the same."""
+    names = (receipts.read(one) or {}).get("trail", {}).get("tensors", [])
     step, phase, tensor = first_step(one, other, names) or (None, None, None)
     tensor = tensor or _first_tensor(one, other)
     return None if step is None and tensor is None else Divergence(step=step, phase=phase, tensor=tensor)
@@ -254,13 +247,14 @@ def shown_value(value: Any) -> str:
     return text if len(text) <= VALUE_WIDTH else f"{text[:VALUE_WIDTH]}..."
 
 
-def _flat(node: Any, key: str) -> dict[str, Any]:
+def flat(node: Any, key: str) -> dict[str, Any]:
+    """Return the leaves of nested dicts by their dotted keys, below `key`."""
     if not isinstance(node, dict) or not node:
         return {key: node}
-    flat: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for part, child in node.items():
-        flat |= _flat(child, f"{key}.{part}" if key else part)
-    return flat
+        leaves |= flat(child, f"{key}.{part}" if key else part)
+    return leaves
 
 
 def _typed(value: Any) -> str:

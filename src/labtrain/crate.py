@@ -18,10 +18,10 @@ from typing import Any
 
 from labtrain import receipt as receipts
 from labtrain.catalog import checkpoint_place, newest_whole, stores_of
+from labtrain.compare import open_run
 from labtrain.crate_metadata import FILES, MAIN, WEIGHTS, describe
 from labtrain.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.run import shown, source_digests, sources
-from labtrain.store import file_sha256
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold
 
@@ -41,9 +41,7 @@ def write_crate(run_dir: Path, file: Path, *, weights: bool, author: str | None,
         DamagedError: a file is not what the receipt says.
         LabtrainError: the run is trained now or has no weights, or `file` cannot be written.
     """
-    found = receipts.read(run_dir)
-    if found is None:
-        raise ConfigError(f"{shown(run_dir)} is no run: looked for {receipts.FILE}", hint="ls runs/*/")
+    run_dir, found = open_run(run_dir)
     if found["status"] == "running":
         hint = "wait for its end, or start it again, then export it"
         raise LabtrainError(f"{shown(run_dir)} is being trained, or was killed", hint=hint)
@@ -53,10 +51,6 @@ def write_crate(run_dir: Path, file: Path, *, weights: bool, author: str | None,
         raise ConfigError(f"{file}: there is no folder {file.parent}", hint=f"mkdir -p {file.parent}")
     with TemporaryDirectory(prefix="labtrain-") as scratch:
         enclosed = {name: run_dir / name for name in FILES if name != WEIGHTS and (run_dir / name).is_file()}
-        said = found["trail"]["sha256"]
-        if said and "trail.jsonl" in enclosed and file_sha256(enclosed["trail.jsonl"]) != said:
-            hint = "restore trail.jsonl from a backup"
-            raise DamagedError(f"{run_dir}/trail.jsonl was changed after it was written", hint=hint)
         if weights:
             enclosed[WEIGHTS] = _weights(run_dir, found, Path(scratch))
         code = _sources(run_dir, found)

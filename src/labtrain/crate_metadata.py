@@ -7,27 +7,32 @@ is named by what it stands for, and by no random number.
 import json
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from labtrain import receipt as receipts
+from labtrain import signature
+from labtrain.compare import flat
 from labtrain.errors import ConfigError
+from labtrain.provenance import PATCH
 from labtrain.receipt import Receipt
 from labtrain.run import what_counts
 from labtrain.store import file_sha256
+from labtrain.trail import HISTORY, TRAIL
+from labtrain.verdicts import VERIFIED
 
 MAIN = "train.py"
 WEIGHTS = "weights.safetensors"
 # A run's files, where it has them: media type, what it is, does the training give it, does it tell of the training.
 FILES = {
-    "receipt.json": ("application/json", "The receipt: what ran, on what, and what came of it", True, True),
-    "receipt.json.sig": ("text/plain", "The receipt's signature by an SSH key", False, True),
+    receipts.FILE: ("application/json", "The receipt: what ran, on what, and what came of it", True, True),
+    signature.FILE: ("text/plain", "The receipt's signature by an SSH key", False, True),
     "config.yaml": ("application/yaml", "The resolved configuration", False, False),
-    "code.patch": ("text/x-diff", "What turns the commit into the code that ran", False, False),
-    "trail.jsonl": ("application/jsonl", "A line a step: loss, digests of batch and weights", True, True),
-    "history.jsonl": ("application/jsonl", "Time, throughput, memory and metrics of the training", True, True),
-    "verified.jsonl": ("application/json", "What came of running it again", False, True),
+    PATCH: ("text/x-diff", "What turns the commit into the code that ran", False, False),
+    TRAIL: ("application/jsonl", "A line a step: loss, digests of batch, gradients and weights", True, True),
+    HISTORY: ("application/jsonl", "Time, throughput, memory and metrics of the training", True, True),
+    VERIFIED: ("application/json", "What came of running it again", False, True),
     WEIGHTS: ("application/octet-stream", "The weights of the newest checkpoint", True, False),
 }
 PROFILES = (
@@ -173,7 +178,8 @@ def _data(crate: Any, found: Receipt) -> list[Any]:
 
 def _parameters(crate: Any, found: Receipt, workflow: Any) -> list[Any]:
     """Return what was configured and can change bits; to a workflow its slots are added."""
-    given = [(key, _plain(value)) for key, value in sorted(_flat(what_counts(found["config"])))]
+    given = [(key, _plain(value)) for key, value in sorted(flat(what_counts(found["config"]), "").items())
+             if value not in (None, {})]  # fmt: skip
     values = [_value(crate, "config", key, value) for key, value in given]
     if workflow is not None:
         slots = [
@@ -224,15 +230,6 @@ def _add(crate: Any, identifier: str, kind: str, /, **properties: Any) -> Any:
     from rocrate.model import ContextEntity
 
     return crate.add(ContextEntity(crate, identifier, {"@type": kind, **properties}))
-
-
-def _flat(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the values of nested dicts by dotted keys, without those that are not set."""
-    for key, value in node.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            yield f"{prefix}{key}", value
 
 
 def _plain(value: Any) -> Any:

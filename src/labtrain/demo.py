@@ -37,6 +37,7 @@ KILL_AT_STEP = 111  # in the middle of an epoch, which has 20 steps
 TIMEOUT_S = 600
 NAME = "golden"
 REPORT = "report.html"
+GOLDEN = asset("golden/receipt.json").parent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -156,7 +157,7 @@ def read_outcome(way: str, runs: Path, seconds: float) -> Outcome:
 
 def golden_digest() -> str:
     """Return the weights digest of the golden run, of its receipt."""
-    receipt = read(asset("golden"))
+    receipt = read(GOLDEN)
     assert receipt is not None
     return str(receipt["results"]["weights_digest"])
 
@@ -178,7 +179,7 @@ def judge(outcomes: list[Outcome]) -> bool:
     if len({outcome.digest for outcome in outcomes}) > 1:
         return False
     if first.digest != golden_digest():
-        parted = first_difference(asset("golden"), first.run_dir)
+        parted = first_difference(GOLDEN, first.run_dir)
         print(f"differs: the ways agree with each other, not with the golden run: {parted}")
         print("hint: is this environment the lock's? labtrain doctor")
         return False

@@ -61,15 +61,13 @@ def compare_pairs(before: Sequence[float], now: Sequence[float], *, margin: floa
     pairs = len(differences)
     if pairs < 2:
         raise ConfigError(f"{pairs} pair of runs: a spread takes two", hint="--seeds 5")
-    if not margin > 0 or not 0 < alpha < 0.5:
-        raise ConfigError(f"margin {margin}, alpha {alpha}", hint="a margin above 0, an alpha between 0 and 0.5")
+    check_levels(margin, alpha)
     if not np.isfinite(differences).all():
         raise ConfigError("a metric is not finite: no mean can be told", hint="labtrain report RUN... shows which")
     mean, freedom = float(differences.mean()), pairs - 1
     error = float(differences.std(ddof=1)) / math.sqrt(pairs)  # of the mean
-    if error == 0:
-        p = 0.0 if abs(mean) < margin else 1.0
-        power = 1.0
+    if error == 0:  # a spread of 0 is a metric too coarse, or chance: nothing can be shown with it
+        p, power = 1.0, 0.0
     else:
         p = float(max(stats.t.sf((mean + margin) / error, freedom), stats.t.cdf((mean - margin) / error, freedom)))
         needed = stats.t.ppf(1 - alpha, freedom)
@@ -85,3 +83,13 @@ def compare_pairs(before: Sequence[float], now: Sequence[float], *, margin: floa
         margin=margin,
         alpha=alpha,
     )
+
+
+def check_levels(margin: float, alpha: float) -> None:
+    """Refuse a margin or a level that no test can have.
+
+    Raises:
+        ConfigError: names them.
+    """
+    if not margin > 0 or not 0 < alpha < 0.5:
+        raise ConfigError(f"margin {margin}, alpha {alpha}", hint="a margin above 0, an alpha between 0 and 0.5")

@@ -5,23 +5,23 @@ an equivalence test on their final metric (equivalence.py), within a margin that
 """
 
 import json
+import math
 import shutil
+import subprocess
 from collections import defaultdict
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from labtrain.compare import differences, first_difference, open_run
-from labtrain.equivalence import Equivalence, compare_pairs
-from labtrain.errors import ConfigError
+from labtrain.equivalence import Equivalence, check_levels, compare_pairs
+from labtrain.errors import ConfigError, LabtrainError
 from labtrain.receipt import Receipt
 from labtrain.replay import Replay, code_of, home_of
+from labtrain.retrace import Say
 from labtrain.run import shown, what_counts
-from labtrain.verification import results_differently
-
-Say = Callable[[str], None]
+from labtrain.verification import results_differently, soft_results
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,6 +34,17 @@ class Trained:
     @property
     def seed(self) -> int:
         return int(self.receipt["config"]["seed"])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Options:
+    """What the person asks of the gate; `judge_upgrade` has the words."""
+
+    seeds: int
+    metric: str | None
+    margin: float | None
+    alpha: float
+    old_python: Path | None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,11 +72,11 @@ class Outcome:
         return not self.why or (self.test is not None and self.test.equivalent)
 
     def values(self) -> list[tuple[int, float, float]]:
-        """Return (seed, before, now) of the metric."""
+        """Return (seed, before, now) of the metric, of each pair that has ended."""
         if self.metric is None:
             return []
         return [(one.seed, value_of(one, self.metric), value_of(other, self.metric))
-                for one, other in zip(self.before, self.now, strict=True)]  # fmt: skip
+                for one, other in zip(self.before, self.now, strict=False)]  # fmt: skip
 
 
 def judge_upgrade(
@@ -101,17 +112,30 @@ def judge_upgrade(
         if receipt["status"] != "complete":
             raise ConfigError(f"{shown(run_dir)} is {receipt['status']}, a complete run is wanted", hint="finish it")
         rest = {key: value for key, value in what_counts(receipt["config"]).items() if key != "seed"}
-        groups[json.dumps([rest, receipt["code"]["sources"]], sort_keys=True)].append(
-            Trained(run_dir=run_dir, receipt=receipt)
-        )
+        group = groups[json.dumps([rest, receipt["code"]["sources"]], sort_keys=True)]
+        run = Trained(run_dir=run_dir, receipt=receipt)
+        for other in group:
+            if other.seed == run.seed:
+                raise ConfigError(
+                    f"{shown(other.run_dir)} and {shown(run_dir)} are one run: the same configuration, code and seed",
+                    hint="name one of them",
+                )
+        group.append(run)
+    options = Options(seeds=seeds, metric=metric, margin=margin, alpha=alpha,
+                      old_python=old_python.absolute() if old_python else None)  # fmt: skip
     for group in groups.values():
-        _refuse(group, seeds=seeds, metric=metric, margin=margin, old_python=old_python)
+        _refuse(group, options)
     outcomes = []
     for number, group in enumerate(groups.values()):
         place = scratch / str(number)
         place.mkdir(parents=True)
-        outcomes.append(_judge(group, place, seeds, metric, margin, alpha, old_python, say))
+        outcomes.append(_judge(group, place, options, say))
     return outcomes
+
+
+def _metric_of(group: list[Trained], options: Options) -> str | None:
+    """Return the metric that is compared: the one that was named, or the first baseline's monitored one."""
+    return options.metric or group[0].receipt["config"]["checkpoint"]["monitor"]
 
 
 def value_of(run: Trained, metric: str) -> float:
@@ -128,46 +152,63 @@ def value_of(run: Trained, metric: str) -> float:
     return float(metrics[metric])
 
 
-def _refuse(
-    group: list[Trained], *, seeds: int, metric: str | None, margin: float | None, old_python: Path | None
-) -> None:
-    first = group[0]
-    named = metric or first.receipt["config"]["checkpoint"]["monitor"]
-    if not seeds:
+def _refuse(group: list[Trained], options: Options) -> None:
+    """Refuse what could not be judged, before anything is trained."""
+    first, metric = group[0], _metric_of(group, options)
+    if metric is not None and (options.metric or options.seeds):
+        for run in group:
+            if not math.isfinite(value_of(run, metric)):
+                raise ConfigError(f"{shown(run.run_dir)}: {metric} is not finite", hint="another baseline")
+    if not options.seeds:
         return
-    if named is None:
+    if metric is None:
         names = ", ".join(sorted(first.receipt["results"]["metrics"]))
         raise ConfigError(f"which metric is compared? {shown(first.run_dir)} has {names}", hint="--metric NAME")
-    for run in group:
-        value_of(run, named)
-    if margin is None:
-        raise ConfigError(f"how large a difference of {named} does not matter?", hint="--margin 0.005, say")
-    have = len({run.seed for run in group})
-    if have < seeds and old_python is None:
+    if options.margin is None:
+        raise ConfigError(f"how large a difference of {metric} does not matter?", hint="--margin 0.005, say")
+    check_levels(options.margin, options.alpha)
+    if options.old_python is None and len(group) < options.seeds:
         raise ConfigError(
-            f"{seeds} seeds are wanted on both sides, {have} recorded: {shown(first.run_dir)} and its like",
+            f"{options.seeds} seeds are wanted on both sides, {len(group)} recorded:"
+            f" {shown(first.run_dir)} and its like",
             hint="record more before the upgrade, python train.py -m seed=1,2,3, and name them all;"
             " or --old-python OLD_ENVIRONMENT/bin/python",
         )
+    if options.old_python is not None:
+        there, recorded = distributions_of(options.old_python), first.receipt["environment"]["distributions"]
+        if other := sorted(name for name in {*there, *recorded} if there.get(name) != recorded.get(name)):
+            raise ConfigError(
+                f"{options.old_python} is not the environment of {shown(first.run_dir)}: {', '.join(other[:8])}",
+                hint="the environment that recorded the baselines is wanted",
+            )
 
 
-def _judge(
-    group: list[Trained],
-    place: Path,
-    seeds: int,
-    metric: str | None,
-    margin: float | None,
-    alpha: float,
-    old_python: Path | None,
-    say: Say,
-) -> Outcome:
-    first = group[0]
+def distributions_of(python: Path) -> dict[str, str]:
+    """Return the version of each distribution of another environment.
+
+    Raises:
+        ConfigError: it is no Python, or has no labtrain.
+    """
+    code = "import json; from labtrain.provenance import distributions; print(json.dumps(distributions()))"
+    try:
+        done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        words = getattr(error, "stderr", "") or str(error)
+        raise ConfigError(f"{python}: {words.strip().splitlines()[-1]}", hint="OLD_ENVIRONMENT/bin/python") from error
+    return dict(json.loads(done.stdout))
+
+
+def _judge(group: list[Trained], place: Path, options: Options, say: Say) -> Outcome:
+    first, metric = group[0], _metric_of(group, options)
     home = home_of(first.run_dir, first.receipt)
     root, whence = code_of(first.receipt, first.run_dir, home, place)
     say(f"baseline     {first.receipt['config']['experiment']}, {len(group)} recorded; code {whence}")
+    outcome = Outcome(experiment=str(first.receipt["config"]["experiment"]), before=group, now=[], why="",
+                      metric=metric, test=None)  # fmt: skip
 
     def trained(like: Trained, seed: int, name: str, python: Path | None = None) -> Trained:
-        replay = Replay(like.receipt, root, home=home, scratch=place / name, changes={"seed": seed}, python=python)
+        replay = Replay(like.receipt, root, home=home, scratch=place / name, changes={"seed": seed}, python=python,
+                        every_n_steps=like.receipt["config"]["trail"]["every_n_steps"])  # fmt: skip
         with closing(replay.lines()) as lines:
             for _ in lines:
                 pass
@@ -175,32 +216,44 @@ def _judge(
         assert receipt is not None
         return Trained(run_dir=replay.run_dir, receipt=receipt)
 
-    now, why = [], ""
+    def today(like: Trained, seed: int) -> str:
+        """Train in today's environment; return what is wrong with it, empty where nothing is."""
+        try:
+            run = trained(like, seed, f"seed-{seed}")
+        except LabtrainError as error:
+            return f"seed {seed} cannot be trained in today's environment: {error.args[0]}"
+        outcome.now.append(run)
+        value = run.receipt["results"]["metrics"].get(metric) if metric else 0.0
+        return "" if value is not None and math.isfinite(value) else f"seed {seed}: {metric} is {value} today"
+
+    why = ""
     for run in group:
-        now.append(trained(run, run.seed, f"seed-{run.seed}"))
-        wrong = results_differently(run.receipt, now[-1].receipt, trails=True)
-        say(f"seed {run.seed:<7} {'other bits' if wrong else 'the same bits'}")
-        if wrong and not why:
-            parted = first_difference(run.run_dir, now[-1].run_dir)
-            causes = [each.key for each in differences(run.receipt, now[-1].receipt) if each.matters]
-            why = (
-                f"{parted or ', '.join(wrong)}; not as recorded: {', '.join(causes) or 'nothing that a receipt holds'}"
-            )
-    outcome = Outcome(experiment=str(first.receipt["config"]["experiment"]), before=group, now=now, why=why,
-                      metric=metric or first.receipt["config"]["checkpoint"]["monitor"], test=None)  # fmt: skip
-    if not why or not seeds:
+        if broken := today(run, run.seed):
+            return replace(outcome, why=broken)
+        now = outcome.now[-1]
+        parted = first_difference(run.run_dir, now.run_dir)
+        wrong = results_differently(run.receipt, now.receipt, sha=False).keys() - soft_results(run.receipt)
+        say(f"seed {run.seed:<7} {'other bits' if parted or wrong else 'the same bits'}")
+        if (parted or wrong) and not why:
+            causes = [each.key for each in differences(run.receipt, now.receipt) if each.matters]
+            why = f"{parted or ', '.join(sorted(wrong))}"
+            why += f"; not as recorded: {', '.join(causes) or 'nothing that a receipt holds'}"
+    outcome = replace(outcome, why=why)
+    if not why or not options.seeds:
         return outcome
     before, taken = list(group), {run.seed for run in group}
-    free = (seed for seed in range(first.seed, first.seed + len(group) + seeds) if seed not in taken)
-    while len(before) < seeds:
+    free = (seed for seed in range(first.seed, first.seed + len(group) + options.seeds) if seed not in taken)
+    while len(before) < options.seeds:
         seed = next(free)
-        before.append(trained(first, seed, f"seed-{seed}-before", old_python))
-        now.append(trained(first, seed, f"seed-{seed}"))
+        before.append(trained(first, seed, f"seed-{seed}-before", options.old_python))
+        if broken := today(first, seed):
+            return replace(outcome, why=f"{broken}; {why}", before=before)
         say(f"seed {seed:<7} trained on both sides")
-    outcome = replace(outcome, before=before, now=now)
+    outcome = replace(outcome, before=before)
     pairs = outcome.values()
-    assert margin is not None
-    test = compare_pairs([one for _, one, _ in pairs], [other for *_, other in pairs], margin=margin, alpha=alpha)
+    assert options.margin is not None
+    test = compare_pairs([one for _, one, _ in pairs], [other for *_, other in pairs],
+                         margin=options.margin, alpha=options.alpha)  # fmt: skip
     return replace(outcome, test=test)
 
 
@@ -218,6 +271,8 @@ def words_of(outcome: Outcome) -> str:
     if test.equivalent:
         return f"yes: other bits, statistically the same: {said}; {outcome.why}"
     more = "" if test.power >= 0.8 else "; too few runs or too large a spread to show it: more seeds"
+    if test.low == test.high:
+        more = "; each pair differs by the same: no spread to judge by, a finer metric or more seeds"
     return f"no: not shown to be the same: {said}{more}; {outcome.why}"
 
 
@@ -236,14 +291,14 @@ def summary_of(outcome: Outcome) -> dict[str, Any]:
 
 
 def keep_runs(outcomes: list[Outcome], folder: Path) -> None:
-    """Move today's runs below a folder, the next baselines: EXPERIMENT/RUN.
+    """Move today's runs below a folder, the next baselines: EXPERIMENT-RUN.
 
     Raises:
         ConfigError: one is there already.
     """
     for outcome in outcomes:
         for run in outcome.now:
-            target = folder / outcome.experiment / run.run_dir.name
+            target = folder / f"{outcome.experiment}-{run.run_dir.name}"
             if target.exists():
                 raise ConfigError(f"{shown(target)} is there already", hint="--keep another")
             target.parent.mkdir(parents=True, exist_ok=True)

@@ -7,14 +7,18 @@ from pathlib import Path
 
 import yaml
 
+from labtrain.catalog import checkpoint_place
 from labtrain.compare import Difference, differences, overrides
 from labtrain.digests import digest_folder
 from labtrain.doctor.environment import files_state
 from labtrain.errors import DamagedError
 from labtrain.provenance import code_state, environment_state, machine
 from labtrain.receipt import Receipt, without_secrets
+from labtrain.remote import is_local
 from labtrain.run import Job, code_digest, lock_digest, shown, what_counts
 from labtrain.store import Store
+
+COMPOSE_TIMEOUT_S = 120
 
 
 def state_differences(receipt: Receipt, root: Path) -> list[Difference]:
@@ -42,30 +46,32 @@ def composed_differently(receipt: Receipt, root: Path) -> list[Difference]:
     command = receipt["command"]
     if not command or {"-m", "--multirun"} & set(command):
         return []
-    done = subprocess.run(
-        [sys.executable, str(root / Path(command[0]).name), *command[1:], "--cfg", "job", "--resolve"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=root,
-        timeout=120,
-    )
-    if done.returncode:
-        words = " ".join(done.stderr.split())
-        return [Difference(key="config", a="composes", b=f"does not: {words[:200]}", matters=False)]
+    typed = [sys.executable, str(root / Path(command[0]).name), *command[1:], "--cfg", "job", "--resolve"]
+    try:
+        done = subprocess.run(typed, capture_output=True, text=True, check=False, cwd=root, timeout=COMPOSE_TIMEOUT_S)
+        said = "" if done.returncode == 0 else " ".join(done.stderr.split()) or "nothing said"
+    except subprocess.TimeoutExpired:
+        said = f"no end in {COMPOSE_TIMEOUT_S} seconds"
+    if said:
+        return [Difference(key="config", a="composes", b=f"does not: {said[:200]}", matters=False)]
     now = without_secrets(yaml.safe_load(done.stdout))
     changed = overrides(what_counts(receipt["config"]), what_counts(now))
     return [Difference(key="config", a="this", b=" ".join(changed), matters=False)] if changed else []
 
 
-def check_checkpoints(run_dir: Path, receipt: Receipt) -> int:
-    """Hold the checkpoints that lie in the run's folder against their manifests and the receipt; return how many.
+def check_checkpoints(run_dir: Path, receipt: Receipt) -> str:
+    """Hold the checkpoints that lie on this machine against their manifests and the receipt, and say what was seen.
 
     Raises:
         DamagedError: names the first that is not what they say.
     """
+    place = checkpoint_place(run_dir, receipt["config"]["checkpoint"]["url"])
+    if receipt["status"] == "running":
+        return "not looked at: they come and go while it is trained"
+    if not is_local(place):
+        return f"not looked at: {place} (labtrain store check reads them)"
     said = {Path(entry["path"]).name: entry["weights_digest"] for entry in receipt["checkpoints"]}
-    store = Store(run_dir / "checkpoints")
+    store = Store(place)
     there = store.checkpoints()
     for each in there:
         folder, manifest = store.fetch(each, each.folder)
@@ -76,7 +82,7 @@ def check_checkpoints(run_dir: Path, receipt: Receipt) -> int:
                 f" the receipt {str(wanted)[:12]}",
                 hint="take it from where it was written",
             )
-    return len(there)
+    return f"{len(there)} here, each as its manifest and the receipt say" if there else "none here"
 
 
 def told_differences(receipt: Receipt, now: Receipt) -> Iterator[Difference]:

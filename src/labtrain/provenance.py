@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -14,6 +15,7 @@ from typing import Any
 
 from labtrain.run import Job, route, source_digests, sources
 
+PATCH = "code.patch"  # of a run's folder
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile")
 
 
@@ -63,7 +65,8 @@ def uncommitted_change(root: str, untracked: list[str]) -> str | None:
     ignore is not taken: credentials lie there. None where git fails.
     """
     diff = ("-c", "core.quotepath=off", "diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv",
-            "--src-prefix=a/", "--dst-prefix=b/", "HEAD", "--", ".")  # fmt: skip
+            "--no-relative", "-U3", "--submodule=short", "--src-prefix=a/", "--dst-prefix=b/",
+            "HEAD", "--", ".")  # fmt: skip
     if not untracked:
         return _git(root, *diff)
     objects = git(root, "rev-parse", "--path-format=absolute", "--git-path", "objects").strip()
@@ -73,7 +76,10 @@ def uncommitted_change(root: str, untracked: list[str]) -> str | None:
             "GIT_OBJECT_DIRECTORY": scratch,
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": objects,
         }
-        if _git(root, "read-tree", "HEAD", **own) is None or _git(root, "add", "--", *untracked, **own) is None:
+        index = Path(git(root, "rev-parse", "--path-format=absolute", "--git-path", "index").strip())
+        if index.exists():  # with what is staged: a new file is known to git by it alone
+            shutil.copyfile(index, own["GIT_INDEX_FILE"])
+        if _git(root, "add", "--", *untracked, **own) is None:
             return None
         return _git(root, *diff, **own)
 

@@ -21,7 +21,7 @@ from labtrain.doctor.environment import files_state
 from labtrain.errors import LabtrainError
 from labtrain.fingerprints import fingerprint
 from labtrain.loader import DataLoader, loaders_of
-from labtrain.provenance import code_state, environment_state, machine, timestamp
+from labtrain.provenance import PATCH, code_state, environment_state, machine, timestamp
 from labtrain.run import Job, shards_in_use, shown
 from labtrain.store import file_sha256
 from labtrain.trail import TRAIL, read_trail
@@ -129,8 +129,9 @@ class Recorder(pl.Callback):
         if before is not None:
             self._note_changes(before, segment)
         receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        (self.run_dir / PATCH).unlink(missing_ok=True)  # of an earlier start
         if code["patch"]:
-            receipt.write_atomically(self.run_dir / "code.patch", code["patch"])
+            receipt.write_atomically(self.run_dir / PATCH, code["patch"])
             if len(code["patch"]) > LONGEST_PATCH:
                 code["patch"] = None
         receipt.write(self.run_dir, self.receipt)

@@ -17,13 +17,12 @@ from typing import Any
 from labtrain import receipt as receipts
 from labtrain.compose import process_of
 from labtrain.errors import EXIT_STOPPED, ConfigError, LabtrainError
-from labtrain.provenance import git
+from labtrain.provenance import PATCH, git
 from labtrain.receipt import NOT_RECORDED, Receipt
 from labtrain.run import Config, Job, code_digest, lock_digest, name, shown, source_digests, what_counts
 from labtrain.trail import TRAIL, Line, parse_trail
 
 POLL_S = 0.02
-PATCH = "code.patch"
 
 
 class Replay:
@@ -36,6 +35,7 @@ class Replay:
         scratch: a folder that it makes; its caller removes it.
         changes: keys of the configuration to set, dotted, such as a seed.
         python: the interpreter; None: this one.
+        every_n_steps: how often a line of the trail is written.
 
     Attributes:
         run_dir: of the run that is made.
@@ -51,13 +51,14 @@ class Replay:
         scratch: Path,
         changes: dict[str, Any] | None = None,
         python: Path | None = None,
+        every_n_steps: int = 1,
     ) -> None:
-        self.config = _config_of(receipt, scratch, changes or {})
-        self.recorded, self.root, self.home, self.python = receipt, root, home, python
+        self.config = _config_of(receipt, scratch, changes or {}, every_n_steps)
+        self.recorded, self.root, self.home, self.python = receipt, root, home.resolve(), python
         self.code_digest, self.lock_digest = code_digest(root), lock_digest(root)
         self.run_id = name(self.config, code=self.code_digest, lock=self.lock_digest)
         self.run_dir = scratch / "runs" / str(self.config["experiment"]) / self.run_id
-        self.log = scratch / "log.txt"
+        self.scratch, self.log = scratch, scratch / "log.txt"
         scratch.mkdir()
         self.code: int | None = None
 
@@ -88,6 +89,9 @@ class Replay:
         command, environment = process_of(job)
         if self.python is not None:
             command[0] = str(self.python)
+        environment["TMPDIR"] = str(self.scratch)  # torch leaves files when it is killed
+        if path := environment.get("PYTHONPATH"):
+            environment["PYTHONPATH"] = os.pathsep.join(map(self._here, path.split(os.pathsep)))
         trail = self.run_dir / TRAIL
         at = trail.stat().st_size if trail.exists() else 0
         with self.log.open("a") as log:
@@ -110,11 +114,18 @@ class Replay:
         finally:
             child.kill()  # and with it the ranks that it started
             child.wait()
+        if self.code == EXIT_STOPPED and not stop_at:
+            raise LabtrainError("the run, trained again, was stopped by a signal", hint="start it again")
         if self.code not in (0, EXIT_STOPPED):
             raise LabtrainError(
                 f"the run, trained again, ended with exit code {self.code}:\n{self.said()}",
                 hint="labtrain doctor; the code and data of the receipt are needed",
             )
+
+    def _here(self, entry: str) -> str:
+        """Return where an entry of PYTHONPATH lies, that of the experiment in the code that runs."""
+        path = (self.home / entry).resolve()
+        return str(self.root / path.relative_to(self.home)) if entry and path.is_relative_to(self.home) else entry
 
     def said(self) -> str:
         """Return the end of what it printed."""
@@ -129,11 +140,15 @@ class Replay:
         shutil.copytree(checkpoint, self.run_dir / "checkpoints" / checkpoint.name)
 
 
-def _config_of(receipt: Receipt, scratch: Path, changes: dict[str, Any]) -> Config:
-    """Return a receipt's configuration with its output in `scratch`, no loggers, and one checkpoint that is kept."""
+def _config_of(receipt: Receipt, scratch: Path, changes: dict[str, Any], every_n_steps: int) -> Config:
+    """Return a receipt's configuration with its output in `scratch`, and one checkpoint that is kept."""
     config: Config = copy.deepcopy(receipt["config"])
     config["paths"]["runs"] = str(scratch / "runs")
-    config["logger"], config["resume"] = {}, "auto"
+    config["resume"] = "auto"
+    if "wandb" in config["logger"]:
+        config["logger"]["wandb"]["mode"] = "offline"
+    # Each step, so that a trail of any interval is compared; without one, as it was written, for its sha256.
+    config["trail"]["every_n_steps"] = every_n_steps or 1
     config["checkpoint"] |= {
         "url": None,
         "every_n_steps": None,
@@ -149,7 +164,9 @@ def _config_of(receipt: Receipt, scratch: Path, changes: dict[str, Any]) -> Conf
         *parents, last = key.split(".")
         node = config
         for parent in parents:
-            node = node[parent]
+            node = node.get(parent) or {}
+        if last not in node:
+            raise ConfigError(f"{key}: the receipt's configuration has no such key", hint="labtrain report shows it")
         node[last] = value
     if lost := list(_not_recorded(what_counts(config), "")):
         raise ConfigError(

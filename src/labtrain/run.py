@@ -74,7 +74,10 @@ class Job:
     stop_at: int = 0
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        """Return it as text, without what is as by default: an older labtrain may not know of it."""
+        by_default = {part.name: part.default for part in dataclasses.fields(self)}
+        given = {key: value for key, value in dataclasses.asdict(self).items() if value != by_default[key]}
+        return json.dumps(given)
 
     @classmethod
     def from_json(cls, text: str) -> "Job":

@@ -1,11 +1,12 @@
 """The trail: a line a step, what it holds, how it is read, and where two of them part. No torch.
 
 A line says step, epoch, loss (exactly), and digests: of the batch's indices, of the gradients before the optimizer's
-step and of the weights after it (checksums.py). Nothing in it depends on when or how a run was trained, so two trails
-of one run have the same bytes.
+step and of the weights after it (checksums.py). Nothing in a line depends on when or how a run was trained, so two
+trails of one run have the same lines, wherever both have one.
 """
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -57,12 +58,15 @@ def cut_trail(path: Path, *, last_step: int) -> None:
     """Keep a trail's lines up to `last_step`; a last line without its end, left by a crash, goes too."""
     if not path.exists():
         return
-    kept = bytearray()
-    for line in path.read_bytes().splitlines(keepends=True):
-        if not line.endswith(b"\n") or json.loads(line)["step"] > last_step:
+    lines = path.read_bytes()
+    end = lines.rfind(b"\n") + 1
+    while end:
+        begin = lines.rfind(b"\n", 0, end - 1) + 1
+        if parse_trail(lines[begin:end], path.parent)[0]["step"] <= last_step:
             break
-        kept += line
-    path.write_bytes(kept)
+        end = begin
+    if end < len(lines):
+        os.truncate(path, end)  # in one step: a crash leaves the one or the other
 
 
 def phase_of(mine: Line, theirs: Line) -> str | None:

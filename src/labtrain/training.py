@@ -36,6 +36,7 @@ from labtrain.resume import make_job
 from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, shards_in_use, shown
 from labtrain.signals import Stopped, Wishes
 from labtrain.store import Manifest
+from labtrain.trail import TRAIL
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -233,7 +234,7 @@ def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> li
     if config["trail"]["every_n_steps"]:
         callbacks.append(
             Trail(
-                Path(job.run_dir) / "trail.jsonl",
+                Path(job.run_dir) / TRAIL,
                 every_n_steps=config["trail"]["every_n_steps"],
                 resumed_step=recorder.resumed_step,
             )

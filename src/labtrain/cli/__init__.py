@@ -5,6 +5,7 @@ Exit codes: 0 yes or same, 1 no or differs, 2 wrong usage or input.
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ class Group(click.Group):
         except LabtrainError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            ctx.exit(128 + signal.SIGINT)  # not 1, which is an answer
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})

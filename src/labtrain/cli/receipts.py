@@ -1,11 +1,15 @@
 """What is asked of receipts: `labtrain diff`, verify, gate, report, sign, crate."""
 
 import json
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
+
+from labtrain.errors import ConfigError
 
 
 @click.command()
@@ -69,6 +73,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 @click.option("--from", "start", type=click.IntRange(min=0), default=0, metavar="STEP", help="From a checkpoint.")
 @click.option("--segments", is_flag=True, help="Stopped and resumed as the run was, on as many devices.")
 @click.option("--devices", type=click.IntRange(min=1), help="On so many.  [default: as the receipt says]")
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="What is other here: data.root=/data, say.")
 @click.option("--signers", type=click.Path(path_type=Path), metavar="FILE", help="One of these must have signed it.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
 def verify(
@@ -77,6 +82,7 @@ def verify(
     start: int,
     segments: bool,
     devices: int | None,
+    changes: tuple[str, ...],
     signers: Path | None,
     as_json: bool,
 ) -> None:
@@ -89,6 +95,7 @@ def verify(
 
     from labtrain.verification import verify_run
 
+    end_in_order()
     verdict = verify_run(
         run,
         steps=steps,
@@ -96,14 +103,37 @@ def verify(
         segments=segments,
         devices=devices,
         signers=signers,
+        changes=parsed(changes),
         say=lambda line: click.echo(line, err=as_json),
+        tick=progress if sys.stderr.isatty() else lambda step: None,
     )
     if as_json:
         click.echo(json.dumps(asdict(verdict), indent=1))
     else:
-        click.echo(f"{'no' if verdict.same is False else 'yes':<11}  {verdict.found}")
-    causes = any(each.matters for each in verdict.differences)
-    sys.exit(causes if verdict.same is None else not verdict.same)
+        click.echo(f"{'yes' if verdict.yes else 'no':<11}  {verdict.found}")
+    sys.exit(not verdict.yes)
+
+
+def end_in_order() -> None:
+    """Have SIGTERM and SIGHUP unwind this process, so that its children and scratch folders are gone with it."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda signum, _: sys.exit(128 + signum))
+
+
+def progress(step: int) -> None:
+    """Show the last step that was the same, in a line that the next one replaces."""
+    sys.stderr.write(f"\r\x1b[2Kstep {step}: the same so far\r")
+    sys.stderr.flush()
+
+
+def parsed(changes: tuple[str, ...]) -> dict[str, Any]:
+    """Return KEY=VALUE words as a dict; a value is read as YAML."""
+    import yaml
+
+    for change in changes:
+        if not change.partition("=")[1]:
+            raise ConfigError(f"--set {change}: no KEY=VALUE", hint="--set data.root=/data")
+    return {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in changes)}
 
 
 @click.command()
@@ -136,6 +166,7 @@ def gate(
     """
     from labtrain.gate import judge_upgrade, keep_runs, summary_of, words_of
 
+    end_in_order()
     with tempfile.TemporaryDirectory(prefix="labtrain-gate-") as scratch:
         outcomes = judge_upgrade(
             list(baselines),
@@ -152,12 +183,12 @@ def gate(
 
             runs = [run.run_dir for outcome in outcomes for run in (*outcome.before, *outcome.now)]
             write_report(runs, page, said=[f"Gate, {each.experiment}: {words_of(each)}." for each in outcomes])
+        if as_json:
+            click.echo(json.dumps([summary_of(outcome) for outcome in outcomes], indent=1))
+        for outcome in () if as_json else outcomes:
+            click.echo(f"{outcome.experiment:<11}  {words_of(outcome)}")
         if keep is not None:
             keep_runs(outcomes, keep)
-    if as_json:
-        click.echo(json.dumps([summary_of(outcome) for outcome in outcomes], indent=1))
-    for outcome in () if as_json else outcomes:
-        click.echo(f"{outcome.experiment:<11}  {words_of(outcome)}")
     sys.exit(not all(outcome.passed for outcome in outcomes))
 
 

@@ -16,8 +16,7 @@ from labtrain.compare import Comparison, compare, open_run
 from labtrain.errors import ConfigError, DamagedError
 from labtrain.run import shown
 from labtrain.trail import HISTORY, TRAIL, read_trail
-
-VERIFIED = "verified.jsonl"  # a line a verification (verification.py, a floor above)
+from labtrain.verdicts import Verification, read_verifications
 
 Numbers = npt.NDArray[np.float64]
 
@@ -58,24 +57,6 @@ class History:
     memory: Series
     gpu_memory: Series
     last_time: float | None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Verification:
-    """A line of verified.jsonl: somebody has run a receipt again; `same` is None where nothing was trained."""
-
-    when: datetime
-    by: str
-    host: str
-    cpu: str
-    gpus: list[str]
-    labtrain: str
-    receipt: str
-    from_step: int
-    to_step: int
-    whole: bool
-    same: bool | None
-    found: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,26 +167,6 @@ def read_history(folder: Path, starts: Iterable[float] = ()) -> History:
         gpu_memory=by_time["gpu_memory_bytes"],
         last_time=last_time,
     )
-
-
-def read_verifications(folder: Path) -> list[Verification]:
-    """Read who has run this again, newest first; none without the file.
-
-    Raises:
-        DamagedError: the file is broken.
-    """
-    path = folder / VERIFIED
-    if not path.exists():
-        return []
-    text = path.read_text(errors="replace")
-    try:
-        found = [
-            Verification(**{**{key: entry[key] for key in Verification.__slots__}, "when": _time(entry["when"])})
-            for entry in map(json.loads, text[: text.rfind("\n") + 1].splitlines())
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"{shown(path)} is broken: {error!r}", hint=f"mv {path} {path}.broken") from error
-    return sorted(found, key=lambda each: each.when, reverse=True)
 
 
 def seconds_of(text: str | None) -> float | None:

@@ -19,8 +19,9 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
 from labtrain import __version__
 from labtrain.report.charts import DIGITS, curves_of, machine_of, timeline_of
-from labtrain.report.data import Run, Verification, seconds_of
+from labtrain.report.data import Run, seconds_of
 from labtrain.run import get, shown
+from labtrain.verdicts import VERIFIED, Verification
 
 HERE = Path(__file__).parent
 SHORT = 12  # characters of a digest that is shown whole when it is opened
@@ -157,11 +158,14 @@ def verdict_of(run: Run) -> Verdict:
     if others := sum(each.same != newest.same for each in of_this[1:]):
         said = "differed" if newest.same else "gave the same bits"
         more.append(f"Of {len(of_this)} verifications of this receipt, {others} {said}.")
-    by = f"By {newest.by} on {_machine(newest)}, {when(newest.when.isoformat())}, labtrain {newest.labtrain}."
+    by = (
+        f"By {newest.by} on {_machine(newest)}, {when(newest.when.isoformat())}, labtrain {newest.labtrain},"
+        f" as {VERIFIED} says."
+    )
     if not newest.same:
         text = " ".join([f"Run again, it was not the same: {newest.found.rstrip('.')}.", by, *more])
         return Verdict(mark="differs", word="Differs", text=text, command="")
-    steps = f"steps {newest.from_step} to {newest.to_step}"
+    steps = f"steps {newest.from_step + 1} to {newest.to_step}"
     if newest.whole:
         text = " ".join([f"Run again to its end, {steps}: the same bits.", by, *more])
         return Verdict(mark="same", word="Verified", text=text, command="")

@@ -1,0 +1,150 @@
+"""A recorded run is trained again, step by step beside its trail: up to the first difference, and once more.
+
+No torch.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from labtrain.catalog import checkpoint_place, list_checkpoints, stores_of
+from labtrain.compare import Difference, Divergence, shown_value
+from labtrain.digests import read_weights
+from labtrain.errors import ConfigError
+from labtrain.inspection import told_differences
+from labtrain.provenance import machine
+from labtrain.receipt import Receipt
+from labtrain.remote import is_local
+from labtrain.replay import Replay
+from labtrain.trail import Line, differing_tensor, phase_of
+
+Say = Callable[[str], None]
+
+
+@dataclass(kw_only=True)
+class Case:
+    """What is verified, and what was found of it so far."""
+
+    run_dir: Path
+    receipt: Receipt
+    trail: dict[int, Line]
+    root: Path
+    home: Path
+    scratch: Path
+    devices: int | None
+    changes: dict[str, Any]
+    say: Say
+    tick: Callable[[int], None]
+    told: list[Difference] = field(default_factory=list)
+    hardware: dict[str, Any] = field(default_factory=machine)
+
+    def tell(self, found: list[Difference]) -> None:
+        """Tell what is new of differences."""
+        known = {each.key for each in self.told}
+        new = [each for each in found if each.key not in known]
+        self.told += new
+        for each in new:
+            kind = "differs" if each.matters else "no cause"
+            self.say(f"{kind:<11}  {each.key}  {shown_value(each.a)} -> {shown_value(each.b)}")
+
+    def replay(self, name: str, begin: int) -> Replay:
+        """Return a training that begins at a recorded checkpoint."""
+        made = Replay(
+            self.receipt,
+            self.root,
+            home=self.home,
+            scratch=self.scratch / name,
+            changes=self.changes,
+            every_n_steps=1 if self.trail else self.receipt["config"]["trail"]["every_n_steps"],
+        )
+        if begin:
+            made.begin_at(_checkpoint(self, begin))
+        return made
+
+
+def follow(
+    case: Case, replay: Replay, legs: list[tuple[int | None, int]], *, start: int, last: int
+) -> tuple[int, Line | None]:
+    """Train until a line is not as in the trail; return the last step that was the same, and that line.
+
+    Args:
+        case: whose trail it is; a step that it lacks is not compared.
+        replay: what is trained.
+        legs: (devices, step at which it stops, 0: its end) of each.
+        start: the step that it begins from.
+        last: the step at which it is enough; 0: its end.
+    """
+    same, begun = start, False
+    end = case.receipt["results"].get("steps") or max(case.trail, default=0)
+    for devices, stop_at in legs:
+        with closing(replay.lines(devices=devices, stop_at=stop_at)) as lines:
+            for line in lines:
+                if not begun and (now := replay.receipt()) is not None:
+                    begun = True
+                    case.hardware = now["hardware"]
+                    case.tell(list(told_differences(case.receipt, now)))
+                wanted = case.trail.get(line["step"])
+                if wanted is None and line["step"] > end and not last:
+                    return same, line
+                if wanted is not None:
+                    if phase_of(wanted, line) is not None:
+                        return same, line
+                    same = line["step"]
+                    case.tick(same)
+                if last and line["step"] >= last:
+                    return same, None
+    return same, None
+
+
+def narrow(case: Case, line: Line, *, reached: int, start: int) -> tuple[Divergence, str]:
+    """Say which phase and tensor of a step differ, and whether they do again, from the last common checkpoint on."""
+    step, wanted = line["step"], case.trail.get(line["step"])
+    if wanted is None:
+        return Divergence(step=step, phase="length", tensor=None), ""
+    phase, tensor = phase_of(wanted, line), differing_tensor(wanted, line, case.receipt["trail"]["tensors"])
+    place = checkpoint_place(case.run_dir, case.receipt["config"]["checkpoint"]["url"])
+    here = {manifest["step"]: folder for folder, manifest in list_checkpoints(Path(place))
+            if not manifest.get("finished")} if is_local(place) else {}  # fmt: skip
+    begin = max((each for each in here if start <= each <= reached), default=start)
+    after = min((each for each in here if each >= step), default=0) if tensor is None else 0
+    again: Line | None = None
+    second = case.replay("second", begin)
+    with closing(second.lines(devices=case.devices, stop_at=after or step)) as lines:
+        for each in lines:
+            if each["step"] == step:
+                again = each
+                if not after:
+                    break
+    if again is not None and phase_of(wanted, again) is None:
+        more = f"not when trained again from step {begin}: this machine does not give the same bits twice"
+    elif again == line:
+        more = f"the same bits again when trained again from step {begin}: this machine agrees with itself"
+    else:
+        more = f"other bits again when trained again from step {begin}: this machine does not agree with itself"
+    if reached + 1 < step:
+        more = f"or since step {reached + 1}, of which the trail has no line; {more}"
+    if after and (names := different_tensors(here[after], second.run_dir)):
+        tensor = names[0]
+        more += f"; {len(names)} tensors differ at step {after}"
+    return Divergence(step=step, phase=phase, tensor=tensor), more
+
+
+def different_tensors(checkpoint: Path, run_dir: Path) -> list[str]:
+    """Return the names of the weights that differ between a checkpoint and the newest one of a run."""
+    (newest, _) = list_checkpoints(run_dir / "checkpoints")[-1]
+    pairs = zip_longest(read_weights(checkpoint), read_weights(newest))
+    return [(mine or theirs or ("",))[0] for mine, theirs in pairs if mine != theirs]
+
+
+def _checkpoint(case: Case, step: int) -> Path:
+    """Return the folder of a recorded checkpoint of a step, fetched where it is elsewhere."""
+    place = checkpoint_place(case.run_dir, case.receipt["config"]["checkpoint"]["url"])
+    there = [each for store in stores_of(case.run_dir, place) for each in store.checkpoints() if not each.finished]
+    for each in there:
+        if each.step == step:
+            return each.store.fetch(each, case.scratch / each.name)[0]
+    steps = ", ".join(str(each.step) for each in there[-10:]) or "none"
+    raise ConfigError(f"no checkpoint of step {step} in {place}: there are {steps}", hint=f"labtrain store ls {place}")

@@ -1,0 +1,116 @@
+"""verified.jsonl, beside a receipt: a line each time that somebody ran it again. Their word, not a proof. No torch."""
+
+import getpass
+import json
+import os
+import sys
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from labtrain import __version__
+from labtrain.errors import DamagedError
+from labtrain.provenance import timestamp
+from labtrain.receipt import Receipt
+from labtrain.run import shown
+
+VERIFIED = "verified.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """A line of it.
+
+    Attributes:
+        when: in UTC.
+        by: a user's name.
+        host: where, with its processor and GPUs.
+        cpu: its processor.
+        gpus: their names.
+        labtrain: the version.
+        receipt: the digest of the receipt that was verified; another's says nothing of this one.
+        from_step: that the training began from.
+        to_step: the last step that was the same.
+        whole: from its beginning to its end.
+        same: whether bits were; None where nothing was trained.
+        found: a sentence.
+    """
+
+    when: datetime
+    by: str
+    host: str
+    cpu: str
+    gpus: list[str]
+    labtrain: str
+    receipt: str
+    from_step: int
+    to_step: int
+    whole: bool
+    same: bool | None
+    found: str
+
+
+class Found(Protocol):
+    """What of a verdict is noted."""
+
+    @property
+    def from_step(self) -> int: ...
+    @property
+    def to_step(self) -> int: ...
+    @property
+    def whole(self) -> bool: ...
+    @property
+    def same(self) -> bool | None: ...
+    @property
+    def found(self) -> str: ...
+
+
+def note(run_dir: Path, receipt: Receipt, verdict: Found, *, hardware: dict[str, Any]) -> None:
+    """Append a verdict; where that cannot be written, say so."""
+    line = {
+        "when": timestamp(),
+        "by": _user(),
+        "host": os.uname().nodename,
+        "cpu": hardware["cpu"],
+        "gpus": [gpu["name"] for gpu in hardware.get("gpus", [])],
+        "labtrain": __version__,
+        "receipt": receipt["digest"],
+        **{key: getattr(verdict, key) for key in ("from_step", "to_step", "whole", "same", "found")},
+    }
+    try:
+        with (run_dir / VERIFIED).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        sys.stderr.write(f"warning: {shown(run_dir / VERIFIED)}: {error.strerror}: the verdict is not kept\n")
+
+
+def read_verifications(run_dir: Path) -> list[Verification]:
+    """Read who has run a receipt again, newest first; none without the file.
+
+    Raises:
+        DamagedError: the file is broken.
+    """
+    path = run_dir / VERIFIED
+    if not path.exists():
+        return []
+    text = path.read_text(errors="replace")
+    try:
+        found = [
+            Verification(**{**{key: entry[key] for key in Verification.__slots__}, "when": _time(entry["when"])})
+            for entry in map(json.loads, text[: text.rfind("\n") + 1].splitlines())
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DamagedError(f"{shown(path)} is broken: {error!r}", hint=f"mv {path} {path}.broken") from error
+    return sorted(found, key=lambda each: each.when, reverse=True)
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container without an entry for this user
+        return str(os.getuid())
