@@ -518,8 +518,8 @@ EARLIER = {"receipt": "0" * 64}
     ("entries", "mark", "words"),
     [
         ([], "none", ["Nobody has run this receipt again"]),
-        ([{}], "same", ["to its end, steps 0 to 15", "By ada on ws2 (A CPU, 2 \u00d7 A GPU), 2027-01-16 10:00:00 UTC"]),
-        ([{"whole": False, "to_step": 7}], "partly", ["steps 0 to 7, not to its end"]),
+        ([{}], "same", ["to its end, steps 1 to 15", "By ada on ws2 (A CPU, 2 \u00d7 A GPU), 2027-01-16 10:00:00 UTC"]),
+        ([{"whole": False, "to_step": 7}], "partly", ["steps 1 to 7, not to its end"]),
         ([{"same": False, "found": "step 3 differs."}], "differs", ["not the same: step 3 differs. By ada"]),
         ([{}, {"same": False, "when": "2027-01-15T12:00:00+02:00"}], "same", ["Of 2 verifications of this receipt, 1 differed."]),
         ([EARLIER], "none", ["A verification is of an earlier state of this receipt"]),
