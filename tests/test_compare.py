@@ -15,6 +15,7 @@ from labtrain.compare import compare, first_difference, overrides
 from labtrain.errors import ConfigError, DamagedError
 from labtrain.trail import TRAIL
 from tests.conftest import LABTRAIN
+from tests.conftest import changed as change
 from tests.exact import Runner, configure
 
 
@@ -29,14 +30,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def changed(run_dir: Path, folder: Path, key: str, value: Any) -> Path:
     """Return a copy of a run whose receipt says something else."""
     shutil.copytree(run_dir, folder / "copy", ignore=shutil.ignore_patterns(".lock"))
-    found = receipt.read(run_dir)
-    assert found is not None
-    node = found
-    *parents, last = key.split("/")
-    for part in parents:
-        node = node[part]
-    node[last] = value
-    receipt.write(folder / "copy", found)
+    change(folder / "copy", key, value)
     return folder / "copy"
 
 

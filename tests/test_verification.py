@@ -9,7 +9,6 @@ import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -18,7 +17,7 @@ from labtrain import receipt as receipts
 from labtrain.demo import OLDER_CPU
 from labtrain.provenance import machine
 from labtrain.trail import read_trail
-from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, Run, need
+from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, Run, changed, need
 
 # A fault of the machine, told by a variable that no receipt knows: one bit of a weight, a gradient or a loss at a step.
 FAULT = """
@@ -74,18 +73,6 @@ def git(folder: Path, *arguments: str) -> None:
     subprocess.run(
         ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True, capture_output=True
     )
-
-
-def changed(run_dir: Path, key: str, value: Any) -> None:
-    """Change a receipt as somebody would who also writes its digest anew."""
-    found = receipts.read(run_dir)
-    assert found is not None
-    *parents, last = key.split("/")
-    node = found
-    for part in parents:
-        node = node[part]
-    node[last] = value
-    receipts.write(run_dir, found)
 
 
 @pytest.fixture(scope="module")
