@@ -162,6 +162,14 @@ def test_what_is_no_number_is_itself(run_dir: Path, tmp_path: Path) -> None:
     assert compare(*runs).same
 
 
+def test_a_receipt_with_a_right_digest_and_a_missing_key_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    lacking = changed(run_dir, tmp_path, "trail", {"file": TRAIL})
+    with pytest.raises(
+        DamagedError, match=r"not what its schema says, at trail: 'every_n_steps' is a required property"
+    ):
+        compare(run_dir, lacking)
+
+
 def test_overrides_turn_one_configuration_into_the_other() -> None:
     """Hydra reads them back as they were meant."""
     values = [
