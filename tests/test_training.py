@@ -79,6 +79,7 @@ def test_the_example_learns(experiment: Experiment) -> None:
         ".lock",
         "checkpoints",
         "config.yaml",
+        "history.jsonl",
         "receipt.json",
         "tensorboard",
         "trail.jsonl",
