@@ -367,7 +367,7 @@ def test_a_run_of_edited_code_names_the_near_one(own_experiment: Experiment) -> 
     assert new.folder.resolve() != near[0]
     on = own_experiment.train(*kept, f"resume={near[0]}")
     assert on.folder.resolve() == near[0]
-    assert "goes on with another code.digest" in on.err
+    assert "goes on with another code.sources.model.py" in on.err
     assert on.digest == new.digest  # a comment changes no bit
 
 
