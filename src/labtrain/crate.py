@@ -71,6 +71,9 @@ def _weights(run_dir: Path, found: receipts.Receipt, scratch: Path) -> Path:
             f"{folder}: weights {manifest.get('weights_digest')}, the receipt says {claimed}",
             hint=f"labtrain digest {shown(run_dir)}",
         )
+    if not (folder / WEIGHTS).exists():
+        hint = f"leave out --weights, and labtrain store export {shown(run_dir)} FILE.ckpt"
+        raise LabtrainError(f"{folder.name}: its weights are in parts, of fsdp", hint=hint)
     return folder / WEIGHTS
 
 

@@ -21,6 +21,7 @@ from labtrain.errors import ConfigError, LabtrainError
 from labtrain.new import make_experiment
 from labtrain.receipt import read
 from labtrain.report import write_report
+from labtrain.report.data import label_of
 from labtrain.run import shown
 from labtrain.trail import read_trail
 from labtrain.verification import verify_run
@@ -87,7 +88,7 @@ def run_demo(folder: Path | None = None) -> bool:
         good = judge(outcomes)
         verdict = verify_run(outcomes[0].run_dir)
         print(f"verified, trained again from its receipt: {verdict.found}")
-        ways = ", ".join(f"{letter} {outcome.way}" for letter, outcome in zip("ABCD", outcomes, strict=True))
+        ways = ", ".join(f"{label_of(place)} {outcome.way}" for place, outcome in enumerate(outcomes))
         said = [f"{len(outcomes)} ways, {'one digest, the golden one' if good else 'and not one digest'}: {ways}."]
         write_report([outcome.run_dir for outcome in outcomes], folder / REPORT, said=said)
         if keep:

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections import defaultdict
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -203,8 +203,8 @@ def _judge(group: list[Trained], place: Path, options: Options, say: Say) -> Out
     home = home_of(first.run_dir, first.receipt)
     root, whence = code_of(first.receipt, first.run_dir, home, place)
     say(f"baseline     {first.receipt['config']['experiment']}, {len(group)} recorded; code {whence}")
-    outcome = Outcome(experiment=str(first.receipt["config"]["experiment"]), before=group, now=[], why="",
-                      metric=metric, test=None)  # fmt: skip
+    now: list[Trained] = []
+    before = list(group)
 
     def trained(like: Trained, seed: int, name: str, python: Path | None = None) -> Trained:
         replay = Replay(like.receipt, root, home=home, scratch=place / name, changes={"seed": seed}, python=python,
@@ -219,42 +219,50 @@ def _judge(group: list[Trained], place: Path, options: Options, say: Say) -> Out
     def today(like: Trained, seed: int) -> str:
         """Train in today's environment; return what is wrong with it, empty where nothing is."""
         try:
-            run = trained(like, seed, f"seed-{seed}")
+            now.append(trained(like, seed, f"seed-{seed}"))
         except LabtrainError as error:
             return f"seed {seed} cannot be trained in today's environment: {error.args[0]}"
-        outcome.now.append(run)
-        value = run.receipt["results"]["metrics"].get(metric) if metric else 0.0
+        value = now[-1].receipt["results"]["metrics"].get(metric) if metric else 0.0
         return "" if value is not None and math.isfinite(value) else f"seed {seed}: {metric} is {value} today"
+
+    def outcome(why: str, test: Equivalence | None = None) -> Outcome:
+        experiment = str(first.receipt["config"]["experiment"])
+        return Outcome(experiment=experiment, before=before, now=now, why=why, metric=metric, test=test)
 
     why = ""
     for run in group:
         if broken := today(run, run.seed):
-            return replace(outcome, why=broken)
-        now = outcome.now[-1]
-        parted = first_difference(run.run_dir, now.run_dir)
-        wrong = results_differently(run.receipt, now.receipt, sha=False).keys() - soft_results(run.receipt)
-        say(f"seed {run.seed:<7} {'other bits' if parted or wrong else 'the same bits'}")
-        if (parted or wrong) and not why:
-            causes = [each.key for each in differences(run.receipt, now.receipt) if each.matters]
-            why = f"{parted or ', '.join(sorted(wrong))}"
-            why += f"; not as recorded: {', '.join(causes) or 'nothing that a receipt holds'}"
-    outcome = replace(outcome, why=why)
-    if not why or not options.seeds:
-        return outcome
-    before, taken = list(group), {run.seed for run in group}
+            return outcome(broken)
+        other = other_bits(run, now[-1])
+        say(f"seed {run.seed:<7} {'other bits' if other else 'the same bits'}")
+        why = why or other
+    if not why:
+        return outcome("")
+    if options.margin is None or not options.seeds:
+        return outcome(f"{why} (--seeds 5 --margin M tells whether they are as good)")
+    taken = {run.seed for run in group}
     free = (seed for seed in range(first.seed, first.seed + len(group) + options.seeds) if seed not in taken)
     while len(before) < options.seeds:
         seed = next(free)
         before.append(trained(first, seed, f"seed-{seed}-before", options.old_python))
         if broken := today(first, seed):
-            return replace(outcome, why=f"{broken}; {why}", before=before)
+            return outcome(f"{broken}; {why}")
         say(f"seed {seed:<7} trained on both sides")
-    outcome = replace(outcome, before=before)
-    pairs = outcome.values()
-    assert options.margin is not None
+    pairs = outcome(why).values()
     test = compare_pairs([one for _, one, _ in pairs], [other for *_, other in pairs],
                          margin=options.margin, alpha=options.alpha)  # fmt: skip
-    return replace(outcome, test=test)
+    return outcome(why, test)
+
+
+def other_bits(recorded: Trained, now: Trained) -> str:
+    """Return where two trainings of one run part, and what else is not as recorded; empty where bits are the same."""
+    parted = first_difference(recorded.run_dir, now.run_dir)
+    wrong = results_differently(recorded.receipt, now.receipt, sha=False).keys() - soft_results(recorded.receipt)
+    if not parted and not wrong:
+        return ""
+    causes = [each.key for each in differences(recorded.receipt, now.receipt) if each.matters]
+    where = str(parted) if parted else ", ".join(sorted(wrong))
+    return f"other bits, {where}; not as recorded: {', '.join(causes) or 'nothing that a receipt holds'}"
 
 
 def words_of(outcome: Outcome) -> str:
@@ -262,14 +270,14 @@ def words_of(outcome: Outcome) -> str:
     if not outcome.why:
         return f"yes: {len(outcome.before)} of {len(outcome.before)} give the same bits"
     if outcome.test is None:
-        return f"no: other bits, {outcome.why} (--seeds 5 --margin M tells whether they are as good)"
+        return f"no: {outcome.why}"
     test, level = outcome.test, 1 - 2 * outcome.test.alpha
     said = (
         f"{outcome.metric} changes by {test.mean:+.6g}, {level:.0%} interval {test.low:+.6g} to {test.high:+.6g},"
         f" margin {test.margin:g}: p {test.p:.2g} of {test.pairs} pairs; power {test.power:.2f}"
     )
     if test.equivalent:
-        return f"yes: other bits, statistically the same: {said}; {outcome.why}"
+        return f"yes: statistically the same: {said}; {outcome.why}"
     more = "" if test.power >= 0.8 else "; too few runs or too large a spread to show it: more seeds"
     if test.low == test.high:
         more = "; each pair differs by the same: no spread to judge by, a finer metric or more seeds"

@@ -8,7 +8,6 @@ last checkpoint stays, since that time was spent.
 import json
 import math
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +16,7 @@ import psutil
 import torch
 
 from labtrain.loader import DataLoader
-from labtrain.trail import HISTORY
+from labtrain.trail import HISTORY, read_history_lines
 
 
 class History(pl.Callback):
@@ -92,16 +91,9 @@ class History(pl.Callback):
 
 def best_of(run_dir: Path, *, monitor: str | None, mode: str) -> dict[str, Any] | None:
     """Return the best value that a run's monitored metric had: metric, value, and the first step with it."""
-    path = run_dir / HISTORY
-    if monitor is None or not path.exists():
-        return None
-    found: list[tuple[float, int]] = []
-    for text in path.read_text().splitlines():
-        with suppress(ValueError):  # cut short by a kill
-            line = json.loads(text)
-            if monitor in line["metrics"]:
-                found.append((line["metrics"][monitor], -line["step"]))
+    found = [(line["metrics"][monitor], line["step"]) for line in read_history_lines(run_dir)
+             if monitor in line["metrics"]]  # fmt: skip
     if not found:
         return None
-    value, step = max(found) if mode == "max" else min(found, key=lambda each: (each[0], -each[1]))
-    return {"metric": monitor, "value": value, "step": -step}
+    value = (max if mode == "max" else min)(value for value, _ in found)
+    return {"metric": monitor, "value": value, "step": min(step for other, step in found if other == value)}

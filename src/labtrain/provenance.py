@@ -24,6 +24,11 @@ def timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def time_of(text: str) -> datetime:
+    """Return what `timestamp` wrote, in UTC."""
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
 def code_state(job: Job) -> dict[str, Any]:
     """Return the code's digest, and what git says of it where the experiment is in a repository.
 

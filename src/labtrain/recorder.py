@@ -129,8 +129,9 @@ class Recorder(pl.Callback):
         if before is not None:
             self._note_changes(before, segment)
         receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
-        (self.run_dir / PATCH).unlink(missing_ok=True)  # of an earlier start
-        if code["patch"]:
+        if not code["patch"]:
+            (self.run_dir / PATCH).unlink(missing_ok=True)  # of an earlier start
+        else:
             receipt.write_atomically(self.run_dir / PATCH, code["patch"])
             if len(code["patch"]) > LONGEST_PATCH:
                 code["patch"] = None

@@ -17,8 +17,9 @@ from labtrain.errors import ConfigError
 from labtrain.inspection import told_differences
 from labtrain.provenance import machine
 from labtrain.receipt import Receipt
-from labtrain.remote import is_local
 from labtrain.replay import Replay
+from labtrain.run import shown
+from labtrain.store import Checkpoint
 from labtrain.trail import Line, differing_tensor, phase_of
 
 Say = Callable[[str], None]
@@ -61,8 +62,28 @@ class Case:
             every_n_steps=1 if self.trail else self.receipt["config"]["trail"]["every_n_steps"],
         )
         if begin:
-            made.begin_at(_checkpoint(self, begin))
+            made.begin_at(self.fetched(begin))
         return made
+
+    def checkpoints(self) -> dict[int, Checkpoint]:
+        """Return the recorded checkpoints that a training can begin from, by step, wherever they lie."""
+        place = checkpoint_place(self.run_dir, self.receipt["config"]["checkpoint"]["url"])
+        return {each.step: each for store in stores_of(self.run_dir, place) for each in store.checkpoints()
+                if not each.finished}  # fmt: skip
+
+    def fetched(self, step: int) -> Path:
+        """Return the folder of a recorded checkpoint, once it was held against its manifest.
+
+        Raises:
+            ConfigError: there is none of that step.
+        """
+        there = self.checkpoints()
+        if step not in there:
+            steps = ", ".join(map(str, sorted(there)[-10:])) or "none"
+            raise ConfigError(
+                f"no checkpoint of step {step}: there are {steps}", hint=f"labtrain store ls {shown(self.run_dir)}"
+            )
+        return there[step].store.fetch(there[step], self.scratch / there[step].name)[0]
 
 
 def follow(
@@ -105,11 +126,9 @@ def narrow(case: Case, line: Line, *, reached: int, start: int) -> tuple[Diverge
     if wanted is None:
         return Divergence(step=step, phase="length", tensor=None), ""
     phase, tensor = phase_of(wanted, line), differing_tensor(wanted, line, case.receipt["trail"]["tensors"])
-    place = checkpoint_place(case.run_dir, case.receipt["config"]["checkpoint"]["url"])
-    here = {manifest["step"]: folder for folder, manifest in list_checkpoints(Path(place))
-            if not manifest.get("finished")} if is_local(place) else {}  # fmt: skip
-    begin = max((each for each in here if start <= each <= reached), default=start)
-    after = min((each for each in here if each >= step), default=0) if tensor is None else 0
+    there = case.checkpoints()
+    begin = max((each for each in there if start <= each <= reached), default=start)
+    after = min((each for each in there if each >= step), default=0) if tensor is None else 0
     again: Line | None = None
     second = case.replay("second", begin)
     with closing(second.lines(devices=case.devices, stop_at=after or step)) as lines:
@@ -126,7 +145,7 @@ def narrow(case: Case, line: Line, *, reached: int, start: int) -> tuple[Diverge
         more = f"other bits again when trained again from step {begin}: this machine does not agree with itself"
     if reached + 1 < step:
         more = f"or since step {reached + 1}, of which the trail has no line; {more}"
-    if after and (names := different_tensors(here[after], second.run_dir)):
+    if after and (names := different_tensors(case.fetched(after), second.run_dir)):
         tensor = names[0]
         more += f"; {len(names)} tensors differ at step {after}"
     return Divergence(step=step, phase=phase, tensor=tensor), more
@@ -137,14 +156,3 @@ def different_tensors(checkpoint: Path, run_dir: Path) -> list[str]:
     (newest, _) = list_checkpoints(run_dir / "checkpoints")[-1]
     pairs = zip_longest(read_weights(checkpoint), read_weights(newest))
     return [(mine or theirs or ("",))[0] for mine, theirs in pairs if mine != theirs]
-
-
-def _checkpoint(case: Case, step: int) -> Path:
-    """Return the folder of a recorded checkpoint of a step, fetched where it is elsewhere."""
-    place = checkpoint_place(case.run_dir, case.receipt["config"]["checkpoint"]["url"])
-    there = [each for store in stores_of(case.run_dir, place) for each in store.checkpoints() if not each.finished]
-    for each in there:
-        if each.step == step:
-            return each.store.fetch(each, case.scratch / each.name)[0]
-    steps = ", ".join(str(each.step) for each in there[-10:]) or "none"
-    raise ConfigError(f"no checkpoint of step {step} in {place}: there are {steps}", hint=f"labtrain store ls {place}")

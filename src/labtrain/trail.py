@@ -7,6 +7,8 @@ trails of one run have the same lines, wherever both have one.
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,15 @@ def parse_trail(lines: bytes, run_dir: Path) -> list[Line]:
     except ValueError as error:
         path = run_dir / TRAIL
         raise DamagedError(f"{path} is broken: {error}", hint=f"mv {run_dir} {run_dir}.broken") from error
+
+
+def read_history_lines(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yield the lines of a run's history; one that a kill cut short is no JSON, and is passed over."""
+    path = run_dir / HISTORY
+    if path.exists():
+        for line in path.read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                yield json.loads(line)
 
 
 def cut_trail(path: Path, *, last_step: int) -> None:

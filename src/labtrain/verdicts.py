@@ -5,13 +5,13 @@ import json
 import os
 import sys
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from labtrain import __version__
 from labtrain.errors import DamagedError
-from labtrain.provenance import timestamp
+from labtrain.provenance import time_of, timestamp
 from labtrain.receipt import Receipt
 from labtrain.run import shown
 
@@ -51,23 +51,18 @@ class Verification:
     found: str
 
 
-class Found(Protocol):
-    """What of a verdict is noted."""
-
-    @property
-    def from_step(self) -> int: ...
-    @property
-    def to_step(self) -> int: ...
-    @property
-    def whole(self) -> bool: ...
-    @property
-    def same(self) -> bool | None: ...
-    @property
-    def found(self) -> str: ...
-
-
-def note(run_dir: Path, receipt: Receipt, verdict: Found, *, hardware: dict[str, Any]) -> None:
-    """Append a verdict; where that cannot be written, say so."""
+def note(
+    run_dir: Path,
+    receipt: Receipt,
+    *,
+    hardware: dict[str, Any],
+    from_step: int,
+    to_step: int,
+    whole: bool,
+    same: bool | None,
+    found: str,
+) -> None:
+    """Append a verification, of this user, machine and time; where that cannot be written, say so."""
     line = {
         "when": timestamp(),
         "by": _user(),
@@ -76,7 +71,11 @@ def note(run_dir: Path, receipt: Receipt, verdict: Found, *, hardware: dict[str,
         "gpus": [gpu["name"] for gpu in hardware.get("gpus", [])],
         "labtrain": __version__,
         "receipt": receipt["digest"],
-        **{key: getattr(verdict, key) for key in ("from_step", "to_step", "whole", "same", "found")},
+        "from_step": from_step,
+        "to_step": to_step,
+        "whole": whole,
+        "same": same,
+        "found": found,
     }
     try:
         with (run_dir / VERIFIED).open("a") as file:
@@ -97,16 +96,12 @@ def read_verifications(run_dir: Path) -> list[Verification]:
     text = path.read_text(errors="replace")
     try:
         found = [
-            Verification(**{**{key: entry[key] for key in Verification.__slots__}, "when": _time(entry["when"])})
+            Verification(**{**{key: entry[key] for key in Verification.__slots__}, "when": time_of(entry["when"])})
             for entry in map(json.loads, text[: text.rfind("\n") + 1].splitlines())
         ]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{shown(path)} is broken: {error!r}", hint=f"mv {path} {path}.broken") from error
     return sorted(found, key=lambda each: each.when, reverse=True)
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text).astimezone(UTC)
 
 
 def _user() -> str:

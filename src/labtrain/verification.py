@@ -111,7 +111,8 @@ def verify_run(
         elif whole:
             now = first.receipt()
             assert now is not None
-            results = results_differently(receipt, now, sha=not trail)
+            was_written = receipt["config"]["trail"]["every_n_steps"] > 0
+            results = results_differently(receipt, now, sha=was_written and not trail)
             reached = max(reached, 0 if trail else now["results"]["steps"])
             if reached < max(trail, default=0):
                 divergence = Divergence(step=reached + 1, phase="length", tensor=None)
@@ -123,7 +124,8 @@ def verify_run(
         same = divergence is None and not results.keys() - soft_results(receipt)
         verdict = _verdict(case, same, start=start, reached=reached, ended=whole, divergence=divergence,
                            results=results, more=more)  # fmt: skip
-        note(run_dir, receipt, verdict, hardware=case.hardware)
+        note(run_dir, receipt, hardware=case.hardware, from_step=verdict.from_step, to_step=verdict.to_step,
+             whole=verdict.whole, same=same, found=verdict.found)  # fmt: skip
         return verdict
 
 
@@ -162,14 +164,11 @@ def results_differently(receipt: Receipt, now: Receipt, *, sha: bool) -> dict[st
         | ({"trail's sha256": each["trail"]["sha256"]} if sha else {})
         for each in (receipt, now)
     )
-    found = {
+    return {
         key: (mine.get(key), theirs.get(key))
         for key in dict.fromkeys([*mine, *theirs])
         if repr(mine.get(key)) != repr(theirs.get(key))  # NaN is itself here
     }
-    if receipt["config"]["trail"]["every_n_steps"] == 0:
-        found.pop("trail's sha256", None)
-    return found
 
 
 def _last_step(receipt: Receipt, trail: dict[int, Line], *, steps: int | None, start: int, segments: bool) -> int:

@@ -1,12 +1,9 @@
 """Reads what a run has left, for the page: each file but the receipt may be missing, and none is believed unread."""
 
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +11,9 @@ import numpy.typing as npt
 from labtrain import receipt as receipts
 from labtrain.compare import Comparison, compare, open_run
 from labtrain.errors import ConfigError, DamagedError
+from labtrain.provenance import time_of
 from labtrain.run import shown
-from labtrain.trail import HISTORY, TRAIL, read_trail
+from labtrain.trail import HISTORY, TRAIL, read_history_lines, read_trail
 from labtrain.verdicts import Verification, read_verifications
 
 Numbers = npt.NDArray[np.float64]
@@ -142,7 +140,7 @@ def read_history(folder: Path, starts: Iterable[float] = ()) -> History:
     rates: list[dict[float, float]] = []
     measured: dict[str, list[tuple[float, float]]] = {"samples_per_s": [], "memory_bytes": [], "gpu_memory_bytes": []}
     last_time = None
-    for line in _lines(folder / HISTORY):
+    for line in read_history_lines(folder):
         try:
             time, step = float(line["time"]), int(line["step"])
             for name, value in line["metrics"].items():
@@ -171,26 +169,11 @@ def read_history(folder: Path, starts: Iterable[float] = ()) -> History:
 
 def seconds_of(text: str | None) -> float | None:
     """Return a receipt's time in seconds since the epoch."""
-    return None if text is None else _time(text).timestamp()
-
-
-def _time(text: str) -> datetime:
-    return datetime.fromisoformat(text).astimezone(UTC)
+    return None if text is None else time_of(text).timestamp()
 
 
 def _starts(receipt: receipts.Receipt) -> list[float]:
-    return [_time(segment["started"]).timestamp() for segment in receipt["segments"]]
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield what can be read of a history: a line that a crash cut short is no JSON, whatever follows it."""
-    if not path.exists():
-        return
-    for line in path.read_text(errors="replace").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            continue
+    return [time_of(segment["started"]).timestamp() for segment in receipt["segments"]]
 
 
 def _with_gaps(points: list[tuple[float, float]], cuts: list[float]) -> Iterator[tuple[float, float]]:
