@@ -337,9 +337,14 @@ def test_who_signed_it_is_said_and_can_be_asked_for(copy: Path, tmp_path: Path) 
 def started(run_dir: Path, *options: str, **env: str) -> tuple[subprocess.Popen[str], psutil.Process]:
     """Start `labtrain verify`, and wait for its training to write its trail."""
     process = subprocess.Popen(
-        [LABTRAIN, "verify", run_dir, *options], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [LABTRAIN, "verify", run_dir, *options],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env=os.environ | env,
-    )  # fmt: skip
+        # Tests that a script runs in the background inherit an ignored SIGINT, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while True:
         assert process.poll() is None
         for child in psutil.Process(process.pid).children():
