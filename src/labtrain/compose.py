@@ -17,8 +17,10 @@ from typing import Any, cast
 from labtrain import config as configuration
 from labtrain import determinism, receipt
 from labtrain.errors import ConfigError, JobFailedError, LabtrainError
+from labtrain.ranks import adopt, find_ranks, in_slurm_step
 from labtrain.resume import make_job, near_run
 from labtrain.run import JOB_VARIABLE, Config, Job, shown
+from labtrain.signals import NUMBERS, block, unblock
 
 # Linux takes one variable of at most 128 KiB (MAX_ARG_STRLEN).
 MAX_JOB_BYTES = 120_000
@@ -33,6 +35,7 @@ def main(config_path: str = "conf", config_name: str = "config") -> None:
 
     Ends the process: 0 trained (or complete already), 2 wrong usage, else the training's own exit code.
     """
+    block()
     root = Path(sys._getframe(1).f_globals["__file__"]).resolve().parent
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself: hydra/_internal/utils.py run_and_report
@@ -49,13 +52,14 @@ def end_if_known(error: Exception, *, wants_trace: bool) -> None:
     """End the process with an error for people, where `error` is one; return where its traceback says more."""
     known = configuration.explain(error)
     if known is not None and not wants_trace:
-        print_error(known)
+        ranks = find_ranks()
+        print_error(known, ranks.rank if ranks else 0)
         sys.exit(known.exit_code)
 
 
-def print_error(error: LabtrainError) -> None:
+def print_error(error: LabtrainError, rank: int = 0) -> None:
     """Print an error and its hint to standard error."""
-    sys.stderr.write(f"error: {error}\n")
+    sys.stderr.write(f"{f'[rank {rank}] ' if rank else ''}error: {error}\n")
 
 
 def refuse_sweep_under_launcher() -> None:
@@ -111,6 +115,7 @@ class Start:
                 f"{missing[0]} has no value", hint=f"python train.py {missing[0]}=VALUE, or set it in conf/config.yaml"
             )
         config = cast(Config, OmegaConf.to_container(cfg, resolve=True))
+        adopt(config, find_ranks())
         configuration.check(config)
         single = HydraConfig.get().mode == RunMode.RUN
         job = make_job(config, root=Path(self.root), command=sys.argv, supervisor=0 if single else os.getpid())
@@ -155,6 +160,8 @@ def finished(job: Job) -> bool:
     found = receipt.read(Path(job.run_dir))
     if found is None or found["status"] != "complete" or job.origin:
         return False
+    if (ranks := find_ranks()) and ranks.rank:
+        return True
     if changed := [segment for segment in found["segments"] if segment.get("changed")]:
         names = ", ".join(change["key"] for segment in changed for change in segment["changed"])
         sys.stderr.write(f"warning: {shown(job.run_dir)} was gone on with after changes: {names}\n")
@@ -181,19 +188,22 @@ def supervise(command: list[str], environment: dict[str, str]) -> None:
     Raises:
         JobFailedError: it ended with another exit code than 0.
     """
+    block()
     child = subprocess.Popen(command, env=environment)
     caught: list[int] = []
 
     def forward(number: int, _frame: object) -> None:
         caught.append(number)
-        if number != signal.SIGINT:  # a terminal sends Ctrl-C to the child as well
+        # A terminal sends Ctrl-C to the child as well, and Slurm whatever it sends.
+        if number != signal.SIGINT and not in_slurm_step():
             child.send_signal(number)
 
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    before = {number: signal.signal(number, forward) for number in signals}
+    before = {number: signal.signal(number, forward) for number in NUMBERS}
     try:
+        unblock()
         code = child.wait()
     finally:
+        block()
         for number, handler in before.items():
             signal.signal(number, handler)
     if caught:

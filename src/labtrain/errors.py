@@ -7,6 +7,7 @@
     ├── DeviceError          devices, precision or memory that this machine does not have
     ├── DamagedError         a receipt, checkpoint or lock that is not what it should be
     ├── StoreError           a place for checkpoints that cannot be reached, is full, or refuses
+    ├── LostError             the other processes of a training are gone
     └── NotThereYetError     part of the design that this version does not have
 
 Each ends a command with exit code 2. Anything else that is raised is a defect, or a person's own exception, and keeps
@@ -44,6 +45,10 @@ class DamagedError(LabtrainError):
 
 class StoreError(LabtrainError):
     """A place for checkpoints that cannot be reached, is full, or refuses."""
+
+
+class LostError(LabtrainError):
+    """The other processes of a training are gone, and this one does not know why."""
 
 
 class NotThereYetError(LabtrainError):

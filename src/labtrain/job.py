@@ -9,16 +9,19 @@ import gc
 import os
 import signal
 import sys
+import time
 from typing import IO, TYPE_CHECKING
 
 from labtrain.compose import print_error
-from labtrain.errors import EXIT_STOPPED, LabtrainError
+from labtrain.errors import EXIT_STOPPED, LabtrainError, LostError
+from labtrain.ranks import find_ranks, requeue
 from labtrain.run import JOB_VARIABLE, Job, shown
 from labtrain.signals import Stopped, end_with_parent
 
 if TYPE_CHECKING:
     from labtrain.training import Result
 
+LOST_SECONDS = 600  # Slurm takes a node for dead after 300 (SlurmdTimeout)
 FIRST_RANK = "LABTRAIN_FIRST_RANK"  # the process that started this one as a rank of its own
 
 
@@ -28,13 +31,16 @@ def main() -> None:
         print_error(LabtrainError("labtrain.job is started by train.py", hint="python train.py"))
         sys.exit(2)
     job = Job.from_json(os.environ[JOB_VARIABLE])
-    rank = int(os.environ.get("LOCAL_RANK", "0"))
+    ranks = find_ranks()
+    rank = ranks.rank if ranks else int(os.environ.get("LOCAL_RANK", "0"))
     is_child = os.environ.get(FIRST_RANK) == str(os.getppid())
     os.environ[FIRST_RANK] = str(os.getpid())
     if is_child:
         end_with_parent(os.getppid(), signal.SIGKILL)  # a rank alone has nothing to save
     elif job.supervisor:
         end_with_parent(job.supervisor, signal.SIGTERM)
+    elif ranks and ranks.launcher == "torchrun":
+        end_with_parent(os.getppid(), signal.SIGTERM)  # its SIGUSR1, say, ends torchrun alone
     out = _take_stdout()
     sys.path[0] = job.root  # as if train.py ran: python -m puts the working directory here
     gc.disable()  # importing torch and Lightning makes no garbage: half a second of looking for it
@@ -45,16 +51,18 @@ def main() -> None:
     try:
         result = train(job)
     except LabtrainError as error:
-        if rank:
-            sys.stderr.write(f"[rank {rank}] ")
-        print_error(error)
+        print_error(error, rank)
+        if ranks and isinstance(error, LostError):
+            time.sleep(LOST_SECONDS)  # the launcher acts first: it knows whether a rank failed, or a node
         sys.exit(error.exit_code)
     except Stopped as error:
-        if not rank:
-            sys.stderr.write(f"\nstopped by {error}, saved: the same command goes on with {shown(job.run_dir)}\n")
-        # Lightning kills rank 0 where a rank that it started ends with another code.
-        sys.exit(0 if is_child else EXIT_STOPPED)
-    if not rank and not int(os.environ.get("NODE_RANK", "0")):
+        if rank:
+            sys.exit(0)  # with another code Lightning, srun and torchrun kill rank 0, which may be delivering yet
+        sys.stderr.write(f"\nstopped by {error}, saved: the same command goes on with {shown(job.run_dir)}\n")
+        if error.signum == signal.SIGUSR1:
+            requeue()
+        sys.exit(EXIT_STOPPED)
+    if not rank:
         print_table(result)
         out.write(f"{shown(result.run_dir)} {result.weights_digest}\n")
         out.flush()

@@ -1,10 +1,12 @@
 """Which run a start trains: the one its configuration, code and lock name, or one that it goes on with. No torch."""
 
+import os
 from pathlib import Path
 
 from labtrain import receipt
 from labtrain.catalog import checkpoint_place, list_checkpoints
 from labtrain.errors import ConfigError, LabtrainError
+from labtrain.ranks import find_ranks, in_slurm_step
 from labtrain.remote import is_local
 from labtrain.run import Config, Job, code_digest, first_free, lock_digest, name, shown, what_counts
 from labtrain.store import Store
@@ -17,7 +19,7 @@ def make_job(config: Config, *, root: Path, command: list[str], supervisor: int 
     run_dir = Path(config["paths"]["runs"]).resolve() / str(config["experiment"]) / run_id
     origin = ""
     if config["resume"] == "never":
-        run_dir = first_free(run_dir)
+        run_dir = fresh(run_dir)
     elif config["resume"] != "auto":
         run_dir, origin = find_origin(str(config["resume"]), run_dir.parent)
         run_id = run_dir.name
@@ -32,6 +34,25 @@ def make_job(config: Config, *, root: Path, command: list[str], supervisor: int 
         supervisor=supervisor,
         origin=origin,
     )
+
+
+def fresh(run_dir: Path) -> Path:
+    """Return the folder of a run that is started anew: RUN, RUN-2, ...; RUN-NAME of all ranks of a launcher's start.
+
+    Slurm's name of it, its job's number, stays over a requeue: what started anew goes on.
+
+    Raises:
+        ConfigError: the ranks have no name to agree on.
+    """
+    if (ranks := find_ranks()) is None:
+        job = os.environ.get("SLURM_JOB_ID") if in_slurm_step() else None
+        return run_dir.with_name(f"{run_dir.name}-{job}") if job else first_free(run_dir)
+    if not ranks.name:
+        raise ConfigError(
+            f"resume=never in {ranks.world} processes that agree on no name for a new folder",
+            hint="torchrun --standalone, or --rdzv-id=NAME, a new one for each start",
+        )
+    return run_dir.with_name(f"{run_dir.name}-{ranks.name}")
 
 
 def find_origin(resume: str, experiment_runs: Path) -> tuple[Path, str]:

@@ -1,13 +1,17 @@
 """Signals that ask to stop: the step is finished and saved first, on all ranks together; a second signal ends at once.
 
 SIGTERM is what schedulers and `kill` send, SIGINT is Ctrl-C, SIGUSR1 is what Slurm sends before a time limit
-(`--signal=USR1@90`, https://slurm.schedmd.com/sbatch.html).
+(`--signal=USR1@90`, https://slurm.schedmd.com/sbatch.html) to every process of a job: one that knows nothing of it
+would be ended. So it is blocked from the first line on. It waits in the kernel, over execve too, until a thread asks
+for it; what is started on the way (loader workers, wandb's service) has it blocked as well, and lives.
 """
 
+import _thread
 import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,10 +42,12 @@ class Wishes:
         self.owed = False  # a save that was put off
         self.can_save: Callable[[], bool] = lambda: True
         self.agreed_stop = 0
+        self.begun = False  # there has been a step: the others are asked, and something is to be saved
         self.agreed_save = False
 
     def numbers(self) -> tuple[float, float]:
         """Return them as numbers whose maximum over the ranks is what all do: a signal's number, 1 to save."""
+        self.begun = True
         due = self.every_seconds is not None and time.monotonic() - self.saved >= self.every_seconds
         return float(self.signum), float((due or self.owed) and self.can_save())
 
@@ -54,20 +60,51 @@ class Wishes:
         self.agreed_stop, self.agreed_save = int(stop), save > 0
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Listen to signals: the first is remembered, a second has its default action, the end of the process."""
+    def listening(self, *, leads: bool) -> Iterator[None]:
+        """Listen to signals: the first is remembered, a second has its default action, the end of the process.
+
+        Args:
+            leads: this is rank 0, which before the first step just stops: there is nothing to save.
+
+        Raises:
+            Stopped: before the first step.
+        """
 
         def remember(signum: int, _frame: object) -> None:
             self.signum = signum
             for number in NUMBERS:
                 signal.signal(number, signal.SIG_DFL)
+            if leads and not self.begun:
+                raise Stopped(signum)
 
         before = {number: signal.signal(number, remember) for number in NUMBERS}
+        mask = block()
+        waits = threading.Thread(target=_pass_on, daemon=True)
+        waits.start()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+            signal.pthread_kill(waits.ident or 0, signal.SIGUSR1)  # without its handler this ends the thread
+            waits.join()
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _pass_on() -> None:
+    """Wait for each SIGUSR1 and have the main thread handle it, as long as it has a handler."""
+    while signal.sigwait({signal.SIGUSR1}) and callable(signal.getsignal(signal.SIGUSR1)):
+        _thread.interrupt_main(signal.SIGUSR1)
+
+
+def block() -> set[signal.Signals]:
+    """Let SIGUSR1 wait until this process, or what it becomes, asks for it; return what was blocked before."""
+    return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # type: ignore[return-value]
+
+
+def unblock() -> None:
+    """Let a SIGUSR1 come, also one that has waited."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:

@@ -5,7 +5,6 @@ Whatever can be refused is refused before the run's folder is made.
 
 import fcntl
 import logging
-import os
 import shutil
 import signal
 import warnings
@@ -15,6 +14,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -30,6 +30,7 @@ from labtrain.guard import Guard, explain_operation
 from labtrain.history import History, best_of
 from labtrain.loggers import log_config, make_loggers
 from labtrain.loop import EpochLoop
+from labtrain.ranks import adopt, find_ranks
 from labtrain.recorder import Recorder
 from labtrain.remote import is_local
 from labtrain.resume import make_job
@@ -37,6 +38,7 @@ from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, shards
 from labtrain.signals import Stopped, Wishes
 from labtrain.store import Manifest
 from labtrain.trail import TRAIL
+from labtrain.wiring import explain_loss, make_environment
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +83,7 @@ def train(cfg: Any) -> Result:
 
     accelerator, devices = choose_accelerator(config)
     _quiet_lightning()
-    if config["trainer"]["num_nodes"] == 1:
-        # By itself gloo looks up the host's name, and hangs where it has none.
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    environment = make_environment(find_ranks())
     determinism.set_run(seed=seed, mode=mode)
     determinism.apply(mode, threads=config["determinism"]["threads"])
     determinism.seed_all(seed, "init")
@@ -109,7 +109,7 @@ def train(cfg: Any) -> Result:
     wishes.can_save = lambda: not checkpoints.saver.busy
     recorder = Recorder(job, checkpoints=checkpoints.saver.listed, resumed_step=manifest["step"] if manifest else 0)
     callbacks = make_callbacks(job, checkpoints, recorder)
-    trainer = make_trainer(config, accelerator, devices, loggers, callbacks, wishes)
+    trainer = make_trainer(config, accelerator, devices, environment, loggers, callbacks, wishes)
     loop = trainer.fit_loop.epoch_loop = EpochLoop(
         trainer,
         save=lambda required: checkpoints.save(trainer, required=required),
@@ -122,7 +122,7 @@ def train(cfg: Any) -> Result:
     make_loader = datamodule.train_dataloader
     datamodule.train_dataloader = lambda: loop.placed(make_loader())
     try:
-        with wishes.listening():
+        with wishes.listening(leads=trainer.is_global_zero):
             if trainer.is_global_zero:
                 recorder.open()
                 checkpoints.saver.open()
@@ -146,7 +146,8 @@ def train(cfg: Any) -> Result:
                 recorder.close("complete", step=steps, results=results_of(result, state, config))
             return result
     except BaseException as error:
-        stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        lost = explain_loss(error)
+        stopped = lost is not None or isinstance(error, Stopped | KeyboardInterrupt)
         if trainer.is_global_zero:
             try:
                 if isinstance(error, Stopped):
@@ -158,7 +159,7 @@ def train(cfg: Any) -> Result:
                 recorder.close("interrupted" if stopped else "failed", step=trainer.global_step, why=why)
         if not stopped and (launcher := trainer.strategy.launcher):
             launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
-        known = explain_operation(error, model) or explain(error, config, started=recorder.receipt is not None)
+        known = lost or explain_operation(error, model) or explain(error, config, started=recorder.receipt is not None)
         if known is not None:
             raise known from error
         raise
@@ -251,6 +252,7 @@ def make_trainer(
     config: Config,
     accelerator: str,
     devices: int | list[int] | str,
+    environment: ClusterEnvironment,
     loggers: list[Any],
     callbacks: list[pl.Callback],
     wishes: Wishes,
@@ -265,7 +267,7 @@ def make_trainer(
             **options,
             callbacks=callbacks,
             logger=loggers or False,
-            plugins=[FolderIO()],
+            plugins=[FolderIO(), environment],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             default_root_dir="runs",
         )
@@ -321,6 +323,7 @@ def _job(cfg: Any) -> Job:
 
     plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
     config = cast(Config, plain)
+    adopt(config, find_ranks())
     configuration.check(config)
     root = Path(getattr(__main__, "__file__", "notebook.py")).resolve().parent
     return make_job(config, root=root, command=[])
@@ -331,4 +334,5 @@ def _quiet_lightning() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # aiohttp's, when a store goes away: said by the delivery
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # ranks.adopt says it where it matters
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated", module="torch.distributed.checkpoint")

@@ -1,0 +1,147 @@
+"""Which of several processes this is, where a launcher started them: srun, or torchrun. Its variables, in one form.
+
+srun's are those of the step, not of the job, which may be larger (https://slurm.schedmd.com/srun.html, "OUTPUT
+ENVIRONMENT VARIABLES"); torchrun's are in https://docs.pytorch.org/docs/2.9/elastic/run.html. No torch.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from labtrain.errors import ConfigError
+from labtrain.run import Config
+
+FIRST_PORT, PORTS = 15000, 10000  # as Lightning chooses: by the job's number
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Ranks:
+    """This process among those of one training.
+
+    Attributes:
+        launcher: srun or torchrun.
+        rank: 0 to world - 1.
+        local_rank: among those of its node; the number of its GPU.
+        node: 0 to nodes - 1.
+        address: of rank 0, where all meet.
+        port: there.
+        name: of this start, the same in all ranks and after a requeue, another in the next start; empty: not known.
+    """
+
+    launcher: str
+    rank: int
+    world: int
+    local_rank: int
+    node: int
+    nodes: int
+    address: str
+    port: int
+    name: str
+
+
+def find_ranks(variables: Mapping[str, str] = os.environ) -> Ranks | None:
+    """Return what a launcher says in its variables; None where this process was started by itself.
+
+    Raises:
+        ConfigError: nodes have different numbers of processes.
+    """
+    if "TORCHELASTIC_RUN_ID" in variables:
+        world, per_node = int(variables["WORLD_SIZE"]), int(variables["LOCAL_WORLD_SIZE"])
+        name = variables["TORCHELASTIC_RUN_ID"]
+        return Ranks(
+            launcher="torchrun",
+            rank=int(variables["RANK"]),
+            world=world,
+            local_rank=int(variables["LOCAL_RANK"]),
+            node=int(variables["GROUP_RANK"]),
+            nodes=whole_nodes(world, world / per_node, "torchrun --nproc-per-node=N, the same N on each node"),
+            address=variables["MASTER_ADDR"],
+            port=int(variables["MASTER_PORT"]),
+            name="" if name == "none" else name,
+        )
+    if in_slurm_step(variables) and (world := int(variables["SLURM_STEP_NUM_TASKS"])) > 1:
+        job, nodes = int(variables["SLURM_JOB_ID"]), int(variables["SLURM_STEP_NUM_NODES"])
+        even = "," not in variables["SLURM_STEP_TASKS_PER_NODE"]
+        return Ranks(
+            launcher="srun",
+            rank=int(variables["SLURM_PROCID"]),
+            world=world,
+            local_rank=int(variables["SLURM_LOCALID"]),
+            node=int(variables["SLURM_NODEID"]),
+            nodes=whole_nodes(world, nodes if even else 0.5, "srun --ntasks-per-node=N"),
+            address=variables.get("MASTER_ADDR") or first_node(variables["SLURM_STEP_NODELIST"]),
+            port=int(variables.get("MASTER_PORT") or FIRST_PORT + job % PORTS),
+            name=str(job),
+        )
+    return None
+
+
+def whole_nodes(world: int, nodes: float, hint: str) -> int:
+    """Return a number of nodes; refuse where their processes are not as many on each."""
+    if nodes != int(nodes):
+        raise ConfigError(f"{world} processes are not as many on each node", hint=hint)
+    return int(nodes)
+
+
+def first_node(nodes: str) -> str:
+    """Return the first name of a Slurm list of nodes: `gpu-a` of `gpu-a,gpu-b`, `n08-ib` of `n[08-11,14]-ib,m3`."""
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", re.split(r",(?![^\[]*\])", nodes)[0])
+
+
+def in_slurm_step(variables: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether srun started this process; in a batch script alone it did not."""
+    return "SLURM_STEP_ID" in variables and "SLURM_PROCID" in variables
+
+
+def adopt(config: Config, ranks: Ranks | None) -> None:
+    """Set `trainer.devices` and `trainer.num_nodes` to what the launcher started; they may have been left as they were.
+
+    Raises:
+        ConfigError: they were set to something else, or there are nodes and no launcher.
+    """
+    trainer = config["trainer"]
+    if ranks is None:
+        if trainer["num_nodes"] > 1:
+            raise ConfigError(
+                f"trainer.num_nodes={trainer['num_nodes']}, and nothing started processes on the others",
+                hint="srun python train.py in a Slurm job, or torchrun on each node (docs/cluster.md)",
+            )
+        tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+        if tasks > 1 and not in_slurm_step():
+            sys.stderr.write(
+                f"warning: Slurm gave this job {tasks} tasks, and srun did not start this one: it is alone"
+                " (srun python train.py starts all)\n"
+            )
+        return
+    per_node = ranks.world // ranks.nodes
+    said: tuple[Any, int] = (trainer["devices"], trainer["num_nodes"])
+    devices = len(said[0]) if isinstance(said[0], list) else said[0]
+    if (devices, said[1]) != (1, 1) and not (devices in ("auto", per_node) and said[1] in (1, ranks.nodes)):
+        raise ConfigError(
+            f"trainer.devices={said[0]} trainer.num_nodes={said[1]}, and {ranks.launcher} started {ranks.world}"
+            f" process{'es' if ranks.world > 1 else ''} on {ranks.nodes} node{'s' if ranks.nodes > 1 else ''}",
+            hint="leave both out: they are what the launcher starts",
+        )
+    if not isinstance(trainer["devices"], list):
+        trainer["devices"] = per_node
+    trainer["num_nodes"] = ranks.nodes
+
+
+def requeue() -> None:
+    """Have Slurm start this job again, where it is one; say so, or why it does not."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        return
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=60)
+        error = " ".join(done.stderr.split()) if done.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as failure:
+        error = str(failure)
+    if error:
+        sys.stderr.write(f"warning: Slurm does not start job {job} again: {error} (sbatch --requeue allows it)\n")
+    else:
+        sys.stderr.write(f"job {job} is in Slurm's queue again\n")

@@ -1,0 +1,131 @@
+"""How the processes of a training come together: what a launcher said (ranks.py) as Lightning's cluster environment.
+
+What cannot come together is refused here, in seconds: torch would wait for it until its timeout of half an hour. And
+where the others are lost in the middle, the launcher knows why and is left to act: a rank that failed is to take the job
+down with its own traceback, but a node that failed is to have the job started again.
+"""
+
+import os
+import re
+import socket
+
+import psutil
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+from labtrain.errors import DeviceError, LostError
+from labtrain.ranks import Ranks
+
+
+class Launched(ClusterEnvironment):
+    """Processes that srun or torchrun started: all is said, nothing is set."""
+
+    def __init__(self, ranks: Ranks) -> None:
+        super().__init__()
+        self.ranks = ranks
+
+    @property
+    def creates_processes_externally(self) -> bool:
+        return True
+
+    @property
+    def main_address(self) -> str:
+        return self.ranks.address
+
+    @property
+    def main_port(self) -> int:
+        return self.ranks.port
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self.ranks.world
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return self.ranks.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def local_rank(self) -> int:
+        return self.ranks.local_rank
+
+    def node_rank(self) -> int:
+        return self.ranks.node
+
+
+def make_environment(ranks: Ranks | None) -> ClusterEnvironment:
+    """Return the cluster environment of a training; where nothing launched it, Lightning's own, which starts processes.
+
+    Raises:
+        DeviceError: the processes cannot come together.
+    """
+    if ranks is None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # by itself gloo looks up the host's name, and may hang
+        return LightningEnvironment()
+    address = resolve(ranks)
+    if interface := interface_to(address):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if ranks.rank == 0 and ranks.launcher == "srun":  # torchrun itself listens there
+        refuse_port_in_use(ranks.port)
+    return Launched(ranks)
+
+
+def resolve(ranks: Ranks) -> str:
+    """Return the IP address where the ranks meet.
+
+    Raises:
+        DeviceError: its name is not known on this machine.
+    """
+    try:
+        return str(socket.getaddrinfo(ranks.address, ranks.port, type=socket.SOCK_STREAM)[0][4][0])
+    except OSError as error:
+        raise DeviceError(
+            f"{os.uname().nodename} does not know the node {ranks.address}, where all {ranks.world} processes are to"
+            f" meet: {error.strerror}",
+            hint=f"getent hosts {ranks.address}; MASTER_ADDR=ADDRESS before {ranks.launcher} names it otherwise",
+        ) from error
+
+
+def refuse_port_in_use(port: int) -> None:
+    """Refuse a port on which another process of this machine listens."""
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise DeviceError(
+                f"port {port} of {os.uname().nodename}, where all processes are to meet, is not to be had:"
+                f" {error.strerror}",
+                hint=f"MASTER_PORT={port + 1}, before srun; ss -ltnp 'sport = :{port}' shows who has it",
+            ) from error
+
+
+def interface_to(address: str) -> str | None:
+    """Return the network interface of this machine from which an address is reached."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((address, 9))  # sends nothing: the kernel looks up the route
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    names = [name for name, addresses in psutil.net_if_addrs().items() for each in addresses if each.address == own]
+    return names[0] if names else None
+
+
+def explain_loss(error: BaseException) -> LostError | None:
+    """Return the error for people where the exchange with other processes broke off."""
+    broken = isinstance(error, dist.DistNetworkError | dist.DistBackendError) or (
+        isinstance(error, RuntimeError) and re.search(r"gloo.*(Connection|Read error|Write error|Broken pipe)", str(error))
+    )
+    if not broken:
+        return None
+    first = str(error).splitlines()[0]
+    return LostError(f"the other processes are gone: {first}", hint="one of them says why; the same command goes on")
