@@ -4,22 +4,66 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
 from labtrain.signals import NUMBERS, Stopped, Wishes
+from tests.servers import wait_until
+
+
+def arrived(wishes: Wishes) -> float:
+    """Return the signal that is remembered; SIGUSR1 comes by way of a thread."""
+    wait_until(lambda: wishes.numbers()[0], 5)
+    return wishes.numbers()[0]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_the_first_is_remembered_and_the_handlers_come_back(number: signal.Signals) -> None:
-    before = [signal.getsignal(each) for each in NUMBERS]
+    before = [signal.getsignal(each) for each in NUMBERS], signal.pthread_sigmask(signal.SIG_BLOCK, ())
     wishes = Wishes()
-    with wishes.listening():
+    with wishes.listening(leads=True):
         assert wishes.numbers() == (0.0, 0.0)
         os.kill(os.getpid(), number)
+        assert arrived(wishes) == number
+        os.kill(os.getpid(), signal.SIGTERM)  # as the kernel sends it for each thread of a parent that dies
         assert wishes.numbers() == (float(number), 0.0)
-        assert all(signal.getsignal(each) == signal.SIG_DFL for each in NUMBERS)  # a second one ends the process
-    assert [signal.getsignal(each) for each in NUMBERS] == before
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL  # a second Ctrl-C ends the process
+    assert ([signal.getsignal(each) for each in NUMBERS], signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
+
+
+def test_before_the_first_step_it_stops_at_once_but_on_other_ranks() -> None:
+    def signalled() -> None:
+        with Wishes().listening(leads=True):
+            os.kill(os.getpid(), signal.SIGUSR1)
+            for _ in range(500):
+                time.sleep(0.01)
+
+    with pytest.raises(Stopped, match="SIGUSR1"):
+        signalled()
+    wishes = Wishes()
+    with wishes.listening(leads=False):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert arrived(wishes) == signal.SIGUSR1
+
+
+def test_a_signal_that_comes_before_anybody_listens_waits() -> None:
+    """Over execve too; and what is started in the meantime has it blocked and lives."""
+    listens = (
+        "import subprocess, sys, time; from labtrain.signals import Wishes\n"
+        "wishes = Wishes()\n"
+        "with wishes.listening(leads=False):\n"
+        "    child = subprocess.Popen(['sleep', '0.2'])\n"
+        "    child.send_signal(10)\n"
+        "    while not wishes.numbers()[0]: time.sleep(0.01)\n"
+        "    print(wishes.signum, child.wait())\n"
+    )
+    starts = (
+        "import os, sys; from labtrain.signals import block\n"
+        f"block(); os.kill(os.getpid(), 10); os.execv(sys.executable, [sys.executable, '-c', {listens!r}])"
+    )
+    done = subprocess.run([sys.executable, "-c", starts], capture_output=True, text=True, check=False, timeout=30)
+    assert done.stdout == "10 0\n", done.stderr
 
 
 def test_what_all_agree_on_is_the_most_that_any_wants() -> None:

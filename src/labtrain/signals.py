@@ -1,4 +1,4 @@
-"""Signals that ask to stop: the step is finished and saved first, on all ranks together; a second signal ends at once.
+"""Signals that ask to stop: the step is finished and saved first, on all ranks together; a second Ctrl-C ends at once.
 
 SIGTERM is what schedulers and `kill` send, SIGINT is Ctrl-C, SIGUSR1 is what Slurm sends before a time limit
 (`--signal=USR1@90`, https://slurm.schedmd.com/sbatch.html) to every process of a job: one that knows nothing of it
@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 PR_SET_PDEATHSIG = 1
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -61,7 +61,9 @@ class Wishes:
 
     @contextmanager
     def listening(self, *, leads: bool) -> Iterator[None]:
-        """Listen to signals: the first is remembered, a second has its default action, the end of the process.
+        """Listen to signals: the first is remembered, later ones are ignored, but for Ctrl-C, which ends the process.
+
+        The kernel may send the same one several times: at a parent's death, once for each of its threads.
 
         Args:
             leads: this is rank 0, which before the first step just stops: there is nothing to save.
@@ -71,29 +73,33 @@ class Wishes:
         """
 
         def remember(signum: int, _frame: object) -> None:
+            if self.signum:
+                return
             self.signum = signum
-            for number in NUMBERS:
-                signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
             if leads and not self.begun:
                 raise Stopped(signum)
 
         before = {number: signal.signal(number, remember) for number in NUMBERS}
         mask = block()
-        waits = threading.Thread(target=_pass_on, daemon=True)
+        done = threading.Event()
+        waits = threading.Thread(target=_pass_on, args=(done,), daemon=True)
         waits.start()
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            signal.pthread_kill(waits.ident or 0, signal.SIGUSR1)  # without its handler this ends the thread
+            done.set()
+            with suppress(ProcessLookupError):
+                signal.pthread_kill(waits.ident or 0, signal.SIGUSR1)
             waits.join()
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _pass_on() -> None:
-    """Wait for each SIGUSR1 and have the main thread handle it, as long as it has a handler."""
-    while signal.sigwait({signal.SIGUSR1}) and callable(signal.getsignal(signal.SIGUSR1)):
+def _pass_on(done: threading.Event) -> None:
+    """Wait for each SIGUSR1 and have the main thread handle it, until one comes after `done`."""
+    while signal.sigwait({signal.SIGUSR1}) and not done.is_set():
         _thread.interrupt_main(signal.SIGUSR1)
 
 

@@ -83,7 +83,8 @@ def train(cfg: Any) -> Result:
 
     accelerator, devices = choose_accelerator(config)
     _quiet_lightning()
-    environment = make_environment(find_ranks())
+    ranks = find_ranks()
+    environment = make_environment(ranks, accelerator=accelerator)
     determinism.set_run(seed=seed, mode=mode)
     determinism.apply(mode, threads=config["determinism"]["threads"])
     determinism.seed_all(seed, "init")
@@ -146,7 +147,8 @@ def train(cfg: Any) -> Result:
                 recorder.close("complete", step=steps, results=results_of(result, state, config))
             return result
     except BaseException as error:
-        lost = explain_loss(error)
+        # Asked to stop, the others were too, and faster.
+        lost = explain_loss(error) if ranks is not None and not wishes.signum else None
         stopped = lost is not None or isinstance(error, Stopped | KeyboardInterrupt)
         if trainer.is_global_zero:
             try:

@@ -1,8 +1,8 @@
 """How the processes of a training come together: what a launcher said (ranks.py) as Lightning's cluster environment.
 
-What cannot come together is refused here, in seconds: torch would wait for it until its timeout of half an hour. And
-where the others are lost in the middle, the launcher knows why and is left to act: a rank that failed is to take the job
-down with its own traceback, but a node that failed is to have the job started again.
+What cannot come together is refused here, in seconds: torch would wait for it until its timeout of half an hour. Where
+the others are lost in the middle, the launcher knows why and is left to act: a rank that failed is to take the job down
+with its own traceback, but a node that failed is to have the job started again.
 """
 
 import os
@@ -13,6 +13,8 @@ import psutil
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from labtrain.errors import DeviceError, LostError
 from labtrain.ranks import Ranks
@@ -60,7 +62,7 @@ class Launched(ClusterEnvironment):
         return self.ranks.node
 
 
-def make_environment(ranks: Ranks | None) -> ClusterEnvironment:
+def make_environment(ranks: Ranks | None, *, accelerator: str) -> ClusterEnvironment:
     """Return the cluster environment of a training; where nothing launched it, Lightning's own, which starts processes.
 
     Raises:
@@ -74,7 +76,21 @@ def make_environment(ranks: Ranks | None) -> ClusterEnvironment:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if ranks.rank == 0 and ranks.launcher == "srun":  # torchrun itself listens there
         refuse_port_in_use(ranks.port)
+    if ranks.launcher == "torchrun" and ranks.nodes == 1:
+        begin_round(ranks, backend="nccl" if accelerator == "gpu" else "gloo")
     return Launched(ranks)
+
+
+def begin_round(ranks: Ranks, *, backend: str) -> None:
+    """Bring the processes together where torchrun started them anew, after one of them failed.
+
+    torchrun keeps its store (torch 2.9: elastic/rendezvous/dynamic_rendezvous.py), with the addresses of those that are
+    gone: each round is to have names of its own there. Its number is not the same on all of several nodes.
+    """
+    if (number := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
+        store, rank, world = next(rendezvous("env://", ranks.rank, ranks.world))
+        store = PrefixStore(f"round-{number}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def resolve(ranks: Ranks) -> str:
@@ -123,7 +139,8 @@ def interface_to(address: str) -> str | None:
 def explain_loss(error: BaseException) -> LostError | None:
     """Return the error for people where the exchange with other processes broke off."""
     broken = isinstance(error, dist.DistNetworkError | dist.DistBackendError) or (
-        isinstance(error, RuntimeError) and re.search(r"gloo.*(Connection|Read error|Write error|Broken pipe)", str(error))
+        isinstance(error, RuntimeError)
+        and re.search(r"gloo.*(Connection|Read error|Write error|Broken pipe)", str(error))
     )
     if not broken:
         return None
