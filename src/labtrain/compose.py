@@ -24,6 +24,9 @@ from labtrain.signals import NUMBERS, block, unblock
 
 # Linux takes one variable of at most 128 KiB (MAX_ARG_STRLEN).
 MAX_JOB_BYTES = 120_000
+# What jobs that Hydra's submitit launcher submits find in their environment: the signal that comes before the time limit
+# (submitit's own default is SIGUSR2), and that a rank that dies takes the others down (srun --kill-on-bad-exit).
+SUBMITTED = {"SUBMITIT_PREEMPT_SIGNAL": "USR1", "SLURM_KILL_BAD_EXIT": "1"}
 
 
 def main(config_path: str = "conf", config_name: str = "config") -> None:
@@ -40,6 +43,8 @@ def main(config_path: str = "conf", config_name: str = "config") -> None:
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself: hydra/_internal/utils.py run_and_report
     os.environ["LABTRAIN_ROOT"] = str(root)  # conf/labtrain.yaml: paths.runs
+    for name, value in SUBMITTED.items():
+        os.environ.setdefault(name, value)
     try:
         refuse_sweep_under_launcher()
         _run_hydra(root, config_path, config_name, wants_trace)

@@ -167,6 +167,8 @@ def explain(error: BaseException) -> LabtrainError | None:
     for link in chain:
         if isinstance(link, yaml.YAMLError):
             return ConfigError(f"conf/ holds no valid YAML: {' '.join(str(link).split())}", hint="correct that line")
+    if type(error).__name__ == "FailedJobError" or 'Could not detect "srun"' in str(error):  # submitit's
+        return ConfigError(f"Slurm takes no job: {' '.join(str(error).split())}", hint="sinfo; sbatch --version")
     if isinstance(error, HydraException):
         first, *rest = str(error).splitlines() or [type(error).__name__]
         hint = " ".join(line.strip() for line in rest) or "python train.py --help"

@@ -1,5 +1,6 @@
 """The devices of a training, and the strategy that trains on them."""
 
+import os
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
                 if gpus
                 else "trainer.accelerator=cpu, or labtrain doctor says why no GPU is seen"
             )
+            if gpus == 1 and "SLURM_STEP_ID" in os.environ:  # a task sees its own alone
+                hint = "sbatch --gpus-per-node=N, without --gpus-per-task: each process finds its own among all"
             raise DeviceError(
                 f"trainer.devices={config['trainer']['devices']} asks for GPU {missing[0]}, {found}", hint=hint
             )

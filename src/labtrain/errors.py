@@ -63,4 +63,5 @@ class JobFailedError(LabtrainError):
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
+        self.args = (message, exit_code)  # pickled so: it may come from another machine
         self.exit_code = exit_code
