@@ -3,10 +3,10 @@
 The floors; an import points down only (import-linter holds it, `make check`)::
 
     4  compose  job  cli  demo  new  target  conf/               thin: parse, call, print
-    3  training  loop  strategy  fsdp  tally  guard  checkpoint  Lightning
+    3  training  loop  strategy  fsdp  tally  guard  wiring ...  Lightning
     2  determinism  order  loader  reduction  saver  files       torch
-    1  run  resume  receipt  lock  doctor  compare  digests      no torch
-       store  remote  catalog  delivery  prune
+    1  run  ranks  resume  receipt  lock  doctor  compare        no torch
+       store  remote  catalog  delivery  prune  digests
     0  errors  signals                                           standard library only
 
 `import labtrain` imports none of them: the public names below are loaded when first used, so that `labtrain --help`

@@ -24,7 +24,7 @@ from labtrain.signals import NUMBERS, block, unblock
 
 # Linux takes one variable of at most 128 KiB (MAX_ARG_STRLEN).
 MAX_JOB_BYTES = 120_000
-# What jobs that Hydra's submitit launcher submits find in their environment: the signal that comes before the time limit
+# What the jobs of Hydra's submitit launcher find in their environment: the signal that comes before the time limit
 # (submitit's own default is SIGUSR2), and that a rank that dies takes the others down (srun --kill-on-bad-exit).
 SUBMITTED = {"SUBMITIT_PREEMPT_SIGNAL": "USR1", "SLURM_KILL_BAD_EXIT": "1"}
 
