@@ -15,6 +15,8 @@ from tests.conftest import ROOT, Experiment, Run
 from tests.servers import wait_until
 from tests.slurm import NODES, Slurm, patient, wait_for_steps
 
+pytestmark = pytest.mark.xdist_group("slurm")  # one cluster, and all cores
+
 # Some ten seconds of steps on two cores, so that there is a middle.
 PORTABLE = ("determinism.mode=portable", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "logger=none")
 EPOCHS = "trainer.max_epochs=4"

@@ -58,9 +58,10 @@ def main() -> None:
     except Stopped as error:
         if rank:
             sys.exit(0)  # with another code Lightning, srun and torchrun kill rank 0, which may be delivering yet
-        sys.stderr.write(f"\nstopped by {error}, saved: the same command goes on with {shown(job.run_dir)}\n")
+        how = "saved" if error.saved else "with nothing new to save"
+        sys.stderr.write(f"\nstopped by {error}, {how}: the same command goes on with {shown(job.run_dir)}\n")
         if error.signum == signal.SIGUSR1:
-            requeue()
+            requeue(progress=error.saved)
         sys.exit(EXIT_STOPPED)
     if not rank:
         print_table(result)

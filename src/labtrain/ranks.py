@@ -16,6 +16,7 @@ from labtrain.errors import ConfigError
 from labtrain.run import Config
 
 FIRST_PORT, PORTS = 15000, 10000  # as Lightning chooses: by the job's number
+FRUITLESS_RESTARTS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -131,10 +132,19 @@ def adopt(config: Config, ranks: Ranks | None) -> None:
     trainer["num_nodes"] = ranks.nodes
 
 
-def requeue() -> None:
-    """Have Slurm start this job again, where it is one; say so, or why it does not."""
+def requeue(*, progress: bool) -> None:
+    """Have Slurm start this job again, where it is one; say so, or why it does not.
+
+    Args:
+        progress: it came further this time. A job that never does, since its time limit is too short, is not for ever.
+    """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
+        return
+    if not progress and int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= FRUITLESS_RESTARTS:
+        sys.stderr.write(
+            f"warning: job {job} is not queued again: its time does not suffice for a step (sbatch --time)\n"
+        )
         return
     try:
         done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False, timeout=60)

@@ -21,11 +21,16 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
-    """The training was asked to stop, and has saved. No Exception: `except Exception` must not swallow it."""
+    """The training was asked to stop, and has saved. No Exception: `except Exception` must not swallow it.
 
-    def __init__(self, signum: int) -> None:
+    Args:
+        signum: the signal.
+        saved: False where there was nothing to save, or nobody to save with.
+    """
+
+    def __init__(self, signum: int, *, saved: bool = True) -> None:
         super().__init__(signal.Signals(signum).name)
-        self.signum = signum
+        self.signum, self.saved = signum, saved
 
 
 class Wishes:
@@ -78,7 +83,7 @@ class Wishes:
             self.signum = signum
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             if leads and not self.begun:
-                raise Stopped(signum)
+                raise Stopped(signum, saved=False)
 
         before = {number: signal.signal(number, remember) for number in NUMBERS}
         mask = block()

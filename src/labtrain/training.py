@@ -25,7 +25,7 @@ from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
-from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError
+from labtrain.errors import ConfigError, DeviceError, LabtrainError, LostError, NotThereYetError
 from labtrain.guard import Guard, explain_operation
 from labtrain.history import History, best_of
 from labtrain.loggers import log_config, make_loggers
@@ -146,10 +146,9 @@ def train(cfg: Any) -> Result:
                 checkpoints.saver.close(seconds=config["checkpoint"]["deliver_seconds"], wanted=True)
                 recorder.close("complete", step=steps, results=results_of(result, state, config))
             return result
-    except BaseException as error:
-        # Asked to stop, the others were too, and faster.
-        lost = explain_loss(error) if ranks is not None and not wishes.signum else None
-        stopped = lost is not None or isinstance(error, Stopped | KeyboardInterrupt)
+    except BaseException as raised:
+        error = raised if ranks is None else explain_loss(raised, asked=wishes.signum)
+        stopped = isinstance(error, Stopped | LostError | KeyboardInterrupt)
         if trainer.is_global_zero:
             try:
                 if isinstance(error, Stopped):
@@ -157,13 +156,15 @@ def train(cfg: Any) -> Result:
                 else:
                     checkpoints.saver.abandon()
             finally:
-                why = str(error) if isinstance(error, Stopped) else type(error).__qualname__
+                why = str(error) if isinstance(error, Stopped) else type(raised).__qualname__
                 recorder.close("interrupted" if stopped else "failed", step=trainer.global_step, why=why)
         if not stopped and (launcher := trainer.strategy.launcher):
             launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
-        known = lost or explain_operation(error, model) or explain(error, config, started=recorder.receipt is not None)
+        known = explain_operation(error, model) or explain(error, config, started=recorder.receipt is not None)
         if known is not None:
-            raise known from error
+            raise known from raised
+        if error is not raised:
+            raise error from raised
         raise
     finally:
         if trainer.is_global_zero:

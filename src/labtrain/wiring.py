@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from labtrain.errors import DeviceError, LostError
 from labtrain.ranks import Ranks
+from labtrain.signals import Stopped
 
 
 class Launched(ClusterEnvironment):
@@ -136,13 +137,20 @@ def interface_to(address: str) -> str | None:
     return names[0] if names else None
 
 
-def explain_loss(error: BaseException) -> LostError | None:
-    """Return the error for people where the exchange with other processes broke off."""
+def explain_loss(error: BaseException, *, asked: int) -> BaseException:
+    """Return what an error of the exchange with other processes comes to; any other error as it is.
+
+    Args:
+        error: of the training.
+        asked: the number of a signal that asked this process to stop: so it did the others, who were faster; or 0.
+    """
     broken = isinstance(error, dist.DistNetworkError | dist.DistBackendError) or (
         isinstance(error, RuntimeError)
         and re.search(r"gloo.*(Connection|Read error|Write error|Broken pipe)", str(error))
     )
     if not broken:
-        return None
+        return error
+    if asked:
+        return Stopped(asked, saved=False)
     first = str(error).splitlines()[0]
     return LostError(f"the other processes are gone: {first}", hint="one of them says why; the same command goes on")
