@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -59,6 +59,7 @@ class Wishes:
 
         def remember(signum: int, _frame: object) -> None:
             self.signum = signum
+            take_once(signum)
             for number in NUMBERS:
                 signal.signal(number, signal.SIG_DFL)
 
@@ -78,3 +79,11 @@ def end_with_parent(parent: int, number: signal.Signals) -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(number))
     if os.getppid() != parent:
         sys.exit(128 + number)
+
+
+def take_once(number: int) -> None:
+    """Have the kernel not send again what tells that the parent was killed: it does so for each of its threads."""
+    libc, due = ctypes.CDLL(None), ctypes.c_int()
+    libc.prctl(PR_GET_PDEATHSIG, ctypes.byref(due))
+    if due.value == number:
+        libc.prctl(PR_SET_PDEATHSIG, 0)
