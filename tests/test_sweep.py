@@ -66,7 +66,11 @@ def test_a_killed_sweep_goes_on_where_it_stood_and_finds_the_same(experiment: Ex
     ("overrides", "says", "hint"),
     [
         (["checkpoint.monitor=null"], "checkpoint.monitor names none", "checkpoint.monitor=val/acc"),
-        (["hydra.sweeper.direction=minimize"], "checkpoint.mode=max wants maximize", "hydra.sweeper.direction=maximize"),
+        (
+            ["hydra.sweeper.direction=minimize"],
+            "checkpoint.mode=max wants maximize",
+            "hydra.sweeper.direction=maximize",
+        ),
         (["hydra.sweeper.direction=maximize", "checkpoint.mode=min"], "wants minimize", "direction=minimize"),
         (["hydra.sweeper.direction=[maximize,minimize]"], "wants maximize alone", "or leave it out"),
         (["model.dropout=interval(0.5,0.1)"], "must be smaller than or equal to", "'interval(0.001,0.1)'"),
@@ -83,16 +87,16 @@ def test_what_a_sweep_cannot_use_is_refused_before_it(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_metric_that_no_run_logs_ends_the_sweep_at_its_first_trial(experiment: Experiment, tmp_path: Path) -> None:
-    run = experiment.train(*OPTUNA, *SHORT, "model.width=choice(2,4)", "checkpoint.monitor=val/typo", code=2)
-    assert "checkpoint.monitor=val/typo: " in run.err
-    assert "hint: one of these: test/acc, test/loss, train/acc, train/loss, val/acc, val/loss" in run.err
-    assert len(list(tmp_path.glob("runs/digits/*"))) == 1
-
-
 def test_trials_that_fail_end_the_sweep_unless_it_may_lose_them(experiment: Experiment) -> None:
-    """A loss that is no number is a failed trial too; its run is complete, and stays."""
-    sweep = (*OPTUNA, *SHORT, "hydra.sweeper.n_trials=2", "checkpoint.monitor=val/loss", "checkpoint.mode=min", "seed=0")
+    """A loss that is no number is a failed trial too; its run is complete, and stays. A metric that no run logs is none."""
+    sweep = (
+        *OPTUNA,
+        *SHORT,
+        "hydra.sweeper.n_trials=2",
+        "checkpoint.monitor=val/loss",
+        "checkpoint.mode=min",
+        "seed=0",
+    )
     space = "model.learning_rate=choice(0.01,1e30)"
     lossy = experiment.train(*sweep, space, "hydra.sweeper.max_failure_rate=0.5")
     assert "ended with val/loss nan" in lossy.err
@@ -100,6 +104,11 @@ def test_trials_that_fail_end_the_sweep_unless_it_may_lose_them(experiment: Expe
     strict = experiment.train(*sweep, space, code=1)
     assert "hydra.sweeper.max_failure_rate=0.5 goes on" in strict.err
     assert strict.err.count("is complete: nothing to train") == 2
+    typo = experiment.train(*sweep, space, "checkpoint.monitor=val/typo", code=2)
+    assert (
+        "logged no such metric\n\nhint: one of these: test/acc, test/loss, train/acc, train/loss, val/acc" in typo.err
+    )
+    assert typo.err.count("is complete: nothing to train") == 1  # at the first trial
     none = experiment.train(
         *sweep, "model.dropout=choice(7)", "hydra.sweeper.n_trials=1", "hydra.sweeper.max_failure_rate=1", code=1
     )
