@@ -89,3 +89,22 @@ def test_a_process_ends_with_its_parent() -> None:
     process.kill()
     process.wait()
     assert process.stdout.read() == ""  # at its end when no process has it any more
+
+
+def test_a_killed_parent_asks_once_however_many_threads_it_had() -> None:
+    """The kernel sends its signal for each thread that a child is handed on to: a sweep's has those of Optuna's numpy."""
+    child = "import os, signal, time; from labtrain.signals import Wishes, end_with_parent; "
+    child += "wishes = Wishes(); end_with_parent(os.getppid(), signal.SIGTERM)\n"
+    child += (
+        "with wishes.listening(leads=False):\n os.write(1, b'here\\n')\n while not wishes.signum: time.sleep(0.001)\n"
+    )
+    child += " time.sleep(0.2); os.write(1, b'saved\\n')"
+    parent = "import subprocess, sys, threading, time\n"
+    parent += "for _ in range(100): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
+    parent += f"for _ in range(10): subprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert [process.stdout.readline() for _ in range(10)] == 10 * ["here\n"]
+    process.kill()
+    process.wait()
+    assert process.stdout.read() == 10 * "saved\n"

@@ -26,9 +26,12 @@ OWN = {
     "Makefile",
     "README.md",
     "conf/config.yaml",
+    "conf/experiment/regression.yaml",
     "data.py",
     "model.py",
+    "notebooks/start.ipynb",
     "pyproject.toml",
+    "tests/golden/regression.txt",
     "tests/test_experiment.py",
     "train.py",
 }
@@ -118,10 +121,68 @@ def test_it_is_formatted_and_lints(shared_experiment: Experiment) -> None:
         assert done.returncode == 0, done.stdout
 
 
-def test_its_own_tests_pass(own_experiment: Experiment) -> None:
-    done = run(sys.executable, "-m", "pytest", cwd=own_experiment.root)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "4 passed" in done.stdout
+@pytest.mark.parametrize(
+    ("old", "overrides", "experiment", "mode"),
+    [
+        (False, [], "digits", "strict"),
+        (False, ["experiment=foo.1"], "foo.1", "strict"),
+        (False, ["experiment=regression"], "regression", "portable"),
+        (False, ["experiment=regression", "determinism.mode=off"], "regression", "off"),
+        (False, ['experiment="7"'], "7", "strict"),
+        (True, [], "digits", "strict"),
+        (True, ["experiment=foo"], "foo", "strict"),
+    ],
+)
+def test_experiment_names_the_runs_and_picks_a_file_where_there_is_one(
+    own_experiment: Experiment, old: bool, overrides: list[str], experiment: str, mode: str
+) -> None:
+    """Also in an experiment of before there was such a group: there it is a key."""
+    if old:
+        config = own_experiment.root / "conf" / "config.yaml"
+        now = config.read_text().replace("${hydra:runtime.choices.experiment}", "digits")
+        config.write_text(now.replace(", optional experiment: digits", ""))
+        shutil.rmtree(own_experiment.root / "conf" / "experiment")
+    done = own_experiment.train(*overrides, "--cfg", "job", "--resolve")
+    found = yaml.safe_load(done.out)
+    assert (found["experiment"], found["determinism"]["mode"]) == (experiment, mode)
+
+
+def test_a_number_is_no_name_of_an_experiment(shared_experiment: Experiment) -> None:
+    done = shared_experiment.train("experiment=7", code=2)
+    assert "Got int" in done.err
+    assert "hint: quote a number that is a name: 'experiment=\"7\"'" in done.err
+
+
+def test_a_sweep_over_experiments_trains_each_with_its_file(experiment: Experiment) -> None:
+    done = experiment.train("-m", *QUICK, "experiment=foo,regression", "paths.runs=runs", "trainer.max_steps=1")
+    found = {line.split("/")[1]: json.loads(Path(line.split()[0], "receipt.json").read_text())
+             for line in done.out.splitlines()}  # fmt: skip
+    assert {name: each["config"]["experiment"] for name, each in found.items()} == {
+        "foo": "foo",
+        "regression": "regression",
+    }
+    assert [each["config"]["determinism"]["mode"] for each in found.values()] == ["strict", "portable"]
+
+
+def test_its_notebook_shows_a_run(own_experiment: Experiment, tmp_path: Path) -> None:
+    """Executed as it stands, on a real run: two figures, and the weights are those that the receipt names."""
+    notebook = own_experiment.root / "notebooks" / "start.ipynb"
+    cells = json.loads(notebook.read_text())["cells"]
+    assert all(cell["id"] and not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
+    jupyter = [str(Path(LABTRAIN).with_name("jupyter")), "nbconvert", "--to", "notebook", "--execute"]
+    command = [*jupyter, "notebooks/start.ipynb", "--output-dir", str(tmp_path)]
+    empty = run(*command, cwd=own_experiment.root)
+    assert empty.returncode != 0
+    assert "no such folder" in empty.stderr
+    trained = own_experiment.train(*QUICK, "trainer.max_epochs=1", cwd=own_experiment.root)
+    done = run(*command, cwd=own_experiment.root)
+    assert done.returncode == 0, done.stderr
+    outputs = [output for cell in json.loads((tmp_path / "start.ipynb").read_text())["cells"]
+               for output in cell.get("outputs", [])]  # fmt: skip
+    text = "".join("".join(output.get("text", output.get("data", {}).get("text/plain", ""))) for output in outputs)
+    assert trained.digest in text
+    assert f"{trained.receipt['results']['metrics']['test/acc']:.4f} of 270 test images" in text
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
 
 
 def test_the_lock_names_the_wheel_that_made_it(shared_experiment: Experiment) -> None:
@@ -200,8 +261,10 @@ def test_a_bad_name_is_refused_by_cookiecutter_too(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "two words").exists()
 
 
-def test_it_stands_alone(own_experiment: Experiment) -> None:
-    """`make setup` in the experiment makes an environment from its own locks and wheel; it trains there, and makes another."""
+def test_it_stands_alone_and_passes_its_ci(own_experiment: Experiment) -> None:
+    """`make setup` in the experiment makes an environment from its own locks and wheel; the steps of its workflow pass
+    there as they stand, and the regression fails once the model is another; it makes another experiment.
+    """
     root = own_experiment.root
     setup = run("make", "setup", cwd=root)
     assert setup.returncode == 0, setup.stderr
@@ -209,14 +272,34 @@ def test_it_stands_alone(own_experiment: Experiment) -> None:
     python = str(root / ".venv" / "bin" / "python")
     where = run(python, "-c", "import labtrain; print(labtrain.__file__)", cwd=root)
     assert where.stdout.startswith(str(root / ".venv"))
-    trained = run(python, "train.py", "trainer.max_steps=2", "logger=none", cwd=root)
-    assert trained.returncode == 0, trained.stderr
     doctor = run(str(root / ".venv/bin/labtrain"), "doctor", "--json", cwd=root)
     assert doctor.returncode == 0, doctor.stdout
-    locks = run(str(root / ".venv/bin/labtrain"), "lock", "check", cwd=root)
-    assert locks.returncode == 0, locks.stdout
-    again = run(str(root / ".venv/bin/labtrain"), "new", "child", cwd=root)
+
+    workflow = yaml.safe_load((root / ".github/workflows/ci.yml").read_text())
+    steps = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
+    outputs = {}
+    for step in steps:
+        done = run("bash", "-e", "-c", step, cwd=root)
+        assert done.returncode == 0, f"{step}\n{done.stdout}\n{done.stderr}"
+        outputs[step] = done.stdout
+    assert "4 passed" in outputs["make test"]
+    assert "runs/regression/" in outputs["make regression"]
+    golden = root / "tests" / "golden" / "regression.txt"
+    assert golden.read_text().strip() in outputs["make regression"]
+
+    model = root / "model.py"
+    model.write_text(model.read_text().replace("nn.ReLU()", "nn.SiLU()"))
+    failed = run("make", "regression", cwd=root)
+    assert failed.returncode != 0
+    assert f"tests/golden/regression.txt says {golden.read_text().strip()}: it trains otherwise" in failed.stderr
+    assert "\n\nhint: " in failed.stderr
+    assert "make golden" in failed.stderr
+    assert run("make", "golden", cwd=root).returncode == 0
+    again = run("make", "regression", cwd=root)
     assert again.returncode == 0, again.stderr
+
+    child = run(str(root / ".venv/bin/labtrain"), "new", "child", cwd=root)
+    assert child.returncode == 0, child.stderr
     assert files(root / "child")["vendor/" + Path(WHEEL).name] == files(root)[WHEEL], (
         "an installed labtrain packs another wheel"
     )

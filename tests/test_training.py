@@ -205,14 +205,15 @@ def test_four_processes_leave_one_folder(experiment: Experiment, tmp_path: Path)
 
 
 def test_a_sweep_on_two_processes_leaves_a_folder_a_run(experiment: Experiment, tmp_path: Path) -> None:
-    """The known trap: ranks re-run the command line, and with it the sweep."""
-    run = experiment.train(
-        "-m", *SHORT, "trainer.max_epochs=1", "seed=1,2", "trainer.accelerator=cpu", "trainer.devices=2"
-    )
+    """The known trap: ranks re-run the command line, and with it the sweep. The bits are those of one process."""
+    sweep = ("-m", *SHORT, "trainer.max_epochs=1", "seed=1,2", "trainer.accelerator=cpu")
+    run = experiment.train(*sweep, "trainer.devices=2")
     lines = [line.split() for line in run.out.splitlines()]
     assert sorted(tmp_path / line[0] for line in lines) == folders(tmp_path / "runs")
     assert len({line[1] for line in lines}) == 2
     assert len(lines) == 2
+    alone = experiment.train(*sweep, "paths.runs=alone")
+    assert alone.out.replace("alone/", "runs/") == run.out
 
 
 def test_a_sweep_goes_on_after_a_failing_job_and_ends_badly(experiment: Experiment, tmp_path: Path) -> None:

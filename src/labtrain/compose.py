@@ -49,7 +49,9 @@ def main(config_path: str = "conf", config_name: str = "config") -> None:
         refuse_sweep_under_launcher()
         _run_hydra(root, config_path, config_name, wants_trace)
     except Exception as error:
-        end_if_known(error, wants_trace=wants_trace)
+        from labtrain.sweep import explain
+
+        end_if_known(explain(error), wants_trace=wants_trace)
         raise
 
 
@@ -100,20 +102,26 @@ class Start:
     root: str
     wants_trace: bool = False
 
-    def __call__(self, cfg: Any) -> None:
-        """Check and name the run, then become its job, or supervise it where Hydra has more of them."""
+    def __call__(self, cfg: Any) -> float | None:
+        """Check and name the run, then become its job, or supervise it where Hydra has more of them.
+
+        Returns:
+            what a sweep compares runs by (sweep.py).
+        """
         try:
-            self._run(cfg)
+            return self._run(cfg)
         except JobFailedError:
             raise  # the other jobs of the sweep go on
         except Exception as error:
             end_if_known(error, wants_trace=self.wants_trace)  # by SystemExit: Hydra would add a line of its own
             raise
 
-    def _run(self, cfg: Any) -> None:
+    def _run(self, cfg: Any) -> float | None:
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
         from omegaconf import OmegaConf
+
+        from labtrain.sweep import value_of
 
         if missing := sorted(OmegaConf.missing_keys(cfg)):
             raise ConfigError(
@@ -125,7 +133,7 @@ class Start:
         single = HydraConfig.get().mode == RunMode.RUN
         job = make_job(config, root=Path(self.root), command=sys.argv, supervisor=0 if single else os.getpid())
         if finished(job):
-            return
+            return None if single else value_of(job, HydraConfig.get().sweeper)
         refuse_unwritable(Path(job.run_dir))
         if (near := near_run(job)) is not None:
             sys.stderr.write(
@@ -140,6 +148,7 @@ class Start:
         if single:
             os.execve(command[0], command, environment)  # the same pid: signals, Slurm and torchrun see one process
         supervise(command, environment)
+        return value_of(job, HydraConfig.get().sweeper)
 
 
 def process_of(job: Job) -> tuple[list[str], dict[str, str]]:

@@ -154,6 +154,10 @@ def explain(error: BaseException) -> LabtrainError | None:
         first = str(error).splitlines()[0]
         hint = "write key=value, and quote what the shell would take apart: 'key=[1,2]'"
         return ConfigError(f"cannot read the override {error.override!r}: {first}", hint=hint)
+    if type(error) is ValueError and str(error).startswith("Config group override must be"):
+        return ConfigError(
+            f"{error}: a group is set to a name", hint="quote a number that is a name: 'experiment=\"7\"'"
+        )
     if isinstance(error, MissingConfigException):
         text = " ".join(str(error).split())
         match = re.search(r"(In '[^']*': )?(Could not find '[^']*')(.*Available options in '[^']*': )?", text)

@@ -19,6 +19,7 @@ from labtrain.errors import DamagedError
 
 SCHEMA = "labtrain/receipt/1"
 FILE = "receipt.json"
+LOCK = ".lock"  # a record lock, beside it: held by the process that trains the run (recorder.py)
 STATUSES = ("running", "interrupted", "complete", "failed")
 KEYS = (
     "schema",

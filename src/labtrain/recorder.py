@@ -26,7 +26,6 @@ from labtrain.run import Job, shards_in_use, shown
 from labtrain.store import file_sha256
 from labtrain.trail import TRAIL, read_trail
 
-LOCK = ".lock"
 LONGEST_PATCH = 1_000_000  # characters; of a longer one the receipt has none, code.patch has it
 
 
@@ -57,7 +56,7 @@ class Recorder(pl.Callback):
         """
         self.made_folder = not self.run_dir.exists()
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        self.lock = os.open(self.run_dir / receipt.LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             # A record lock: the loader's workers have no share in it, and do not hold it when this process is killed.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

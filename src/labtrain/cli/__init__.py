@@ -114,6 +114,7 @@ def demo(folder: Path | None) -> None:
 
 
 for command in (
+    receipts.ls,
     receipts.diff,
     receipts.verify,
     receipts.report,

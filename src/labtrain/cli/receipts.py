@@ -1,4 +1,4 @@
-"""What is asked of receipts: `labtrain diff`, verify, gate, report, sign, crate."""
+"""What is asked of receipts: `labtrain ls`, diff, verify, gate, report, sign, crate."""
 
 import json
 import signal
@@ -10,6 +10,8 @@ from typing import Any
 import click
 
 from labtrain.errors import ConfigError
+
+SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds")
 
 
 @click.command()
@@ -42,6 +44,37 @@ def crate(run: Path, output: Path, weights: bool, author: str | None, licence: s
     from labtrain.crate import write_crate
 
     click.echo(write_crate(run, output, weights=weights, author=author, licence=licence))
+
+
+@click.command()
+@click.argument("folders", nargs=-1, metavar="[DIR...]", type=click.Path(path_type=Path))
+@click.option("--metric", metavar="NAME", help="Which is shown.  [default: checkpoint.monitor, else a test metric]")
+@click.option(
+    "--sort",
+    type=click.Choice([sign + key for key in SORTED_BY for sign in ("", "-")]),
+    metavar="KEY",
+    default="started",
+    show_default=True,
+    help=f"{', '.join(SORTED_BY)}; -KEY: downwards.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
+def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) -> None:
+    """List the runs below DIR, or below runs/: how each stands, its steps, metric and weights digest.
+
+    A run that no process trains, and that no process ended, is shown as killed; start it again and it goes on.
+    """
+    from labtrain import listing
+
+    rows = listing.sort_rows(listing.list_runs(folders or [Path("runs")], metric=metric), sort)
+    if as_json:
+        click.echo(json.dumps([listing.as_json(row) for row in rows], indent=1))
+    elif rows:
+        click.echo("\n".join(listing.lines_of(rows)))
+    if not rows:
+        click.echo(f"no run below {', '.join(map(str, folders)) or 'runs'}\n\nhint: python train.py", err=True)
+    for row in rows:
+        if row.error is not None:
+            click.echo(f"warning: {row.error}", err=True)
 
 
 @click.command()

@@ -1,0 +1,197 @@
+"""Which runs lie below a folder, and how each of them stands: `labtrain ls`. No torch; a receipt is read once."""
+
+import fcntl
+import json
+import math
+import os
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from labtrain import receipt
+from labtrain.errors import ConfigError, DamagedError
+from labtrain.provenance import time_of
+from labtrain.run import shown
+from labtrain.trail import HISTORY
+
+FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
+TAIL_BYTES = 1 << 16  # of a history: more than its last lines
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """How one run stands.
+
+    Attributes:
+        run: its folder, as a person would type it here.
+        status: complete, interrupted, failed, running; killed: no process trains it, and none said that it ended;
+            broken: its receipt cannot be read, and `error` says why.
+        steps: optimizer steps that it has come to, as far as it has said so.
+        metric: whose value it is; None where it has none.
+        value: the last one.
+        weights_digest: of a complete run, 64 hex digits.
+        started: UTC, ISO 8601.
+        seconds: for which it was trained, over all its starts that ended.
+        error: of a broken one.
+    """
+
+    run: str
+    status: str
+    steps: int | None = None
+    metric: str | None = None
+    value: float | None = None
+    weights_digest: str | None = None
+    started: str | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+
+def list_runs(folders: Iterable[str | Path], *, metric: str | None = None) -> list[Row]:
+    """Return a row for each run in or below `folders`, oldest first; those that are broken first of all.
+
+    Not for the process that trains one of them: to close a file drops the locks that the same process has on it.
+
+    Args:
+        folders: runs, or what holds them.
+        metric: its name; None: each run's checkpoint.monitor, else the first of its test, validation and other metrics.
+
+    Raises:
+        ConfigError: a folder is not there, or no run has the metric.
+    """
+    found: dict[Path, Row] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise ConfigError(f"{folder}: no such folder", hint="labtrain ls DIR; runs/ lies beside train.py")
+        found |= {run_dir: row_of(run_dir, metric) for run_dir in runs_below(folder)}
+    rows = sorted(found.values(), key=lambda row: (row.started or "", row.run))
+    if metric is not None and rows and all(row.metric is None for row in rows):
+        names = sorted({row.metric for row in list_runs(found) if row.metric})
+        raise ConfigError(
+            f"no run has a metric {metric}",
+            hint=f"without --metric it is {', '.join(names)}" if names else "labtrain ls",
+        )
+    return rows
+
+
+def runs_below(folder: Path) -> Iterator[Path]:
+    """Yield each folder that holds a receipt; not those in a run, nor hidden ones."""
+    for here, folders, files in os.walk(folder):
+        if receipt.FILE in files:
+            folders.clear()
+            yield Path(here).resolve()
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+def row_of(run_dir: Path, metric: str | None = None) -> Row:
+    """Return how the run in a folder stands."""
+    try:
+        found = receipt.read(run_dir)
+    except (DamagedError, OSError) as error:
+        return Row(run=shown(run_dir), status="broken", error=str(error.args[0] if error.args else error))
+    assert found is not None
+    segments, results, status = found["segments"], found["results"], found["status"]
+    if status == "running" and not is_trained(run_dir):
+        status = "killed"
+    steps, metrics = results.get("steps"), results.get("metrics", {})
+    if status != "complete":
+        steps, metrics = last_of(run_dir)
+        steps = max(steps, segments[-1]["to_step"] or segments[-1]["from_step"])
+    wanted = metric or found["config"]["checkpoint"]["monitor"] or next(iter(sorted(metrics, key=rank)), None)
+    ended = [(time_of(each["started"]), time_of(each["ended"])) for each in segments if each["ended"]]
+    return Row(
+        run=shown(run_dir),
+        status=status,
+        steps=steps,
+        metric=wanted if wanted in metrics else None,
+        value=metrics.get(wanted),
+        weights_digest=results.get("weights_digest"),
+        started=segments[0]["started"],
+        seconds=sum((after - before).total_seconds() for before, after in ended) if ended else None,
+    )
+
+
+def rank(name: str) -> tuple[int, str]:
+    """Return a key that sorts metrics: those of the test, of the validation, others."""
+    return ("test", "val").index(stage) if (stage := name.partition("/")[0]) in ("test", "val") else 2, name
+
+
+def is_trained(run_dir: Path) -> bool:
+    """Return whether a process, on whichever node, holds the run's lock; takes nothing from it."""
+    try:
+        with (run_dir / receipt.LOCK).open("rb") as file:
+            asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+            kind: int = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
+            return kind != fcntl.F_UNLCK
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # a file system without locks: it is as its receipt says
+
+
+def last_of(run_dir: Path) -> tuple[int, dict[str, float]]:
+    """Return the last step of a run's history, and the last value of each metric near its end."""
+    step, metrics = 0, dict[str, float]()
+    with suppress(FileNotFoundError), (run_dir / HISTORY).open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        for line in file.read().split(b"\n"):
+            with suppress(ValueError):  # cut by the seek, or by a kill
+                last = json.loads(line)
+                step, metrics = last["step"], metrics | last["metrics"]
+    return step, metrics
+
+
+def sort_rows(rows: list[Row], key: str) -> list[Row]:
+    """Return rows in the order of a field, downwards with a leading -; those that lack it come last."""
+    name = key.removeprefix("-")
+    field = "value" if name == "metric" else name
+    with_it = [row for row in rows if comparable(getattr(row, field))]
+    ordered = sorted(with_it, key=lambda row: getattr(row, field), reverse=key.startswith("-"))
+    return ordered + [row for row in rows if not comparable(getattr(row, field))]
+
+
+def comparable(value: Any) -> bool:
+    """Return whether a value has a place in an order: it is there, and no NaN."""
+    return value is not None and value == value
+
+
+def lines_of(rows: Sequence[Row]) -> Iterator[str]:
+    """Yield the lines of a table of runs; its column of metrics is named by the metric where it is one for all."""
+    names = {row.metric for row in rows if row.metric}
+    heading = names.pop() if len(names) == 1 else "metric"
+    table = [("run", "status", "steps", heading, "weights", "started", "time")]
+    for row in rows:
+        value = "" if row.value is None else f"{row.value:.4f}" if abs(row.value) < 1e4 else f"{row.value:.4g}"
+        table.append(
+            (
+                row.run,
+                row.status,
+                "" if row.steps is None else str(row.steps),
+                f"{row.metric} {value}" if row.metric and heading == "metric" else value,
+                (row.weights_digest or "")[:12],
+                (row.started or "")[:16].replace("T", " "),
+                "" if row.seconds is None else duration(row.seconds),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    numbers = {2, 3, 6}
+    for cells in table:
+        padded = [
+            cell.rjust(width) if place in numbers else cell.ljust(width)
+            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        yield "  ".join(padded).rstrip()
+
+
+def duration(seconds: float) -> str:
+    """Return hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """Return a row for machines: JSON has no NaN."""
+    finite = row.value is None or math.isfinite(row.value)
+    return asdict(row) | ({} if finite else {"value": None})

@@ -1,0 +1,110 @@
+"""Sweeps whose sweeper chooses each trial by the values of those before it: Optuna's, docs/sweeps.md. No torch.
+
+The callback is one of `hydra.callbacks` in conf/labtrain.yaml: the only place between the composition of a sweep and
+its sampler. https://hydra.cc/docs/1.3/plugins/optuna_sweeper/
+"""
+
+import math
+import random
+import sys
+import traceback
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.experimental.callback import Callback
+
+from labtrain import receipt
+from labtrain.errors import ConfigError, JobFailedError
+from labtrain.run import Job, shown
+
+PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
+SQLITE = "sqlite:///"
+
+
+class SweepStart(Callback):
+    """Completes what a sweeper was not told, and refuses what it cannot use, before anything is trained."""
+
+    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+        try:
+            complete(config)
+        except ConfigError as error:
+            sys.stderr.write(f"error: {error}\n")
+            sys.exit(error.exit_code)  # Hydra makes a warning of any Exception: hydra/_internal/callbacks.py
+
+
+def chooses(sweeper: Any) -> bool:
+    """Return whether a sweeper compares runs; Hydra's own trains every combination, whatever comes of them."""
+    return "direction" in sweeper
+
+
+def complete(config: Any) -> None:
+    """Take a sweep's direction from checkpoint.mode and its sampler's seed from `seed`, where they are left open.
+
+    Args:
+        config: the sweep's, as Hydra composed it, with its node `hydra`.
+
+    Raises:
+        ConfigError: there is nothing to compare by, or the direction is another than checkpoint.mode's.
+    """
+    sweeper, checkpoint = config.hydra.sweeper, config.checkpoint
+    if not chooses(sweeper):
+        return
+    if checkpoint.monitor is None:
+        raise ConfigError(
+            "this sweeper chooses by a metric, and checkpoint.monitor names none", hint="checkpoint.monitor=val/acc"
+        )
+    wanted = f"{checkpoint.mode}imize"
+    if isinstance(sweeper.direction, Enum):  # the plugin's default; a person's is a text
+        sweeper.direction = wanted
+    elif sweeper.direction != wanted:
+        raise ConfigError(
+            f"hydra.sweeper.direction={sweeper.direction}, and checkpoint.mode={checkpoint.mode} wants {wanted} alone",
+            hint=f"hydra.sweeper.direction={wanted}, or leave it out",
+        )
+    if sweeper.sampler.get("seed", config.seed) is None:
+        sweeper.sampler.seed = config.seed
+    random.seed(config.seed)  # the grid sampler draws from the global generator: optuna/samplers/_grid.py
+    if str(sweeper.storage).startswith(SQLITE):
+        Path(sweeper.storage.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+
+
+def value_of(job: Job, sweeper: Any) -> float | None:
+    """Return what a sweeper compares a complete run by: the last value of checkpoint.monitor.
+
+    It is that of the weights that the receipt names, and so the same however the run was interrupted; the best value on
+    the way is not (verification.py).
+
+    Raises:
+        ConfigError: the run logged no such metric.
+        JobFailedError: it is no number that can be compared.
+    """
+    monitor = job.config["checkpoint"]["monitor"]
+    found = receipt.read(Path(job.run_dir))
+    if monitor is None or found is None:
+        return None
+    metrics = found["results"]["metrics"]
+    if monitor not in metrics and chooses(sweeper):
+        raise ConfigError(
+            f"checkpoint.monitor={monitor}: {shown(job.run_dir)} logged no such metric",
+            hint=f"one of these: {', '.join(sorted(metrics)) or 'none was logged'}",
+        )
+    value: float | None = metrics.get(monitor)
+    if value is not None and not math.isfinite(value):
+        raise JobFailedError(f"{shown(job.run_dir)} ended with {monitor} {value}", 1)
+    return value
+
+
+def explain(error: Exception) -> Exception:
+    """Return what ended an Optuna sweep as an error for people; anything else as it is."""
+    frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if not any(name.startswith(PLUGIN) for name in frames):
+        return error
+    if isinstance(error, JobFailedError):
+        error.hint = "its own lines above say why; hydra.sweeper.max_failure_rate=0.5 goes on while half of them train"
+    elif "No trials are completed" in str(error):
+        return JobFailedError("every trial of this sweep failed: the lines above say why", 1)
+    elif isinstance(error, ValueError | AssertionError):
+        spaces = "'choice(8,16)', 'range(8,64,8)', 'interval(0.001,0.1)', 'tag(log,interval(0.001,0.1))'"
+        return ConfigError(f"the sweep: {error}", hint=f"a search space is one of {spaces}; docs/sweeps.md")
+    return error

@@ -1,0 +1,127 @@
+"""`labtrain ls`: a real run while it is trained, killed and gone on with; recorded ones in every other state."""
+
+import fcntl
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from labtrain import listing, receipt
+from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, changed
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def ls(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run([LABTRAIN, "ls", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def cells(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Recorded runs as `runs/lab/NAME`: complete, interrupted, failed, broken."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "runs" / "lab"
+    for name in ("best", "worse", "stopped", "failed", "broken"):
+        (folder / name).mkdir(parents=True)
+        shutil.copy(GOLDEN / "receipt.json", folder / name)
+    changed(folder / "best", "config/checkpoint/monitor", "val/acc")
+    found = receipt.read(folder / "worse")
+    assert found is not None
+    found["results"]["metrics"] |= {"test/acc": 0.5, "val/acc": float("nan")}
+    found["segments"][0] |= {"started": "2030-01-01T10:00:00+00:00", "ended": "2030-01-01T11:02:03+00:00"}
+    receipt.write(folder / "worse", found)
+    for name, status in (("stopped", "interrupted"), ("failed", "failed")):
+        changed(folder / name, "status", status)
+        changed(folder / name, "results", {})
+        changed(folder / name, "segments", [found["segments"][0] | {"status": status, "to_step": 7}])
+    line = {"step": 5, "metrics": {"val/acc": 0.25, "val/loss": 2.0}}
+    (folder / "stopped" / "history.jsonl").write_text(json.dumps(line) + '\n{"step": 6, "met')
+    text = (folder / "broken" / "receipt.json").read_text()
+    (folder / "broken" / "receipt.json").write_text(text[: len(text) // 2])
+    # What is no run of its own: a copy in a run, one in a hidden folder.
+    for inside in (folder / "best" / "copies" / "x", tmp_path / "runs" / ".sweep" / "x"):
+        shutil.copytree(folder / "worse", inside)
+    return folder
+
+
+def test_the_table_holds_each_run_with_its_metric(runs: Path) -> None:
+    """checkpoint.monitor where there is one, else a test metric; of an unfinished run what its history says last."""
+    done = ls()
+    heading, *rows = cells(done.stdout)
+    assert heading == ["run", "status", "steps", "metric", "weights", "started", "time"]
+    by_run = {row[0]: row[1:] for row in rows}
+    assert set(by_run) == {f"runs/lab/{name}" for name in ("best", "worse", "stopped", "failed", "broken")}
+    assert by_run["runs/lab/best"][:5] == ["complete", "300", "val/acc", "0.9963", "5431c560ef1b"]
+    assert by_run["runs/lab/worse"] == [
+        *["complete", "300", "test/acc", "0.5000", "5431c560ef1b", "2030-01-01", "10:00", "1:02:03"]
+    ]
+    assert by_run["runs/lab/stopped"][:4] == ["interrupted", "7", "val/acc", "0.2500"]
+    assert by_run["runs/lab/failed"][:2] == ["failed", "7"]
+    assert by_run["runs/lab/broken"] == ["broken"]
+    assert "receipt.json is broken" in done.stderr
+    assert "\x1b" not in done.stdout
+    assert len({line.find("2030") for line in done.stdout.splitlines() if "2030" in line}) == 1
+
+
+def test_it_is_sorted_and_machines_can_read_it(runs: Path) -> None:
+    heading, *rows = cells(ls("runs", "--metric", "test/acc", "--sort", "-metric").stdout)
+    assert heading[3] == "test/acc"
+    assert [row[0].rpartition("/")[2] for row in rows][:2] == ["best", "worse"]
+    assert cells(ls("--sort", "metric", "--metric", "test/acc").stdout)[1][0] == "runs/lab/worse"
+    found = {
+        row["run"]: row for row in json.loads(ls("runs/lab", "runs/lab/best", "--json", "--metric", "val/acc").stdout)
+    }
+    assert len(found) == 5
+    assert found["runs/lab/best"]["weights_digest"].startswith("5431c560ef1b")
+    assert found["runs/lab/worse"]["value"] is None  # it is NaN, which JSON has not
+    assert "is broken" in found["runs/lab/broken"]["error"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["nowhere"], 2, "error: nowhere: no such folder\n\nhint: labtrain ls DIR"),
+        (
+            ["--metric", "val/typo"],
+            2,
+            "error: no run has a metric val/typo\n\nhint: without --metric it is test/acc, val/acc",
+        ),
+        (["--sort", "colour"], 2, "colour"),
+        (["empty"], 0, "no run below empty\n\nhint: python train.py"),
+    ],
+)
+def test_what_is_not_there_is_said(runs: Path, arguments: list[str], code: int, says: str) -> None:
+    Path("empty").mkdir()
+    done = ls(*arguments, code=code)
+    assert says in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_run_is_running_only_while_a_process_trains_it(experiment: Experiment) -> None:
+    """The receipt says `running` after SIGKILL too; the lock tells, and asking for it takes nothing from the trainer."""
+    command = experiment.command(*QUICK, "paths.runs=runs", "trainer.max_epochs=5000")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (found := list(Path().glob("runs/*/*/history.jsonl"))) or not found[0].stat().st_size:
+        assert process.poll() is None
+        time.sleep(0.05)
+    for _ in range(3):
+        assert cells(ls().stdout)[1][1] == "running"
+    with (found[0].parent / ".lock").open("r+") as file, pytest.raises(BlockingIOError):  # it is held as before
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (row,) = listing.list_runs(["runs"])
+    assert (row.status, row.metric) == ("killed", "val/acc")
+    assert row.steps is not None
+    assert row.steps >= 20
+    assert Path(row.run).samefile(found[0].parent)

@@ -1,0 +1,115 @@
+"""Optuna's sweeps: real trials, killed in the middle, and what is refused before anything is trained."""
+
+import os
+import signal
+import sqlite3
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from labtrain.listing import is_trained
+from tests.conftest import QUICK, Experiment
+
+OPTUNA = ("-m", "hydra/sweeper=optuna", *QUICK, "checkpoint.monitor=val/acc")
+SPACE = ("model.width=choice(2,4)", "model.learning_rate=interval(0.001,0.1)")
+SHORT = ("trainer.max_epochs=1", "data.batch_size=512", "paths.runs=runs")
+
+
+def results(runs: str) -> dict[str, object]:
+    return dict(yaml.safe_load(Path(runs, ".sweep", "optimization_results.yaml").read_text()))
+
+
+def wait_for(done: object, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(6000):
+        if done():  # type: ignore[operator]
+            return
+        assert process.poll() is None, "the sweep ended by itself"
+        time.sleep(0.01)
+    raise AssertionError("it never came")
+
+
+def test_a_killed_sweep_goes_on_where_it_stood_and_finds_the_same(experiment: Experiment) -> None:
+    """SIGKILL in the second trial. Started again, it trains no complete trial anew, and its best is that of a sweep that
+    was never killed; direction and sampler seed follow checkpoint.mode and seed. Optuna keeps it all in SQLite besides.
+    """
+    sweep = (*OPTUNA, *SPACE, "hydra.sweeper.n_trials=2", "trainer.max_epochs=3")
+    whole = experiment.train(*sweep, "paths.runs=one")
+    found = results("one")
+    assert "Directions: ['maximize']" in whole.err
+    trials = [line.split() for line in whole.out.splitlines()]
+    assert len({folder for folder, _ in trials}) == 2
+
+    killed = (*sweep, "paths.runs=two", "hydra.sweeper.storage=sqlite:///two/study.db")
+    first, second = (Path(folder.replace("one", "two")) for folder, _ in trials)
+    process = subprocess.Popen(experiment.command(*killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for((second / "trail.jsonl").exists, process)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    while is_trained(second):  # its trial saves, and ends
+        time.sleep(0.05)
+    before = (first / "receipt.json").read_bytes()
+
+    again = experiment.train(*killed)
+    assert [line.split() for line in again.out.splitlines()] == [[f.replace("one", "two"), d] for f, d in trials]
+    assert f"{first} is complete: nothing to train" in again.err
+    assert (first / "receipt.json").read_bytes() == before
+    assert f"{second} goes on from step-" in again.err
+    assert results("two") == found
+    with sqlite3.connect("two/study.db") as study:
+        assert study.execute("select count(*) from trials where state = 'COMPLETE'").fetchone() == (2,)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says", "hint"),
+    [
+        (["checkpoint.monitor=null"], "checkpoint.monitor names none", "checkpoint.monitor=val/acc"),
+        (
+            ["hydra.sweeper.direction=minimize"],
+            "checkpoint.mode=max wants maximize",
+            "hydra.sweeper.direction=maximize",
+        ),
+        (["hydra.sweeper.direction=maximize", "checkpoint.mode=min"], "wants minimize", "direction=minimize"),
+        (["hydra.sweeper.direction=[maximize,minimize]"], "wants maximize alone", "or leave it out"),
+        (["model.dropout=interval(0.5,0.1)"], "must be smaller than or equal to", "'interval(0.001,0.1)'"),
+        (["hydra.sweeper.n_trials=many"], "could not be converted to Integer", "--cfg job"),
+    ],
+)
+def test_what_a_sweep_cannot_use_is_refused_before_it(
+    experiment: Experiment, overrides: list[str], says: str, hint: str, tmp_path: Path
+) -> None:
+    run = experiment.train(*OPTUNA, *SPACE, *SHORT, *overrides, code=2)
+    assert says in run.err
+    assert hint in run.err.partition("\n\nhint: ")[2]
+    assert run.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trials_that_fail_end_the_sweep_unless_it_may_lose_them(experiment: Experiment) -> None:
+    """A loss that is no number is a failed trial too; its run is complete, and stays. A metric that no run logs is none."""
+    sweep = (
+        *OPTUNA,
+        *SHORT,
+        "hydra.sweeper.n_trials=2",
+        "checkpoint.monitor=val/loss",
+        "checkpoint.mode=min",
+        "seed=0",
+    )
+    space = "model.learning_rate=choice(0.01,1e30)"
+    lossy = experiment.train(*sweep, space, "hydra.sweeper.max_failure_rate=0.5")
+    assert "ended with val/loss nan" in lossy.err
+    assert results("runs")["best_params"] == {"model.learning_rate": 0.01}
+    strict = experiment.train(*sweep, space, code=1)
+    assert "hydra.sweeper.max_failure_rate=0.5 goes on" in strict.err
+    assert strict.err.count("is complete: nothing to train") == 2
+    typo = experiment.train(*sweep, space, "checkpoint.monitor=val/typo", code=2)
+    assert (
+        "logged no such metric\n\nhint: one of these: test/acc, test/loss, train/acc, train/loss, val/acc" in typo.err
+    )
+    assert typo.err.count("is complete: nothing to train") == 1  # at the first trial
+    none = experiment.train(
+        *sweep, "model.dropout=choice(7)", "hydra.sweeper.n_trials=1", "hydra.sweeper.max_failure_rate=1", code=1
+    )
+    assert "error: every trial of this sweep failed" in none.err
