@@ -3,7 +3,7 @@
 import pytest
 
 from labtrain.errors import ConfigError
-from labtrain.ranks import adopt, find_ranks, first_node
+from labtrain.ranks import adopt, alone, find_ranks, first_node
 
 # As Slurm 22.05 set them for the third of `srun -N2 --ntasks-per-node=2` in a job of four nodes.
 STEP = {
@@ -41,6 +41,9 @@ def test_a_step_counts_and_not_its_job() -> None:
     assert ranks is not None
     assert (ranks.rank, ranks.world, ranks.local_rank, ranks.node, ranks.nodes) == (2, 4, 0, 1, 2)
     assert (ranks.address, ranks.port, ranks.name) == ("gpu08", 15123, "70123")
+    second = find_ranks(STEP | {"SLURM_STEP_ID": "1"})
+    assert second is not None
+    assert (second.port, second.name) == (15454, "70123.1")
     there = find_ranks(STEP | {"MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "5000"})
     assert there is not None
     assert (there.address, there.port) == ("10.1.1.1", 5000)
@@ -49,6 +52,8 @@ def test_a_step_counts_and_not_its_job() -> None:
 def test_one_task_and_a_batch_script_are_processes_by_themselves() -> None:
     assert find_ranks(STEP | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}) is None
     assert find_ranks({name: value for name, value in STEP.items() if not name.startswith("SLURM_STEP_")}) is None
+    assert find_ranks(STEP | {"SLURM_JOB_NAME": "bash"}) is None  # srun --pty bash
+    assert find_ranks(alone(STEP)) is None
     assert find_ranks({}) is None
 
 
@@ -71,7 +76,7 @@ def test_the_launcher_says_how_many(devices: object, nodes: int) -> None:
     assert listed == config([0, 3], 2)
 
 
-@pytest.mark.parametrize(("devices", "nodes"), [(4, 1), (1, 2), (2, 3), ([0], 2)])
+@pytest.mark.parametrize(("devices", "nodes"), [(4, 1), (1, 2), (2, 3), ([0], 1), ([0], 2)])
 def test_other_numbers_are_refused(devices: object, nodes: int) -> None:
     with pytest.raises(ConfigError, match="srun started 4 processes on 2 nodes"):
         adopt(config(devices, nodes), find_ranks(STEP))

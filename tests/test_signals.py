@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from labtrain.signals import NUMBERS, Stopped, Wishes
+from labtrain.signals import NUMBERS, Stopped, Wishes, block
 from tests.servers import wait_until
 
 
@@ -39,8 +39,15 @@ def test_before_the_first_step_it_stops_at_once_but_on_other_ranks() -> None:
             for _ in range(500):
                 time.sleep(0.01)
 
+    before = [signal.getsignal(each) for each in NUMBERS], signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with pytest.raises(Stopped, match="SIGUSR1"):
         signalled()
+    mask = block()
+    os.kill(os.getpid(), signal.SIGUSR1)  # before anybody listens
+    with pytest.raises(Stopped, match="SIGUSR1"):
+        signalled()
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    assert ([signal.getsignal(each) for each in NUMBERS], signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
     wishes = Wishes()
     with wishes.listening(leads=False):
         os.kill(os.getpid(), signal.SIGUSR1)

@@ -6,6 +6,7 @@ may run at once (srun, torchrun). Hydra's own documents say how a task function,
 https://hydra.cc/docs/1.3/.
 """
 
+import atexit
 import os
 import signal
 import subprocess
@@ -16,8 +17,8 @@ from typing import Any, cast
 
 from labtrain import config as configuration
 from labtrain import determinism, receipt
-from labtrain.errors import ConfigError, JobFailedError, LabtrainError
-from labtrain.ranks import adopt, find_ranks, in_slurm_step
+from labtrain.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError
+from labtrain.ranks import adopt, find_ranks
 from labtrain.resume import make_job, near_run
 from labtrain.run import JOB_VARIABLE, Config, Job, shown
 from labtrain.signals import NUMBERS, block, unblock
@@ -71,10 +72,10 @@ def print_error(error: LabtrainError, rank: int = 0) -> None:
 
 def refuse_sweep_under_launcher() -> None:
     """Refuse `torchrun train.py -m` and `srun -n2 train.py -m`: each copy would run the whole sweep."""
-    copies = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
-    if copies != "1" and {"-m", "--multirun"} & set(sys.argv[1:]):
+    ranks = find_ranks()
+    if ranks is not None and {"-m", "--multirun"} & set(sys.argv[1:]):
         raise ConfigError(
-            f"-m in each of {copies} copies of one job",
+            f"-m in each of {ranks.world} copies of one job",
             hint="start the sweep once, without the launcher: python train.py -m ...",
         )
 
@@ -91,7 +92,7 @@ def _run_hydra(root: Path, config_path: str, config_name: str, wants_trace: bool
             f"{shown(folder)}/{config_name}.yaml: no such file", hint="labtrain new DIR makes an experiment with one"
         )
     Plugins.instance().register(LabtrainSearchPath)
-    start = Start(root=str(root), wants_trace=wants_trace)
+    start = Start(root=str(root), command=sys.argv, wants_trace=wants_trace)
     hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(start)()
 
 
@@ -100,6 +101,7 @@ class Start:
     """The task function that Hydra calls once a job: an instance of a module's class, so that it can be pickled."""
 
     root: str
+    command: list[str]
     wants_trace: bool = False
 
     def __call__(self, cfg: Any) -> float | None:
@@ -131,7 +133,7 @@ class Start:
         adopt(config, find_ranks())
         configuration.check(config)
         single = HydraConfig.get().mode == RunMode.RUN
-        job = make_job(config, root=Path(self.root), command=sys.argv, supervisor=0 if single else os.getpid())
+        job = make_job(config, root=Path(self.root), command=self.command, supervisor=0 if single else os.getpid())
         if finished(job):
             return None if single else value_of(job, HydraConfig.get().sweeper)
         refuse_unwritable(Path(job.run_dir))
@@ -208,8 +210,7 @@ def supervise(command: list[str], environment: dict[str, str]) -> None:
 
     def forward(number: int, _frame: object) -> None:
         caught.append(number)
-        # A terminal sends Ctrl-C to the child as well, and Slurm whatever it sends.
-        if number != signal.SIGINT and not in_slurm_step():
+        if number != signal.SIGINT:  # a terminal sends Ctrl-C to the child as well
             child.send_signal(number)
 
     before = {number: signal.signal(number, forward) for number in NUMBERS}
@@ -220,7 +221,13 @@ def supervise(command: list[str], environment: dict[str, str]) -> None:
         block()
         for number, handler in before.items():
             signal.signal(number, handler)
-    if caught:
+    submitted = "SUBMITIT_FOLDER" in os.environ
+    if caught and (code in (0, EXIT_STOPPED) or not submitted):
+        ranks = find_ranks()
+        if ranks and ranks.rank:
+            sys.exit(code)  # 0: rank 0 may be delivering yet (job.py)
         sys.exit(code if code > 0 else 128 + caught[0])  # no Exception: ends the sweep (hydra/core/utils.py run_job)
+    if code and submitted:  # where the error becomes the job's result, and all ranks would end with 0
+        atexit.register(os._exit, code if code > 0 else 128 - code)
     if code:
         raise JobFailedError(f"{command[-1]} ended with exit code {code}", code if code > 0 else 128 - code)

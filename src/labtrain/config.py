@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from labtrain.errors import ConfigError, LabtrainError
+from labtrain.errors import ConfigError, JobFailedError, LabtrainError
 from labtrain.remote import check_url
 from labtrain.run import Config, get, shards_in_use, world_size
 
@@ -171,7 +171,10 @@ def explain(error: BaseException) -> LabtrainError | None:
     for link in chain:
         if isinstance(link, yaml.YAMLError):
             return ConfigError(f"conf/ holds no valid YAML: {' '.join(str(link).split())}", hint="correct that line")
-    if type(error).__name__ == "FailedJobError" or 'Could not detect "srun"' in str(error):  # submitit's
+    if type(error).__name__ == "UncompletedJobError" or "failed during processing" in str(error):  # submitit's
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return JobFailedError(f"a job of this sweep left no result: {lines[0]} {lines[-1].strip()}", 1)
+    if type(error).__name__ == "FailedJobError" or 'Could not detect "srun"' in str(error):
         return ConfigError(f"Slurm takes no job: {' '.join(str(error).split())}", hint="sinfo; sbatch --version")
     if isinstance(error, HydraException):
         first, *rest = str(error).splitlines() or [type(error).__name__]

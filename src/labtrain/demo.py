@@ -19,6 +19,7 @@ from labtrain.assets import asset
 from labtrain.compare import first_difference
 from labtrain.errors import ConfigError, LabtrainError
 from labtrain.new import make_experiment
+from labtrain.ranks import alone
 from labtrain.receipt import read
 from labtrain.report import write_report
 from labtrain.report.data import label_of
@@ -98,24 +99,24 @@ def run_demo(folder: Path | None = None) -> bool:
 
 def as_it_is(command: list[str]) -> None:
     """Train on this CPU."""
-    _train(command, dict(os.environ))
+    _train(command)
 
 
 def as_an_older_cpu(command: list[str]) -> None:
     """Train with this CPU's newer instructions hidden from every library that chooses by them."""
-    _train(command, os.environ | OLDER_CPU)
+    _train(command, OLDER_CPU)
 
 
 def on_two_processes(command: list[str]) -> None:
     """Train in two processes, over gloo."""
-    _train([*command, "trainer.devices=2"], dict(os.environ))
+    _train([*command, "trainer.devices=2"])
 
 
 def killed_and_resumed(command: list[str]) -> None:
     """Kill the training with SIGKILL in the middle of an epoch, then start it again."""
     command = [*command, "checkpoint.every_n_steps=7"]
     runs = Path(next(word for word in command if word.startswith("paths.runs=")).partition("=")[2])
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(command, env=alone(os.environ), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + TIMEOUT_S
         while not any(len(read_trail(path)) >= KILL_AT_STEP for path in runs.glob("*/*")):
@@ -128,7 +129,7 @@ def killed_and_resumed(command: list[str]) -> None:
     finally:
         child.send_signal(signal.SIGKILL)
         child.wait()
-    _train(command, dict(os.environ))
+    _train(command)
 
 
 WAYS: dict[str, Callable[[list[str]], None]] = {
@@ -202,7 +203,8 @@ def make_empty(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
-def _train(command: list[str], environment: dict[str, str]) -> None:
+def _train(command: list[str], variables: dict[str, str] | None = None) -> None:
+    environment = alone(os.environ) | (variables or {})
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
     if done.returncode:
         raise LabtrainError(

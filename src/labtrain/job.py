@@ -10,8 +10,10 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from labtrain import receipt
 from labtrain.compose import print_error
 from labtrain.errors import EXIT_STOPPED, LabtrainError, LostError
 from labtrain.ranks import find_ranks, requeue
@@ -61,7 +63,8 @@ def main() -> None:
         how = "saved" if error.saved else "with nothing new to save"
         sys.stderr.write(f"\nstopped by {error}, {how}: the same command goes on with {shown(job.run_dir)}\n")
         if error.signum == signal.SIGUSR1:
-            requeue(progress=error.saved)
+            found = receipt.read(Path(job.run_dir))
+            requeue(starts=len(found["segments"]) if found else 0, progress=error.saved)
         sys.exit(EXIT_STOPPED)
     if not rank:
         print_table(result)

@@ -15,7 +15,7 @@ from typing import Any
 from labtrain.errors import ConfigError
 from labtrain.run import Config
 
-FIRST_PORT, PORTS = 15000, 10000  # as Lightning chooses: by the job's number
+FIRST_PORT, PORTS = 15000, 10000  # by the job's number, as Lightning chooses, and the step's
 FRUITLESS_RESTARTS = 3
 
 
@@ -65,7 +65,8 @@ def find_ranks(variables: Mapping[str, str] = os.environ) -> Ranks | None:
             name="" if name == "none" else name,
         )
     if in_slurm_step(variables) and (world := int(variables["SLURM_STEP_NUM_TASKS"])) > 1:
-        job, nodes = int(variables["SLURM_JOB_ID"]), int(variables["SLURM_STEP_NUM_NODES"])
+        nodes = int(variables["SLURM_STEP_NUM_NODES"])
+        job, step = int(variables["SLURM_JOB_ID"]), int(variables["SLURM_STEP_ID"])  # steps count anew after a requeue
         even = "," not in variables["SLURM_STEP_TASKS_PER_NODE"]
         return Ranks(
             launcher="srun",
@@ -75,8 +76,8 @@ def find_ranks(variables: Mapping[str, str] = os.environ) -> Ranks | None:
             node=int(variables["SLURM_NODEID"]),
             nodes=whole_nodes(world, nodes if even else 0.5, "srun --ntasks-per-node=N"),
             address=variables.get("MASTER_ADDR") or first_node(variables["SLURM_STEP_NODELIST"]),
-            port=int(variables.get("MASTER_PORT") or FIRST_PORT + job % PORTS),
-            name=str(job),
+            port=int(variables.get("MASTER_PORT") or FIRST_PORT + (job + 331 * step) % PORTS),
+            name=f"{job}.{step}" if step else str(job),
         )
     return None
 
@@ -94,8 +95,20 @@ def first_node(nodes: str) -> str:
 
 
 def in_slurm_step(variables: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether srun started this process; in a batch script alone it did not."""
-    return "SLURM_STEP_ID" in variables and "SLURM_PROCID" in variables
+    """Tell whether srun started this process; it did not in a batch script alone, nor in a shell that it started."""
+    shell = variables.get("SLURM_JOB_NAME") in ("bash", "interactive")  # Lightning's names for it
+    return "SLURM_STEP_ID" in variables and "SLURM_PROCID" in variables and not shell
+
+
+def alone(variables: Mapping[str, str]) -> dict[str, str]:
+    """Return variables for a process that is none of a launcher's, whoever started this one."""
+    launchers = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID")
+    return {name: value for name, value in variables.items() if name not in launchers}
+
+
+def restarted() -> bool:
+    """Tell whether a launcher started this process again, after a requeue or a failure."""
+    return any(os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def adopt(config: Config, ranks: Ranks | None) -> None:
@@ -106,7 +119,7 @@ def adopt(config: Config, ranks: Ranks | None) -> None:
     """
     trainer = config["trainer"]
     if ranks is None:
-        if trainer["num_nodes"] > 1:
+        if isinstance(trainer["num_nodes"], int) and trainer["num_nodes"] > 1:
             raise ConfigError(
                 f"trainer.num_nodes={trainer['num_nodes']}, and nothing started processes on the others",
                 hint="srun python train.py in a Slurm job, or torchrun on each node (docs/cluster.md)",
@@ -121,7 +134,7 @@ def adopt(config: Config, ranks: Ranks | None) -> None:
     per_node = ranks.world // ranks.nodes
     said: tuple[Any, int] = (trainer["devices"], trainer["num_nodes"])
     devices = len(said[0]) if isinstance(said[0], list) else said[0]
-    if (devices, said[1]) != (1, 1) and not (devices in ("auto", per_node) and said[1] in (1, ranks.nodes)):
+    if said != (1, 1) and not (devices in ("auto", per_node) and said[1] in (1, ranks.nodes)):
         raise ConfigError(
             f"trainer.devices={said[0]} trainer.num_nodes={said[1]}, and {ranks.launcher} started {ranks.world}"
             f" process{'es' if ranks.world > 1 else ''} on {ranks.nodes} node{'s' if ranks.nodes > 1 else ''}",
@@ -132,16 +145,17 @@ def adopt(config: Config, ranks: Ranks | None) -> None:
     trainer["num_nodes"] = ranks.nodes
 
 
-def requeue(*, progress: bool) -> None:
+def requeue(*, starts: int, progress: bool) -> None:
     """Have Slurm start this job again, where it is one; say so, or why it does not.
 
     Args:
-        progress: it came further this time. A job that never does, since its time limit is too short, is not for ever.
+        starts: that came to a step, of this run.
+        progress: this was one of them. A job whose time limit is too short for a step is not queued for ever.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None:
         return
-    if not progress and int(os.environ.get("SLURM_RESTART_COUNT", "0")) >= FRUITLESS_RESTARTS:
+    if not progress and int(os.environ.get("SLURM_RESTART_COUNT", "0")) - starts >= FRUITLESS_RESTARTS:
         sys.stderr.write(
             f"warning: job {job} is not queued again: its time does not suffice for a step (sbatch --time)\n"
         )

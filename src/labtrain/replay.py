@@ -18,6 +18,7 @@ from labtrain import receipt as receipts
 from labtrain.compose import process_of
 from labtrain.errors import EXIT_STOPPED, ConfigError, LabtrainError
 from labtrain.provenance import PATCH, git
+from labtrain.ranks import alone
 from labtrain.receipt import NOT_RECORDED, Receipt
 from labtrain.run import Config, Job, code_digest, lock_digest, name, shown, source_digests, what_counts
 from labtrain.trail import TRAIL, Line, parse_trail
@@ -87,6 +88,7 @@ class Replay:
             stop_at=stop_at,
         )
         command, environment = process_of(job)
+        environment = alone(environment)
         if self.python is not None:
             command[0] = str(self.python)
         environment["TMPDIR"] = str(self.scratch)  # torch leaves files when it is killed

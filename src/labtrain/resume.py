@@ -6,7 +6,7 @@ from pathlib import Path
 from labtrain import receipt
 from labtrain.catalog import checkpoint_place, list_checkpoints
 from labtrain.errors import ConfigError, LabtrainError
-from labtrain.ranks import find_ranks, in_slurm_step
+from labtrain.ranks import find_ranks, restarted
 from labtrain.remote import is_local
 from labtrain.run import Config, Job, code_digest, first_free, lock_digest, name, shown, what_counts
 from labtrain.store import Store
@@ -45,8 +45,11 @@ def fresh(run_dir: Path) -> Path:
         ConfigError: the ranks have no name to agree on.
     """
     if (ranks := find_ranks()) is None:
-        job = os.environ.get("SLURM_JOB_ID") if in_slurm_step() else None
-        return run_dir.with_name(f"{run_dir.name}-{job}") if job else first_free(run_dir)
+        job = os.environ.get("SLURM_JOB_ID")
+        if job is None:
+            return first_free(run_dir)
+        of_job = run_dir.with_name(f"{run_dir.name}-{job}")
+        return of_job if restarted() else first_free(of_job)
     if not ranks.name:
         raise ConfigError(
             f"resume=never in {ranks.world} processes that agree on no name for a new folder",

@@ -89,8 +89,8 @@ class Wishes:
         mask = block()
         done = threading.Event()
         waits = threading.Thread(target=_pass_on, args=(done,), daemon=True)
-        waits.start()
         try:
+            waits.start()  # one that has waited is raised here
             yield
         finally:
             for number, handler in before.items():

@@ -16,6 +16,7 @@ from hydra.experimental.callback import Callback
 
 from labtrain import receipt
 from labtrain.errors import ConfigError, JobFailedError
+from labtrain.ranks import find_ranks
 from labtrain.run import Job, shown
 
 PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
@@ -79,6 +80,8 @@ def value_of(job: Job, sweeper: Any) -> float | None:
         ConfigError: the run logged no such metric.
         JobFailedError: it is no number that can be compared.
     """
+    if (ranks := find_ranks()) and ranks.rank:
+        return None  # rank 0 writes the receipt, and tells
     monitor = job.config["checkpoint"]["monitor"]
     found = receipt.read(Path(job.run_dir))
     if monitor is None or found is None:

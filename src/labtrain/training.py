@@ -3,8 +3,10 @@
 Whatever can be refused is refused before the run's folder is made.
 """
 
+import dataclasses
 import fcntl
 import logging
+import os
 import shutil
 import signal
 import warnings
@@ -25,12 +27,12 @@ from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
-from labtrain.errors import ConfigError, DeviceError, LabtrainError, LostError, NotThereYetError
+from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError
 from labtrain.guard import Guard, explain_operation
 from labtrain.history import History, best_of
 from labtrain.loggers import log_config, make_loggers
 from labtrain.loop import EpochLoop
-from labtrain.ranks import adopt, find_ranks
+from labtrain.ranks import adopt, find_ranks, restarted
 from labtrain.recorder import Recorder
 from labtrain.remote import is_local
 from labtrain.resume import make_job
@@ -122,6 +124,7 @@ def train(cfg: Any) -> Result:
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     make_loader = datamodule.train_dataloader
     datamodule.train_dataloader = lambda: loop.placed(make_loader())
+    keep_fetched = False
     try:
         with wishes.listening(leads=trainer.is_global_zero):
             if trainer.is_global_zero:
@@ -147,16 +150,22 @@ def train(cfg: Any) -> Result:
                 recorder.close("complete", step=steps, results=results_of(result, state, config))
             return result
     except BaseException as raised:
-        error = raised if ranks is None else explain_loss(raised, asked=wishes.signum)
-        stopped = isinstance(error, Stopped | LostError | KeyboardInterrupt)
+        error = raised if ranks is None else explain_loss(raised, wishes)
+        stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        if isinstance(error, Stopped) and not error.saved:
+            keep_fetched = True  # other ranks may be reading it, and what the saver would deliver
         if trainer.is_global_zero:
             try:
-                if isinstance(error, Stopped):
-                    checkpoints.saver.close(seconds=config["checkpoint"]["deliver_seconds"], wanted=False)
+                if isinstance(error, Stopped) and error.saved:
+                    # Slurm's signal leaves little time, and the next start delivers.
+                    soon = error.signum == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ
+                    checkpoints.saver.close(
+                        seconds=0 if soon else config["checkpoint"]["deliver_seconds"], wanted=False
+                    )
                 else:
                     checkpoints.saver.abandon()
             finally:
-                why = str(error) if isinstance(error, Stopped) else type(raised).__qualname__
+                why = str(error) if isinstance(error, Stopped) else type(error).__qualname__
                 recorder.close("interrupted" if stopped else "failed", step=trainer.global_step, why=why)
         if not stopped and (launcher := trainer.strategy.launcher):
             launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
@@ -167,7 +176,7 @@ def train(cfg: Any) -> Result:
             raise error from raised
         raise
     finally:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not keep_fetched:
             shutil.rmtree(fetched, ignore_errors=True)
 
 
@@ -184,18 +193,22 @@ def find_checkpoint(job: Job, place: str, into: Path) -> tuple[str, Path, Manife
     Raises:
         StoreError: the store cannot be asked: whether there is a checkpoint is not known.
     """
+    if job.origin and job.origin != place and restarted():  # it has gone on from there already
+        own = dataclasses.replace(job, origin="")
+        if (found := find_checkpoint(own, place, into)) is not None:
+            return found
     origin = job.origin or place
     stores = stores_of(Path(job.run_dir), origin)
     if is_local(origin):
-        found = newest_whole(stores, into=into, to_resume=True)
+        newest = newest_whole(stores, into=into, to_resume=True)
     elif not any(store.checkpoints() for store in stores):
-        found = None
+        newest = None
     else:
         into.mkdir(parents=True, exist_ok=True)
         with (into / ".lock").open("w") as file:
             fcntl.lockf(file, fcntl.LOCK_EX)
-            found = newest_whole(stores, into=into, to_resume=True)
-    return (found[0].name, *found[1:]) if found else None
+            newest = newest_whole(stores, into=into, to_resume=True)
+    return (newest[0].name, *newest[1:]) if newest else None
 
 
 def instantiate(config: Config, key: str, kind: type[Any]) -> Any:

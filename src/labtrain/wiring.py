@@ -18,7 +18,13 @@ from torch.distributed.rendezvous import rendezvous
 
 from labtrain.errors import DeviceError, LostError
 from labtrain.ranks import Ranks
-from labtrain.signals import Stopped
+from labtrain.signals import Stopped, Wishes
+
+ELSEWHERE = "192.0.2.1"  # an address of nobody (RFC 5737): the way to it is the way out of this machine
+# What gloo, TCPStore and NCCL say of a peer that is gone.
+BROKEN = re.compile(
+    r"[Cc]onnection|Read error|Write error|Broken pipe|remote (process|error)|ncclRemoteError|recv|socket"
+)
 
 
 class Launched(ClusterEnvironment):
@@ -73,8 +79,12 @@ def make_environment(ranks: Ranks | None, *, accelerator: str) -> ClusterEnviron
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # by itself gloo looks up the host's name, and may hang
         return LightningEnvironment()
     address = resolve(ranks)
+    if ranks.nodes > 1 and address.startswith("127.") and address != "127.0.0.1":
+        address = ELSEWHERE  # Debian's own name is 127.0.1.1 to itself, which the others cannot reach
     if interface := interface_to(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    if dist.is_initialized():  # by an earlier training of this process
+        return Launched(ranks)
     if ranks.rank == 0 and ranks.launcher == "srun":  # torchrun itself listens there
         refuse_port_in_use(ranks.port)
     if ranks.launcher == "torchrun" and ranks.nodes == 1:
@@ -137,20 +147,18 @@ def interface_to(address: str) -> str | None:
     return names[0] if names else None
 
 
-def explain_loss(error: BaseException, *, asked: int) -> BaseException:
+def explain_loss(error: BaseException, wishes: Wishes) -> BaseException:
     """Return what an error of the exchange with other processes comes to; any other error as it is.
 
-    Args:
-        error: of the training.
-        asked: the number of a signal that asked this process to stop: so it did the others, who were faster; or 0.
+    Before the first step it may be one of this machine, and is left as it is. Where this process was asked to stop, so
+    were the others, who were faster.
     """
-    broken = isinstance(error, dist.DistNetworkError | dist.DistBackendError) or (
-        isinstance(error, RuntimeError)
-        and re.search(r"gloo.*(Connection|Read error|Write error|Broken pipe)", str(error))
-    )
-    if not broken:
+    exchange = isinstance(error, dist.DistNetworkError | dist.DistBackendError) or "gloo" in str(error)
+    if not exchange or not isinstance(error, RuntimeError) or not BROKEN.search(str(error)):
         return error
-    if asked:
-        return Stopped(asked, saved=False)
-    first = str(error).splitlines()[0]
-    return LostError(f"the other processes are gone: {first}", hint="one of them says why; the same command goes on")
+    if wishes.signum:
+        return Stopped(wishes.signum, saved=False)
+    if not wishes.begun:
+        return error
+    last = str(error).strip().splitlines()[-1]
+    return LostError(f"the other processes are gone: {last}", hint="one of them says why; the same command goes on")
