@@ -63,6 +63,7 @@ def main() -> None:
         how = "saved" if error.saved else "with nothing new to save"
         sys.stderr.write(f"\nstopped by {error}, {how}: the same command goes on with {shown(job.run_dir)}\n")
         if error.signum == signal.SIGUSR1:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which Slurm ends what it queues again
             found = receipt.read(Path(job.run_dir))
             requeue(starts=len(found["segments"]) if found else 0, progress=error.saved)
         sys.exit(EXIT_STOPPED)
