@@ -170,9 +170,8 @@ def test_a_signalled_job_of_a_sweep_goes_on_and_can_be_verified(
     receipt = json.loads((run / "receipt.json").read_text())
     assert [segment["why"] for segment in receipt["segments"]] == ["SIGUSR1", None]
     assert receipt["results"]["weights_digest"] == alone.digest
-    verified = subprocess.run(
-        [LABTRAIN, "verify", str(run), "--steps", "3"], capture_output=True, text=True, check=False
-    )
+    verify = [LABTRAIN, "verify", str(run.resolve()), "--steps", "3"]
+    verified = subprocess.run(verify, cwd=experiment.root, capture_output=True, text=True, check=False)
     assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
