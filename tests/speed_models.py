@@ -13,13 +13,9 @@ from tests.exact_worker import Net
 class Normed(Net):
     """One layer with BatchNorm, whose compiled sums over the batch are others where its size is dynamic."""
 
-    def __init__(self, direct: bool = False, **options: Any) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
-        self.direct = direct
-
-    def __call__(self, inputs: torch.Tensor) -> torch.Tensor:
-        return self.net(inputs) if self.direct else super().__call__(inputs)
 
 
 class Drawn(nn.Module):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from labtrain import receipt
 from labtrain.config import check
 from labtrain.digests import digest
 from labtrain.errors import EXIT_STOPPED, ConfigError
@@ -44,20 +45,23 @@ def bits(found: dict[str, Any]) -> dict[str, Any]:
 # -------------------------------------------------------------------------------------------------------------- compile
 
 # Shards of 16 samples; the last batch of an epoch is 2 samples, which are one shard.
-COMPILED = {"data": {"size": 66, "batch_size": 64}, "trainer": {"max_epochs": 2, "limit_val_batches": 0}}
+COMPILED = {
+    "data": {"size": 66, "batch_size": 64},
+    "trainer": {"max_epochs": None, "max_steps": 3, "limit_val_batches": 0},
+    "speed": {"compile": True},
+}
 
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Where the compiler keeps what it has compiled, for all tests of this process: its results, not what it decides."""
     need("g++", "g++")
-    return {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor"))}
+    return {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
 
 
-def compiled(model: str = "cnn", **more: Any) -> Any:
-    config = configure(model, **{**COMPILED, **more}, speed={"compile": True})
-    if model == "cnn":
-        config["model"] = {"_target_": "tests.speed_models.Normed", **more.get("model", {})}
+def compiled(**more: Any) -> Any:
+    config = configure("cnn", **COMPILED, **more)
+    config["model"] = {"_target_": "tests.speed_models.Normed"}
     return config
 
 
@@ -67,25 +71,22 @@ def stopped_before_the_last_batch(runner: Runner, config: Any, cache: dict[str, 
 
 
 def test_compiled_it_ends_the_same_where_a_resume_meets_the_smaller_batch_first(
-    runner: Runner, other: Runner, cache: dict[str, str]
+    runner: Runner, other: Runner, cache: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In one process, and moved to two, of which the first begins with 2 samples and the second with 16."""
+    """And on two processes, of which the first then begins with 2 samples and the second with 16."""
+    monkeypatch.setattr("tests.exact.TIMEOUT_S", 300)
     reference = outcome(runner.run(compiled(), environment=cache))
-    assert stopped_before_the_last_batch(other, compiled(), cache) == reference
-    (other.folder / "two").mkdir()
-    assert stopped_before_the_last_batch(Runner(other.folder / "two"), compiled(), cache, world=2) == reference
-    direct = outcome(runner.run(compiled(model={"direct": True}), environment=cache))  # an nn.Sequential, called itself
-    assert direct["weights_digest"] == reference["weights_digest"]
-    (other.folder / "eager").mkdir()
-    eager = compiled()
-    eager["speed"]["compile"] = False
-    found = outcome(Runner(other.folder / "eager").run(eager))
-    assert found["weights_digest"] != reference["weights_digest"]
+    assert stopped_before_the_last_batch(other, compiled(), cache, world=2) == reference
+    eager = {**compiled(), "speed": configure()["speed"]}
+    assert outcome(runner.run(eager))["weights_digest"] != reference["weights_digest"]
 
 
 @pytest.mark.full
-def test_as_torch_compiles_by_itself_it_would_not(runner: Runner, other: Runner, cache: dict[str, str]) -> None:
+def test_as_torch_compiles_by_itself_it_would_not(
+    runner: Runner, other: Runner, cache: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The same with sizes that become dynamic, which warn leaves to torch: what the test above must be able to find."""
+    monkeypatch.setattr("tests.exact.TIMEOUT_S", 300)
     config = compiled(determinism={"mode": "warn"})
     reference = outcome(runner.run(config, environment=cache))
     assert stopped_before_the_last_batch(other, config, cache)["weights_digest"] != reference["weights_digest"]
@@ -113,24 +114,26 @@ def test_compiled_however_it_ran(
 
 
 def test_more_sizes_than_are_compiled_end_in_an_error(cache: dict[str, str]) -> None:
-    """Torch goes on without compiling, so that what a process has met would decide."""
+    """Torch would go on without, and what a process has met would decide. The nn.Sequential is one of torch's own modules."""
     code = """if True:
-        import sys, torch
+        import torch
         from labtrain import speed
         from tests.speed_models import Normed
-        speed.COMPILED_SIZES = 2
-        model = Normed()
+        speed.COMPILED_SIZES = 1
+        model = Normed().eval()
         speed.compile_parts(model, mode=True, exact=True)
-        try:
-            for size in (2, 3, 4):
-                print(size, model(torch.zeros(size, 36)).shape, flush=True)
-        except BaseException as error:
-            print(speed.explain_compile(error))
+        with torch.no_grad():
+            print(model.net(torch.zeros(2, 36)).shape, flush=True)
+            try:
+                model.net(torch.zeros(3, 36))
+            except BaseException as error:
+                print(speed.explain_compile(error))
     """
-    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **cache}, capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **cache}, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[0].startswith("2 ")
-    assert "compiled for 2 different sizes" in done.stdout
+    assert done.stdout.startswith("torch.Size([2, 3])\nspeed.compile: something was compiled for 1 different sizes")
     assert "hint: pad the inputs" in done.stdout
 
 
@@ -233,25 +236,26 @@ def test_channels_last_is_exact(runner: Runner, other: Runner) -> None:
 
 
 def test_a_digest_is_of_what_weights_are_not_of_how_they_lie() -> None:
-    module = CNN()
+    module = CNN().eval()
     before, images = digest(module), torch.rand(2, 1, 6, 6)
-    assert not module.net[0](images).is_contiguous(memory_format=torch.channels_last)
+    assert not module.net[:5](images).is_contiguous(memory_format=torch.channels_last)
     put_channels_last(module)
     assert digest(module) == before
-    assert module.net[0](images).is_contiguous(memory_format=torch.channels_last)  # images follow the weights
+    assert module.net[:5](images).is_contiguous(memory_format=torch.channels_last)  # images follow the weights
     with pytest.raises(ConfigError, match="no 4-D weight"):
         put_channels_last(GPT())
 
 
-def test_tf32_is_a_flag_in_the_receipt_and_nothing_to_a_cpu(experiment: Experiment) -> None:
-    run = experiment.train("speed.tf32=true", "trainer.max_steps=2", "paths.runs=runs", *QUICK)
-    assert "warning: speed.tf32: a CPU computes as without it" in run.err
-    assert run.receipt["determinism"]["float32_matmul_precision"] == "high"
-    assert run.receipt["determinism"]["notes"] == ["speed.tf32: a CPU computes as without it"]
-    plain = experiment.train("trainer.max_steps=2", "paths.runs=runs", *QUICK)
-    assert plain.receipt["determinism"]["float32_matmul_precision"] == "highest"
-    assert plain.digest == run.digest
-    assert plain.folder != run.folder
+def test_tf32_is_a_flag_in_the_receipt_and_nothing_to_a_cpu(runner: Runner) -> None:
+    plain, with_it = (
+        runner.run(configure("mlp", speed={"tf32": on}, trainer={"max_epochs": 1})) for on in (False, True)
+    )
+    assert plain != with_it
+    found = [receipt.read(run_dir) for run_dir in (plain, with_it)]
+    assert [each["determinism"]["float32_matmul_precision"] for each in found] == ["highest", "high"]
+    assert [each["determinism"]["notes"] for each in found] == [[], ["speed.tf32: a CPU computes as without it"]]
+    assert found[0]["results"] == found[1]["results"]
+    assert "warning: speed.tf32: a CPU computes as without it" in runner.said()
 
 
 def test_the_flags_are_set_and_read_without_a_warning_of_torchs() -> None:

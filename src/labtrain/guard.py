@@ -13,8 +13,8 @@ reloaded loaders            what a new loader is may depend on the epoch in whic
 =========================== ============================================================================================
 
 TF32 set in code (torch.set_float32_matmul_precision) and channels_last are functions of what was written: they are
-exact, and the receipt's flags show them. speed.compile comes after, in a way that is exact: speed.py. An operation without a deterministic kernel is stopped by torch itself; here
-its module is found.
+exact, and the receipt's flags show them. speed.compile comes after this look, and is exact: speed.py. An operation
+without a deterministic kernel is stopped by torch itself; here its module is found.
 """
 
 import os

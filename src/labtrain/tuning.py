@@ -38,7 +38,7 @@ def search(root: Path, overrides: list[str], *, mode: str, max_trials: int, step
     config = composed(root, overrides)
     if config["trainer"]["strategy"] == SHARDED_STRATEGY:
         raise ConfigError(
-            "trainer.strategy=fsdp: the search has one device, which holds the whole model",
+            "the search has one device, trainer.strategy=fsdp is for a model that no single one holds",
             hint="trainer.strategy=auto",
         )
     config["trainer"] |= {"devices": 1, "num_nodes": 1, "fast_dev_run": False, "enable_progress_bar": False}
