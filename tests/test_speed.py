@@ -89,6 +89,7 @@ def test_as_torch_compiles_by_itself_it_would_not(
     monkeypatch.setattr("tests.exact.TIMEOUT_S", 300)
     config = compiled(determinism={"mode": "warn"})
     reference = outcome(runner.run(config, environment=cache))
+    assert "its kernels depend on the sizes that a process has met" in runner.said()
     assert stopped_before_the_last_batch(other, config, cache)["weights_digest"] != reference["weights_digest"]
 
 

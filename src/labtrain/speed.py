@@ -63,6 +63,8 @@ class Speed(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.speed["tf32"] and trainer.strategy.root_device.type == "cpu":
             self.say("speed.tf32: a CPU computes as without it")
+        if self.speed["compile"] and self.mode == "warn":
+            self.say("speed.compile, not in strict mode: its kernels depend on the sizes that a process has met")
         hasten(pl_module, self.speed, mode=self.mode, say=self.say)
         self.looks = bool(self.speed["compile"])
 
@@ -131,7 +133,7 @@ def compile_parts(module: pl.LightningModule, *, mode: str | bool, exact: bool) 
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     for part in called(module):
         # As part.compile() does, which leaves torch's own modules, an nn.Sequential for one, as they are.
-        part._compiled_call_impl = torch.compile(_calls(part), **options)  # type: ignore[assignment]
+        part._compiled_call_impl = torch.compile(_calls(part), **options)
 
 
 def _calls(part: nn.Module) -> Callable[..., Any]:
