@@ -139,7 +139,9 @@ STORIES = ("whole", "killed", "killed twice", "terminated", "moved")
 MOVES = {1: (4, 2, 1), 2: (4, 1, 2), 3: (1, 4, 3), 4: (2, 1, 4)}
 
 
-def tell(runner: Runner, config: Any, *, world: int, story: str, seed: int) -> dict[str, Any]:
+def tell(
+    runner: Runner, config: Any, *, world: int, story: str, seed: int, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Train a configuration in the way of a story, and return its outcome."""
     draw = random.Random(seed)
     config["checkpoint"]["every_n_steps"] = draw.choice([1, 2, 3])
@@ -151,5 +153,6 @@ def tell(runner: Runner, config: Any, *, world: int, story: str, seed: int) -> d
         worlds, kind = (world,) * (number + 1), "term" if story == "terminated" else "kill"
     for step, here in zip(sorted(draw.sample(range(1, steps, 2), number)), worlds, strict=False):
         signal_at = f"{step} {int(exact_worker.SIGNALS[kind])} {draw.randrange(here)}"
-        runner.run(config, world=here, code=EXIT_STOPPED if kind == "term" else None, signal_at=signal_at)
-    return outcome(runner.run(config, world=worlds[-1]))
+        code = EXIT_STOPPED if kind == "term" else None
+        runner.run(config, world=here, code=code, signal_at=signal_at, environment=environment)
+    return outcome(runner.run(config, world=worlds[-1], environment=environment))

@@ -419,7 +419,7 @@ def default_config() -> dict[str, Any]:
     """Return labtrain's own defaults, as Hydra would compose them."""
     config = yaml.safe_load((CONF / "labtrain.yaml").read_text())
     del config["defaults"], config["hydra"]
-    for group in ("trainer", "determinism", "checkpoint"):
+    for group in ("trainer", "determinism", "checkpoint", "speed"):
         config[group] = yaml.safe_load((CONF / group / "default.yaml").read_text())
     return {**config, "experiment": "exact", "logger": {}, "callbacks": {"at": {"_target_": "tests.exact_worker.At"}}}
 

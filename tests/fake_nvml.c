@@ -1,4 +1,4 @@
-/* A driver library of the shape of NVIDIA's libnvidia-ml.so.1: one GPU, as the macros say. Compiled by test_doctor.py. */
+/* A driver library of the shape of NVIDIA's libnvidia-ml.so.1: GPUs as the macros say. Compiled by test_doctor.py. */
 #include <string.h>
 int nvmlInitWithFlags(unsigned flags) { (void)flags; return 0; }
 int nvmlInit_v2(void) { return 0; }
@@ -10,7 +10,7 @@ int nvmlDeviceGetCount_v2(unsigned *to) { *to = COUNT; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **to) { *to = (void *)(size_t)(index + 1); return 0; }
 int nvmlDeviceGetName(void *gpu, char *to, unsigned size) { (void)gpu; strncpy(to, "Test GPU", size); return 0; }
 struct memory { unsigned long long total, free, used; };
-int nvmlDeviceGetMemoryInfo(void *gpu, struct memory *to) { (void)gpu; to->total = 24000000000ULL; to->free = to->total; to->used = 0; return 0; }
+int nvmlDeviceGetMemoryInfo(void *gpu, struct memory *to) { (void)gpu; to->total = 24000000000ULL; to->used = USED; to->free = to->total - to->used; return 0; }
 int nvmlDeviceGetCudaComputeCapability(void *gpu, int *major, int *minor) { (void)gpu; *major = MAJOR; *minor = MINOR; return 0; }
 int nvmlDeviceGetEccMode(void *gpu, unsigned *now, unsigned *later) { (void)gpu; *now = *later = 1; return 0; }
 int nvmlDeviceGetPersistenceMode(void *gpu, unsigned *to) { (void)gpu; *to = 0; return 0; }
@@ -23,3 +23,12 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *gpu, unsigned *count, struct p
   return 0;
 }
 int nvmlDeviceGetP2PStatus(void *one, void *other, int what, int *to) { (void)one; (void)other; (void)what; *to = P2P; return 0; }
+/* GPU-whole is the first; MIG-slice is a slice of one, whose sensors say nothing: NVML_ERROR_NOT_SUPPORTED. */
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **to) {
+  *to = (void *)(size_t)(strcmp(uuid, "MIG-slice") ? 1 : 2);
+  return !strcmp(uuid, "GPU-whole") || !strcmp(uuid, "MIG-slice") ? 0 : 6; /* NVML_ERROR_NOT_FOUND */
+}
+struct utilization { unsigned gpu, memory; };
+int nvmlDeviceGetUtilizationRates(void *gpu, struct utilization *to) { to->gpu = 87; to->memory = 40; return gpu == (void *)1 ? 0 : 3; }
+int nvmlDeviceGetTemperature(void *gpu, int sensor, unsigned *to) { (void)sensor; *to = 71; return gpu == (void *)1 ? 0 : 3; }
+int nvmlDeviceGetPowerUsage(void *gpu, unsigned *to) { *to = 299500; return gpu == (void *)1 ? 0 : 3; }

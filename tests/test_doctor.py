@@ -170,9 +170,9 @@ def compiled(folder: Path, source: str, library: str, **macros: object) -> Path:
     return folder / library
 
 
-def driver(folder: Path, *, number: str = "550.54.14", **macros: int) -> dict[str, str]:
+def driver(folder: Path, *, number: str = "550.54.14", **macros: object) -> dict[str, str]:
     """Compile a driver library, and return what makes the linker find it."""
-    given = {"CUDA": 12040, "MAJOR": 8, "MINOR": 9, "COUNT": 1, "PROCESSES": 0, "P2P": 0, **macros}
+    given = {"CUDA": 12040, "MAJOR": 8, "MINOR": 9, "COUNT": 1, "PROCESSES": 0, "P2P": 0, "USED": "0ULL", **macros}
     compiled(folder, "fake_nvml.c", "libnvidia-ml.so.1", DRIVER=f'"{number}"', **given)
     return {"LD_LIBRARY_PATH": str(folder)}
 

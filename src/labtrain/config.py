@@ -14,12 +14,12 @@ import yaml
 
 from labtrain.errors import ConfigError, JobFailedError, LabtrainError
 from labtrain.remote import check_url
-from labtrain.run import Config, get, shards_in_use, world_size
+from labtrain.run import SHARDED_STRATEGY, Config, get, shards_in_use, world_size
 
 CONF = Path(__file__).parent / "conf"
 
 # Groups whose keys labtrain defines; in `model`, `data` and `callbacks` the keys are the person's own.
-GROUPS = ("trainer", "determinism", "checkpoint")
+GROUPS = ("trainer", "determinism", "checkpoint", "speed")
 # What Lightning's Trainer takes and labtrain sets, and the key that is asked for.
 ELSEWHERE = {
     "trainer.deterministic": "determinism.mode",
@@ -33,6 +33,10 @@ ELSEWHERE = {
 }
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", "32", "64", "16", "bf16")
 MODES = ("off", "warn", "strict", "portable")
+# torch.compile's modes; the second are those that choose kernels by timing, the third those with CUDA graphs.
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+TIMED_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
+GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
 def check(config: Config) -> None:
@@ -42,7 +46,7 @@ def check(config: Config) -> None:
         ConfigError: names the key, what was found and what is wanted.
     """
     for group in GROUPS:
-        known = _yaml(CONF / group / "default.yaml")
+        known = defaults(group)
         for key in config[group]:
             if key not in known:
                 raise unknown_key(f"{group}.{key}", [f"{group}.{name}" for name in known], where=" in conf/")
@@ -67,6 +71,7 @@ def check(config: Config) -> None:
     _want_int(config, "checkpoint.keep_last", minimum=1)
     _want_int(config, "checkpoint.keep_best", minimum=0)
     _want_int(config, "trail.every_n_steps", minimum=0)
+    _want("gpu_stats", config["gpu_stats"], isinstance(config["gpu_stats"], bool), "true or false")
     _want_one_of(config, "determinism.mode", MODES)
     _want_one_of(config, "checkpoint.mode", ("max", "min"))
     if config["trainer"]["precision"] is not None:
@@ -91,6 +96,7 @@ def check(config: Config) -> None:
         _want(f"checkpoint.{key}", value, good, "a number above 0, or null" if "every" in key else "a number above 0")
     _want("resume", config["resume"], isinstance(config["resume"], str) and config["resume"], "auto, never or a run")
     _check_shards(config)
+    _check_speed(config)
     for key, url in (("checkpoint.url", config["checkpoint"]["url"]), ("resume", config["resume"])):
         if url is not None:
             _want(key, url, isinstance(url, str), "a path or a URL")
@@ -112,12 +118,48 @@ def _check_shards(config: Config) -> None:
         raise too_many_devices(world, shards)
 
 
+def _check_speed(config: Config) -> None:
+    speed, mode = config["speed"], config["determinism"]["mode"]
+    compiles = speed["compile"]
+    good = isinstance(compiles, bool) or compiles in COMPILE_MODES
+    _want("speed.compile", compiles, good, f"true, false or one of {', '.join(COMPILE_MODES)}")
+    for key in ("checkpoint_activations", "tf32", "channels_last"):
+        _want(f"speed.{key}", speed[key], isinstance(speed[key], bool), "true or false")
+    if compiles and mode == "portable":
+        raise ConfigError(
+            f"speed.compile={compiles}: the compiler writes code for the CPU that it runs on, determinism.mode=portable"
+            " wants the same bits on every CPU",
+            hint="speed.compile=false, or determinism.mode=strict",
+        )
+    if compiles in TIMED_MODES and mode == "strict":
+        raise ConfigError(
+            f"speed.compile={compiles} chooses kernels by timing: other bits at each start, determinism.mode=strict",
+            hint="speed.compile=true, or determinism.mode=warn",
+        )
+    if compiles in GRAPH_MODES and shards_in_use(config) not in (None, 1):
+        raise ConfigError(
+            f"speed.compile={compiles} replays CUDA graphs, each into the memory of the last: the gradients of a shard"
+            " would be lost to the next",
+            hint="speed.compile=true, or determinism.shards=1",
+        )
+    if speed["channels_last"] and config["trainer"]["strategy"] == SHARDED_STRATEGY:
+        raise ConfigError(
+            "speed.channels_last and trainer.strategy=fsdp: torch's FSDP2 cuts contiguous weights alone",
+            hint="speed.channels_last=false",
+        )
+
+
 def too_many_devices(world: int, shards: int) -> ConfigError:
     """Return the error for more devices than a batch has shards."""
     return ConfigError(
         f"{world} devices, and each batch is cut into determinism.shards={shards}",
         hint=f"trainer.devices={shards}, or determinism.shards={world}: another run, with bits of its own",
     )
+
+
+def defaults(group: str) -> Config:
+    """Return the keys of a group, as they are where nobody sets them."""
+    return _yaml(CONF / group / "default.yaml")
 
 
 def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> ConfigError:

@@ -72,14 +72,22 @@ def variables(mode: str, *, threads: int) -> dict[str, str]:
     return wanted | PORTABLE_VARIABLES if mode == "portable" else wanted
 
 
-def apply(mode: str, *, threads: int) -> None:
+def apply(mode: str, *, threads: int, tf32: bool = False) -> None:
     """Set torch's flags for `mode`; once a process, before the model is made.
+
+    Args:
+        mode: determinism.mode.
+        threads: determinism.threads.
+        tf32: speed.tf32, in any mode. Of torch's ways to say it, the one that warns of nothing and that
+            `flags` can read.
 
     Raises:
         ConfigError: `portable`, and the process was started without its variables.
     """
     import torch
 
+    if tf32:
+        torch.set_float32_matmul_precision("high")
     if mode == "off":
         return
     if mode == "portable":

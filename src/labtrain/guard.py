@@ -5,7 +5,7 @@ found                       because
 =========================== ============================================================================================
 another loader              its order and draws are no function of (seed, epoch), and a resume does not find its place
 several training loaders    where each stands in its cycle is not known after a resume
-torch.compile               kernels are chosen by timing, and by the shapes that this process has seen so far
+torch.compile in code       kernels are chosen by timing, and by the shapes that this process has seen so far
 flags that code has changed cudnn.benchmark chooses kernels by timing; other threads are another order of addition
 TF32 set from outside       NVIDIA_TF32_OVERRIDE and its like change bits, and are not part of the run's name
 times                       a validation or an end by the clock comes at another step each time
@@ -13,8 +13,8 @@ reloaded loaders            what a new loader is may depend on the epoch in whic
 =========================== ============================================================================================
 
 TF32 set in code (torch.set_float32_matmul_precision) and channels_last are functions of what was written: they are
-exact, and the receipt's flags show them. An operation without a deterministic kernel is stopped by torch itself; here
-its module is found.
+exact, and the receipt's flags show them. speed.compile comes after this look, and is exact: speed.py. An operation
+without a deterministic kernel is stopped by torch itself; here its module is found.
 """
 
 import os
@@ -129,7 +129,7 @@ def compiled(module: torch.nn.Module) -> Iterator[Finding]:
             yield (
                 f"{name or type(part).__name__} is compiled by torch.compile: its kernels are chosen by timing, and by"
                 " the shapes that the process has seen, so a resumed training may compute with others",
-                "leave torch.compile out, or determinism.mode=warn",
+                "speed.compile=true instead, or determinism.mode=warn",
             )
             return
 
@@ -151,7 +151,7 @@ def changed_flags(threads: int) -> Iterator[Finding]:
         if name in os.environ:
             yield (
                 f"the environment has {name}={os.environ[name]}: it changes bits, and is no part of the run's name",
-                f"unset {name}; TF32 is had by torch.set_float32_matmul_precision('high') in the experiment",
+                f"unset {name}; TF32 is had by speed.tf32=true",
             )
 
 

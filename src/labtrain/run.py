@@ -32,6 +32,7 @@ EXECUTION_KEYS = (
     "logger",
     "checkpoint",
     "trail",
+    "gpu_stats",
     "paths",
     "data.num_workers",
     "trainer.enable_progress_bar",

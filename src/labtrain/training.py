@@ -28,6 +28,7 @@ from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
 from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError
+from labtrain.gpu_stats import GpuStats
 from labtrain.guard import Guard, explain_operation
 from labtrain.history import History, best_of
 from labtrain.loggers import log_config, make_loggers
@@ -38,6 +39,7 @@ from labtrain.remote import is_local
 from labtrain.resume import make_job
 from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, shards_in_use, shown
 from labtrain.signals import Stopped, Wishes
+from labtrain.speed import Speed, check_compiler, explain_compile
 from labtrain.store import Manifest
 from labtrain.trail import TRAIL
 from labtrain.wiring import explain_loss, make_environment
@@ -84,11 +86,12 @@ def train(cfg: Any) -> Result:
         )
 
     accelerator, devices = choose_accelerator(config)
+    check_compiler(config["speed"], accelerator)
     _quiet_lightning()
     ranks = find_ranks()
     environment = make_environment(ranks, accelerator=accelerator)
     determinism.set_run(seed=seed, mode=mode)
-    determinism.apply(mode, threads=config["determinism"]["threads"])
+    determinism.apply(mode, threads=config["determinism"]["threads"], tf32=config["speed"]["tf32"])
     determinism.seed_all(seed, "init")
     datamodule = instantiate(config, "data", pl.LightningDataModule)
     determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
@@ -247,6 +250,7 @@ def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> li
     mode, threads = config["determinism"]["mode"], config["determinism"]["threads"]
     # First: the counters are put in place before others look at them.
     callbacks: list[pl.Callback] = [checkpoints, Guard(mode=mode, shards=shards, threads=threads, say=recorder.say)]
+    callbacks += [Speed(config["speed"], mode=mode, say=recorder.say)]
     callbacks += [Seeding(per_rank=shards is None), BatchSizes(), recorder]
     if config["trail"]["every_n_steps"]:
         callbacks.append(
@@ -257,6 +261,8 @@ def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> li
             )
         )
     callbacks.append(History(Path(job.run_dir), batch_size=config["data"]["batch_size"]))
+    if config["gpu_stats"]:
+        callbacks.append(GpuStats())
     if config["trainer"]["enable_progress_bar"]:
         callbacks.append(Progress(batch_size=config["data"]["batch_size"], status=checkpoints.saver.status))
     return callbacks + [
@@ -272,6 +278,8 @@ def make_trainer(
     loggers: list[Any],
     callbacks: list[pl.Callback],
     wishes: Wishes,
+    *,
+    root: str = "runs",
 ) -> pl.Trainer:
     """Return Lightning's Trainer with the keys of `trainer`; those that are null take its defaults."""
     options = {key: value for key, value in config["trainer"].items() if value is not None}
@@ -285,7 +293,7 @@ def make_trainer(
             logger=loggers or False,
             plugins=[FolderIO(), environment],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-            default_root_dir="runs",
+            default_root_dir=root,
         )
     except (ValueError, TypeError, MisconfigurationException) as error:
         raise ConfigError(
@@ -306,6 +314,8 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
             f"out of GPU memory at data.batch_size={config['data']['batch_size']}: {numbers}",
             hint=f"one of these: {knobs}",
         )
+    if (known := explain_compile(error)) is not None:
+        return known
     if isinstance(error, FileNotFoundError | PermissionError) and not started:
         return ConfigError(
             f"{error.strerror}: {error.filename}",

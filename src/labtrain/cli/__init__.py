@@ -113,6 +113,21 @@ def demo(folder: Path | None) -> None:
     sys.exit(0 if run_demo(folder) else 1)
 
 
+@main.command("batch-size", context_settings={"ignore_unknown_options": True})
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--mode", type=click.Choice(["power", "binsearch"]), default="power", show_default=True)
+@click.option("--max-trials", type=click.IntRange(min=1), default=25, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="That each trial trains.")
+def batch_size(overrides: tuple[str, ...], mode: str, max_trials: int, steps: int) -> None:
+    """Print the largest data.batch_size that fits on one GPU; in an experiment's folder. Leaves no file.
+
+    Lightning's search: power doubles until the memory is full, binsearch then goes between, and takes 5 % off.
+    """
+    from labtrain.tuning import search
+
+    search(Path.cwd(), list(overrides), mode=mode, max_trials=max_trials, steps=steps)
+
+
 for command in (
     receipts.ls,
     receipts.diff,

@@ -1,0 +1,259 @@
+"""`speed.*`: torch.compile, recomputed activations and channels_last, put into a model in place.
+
+No name of a parameter or a buffer changes, so checkpoints and digests are those of the same model without them. What
+each does to the bits is in docs/speed.md. TF32 is a flag of torch's: determinism.py.
+
+Compiled code has to be a function of what is computed, not of what the process met before. Three things stand against
+that: sizes that torch takes for dynamic once it has seen a second (a resumed training may see the smaller last batch
+first), the eager code that it falls back to after so many sizes, and kernels that are chosen by timing. The first is
+turned off, the second an error, the third left out: torch/_inductor/config.py,
+https://docs.pytorch.org/docs/2.9/torch.compiler_dynamic_shapes.html.
+"""
+
+import os
+import random
+import shutil
+import sysconfig
+import types
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import torchmetrics
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from labtrain.determinism import STRICT_MODES
+from labtrain.errors import ConfigError, DeviceError
+
+# Of one function: torch's 8 are soon used up by a model whose parts share nn.Module's own.
+COMPILED_SIZES = 64
+# What Inductor chooses by timing; those that this torch has are turned off.
+TIMED = (
+    "benchmark_combo_kernel",
+    "benchmark_epilogue_fusion",
+    "benchmark_fusion",
+    "coordinate_descent_tuning",
+    "max_autotune",
+    "max_autotune_gemm",
+    "max_autotune_pointwise",
+    "shape_padding",
+)
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called themselves
+
+
+class Speed(pl.Callback):
+    """Puts the keys of `speed` into the model when a training starts, after Guard has looked at what a person did.
+
+    Args:
+        speed: those keys.
+        mode: determinism.mode.
+        say: called with each sentence that the person and the receipt are to have.
+    """
+
+    def __init__(self, speed: dict[str, Any], *, mode: str, say: Callable[[str], None]) -> None:
+        self.speed, self.mode, self.say = speed, mode, say
+        self.looks = False  # whether anything was compiled, after the first step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.speed["tf32"] and trainer.strategy.root_device.type == "cpu":
+            self.say("speed.tf32: a CPU computes as without it")
+        if self.speed["compile"] and self.mode == "warn":
+            self.say("speed.compile, not in strict mode: its kernels depend on the sizes that a process has met")
+        hasten(pl_module, self.speed, mode=self.mode, say=self.say)
+        self.looks = bool(self.speed["compile"])
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.looks and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
+            self.say("speed.compile: nothing was compiled: training_step calls neither the model nor a module of it")
+        self.looks = False
+
+
+def hasten(module: pl.LightningModule, speed: dict[str, Any], *, mode: str, say: Callable[[str], None]) -> None:
+    """Put the keys of `speed` into a model.
+
+    Raises:
+        ConfigError: one has nothing to act on in this model.
+    """
+    if speed["channels_last"]:
+        put_channels_last(module)
+    if speed["checkpoint_activations"]:
+        recompute_blocks(module, say)
+    if speed["compile"]:
+        compile_parts(module, mode=speed["compile"], exact=mode in STRICT_MODES)
+
+
+# -------------------------------------------------------------------------------------------------------------- compile
+
+
+def check_compiler(speed: dict[str, Any], accelerator: str) -> None:
+    """Look for what torch.compile starts: a C++ compiler for a CPU, a C compiler for a GPU, Python's headers.
+
+    Raises:
+        DeviceError: there is none.
+    """
+    if not speed["compile"]:
+        return
+    package = "g++" if accelerator == "cpu" else "gcc"
+    names = [os.environ.get("CXX", "g++")] if accelerator == "cpu" else [os.environ.get("CC", ""), "gcc", "clang"]
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if not any(shutil.which(name) for name in names if name):
+        found, wanted = f"{' or '.join(filter(None, names))} is not there", f"apt-get install {package}"
+    elif not headers.exists():
+        found, wanted = f"{headers} is not there", "apt-get install python3-dev"
+    else:
+        return
+    raise DeviceError(f"speed.compile needs a compiler: {found}", hint=f"{wanted}, or speed.compile=false")
+
+
+def compile_parts(module: pl.LightningModule, *, mode: str | bool, exact: bool) -> None:
+    """Have torch.compile compile what a step calls: the model's own `forward`, or parts of it that it calls directly.
+
+    In place, a part compiled within another being one with it. The step itself is not: it logs.
+
+    Args:
+        module: the model.
+        mode: of torch.compile; True is its default one.
+        exact: the code is to be a function of the model and the sizes of its inputs.
+    """
+    name = "default" if mode is True else str(mode)
+    options: dict[str, Any] = {"mode": name}
+    if exact:
+        known = torch._inductor.list_options()
+        chosen = {**torch._inductor.list_mode_options(name), **{key: False for key in TIMED if key in known}}
+        options = {"options": chosen, "dynamic": False}
+        torch._dynamo.config.recompile_limit = COMPILED_SIZES
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for part in called(module):
+        # As part.compile() does, which leaves torch's own modules, an nn.Sequential for one, as they are.
+        part._compiled_call_impl = torch.compile(_calls(part), **options)
+
+
+def _calls(part: nn.Module) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return part._call_impl(*args, **kwargs)
+
+    return call
+
+
+def called(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield a model and the parts that its step may call: its children, and those of lists."""
+    if not isinstance(module, CONTAINERS):
+        yield module
+    for child in module.children():
+        if isinstance(child, CONTAINERS) and not isinstance(child, torchmetrics.MetricCollection):
+            yield from called(child)
+        elif not isinstance(child, torchmetrics.Metric | torchmetrics.MetricCollection):
+            yield child
+
+
+def explain_compile(error: BaseException) -> ConfigError | None:
+    """Turn torch.compile's end of patience into an error for people; None if it is something else."""
+    if type(error).__name__ != "FailOnRecompileLimitHit":
+        return None
+    return ConfigError(
+        f"speed.compile: something was compiled for {COMPILED_SIZES} different sizes or numbers; torch would now go on"
+        " without, and a resumed training would compute otherwise",
+        hint="pad the inputs to a few sizes; TORCH_LOGS=recompiles names what differs; or speed.compile=false",
+    )
+
+
+# ----------------------------------------------------------------------------------------------- recomputed activations
+
+
+def recompute_blocks(module: nn.Module, say: Callable[[str], None]) -> None:
+    """Have each block of the model's lists keep its inputs alone, and be computed again in the backward.
+
+    A block with BatchNorm is left alone: its running statistics would be updated twice.
+
+    Raises:
+        ConfigError: there is no other block.
+    """
+    found = dict(blocks(module))
+    kept = {name: block for name, block in found.items() if not any(map(has_statistics, block.modules()))}
+    if not kept:
+        why = "each has BatchNorm, whose statistics would be updated twice" if found else "the model has none"
+        raise ConfigError(
+            f"speed.checkpoint_activations recomputes the blocks of an nn.ModuleList or nn.Sequential: {why}",
+            hint="speed.checkpoint_activations=false",
+        )
+    if left := [name for name in found if name not in kept]:
+        say(f"speed.checkpoint_activations: {', '.join(left)} not recomputed: BatchNorm would be updated twice")
+    for name, block in kept.items():
+        block._labtrain_name = name  # type: ignore[assignment]
+        block.forward = types.MethodType(_recomputed, block)  # of the copy, where a callback copies the model
+
+
+def blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the outermost elements of a model's lists that consist of modules themselves, by name."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        in_list = isinstance(module, nn.ModuleList | nn.Sequential) and not isinstance(child, CONTAINERS)
+        if in_list and any(child.children()):
+            yield path, child
+        else:
+            yield from blocks(child, f"{path}.")
+
+
+def has_statistics(part: nn.Module) -> bool:
+    """Return whether a module keeps statistics of what passes through it."""
+    return isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats
+
+
+def _recomputed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = partial(type(self).forward, self, **kwargs)
+    if not (self.training and torch.is_grad_enabled()):
+        return forward(*args)
+    if torch.compiler.is_compiling():  # the compiler's own recomputation, draws included
+        return checkpoint(forward, *args, use_reentrant=False)
+    before = [buffer._version for buffer in self.buffers()]
+    output = checkpoint(forward, *args, use_reentrant=False, context_fn=_same_draws)
+    if before != [buffer._version for buffer in self.buffers()]:
+        raise ConfigError(
+            f"speed.checkpoint_activations: {self._labtrain_name} changes a buffer when it is called, so twice",
+            hint="speed.checkpoint_activations=false",
+        )
+    return output
+
+
+def _same_draws() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Give a recomputation the draws of `random` and numpy again; torch's own generators are checkpoint's business."""
+    return nullcontext(), _drawing_from(random.getstate(), np.random.get_state(legacy=True))
+
+
+@contextmanager
+def _drawing_from(python: Any, numpy: Any) -> Iterator[None]:
+    now = random.getstate(), np.random.get_state(legacy=True)
+    random.setstate(python)
+    np.random.set_state(numpy)
+    try:
+        yield
+    finally:
+        random.setstate(now[0])
+        np.random.set_state(now[1])
+
+
+# -------------------------------------------------------------------------------------------------------- channels_last
+
+
+def put_channels_last(module: nn.Module) -> None:
+    """Lay out the 4-D weights with their channels last; a convolution then takes and gives images of that layout.
+
+    Raises:
+        ConfigError: the model has none.
+    """
+    images = [parameter for parameter in module.parameters() if parameter.dim() == 4]
+    if not images:
+        raise ConfigError(
+            "speed.channels_last: the model has no 4-D weight, a convolution's for one",
+            hint="speed.channels_last=false",
+        )
+    for parameter in images:
+        parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

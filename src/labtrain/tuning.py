@@ -1,0 +1,175 @@
+"""`labtrain batch-size`: the largest data.batch_size that fits, by Lightning's Tuner.
+
+As a training starts (compose.py, job.py): composed without torch, then searched in the process that this one becomes,
+with the variables that must precede torch. One device: a step takes the micro-batches of determinism.shards one after
+the other, so what fits on one fits on as many as there are shards.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import NoReturn, cast
+
+from labtrain import config as configuration
+from labtrain import determinism
+from labtrain.compose import print_error, process_of
+from labtrain.errors import ConfigError, DeviceError, LabtrainError
+from labtrain.resume import make_job
+from labtrain.run import JOB_VARIABLE, SHARDED_STRATEGY, Config, Job, shards_in_use
+
+SAID = ("Batch size", "The batch size", "Reached", "Applying")  # of what Lightning says, how the search goes
+
+
+def search(root: Path, overrides: list[str], *, mode: str, max_trials: int, steps: int) -> NoReturn:
+    """Become the process that searches, and prints what it finds to standard output.
+
+    Args:
+        root: the experiment's folder.
+        overrides: as train.py takes them.
+        mode: power or binsearch.
+        max_trials: how many sizes are tried at most.
+        steps: optimizer steps that each is trained for.
+
+    Raises:
+        LabtrainError: no experiment is here, or its configuration cannot be searched.
+    """
+    config = composed(root, overrides)
+    if config["trainer"]["strategy"] == SHARDED_STRATEGY:
+        raise ConfigError(
+            "the search has one device, trainer.strategy=fsdp is for a model that no single one holds",
+            hint="trainer.strategy=auto",
+        )
+    config["trainer"] |= {"devices": 1, "num_nodes": 1, "fast_dev_run": False, "enable_progress_bar": False}
+    config |= {"resume": "never", "logger": {}, "callbacks": {}}
+    command, environment = process_of(make_job(config, root=root, command=sys.argv))
+    command = [command[0], "-m", "labtrain.tuning", mode, str(max_trials), str(steps)]
+    sys.stdout.flush()
+    os.execve(command[0], command, environment)
+
+
+def composed(root: Path, overrides: list[str]) -> Config:
+    """Return the configuration of the experiment in `root`, as its train.py would have it.
+
+    Raises:
+        LabtrainError: there is none, or it is not right.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.plugins import Plugins
+    from omegaconf import OmegaConf
+
+    from labtrain.searchpath import LabtrainSearchPath
+
+    if not (root / "conf" / "config.yaml").exists():
+        raise ConfigError("conf/config.yaml: no such file", hint="cd to an experiment; labtrain new DIR makes one")
+    os.environ["LABTRAIN_ROOT"] = str(root)
+    Plugins.instance().register(LabtrainSearchPath)
+    try:
+        with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+            cfg = compose("config", overrides=overrides)
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise ConfigError(f"{missing[0]} has no value", hint=f"labtrain batch-size {missing[0]}=VALUE")
+        config = cast(Config, OmegaConf.to_container(cfg, resolve=True))
+        configuration.check(config)
+    except Exception as error:
+        raise configuration.explain(error) or error from None
+    return config
+
+
+def main() -> None:
+    """Search with the job of this process, and print the size."""
+    mode, max_trials, steps = sys.argv[1:]
+    job = Job.from_json(os.environ[JOB_VARIABLE])
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what people's code prints
+    sys.path[0] = job.root
+    try:
+        size = largest(job.config, mode=mode, max_trials=int(max_trials), steps=int(steps))
+    except LabtrainError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    out.write(f"{size}\n")
+    out.flush()
+
+
+def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
+    """Train for some steps with one size after another, say how it goes, and return the largest that fitted.
+
+    Raises:
+        LabtrainError: it cannot be trained, or not even one sample a shard fits.
+    """
+    import lightning.pytorch as pl
+    from lightning.pytorch.tuner.tuning import Tuner
+
+    from labtrain.devices import choose_accelerator
+    from labtrain.signals import Wishes
+    from labtrain.speed import check_compiler, hasten
+    from labtrain.training import instantiate, make_trainer
+
+    shards, seed, determined = shards_in_use(config), config["seed"], config["determinism"]
+    smallest = max(2, shards or 1)
+    config["data"]["batch_size"] = smallest
+    accelerator, devices = choose_accelerator(config)
+    check_compiler(config["speed"], accelerator)
+    determinism.set_run(seed=seed, mode=determined["mode"])
+    determinism.apply(determined["mode"], threads=determined["threads"], tf32=config["speed"]["tf32"])
+    determinism.seed_all(seed, "init")
+    datamodule = instantiate(config, "data", pl.LightningDataModule)
+    model = instantiate(config, "model", pl.LightningModule)
+    if not hasattr(datamodule, "batch_size"):
+        raise ConfigError(
+            f"{type(datamodule).__name__} has no attribute batch_size: the search sets it and asks for loaders",
+            hint="self.batch_size = batch_size in its __init__, and the loaders made with self.batch_size",
+        )
+    hasten(model, config["speed"], mode=determined["mode"], say=say)
+    if accelerator == "cpu":
+        say("on a CPU nothing says when memory is full: sizes are tried until the data, 8192 or --max-trials ends them")
+    let_lightning_say_how_it_goes()
+    with tempfile.TemporaryDirectory() as scratch:  # for the weights, which each trial begins with
+        trainer = make_trainer(config, accelerator, devices, [], [], Wishes(), root=scratch)
+        try:
+            found = Tuner(trainer).scale_batch_size(
+                model,
+                datamodule=datamodule,
+                mode=mode,
+                steps_per_trial=steps,
+                init_val=smallest,
+                max_trials=max_trials,
+            )
+        except ConfigError as error:
+            if datamodule.batch_size >= smallest:
+                raise
+            raise DeviceError(
+                f"out of memory at data.batch_size={smallest}, the smallest that determinism.shards={shards} take",
+                hint="trainer.precision=bf16-mixed, speed.checkpoint_activations=true, or a smaller model",
+            ) from error
+    assert found is not None
+    say(f"data.batch_size={found}: {held_at_once(found, shards)}")
+    return found
+
+
+def held_at_once(size: int, shards: int | None) -> str:
+    """Return, in words, how much of a batch is in memory at once, and on how many devices it fits so."""
+    if shards is None:
+        return "on one device; without determinism.shards each of several would take its part of it"
+    return (
+        f"determinism.shards={shards} micro-batches of {-(-size // shards)} samples, one after the other, on one device"
+        f" or on up to {shards}"
+    )
+
+
+def let_lightning_say_how_it_goes() -> None:
+    """Let through what the search says of itself, to standard error, and nothing else of Lightning's."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(lambda record: record.getMessage().startswith(SAID))
+
+
+def say(text: str) -> None:
+    """Print a line to standard error."""
+    sys.stderr.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    main()
