@@ -1,4 +1,4 @@
-"""What receipts cost: the trail's part of a step, a receipt at the start, two runs of 10^6 steps compared, the page.
+"""What receipts cost: the trail in a step, a receipt at the start, runs of 10^6 steps compared, the page, the table.
 
 CPU seconds on one thread, medians of rounds in turn; `make bench-receipt`. The models have 10 million parameters.
 """
@@ -164,6 +164,22 @@ def measure_report(folder: Path) -> dict[str, float]:
     }
 
 
+def measure_listing(folder: Path) -> dict[str, float]:
+    """List 500 runs, one in ten of them unfinished, with an hour's history each."""
+    line = {"step": 1, "metrics": {"val/acc": 0.9, "val/loss": 0.1}}
+    for number in range(500):
+        run = folder / "runs" / "lab" / f"{number:012x}"
+        run.mkdir(parents=True)
+        done = number % 10 > 0
+        receipt.write(run, golden_receipt() | {"status": "complete" if done else "interrupted"})
+        (run / HISTORY).write_text("".join(f"{json.dumps(line | {'step': step})}\n" for step in range(3600)))
+
+    def listed() -> None:
+        subprocess.run(["labtrain", "ls", folder / "runs"], check=True, capture_output=True)
+
+    return {"ls_s": statistics.median(cpu_seconds(listed) for _ in range(3))}
+
+
 def main() -> None:
     """Print the table and write it beside this file."""
     torch.set_num_threads(1)
@@ -175,6 +191,7 @@ def main() -> None:
             **measure_start(folder),
             **measure_diff(folder),
             **measure_report(folder),
+            **measure_listing(folder),
         }
     finally:
         shutil.rmtree(folder)
@@ -186,6 +203,7 @@ def main() -> None:
         ("a trail of 10^6 steps read, seconds", "read_s", 2.0),
         ("the page of 5 runs of 10^5 steps, seconds", "report_s", 5.0),
         ("the page of 5 runs of 10^5 steps, MB", "report_mb", 8.0),
+        ("labtrain ls of 500 runs, seconds", "ls_s", 0.5),
     ):
         print(f"{text:<55}{found[key]:>8.3f}   at most {wanted}")
     Path(__file__).with_name("results-receipt.json").write_text(json.dumps(found, indent=1) + "\n")

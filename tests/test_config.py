@@ -218,7 +218,7 @@ def test_bad_input_ends_with_two_a_hint_and_nothing_written(
     ("before", "after", "says"),
     [
         ("max_epochs: 15", "max_epoch: 15", "unknown key trainer.max_epoch in conf/"),
-        ("experiment: digits", "experiment: digits\nsede: 3", "unknown key sede in conf/\n\nhint: near: seed"),
+        ("model:", "sede: 3\nmodel:", "unknown key sede in conf/\n\nhint: near: seed"),
         ("model:", "model: [", "conf/ holds no valid YAML"),
     ],
 )

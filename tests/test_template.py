@@ -153,17 +153,6 @@ def test_a_number_is_no_name_of_an_experiment(shared_experiment: Experiment) -> 
     assert "hint: quote a number that is a name: 'experiment=\"7\"'" in done.err
 
 
-def test_a_sweep_over_experiments_trains_each_with_its_file(experiment: Experiment) -> None:
-    done = experiment.train("-m", *QUICK, "experiment=foo,regression", "paths.runs=runs", "trainer.max_steps=1")
-    found = {line.split("/")[1]: json.loads(Path(line.split()[0], "receipt.json").read_text())
-             for line in done.out.splitlines()}  # fmt: skip
-    assert {name: each["config"]["experiment"] for name, each in found.items()} == {
-        "foo": "foo",
-        "regression": "regression",
-    }
-    assert [each["config"]["determinism"]["mode"] for each in found.values()] == ["strict", "portable"]
-
-
 def test_its_notebook_shows_a_run(own_experiment: Experiment, tmp_path: Path) -> None:
     """Executed as it stands, on a real run: two figures, and the weights are those that the receipt names."""
     notebook = own_experiment.root / "notebooks" / "start.ipynb"
