@@ -106,6 +106,7 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     from labtrain.signals import Wishes
     from labtrain.speed import check_compiler, hasten
     from labtrain.training import instantiate, make_trainer
+    from labtrain.wiring import make_environment
 
     shards, seed, determined = shards_in_use(config), config["seed"], config["determinism"]
     smallest = max(2, shards or 1)
@@ -127,7 +128,8 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
         say("on a CPU nothing says when memory is full: sizes are tried until the data, 8192 or --max-trials ends them")
     let_lightning_say_how_it_goes()
     with tempfile.TemporaryDirectory() as scratch:  # for the weights, which each trial begins with
-        trainer = make_trainer(config, accelerator, devices, [], [], Wishes(), root=scratch)
+        alone = make_environment(None, accelerator=accelerator)
+        trainer = make_trainer(config, accelerator, devices, alone, [], [], Wishes(), root=scratch)
         try:
             found = Tuner(trainer).scale_batch_size(
                 model,
