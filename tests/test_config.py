@@ -11,6 +11,7 @@ from labtrain import config as configuration
 from labtrain.config import CONF, check, unknown_key
 from labtrain.errors import ConfigError, LabtrainError
 from tests.conftest import Experiment
+from tests.test_ranks import STEP
 
 GOOD = {"experiment=digits", "+model._target_=model.Net", "+data._target_=data.Data", "data.batch_size=64"}
 
@@ -237,8 +238,8 @@ def test_an_error_in_the_configuration_can_be_traced(experiment: Experiment) -> 
 
 
 def test_a_sweep_in_each_copy_of_a_launcher_is_refused(experiment: Experiment, tmp_path: Path) -> None:
-    run = experiment.train("-m", "seed=1,2", "paths.runs=runs", env={"WORLD_SIZE": "2", "RANK": "0"}, code=2)
-    assert "-m in each of 2 copies of one job" in run.err
+    run = experiment.train("-m", "seed=1,2", "paths.runs=runs", env=STEP, code=2)
+    assert "-m in each of 4 copies of one job" in run.err
     assert list(tmp_path.iterdir()) == []
 
 

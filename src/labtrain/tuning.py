@@ -56,6 +56,7 @@ def composed(root: Path, overrides: list[str]) -> Config:
         LabtrainError: there is none, or it is not right.
     """
     from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
     from hydra.core.plugins import Plugins
     from omegaconf import OmegaConf
 
@@ -67,7 +68,9 @@ def composed(root: Path, overrides: list[str]) -> Config:
     Plugins.instance().register(LabtrainSearchPath)
     try:
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            cfg = compose("config", overrides=overrides)
+            whole = compose("config", overrides=overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(whole)  # what the configuration itself may ask: ${hydra:...}
+        cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
         if missing := sorted(OmegaConf.missing_keys(cfg)):
             raise ConfigError(f"{missing[0]} has no value", hint=f"labtrain batch-size {missing[0]}=VALUE")
         config = cast(Config, OmegaConf.to_container(cfg, resolve=True))
