@@ -20,7 +20,7 @@ demo: setup ## train one experiment in four ways and compare the bits
 	@$(VENV)/labtrain demo --dir .demo
 
 test: setup ## the test suite
-	@$(VENV)/python -m pytest -n 2
+	@$(VENV)/python -m pytest -n 2 --dist loadgroup
 
 test-full: setup ## what test leaves out: the whole matrix, an emulated CPU, all of Nix; an hour and more
 	@$(VENV)/python -m pytest -n 2 -m full
