@@ -2,6 +2,7 @@
 #
 #     nix develop                     # a shell with Python 3.12, every locked wheel and labtrain
 #     nix run .#labtrain -- doctor    # one command of it
+#     nix build .#image               # ./result | docker load: as containers/Containerfile, by Nix
 #     nix build .#env-small           # hydra and a few others: does Nix work here?
 #
 # Flakes see only files that git knows: `git add` them first.
@@ -43,6 +44,7 @@
         default = full.env;
         env = full.env;
         env-small = small.env;
+        inherit (full) image;
       };
       apps.${system}.labtrain = {
         type = "app";

@@ -210,5 +210,55 @@ in
     packages = [ env ];
     shellHook = "source ${driver}";
   };
+  # What containers/Containerfile makes, with Nix's Python, libraries and programs: `nix build .#image && ./result | docker load`.
+  image = pkgs.dockerTools.streamLayeredImage {
+    name = "labtrain";
+    tag = "nix";
+    # Not env: a link to its Python in /bin would make / its prefix.
+    contents = [
+      pkgs.bashInteractive
+      pkgs.cacert
+      pkgs.coreutils
+      pkgs.gitMinimal
+      pkgs.openssh
+      pkgs.stdenv.cc
+      pkgs.tini
+    ];
+    extraCommands = ''
+      mkdir -p etc opt/labtrain home/lab work data tmp
+      chmod 1777 home/lab tmp
+      cp -r ${root + "/containers"} opt/labtrain/containers
+      echo "root:x:0:0::/:/bin/sh" > etc/passwd
+      echo "lab:x:1000:1000:lab:/home/lab:/bin/sh" >> etc/passwd
+      printf 'root:x:0:\ntty:x:5:\nlab:x:1000:\n' > etc/group
+      printf '[safe]\n\tdirectory = *\n' > etc/gitconfig
+    '';
+    config = {
+      Entrypoint = [
+        "tini"
+        "--"
+        "sh"
+        "/opt/labtrain/containers/start.sh"
+      ];
+      User = "1000";
+      WorkingDir = "/work";
+      ExposedPorts = {
+        "8888/tcp" = { };
+        "2222/tcp" = { };
+      };
+      Env = [
+        "PATH=${env}/bin:/bin"
+        "HOME=/home/lab"
+        "USER=lab"
+        "LOGNAME=lab"
+        "LANG=C.UTF-8"
+        "NVIDIA_DRIVER_CAPABILITIES=compute,utility"
+        # Where NVIDIA's toolkit puts the driver's libraries in an image that is not Debian's, and nothing else is.
+        "LD_LIBRARY_PATH=/usr/lib64"
+        "TRITON_LIBCUDA_PATH=/usr/lib64"
+        "PYTHONNOUSERSITE=1"
+      ];
+    };
+  };
   check = pkgs.runCommand "labtrain-check" { } "${env}/bin/labtrain --version > $out";
 }

@@ -162,7 +162,7 @@ def test_what_is_built_here_is_what_the_repository_locks(small: list[Entry]) -> 
 def test_the_outputs(nix: Nix, repository: Path, small: list[Entry]) -> None:
     shown = json.loads(nix("flake", "show", "--json", cwd=repository))
     assert {kind: set(shown[kind][SYSTEM]) for kind in ("packages", "apps", "devShells", "checks")} == {
-        "packages": {"default", "env", "env-small"},
+        "packages": {"default", "env", "env-small", "image"},
         "apps": {"labtrain"},
         "devShells": {"default", "small"},
         "checks": {"env", "env-small"},
@@ -243,6 +243,35 @@ def test_the_same_flake_in_an_experiment_takes_the_wheel_in_vendor(
         for name in archive.namelist():
             if not name.endswith(("/RECORD", "/")):
                 assert (site / name).read_bytes() == archive.read(name), name
+
+
+def test_its_image_is_configured_as_the_containerfiles(nix: Nix, repository: Path, small: list[Entry]) -> None:
+    """The same entry, user, folders and variables; layers are nixpkgs' own work, which the stand-in does not do."""
+    nix("build", ".#image", "--out-link", str(nix.folder / "image"), cwd=repository)
+    image = nix.folder / "image"
+    config = json.loads((image / "config.json").read_text())
+    text = (ROOT / "containers/Containerfile").read_text().replace("\\\n", " ")
+    said = dict(
+        line.split(maxsplit=1) for line in text.partition("\nFROM ${BASE}\n")[2].splitlines() if line[:1].isupper()
+    )
+    assert config["Entrypoint"] == json.loads(said["ENTRYPOINT"])
+    assert config["WorkingDir"] == said["WORKDIR"]
+    assert set(config["ExposedPorts"]) == {f"{port}/tcp" for port in said["EXPOSE"].split()}
+    assert {f"USER_ID={config['User']}", "${USER_ID}"} == {said["ARG"], said["USER"]}
+    ours, theirs = (
+        dict(one.split("=", 1) for one in config["Env"]),
+        dict(one.split("=", 1) for one in said["ENV"].split()),
+    )
+    assert {**ours, "PATH": ""}.items() >= {**theirs, "PATH": ""}.items()
+    modes = dict(line.rsplit(" ", 1) for line in (image / "modes.txt").read_text().splitlines())
+    assert modes["tmp"] == modes["home/lab"] == "1777"
+    assert {"work", "data"} <= set(modes)
+    assert "lab:x:1000:1000:" in (image / "root/etc/passwd").read_text()
+    start = image / "root/opt/labtrain/containers/start.sh"
+    path = f"{ours['PATH']}:{os.environ['PATH']}"
+    assert ours["PATH"].startswith("/nix/store/")
+    command = ["env", f"PATH={path}", f"HOME={nix.folder}", "sh", str(start), "labtrain", "--version"]
+    assert __version__ in nix.run(*command, cwd=nix.folder)
 
 
 @pytest.mark.full  # 3 GB to download, 20 GB of disk

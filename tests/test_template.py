@@ -22,6 +22,7 @@ WHEEL = f"vendor/labtrain-{__version__}-py3-none-any.whl"
 OWN = {
     ".github/workflows/ci.yml",
     ".github/workflows/gate.yml",
+    ".dockerignore",
     ".gitignore",
     "Makefile",
     "README.md",
@@ -36,7 +37,7 @@ OWN = {
     "train.py",
 }
 COPIED = {"labtrain.lock", WHEEL} | {
-    str(path.relative_to(ROOT)) for name in LOCKS for path in [ROOT / name, *(ROOT / name).glob("*")] if path.is_file()
+    str(path.relative_to(ROOT)) for name in LOCKS for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()
 }
 
 

@@ -15,9 +15,10 @@ SOURCES = {
     "flake.nix": "flake.nix",
     "flake.lock": "flake.lock",
     "nix": "nix",
+    "containers": "containers",
     "sbom.cdx.json": "sbom.cdx.json",
 }
-# What an experiment carries of them: the three locks, and what seals them.
+# What an experiment carries of them: the three locks, what seals them, and what makes images of them.
 LOCKS = tuple(name for name in SOURCES if name.partition("/")[0] not in ("template", "golden"))
 
 

@@ -87,6 +87,25 @@
           url = "file://${host.wheels}/${name}";
         };
 
+      # Not an image: the files that extraCommands makes, with their rights, and the config.
+      dockerTools.streamLayeredImage =
+        {
+          name,
+          tag,
+          contents,
+          extraCommands,
+          config,
+        }:
+        runCommand "${name}-${tag}" { } ''
+          mkdir -p $out/root
+          cd $out/root
+          ${extraCommands}
+          find . -type d -printf '%P %m\n' > $out/modes.txt
+          cat > $out/config.json <<'JSON'
+          ${builtins.toJSON config}
+          JSON
+        '';
+
       mkShell =
         { packages, shellHook }:
         bash {
@@ -107,11 +126,18 @@
           runCommand
           fetchPypi
           mkShell
+          dockerTools
           ;
         # Whichever Python runs the tests.
         python312 = {
           inherit (host) interpreter libPrefix;
         };
+        bashInteractive = "/usr";
+        cacert = "/usr";
+        coreutils = "/usr";
+        gitMinimal = "/usr";
+        openssh = "/usr";
+        tini = "/usr";
         stdenv.cc = {
           cc.lib = libraries;
           bintools.dynamicLinker = "/lib64/ld-linux-x86-64.so.2";

@@ -1,0 +1,30 @@
+#!/bin/sh
+# What the image has beside the environment: `system.sh UID` as root, in a base of Debian's or one that has the programs.
+set -eu
+
+case "${1-}" in
+  "" | 0* | *[!0-9]*)
+    printf 'error: USER_ID is %s, a number above 0 wanted\n\nhint: docker build --build-arg USER_ID=$(id -u) ...\n' "${1-}" >&2
+    exit 2
+    ;;
+esac
+
+packages=""
+want() { command -v "$1" >/dev/null || packages="$packages $2"; }
+want tini tini
+want sshd openssh-server
+want git git # for receipts: which commit, which change
+want gcc "gcc libc6-dev" # Triton, and so torch.compile, calls it
+if [ -n "$packages" ]; then
+  apt-get update -qq
+  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages
+  rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* # a host key in a layer would be everybody's
+fi
+
+# No password, and none that could be set.
+sed -i "/^lab:/d; /^[^:]*:[^:]*:$1:/d" /etc/passwd /etc/group
+echo "lab:x:$1:$1:lab:/home/lab:/bin/sh" >>/etc/passwd
+echo "lab:x:$1:" >>/etc/group
+mkdir -p /home/lab /work /data
+chmod 1777 /home/lab # a volume there begins with these rights: whoever runs the container
+printf '[safe]\n\tdirectory = *\n' >>/etc/gitconfig # /work is its user's, whom this root does not know
