@@ -4,7 +4,7 @@ import copy
 import os
 import random
 import re
-import signal
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import nn
 from labtrain import receipt
 from labtrain.config import check
 from labtrain.digests import digest
-from labtrain.errors import EXIT_STOPPED, ConfigError
+from labtrain.errors import ConfigError
 from labtrain.replay import _config_of
 from labtrain.speed import called, put_channels_last, recompute_blocks
 from tests.conftest import QUICK, Experiment, need
@@ -49,6 +49,7 @@ COMPILED = {
     "data": {"size": 66, "batch_size": 64},
     "trainer": {"max_epochs": None, "max_steps": 3, "limit_val_batches": 0},
     "speed": {"compile": True},
+    "checkpoint": {"every_n_steps": 1, "keep_last": 3},
 }
 
 
@@ -65,9 +66,18 @@ def compiled(**more: Any) -> Any:
     return config
 
 
-def stopped_before_the_last_batch(runner: Runner, config: Any, cache: dict[str, str], *, world: int = 1) -> Any:
-    runner.run(config, code=EXIT_STOPPED, signal_at=f"1 {int(signal.SIGTERM)} 0", environment=cache)
-    return outcome(runner.run(config, world=world, environment=cache))
+def gone_on_before_the_last_batch(
+    whole: Path, runner: Runner, config: Any, cache: dict[str, str], *, world: int
+) -> Any:
+    """Go on from a run's first step, in a process that compiled nothing of it."""
+    run_dir = runner.folder / "runs" / "exact" / whole.name
+    shutil.copytree(whole, run_dir)
+    (run_dir / "receipt.json").unlink()
+    for later in sorted(run_dir.glob("checkpoints/step-*"))[1:]:
+        shutil.rmtree(later)
+    found = outcome(runner.run(config, world=world, environment=cache))
+    assert "goes on from step-0000000001" in runner.said()
+    return found
 
 
 def test_compiled_it_ends_the_same_where_a_resume_meets_the_smaller_batch_first(
@@ -75,8 +85,9 @@ def test_compiled_it_ends_the_same_where_a_resume_meets_the_smaller_batch_first(
 ) -> None:
     """And on two processes, of which the first then begins with 2 samples and the second with 16."""
     monkeypatch.setattr("tests.exact.TIMEOUT_S", 300)
-    reference = outcome(runner.run(compiled(), environment=cache))
-    assert stopped_before_the_last_batch(other, compiled(), cache, world=2) == reference
+    whole = runner.run(compiled(), environment=cache)
+    reference = outcome(whole)
+    assert gone_on_before_the_last_batch(whole, other, compiled(), cache, world=2) == reference
     eager = {**compiled(), "speed": configure()["speed"]}
     assert outcome(runner.run(eager))["weights_digest"] != reference["weights_digest"]
 
@@ -88,9 +99,10 @@ def test_as_torch_compiles_by_itself_it_would_not(
     """The same with sizes that become dynamic, which warn leaves to torch: what the test above must be able to find."""
     monkeypatch.setattr("tests.exact.TIMEOUT_S", 300)
     config = compiled(determinism={"mode": "warn"})
-    reference = outcome(runner.run(config, environment=cache))
+    whole = runner.run(config, environment=cache)
     assert "its kernels depend on the sizes that a process has met" in runner.said()
-    assert stopped_before_the_last_batch(other, config, cache)["weights_digest"] != reference["weights_digest"]
+    found = gone_on_before_the_last_batch(whole, other, config, cache, world=1)
+    assert found["weights_digest"] != outcome(whole)["weights_digest"]
 
 
 @pytest.mark.full
@@ -114,6 +126,7 @@ def test_compiled_however_it_ran(
         assert found == reference
 
 
+@pytest.mark.full
 def test_more_sizes_than_are_compiled_end_in_an_error(cache: dict[str, str]) -> None:
     """Torch would go on without, and what a process has met would decide. The nn.Sequential is one of torch's own modules."""
     code = """if True:
