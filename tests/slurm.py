@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import need
+from tests.conftest import Experiment, need
 from tests.servers import free_ports, wait_until
 
 NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve everywhere
@@ -184,3 +184,12 @@ def wait_for_steps(run_dirs: Path, steps: int, seconds: float = 60) -> Path:
 
     wait_until(there, seconds)
     return found[0]
+
+
+def break_rank(experiment: Experiment, rank: int) -> None:
+    """Have one rank raise at its fourth step."""
+    model = experiment.root / "model.py"
+    line = "        images, labels = batch  # (B, 1, 8, 8), (B,)\n"
+    assert line in model.read_text()
+    bad = f"        if self.global_step == 3 and self.global_rank == {rank}:\n            raise ArithmeticError('of rank {rank}')\n"
+    model.write_text(model.read_text().replace(line, line + bad))

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import LABTRAIN, ROOT, Experiment, Run
 from tests.servers import wait_until
-from tests.slurm import NODES, Slurm, patient, wait_for_steps
+from tests.slurm import NODES, Slurm, break_rank, patient, wait_for_steps
 
 pytestmark = pytest.mark.xdist_group("slurm")  # one cluster, and all cores
 
@@ -113,15 +113,6 @@ def test_a_node_that_dies_starts_the_job_again(cluster: Cluster, alone: Run) -> 
     receipt, digest = cluster.result()
     assert digest == alone.digest
     assert receipt["segments"][-1]["from_step"] >= 15
-
-
-def break_rank(experiment: Experiment, rank: int) -> None:
-    """Have one rank raise at its fourth step."""
-    model = experiment.root / "model.py"
-    line = "        images, labels = batch  # (B, 1, 8, 8), (B,)\n"
-    assert line in model.read_text()
-    bad = f"        if self.global_step == 3 and self.global_rank == {rank}:\n            raise ArithmeticError('of rank {rank}')\n"
-    model.write_text(model.read_text().replace(line, line + bad))
 
 
 def test_a_rank_that_dies_takes_the_job_down_with_its_own_traceback(

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import QUICK, Experiment, Run
 from tests.servers import wait_until
-from tests.slurm import wait_for_steps
+from tests.slurm import break_rank, wait_for_steps
 
 EPOCHS = 4
 
@@ -81,11 +81,7 @@ def test_its_workers_save_where_it_is_killed_itself(experiment: Experiment) -> N
 
 
 def test_a_worker_that_fails_is_heard_alone(own_experiment: Experiment, tmp_path: Path) -> None:
-    model = own_experiment.root / "model.py"
-    line = "        images, labels = batch  # (B, 1, 8, 8), (B,)\n"
-    assert line in model.read_text()
-    bad = f"{line}        if self.global_step == 3 and self.global_rank == 1:\n            raise ArithmeticError('of rank 1')\n"
-    model.write_text(model.read_text().replace(line, bad))
+    break_rank(own_experiment, 1)
     process = start(own_experiment, cwd=tmp_path)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1
