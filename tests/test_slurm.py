@@ -15,7 +15,6 @@ from tests.conftest import LABTRAIN, ROOT, Experiment, Run
 from tests.servers import wait_until
 from tests.slurm import NODES, Slurm, break_rank, patient, wait_for_steps
 
-
 # Some ten seconds of steps on two cores, so that there is a middle.
 PORTABLE = ("determinism.mode=portable", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "logger=none")
 EPOCHS = "trainer.max_epochs=4"
