@@ -35,6 +35,7 @@ OWN = {
     "tests/golden/regression.txt",
     "tests/test_experiment.py",
     "train.py",
+    "train.sbatch",
 }
 COPIED = {"labtrain.lock", WHEEL} | {
     str(path.relative_to(ROOT)) for name in LOCKS for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()
