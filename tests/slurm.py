@@ -57,6 +57,8 @@ class Slurm:
             "MpiDefault": "none",
             "SwitchType": "switch/none",
             "ReturnToService": 2,
+            "PreemptType": "preempt/partition_prio",
+            "PreemptMode": "REQUEUE",
             "SlurmdParameters": "config_overrides",
             "SlurmdTimeout": 5,
             "KillWait": 5,
@@ -68,7 +70,8 @@ class Slurm:
                 f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + number} CPUs=2 RealMemory=4000\n"
             )
         (self.folder / "slurm.conf").write_text(
-            f"{text}PartitionName=test Nodes={','.join(NODES)} Default=YES MaxTime=1440 State=UP\n"
+            f"{text}PartitionName=test Nodes={','.join(NODES)} Default=YES MaxTime=1440 PriorityTier=1 GraceTime=30 State=UP\n"
+            f"PartitionName=urgent Nodes={','.join(NODES)} MaxTime=1440 PriorityTier=9 PreemptMode=OFF State=UP\n"
         )
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
@@ -140,7 +143,7 @@ class Slurm:
         return done.stdout.strip()
 
     def nodes(self, state: str) -> int:
-        return len(self.run("sinfo", "--noheader", "--Node", f"--states={state}").splitlines())
+        return len(self.run("sinfo", "--noheader", "--Node", "--partition=test", f"--states={state}").splitlines())
 
     def submit(self, *command: str, cwd: Path, **variables: str) -> int:
         """Submit a batch script and return the job's number."""

@@ -100,6 +100,20 @@ def test_a_signal_before_the_training_has_begun_loses_no_job(cluster: Cluster, a
     assert [segment["status"] for segment in receipt["segments"]] == ["complete"], "the signal came too late"
 
 
+def test_preempted_it_saves_and_goes_on_when_its_turn_comes(cluster: Cluster, alone: Run) -> None:
+    """Slurm sends SIGTERM, waits for the partition's GraceTime and queues the job again."""
+    job = cluster.submit(EPOCHS)
+    with patient(cluster.out):
+        wait_for_steps(cluster.runs / "digits", 20)
+        cluster.slurm.submit("--partition=urgent", "--nodes=2", "--wrap=true", "--output=/dev/null", cwd=cluster.root)
+        wait_until(lambda: cluster.slurm.field(job, "Restarts") == "1", 60)
+        assert cluster.slurm.ended(job) == "COMPLETED"
+    receipt, digest = cluster.result()
+    assert digest == alone.digest
+    assert [(segment["status"], segment["why"]) for segment in receipt["segments"]] == [
+        ("interrupted", "SIGTERM"), ("complete", None)]  # fmt: skip
+
+
 def test_a_node_that_dies_starts_the_job_again(cluster: Cluster, alone: Run) -> None:
     job = cluster.submit(EPOCHS, "checkpoint.every_n_steps=5")
     with patient(cluster.out):

@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING
 from labtrain import receipt
 from labtrain.compose import print_error
 from labtrain.errors import EXIT_STOPPED, LabtrainError, LostError
-from labtrain.ranks import find_ranks, requeue
+from labtrain.ranks import find_ranks, requeue, wants_requeue
 from labtrain.run import JOB_VARIABLE, Job, shown
 from labtrain.signals import Stopped, end_with_parent
 
@@ -62,7 +62,7 @@ def main() -> None:
             sys.exit(0)  # with another code Lightning, srun and torchrun kill rank 0, which may be delivering yet
         how = "saved" if error.saved else "with nothing new to save"
         sys.stderr.write(f"\nstopped by {error}, {how}: the same command goes on with {shown(job.run_dir)}\n")
-        if error.signum == signal.SIGUSR1:
+        if wants_requeue(error.signum):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which Slurm ends what it queues again
             found = receipt.read(Path(job.run_dir))
             requeue(starts=len(found["segments"]) if found else 0, progress=error.saved)

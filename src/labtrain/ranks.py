@@ -6,9 +6,11 @@ ENVIRONMENT VARIABLES"); torchrun's are in https://docs.pytorch.org/docs/2.9/ela
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,16 +147,29 @@ def adopt(config: Config, ranks: Ranks | None) -> None:
     trainer["num_nodes"] = ranks.nodes
 
 
+def wants_requeue(signum: int) -> bool:
+    """Tell whether a signal asks for a start later: SIGUSR1, and SIGTERM where Slurm preempts the job.
+
+    A preempted job that ends by itself before Slurm kills it is over for Slurm: it is not queued again.
+    """
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None or signum == signal.SIGUSR1:
+        return job is not None
+    with suppress(OSError, subprocess.TimeoutExpired):
+        command = ["scontrol", "show", "job", "--oneliner", job]
+        said = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
+        return signum == signal.SIGTERM and re.search(r"\bPreemptTime=(?!None|N/A|Unknown)\S", said) is not None
+    return False
+
+
 def requeue(*, starts: int, progress: bool) -> None:
-    """Have Slurm start this job again, where it is one; say so, or why it does not.
+    """Have Slurm start this job again; say so, or why it does not.
 
     Args:
         starts: that came to a step, of this run.
         progress: this was one of them. A job whose time limit is too short for a step is not queued for ever.
     """
-    job = os.environ.get("SLURM_JOB_ID")
-    if job is None:
-        return
+    job = os.environ["SLURM_JOB_ID"]
     if not progress and int(os.environ.get("SLURM_RESTART_COUNT", "0")) - starts >= FRUITLESS_RESTARTS:
         sys.stderr.write(
             f"warning: job {job} is not queued again: its time does not suffice for a step (sbatch --time)\n"
