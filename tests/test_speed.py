@@ -260,22 +260,29 @@ def test_a_digest_is_of_what_weights_are_not_of_how_they_lie() -> None:
         put_channels_last(GPT())
 
 
-def test_tf32_is_a_flag_in_the_receipt_and_nothing_to_a_cpu(runner: Runner) -> None:
+def test_tf32_is_said_to_be_nothing_to_a_cpu(runner: Runner) -> None:
     plain, with_it = (
         runner.run(configure("mlp", speed={"tf32": on}, trainer={"max_epochs": 1})) for on in (False, True)
     )
     assert plain != with_it
     found = [receipt.read(run_dir) for run_dir in (plain, with_it)]
-    assert [each["determinism"]["float32_matmul_precision"] for each in found] == ["highest", "high"]
+    assert [each["determinism"]["float32_matmul_precision"] for each in found] == ["highest", "highest"]
     assert [each["determinism"]["notes"] for each in found] == [[], ["speed.tf32: a CPU computes as without it"]]
     assert found[0]["results"] == found[1]["results"]
     assert "warning: speed.tf32: a CPU computes as without it" in runner.said()
 
 
 def test_the_flags_are_set_and_read_without_a_warning_of_torchs() -> None:
-    code = "from labtrain import determinism as d; d.apply('strict', threads=1, tf32=True); print(d.flags())"
+    """And are those of each training, not of the one before it in the same process."""
+    code = (
+        "from labtrain import determinism as d\n"
+        "for tf32 in (True, False, True, True, False):\n"
+        "    d.apply('strict', threads=1, tf32=tf32)\n"
+        "    print(d.flags()['float32_matmul_precision'])\n"
+    )
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["high", "highest", "high", "high", "highest"]
 
 
 # -------------------------------------------------------------------------------------------------------------- refused

@@ -72,6 +72,9 @@ def variables(mode: str, *, threads: int) -> dict[str, str]:
     return wanted | PORTABLE_VARIABLES if mode == "portable" else wanted
 
 
+_before_tf32: str | None = None
+
+
 def apply(mode: str, *, threads: int, tf32: bool = False) -> None:
     """Set torch's flags for `mode`; once a process, before the model is made.
 
@@ -86,7 +89,12 @@ def apply(mode: str, *, threads: int, tf32: bool = False) -> None:
     """
     import torch
 
+    global _before_tf32
+    if _before_tf32 is not None:  # an earlier training of this process
+        torch.set_float32_matmul_precision(_before_tf32)
+        _before_tf32 = None
     if tf32:
+        _before_tf32 = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
     if mode == "off":
         return

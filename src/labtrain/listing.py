@@ -89,11 +89,15 @@ def row_of(run_dir: Path, metric: str | None = None) -> Row:
     """Return how the run in a folder stands."""
     try:
         found = receipt.read(run_dir)
-    except (DamagedError, OSError) as error:
-        return Row(run=shown(run_dir), status="broken", error=str(error.args[0] if error.args else error))
+    except (DamagedError, OSError, ValueError) as error:
+        why = error.args[0] if isinstance(error, DamagedError) else error
+        return Row(run=shown(run_dir), status="broken", error=str(why))
     assert found is not None
     segments, results, status = found["segments"], found["results"], found["status"]
     if status == "running" and not is_trained(run_dir):
+        now = receipt.read(run_dir)  # it may have ended since
+        if now is not None and now["status"] != "running":
+            return row_of(run_dir, metric)
         status = "killed"
     steps, metrics = results.get("steps"), results.get("metrics", {})
     if status != "complete":
@@ -135,11 +139,15 @@ def last_of(run_dir: Path) -> tuple[int, dict[str, float]]:
     """Return the last step of a run's history, and the last value of each metric near its end."""
     step, metrics = 0, dict[str, float]()
     with suppress(FileNotFoundError), (run_dir / HISTORY).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-        for line in file.read().split(b"\n"):
-            with suppress(ValueError):  # cut by the seek, or by a kill
-                last = json.loads(line)
-                step, metrics = last["step"], metrics | last["metrics"]
+        size = file.seek(0, os.SEEK_END)
+        for start in (max(0, size - TAIL_BYTES), 0):
+            file.seek(start)
+            for line in file.read().split(b"\n"):
+                with suppress(ValueError):  # cut by the seek, or by a kill
+                    last = json.loads(line)
+                    step, metrics = last["step"], metrics | last["metrics"]
+            if metrics:
+                break  # a long epoch's end lies further back
     return step, metrics
 
 

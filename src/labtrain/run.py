@@ -120,7 +120,10 @@ def what_counts(config: Config) -> Config:
         for parent in parents:
             node = node.get(parent, {})
         node.pop(last, None)
-    return kept
+    # A switch that is off is as one that there was not yet.
+    if not (on := {key: value for key, value in kept.pop("speed", {}).items() if value is not False}):
+        return kept
+    return kept | {"speed": on}
 
 
 def code_digest(root: Path) -> str:

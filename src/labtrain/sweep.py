@@ -93,7 +93,7 @@ def value_of(job: Job, sweeper: Any) -> float | None:
             hint=f"one of these: {', '.join(sorted(metrics)) or 'none was logged'}",
         )
     value: float | None = metrics.get(monitor)
-    if value is not None and not math.isfinite(value):
+    if value is not None and chooses(sweeper) and not math.isfinite(value):
         raise JobFailedError(f"{shown(job.run_dir)} ended with {monitor} {value}", 1)
     return value
 

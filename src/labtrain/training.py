@@ -91,7 +91,9 @@ def train(cfg: Any) -> Result:
     ranks = find_ranks()
     environment = make_environment(ranks, accelerator=accelerator)
     determinism.set_run(seed=seed, mode=mode)
-    determinism.apply(mode, threads=config["determinism"]["threads"], tf32=config["speed"]["tf32"])
+    determinism.apply(
+        mode, threads=config["determinism"]["threads"], tf32=config["speed"]["tf32"] and accelerator == "gpu"
+    )
     determinism.seed_all(seed, "init")
     datamodule = instantiate(config, "data", pl.LightningDataModule)
     determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
@@ -348,7 +350,7 @@ def _job(cfg: Any) -> Job:
     from labtrain import config as configuration
 
     plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
-    config = cast(Config, plain)
+    config: Config = {"speed": configuration.defaults("speed"), "gpu_stats": True} | cast(Config, plain)
     adopt(config, find_ranks())
     configuration.check(config)
     root = Path(getattr(__main__, "__file__", "notebook.py")).resolve().parent

@@ -117,7 +117,9 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     accelerator, devices = choose_accelerator(config)
     check_compiler(config["speed"], accelerator)
     determinism.set_run(seed=seed, mode=determined["mode"])
-    determinism.apply(determined["mode"], threads=determined["threads"], tf32=config["speed"]["tf32"])
+    determinism.apply(
+        determined["mode"], threads=determined["threads"], tf32=config["speed"]["tf32"] and accelerator == "gpu"
+    )
     determinism.seed_all(seed, "init")
     datamodule = instantiate(config, "data", pl.LightningDataModule)
     model = instantiate(config, "model", pl.LightningModule)
@@ -133,6 +135,14 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     with tempfile.TemporaryDirectory() as scratch:  # for the weights, which each trial begins with
         alone = make_environment(None, accelerator=accelerator)
         trainer = make_trainer(config, accelerator, devices, alone, [], [], Wishes(), root=scratch)
+        fitted: list[int] = []
+        run = trainer.fit_loop.run
+
+        def noted() -> None:
+            run()
+            fitted.append(datamodule.batch_size)
+
+        trainer.fit_loop.run = noted  # type: ignore[method-assign]
         try:
             found = Tuner(trainer).scale_batch_size(
                 model,
@@ -150,6 +160,7 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
                 hint="trainer.precision=bf16-mixed, speed.checkpoint_activations=true, or a smaller model",
             ) from error
     assert found is not None
+    found = max(smallest, min(found, max(fitted)))  # Lightning's last one, 8192, it takes without a trial
     say(f"data.batch_size={found}: {held_at_once(found, shards)}")
     return found
 
