@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from labtrain.signals import NUMBERS, Stopped, Wishes, block
+from labtrain.signals import NUMBERS, Stopped, Wishes
 from tests.servers import wait_until
 
 
@@ -42,16 +42,27 @@ def test_before_the_first_step_it_stops_at_once_but_on_other_ranks() -> None:
     before = [signal.getsignal(each) for each in NUMBERS], signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with pytest.raises(Stopped, match="SIGUSR1"):
         signalled()
-    mask = block()
-    os.kill(os.getpid(), signal.SIGUSR1)  # before anybody listens
-    with pytest.raises(Stopped, match="SIGUSR1"):
-        signalled()
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     assert ([signal.getsignal(each) for each in NUMBERS], signal.pthread_sigmask(signal.SIG_BLOCK, ())) == before
     wishes = Wishes()
     with wishes.listening(leads=False):
         os.kill(os.getpid(), signal.SIGUSR1)
         assert arrived(wishes) == signal.SIGUSR1
+
+
+def test_one_that_has_waited_leaves_nothing_behind_where_it_stops_a_training() -> None:
+    """In a process of its own: this one's other threads have it not blocked."""
+    code = (
+        "import os, signal; from labtrain.signals import NUMBERS, Stopped, Wishes, block\n"
+        "block(); os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "state = lambda: ([signal.getsignal(each) for each in NUMBERS], signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
+        "before = state()\n"
+        "try:\n"
+        "    with Wishes().listening(leads=True):\n"
+        "        while True: pass\n"
+        "except Stopped as stopped: print(stopped, state() == before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=30)
+    assert done.stdout == "SIGUSR1 True\n", done.stderr
 
 
 def test_a_signal_that_comes_before_anybody_listens_waits() -> None:
