@@ -73,7 +73,7 @@ def test_each_end_is_told(runner: Runner) -> None:
     """Stopped, killed, broken, complete: the next start closes what was killed."""
     config = configure("mlp", "even", checkpoint={"every_n_steps": 1})
     config["callbacks"]["broken"] = {"_target_": "tests.exact_worker.Broken"}
-    runner.run(config, code=EXIT_STOPPED, signal_at=f"3 {int(signal.SIGUSR1)} 0")
+    runner.run(config, code=EXIT_STOPPED, signal_at=f"3 {int(signal.SIGTERM)} 0")
     assert read(runner)["status"] == "interrupted"
     runner.run(config, code=None, signal_at=f"7 {int(signal.SIGKILL)} 0")
     assert read(runner)["segments"][-1]["status"] == "running"
@@ -82,7 +82,7 @@ def test_each_end_is_told(runner: Runner) -> None:
     runner.run(config)
     found = read(runner)
     told = [(each["status"], each["why"], each["to_step"]) for each in found["segments"]]
-    assert told == [("interrupted", "SIGUSR1", 3), ("killed", None, 7), ("failed", "ZeroDivisionError", 9),
+    assert told == [("interrupted", "SIGTERM", 3), ("killed", None, 7), ("failed", "ZeroDivisionError", 9),
                     ("complete", None, 15)]  # fmt: skip
     assert all(each["ended"] for each in found["segments"])
 

@@ -162,7 +162,7 @@ class Recorder(pl.Callback):
             self.receipt["checkpoints"] = self.checkpoints()
             receipt.write(self.run_dir, self.receipt)
         elif self.made_folder:
-            shutil.rmtree(self.run_dir)
+            shutil.rmtree(self.run_dir, ignore_errors=True)  # a signal may have come before it was made
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None
