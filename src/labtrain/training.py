@@ -162,8 +162,7 @@ def train(cfg: Any) -> Result:
         if trainer.is_global_zero:
             try:
                 if isinstance(error, Stopped) and error.saved:
-                    # Slurm's signal leaves little time, and the next start delivers.
-                    soon = error.signum == signal.SIGUSR1 and "SLURM_JOB_ID" in os.environ
+                    soon = "SLURM_JOB_ID" in os.environ  # its signals leave little time, and the next start delivers
                     checkpoints.saver.close(
                         seconds=0 if soon else config["checkpoint"]["deliver_seconds"], wanted=False
                     )
