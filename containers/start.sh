@@ -8,7 +8,7 @@ refuse() {
 }
 
 [ -w "$HOME" ] || export HOME=/tmp # a root that is read-only, and no volume: caches last as long as the container
-[ -w "$HOME" ] || refuse "neither /home/lab nor /tmp can be written" "docker run --tmpfs /tmp:exec ..."
+[ -w "$HOME" ] || refuse "neither /lab nor /tmp can be written" "docker run --tmpfs /tmp:exec ..."
 
 case "${1-}" in
   jupyter)

@@ -23,8 +23,8 @@ fi
 
 # No password, and none that could be set.
 sed -i "/^lab:/d; /^[^:]*:[^:]*:$1:/d" /etc/passwd /etc/group
-echo "lab:x:$1:$1:lab:/home/lab:/bin/sh" >>/etc/passwd
+echo "lab:x:$1:$1:lab:/lab:/bin/sh" >>/etc/passwd
 echo "lab:x:$1:" >>/etc/group
-mkdir -p /home/lab /work /data
-chmod 1777 /home/lab # a volume there begins with these rights: whoever runs the container
+mkdir -p /lab /work /data
+chmod 1777 /lab # a volume there begins with these rights: whoever runs the container
 printf '[safe]\n\tdirectory = *\n' >>/etc/gitconfig # /work is its user's, whom this root does not know

@@ -229,7 +229,7 @@ in
       chmod 1777 home/lab tmp
       cp -r ${root + "/containers"} opt/labtrain/containers
       echo "root:x:0:0::/:/bin/sh" > etc/passwd
-      echo "lab:x:1000:1000:lab:/home/lab:/bin/sh" >> etc/passwd
+      echo "lab:x:1000:1000:lab:/lab:/bin/sh" >> etc/passwd
       printf 'root:x:0:\ntty:x:5:\nlab:x:1000:\n' > etc/group
       printf '[safe]\n\tdirectory = *\n' > etc/gitconfig
     '';
@@ -248,7 +248,7 @@ in
       };
       Env = [
         "PATH=${env}/bin:/bin"
-        "HOME=/home/lab"
+        "HOME=/lab"
         "USER=lab"
         "LOGNAME=lab"
         "LANG=C.UTF-8"

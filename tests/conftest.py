@@ -1,5 +1,6 @@
 """Fixtures: a generated experiment, and a way to start its train.py as a person would."""
 
+import importlib
 import json
 import os
 import shutil
@@ -124,6 +125,18 @@ def own_experiment(shared_experiment: Experiment, tmp_path: Path) -> Experiment:
     root = tmp_path / "digits"
     shutil.copytree(shared_experiment.root, root, ignore=shutil.ignore_patterns("runs", "__pycache__"))
     return Experiment(root)
+
+
+@pytest.fixture
+def runner(tmp_path: Path) -> Any:
+    """A tests.exact.Runner: trainings of small models in processes that are forked."""
+    return importlib.import_module("tests.exact").Runner(tmp_path)  # it imports this file
+
+
+@pytest.fixture
+def other(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Another one, with a folder of its own."""
+    return importlib.import_module("tests.exact").Runner(tmp_path_factory.mktemp("other"))
 
 
 @pytest.fixture(scope="session")

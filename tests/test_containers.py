@@ -197,7 +197,7 @@ def test_nobody_in_it_is_root_and_nothing_outside_the_volumes_can_be_written(
 ) -> None:
     script = (
         "id -u; grep -E 'CapEff|CapBnd|NoNewPrivs' /proc/self/status; "
-        "for place in / /etc /opt/labtrain /opt/labtrain/.venv/bin /home/lab /var/tmp /work /work/runs /tmp; do "
+        "for place in / /etc /opt/labtrain /opt/labtrain/.venv/bin /lab /var/tmp /work /work/runs /tmp; do "
         "touch $place/x 2>/dev/null && rm $place/x && echo $place; done; echo $HOME"
     )
     arguments = ["run", "--rm", "--network=none", *HARD]
@@ -230,7 +230,7 @@ def test_ssh_takes_keys_and_nothing_else(docker: Docker, image: str, work: Path,
     home = key.parent / "home"
     home.mkdir()
     os.chown(home, 1000, 1000)
-    volumes = ["-v", f"{key}.pub:/run/secrets/authorized_keys:ro", "-v", f"{home}:/home/lab"]
+    volumes = ["-v", f"{key}.pub:/run/secrets/authorized_keys:ro", "-v", f"{home}:/lab"]
     arguments = [*volumes, *mounted(work), image, "sshd"]
     known = key.parent / "known_hosts"
 
@@ -313,7 +313,7 @@ def test_what_cannot_start_says_so(docker: Docker, image: str, tmp_path: Path, a
 
 def test_a_root_without_tmp_is_refused(docker: Docker, image: str) -> None:
     done = docker("run", "--rm", "--network=none", "--read-only", image, code=2)
-    assert done.stderr == "error: neither /home/lab nor /tmp can be written\n\nhint: docker run --tmpfs /tmp:exec ...\n"
+    assert done.stderr == "error: neither /lab nor /tmp can be written\n\nhint: docker run --tmpfs /tmp:exec ...\n"
 
 
 @pytest.mark.parametrize("user", ["0", "00", "", "lab", "-1"])
@@ -364,7 +364,7 @@ def test_composes_services_have_limits_and_no_privilege(composed: dict[str, Any]
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
         assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
         targets = [volume.split(":")[1:] for volume in service["volumes"]]
-        assert targets == [["/work", "rw"], ["/data", "ro"], ["/work/runs", "rw"], ["/home/lab", "rw"]]
+        assert targets == [["/work", "rw"], ["/data", "ro"], ["/work/runs", "rw"], ["/lab", "rw"]]
         assert not {"privileged", "cap_add", "network_mode", "pid", "ipc", "devices"} & set(service)
     assert "ports" not in composed["services"]["train"]
 

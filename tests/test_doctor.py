@@ -172,7 +172,17 @@ def compiled(folder: Path, source: str, library: str, **macros: object) -> Path:
 
 def driver(folder: Path, *, number: str = "550.54.14", **macros: object) -> dict[str, str]:
     """Compile a driver library, and return what makes the linker find it."""
-    given = {"CUDA": 12040, "MAJOR": 8, "MINOR": 9, "COUNT": 1, "PROCESSES": 0, "P2P": 0, "USED": "0ULL", **macros}
+    given = {
+        "INIT": 0,
+        "CUDA": 12040,
+        "MAJOR": 8,
+        "MINOR": 9,
+        "COUNT": 1,
+        "PROCESSES": 0,
+        "P2P": 0,
+        "USED": "0ULL",
+        **macros,
+    }
     compiled(folder, "fake_nvml.c", "libnvidia-ml.so.1", DRIVER=f'"{number}"', **given)
     return {"LD_LIBRARY_PATH": str(folder)}
 

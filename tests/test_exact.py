@@ -11,7 +11,6 @@ import signal
 import zlib
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -67,16 +66,6 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[s
         return outcome(Runner(tmp_path_factory.mktemp("reference")).run(configure(model, shape, precision)))
 
     return reference
-
-
-@pytest.fixture
-def runner(tmp_path: Path) -> Runner:
-    return Runner(tmp_path)
-
-
-@pytest.fixture
-def other(tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    return Runner(tmp_path_factory.mktemp("other"))
 
 
 def test_any_two_values_meet_in_ci() -> None:

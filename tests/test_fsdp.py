@@ -29,11 +29,6 @@ from tests.exact_worker import GPT, MLP
 from tests.test_storage import variables
 
 
-@pytest.fixture
-def runner(tmp_path: Path) -> Runner:
-    return Runner(tmp_path)
-
-
 def fsdp(model: str = "cnn", shape: str = "even", **more: Any) -> Any:
     config = configure(model, shape, **more)
     config["trainer"]["strategy"] = "fsdp"

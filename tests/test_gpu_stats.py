@@ -8,8 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.test_doctor import driver
 
 TRAIN = """if True:
@@ -69,8 +67,8 @@ def test_a_card_that_is_nearly_full_is_said_once(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine has a GPU")
 def test_without_a_driver_the_training_goes_on(tmp_path: Path) -> None:
-    _, rows, said = train(tmp_path)
+    """NVML_ERROR_DRIVER_NOT_LOADED, whatever this machine has."""
+    _, rows, said = train(tmp_path, **driver(tmp_path, INIT=9))
     assert rows == []
     assert said.count("warning: gpu_stats: the driver tells nothing of the GPUs") == 1

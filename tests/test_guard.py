@@ -10,11 +10,6 @@ from tests.exact import Runner, configure
 from tests.test_strategy import faulty
 
 
-@pytest.fixture
-def runner(tmp_path: Path) -> Runner:
-    return Runner(tmp_path)
-
-
 def notes(run_dir: Path | None) -> list[str]:
     assert run_dir is not None
     return list(json.loads((run_dir / "receipt.json").read_text())["determinism"]["notes"])

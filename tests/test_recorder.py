@@ -21,11 +21,6 @@ from tests.exact import Runner, configure
 SCHEMA = json.loads(Path(receipt.__file__).with_name("receipt.schema.json").read_text())
 
 
-@pytest.fixture
-def runner(tmp_path: Path) -> Runner:
-    return Runner(tmp_path)
-
-
 def read(runner: Runner) -> dict[str, Any]:
     """Return the one receipt, once it has been held against the schema and its own digest."""
     (path,) = runner.folder.glob("runs/*/*/receipt.json")

@@ -14,11 +14,6 @@ from labtrain.resume import find_origin, make_job, near_run
 from tests.exact import Runner, configure, outcome
 
 
-@pytest.fixture
-def runner(tmp_path: Path) -> Runner:
-    return Runner(tmp_path)
-
-
 def stop(runner: Runner, config: Any, step: int = 7) -> Path:
     runner.run(config, code=EXIT_STOPPED, signal_at=f"{step} {signal.SIGTERM} 0")
     (run_dir,) = runner.folder.glob("runs/exact/*")

@@ -27,16 +27,6 @@ from tests.exact_worker import CNN, GPT
 from tests.speed_models import Counting, Drawn, Normed, Stack
 
 
-@pytest.fixture
-def runner(tmp_path: Path) -> Runner:
-    return Runner(tmp_path)
-
-
-@pytest.fixture
-def other(tmp_path_factory: pytest.TempPathFactory) -> Runner:
-    return Runner(tmp_path_factory.mktemp("other"))
-
-
 def bits(found: dict[str, Any]) -> dict[str, Any]:
     """Return what a training came to, without its name."""
     return {key: value for key, value in found.items() if key != "run_id"}

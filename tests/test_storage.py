@@ -23,11 +23,6 @@ from tests.test_store import names
 BEST = {"keep_last": 1, "keep_best": 1, "monitor": "val/loss", "mode": "min"}
 
 
-@pytest.fixture
-def runner(tmp_path: Path) -> Runner:
-    return Runner(tmp_path)
-
-
 def variables(names: tuple[str, ...] = ("AWS_", "HOME")) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name.startswith(names)}
 

@@ -9,11 +9,6 @@ import pytest
 from tests.exact import Runner, configure, outcome
 
 
-@pytest.fixture
-def runner(tmp_path: Path) -> Runner:
-    return Runner(tmp_path)
-
-
 def faulty(fault: str, **more: Any) -> Any:
     config = configure("mlp", "even", **more)
     config["model"] = {"_target_": "tests.exact_worker.Faulty", "fault": fault}

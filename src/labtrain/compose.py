@@ -18,7 +18,7 @@ from typing import Any, cast
 from labtrain import config as configuration
 from labtrain import determinism, receipt
 from labtrain.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError
-from labtrain.ranks import adopt, find_ranks
+from labtrain.ranks import adopt, find_ranks, own_rank
 from labtrain.resume import make_job, near_run
 from labtrain.run import JOB_VARIABLE, Config, Job, shown
 from labtrain.signals import NUMBERS, block, unblock
@@ -60,8 +60,7 @@ def end_if_known(error: Exception, *, wants_trace: bool) -> None:
     """End the process with an error for people, where `error` is one; return where its traceback says more."""
     known = configuration.explain(error)
     if known is not None and not wants_trace:
-        ranks = find_ranks()
-        print_error(known, ranks.rank if ranks else 0)
+        print_error(known, own_rank())
         sys.exit(known.exit_code)
 
 
@@ -176,7 +175,7 @@ def finished(job: Job) -> bool:
     found = receipt.read(Path(job.run_dir))
     if found is None or found["status"] != "complete" or job.origin:
         return False
-    if (ranks := find_ranks()) and ranks.rank:
+    if own_rank():
         return True
     if changed := [segment for segment in found["segments"] if segment.get("changed")]:
         names = ", ".join(change["key"] for segment in changed for change in segment["changed"])
@@ -222,12 +221,12 @@ def supervise(command: list[str], environment: dict[str, str]) -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
     submitted = "SUBMITIT_FOLDER" in os.environ
+    failure = code if code >= 0 else 128 - code
     if caught and (code in (0, EXIT_STOPPED) or not submitted):
-        ranks = find_ranks()
-        if ranks and ranks.rank:
-            sys.exit(code)  # 0: rank 0 may be delivering yet (job.py)
-        sys.exit(code if code > 0 else 128 + caught[0])  # no Exception: ends the sweep (hydra/core/utils.py run_job)
-    if code and submitted:  # where the error becomes the job's result, and all ranks would end with 0
-        atexit.register(os._exit, code if code > 0 else 128 - code)
-    if code:
-        raise JobFailedError(f"{command[-1]} ended with exit code {code}", code if code > 0 else 128 - code)
+        # No Exception: it ends the sweep (hydra/core/utils.py run_job). Another rank's 0 stays: rank 0 may deliver yet.
+        sys.exit(failure if failure or own_rank() else 128 + caught[0])
+    if not code:
+        return
+    if submitted:  # where the error becomes the job's result, and all ranks would end with 0
+        atexit.register(os._exit, failure)
+    raise JobFailedError(f"{command[-1]} ended with exit code {code}", failure)

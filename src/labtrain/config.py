@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from labtrain.errors import ConfigError, JobFailedError, LabtrainError
+from labtrain.errors import ConfigError, LabtrainError
 from labtrain.remote import check_url
 from labtrain.run import SHARDED_STRATEGY, Config, get, shards_in_use, world_size
 
@@ -162,6 +162,11 @@ def defaults(group: str) -> Config:
     return _yaml(CONF / group / "default.yaml")
 
 
+def completed(config: Config) -> Config:
+    """Return a configuration with the keys that one of an older labtrain does not have."""
+    return {"speed": defaults("speed"), "gpu_stats": True} | config
+
+
 def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> ConfigError:
     """Return the error for a key that does not exist, naming those that look like it."""
     if key in ELSEWHERE:
@@ -213,11 +218,6 @@ def explain(error: BaseException) -> LabtrainError | None:
     for link in chain:
         if isinstance(link, yaml.YAMLError):
             return ConfigError(f"conf/ holds no valid YAML: {' '.join(str(link).split())}", hint="correct that line")
-    if type(error).__name__ == "UncompletedJobError" or "failed during processing" in str(error):  # submitit's
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        return JobFailedError(f"a job of this sweep left no result: {lines[0]} {lines[-1].strip()}", 1)
-    if type(error).__name__ == "FailedJobError" or 'Could not detect "srun"' in str(error):
-        return ConfigError(f"Slurm takes no job: {' '.join(str(error).split())}", hint="sinfo; sbatch --version")
     if isinstance(error, HydraException):
         first, *rest = str(error).splitlines() or [type(error).__name__]
         hint = " ".join(line.strip() for line in rest) or "python train.py --help"

@@ -54,6 +54,8 @@ def find_ranks(variables: Mapping[str, str] = os.environ) -> Ranks | None:
     """
     if "TORCHELASTIC_RUN_ID" in variables:
         world, per_node = int(variables["WORLD_SIZE"]), int(variables["LOCAL_WORLD_SIZE"])
+        if world % per_node:
+            raise uneven(world, "torchrun --nproc-per-node=N, the same N on each node")
         name = variables["TORCHELASTIC_RUN_ID"]
         return Ranks(
             launcher="torchrun",
@@ -61,22 +63,22 @@ def find_ranks(variables: Mapping[str, str] = os.environ) -> Ranks | None:
             world=world,
             local_rank=int(variables["LOCAL_RANK"]),
             node=int(variables["GROUP_RANK"]),
-            nodes=whole_nodes(world, world / per_node, "torchrun --nproc-per-node=N, the same N on each node"),
+            nodes=world // per_node,
             address=variables["MASTER_ADDR"],
             port=int(variables["MASTER_PORT"]),
             name="" if name == "none" else name,
         )
     if in_slurm_step(variables) and (world := int(variables["SLURM_STEP_NUM_TASKS"])) > 1:
-        nodes = int(variables["SLURM_STEP_NUM_NODES"])
+        if "," in variables["SLURM_STEP_TASKS_PER_NODE"]:  # 2,1; as many on each is 2(x2)
+            raise uneven(world, "srun --ntasks-per-node=N")
         job, step = int(variables["SLURM_JOB_ID"]), int(variables["SLURM_STEP_ID"])  # steps count anew after a requeue
-        even = "," not in variables["SLURM_STEP_TASKS_PER_NODE"]
         return Ranks(
             launcher="srun",
             rank=int(variables["SLURM_PROCID"]),
             world=world,
             local_rank=int(variables["SLURM_LOCALID"]),
             node=int(variables["SLURM_NODEID"]),
-            nodes=whole_nodes(world, nodes if even else 0.5, "srun --ntasks-per-node=N"),
+            nodes=int(variables["SLURM_STEP_NUM_NODES"]),
             address=variables.get("MASTER_ADDR") or first_node(variables["SLURM_STEP_NODELIST"]),
             port=int(variables.get("MASTER_PORT") or FIRST_PORT + (job + 331 * step) % PORTS),
             name=f"{job}.{step}" if step else str(job),
@@ -84,11 +86,15 @@ def find_ranks(variables: Mapping[str, str] = os.environ) -> Ranks | None:
     return None
 
 
-def whole_nodes(world: int, nodes: float, hint: str) -> int:
-    """Return a number of nodes; refuse where their processes are not as many on each."""
-    if nodes != int(nodes):
-        raise ConfigError(f"{world} processes are not as many on each node", hint=hint)
-    return int(nodes)
+def own_rank() -> int:
+    """Return the rank of this process; 0 where it was started by itself."""
+    ranks = find_ranks()
+    return ranks.rank if ranks else 0
+
+
+def uneven(world: int, hint: str) -> ConfigError:
+    """Return the error for nodes with different numbers of processes."""
+    return ConfigError(f"{world} processes are not as many on each node", hint=hint)
 
 
 def first_node(nodes: str) -> str:

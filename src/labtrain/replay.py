@@ -16,7 +16,7 @@ from typing import Any
 
 from labtrain import receipt as receipts
 from labtrain.compose import process_of
-from labtrain.config import defaults
+from labtrain.config import completed
 from labtrain.errors import EXIT_STOPPED, ConfigError, LabtrainError
 from labtrain.provenance import PATCH, git
 from labtrain.ranks import alone
@@ -145,8 +145,7 @@ class Replay:
 
 def _config_of(receipt: Receipt, scratch: Path, changes: dict[str, Any], every_n_steps: int) -> Config:
     """Return a receipt's configuration with its output in `scratch`, and one checkpoint that is kept."""
-    config: Config = copy.deepcopy(receipt["config"])
-    config = {"speed": defaults("speed"), "gpu_stats": False, **config}  # of a labtrain that did not have them
+    config = completed(copy.deepcopy(receipt["config"]))
     config["paths"]["runs"] = str(scratch / "runs")
     config["resume"] = "auto"
     if "wandb" in config["logger"]:

@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 
 from labtrain import receipt
 from labtrain.errors import ConfigError, JobFailedError
-from labtrain.ranks import find_ranks
+from labtrain.ranks import own_rank
 from labtrain.run import Job, shown
 
 PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
@@ -80,7 +80,7 @@ def value_of(job: Job, sweeper: Any) -> float | None:
         ConfigError: the run logged no such metric.
         JobFailedError: it is no number that can be compared.
     """
-    if (ranks := find_ranks()) and ranks.rank:
+    if own_rank():
         return None  # rank 0 writes the receipt, and tells
     monitor = job.config["checkpoint"]["monitor"]
     found = receipt.read(Path(job.run_dir))
@@ -99,7 +99,12 @@ def value_of(job: Job, sweeper: Any) -> float | None:
 
 
 def explain(error: Exception) -> Exception:
-    """Return what ended an Optuna sweep as an error for people; anything else as it is."""
+    """Return what ended a sweep by Optuna or submitit as an error for people; anything else as it is."""
+    if type(error).__name__ == "UncompletedJobError" or "failed during processing" in str(error):
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        return JobFailedError(f"a job of this sweep left no result: {lines[0]} {lines[-1].strip()}", 1)
+    if type(error).__name__ == "FailedJobError" or 'Could not detect "srun"' in str(error):
+        return ConfigError(f"Slurm takes no job: {' '.join(str(error).split())}", hint="sinfo; sbatch --version")
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     if not any(name.startswith(PLUGIN) for name in frames):
         return error

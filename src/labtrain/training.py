@@ -349,7 +349,7 @@ def _job(cfg: Any) -> Job:
     from labtrain import config as configuration
 
     plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
-    config: Config = {"speed": configuration.defaults("speed"), "gpu_stats": True} | cast(Config, plain)
+    config = configuration.completed(cast(Config, plain))
     adopt(config, find_ranks())
     configuration.check(config)
     root = Path(getattr(__main__, "__file__", "notebook.py")).resolve().parent
