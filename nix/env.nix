@@ -225,8 +225,8 @@ in
       pkgs.tini
     ];
     extraCommands = ''
-      mkdir -p etc opt/labtrain home/lab work data tmp
-      chmod 1777 home/lab tmp
+      mkdir -p etc opt/labtrain lab work data tmp
+      chmod 1777 lab tmp
       cp -r ${root + "/containers"} opt/labtrain/containers
       echo "root:x:0:0::/:/bin/sh" > etc/passwd
       echo "lab:x:1000:1000:lab:/lab:/bin/sh" >> etc/passwd

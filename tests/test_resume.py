@@ -51,6 +51,19 @@ def test_a_complete_run_can_be_gone_on_with(runner: Runner) -> None:
     assert {**found, "run_id": None} == {**whole, "run_id": None}
 
 
+def test_a_launchers_restart_goes_on_from_what_it_has_saved_since(runner: Runner, tmp_path: Path) -> None:
+    """A job with resume=CHECKPOINTS is queued again with the same words: they name where it began, not where it stands."""
+    run_dir = stop(runner, configure("mlp", "even"), 3)
+    shutil.move(run_dir / "checkpoints", tmp_path / "kept")
+    shutil.rmtree(run_dir)
+    config = configure("mlp", "even", resume=str(tmp_path / "kept"))
+    stop(runner, config, 7)
+    runner.run(config, code=EXIT_STOPPED, signal_at=f"9 {signal.SIGTERM} 0", environment={"SLURM_RESTART_COUNT": "1"})
+    assert [segment["from_step"] for segment in receipt(run_dir)["segments"]] == [3, 7]
+    runner.run(config)  # a person's own start means what it says
+    assert receipt(run_dir)["segments"][-1]["from_step"] == 3
+
+
 def test_checkpoints_alone_are_a_run_too(runner: Runner, tmp_path: Path) -> None:
     config = configure("mlp", "even")
     reference = outcome(runner.run(configure("mlp", "even", paths={"runs": "elsewhere"}, resume="never")))

@@ -3,7 +3,6 @@
 Whatever can be refused is refused before the run's folder is made.
 """
 
-import dataclasses
 import fcntl
 import logging
 import os
@@ -101,7 +100,10 @@ def train(cfg: Any) -> Result:
 
     place = checkpoint_place(run_dir, config["checkpoint"]["url"])
     fetched = run_dir.with_name(f".{run_dir.name}.fetched")
-    found = find_checkpoint(job, place, fetched)
+    # A start anew of one that had gone on from another run has gone on from there already.
+    found = find_checkpoint(run_dir, place, fetched) if not job.origin or restarted() else None
+    if found is None and job.origin:
+        found = find_checkpoint(run_dir, job.origin, fetched)
     if job.origin and found is None:
         raise ConfigError(f"resume={config['resume']}: that run has no checkpoint yet", hint="resume=never")
     name, path, manifest = found or (None, None, None)
@@ -184,35 +186,30 @@ def train(cfg: Any) -> Result:
             shutil.rmtree(fetched, ignore_errors=True)
 
 
-def find_checkpoint(job: Job, place: str, into: Path) -> tuple[str, Path, Manifest] | None:
-    """Return the name, the folder and the manifest of the newest whole checkpoint that a job goes on from.
+def find_checkpoint(run_dir: Path, place: str, into: Path) -> tuple[str, Path, Manifest] | None:
+    """Return the name, the folder and the manifest of the newest whole checkpoint that a run goes on from.
 
     One of a remote store is copied into a folder of this machine, once for all ranks that share it.
 
     Args:
-        job: the run.
-        place: where its checkpoints lie.
+        run_dir: its folder.
+        place: where its checkpoints lie, or those of another run that it goes on from.
         into: a folder for such copies.
 
     Raises:
         StoreError: the store cannot be asked: whether there is a checkpoint is not known.
     """
-    if job.origin and job.origin != place and restarted():  # it has gone on from there already
-        own = dataclasses.replace(job, origin="")
-        if (found := find_checkpoint(own, place, into)) is not None:
-            return found
-    origin = job.origin or place
-    stores = stores_of(Path(job.run_dir), origin)
-    if is_local(origin):
-        newest = newest_whole(stores, into=into, to_resume=True)
+    stores = stores_of(run_dir, place)
+    if is_local(place):
+        found = newest_whole(stores, into=into, to_resume=True)
     elif not any(store.checkpoints() for store in stores):
-        newest = None
+        found = None
     else:
         into.mkdir(parents=True, exist_ok=True)
         with (into / ".lock").open("w") as file:
             fcntl.lockf(file, fcntl.LOCK_EX)
-            newest = newest_whole(stores, into=into, to_resume=True)
-    return (newest[0].name, *newest[1:]) if newest else None
+            found = newest_whole(stores, into=into, to_resume=True)
+    return (found[0].name, *found[1:]) if found else None
 
 
 def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
