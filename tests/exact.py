@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import socket
@@ -11,6 +12,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from labtrain.errors import EXIT_STOPPED
 from tests import exact_worker
@@ -18,6 +20,15 @@ from tests import exact_worker
 VARIABLES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
              "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # fmt: skip
 TIMEOUT_S = 60
+
+
+def forkserver() -> Any:
+    """Return the context whose processes have torch, the models and VARIABLES; this process keeps its own variables."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.exact_worker"])
+    with patch.dict(os.environ, VARIABLES):
+        multiprocessing.forkserver.ensure_running()
+    return context
 
 
 @dataclass
@@ -47,9 +58,7 @@ class Runner:
             environment: variables of the processes.
             bucket_bytes: for buckets so small that a model fills several.
         """
-        os.environ |= VARIABLES
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.exact_worker"])
+        context = forkserver()
         config = copy.deepcopy(config)
         config["trainer"] |= {"devices": world, "accelerator": "cpu"}
         config["paths"] = {"runs": str(self.folder / "runs")}

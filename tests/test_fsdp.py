@@ -1,6 +1,5 @@
 """A state that is spread over the ranks: trained, killed, gone on with, moved, read whole. With gloo, on the CPU."""
 
-import multiprocessing
 import random
 import shutil
 import signal
@@ -24,7 +23,7 @@ from labtrain.files import PARTS, _load_parts, in_parts, load_folder
 from labtrain.fsdp import shard
 from labtrain.store import STATE, Store
 from tests.conftest import LABTRAIN, Experiment
-from tests.exact import Runner, configure, outcome, tell
+from tests.exact import Runner, configure, forkserver, outcome, tell
 from tests.exact_worker import GPT, MLP
 from tests.test_storage import variables
 
@@ -111,7 +110,7 @@ def test_saved_by_three_it_is_read_by_two_and_by_one(runner: Runner, tmp_path: P
     assert digest(weights) == manifest["weights_digest"]
     assert digest(load_folder(folder)["state_dict"]) == manifest["weights_digest"]
 
-    context = multiprocessing.get_context("forkserver")
+    context = forkserver()
     receiver, sender = context.Pipe(duplex=False)
     store = str(tmp_path / "store")
     ranks = [context.Process(target=read_in_a_rank, args=(rank, 2, folder, store, sender)) for rank in range(2)]

@@ -1,6 +1,5 @@
 """The tree, alone and in several processes. What a training makes of it is in test_exact.py."""
 
-import multiprocessing
 import os
 import socket
 from multiprocessing.connection import Connection
@@ -12,6 +11,7 @@ import torch.distributed as dist
 from labtrain import reduction
 from labtrain.digests import digest_tree
 from labtrain.reduction import ShardSum, Tree, _assign, filled_ranges, shard_range, subtrees
+from tests.exact import forkserver
 
 SHAPES = [(3, 5), (7,), (), (2, 3, 4, 4), (11, 2)]
 
@@ -98,9 +98,7 @@ def work(rank: int, world: int, port: int, result: Connection) -> None:
 @pytest.mark.parametrize("world", [2, 3, 4, 5])
 def test_the_same_bits_on_each_rank_of_any_world(world: int) -> None:
     """Any number of shards and of those that have samples; buckets small and large; ranks that have no shard at all."""
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.exact_worker"])
+    context = forkserver()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     pipes = [context.Pipe(duplex=False) for _ in range(world)]

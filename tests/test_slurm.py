@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -82,18 +83,13 @@ def test_before_the_time_limit_it_saves_and_goes_on_in_the_same_folder(cluster: 
 
 
 def test_a_signal_before_the_training_has_begun_loses_no_job(cluster: Cluster, alone: Run) -> None:
-    """Sent again and again from the moment that the step exists, until the job is in the queue again."""
+    """Sent as soon as the four tasks hold it back, which `env --block-signal` does before Python is there."""
     job = cluster.submit(EPOCHS)
-
-    def requeued() -> bool:
-        if cluster.slurm.field(job, "Restarts") == "1":
-            return True
-        if cluster.slurm.state(job) == "RUNNING" and not cluster.runs.exists():
-            cluster.slurm.signal(job, "USR1")
-        return False
-
     with patient(cluster.out):
-        wait_until(requeued, 60)
+        wait_until(lambda: cluster.slurm.hold_back(signal.SIGUSR1) == 4, 60)
+        assert not cluster.runs.exists()
+        cluster.slurm.signal(job, "USR1")
+        wait_until(lambda: cluster.slurm.field(job, "Restarts") == "1", 60)
         assert cluster.slurm.ended(job) == "COMPLETED"
     receipt, digest = cluster.result()
     assert digest == alone.digest
