@@ -281,16 +281,20 @@ def test_written_locks_are_those_of_the_repository(locks: Path) -> None:
 
 
 def test_a_conda_spec_that_changed_needs_a_channel(locks: Path) -> None:
-    """Where there is none, that is said, and the lock stays as it was."""
+    """Where nothing can be solved, that is said, and the lock stays as it was.
+
+    The solver is a program that fails: looking for a real one, conda-lock asks the network for a minute.
+    """
     shutil.copy(ROOT / "README.md", locks / "README.md")
-    change(locks / "environment.yml", "  - conda-forge\n", "  - http://127.0.0.1:1/no-such-channel\n")
+    change(locks / "environment.yml", "dependencies:\n", "dependencies:\n  - tmux\n")
     before = (locks / "conda-lock.yml").read_text()
-    elsewhere = {
-        **os.environ,
-        "XDG_DATA_HOME": str(locks / "data"),
-    }  # conda-lock keeps a file there while it looks for conda
+    solver = locks / "bin" / "conda"
+    solver.parent.mkdir()
+    solver.write_text("#!/bin/sh\nexit 1\n")
+    solver.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{solver.parent}:{os.environ['PATH']}", "XDG_DATA_HOME": str(locks / "data")}
     done = subprocess.run(
-        [LABTRAIN, "lock", "write"], cwd=locks, env=elsewhere, capture_output=True, text=True, check=False
+        [LABTRAIN, "lock", "write"], cwd=locks, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
     assert "could not be solved anew" in done.stderr
