@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import struct
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,9 +84,8 @@ def _digest(entries: Iterable[Entry]) -> str:
 
 def tensor_bytes(tensor: Any) -> memoryview:
     """Return a tensor's raw bytes in C order; copies only from a device or a strided view."""
-    flat: Any = tensor.detach().cpu().contiguous().reshape(-1)
-    uint8 = flat[:0].byte().dtype  # torch.uint8, without importing torch; numpy itself has no bfloat16
-    return memoryview(flat.view(uint8).numpy())
+    flat: Any = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(sys.modules["torch"].uint8).numpy())  # imported by whoever made it
 
 
 def read_weights(folder: Path) -> Iterator[Entry]:
