@@ -29,7 +29,7 @@ from labtrain.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
 from labtrain.metrics import hold, metrics_of, release
 from labtrain.signals import Stopped, Wishes
 from labtrain.strategy import Exact
-from labtrain.tally import global_already
+from labtrain.tally import Results, global_already
 
 PLACE = "labtrain"  # its key in Lightning's checkpoint dictionary
 
@@ -59,6 +59,7 @@ class EpochLoop(_TrainingEpochLoop):
         replaced = trainer.fit_loop.epoch_loop
         super().__init__(trainer, min_steps=replaced.min_steps, max_steps=replaced.max_steps)
         self.val_loop = replaced.val_loop
+        self._results, self.val_loop._results = Results(training=True), Results(training=False)
         self.save, self.every_n_steps, self.wishes, self.stop_at = save, every_n_steps, wishes, stop_at
         self.loaded: State | None = None  # the checkpoint that is taken up, until it is
         self._entering = False

@@ -61,6 +61,27 @@ class Template:
         return zlib.crc32(text.encode())
 
 
+class Results(_ResultCollection):
+    """What is logged, by Lightning's key. An entry that is where it should be is left there."""
+
+    def __setitem__(self, key: str, entry: _ResultMetric) -> None:
+        entry.__class__ = Logged
+        super().__setitem__(key, entry)
+
+
+class Logged(_ResultMetric):
+    """Lightning's entry, which every `self.log` moves to the value's device, for 0.2 ms, though it is there."""
+
+    place: Any = None
+
+    def to(self, *place: Any, **options: Any) -> "Logged":
+        """Move its tensors and its metric, to a device as torch's `to` takes it."""
+        if (place, options) != self.place:
+            super().to(*place, **options)
+            self.place = place, options
+        return self
+
+
 class Tally:
     """Collects and combines; one for a model.
 
@@ -89,20 +110,20 @@ class Tally:
                         " and not by sum, mean, min, max or concatenation",
                         hint="another metric, or determinism.shards=null",
                     )
-        self._scratch: dict[bool, _ResultCollection] = {}
+        self._scratch: dict[bool, Results] = {}
         self._held: dict[str, Held] = {}
         self._rows: list[Tensor] = []
         self._lists: list[dict[str, list[Any]]] = []
         self._template: Template | None = None
-        self._logs = _ResultCollection(training=True)
+        self._logs = Results(training=True)
 
     def begin(self, *, training: bool) -> None:
         """Begin a step: put the metrics' states aside."""
-        self._logs = self._scratch.setdefault(training, _ResultCollection(training=training))
+        self._logs = self._scratch.setdefault(training, Results(training=training))
         self._held = {name: hold(metric) for name, metric in self.metrics.items() if metric._update_count}
         self._rows, self._lists, self._template = [], [], None
 
-    def open(self, data: Any, samples: int, dataloader_idx: int | None = None) -> _ResultCollection:
+    def open(self, data: Any, samples: int, dataloader_idx: int | None = None) -> Results:
         """Begin a shard, and return the collection that it logs into."""
         for metric in self.metrics.values():
             if metric._update_count:
