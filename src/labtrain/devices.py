@@ -23,6 +23,8 @@ def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
     """
     wanted, devices, precision = (config["trainer"][key] for key in ("accelerator", "devices", "precision"))
     gpus = torch.cuda.device_count()
+    if not gpus:  # Lightning has torch ask the driver, for the sake of forks; without one each optimizer step would
+        os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     accelerator = ("gpu" if gpus else "cpu") if wanted == "auto" else {"cuda": "gpu"}.get(wanted, wanted)
     if devices == "auto":
         devices = gpus if accelerator == "gpu" else 1 if accelerator == "cpu" else devices
