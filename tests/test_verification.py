@@ -376,6 +376,7 @@ def test_what_was_stopped_gives_no_verdict(copy: Path, tmp_path: Path) -> None:
     assert not (long / "verified.jsonl").exists()
 
 
+@pytest.mark.full
 def test_a_trail_that_lacks_its_beginning_is_compared_where_it_has_lines(copy: Path, tmp_path: Path) -> None:
     """The run's folder was lost, and its checkpoints elsewhere were not."""
     experiment = Experiment(copy.parents[2])
@@ -403,6 +404,7 @@ def test_a_trail_that_lacks_its_beginning_is_compared_where_it_has_lines(copy: P
     assert "manifest says" in verify(run.folder, code=2, cwd=experiment.root).err
 
 
+@pytest.mark.full
 def test_a_trail_of_every_seventh_step_is_compared_at_those(copy: Path) -> None:
     experiment = Experiment(copy.parents[2])
     command = (*TWO_EPOCHS, "trail.every_n_steps=7", "checkpoint.every_n_steps=5", "checkpoint.keep_last=9", "seed=6")
