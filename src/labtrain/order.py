@@ -10,8 +10,6 @@ no power of two: J. Black, P. Rogaway, Ciphers with Arbitrary Finite Domains, CT
 by a bit at most covers 2^b with 2^(b-1) < N <= 2^b, so that a walk takes less than two evaluations on average.
 """
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -22,6 +20,9 @@ Indices = npt.NDArray[np.int64]
 SORTED = 1 << 16
 LARGEST = 1 << 60
 ROUNDS = 8
+BLOCK = (
+    1 << 11
+)  # positions that a Feistel network computes at once: of a batch at a time, numpy's calls would be the cost
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -40,6 +41,7 @@ class Order:
             raise ValueError(f"{num_samples} samples: at most 2^60 can be ordered")
         self.num_samples, self.shuffle = num_samples, shuffle
         self._sorted: Indices | None = None
+        self._block, self._begin = np.empty(0, np.int64), 0  # positions that are computed, and the first of them
         if not shuffle:
             return
         if num_samples <= SORTED:
@@ -60,9 +62,14 @@ class Order:
         stop = min(stop, self.num_samples)
         if self._sorted is not None:
             return self._sorted[start:stop]
-        positions: npt.NDArray[Any] = np.arange(start, max(start, stop), dtype=np.int64)
         if not self.shuffle:
-            return positions
+            return np.arange(start, max(start, stop), dtype=np.int64)
+        if not self._begin <= start <= stop <= self._begin + len(self._block):
+            last = min(max(stop, start + BLOCK), self.num_samples)
+            self._block, self._begin = self._permuted(np.arange(start, max(start, last), dtype=np.int64)), start
+        return self._block[start - self._begin : max(start, stop) - self._begin]
+
+    def _permuted(self, positions: Indices) -> Indices:
         found = self._encrypt(positions.astype(np.uint64))
         limit = np.uint64(self.num_samples)
         while (outside := np.flatnonzero(found >= limit)).size:
