@@ -218,3 +218,26 @@ def test_files_are_hashed_once(tmp_path: Path, own_cache: Path, monkeypatch: pyt
     own_cache.unlink()
     own_cache.mkdir()  # no database can be made there
     assert digest_of(dataset) == new
+
+
+def test_a_memory_map_is_its_file_which_is_hashed_once(tmp_path: Path, own_cache: Path) -> None:
+    """Whatever it is called; another shape, offset or byte is another. A part of one is told by its content."""
+    values = np.arange(60, dtype=np.uint8)
+    for name in ("a", "b"):
+        (tmp_path / name).write_bytes(values.tobytes())
+    maps = [np.memmap(tmp_path / name, np.uint8, "r", shape=(10, 6)) for name in ("a", "b")]
+    assert fingerprint(maps[0])["files"] == 1
+    assert digest_of(maps[0]) == digest_of(maps[1])
+    others = [
+        np.memmap(tmp_path / "a", np.uint8, "r", shape=(6, 10)),
+        np.memmap(tmp_path / "a", np.uint8, "r", shape=(9, 6), offset=6),
+        np.memmap(tmp_path / "a", np.int8, "r", shape=(10, 6)),
+        maps[0][:5],
+        np.memmap(tmp_path / "a", np.uint8, "c", shape=(10, 6)),
+    ]
+    digests = [digest_of(each) for each in [maps[0], *others]]
+    assert len(set(digests)) == len(digests)
+    assert digests[4] == digest_of(values.reshape(10, 6)[:5])
+    assert digests[5] == digest_of(values.reshape(10, 6))
+    (tmp_path / "b").write_bytes(bytes(60))
+    assert digest_of(np.memmap(tmp_path / "b", np.uint8, "r", shape=(10, 6))) != digests[0]

@@ -1,10 +1,10 @@
 """What a dataset's data is: one sha256 over the files, arrays and values that it holds. No torch.
 
 A dataset with a method `fingerprint()` is asked. Else what it holds is walked, attribute by attribute, through whatever
-is inside: tensors, arrays and pandas' tables by dtype, shape and content; paths, and texts that name a file or folder,
-by the files' sha256, relative to the folder; plain values as they are; objects, transforms say, by their type and what
-they hold; functions by their name. What can only be told by its type is listed, and so is a folder of more than 100,000
-files: the digest says nothing of its inside.
+is inside: tensors, arrays and pandas' tables by dtype, shape and content; paths, texts that name a file or folder, and
+memory maps of a file, by the files' sha256, relative to the folder; plain values as they are; objects, transforms say,
+by their type and what they hold; functions by their name. What can only be told by its type is listed, and so is a
+folder of more than 100,000 files: the digest says nothing of its inside.
 
 Files are hashed once: their sha256 is kept in ~/.cache/labtrain, by place, size, time and inode.
 """
@@ -99,6 +99,10 @@ def _walk(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryvie
     else:
         seen.objects[id(node)] = len(seen.objects)
         seen.kept.append(node)
+        if _maps_a_file(node):
+            yield f"map:{node.dtype.str}{node.shape}{node.offset};".encode()
+            yield from _place(Path(node.filename), seen, cache)
+            return
         try:
             content = _content(node)
         except Exception:  # a sparse tensor, a table of lists: it is listed
@@ -109,6 +113,17 @@ def _walk(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryvie
         for part in content or ():
             seen.size += len(part) if isinstance(part, memoryview) else 0
             yield part
+
+
+def _maps_a_file(node: Any) -> bool:
+    """Return whether an array is a file as it lies there: numpy's memory map, for reading, and no part of one."""
+    return (
+        _name(type(node)) in ("numpy.memmap", "numpy.core.memmap.memmap")
+        and node.mode == "r"
+        and type(node.base).__name__ == "mmap"
+        and node.flags.c_contiguous
+        and not node.dtype.hasobject
+    )
 
 
 def _content(node: Any) -> list[bytes | memoryview] | None:
