@@ -4,13 +4,13 @@ The floors; an import points down only (import-linter holds it, `make check`)::
 
     4  compose  job  cli  demo  new  target  conf/               thin: parse, call, print
     3  training  loop  strategy  fsdp  tally  guard  wiring ...  Lightning
-    2  determinism  order  loader  reduction  saver  files       torch
+    2  determinism  order  loader  augment  reduction  saver ... torch
     1  run  ranks  resume  receipt  lock  doctor  compare        no torch
        store  remote  catalog  delivery  prune  digests
     0  errors  signals                                           standard library only
 
 `import labtrain` imports none of them: the public names below are loaded when first used, so that `labtrain --help`
-and the composition of a configuration never pay for torch.
+and the composition of a configuration never pay for torch. So is the module `labtrain.augment`.
 """
 
 import importlib
@@ -31,6 +31,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from labtrain import augment as augment
     from labtrain.compose import main
     from labtrain.digests import digest
     from labtrain.errors import LabtrainError
@@ -44,8 +45,10 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
         return value
+    if name == "augment":
+        return importlib.import_module("labtrain.augment")
     raise AttributeError(f"module 'labtrain' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, "augment"})

@@ -1,0 +1,268 @@
+"""Augmentation of whole batches on the device that trains; each draw is a function of (seed, epoch, index, name).
+
+A transform is a callable `(batch, draws) -> batch`: of a tensor of inputs, or of (inputs, targets, ...). A sample comes
+out with the same bits whoever shares its batch, and on a CPU and a GPU: what is drawn is computed in integers or looked
+up (draws.py), and the rest is single additions, multiplications and divisions in float32, which IEEE 754 rounds in one
+way. None is fused, and no division is by a scalar: CUDA would multiply by its reciprocal.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from labtrain.draws import Draws
+from labtrain.errors import ConfigError
+
+__all__ = ["Crop", "Draws", "Flip", "Mixup", "Noise", "Scale", "Shift", "Transform", "apply"]
+
+Transform = Callable[[Any, Draws], Any]
+IMAGE_DIMENSIONS = 3  # (B, H, W) at least
+
+
+def apply(transforms: Sequence[Transform], batch: Any, draws: Draws) -> Any:
+    """Apply transforms in turn, each under its place in the list.
+
+    One with a method `partners` gets the rows that it asked for behind the batch's own, and returns as many as there
+    would be without them.
+    """
+    for number, transform in enumerate(transforms):
+        batch = transform(batch, draws.within(number))
+        if hasattr(transform, "partners"):
+            draws = draws.first(len(draws) // 2)
+    return batch
+
+
+def with_partners(transforms: Sequence[Transform], draws: Draws, num_samples: int) -> Tensor:
+    """Return what has to be loaded for a batch: its indices, and behind them those of `partners`, int64.
+
+    A partner is treated as a sample by what comes before the transform that asked for it, under its own draws.
+    """
+    for number, transform in reversed(list(enumerate(transforms))):
+        if hasattr(transform, "partners"):
+            found = transform.partners(draws.within(number), num_samples)
+            draws = Draws(draws.seed, draws.epoch, torch.cat([draws.indices, found]), place=draws.place)
+    return draws.indices
+
+
+def described(transform: Transform) -> str:
+    """Return a transform's name, with the arguments of one below."""
+    kind = transform if hasattr(transform, "__qualname__") else type(transform)
+    return repr(transform) if isinstance(transform, Own) else f"{kind.__module__}.{kind.__qualname__}"
+
+
+class Own:
+    """The transforms below: they draw from `Draws` alone."""
+
+
+class _Inputs(Own):
+    """A transform of the inputs, which leaves targets alone."""
+
+    def __call__(self, batch: Any, draws: Draws) -> Any:
+        inputs, *rest = _parts(batch, self)
+        changed = self.change(inputs, draws)
+        return [changed, *rest] if isinstance(batch, list | tuple) else changed
+
+    def change(self, inputs: Tensor, draws: Draws) -> Tensor:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Scale(_Inputs):
+    """uint8 to float32 from 0 to 1; then (x - mean) / std where they are given, a number or one a channel.
+
+    The bits of torchvision's ToTensor and Normalize on a CPU.
+    """
+
+    mean: float | tuple[float, ...] | None = None
+    std: float | tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if isinstance(value, Sequence):  # a list, as Hydra makes it
+                object.__setattr__(self, name, tuple(map(float, value)))
+        _wanted(self, self.std is None or bool(np.all(np.asarray(self.std) > 0)), "a std above 0")
+
+    def change(self, inputs: Tensor, draws: Draws) -> Tensor:
+        if inputs.dtype != torch.uint8:
+            raise ConfigError(f"Scale of {inputs.dtype}: torch.uint8 is wanted", hint="leave it out, or put it first")
+        device = inputs.device
+        scaled = inputs.to(torch.float32).div_(_constant(255.0, device))
+        if self.mean is not None:
+            scaled.sub_(self._spread(self.mean, scaled))
+        return scaled if self.std is None else scaled.div_(self._spread(self.std, scaled))
+
+    def _spread(self, value: float | tuple[float, ...], inputs: Tensor) -> Tensor:
+        if isinstance(value, tuple) and (inputs.dim() <= IMAGE_DIMENSIONS or inputs.shape[1] != len(value)):
+            raise ConfigError(
+                f"{self} has {len(value)} channels, inputs are {tuple(inputs.shape)}",
+                hint="one number, or one for each channel of (B, C, H, W)",
+            )
+        constant = _constant(value, inputs.device)
+        return constant.view(-1, 1, 1) if isinstance(value, tuple) else constant
+
+
+@dataclass(frozen=True)
+class Shift(_Inputs):
+    """Images, (B, ..., H, W), each moved by up to `pixels` up or down and left or right; what comes in is zero."""
+
+    pixels: int
+
+    def __post_init__(self) -> None:
+        _wanted(self, self.pixels >= 0, "pixels of 0 or more")
+
+    def change(self, inputs: Tensor, draws: Draws) -> Tensor:
+        _images(inputs, self)
+        return _windows(inputs, draws, self.pixels, *inputs.shape[-2:])
+
+
+@dataclass(frozen=True)
+class Crop(_Inputs):
+    """A window of `size` x `size` pixels of each image, (B, ..., H, W), with `padding` zeros around it."""
+
+    size: int
+    padding: int = 0
+
+    def __post_init__(self) -> None:
+        _wanted(self, self.size >= 1 and self.padding >= 0, "a size of 1 or more and padding of 0 or more")
+
+    def change(self, inputs: Tensor, draws: Draws) -> Tensor:
+        _images(inputs, self)
+        largest = min(inputs.shape[-2:]) + 2 * self.padding
+        if self.size > largest:
+            raise ConfigError(
+                f"{self} of images of {inputs.shape[-2]} x {inputs.shape[-1]}: the window is larger",
+                hint=f"size={largest} or less, or more padding",
+            )
+        return _windows(inputs, draws, self.padding, self.size, self.size)
+
+
+@dataclass(frozen=True)
+class Flip(_Inputs):
+    """Images, (B, ..., H, W), each mirrored left to right with probability `p`."""
+
+    p: float = 0.5
+
+    def __post_init__(self) -> None:
+        _wanted(self, 0 <= self.p <= 1, "a probability")
+
+    def change(self, inputs: Tensor, draws: Draws) -> Tensor:
+        _images(inputs, self)
+        flipped = draws.uniform("flip") < self.p
+        return torch.where(_over(flipped, inputs), inputs.flip(-1), inputs)
+
+
+@dataclass(frozen=True)
+class Noise(_Inputs):
+    """Adds normal numbers of deviation `std` to each element of inputs of any shape."""
+
+    std: float
+
+    def __post_init__(self) -> None:
+        _wanted(self, self.std >= 0, "a std of 0 or more")
+
+    def change(self, inputs: Tensor, draws: Draws) -> Tensor:
+        _floating(inputs, self)
+        noise = draws.normal("noise", *inputs.shape[1:]).mul_(self.std)
+        return inputs + noise.to(inputs.dtype)
+
+
+@dataclass(frozen=True)
+class Mixup(Own):
+    """Each sample, inputs and label, mixed with a partner of the whole dataset, in parts of Beta(alpha, alpha).
+
+    Labels, integers (B,), become float32 (B, num_classes), as torchvision's v2.MixUp gives them; parts and partner are
+    each sample's own, where that one draws one part a batch and rolls the batch. Inputs of any shape. After `Scale`.
+
+    Source: H. Zhang and others, mixup: Beyond Empirical Risk Minimization, ICLR 2018.
+    """
+
+    num_classes: int
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        _wanted(self, self.num_classes >= 2 and 0 < self.alpha <= 1000, "2 or more classes and alpha to 1000")
+
+    def partners(self, draws: Draws, num_samples: int) -> Tensor:
+        """Return the index of each sample's partner, int64 (B,)."""
+        return draws.integers("partner", 0, num_samples)
+
+    def __call__(self, batch: Any, draws: Draws) -> Any:
+        """Mix the first half of a batch with its second, whose samples are the partners."""
+        inputs, *rest = _parts(batch, self)
+        if not rest or not isinstance(rest[0], Tensor) or rest[0].dim() != 1 or rest[0].is_floating_point():
+            raise ConfigError(f"{self} of a batch without labels", hint="(inputs, labels), labels as integers (B,)")
+        _floating(inputs, self)
+        if rest[0].device.type == "cpu" and not (rest[0].min() >= 0 and rest[0].max() < self.num_classes):
+            raise ConfigError(
+                f"{self} of labels of {rest[0].min()} to {rest[0].max()}: 0 to {self.num_classes - 1} are wanted",
+                hint=f"Mixup(num_classes={int(rest[0].max()) + 1}), or labels from 0",
+            )
+        half = len(draws) // 2
+        part = draws.first(half).beta("part", self.alpha)
+        labels = functional.one_hot(rest[0].long(), self.num_classes).to(torch.float32)
+        mixed = [_mixed(whole, part, half) for whole in (inputs, labels)]
+        return [*mixed, *(other[:half] for other in rest[1:])]
+
+
+def _mixed(whole: Tensor, part: Tensor, half: int) -> Tensor:
+    part = _over(part, whole).to(whole.dtype)
+    return (whole[:half] * part).add_(whole[half:] * (1 - part))
+
+
+def _windows(images: Tensor, draws: Draws, padding: int, height: int, width: int) -> Tensor:
+    """Return a window of each image (B, ..., H, W), at a place of its own: (B, ..., height, width)."""
+    padded = functional.pad(images, (padding,) * 4) if padding else images
+    high, wide = padded.shape[-2:]
+    tops, lefts = draws.integers("top", 0, high - height + 1), draws.integers("left", 0, wide - width + 1)
+    planes = padded.reshape(len(images), -1, high, wide)  # (B, C, H, W)
+    starts = torch.arange(planes.shape[0] * planes.shape[1], device=images.device).view(*planes.shape[:2], 1) * high
+    lines = starts + tops.view(-1, 1, 1) + torch.arange(height, device=images.device)  # (B, C, height)
+    places = (lines * wide + lefts.view(-1, 1, 1)).view(-1)
+    # All runs of `width` elements are a view: a window is `height` of them, which is copied by the row.
+    return planes.reshape(-1).unfold(0, width, 1).index_select(0, places).view(*images.shape[:-2], height, width)
+
+
+def _parts(batch: Any, transform: Any) -> list[Any]:
+    parts = list(batch) if isinstance(batch, list | tuple) else [batch]
+    if not parts or not isinstance(parts[0], Tensor):
+        found = type(parts[0] if parts else batch).__name__
+        raise ConfigError(
+            f"{transform} of a batch of {found}: a tensor is wanted, or (inputs, targets)",
+            hint="write a callable (batch, draws) -> batch for others",
+        )
+    return parts
+
+
+def _wanted(transform: Any, holds: bool, what: str) -> None:
+    if not holds:
+        raise ConfigError(f"{transform}: wanted is {what}", hint=f"help(labtrain.augment.{type(transform).__name__})")
+
+
+def _images(inputs: Tensor, transform: Any) -> None:
+    if inputs.dim() < IMAGE_DIMENSIONS:
+        raise ConfigError(
+            f"{transform} of inputs {tuple(inputs.shape)}: images are wanted, (B, ..., H, W)",
+            hint="reshape the dataset's array: images.reshape(-1, 1, 28, 28)",
+        )
+
+
+def _floating(inputs: Tensor, transform: Any) -> None:
+    if not inputs.is_floating_point():
+        raise ConfigError(f"{transform} of {inputs.dtype}: floats are wanted", hint=f"Scale() before {transform}")
+
+
+def _over(values: Tensor, inputs: Tensor) -> Tensor:
+    """Return one value a sample, (B,), in a shape that spreads over inputs (B, ...)."""
+    return values.view(-1, *[1] * (inputs.dim() - 1))
+
+
+@cache
+def _constant(value: float | tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32).to(device)
