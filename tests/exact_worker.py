@@ -24,7 +24,7 @@ import yaml
 from torch import nn
 
 import labtrain
-from labtrain import files, reduction, training
+from labtrain import augment, files, reduction, training
 from labtrain.config import CONF
 from labtrain.errors import EXIT_STOPPED, LabtrainError
 from labtrain.resume import make_job
@@ -68,6 +68,22 @@ class Texts(torch.utils.data.Dataset):
         return self.tokens[index, :-1], self.tokens[index, 1:]
 
 
+def hard_and_loud(batch: Any, draws: Any) -> Any:
+    """A transform of a person's own, which draws from torch's generator and depends on the others in its batch."""
+    inputs, labels = batch
+    return [inputs - inputs.mean() + 0.01 * torch.randn(inputs.shape), labels.argmax(1)]
+
+
+def raw_images(size: int, flip: int | None = None) -> Any:
+    """Return a tuple of arrays, images in bytes."""
+    generator = np.random.default_rng(0)
+    images, labels = generator.integers(0, 256, (size, 1, 6, 6), np.uint8), generator.integers(0, 3, size)
+    return images, torch.from_numpy(labels)
+
+
+TRANSFORMS = [augment.Shift(1), augment.Flip(), augment.Scale(0.5, 0.2), augment.Noise(0.1), augment.Mixup(3, 0.4)]
+
+
 class Data(pl.LightningDataModule):
     """Training and validation data of one kind."""
 
@@ -75,7 +91,8 @@ class Data(pl.LightningDataModule):
         self, kind: str, size: int, batch_size: int, num_workers: int = 0, flip: int | None = None, loader: str = "ours"
     ) -> None:
         super().__init__()
-        dataset = Texts if kind == "texts" else Images
+        dataset: Any = {"texts": Texts, "images": Images, "raw": raw_images}[kind]
+        self.transforms = {"train": [*TRANSFORMS, hard_and_loud], "val": augment.Scale()} if kind == "raw" else {}
         self.train, self.val = dataset(size, flip), dataset(7)
         self.batch_size, self.num_workers, self.loader = batch_size, num_workers, loader
 
@@ -84,7 +101,13 @@ class Data(pl.LightningDataModule):
             return Stateful(self.train, self.batch_size)
         if self.loader == "counted":
             return Stateful(self.train, self.batch_size, length=False)
-        ours = labtrain.DataLoader(self.train, self.batch_size, shuffle=True, num_workers=self.num_workers)
+        ours = labtrain.DataLoader(
+            self.train,
+            self.batch_size,
+            shuffle=True,
+            num_workers=self.num_workers,
+            transform=self.transforms.get("train", ()),
+        )
         if self.loader == "torch":
             return torch.utils.data.DataLoader(self.train, self.batch_size, shuffle=True)
         return [ours, ours] if self.loader == "two" else ours
@@ -92,7 +115,8 @@ class Data(pl.LightningDataModule):
     def val_dataloader(self) -> Any:
         if self.loader == "val":
             return torch.utils.data.DataLoader(self.val, self.batch_size)
-        return labtrain.DataLoader(self.val, self.batch_size, num_workers=self.num_workers)
+        transform = self.transforms.get("val", ())
+        return labtrain.DataLoader(self.val, self.batch_size, num_workers=self.num_workers, transform=transform)
 
 
 class Stateful:

@@ -157,6 +157,17 @@ def test_trained_otherwise(more: dict[str, Any], runner: Runner, other: Runner) 
         assert tell(Runner(folder), configure("cnn", **more), world=world, story=story, seed=world) == reference
 
 
+@pytest.mark.parametrize(("world", "workers", "story"), [(1, 2, "killed"), (2, 0, "moved"), (3, 2, "killed twice")])
+def test_transformed_in_batches(world: int, workers: int, story: str, runner: Runner, other: Runner) -> None:
+    """Arrays of bytes, shifted, flipped, noisy and mixed with partners; and a transform that draws from torch."""
+    reference = outcome(runner.run(configure("cnn", data={"kind": "raw"})))
+    config = configure("cnn", "uneven", "32-true", workers, data={"kind": "raw"})
+    assert tell(other, config, world=world, story=story, seed=world) == reference
+    expected = ["Shift(pixels=1)", "Flip(p=0.5)", "Scale(mean=0.5, std=0.2)", "Noise(std=0.1)"]
+    expected += ["Mixup(num_classes=3, alpha=0.4)", "tests.exact_worker.hard_and_loud"]
+    assert receipt_of(other)["data"]["train"]["transforms"] == expected
+
+
 def test_gradients_in_many_buckets_that_leave_during_the_backward(runner: Runner, other: Runner) -> None:
     reference = outcome(runner.run(configure("gpt")))
     for world in (2, 3):

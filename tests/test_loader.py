@@ -1,5 +1,8 @@
+import itertools
+import os
 import random
 import resource
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from labtrain import determinism
+import labtrain
+from labtrain import augment, determinism
+from labtrain.arrays import Rows
+from labtrain.copies import ahead, in_thread, on_tensors
 from labtrain.digests import digest_tree
 from labtrain.errors import ConfigError
 from labtrain.loader import DataLoader, Sharded
@@ -247,3 +253,216 @@ def test_lightning_leaves_a_sharded_batch_as_it_is() -> None:
 
     batch = Sharded([(0, 1, torch.ones(1))], samples=1, shards=1)
     assert move_data_to_device(batch, torch.device("meta")) is batch
+
+
+# -------------------------------------------------------------------------------------------- arrays, and their transforms
+
+
+def arrays(size: int = 29) -> Any:
+    generator = np.random.default_rng(0)
+    return generator.integers(0, 256, (size, 1, 6, 6), np.uint8), torch.arange(size)
+
+
+@pytest.mark.parametrize("shards", [None, 4])
+def test_a_tuple_of_arrays_is_a_dataset_of_their_rows(shards: int | None, tmp_path: Path) -> None:
+    """A memory map among them, with workers too: the same batches as one by one."""
+    images, labels = arrays()
+    mapped = np.memmap(tmp_path / "images", np.uint8, "w+", shape=images.shape)
+    mapped[:] = images
+    loaders = [
+        DataLoader((mapped, labels), 8, shuffle=True),
+        DataLoader((mapped, labels), 8, shuffle=True, num_workers=2),
+        DataLoader((images, labels), 8, shuffle=True, collate_fn=torch.utils.data.default_collate),
+    ]
+    digests = set()
+    for loader in loaders:
+        if shards is not None:
+            loader.shard(shards, rank=0, world=1)
+        assert len(loader) == 4
+        digests.add(digest_tree([batch if shards is None else [part[2] for part in batch.parts] for batch in loader]))
+    assert len(digests) == 1
+    assert labtrain.fingerprint(loaders[0].dataset)["samples"] == 29
+
+
+def test_arrays_that_torch_cannot_share() -> None:
+    """Backwards, and a field of records."""
+    records = np.zeros(5, dtype=[("a", np.uint8), ("b", np.int32)])
+    records["b"] = np.arange(5)
+    for array in (np.arange(5)[::-1], records["b"]):
+        assert next(iter(DataLoader(array, 5))).tolist() == array.tolist()
+
+
+def test_arrays_that_do_not_belong_together_are_refused() -> None:
+    images, labels = arrays()
+    with pytest.raises(ConfigError, match="a tuple of arrays with 29, 28 rows: as many in each are wanted") as error:
+        DataLoader((images, labels[1:]), 8)
+    assert error.value.hint
+    with pytest.raises(ConfigError, match="a tuple of arrays and a list: arrays, memory maps or tensors are wanted"):
+        DataLoader((images, labels.tolist()), 8)
+    with pytest.raises(ConfigError, match="transform=3: a callable"):
+        DataLoader(images, 8, transform=[3])
+    with pytest.raises(ConfigError, match=r"transform=.*Shift.*: a callable"):
+        DataLoader(images, 8, transform=augment.Shift)
+
+
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "channels last", "one channel last", "reversed", "columns first", "bfloat"]
+)
+def test_rows_lie_in_memory_as_an_index_lays_them(layout: str) -> None:
+    """Kernels are chosen by strides: they are a part of the bits."""
+    tensor = {
+        "contiguous": torch.arange(240.0).view(5, 3, 4, 4),
+        "channels last": torch.arange(240.0).view(5, 3, 4, 4).to(memory_format=torch.channels_last),
+        "one channel last": torch.arange(80.0).view(5, 1, 4, 4).to(memory_format=torch.channels_last),
+        "reversed": torch.arange(240.0).view(5, 3, 4, 4).flip(0)[::2],
+        "columns first": torch.arange(240.0).view(4, 3, 4, 5).permute(3, 2, 1, 0),
+        "bfloat": torch.arange(240.0).view(5, 3, 4, 4).bfloat16(),
+    }[layout]
+    places = np.array([2, 0, 1])
+    for array in [tensor] if layout == "bfloat" else [tensor, tensor.numpy()]:
+        (taken,) = Rows([array], single=False)(places)
+        wanted = torch.as_tensor(array)[torch.from_numpy(places)]
+        assert taken.stride() == wanted.stride()
+        assert digest_tree(taken) == digest_tree(wanted)
+
+
+def bytes_read(path: Path, batches: int) -> tuple[int, str]:
+    """Return what the first batches of a file that no memory holds have read from the disk, and their digest."""
+    rows = np.memmap(path, np.uint8, "r", shape=(65536, 1024))
+    with path.open() as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    before = int(Path("/proc/self/io").read_text().split("\nread_bytes: ")[1].split()[0])
+    loaded = list(itertools.islice(DataLoader(rows, 32, shuffle=True), batches))
+    return int(Path("/proc/self/io").read_text().split("\nread_bytes: ")[1].split()[0]) - before, digest_tree(loaded)
+
+
+def test_a_map_that_is_larger_than_memory_is_read_by_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 MiB, shuffled: of one that fits, the kernel reads 128 KiB around each row; the batches are the same."""
+    path, content = tmp_path / "rows", np.random.default_rng(0).bytes(64 << 20)
+    with path.open("wb") as file:
+        file.write(content)
+        os.fsync(file.fileno())
+    fits, expected = bytes_read(path, 3)
+    monkeypatch.setattr("labtrain.arrays.memory_bytes", lambda: 100 << 20)
+    large, found = bytes_read(path, 3)
+    assert expected == found
+    assert large <= 5 * 32 * 4096  # four batches' pages: one was asked for ahead
+    if fits:  # it lies on a disk
+        assert large < fits / 5
+
+
+def test_the_pages_that_are_asked_for_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file with a header, and of a part of one."""
+    np.save(tmp_path / "rows.npy", np.arange(3_000_000, dtype=np.int32).reshape(-1, 3))
+    monkeypatch.setattr("labtrain.arrays.memory_bytes", lambda: 1)
+    rows = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    for view, first in ((rows, 0), (rows[500_000:], 500_000)):
+        taker = Rows([view], single=True)
+        assert taker.advise(shuffle=True)
+        (_, start, size), indices = taker.advised[0], np.array([7, 4000])
+        assert (start, size) == (128 + first * 12, 12)
+        assert taker(indices)[:, 0].tolist() == [(first + index) * 3 for index in indices]
+        assert taker.advise(shuffle=False)
+        assert not taker.advised
+    assert not Rows([rows.T, np.asarray(rows)[::2], np.arange(3)], single=False).advise(shuffle=True)
+
+
+TRANSFORMS = [augment.Shift(1), augment.Flip(), augment.Scale(), augment.Noise(0.1), augment.Mixup(29, 0.4)]
+
+
+def transformed(world: int, rank: int, *, workers: int = 0, start: int = 0, dataset: Any = None) -> DataLoader:
+    loader = DataLoader(
+        arrays() if dataset is None else dataset, 8, shuffle=True, num_workers=workers, transform=TRANSFORMS
+    )
+    loader.shard(4, rank=rank, world=world)
+    loader.set_epoch(2)
+    loader.start_at(2, start)
+    return loader
+
+
+class Single(torch.utils.data.Dataset):
+    """The same samples, one at a time, with a draw that changes nothing."""
+
+    def __len__(self) -> int:
+        return 29
+
+    def __getitem__(self, index: int) -> Any:
+        images, labels = arrays()
+        return torch.from_numpy(images[index]) + torch.rand(()).byte(), labels[index]
+
+
+def test_transformed_batches_do_not_depend_on_ranks_workers_or_resumes() -> None:
+    """Nor on whether samples come one by one."""
+    whole = parts(transformed(1, 0))
+    assert parts(transformed(1, 0, workers=2)) == whole
+    assert parts(transformed(1, 0, workers=1, dataset=Single())) == whole
+    for world in (2, 3, 4):
+        found = [part for rank in range(world) for part in parts(transformed(world, rank, workers=rank % 2))]
+        assert sorted(found) == whole
+    assert [part[1:] for part in parts(transformed(1, 0, start=2))] == [part[1:] for part in whole if part[0] >= 2]
+
+
+@pytest.mark.parametrize("mode", ["strict", "off"])
+def test_a_whole_batch_has_the_samples_of_its_shards(mode: str) -> None:
+    """Without shards, as in a notebook: draws depend on seed, epoch and index, in every mode."""
+    determinism.set_run(seed=7, mode=mode)
+    whole = DataLoader(arrays(), 8, shuffle=True, transform=TRANSFORMS)
+    whole.set_epoch(2)
+    for batch, sharded in zip(whole, transformed(1, 0), strict=True):
+        joined = [torch.cat(part) for part in zip(*(data for _, _, data in sharded.parts), strict=True)]
+        assert digest_tree(joined) == digest_tree(batch)
+        assert batch[0].dtype == torch.float32
+        assert batch[1].shape == (len(batch[0]), 29)
+        assert len(whole.indices) == len(batch[0])
+
+
+def test_a_transform_of_ones_own_may_draw_from_global_generators() -> None:
+    """Seeded a part at a time: it may look at the whole part as well."""
+
+    def own(batch: Any, draws: Any) -> Any:
+        return batch[0] + torch.rand(()) + random.random() + np.random.rand() - batch[0].float().mean()
+
+    def loaded(world: int) -> list[Any]:
+        found = []
+        for rank in range(world):
+            loader = DataLoader(arrays(), 8, shuffle=True, transform=own)
+            loader.shard(4, rank=rank, world=world)
+            found += parts(loader)
+        return sorted(found)
+
+    assert loaded(1) == loaded(2) == loaded(3)
+    assert len({part[3] for part in loaded(1)}) == len(loaded(1))
+
+
+def test_a_device_gets_bytes_and_transforms_them() -> None:
+    """Told apart by the meta device, where nothing but shapes is computed."""
+    seen = []
+
+    def look(batch: Any, draws: Any) -> Any:
+        seen.append((batch[0].device.type, batch[0].dtype, draws.indices.device.type))
+        return batch
+
+    transform = [look, *TRANSFORMS[:4]]
+    (batch, *_) = DataLoader(arrays(), 8, shuffle=True, transform=transform, device="meta")
+    assert seen[0] == ("meta", torch.uint8, "meta")
+    assert [(each.device.type, each.dtype) for each in batch] == [("meta", torch.float32), ("meta", torch.int64)]
+    (plain, *_) = DataLoader(arrays(), 8, device="meta")
+    assert plain[0].device.type == "meta"
+
+
+def test_a_copy_begins_before_the_one_before_it_is_used() -> None:
+    """What the copies to a GPU are built on: one ahead, in order, none lost; and the thread that reads."""
+    told: list[Any] = []
+    for number in ahead(range(4), lambda item: (told.append(("begun", item)), item)[1]):
+        told.append(("used", number))
+    wanted = [("begun", 0), *itertools.chain(*((("begun", n + 1), ("used", n)) for n in range(3))), ("used", 3)]
+    assert told == wanted
+    assert list(ahead([], str)) == []
+    assert list(ahead([1], str)) == ["1"]
+    assert list(in_thread(lambda item: (item, threading.current_thread().name), [1, 2])) == [
+        (1, "labtrain-reader_0"),
+        (2, "labtrain-reader_0"),
+    ]
+    with pytest.raises(ZeroDivisionError):
+        list(in_thread(lambda item: 1 / item, [1, 0]))
+    assert on_tensors(lambda each: each + 1, {"a": [torch.zeros(1), "b"]}) == {"a": [torch.ones(1), "b"]}

@@ -159,12 +159,13 @@ def derive_seed(*place: int | str) -> int:
 
 _run_seed = 0
 _run_mode = "off"
+_run_accelerator = "cpu"
 
 
-def set_run(*, seed: int, mode: str) -> None:
-    """Remember the seed and mode of the run that this process trains."""
-    global _run_seed, _run_mode
-    _run_seed, _run_mode = seed, mode
+def set_run(*, seed: int, mode: str, accelerator: str = "cpu") -> None:
+    """Remember the seed, the mode and the accelerator of the run that this process trains."""
+    global _run_seed, _run_mode, _run_accelerator
+    _run_seed, _run_mode, _run_accelerator = seed, mode, accelerator
 
 
 def run_seed() -> int:
@@ -175,6 +176,15 @@ def run_seed() -> int:
 def run_mode() -> str:
     """Return the determinism mode of the run that this process trains; off outside of one."""
     return _run_mode
+
+
+def run_device() -> Any:
+    """Return the torch.device that this process trains on: the GPU that Lightning has chosen for it, else the CPU."""
+    import torch
+
+    if _run_accelerator == "gpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def seed_place(*place: int | str) -> None:

@@ -2,9 +2,10 @@
 
 Whatever a dataset's `__getitem__` draws from `random`, `numpy.random` or torch's global generator is seeded per sample,
 so an unchanged dataset with torchvision-style transforms gives the same samples with any number of workers, after a
-resume, and on any number of devices. `batch_size` is global. In a Trainer with fixed shards (strategy.py) a batch is a
-`Sharded`: the part of each shard that is this rank's. Otherwise each rank takes its contiguous part of every batch.
-Nothing is padded and no sample comes twice, in training and in evaluation.
+resume, and on any number of devices. `transform` does the same to whole batches, on the device (augment.py). Rows of
+arrays and memory maps of any size are taken a batch at a time (arrays.py). `batch_size` is global. In a Trainer with
+fixed shards (strategy.py) a batch is a `Sharded`: the part of each shard that is this rank's. Otherwise each rank takes
+its contiguous part of every batch. Nothing is padded and no sample comes twice, in training and in evaluation.
 """
 
 import itertools
@@ -12,7 +13,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import getitem
 from typing import Any, cast
@@ -21,13 +22,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset, default_collate
+from torch.utils.data import Dataset, default_collate
+from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
-from labtrain.determinism import run_mode, run_seed, seed_all
+from labtrain.arrays import Arrays, Rows, is_arrays
+from labtrain.augment import Draws, Own, Transform, apply, with_partners
+from labtrain.copies import Copies, in_thread, on_tensors
+from labtrain.determinism import run_device, run_mode, run_seed, seed_all
 from labtrain.errors import ConfigError
-from labtrain.order import Order
+from labtrain.order import Indices, Order
 from labtrain.reduction import shard_range
 from labtrain.signals import NUMBERS, end_with_parent
+
+Parts = list[tuple[int, Indices]]  # (shard, indices)
+Plan = tuple[Indices, Parts, list[Indices]]
 
 
 class Sharded:
@@ -47,8 +55,8 @@ class DataLoader:
     """Loads batches of any map-style dataset.
 
     Args:
-        dataset: has `__len__` and `__getitem__`, or `__getitems__`; or a tensor, an array or a memory map, or a
-            TensorDataset, whose rows are then taken a batch at a time.
+        dataset: has `__len__` and `__getitem__`, or `__getitems__`; or a tensor, an array or a memory map, a tuple of
+            them, or a TensorDataset, whose rows are then taken a batch at a time.
         batch_size: samples in a batch over all devices.
         shuffle: a new order each epoch; a function of the run's seed and the epoch.
         num_workers: processes that load; the samples do not depend on it.
@@ -57,9 +65,13 @@ class DataLoader:
         pin_memory: copy batches into page-locked memory; by default where there is a GPU.
         draws: False declares that the dataset draws nothing, which saves the seeding of each sample (10 microseconds).
             The first sample of each epoch is held to it.
+        transform: a callable `(batch, draws) -> batch` or several, for whole batches: those of labtrain.augment, or
+            one's own. They run in this process, on `device`.
+        device: where batches are handed out, "cuda" in a notebook. By default that of the training that this process
+            runs where there is a transform; else the CPU, from which Lightning moves them.
 
     Raises:
-        ConfigError: batch_size or the dataset cannot be used.
+        ConfigError: batch_size, the dataset or a transform cannot be used.
     """
 
     def __init__(
@@ -73,19 +85,30 @@ class DataLoader:
         drop_last: bool = False,
         pin_memory: bool | None = None,
         draws: bool = True,
+        transform: Transform | Sequence[Transform] = (),
+        device: torch.device | str | None = None,
         **others: Any,
     ) -> None:
         if others:
             raise ConfigError(
                 f"labtrain.DataLoader({next(iter(others))}=...): order, workers and seeds are made from the run's seed",
-                hint="shuffle, num_workers, collate_fn, drop_last, pin_memory and draws can be set",
+                hint="shuffle, num_workers, collate_fn, drop_last, pin_memory, draws, transform and device can be set",
             )
+        if is_arrays(dataset):
+            dataset = Arrays(cast(Any, dataset))
         if not (hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__"))):
             raise ConfigError(
                 f"{type(dataset).__name__} is no map-style dataset", hint="give it __len__ and __getitem__"
             )
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: at least 1 is wanted", hint="data.batch_size=64")
+        self.transforms = [transform] if callable(transform) else list(transform)
+        for each in self.transforms:
+            if not callable(each) or isinstance(each, type):
+                raise ConfigError(
+                    f"transform={each!r}: a callable (batch, draws) -> batch is wanted",
+                    hint="transform=[labtrain.augment.Shift(2), labtrain.augment.Scale()]",
+                )
         self.dataset = dataset
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -94,6 +117,7 @@ class DataLoader:
         self.drop_last = drop_last
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         self.draws = draws
+        self.device = None if device is None else torch.device(device)
         self.epoch = 0
         self.sampler, self.batch_sampler = self, None  # Lightning calls loader.sampler.set_epoch(epoch)
         self.indices: Tensor = torch.empty(0, dtype=torch.int64)  # of the global batch that was yielded last
@@ -127,45 +151,87 @@ class DataLoader:
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing below runs before the first next(), which comes after set_epoch.
-        size, epoch = len(cast(Any, self.dataset)), self.epoch
-        order = Order(size, seed=run_seed(), epoch=epoch, shuffle=self.shuffle)
+        size, epoch, seed = len(cast(Any, self.dataset)), self.epoch, run_seed()
+        order = Order(size, seed=seed, epoch=epoch, shuffle=self.shuffle)
         first = self._start[1] if self._start[0] == epoch else 0
-        for_workers, for_batches = itertools.tee(self._plan(order, range(first, len(self))))
-        loaded = iter(
-            torch.utils.data.DataLoader(
-                _Fetch(self, epoch),
-                batch_size=None,
-                # All the indices of a part are an entry: fetched at once.
-                sampler=(part for _, parts in for_workers for _, part in parts),
-                num_workers=self.num_workers,
-                collate_fn=_as_it_is,
-                pin_memory=self.pin_memory,
-                worker_init_fn=partial(_begin_worker, os.getpid()),
-                generator=torch.Generator().manual_seed(0),  # or torch draws its workers' seed from the global one
-            )
-        )
-        for indices, parts in for_batches:
-            data: Any = [(shard, len(part), next(loaded)) for shard, part in parts]
+        loaded = self._load(self._plan(order, range(first, len(self)), epoch), epoch)
+        for indices, parts, data in self._on_device(loaded):
+            if self.transforms:
+                data = [
+                    self._transformed(part, raw, Draws(seed, epoch, load))
+                    for (_, part), (raw, load) in zip(parts, data, strict=True)
+                ]
+            self.indices = torch.from_numpy(indices)
             if self._shards is None:
-                data = data[0][2]
+                yield data[0]
             else:
                 filled = sum(start < len(indices) for start in self._cuts()[:-1])
-                data = Sharded(data, samples=len(indices), shards=filled)
-            self.indices = torch.from_numpy(indices)
-            yield data
+                each = [(shard, len(part), mine) for (shard, part), mine in zip(parts, data, strict=True)]
+                yield Sharded(each, samples=len(indices), shards=filled)
 
-    def _plan(self, order: Order, batches: range) -> Iterator[tuple[Any, list[tuple[int, Any]]]]:
-        """Yield, of each batch, all its indices, and (shard, indices) of each part that this rank loads."""
+    def _plan(self, order: Order, batches: range, epoch: int) -> Iterator[Plan]:
+        """Yield, of each batch, all its indices, the parts of this rank, and the indices that are loaded for each part.
+
+        Those are its own, and behind them the partners that transforms ask for.
+        """
+        partnered = any(hasattr(transform, "partners") for transform in self.transforms)
         for batch in batches:
             indices = order(batch * self.batch_size, (batch + 1) * self.batch_size)
-            yield indices, self._parts(indices)
+            parts = self._parts(indices)
+            loads = [part for _, part in parts]
+            if partnered:
+                draws = [Draws(run_seed(), epoch, torch.from_numpy(load)) for load in loads]
+                loads = [with_partners(self.transforms, each, order.num_samples).numpy() for each in draws]
+            yield indices, parts, loads
+
+    def _load(self, plan: Iterator[Plan], epoch: int) -> Iterator[tuple[Indices, Parts, list[Any]]]:
+        """Yield the batches of a plan as they are loaded: with transforms, each with the indices of its samples."""
+        fetch = _Fetch(self, epoch)
+        waits = fetch.rows is not None and fetch.rows.advise(shuffle=self.shuffle)
+        plan, dealt = itertools.tee(plan)
+        wanted = (load for _, _, loads in dealt for load in loads)
+        results: Iterator[Any] = (in_thread if waits else map)(fetch.__getitem__, wanted)
+        if self.num_workers:
+            results = iter(
+                torch.utils.data.DataLoader(
+                    fetch,
+                    batch_size=None,
+                    sampler=wanted,  # all the indices of a load are an entry: fetched at once
+                    num_workers=self.num_workers,
+                    collate_fn=_as_it_is,
+                    pin_memory=self.pin_memory,
+                    worker_init_fn=partial(_begin_worker, os.getpid()),
+                    generator=torch.Generator().manual_seed(0),  # or torch draws its workers' seed from the global one
+                )
+            )
+        elif self.pin_memory:
+            results = map(pinned, results)
+        for indices, parts, loads in plan:
+            if self.transforms:
+                yield indices, parts, [(next(results), torch.from_numpy(load)) for load in loads]
+            else:
+                yield indices, parts, [next(results) for _ in loads]
+
+    def _on_device(self, loaded: Iterator[Any]) -> Iterator[Any]:
+        device = self.device
+        if device is None:
+            device = run_device() if self.transforms else torch.device("cpu")
+        if device.type == "cuda":
+            return Copies(device).of(loaded)
+        return loaded if device.type == "cpu" else (on_tensors(lambda each: each.to(device), batch) for batch in loaded)
+
+    def _transformed(self, indices: Any, raw: Any, draws: Draws) -> Any:
+        """Transform a part by itself: what code of one's own computes, or draws, is then the same on any devices."""
+        if run_mode() != "off" and not all(isinstance(each, Own) for each in self.transforms):
+            seed_all(draws.seed, "transform", draws.epoch, int(indices[0]))
+        return apply(self.transforms, raw, draws)
 
     def _cuts(self) -> list[int]:
         """Return where a batch is cut, S + 1 positions. A smaller last batch fills the first shards."""
         assert self._shards is not None
         return [self.batch_size * shard // self._shards for shard in range(self._shards + 1)]
 
-    def _parts(self, indices: Any) -> list[tuple[int, Any]]:
+    def _parts(self, indices: Indices) -> Parts:
         """Return (shard, indices) of each part of one batch that this rank loads."""
         if self._shards is None:
             part = shard_range(len(indices), *_place())
@@ -181,12 +247,13 @@ class _Fetch(Dataset[Any]):
     def __init__(self, loader: DataLoader, epoch: int) -> None:
         self.dataset: Any = loader.dataset
         self.collate = loader.collate_fn
+        self.rows = Rows.of(self.dataset) if self.collate is None else None
         self.seed = run_seed() if run_mode() != "off" else None
         self.draws, self.epoch, self.held_to_it = loader.draws, epoch, False
 
     def __getitem__(self, indices: Any) -> Any:
-        if self.collate is None and (rows := _rows(self.dataset, indices)) is not None:
-            return rows
+        if self.rows is not None:
+            return self.rows(indices)
         if hasattr(self.dataset, "__getitems__"):
             # One call, so one seed: of the part, which holds the same samples on any number of workers.
             samples = self._held(partial(self.dataset.__getitems__, indices.tolist()), int(indices[0]), "samples")
@@ -257,17 +324,6 @@ class StatefulLoader:
 def is_stateful(loader: Any) -> bool:
     """Return whether a loader can say where it stands and be put there."""
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
-
-
-def _rows(dataset: Any, indices: Any) -> Any:
-    """Return rows of a tensor, an array or a TensorDataset at once, as torch's collation of single ones would be."""
-    if isinstance(dataset, Tensor):
-        return dataset[torch.from_numpy(indices)]
-    if isinstance(dataset, np.ndarray):
-        return torch.from_numpy(np.asarray(dataset[indices]))
-    if type(dataset) is TensorDataset:
-        return [tensor[torch.from_numpy(indices)] for tensor in dataset.tensors]
-    return None
 
 
 def _generators() -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from labtrain import determinism, receipt
+from labtrain.augment import described
 from labtrain.callbacks import tensor_names
 from labtrain.compare import changes
 from labtrain.doctor.environment import files_state
@@ -180,6 +181,8 @@ def close_killed(before: receipt.Receipt, run_dir: Path) -> None:
 def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> dict[str, Any]:
     """Return the fingerprint of what the training and the validation load, by `train` and `val`, `val-2`, ...
 
+    With the loader's transforms, in words: their code is among the run's sources.
+
     Data that cannot be read so ends no training: that is said.
     """
     validation = trainer.fit_loop.epoch_loop.val_loop._combined_loader
@@ -189,6 +192,8 @@ def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> dict[str, Any]:
             name = stage if not number else f"{stage}-{number + 1}"
             try:
                 found[name] = fingerprint(loader.dataset)
+                if loader.transforms:
+                    found[name]["transforms"] = [described(transform) for transform in loader.transforms]
             except LabtrainError:
                 raise
             except Exception as error:  # whatever a person's dataset holds

@@ -89,7 +89,7 @@ def train(cfg: Any) -> Result:
     _quiet_lightning()
     ranks = find_ranks()
     environment = make_environment(ranks, accelerator=accelerator)
-    determinism.set_run(seed=seed, mode=mode)
+    determinism.set_run(seed=seed, mode=mode, accelerator=accelerator)
     determinism.apply(
         mode, threads=config["determinism"]["threads"], tf32=config["speed"]["tf32"] and accelerator == "gpu"
     )

@@ -116,7 +116,7 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     config["data"]["batch_size"] = smallest
     accelerator, devices = choose_accelerator(config)
     check_compiler(config["speed"], accelerator)
-    determinism.set_run(seed=seed, mode=determined["mode"])
+    determinism.set_run(seed=seed, mode=determined["mode"], accelerator=accelerator)
     determinism.apply(
         determined["mode"], threads=determined["threads"], tf32=config["speed"]["tf32"] and accelerator == "gpu"
     )

@@ -1,0 +1,156 @@
+"""Arrays, memory maps and tensors of any size, whose rows are taken a batch at a time.
+
+A memory map that is larger than half of the memory and comes shuffled is read by the page, since the kernel would
+otherwise read 128 KiB around each row; and the kernel is asked for all rows of a batch at once, while the batch before
+is trained on. A smaller one is left to the kernel: what it reads around a row is wanted soon.
+"""
+
+import mmap
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, TensorDataset
+
+from labtrain.errors import ConfigError
+from labtrain.order import Indices
+
+ADVISED_SHARE = 0.5  # of the memory: a larger map does not stay in it, beside what trains
+
+
+class Arrays(Dataset[Any]):
+    """A tuple of arrays of one length as a dataset: a sample is a row of each.
+
+    Raises:
+        ConfigError: their lengths differ, or one is no array.
+    """
+
+    def __init__(self, arrays: tuple[Any, ...]) -> None:
+        others = [type(array).__name__ for array in arrays if not _is_array(array)]
+        if others:
+            raise ConfigError(
+                f"dataset is a tuple of arrays and a {others[0]}: arrays, memory maps or tensors are wanted",
+                hint="numpy.asarray(values)",
+            )
+        lengths = [len(array) for array in arrays]
+        if len(set(lengths)) > 1:
+            raise ConfigError(
+                f"dataset is a tuple of arrays with {', '.join(map(str, lengths))} rows: as many in each are wanted",
+                hint="for array in dataset: print(array.shape)",
+            )
+        self.arrays = arrays
+
+    def __len__(self) -> int:
+        return len(self.arrays[0])
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return tuple(array[index] for array in self.arrays)
+
+
+def is_arrays(dataset: Any) -> bool:
+    """Return whether a dataset is a tuple of arrays."""
+    return type(dataset) is tuple and any(map(_is_array, dataset))
+
+
+class Rows:
+    """Takes rows of a tensor, an array, `Arrays` or a TensorDataset, as torch's collation of single ones would be.
+
+    Args:
+        arrays: each of the same length.
+        single: the rows of the only one, instead of a list of one.
+    """
+
+    def __init__(self, arrays: Sequence[Any], *, single: bool) -> None:
+        self.single, self.sources = single, arrays
+        self.tensors = [_tensor(array) for array in arrays]
+        self.whole = [_lays_out_alike(tensor) for tensor in self.tensors]
+        self.advised: list[tuple[mmap.mmap, int, int]] = []  # the map, where its first row begins, bytes a row
+
+    @classmethod
+    def of(cls, dataset: Any) -> "Rows | None":
+        """Return what takes a dataset's rows; None where it has samples instead."""
+        if _is_array(dataset):
+            return cls([dataset], single=True)
+        if type(dataset) is TensorDataset:
+            return cls(dataset.tensors, single=False)
+        return cls(dataset.arrays, single=False) if type(dataset) is Arrays else None
+
+    def __call__(self, indices: Indices) -> Any:
+        """Return the rows at indices (B,): a tensor (B, ...), or a list of them."""
+        if self.advised:
+            self._ask(indices)
+        places = torch.from_numpy(indices)
+        taken = [
+            tensor.index_select(0, places) if whole else tensor[places]
+            for tensor, whole in zip(self.tensors, self.whole, strict=True)
+        ]
+        return taken[0] if self.single else taken
+
+    def advise(self, *, shuffle: bool) -> bool:
+        """Tell the kernel in which order large memory maps will be read; return whether there is a map to wait for."""
+        self.advised = []
+        maps = [(array, found) for array in self.sources if (found := _map_of(array)) is not None]
+        for array, found in maps:
+            if array.nbytes <= ADVISED_SHARE * memory_bytes():
+                continue
+            found.madvise(mmap.MADV_RANDOM if shuffle else mmap.MADV_SEQUENTIAL)
+            if shuffle:
+                start = array.ctypes.data - np.frombuffer(found, np.uint8).ctypes.data
+                self.advised.append((found, start, array.nbytes // len(array)))
+        return bool(maps)
+
+    def _ask(self, indices: Indices) -> None:
+        """Have the kernel fetch rows at once: by themselves they would be read one after the other."""
+        for found, start, size in self.advised:
+            begins = start + indices * size
+            pages = begins & -mmap.PAGESIZE
+            for page, length in zip(pages.tolist(), (begins + size - pages).tolist(), strict=True):
+                found.madvise(mmap.MADV_WILLNEED, page, length)
+
+
+def memory_bytes() -> int:
+    """Return this machine's memory, or what a container may have of it."""
+    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")
+    text = limit.read_text().strip() if limit.exists() else "max"
+    return found if text == "max" else min(found, int(text))
+
+
+def _is_array(each: Any) -> bool:
+    return isinstance(each, Tensor | np.ndarray) and each.ndim > 0
+
+
+def _tensor(array: Any) -> Tensor:
+    """Return a tensor with an array's memory, where torch can."""
+    if isinstance(array, Tensor):
+        return array
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nor is it written to
+        try:
+            return torch.from_numpy(np.asarray(array))
+        except ValueError:  # strides that torch does not have: backwards, or of a field of records
+            return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _lays_out_alike(tensor: Tensor) -> bool:
+    """Return whether rows that are copied whole, which is faster, lie in memory as an index lays them.
+
+    Kernels are chosen by strides, so those are a part of the bits.
+    """
+    one = torch.zeros(min(1, len(tensor)), dtype=torch.int64)
+    return tensor.device.type == "cpu" and tensor.index_select(0, one).stride() == tensor[one].stride()
+
+
+def _map_of(array: Any) -> mmap.mmap | None:
+    """Return the memory map that an array is a view of, row after row."""
+    if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
+        return None
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    return owner if isinstance(owner, mmap.mmap) else None

@@ -1,0 +1,61 @@
+"""A batch ahead: loaded in a thread, or copied to a GPU on a stream of its own, while the one before is trained on."""
+
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+Item = TypeVar("Item")
+Started = TypeVar("Started")
+
+
+def ahead(items: Iterable[Item], start: Callable[[Item], Started]) -> Iterator[Started]:
+    """Yield start(item) of each item in turn, after that of the next one was called."""
+    waiting = []
+    for item in items:
+        waiting.append(start(item))
+        if len(waiting) > 1:
+            yield waiting.pop(0)
+    yield from waiting
+
+
+def in_thread(load: Callable[[Item], Started], items: Iterable[Item]) -> Iterator[Started]:
+    """Yield load(item) of each item in turn, as map does; a thread has begun with the next one."""
+    with ThreadPoolExecutor(1, "labtrain-reader") as reader:
+        for loading in ahead(items, lambda item: reader.submit(load, item)):
+            yield loading.result()
+
+
+def on_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
+    """Return a batch, whatever holds its tensors, with a function's results in their place."""
+    return tree_map_only(Tensor, function, data)
+
+
+class Copies:
+    """Copies to one GPU, from page-locked memory.
+
+    Args:
+        device: the GPU, whose current stream uses the batches.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stream = device, torch.cuda.Stream(device)
+
+    def of(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Yield batches on the GPU: the copy of the next has begun, and the current stream waits for this one's."""
+        for copy, copied in ahead(batches, self._start):
+            torch.cuda.current_stream(self.device).wait_event(copied)
+            on_tensors(self._used, copy)
+            yield copy
+
+    def _used(self, tensor: Tensor) -> None:
+        """Have its memory, which belongs to the copying stream, not given away before the current one is done."""
+        tensor.record_stream(torch.cuda.current_stream(self.device))
+
+    def _start(self, batch: Any) -> tuple[Any, torch.cuda.Event]:
+        with torch.cuda.stream(self.stream):
+            copy = on_tensors(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True), batch)
+            return copy, self.stream.record_event()
