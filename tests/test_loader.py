@@ -458,6 +458,9 @@ def test_a_copy_begins_before_the_one_before_it_is_used() -> None:
     wanted = [("begun", 0), *itertools.chain(*((("begun", n + 1), ("used", n)) for n in range(3))), ("used", 3)]
     assert told == wanted
     assert list(ahead([], str)) == []
+    far = ahead(iter(range(9)), told.append, number=4)
+    next(far)
+    assert told[-5:] == [0, 1, 2, 3, 4]
     assert list(ahead([1], str)) == ["1"]
     assert list(in_thread(lambda item: (item, threading.current_thread().name), [1, 2])) == [
         (1, "labtrain-reader_0"),

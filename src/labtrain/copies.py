@@ -12,20 +12,20 @@ Item = TypeVar("Item")
 Started = TypeVar("Started")
 
 
-def ahead(items: Iterable[Item], start: Callable[[Item], Started]) -> Iterator[Started]:
-    """Yield start(item) of each item in turn, after that of the next one was called."""
+def ahead(items: Iterable[Item], start: Callable[[Item], Started], *, number: int = 1) -> Iterator[Started]:
+    """Yield start(item) of each item in turn, after those of so many next ones were called."""
     waiting = []
     for item in items:
         waiting.append(start(item))
-        if len(waiting) > 1:
+        if len(waiting) > number:
             yield waiting.pop(0)
     yield from waiting
 
 
-def in_thread(load: Callable[[Item], Started], items: Iterable[Item]) -> Iterator[Started]:
-    """Yield load(item) of each item in turn, as map does; a thread has begun with the next one."""
+def in_thread(load: Callable[[Item], Started], items: Iterable[Item], *, number: int = 1) -> Iterator[Started]:
+    """Yield load(item) of each item in turn, as map does; a thread is at so many next ones."""
     with ThreadPoolExecutor(1, "labtrain-reader") as reader:
-        for loading in ahead(items, lambda item: reader.submit(load, item)):
+        for loading in ahead(items, lambda item: reader.submit(load, item), number=number):
             yield loading.result()
 
 

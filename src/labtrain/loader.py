@@ -190,7 +190,10 @@ class DataLoader:
         waits = fetch.rows is not None and fetch.rows.advise(shuffle=self.shuffle)
         plan, dealt = itertools.tee(plan)
         wanted = (load for _, _, loads in dealt for load in loads)
-        results: Iterator[Any] = (in_thread if waits else map)(fetch.__getitem__, wanted)
+        results: Iterator[Any] = map(fetch.__getitem__, wanted)
+        if waits and not self.num_workers:
+            parts_ahead = len(shard_range(self._shards, *self._place)) if self._shards is not None else 1
+            results = in_thread(fetch.__getitem__, wanted, number=parts_ahead)
         if self.num_workers:
             results = iter(
                 torch.utils.data.DataLoader(
