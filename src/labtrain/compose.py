@@ -7,6 +7,7 @@ https://hydra.cc/docs/1.3/.
 """
 
 import atexit
+import gc
 import os
 import signal
 import subprocess
@@ -80,11 +81,14 @@ def refuse_sweep_under_launcher() -> None:
 
 
 def _run_hydra(root: Path, config_path: str, config_name: str, wants_trace: bool) -> None:
+    gc.disable()  # importing Hydra makes no garbage, and none of it becomes garbage later
     import hydra
     from hydra.core.plugins import Plugins
 
     from labtrain.searchpath import LabtrainSearchPath
 
+    gc.freeze()
+    gc.enable()
     folder = root / config_path
     if not (folder / f"{config_name}.yaml").exists():
         raise ConfigError(

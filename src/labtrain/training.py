@@ -15,6 +15,8 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate as hydra_instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint
@@ -218,9 +220,6 @@ def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
     Raises:
         ConfigError: the target cannot be found, does not take these arguments, or is of another kind.
     """
-    from hydra.errors import InstantiationException
-    from hydra.utils import instantiate as hydra_instantiate
-
     target = config[key]["_target_"]
     try:
         made = hydra_instantiate(config[key], _convert_="all")
@@ -242,8 +241,6 @@ def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
 
 def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> list[pl.Callback]:
     """Return labtrain's callbacks and the person's, in the order in which they act."""
-    from hydra.utils import instantiate as hydra_instantiate
-
     config, shards = job.config, shards_in_use(job.config)
     mode, threads = config["determinism"]["mode"], config["determinism"]["threads"]
     # First: the counters are put in place before others look at them.
