@@ -91,6 +91,11 @@ def test_the_logger_many_is_all_three() -> None:
         (["data.batch_size=true"], "data.batch_size=True", "data.batch_size"),
         (["trainer.devices=two"], "a number of devices, a list of GPU numbers, or auto", "trainer.devices"),
         (["trainer.devices=0"], "trainer.devices=0", "trainer.devices"),
+        (["trainer.max_epochs=three"], "trainer.max_epochs=three: an integer of at least -1, or null", "max_epochs"),
+        (["trainer.max_epochs=1e3"], "trainer.max_epochs=1000.0: an integer", "trainer.max_epochs"),
+        (["trainer.accumulate_grad_batches=0"], "a number of at least 1, or null", "trainer.accumulate_grad_batches"),
+        (["trainer.limit_val_batches=all"], "trainer.limit_val_batches=all: a number", "trainer.limit_val_batches"),
+        (["trainer.detect_anomaly=yess"], "trainer.detect_anomaly=yess: true or false", "trainer.detect_anomaly"),
         (["trainer.precision=8"], "one of 32-true, 16-mixed, bf16-mixed", "trainer.precision"),
         (["determinism.mode=stict"], "one of off, warn, strict, portable", "determinism.mode"),
         (["determinism.threads=0"], "determinism.threads=0", "determinism.threads"),
@@ -174,6 +179,11 @@ def test_a_stranger_is_not_explained() -> None:
         (["seed=${nothing}"], r"seed: Interpolation key 'nothing' not found\n\nhint: "),
         (["data.batch_size=???"], r"data.batch_size has no value\n\nhint: "),
         (["model._target_=model.Nothing"], r"model._target_=model.Nothing: [\s\S]*\n\nhint: correct model"),
+        (
+            ["model._target_=modle.Net"],
+            r"model._target_=modle.Net: no module modle beside[\s\S]*\n\nhint: correct model",
+        ),
+        (["+callbacks.x._target_=nothing.X"], r"callbacks.x._target_=nothing.X: no module nothing[\s\S]*\n\nhint: "),
         (
             ["+model.depth=3"],
             r"model._target_=model.DigitsNet: [\s\S]*unexpected keyword argument 'depth'[\s\S]*\n\nhint: ",

@@ -135,6 +135,7 @@ class Start:
         config = cast(Config, OmegaConf.to_container(cfg, resolve=True))
         adopt(config, find_ranks())
         configuration.check(config)
+        configuration.check_modules(config, Path(self.root))
         single = HydraConfig.get().mode == RunMode.RUN
         job = make_job(config, root=Path(self.root), command=self.command, supervisor=0 if single else os.getpid())
         if finished(job):

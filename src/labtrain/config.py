@@ -4,9 +4,11 @@ Hydra refuses an unknown key on the command line, but a misspelt one in the expe
 key, and no type is checked anywhere: both are done here, before torch is imported.
 """
 
-import difflib
 import re
+import sys
 from collections.abc import Iterable
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,21 @@ ELSEWHERE = {
 }
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", "32", "64", "16", "bf16")
 MODES = ("off", "warn", "strict", "portable")
+# What Lightning's Trainer looks at after seconds of imports, or in the middle of the training: the least that each may
+# be, or null. What else it refuses of them, it says itself.
+TRAINER_INTEGERS = {"max_epochs": -1, "check_val_every_n_epoch": 1, "reload_dataloaders_every_n_epochs": 0}
+TRAINER_NUMBERS = {
+    "min_epochs": -1,
+    "min_steps": -1,
+    "limit_train_batches": 0,
+    "limit_val_batches": 0,
+    "limit_test_batches": 0,
+    "overfit_batches": 0,
+    "num_sanity_val_steps": -1,
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": 0,
+}
+TRAINER_SWITCHES = ("enable_progress_bar", "enable_model_summary", "inference_mode", "detect_anomaly", "sync_batchnorm")
 # torch.compile's modes; the second are those that choose kernels by timing, the third those with CUDA graphs.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TIMED_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
@@ -95,12 +112,42 @@ def check(config: Config) -> None:
         good = good and (value is not None or key != "deliver_seconds")
         _want(f"checkpoint.{key}", value, good, "a number above 0, or null" if "every" in key else "a number above 0")
     _want("resume", config["resume"], isinstance(config["resume"], str) and config["resume"], "auto, never or a run")
+    _check_trainer(config["trainer"])
     _check_shards(config)
     _check_speed(config)
     for key, url in (("checkpoint.url", config["checkpoint"]["url"]), ("resume", config["resume"])):
         if url is not None:
             _want(key, url, isinstance(url, str), "a path or a URL")
             check_url(url)
+
+
+def check_modules(config: Config, root: Path) -> None:
+    """Refuse a `_target_` whose module is neither beside train.py nor installed; imports none.
+
+    Raises:
+        ConfigError: names the key and the module.
+    """
+    groups = {"model": config["model"], "data": config["data"]}
+    groups |= {f"callbacks.{name}": options for name, options in config["callbacks"].items()}
+    for key, options in groups.items():
+        target = options.get("_target_") if isinstance(options, dict) else None
+        module = target.partition(".")[0] if isinstance(target, str) else ""
+        if not module or module in sys.modules or PathFinder.find_spec(module, [str(root)]) or find_spec(module):
+            continue
+        raise ConfigError(
+            f"{key}._target_={target}: no module {module} beside train.py, nor in the environment",
+            hint=f"correct {key} in conf/, or the class it names",
+        )
+
+
+def _check_trainer(trainer: Config) -> None:
+    for names, kind, noun in ((TRAINER_INTEGERS, int, "an integer"), (TRAINER_NUMBERS, int | float, "a number")):
+        for key, minimum in names.items():
+            value = trainer.get(key)
+            good = value is None or (isinstance(value, kind) and value >= minimum)
+            _want(f"trainer.{key}", value, good, f"{noun} of at least {minimum}, or null")
+    for key in TRAINER_SWITCHES:
+        _want(f"trainer.{key}", trainer.get(key), trainer.get(key) in (None, True, False), "true or false")
 
 
 def _check_shards(config: Config) -> None:
@@ -169,11 +216,13 @@ def completed(config: Config) -> Config:
 
 def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> ConfigError:
     """Return the error for a key that does not exist, naming those that look like it."""
+    from difflib import get_close_matches  # for an error alone
+
     if key in ELSEWHERE:
         return ConfigError(f"unknown key {key}{where}: labtrain sets it", hint=f"use {ELSEWHERE[key]}")
     group, _, leaf = key.rpartition(".")
     names = sorted(known)
-    leaves = difflib.get_close_matches(leaf, {name.rpartition(".")[2] for name in names}, n=3, cutoff=0.6)
+    leaves = get_close_matches(leaf, {name.rpartition(".")[2] for name in names}, n=3, cutoff=0.6)
     near = [name for name in names if name.rpartition(".")[2] in leaves]
     near.sort(key=lambda name: (name.rpartition(".")[0] != group, leaves.index(name.rpartition(".")[2])))
     hint = f"near: {', '.join(near[:3])}" if near else "python train.py --help lists every key"
