@@ -20,9 +20,7 @@ Indices = npt.NDArray[np.int64]
 SORTED = 1 << 16
 LARGEST = 1 << 60
 ROUNDS = 8
-BLOCK = (
-    1 << 11
-)  # positions that a Feistel network computes at once: of a batch at a time, numpy's calls would be the cost
+BLOCK = 1 << 11  # positions that are computed at once: of a batch at a time, numpy's calls would be the cost
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
