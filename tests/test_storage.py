@@ -78,7 +78,7 @@ def test_resume_names_a_url(runner: Runner, s3: S3, monkeypatch: pytest.MonkeyPa
 
 def test_a_hundred_kills_in_saves(runner: Runner, tmp_path: Path) -> None:
     """SIGKILL at a seeded random moment from the beginning of a save on, a hundred times in one run."""
-    config = configure("mlp", "even", trainer={"max_epochs": 120}, checkpoint={"every_n_steps": 1})
+    config = configure("mlp", "even", trainer={"max_epochs": 100}, checkpoint={"every_n_steps": 1})
     other = Runner(tmp_path / "reference")
     other.folder.mkdir()
     reference = outcome(other.run(config))
