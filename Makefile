@@ -19,8 +19,9 @@ setup: ## make .venv from requirements.lock, every file by hash; nothing to do w
 demo: setup ## train one experiment in four ways and compare the bits
 	@$(VENV)/labtrain demo --dir .demo
 
+# Three on two cores: half of the time is waiting for servers, schedulers and processes that are killed.
 test: setup ## the test suite
-	@$(VENV)/python -m pytest -n 2 --dist loadfile
+	@$(VENV)/python -m pytest -n 3 --dist loadfile
 
 test-full: setup ## what test leaves out: the whole matrix, an emulated CPU, all of Nix; an hour and more
 	@$(VENV)/python -m pytest -n 2 --dist loadfile -m full
@@ -40,8 +41,9 @@ golden: setup ## record tests/golden anew: what the demo is held against
 	@cd .demo/golden && ../../$(VENV)/python train.py determinism.mode=portable trainer.accelerator=cpu paths.runs=runs logger=none
 	@cp .demo/golden/runs/golden/*/receipt.json .demo/golden/runs/golden/*/trail.jsonl tests/golden/
 
-bench: setup ## CPU seconds of the starts, median of 5
+bench: setup ## steps, epochs, memory and starts, against what people write without labtrain; ten minutes
 	@$(VENV)/python benchmarks/start.py
+	@$(VENV)/python benchmarks/bench.py
 
 bench-exact: setup ## what exactness costs, against Lightning: ratios, interleaved
 	@$(VENV)/python benchmarks/exact.py
