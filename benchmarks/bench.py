@@ -7,6 +7,7 @@ results.svg beside this file.
 Run: make bench
 """
 
+import compileall
 import json
 import os
 import platform
@@ -18,11 +19,13 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
+import labtrain
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "fashion"))
 from common import EPOCH, source  # noqa: E402
 
-ROUNDS = 5
+ROUNDS = 3
 SLOW_STEPS = 100  # of the networks whose step takes 50 ms
 ROWS = (10**4, 10**6, 10**8, 10**9)
 
@@ -112,6 +115,8 @@ PLOTTED = {
 def main() -> None:
     """Measure, print and write."""
     rounds: list[dict[str, Measures]] = []
+    # What was changed since `make setup`: PYTHONDONTWRITEBYTECODE, where it is set, would have each start compile it.
+    compileall.compile_dir(Path(labtrain.__file__).parent, quiet=2)
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
         folder = Path(scratch) / "fashion"
         shutil.copytree(HERE / "fashion", folder, ignore=shutil.ignore_patterns("__pycache__", "lightning_logs"))
