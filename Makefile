@@ -42,7 +42,6 @@ golden: setup ## record tests/golden anew: what the demo is held against
 	@cp .demo/golden/runs/golden/*/receipt.json .demo/golden/runs/golden/*/trail.jsonl tests/golden/
 
 bench: setup ## steps, epochs, memory and starts, against what people write without labtrain; eight minutes
-	@$(VENV)/python benchmarks/start.py
 	@$(VENV)/python benchmarks/bench.py
 
 bench-exact: setup ## what exactness costs, against Lightning: ratios, interleaved

@@ -7,7 +7,6 @@ results.svg beside this file.
 Run: make bench
 """
 
-import compileall
 import json
 import os
 import platform
@@ -19,7 +18,9 @@ import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
-import labtrain
+import start
+
+from labtrain.provenance import machine
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "fashion"))
@@ -113,10 +114,9 @@ PLOTTED = {
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure the starts, and then the rest; print and write."""
     rounds: list[dict[str, Measures]] = []
-    # What was changed since `make setup`: PYTHONDONTWRITEBYTECODE, where it is set, would have each start compile it.
-    compileall.compile_dir(Path(labtrain.__file__).parent, quiet=2)
+    start.main()  # it compiles labtrain first
     with tempfile.TemporaryDirectory(dir="/var/tmp") as scratch:
         folder = Path(scratch) / "fashion"
         shutil.copytree(HERE / "fashion", folder, ignore=shutil.ignore_patterns("__pycache__", "lightning_logs"))
@@ -140,12 +140,11 @@ def main() -> None:
     for name, found in medians.items():
         step = f"{found['milliseconds']:.2f}" if "milliseconds" in found else ""
         print(f"{name:<32}{step:>12}{found['seconds']:>12.2f}{found['mebibytes']:>8.0f}")
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
     results = {
         "ratios": {text: {"measured": ratios[text], "at_most": at_most} for text, *_, at_most in TARGETS},
         "medians": medians,
         "data": source(),
-        "cpu": next((line.split(":")[1].strip() for line in lines if "model name" in line), ""),
+        "cpu": machine()["cpu"],
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("torch", "lightning")},
         "rounds": ROUNDS,
     }

@@ -34,6 +34,7 @@ from labtrain.callbacks import BatchSizes, Seeding
 from labtrain.checkpoint import FolderIO
 from labtrain.loader import DataLoader
 from labtrain.loop import EpochLoop
+from labtrain.provenance import machine
 from labtrain.signals import Wishes
 from labtrain.strategy import ExactDDP, ExactSingleDevice
 
@@ -294,13 +295,12 @@ def main() -> None:
     print(f"{'seeding of a sample, microseconds':<52}{seeding:>8.1f}{15:>9}")
     print(f"{'first batch of 10^12 samples, milliseconds':<52}{first:>8.1f}{10:>9}")
     print(f"{'memory that it took, MiB':<52}{memory:>8.1f}")
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
     results = {
         "step_time_ratios": table,
         "seeding_microseconds": round(seeding, 1),
         "first_batch_of_10e12_milliseconds": round(first, 1),
         "first_batch_memory_mib": round(memory, 1),
-        "cpu": next((line.split(":")[1].strip() for line in lines if "model name" in line), ""),
+        "cpu": machine()["cpu"],
         "python": platform.python_version(),
         "torch": str(torch.__version__),
         "rounds": ROUNDS,

@@ -23,6 +23,7 @@ import tempfile
 from pathlib import Path
 
 import labtrain
+from labtrain.provenance import machine
 
 REPEATS = 5
 HERE = Path(__file__).resolve().parent
@@ -92,15 +93,11 @@ def main() -> None:
     print(f"{'CPU seconds, median of 5':<40}{'measured':>9}{'at most':>9}")
     for name, median in medians.items():
         print(f"{name:<40}{median:>9.2f}" + (f"{TARGETS[name]:>9.2f}" if name in TARGETS else ""))
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
-    )
     results = {
         "cpu_seconds": {name: medians[name] for name in TARGETS},
         "floor": {name: medians[name] for name in FLOOR},
         "at_most": TARGETS,
-        "cpu": cpu,
+        "cpu": machine()["cpu"],
         "python": platform.python_version(),
         "repeats": REPEATS,
     }

@@ -6,7 +6,6 @@ is trained on. A smaller one is left to the kernel: what it reads around a row i
 """
 
 import mmap
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from labtrain.errors import ConfigError
 from labtrain.order import Indices
+from labtrain.provenance import memory_bytes
 
 ADVISED_SHARE = 0.5  # of the memory: a larger map does not stay in it, beside what trains
 
@@ -96,7 +96,7 @@ class Rows:
         self.advised = []
         maps = [(array, found) for array in self.sources if (found := _map_of(array)) is not None]
         for array, found in maps:
-            if array.nbytes <= ADVISED_SHARE * memory_bytes():
+            if array.nbytes <= ADVISED_SHARE * usable_bytes():
                 continue
             found.madvise(mmap.MADV_RANDOM if shuffle else mmap.MADV_SEQUENTIAL)
             if shuffle:
@@ -113,9 +113,9 @@ class Rows:
                 found.madvise(mmap.MADV_WILLNEED, page, length)
 
 
-def memory_bytes() -> int:
+def usable_bytes() -> int:
     """Return this machine's memory, or what a container may have of it."""
-    found = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    found = memory_bytes()
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
     return found if text == "max" else min(found, int(text))

@@ -6,6 +6,7 @@ up (draws.py), and the rest is single additions, multiplications and divisions i
 way. None is fused, and no division is by a scalar: CUDA would multiply by its reciprocal.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -60,7 +61,7 @@ class Own:
     """The transforms below: they draw from `Draws` alone."""
 
 
-class _Inputs(Own):
+class _Inputs(Own, ABC):
     """A transform of the inputs, which leaves targets alone."""
 
     def __call__(self, batch: Any, draws: Draws) -> Any:
@@ -68,8 +69,9 @@ class _Inputs(Own):
         changed = self.change(inputs, draws)
         return [changed, *rest] if isinstance(batch, list | tuple) else changed
 
+    @abstractmethod
     def change(self, inputs: Tensor, draws: Draws) -> Tensor:
-        raise NotImplementedError
+        """Return the inputs as the transform leaves them."""
 
 
 @dataclass(frozen=True)

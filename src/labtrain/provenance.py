@@ -132,6 +132,11 @@ def normalised(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
+def memory_bytes() -> int:
+    """Return the memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def machine() -> dict[str, Any]:
     """Return the processor, its instruction sets, the memory and the operating system."""
     cpu = _cpuinfo()
@@ -140,7 +145,7 @@ def machine() -> dict[str, Any]:
         "cpu": _model(cpu),
         "instruction_sets": [flag for flag in INSTRUCTION_SETS if flag in flags],
         "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": memory_bytes(),
         "platform": platform.platform(),
         "libc": " ".join(platform.libc_ver()),
     }
