@@ -38,7 +38,7 @@ case "${1-}" in
       -o "ListenAddress=${LISTEN-0.0.0.0}" -o "SetEnv=PATH=$PATH" "$@"
     ;;
   "" | -* | *=*)
-    [ -f train.py ] || refuse "no train.py in $PWD" 'docker run -v "$PWD:/work" ...'
+    [ -f train.py ] || refuse "no train.py in $PWD" 'docker run -v "$PWD:/experiment" ...'
     exec python train.py "$@"
     ;;
 esac

@@ -25,6 +25,6 @@ fi
 sed -i "/^lab:/d; /^[^:]*:[^:]*:$1:/d" /etc/passwd /etc/group
 echo "lab:x:$1:$1:lab:/lab:/bin/sh" >>/etc/passwd
 echo "lab:x:$1:" >>/etc/group
-mkdir -p /lab /work /data
+mkdir -p /lab /experiment /data
 chmod 1777 /lab # a volume there begins with these rights: whoever runs the container
-printf '[safe]\n\tdirectory = *\n' >>/etc/gitconfig # /work is its user's, whom this root does not know
+printf '[safe]\n\tdirectory = *\n' >>/etc/gitconfig # /experiment is its user's, whom this root does not know

@@ -225,7 +225,7 @@ in
       pkgs.tini
     ];
     extraCommands = ''
-      mkdir -p etc opt/labtrain lab work data tmp
+      mkdir -p etc opt/labtrain lab experiment data tmp
       chmod 1777 lab tmp
       cp -r ${root + "/containers"} opt/labtrain/containers
       echo "root:x:0:0::/:/bin/sh" > etc/passwd
@@ -241,7 +241,7 @@ in
         "/opt/labtrain/containers/start.sh"
       ];
       User = "1000";
-      WorkingDir = "/work";
+      WorkingDir = "/experiment";
       ExposedPorts = {
         "8888/tcp" = { };
         "2222/tcp" = { };

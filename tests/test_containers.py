@@ -60,7 +60,7 @@ def work(own_experiment: Experiment) -> Path:
 
 
 def mounted(work: Path) -> list[str]:
-    return ["-v", f"{work}:/work:ro", "-v", f"{work}/runs:/work/runs"]
+    return ["-v", f"{work}:/experiment:ro", "-v", f"{work}/runs:/experiment/runs"]
 
 
 @contextmanager
@@ -197,7 +197,7 @@ def test_nobody_in_it_is_root_and_nothing_outside_the_volumes_can_be_written(
 ) -> None:
     script = (
         "id -u; grep -E 'CapEff|CapBnd|NoNewPrivs' /proc/self/status; "
-        "for place in / /etc /opt/labtrain /opt/labtrain/.venv/bin /lab /var/tmp /work /work/runs /tmp; do "
+        "for place in / /etc /opt/labtrain /opt/labtrain/.venv/bin /lab /var/tmp /experiment /experiment/runs /tmp; do "
         "touch $place/x 2>/dev/null && rm $place/x && echo $place; done; echo $HOME"
     )
     arguments = ["run", "--rm", "--network=none", *HARD]
@@ -207,7 +207,7 @@ def test_nobody_in_it_is_root_and_nothing_outside_the_volumes_can_be_written(
     assert somebody[0] == "1234"
     for found in (as_built, somebody):
         assert found[1:7] == ["CapEff:", "0" * 16, "CapBnd:", "0" * 16, "NoNewPrivs:", "1"]
-        assert found[7:] == ["/work/runs", "/tmp", "/tmp"]
+        assert found[7:] == ["/experiment/runs", "/tmp", "/tmp"]
 
 
 def test_without_being_asked_nothing_listens(docker: Docker, image: str, work: Path) -> None:
@@ -248,7 +248,7 @@ def test_ssh_takes_keys_and_nothing_else(docker: Docker, image: str, work: Path,
 
         wait_until(lambda: scan() != "")
         known.write_text(scan())
-        done = ssh("lab", "-i", str(key), "id -u; command -v python; cd /work && ls train.py")
+        done = ssh("lab", "-i", str(key), "id -u; command -v python; cd /experiment && ls train.py")
         assert done.stdout.split() == ["1000", "/opt/labtrain/.venv/bin/python", "train.py"], done.stderr
         assert ssh("lab", "-tt", "-i", str(key), "tty").stdout.startswith("/dev/pts/")
         for refused in (ssh("lab", "-o", "PubkeyAuthentication=no", "true"), ssh("root", "-i", str(key), "true")):
@@ -297,8 +297,8 @@ def test_jupyter_wants_its_token(docker: Docker, image: str, work: Path) -> None
             ["-v", "{keys}:/run/secrets/authorized_keys", SOMEBODY, "{image}", "sshd"],
             "sshd runs as uid 1234, and this image's account has uid 1000",
         ),
-        (["{image}"], "no train.py in /work"),
-        (["{image}", "seed=3"], "no train.py in /work"),
+        (["{image}"], "no train.py in /experiment"),
+        (["{image}", "seed=3"], "no train.py in /experiment"),
     ],
 )
 def test_what_cannot_start_says_so(docker: Docker, image: str, tmp_path: Path, arguments: list[str], says: str) -> None:
@@ -364,7 +364,7 @@ def test_composes_services_have_limits_and_no_privilege(composed: dict[str, Any]
         (device,) = service["deploy"]["resources"]["reservations"]["devices"]
         assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
         targets = [volume.split(":")[1:] for volume in service["volumes"]]
-        assert targets == [["/work", "rw"], ["/data", "ro"], ["/work/runs", "rw"], ["/lab", "rw"]]
+        assert targets == [["/experiment", "rw"], ["/data", "ro"], ["/experiment/runs", "rw"], ["/lab", "rw"]]
         assert not {"privileged", "cap_add", "network_mode", "pid", "ipc", "devices"} & set(service)
     assert "ports" not in composed["services"]["train"]
 
@@ -425,7 +425,7 @@ def test_a_pod_has_no_privilege_a_gpu_limit_and_the_claim(name: str) -> None:
     assert volumes["shm"]["emptyDir"]["medium"] == "Memory"
     assert not [volume for volume in volumes.values() if "hostPath" in volume]
     places = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
-    assert (places["/work"], places["/dev/shm"], places["/tmp"]) == ("lab", "shm", "tmp")
+    assert (places["/experiment"], places["/dev/shm"], places["/tmp"]) == ("lab", "shm", "tmp")
     assert {env["name"] for env in container.get("env", [])} <= {"JUPYTER_TOKEN_FILE"}, "a secret is a file"
 
 

@@ -265,7 +265,7 @@ def test_its_image_is_configured_as_the_containerfiles(nix: Nix, repository: Pat
     assert {**ours, "PATH": ""}.items() >= {**theirs, "PATH": ""}.items()
     modes = dict(line.rsplit(" ", 1) for line in (image / "modes.txt").read_text().splitlines())
     assert modes["tmp"] == modes["lab"] == "1777"
-    assert {"work", "data"} <= set(modes)
+    assert {"experiment", "data"} <= set(modes)
     assert "lab:x:1000:1000:" in (image / "root/etc/passwd").read_text()
     start = image / "root/opt/labtrain/containers/start.sh"
     path = f"{ours['PATH']}:{os.environ['PATH']}"
