@@ -286,6 +286,17 @@ def test_a_signal_is_written_down_and_the_same_command_goes_on(
     same(experiment.train(*SHORT), reference)
 
 
+def test_a_signal_that_goes_on_coming_does_not_end_it_before_its_receipt_is_closed(experiment: Experiment) -> None:
+    """As at a launcher's death, which the kernel tells once for each of its threads."""
+    child = subprocess.Popen(experiment.command(*SHORT), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for_step(30)
+    (folder,) = folders(Path("runs"))
+    while child.poll() is None and json.loads((folder / "receipt.json").read_text())["status"] == "running":
+        child.send_signal(signal.SIGTERM)
+    child.wait(timeout=60)
+    assert json.loads((folder / "receipt.json").read_text())["segments"][0]["why"] == "SIGTERM"
+
+
 def test_two_processes_stop_together_and_one_goes_on(experiment: Experiment, reference: Run) -> None:
     """SIGTERM to the first process alone, as `kill` sends it: both finish the step, one exit code, no rank stays behind."""
     one = (*SHORT, "trainer.accelerator=cpu")

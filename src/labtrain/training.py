@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -134,31 +135,33 @@ def train(cfg: Any) -> Result:
     make_loader = datamodule.train_dataloader
     datamodule.train_dataloader = lambda: loop.placed(make_loader())
     keep_fetched = False
+    listening = ExitStack()  # until the receipt is closed: a launcher that dies sends SIGTERM several times
     try:
-        with wishes.listening(leads=trainer.is_global_zero):
-            if trainer.is_global_zero:
-                recorder.open()
-                checkpoints.saver.open()
-                if name is not None:
-                    warn_resumed(run_dir, name)
-            if shards_in_use(config) is None:
-                recorder.say(plain_because(config))
-                if config["trainer"]["strategy"] not in (*EXACT_STRATEGIES, SHARDED_STRATEGY) and path is not None:
-                    raise NotThereYetError(f"going on under trainer.strategy={config['trainer']['strategy']}")
-            log_config(loggers, config)
-            trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
-            metrics = as_floats(trainer.callback_metrics)
-            weights, steps = digest(model), trainer.global_step
-            state = checkpoints.finish(trainer, weights, resumed=path)
-            if is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model):
-                trainer.test(model, datamodule=datamodule, verbose=False)
-                metrics |= as_floats(trainer.callback_metrics)
-            result = Result(run_dir=run_dir, metrics=metrics, weights_digest=weights, steps=steps)
-            if trainer.is_global_zero:
-                checkpoints.saver.close(seconds=config["checkpoint"]["deliver_seconds"], wanted=True)
-                recorder.close("complete", step=steps, results=results_of(result, state, config))
-            return result
+        listening.enter_context(wishes.listening(leads=trainer.is_global_zero))
+        if trainer.is_global_zero:
+            recorder.open()
+            checkpoints.saver.open()
+            if name is not None:
+                warn_resumed(run_dir, name)
+        if shards_in_use(config) is None:
+            recorder.say(plain_because(config))
+            if config["trainer"]["strategy"] not in (*EXACT_STRATEGIES, SHARDED_STRATEGY) and path is not None:
+                raise NotThereYetError(f"going on under trainer.strategy={config['trainer']['strategy']}")
+        log_config(loggers, config)
+        trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
+        metrics = as_floats(trainer.callback_metrics)
+        weights, steps = digest(model), trainer.global_step
+        state = checkpoints.finish(trainer, weights, resumed=path)
+        if is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model):
+            trainer.test(model, datamodule=datamodule, verbose=False)
+            metrics |= as_floats(trainer.callback_metrics)
+        result = Result(run_dir=run_dir, metrics=metrics, weights_digest=weights, steps=steps)
+        if trainer.is_global_zero:
+            checkpoints.saver.close(seconds=config["checkpoint"]["deliver_seconds"], wanted=True)
+            recorder.close("complete", step=steps, results=results_of(result, state, config))
+        return result
     except BaseException as raised:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends a delivery; the receipt is closed
         error = raised if ranks is None else explain_loss(raised, wishes)
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
         if isinstance(error, Stopped) and not error.saved:
@@ -186,6 +189,7 @@ def train(cfg: Any) -> Result:
     finally:
         if trainer.is_global_zero and not keep_fetched:
             shutil.rmtree(fetched, ignore_errors=True)
+        listening.close()
 
 
 def find_checkpoint(run_dir: Path, place: str, into: Path) -> tuple[str, Path, Manifest] | None:
