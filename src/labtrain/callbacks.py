@@ -15,7 +15,7 @@ import xxhash
 from lightning.pytorch.callbacks import ProgressBar
 
 from labtrain.checksums import shown_sums, two_sums
-from labtrain.determinism import seed_place
+from labtrain.determinism import fill_new_memory, seed_place
 from labtrain.digests import tensor_bytes
 from labtrain.files import is_spread
 from labtrain.loader import DataLoader, Sharded
@@ -23,7 +23,7 @@ from labtrain.trail import cut_trail
 
 
 class Seeding(pl.Callback):
-    """Makes what hooks draw a function of (seed, place), so that no generator's state has to be saved.
+    """Makes what hooks draw, and what code finds in new memory, a function of (seed, place): no state is to be saved.
 
     The steps themselves are seeded by the strategy, a shard at a time; without shards, here.
 
@@ -44,6 +44,7 @@ class Seeding(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._seed(trainer, "step", trainer.current_epoch, batch_idx)
+        fill_new_memory(on=trainer.global_step == 0)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
