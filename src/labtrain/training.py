@@ -164,6 +164,8 @@ def train(cfg: Any) -> Result:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends a delivery; the receipt is closed
         error = raised if ranks is None else explain_loss(raised, wishes)
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        if not stopped:
+            listening.close()  # or a launcher that ends all ranks, since one has failed, would have to kill this one
         if isinstance(error, Stopped) and not error.saved:
             keep_fetched = True  # other ranks may be reading it, and what the saver would deliver
         if trainer.is_global_zero:
