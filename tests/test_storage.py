@@ -76,19 +76,20 @@ def test_resume_names_a_url(runner: Runner, s3: S3, monkeypatch: pytest.MonkeyPa
     runner.run(configure("mlp", "even", resume=f"{url}/nothing"), code=2, environment=variables())
 
 
-def test_a_hundred_kills_in_saves(runner: Runner, tmp_path: Path) -> None:
-    """SIGKILL at a seeded random moment from the beginning of a save on, a hundred times in one run."""
-    config = configure("mlp", "even", trainer={"max_epochs": 100}, checkpoint={"every_n_steps": 1})
+@pytest.mark.parametrize("number", [25, pytest.param(100, marks=pytest.mark.full)])
+def test_many_kills_in_saves(number: int, runner: Runner, tmp_path: Path) -> None:
+    """SIGKILL at a seeded random moment from the beginning of a save on, again and again in one run."""
+    config = configure("mlp", "even", trainer={"max_epochs": number}, checkpoint={"every_n_steps": 1})
     other = Runner(tmp_path / "reference")
     other.folder.mkdir()
     reference = outcome(other.run(config))
     draw = random.Random(0)
     kills = 0
-    for _ in range(100):
+    for _ in range(number):
         save, delay = draw.randint(2, 4), draw.uniform(0, 0.03)
         ended = runner.run(config, code=None, environment={"KILL_IN_SAVE": f"{save} {delay}"})
         kills += ended is None
-    assert kills == 100
+    assert kills == number
     assert outcome(runner.run(config)) == reference
 
 

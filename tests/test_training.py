@@ -22,6 +22,7 @@ from labtrain.trail import read_trail
 from labtrain.training import explain
 from tests.conftest import QUICK, Experiment, Run
 
+FULL = pytest.mark.full
 SHORT = (*QUICK, "paths.runs=runs", "trainer.max_epochs=4", "checkpoint.keep_last=9")
 
 
@@ -114,7 +115,12 @@ def test_the_same_bits_with_workers_and_with_each_logger(experiment: Experiment,
 
 
 @pytest.mark.parametrize(
-    "override", ["seed=43", "model.width=8", "data.batch_size=63", "data.max_shift=0", "determinism.mode=portable"]
+    "override",
+    [
+        "seed=43",
+        "determinism.mode=portable",
+        *(pytest.param(other, marks=FULL) for other in ("model.width=8", "data.batch_size=63", "data.max_shift=0")),
+    ],
 )
 def test_what_determines_the_bits_changes_name_and_digest(
     override: str, experiment: Experiment, reference: Run
@@ -139,6 +145,7 @@ def test_never_starts_anew_beside(experiment: Experiment) -> None:
     assert second.digest == first.digest
 
 
+@pytest.mark.full
 def test_the_best_checkpoints_are_kept_beside_the_last(experiment: Experiment) -> None:
     run = experiment.train(
         *SHORT,
@@ -204,6 +211,7 @@ def test_four_processes_leave_one_folder(experiment: Experiment, tmp_path: Path)
     assert again.digest == run.digest
 
 
+@pytest.mark.full
 def test_a_sweep_on_two_processes_leaves_a_folder_a_run(experiment: Experiment, tmp_path: Path) -> None:
     """The known trap: ranks re-run the command line, and with it the sweep. The bits are those of one process."""
     sweep = ("-m", *SHORT, "trainer.max_epochs=1", "seed=1,2", "trainer.accelerator=cpu")
@@ -250,7 +258,7 @@ def test_out_of_memory_names_the_numbers_and_the_knobs() -> None:
 # ------------------------------------------------------------------------------------------------- stopped and resumed
 
 
-@pytest.mark.parametrize("checkpoints", [1, 3])
+@pytest.mark.parametrize("checkpoints", [1, pytest.param(3, marks=FULL)])
 def test_killed_and_resumed_is_the_same_run(checkpoints: int, experiment: Experiment, reference: Run) -> None:
     """SIGKILL in the epoch after a checkpoint, whatever that moment is: weights, optimizer, metrics and trail are the same."""
     assert kill_when(experiment, *SHORT, checkpoints=checkpoints) == -signal.SIGKILL
@@ -275,11 +283,13 @@ def test_killed_ranks_resume_as_one_run(experiment: Experiment, tmp_path: Path) 
     same(experiment.train(*two), whole)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 75), (signal.SIGUSR1, 75)])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, *(pytest.param(n, marks=FULL) for n in (signal.SIGINT, signal.SIGUSR1))]
+)
 def test_a_signal_is_written_down_and_the_same_command_goes_on(
-    number: int, code: int, experiment: Experiment, reference: Run
+    number: int, experiment: Experiment, reference: Run
 ) -> None:
-    assert kill_when(experiment, *SHORT, checkpoints=2, number=number, group=number == signal.SIGINT) == code
+    assert kill_when(experiment, *SHORT, checkpoints=2, number=number, group=number == signal.SIGINT) == 75
     (folder,) = folders(Path("runs"))
     receipt = json.loads((folder / "receipt.json").read_text())
     assert receipt["status"] == receipt["segments"][0]["status"] == "interrupted"

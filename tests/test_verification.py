@@ -279,6 +279,7 @@ def test_a_run_is_verified_while_it_is_trained(copy: Path) -> None:
         training.wait()
 
 
+@pytest.mark.full
 def test_one_run_may_be_verified_by_two_at_once(copy: Path) -> None:
     both = [subprocess.Popen([LABTRAIN, "verify", copy, "--steps", "5"], stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [each.wait(timeout=120) for each in both] == [0, 0]
@@ -359,6 +360,7 @@ def started(run_dir: Path, *options: str, **env: str) -> tuple[subprocess.Popen[
         time.sleep(0.005)
 
 
+@pytest.mark.full
 def test_what_was_stopped_gives_no_verdict(copy: Path, tmp_path: Path) -> None:
     """Its training by a SIGTERM; verify itself by SIGTERM or Ctrl-C, and then nothing is left behind."""
     experiment = Experiment(copy.parents[2])
@@ -435,6 +437,7 @@ def test_a_run_without_a_trail_is_compared_by_its_results(copy: Path) -> None:
     assert "the results are not as the receipt says: test/acc 1.0, now 0." in verify(run.folder, code=1).out
 
 
+@pytest.mark.full
 def test_callbacks_with_paths_and_a_model_that_logs_by_itself_are_verified(copy: Path) -> None:
     experiment = Experiment(copy.parents[2])
     (experiment.root / "more.py").write_text(
@@ -475,6 +478,7 @@ def test_who_verified_is_told_of_this_machine(copy: Path) -> None:
     assert told["cpu"] == machine()["cpu"]
 
 
+@pytest.mark.full
 def test_a_path_of_the_data_can_be_another_here(copy: Path) -> None:
     assert "the same bits" in verify(copy, "--steps", "3", "--set", "data.num_workers=1").out
     found = verify(copy, "--steps", "3", "--set", "data.max_shift=2", code=1).out
@@ -483,6 +487,7 @@ def test_a_path_of_the_data_can_be_another_here(copy: Path) -> None:
     assert "no KEY=VALUE" in verify(copy, "--set", "data", code=2).err
 
 
+@pytest.mark.full
 def test_code_below_pythonpath_is_that_of_the_commit(copy: Path) -> None:
     """With a src layout and a relative PYTHONPATH, not what lies in the working tree today."""
     experiment = Experiment(copy.parents[2])
