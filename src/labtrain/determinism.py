@@ -127,7 +127,7 @@ def fill_new_memory(*, on: bool) -> None:
     """
     import torch.utils.deterministic
 
-    torch.utils.deterministic.fill_uninitialized_memory = on
+    torch.utils.deterministic.fill_uninitialized_memory = on  # type: ignore[attr-defined]  # a property of the module
 
 
 def flags() -> dict[str, Any]:
