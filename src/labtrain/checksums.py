@@ -32,7 +32,7 @@ def two_sums(tensors: Iterable[tuple[int, torch.Tensor]], *, spread: bool = Fals
         spread: each rank has a part of some of them: called on all ranks at once, which all get the same.
     """
     pairs = [(index, tensor.to_local() if isinstance(tensor, DTensor) else tensor) for index, tensor in tensors]
-    device = next((tensor.device for _, tensor in pairs if tensor.device.type != "cpu"), None)
+    device = next((tensor.device for _, tensor in pairs if not tensor.is_cpu), None)
     if device is None:
         hashes = [xxhash.xxh3_64_intdigest(tensor_bytes(tensor)) for _, tensor in pairs]
         if spread:
