@@ -39,7 +39,9 @@ def test_a_tensor_of_any_dtype_and_layout_has_a_hash_of_its_values() -> None:
         torch.uint8,
         torch.float16,
         torch.bfloat16,
+        torch.float32,
         torch.float64,
+        torch.int64,
         torch.complex64,
         torch.complex128,
     ):
