@@ -79,3 +79,18 @@ def test_the_flags_that_can_change_bits_are_recorded() -> None:
         flags
     )
     assert flags["threads"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(("mode", "flag"), [("off", True), ("strict", False)])
+def test_the_fill_of_new_memory_is_left_alone_in_off(mode: str, flag: bool) -> None:
+    code = f"""
+import torch
+from labtrain import determinism
+determinism.set_run(seed=1, mode={mode!r})
+determinism.apply({mode!r}, threads=1)
+assert torch.utils.deterministic.fill_uninitialized_memory
+determinism.fill_new_memory(on=False)
+print(torch.utils.deterministic.fill_uninitialized_memory)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(flag)

@@ -87,7 +87,6 @@ def test_what_a_sweep_cannot_use_is_refused_before_it(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.full
 def test_trials_that_fail_end_the_sweep_unless_it_may_lose_them(experiment: Experiment) -> None:
     """A loss that is no number is a failed trial too; its run is complete, and stays. A metric that no run logs is none."""
     sweep = (

@@ -145,7 +145,7 @@ def test_never_starts_anew_beside(experiment: Experiment) -> None:
     assert second.digest == first.digest
 
 
-@pytest.mark.full
+@FULL
 def test_the_best_checkpoints_are_kept_beside_the_last(experiment: Experiment) -> None:
     run = experiment.train(
         *SHORT,
@@ -211,7 +211,6 @@ def test_four_processes_leave_one_folder(experiment: Experiment, tmp_path: Path)
     assert again.digest == run.digest
 
 
-@pytest.mark.full
 def test_a_sweep_on_two_processes_leaves_a_folder_a_run(experiment: Experiment, tmp_path: Path) -> None:
     """The known trap: ranks re-run the command line, and with it the sweep. The bits are those of one process."""
     sweep = ("-m", *SHORT, "trainer.max_epochs=1", "seed=1,2", "trainer.accelerator=cpu")

@@ -127,6 +127,8 @@ def fill_new_memory(*, on: bool) -> None:
     """
     import torch.utils.deterministic
 
+    if _run_mode == "off":
+        return
     torch.utils.deterministic.fill_uninitialized_memory = on  # type: ignore[attr-defined]  # a property of the module
 
 
