@@ -104,15 +104,17 @@ for autocast in (False, True):
             out.float().square().mean().backward()
             show(f"{kind.__name__}, autocast {autocast}", out, *gradients(recurrent))
 
-for name in ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta"]:
-    module = nn.Linear(40, 40)
-    optimizer = getattr(torch.optim, name)(module.parameters(), lr=0.01)
+UNFUSED = ["SGD", "Adam", "AdamW", "RMSprop", "Adagrad", "NAdam", "RAdam", "Adamax", "Adadelta"]
+FUSED = ["SGD", "Adam", "AdamW", "Adagrad"]
+for name, options in [(name, {}) for name in UNFUSED] + [(name, {"fused": True}) for name in FUSED]:
+    module = nn.Linear(40, 41)
+    optimizer = getattr(torch.optim, name)(module.parameters(), lr=0.01, **options)
     for _ in range(3):
         optimizer.zero_grad()
         module(torch.randn(5, 40)).square().mean().backward()
         nn.utils.clip_grad_norm_(module.parameters(), 0.1)
         optimizer.step()
-    show(f"optimizer {name}", module.weight)
+    show(f"optimizer {name}, {options}", module.weight, module.bias)
 
 matrix = torch.randn(20, 20, dtype=torch.float64)
 show(

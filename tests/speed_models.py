@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from tests.exact_worker import Net
+from tests.exact_worker import CNN, Net
 
 
 class Normed(Net):
@@ -16,6 +16,18 @@ class Normed(Net):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3))
+
+
+class Fused(CNN):
+    """Trained by an optimizer in one kernel."""
+
+    def __init__(self, optimizer: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.optimizer = optimizer
+
+    def configure_optimizers(self) -> Any:
+        options = {"momentum": 0.9, "nesterov": True} if self.optimizer == "SGD" else {}
+        return getattr(torch.optim, self.optimizer)(self.parameters(), 3e-3, fused=True, **options)
 
 
 class Drawn(nn.Module):

@@ -229,6 +229,32 @@ def test_a_block_that_changes_a_buffer_is_refused() -> None:
         module(torch.ones(3, 4))
 
 
+# ----------------------------------------------------------------------------------------------------- fused optimizers
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [("Adam", "32-true"), ("AdamW", "16-mixed"), ("SGD", "bf16-mixed"), ("Adagrad", "32-true")],
+)
+def test_a_fused_optimizer_is_exact(optimizer: str, precision: str, runner: Runner, other: Runner) -> None:
+    """Other bits than torch's loop over operations, perhaps; the same however it ran. In fp16 it unscales by itself."""
+    config = configure("cnn", "uneven", precision)
+    config["model"] = {"_target_": "tests.speed_models.Fused", "optimizer": optimizer}
+    reference = outcome(runner.run(config))
+    assert tell(other, config, world=3, story="killed", seed=3) == reference
+
+
+def test_a_fused_optimizer_that_lightning_would_not_clip_is_refused(runner: Runner) -> None:
+    """Before the first step; where nothing is mixed, it clips."""
+    config = configure("cnn", "clipped", "bf16-mixed")
+    config["model"] = {"_target_": "tests.speed_models.Fused", "optimizer": "AdamW"}
+    runner.run(config, code=2)
+    assert "bf16-mixed: Lightning cannot clip for a fused AdamW" in runner.said()
+    assert not list(runner.folder.glob("runs/*/*"))
+    config["trainer"]["precision"] = "32-true"
+    assert outcome(runner.run(config))["trail"]
+
+
 # ------------------------------------------------------------------------------------------------- channels_last, TF32
 
 

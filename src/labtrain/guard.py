@@ -10,6 +10,7 @@ flags that code has changed cudnn.benchmark chooses kernels by timing; other thr
 TF32 set from outside       NVIDIA_TF32_OVERRIDE and its like change bits, and are not part of the run's name
 times                       a validation or an end by the clock comes at another step each time
 reloaded loaders            what a new loader is may depend on the epoch in which a process began
+fused, mixed and clipped    in mixed precision Lightning clips no fused optimizer's gradients: it would end the first step
 =========================== ============================================================================================
 
 TF32 set in code (torch.set_float32_matmul_precision) and channels_last are functions of what was written: they are
@@ -25,6 +26,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch.overrides import TorchFunctionMode
 
 from labtrain.determinism import STRICT_MODES
@@ -56,6 +58,7 @@ class Guard(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse(uncuttable_loaders(trainer, self.shards))
+        self._refuse(unclippable(trainer))
         self._judge(training_loaders(trainer))
         self._judge(evaluation_loaders("validation", trainer.fit_loop.epoch_loop.val_loop._combined_loader))
         self._judge(compiled(pl_module))
@@ -97,6 +100,21 @@ def uncuttable_loaders(trainer: pl.Trainer, shards: int | None) -> Iterator[Find
         " order and draws are no function of seed and epoch",
         hint,
     )
+
+
+def unclippable(trainer: pl.Trainer) -> Iterator[Finding]:
+    """Find a fused optimizer whose gradients Lightning would not clip, since it may unscale them itself; in any mode.
+
+    Lightning 2.6: plugins/precision/amp.py.
+    """
+    if trainer.gradient_clip_val and isinstance(trainer.precision_plugin, MixedPrecision):
+        for optimizer in trainer.optimizers:
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                yield (
+                    f"trainer.gradient_clip_val={trainer.gradient_clip_val} with trainer.precision="
+                    f"{trainer.precision}: Lightning cannot clip for a fused {type(optimizer).__name__}",
+                    "fused=False in configure_optimizers, or trainer.gradient_clip_val=null",
+                )
 
 
 def training_loaders(trainer: pl.Trainer) -> Iterator[Finding]:
