@@ -289,7 +289,7 @@ def test_arrays_that_torch_cannot_share() -> None:
     records = np.zeros(5, dtype=[("a", np.uint8), ("b", np.int32)])
     records["b"] = np.arange(5)
     for array in (np.arange(5)[::-1], records["b"]):
-        assert next(iter(DataLoader(array, 5))).tolist() == array.tolist()
+        assert next(iter(DataLoader(array, 5, transform=None))).tolist() == array.tolist()
 
 
 def test_arrays_that_do_not_belong_together_are_refused() -> None:

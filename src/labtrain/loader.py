@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import getitem
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -76,7 +76,7 @@ class DataLoader:
 
     def __init__(
         self,
-        dataset: Dataset[Any],
+        dataset: Any,
         batch_size: int = 1,
         *,
         shuffle: bool = False,
@@ -85,7 +85,7 @@ class DataLoader:
         drop_last: bool = False,
         pin_memory: bool | None = None,
         draws: bool = True,
-        transform: Transform | Sequence[Transform] = (),
+        transform: Transform | Sequence[Transform] | None = None,
         device: torch.device | str | None = None,
         **others: Any,
     ) -> None:
@@ -95,14 +95,14 @@ class DataLoader:
                 hint="shuffle, num_workers, collate_fn, drop_last, pin_memory, draws, transform and device can be set",
             )
         if is_arrays(dataset):
-            dataset = Arrays(cast(Any, dataset))
+            dataset = Arrays(dataset)
         if not (hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__"))):
             raise ConfigError(
                 f"{type(dataset).__name__} is no map-style dataset", hint="give it __len__ and __getitem__"
             )
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}: at least 1 is wanted", hint="data.batch_size=64")
-        self.transforms = [transform] if callable(transform) else list(transform)
+        self.transforms = [transform] if callable(transform) else list(transform or ())
         for each in self.transforms:
             if not callable(each) or isinstance(each, type):
                 raise ConfigError(
@@ -144,14 +144,14 @@ class DataLoader:
 
     def __len__(self) -> int:
         """Return the number of batches that this rank gets in an epoch."""
-        whole, rest = divmod(len(cast(Any, self.dataset)), self.batch_size)
+        whole, rest = divmod(len(self.dataset), self.batch_size)
         if self.drop_last or not rest:
             return whole
         return whole + (self._shards is not None or len(shard_range(rest, *_place())) > 0)
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing below runs before the first next(), which comes after set_epoch.
-        size, epoch, seed = len(cast(Any, self.dataset)), self.epoch, run_seed()
+        size, epoch, seed = len(self.dataset), self.epoch, run_seed()
         order = Order(size, seed=seed, epoch=epoch, shuffle=self.shuffle)
         first = self._start[1] if self._start[0] == epoch else 0
         loaded = self._load(self._plan(order, range(first, len(self)), epoch), epoch)
