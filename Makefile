@@ -6,10 +6,10 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full servers check golden bench bench-exact bench-checkpoint bench-receipt lock
+.PHONY: help setup demo test test-full servers check golden bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock
 
 help: ## list the commands
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv from requirements.lock, every file by hash; nothing to do when it is up to date
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found, Python 3.11 to 3.13 wanted. hint: apt-get install python3 python3-venv" >&2; exit 2; }
@@ -43,6 +43,12 @@ golden: setup ## record tests/golden anew: what the demo is held against
 
 bench: setup ## steps, epochs, memory and starts, against what people write without labtrain; eight minutes
 	@$(VENV)/python benchmarks/bench.py
+
+bench-kernels: setup ## what strict costs by kernel, on the GPU or the CPU that there is
+	@OMP_NUM_THREADS=1 $(VENV)/python benchmarks/kernels.py
+
+bench-gpu: setup ## a ResNet-18 and a GPT in bf16 against a bare loop, on a GPU
+	@$(VENV)/python benchmarks/gpu.py
 
 bench-exact: setup ## what exactness costs, against Lightning: ratios, interleaved
 	@$(VENV)/python benchmarks/exact.py
