@@ -22,7 +22,6 @@ LARGE = DEVICE.type == "cuda"
 MEAN, STD = 0.449, 0.226  # of ImageNet's, over its channels
 BATCH = {"resnet18": 256, "gpt": 16} if LARGE else {"resnet18": 8, "gpt": 4}
 WARMUP, STEPS = (20, 100) if LARGE else (3, 10)
-ROWS = 20 * 256 if LARGE else 400
 SIDE, WIDTH, CLASSES = (224, 64, 1000) if LARGE else (64, 16, 10)
 CONTEXT, VOCABULARY, LAYERS, HEADS, CHANNELS = (1024, 50_304, 12, 12, 768) if LARGE else (64, 512, 2, 4, 64)
 
@@ -108,11 +107,16 @@ def network(name: str) -> nn.Module:
 
 
 def rows(name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return random inputs and targets: images (N, 3, SIDE, SIDE) of bytes and classes, or tokens and those after."""
-    draws = np.random.default_rng(0)
+    """Return random inputs and targets: images (N, 3, SIDE, SIDE) of bytes and classes, or tokens and those after.
+
+    N is more than is measured, so no epoch ends; there is one image for each place in a batch.
+    """
+    draws, batches = np.random.default_rng(0), WARMUP + STEPS + 1
+    size = BATCH[name] * batches
     if name == "resnet18":
-        return draws.integers(0, 256, (ROWS, 3, SIDE, SIDE), np.uint8), draws.integers(0, CLASSES, ROWS)
-    tokens = draws.integers(0, VOCABULARY, (ROWS, CONTEXT + 1))
+        images = draws.integers(0, 256, (BATCH[name], 3, SIDE, SIDE), np.uint8)
+        return np.tile(images, (batches, 1, 1, 1)), draws.integers(0, CLASSES, size)
+    tokens = draws.integers(0, VOCABULARY, (size, CONTEXT + 1))
     return tokens[:, :-1].copy(), tokens[:, 1:].copy()
 
 

@@ -10,7 +10,7 @@ flags that code has changed cudnn.benchmark chooses kernels by timing; other thr
 TF32 set from outside       NVIDIA_TF32_OVERRIDE and its like change bits, and are not part of the run's name
 times                       a validation or an end by the clock comes at another step each time
 reloaded loaders            what a new loader is may depend on the epoch in which a process began
-fused, mixed and clipped    in mixed precision Lightning clips no fused optimizer's gradients: it would end the first step
+fused, mixed and clipped    in mixed precision Lightning clips no fused optimizer's gradients
 =========================== ============================================================================================
 
 TF32 set in code (torch.set_float32_matmul_precision) and channels_last are functions of what was written: they are
