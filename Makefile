@@ -41,7 +41,7 @@ golden: setup ## record tests/golden anew: what the demo is held against
 	@cd .demo/golden && ../../$(VENV)/python train.py determinism.mode=portable trainer.accelerator=cpu paths.runs=runs logger=none
 	@cp .demo/golden/runs/golden/*/receipt.json .demo/golden/runs/golden/*/trail.jsonl tests/golden/
 
-bench: setup ## steps, epochs, memory and starts, against what people write without labtrain; eight minutes
+bench: setup ## steps, epochs, memory and starts, against what people write without labtrain; half an hour
 	@$(VENV)/python benchmarks/bench.py
 
 bench-kernels: setup ## what strict costs by kernel, on the GPU or the CPU that there is
