@@ -17,19 +17,19 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from labtrain import determinism
 from labtrain.provenance import machine
 
 HERE = Path(__file__).resolve().parent
 ROUNDS, SECONDS = 15, 0.02  # of each side in a round, at least
-functional = nn.functional
 
 Step = Callable[[], None]
 
 
 def cases() -> dict[str, tuple[Callable[[Tensor], Any], Tensor]]:
-    """Return layers, each with what it is given, by name."""
+    """Return layers, each with what it is given, by name, on torch's default device."""
     images = torch.randn(16, 64, 32, 32)
     table, tokens = torch.randn(20_000, 64), torch.randint(20_000, (8, 512))
     rows = torch.randint(256, (65_536,))
@@ -44,11 +44,11 @@ def cases() -> dict[str, tuple[Callable[[Tensor], Any], Tensor]]:
         "reflection padding": (nn.ReflectionPad2d(2), images),
         "attention, causal": (_attention, torch.randn(8, 4, 256, 32)),
         "LSTM": (nn.LSTM(64, 64, batch_first=True), torch.randn(16, 64, 64)),
-        "embedding": (lambda weight: functional.embedding(tokens.to(weight.device), weight), table),
-        "indexing": (lambda weight: weight[tokens.to(weight.device)], table),
-        "index_add": (lambda x: x.new_zeros(256, 64).index_add(0, rows.to(x.device), x), torch.randn(65_536, 64)),
+        "embedding": (lambda weight: functional.embedding(tokens, weight), table),
+        "indexing": (lambda weight: weight[tokens], table),
+        "index_add": (lambda x: x.new_zeros(256, 64).index_add(0, rows, x), torch.randn(65_536, 64)),
         "scatter_add": (
-            lambda x: x.new_zeros(256, 64).scatter_add(0, rows.to(x.device)[:, None].expand_as(x), x),
+            lambda x: x.new_zeros(256, 64).scatter_add(0, rows[:, None].expand_as(x), x),
             torch.randn(65_536, 64),
         ),
         "cumsum": (lambda x: x.cumsum(1), torch.randn(256, 4096)),
@@ -62,11 +62,9 @@ def _attention(x: Tensor) -> Tensor:
     return functional.scaled_dot_product_attention(x, x, x, is_causal=True)
 
 
-def prepared(layer: Callable[[Tensor], Any], inputs: Tensor, device: torch.device) -> Step:
+def prepared(layer: Callable[[Tensor], Any], inputs: Tensor) -> Step:
     """Return a function that does a forward and a backward."""
-    if isinstance(layer, nn.Module):
-        layer.to(device)
-    inputs = inputs.to(device).requires_grad_()
+    inputs = inputs.detach().requires_grad_()
 
     def forward() -> Tensor:
         outputs = layer(inputs)
@@ -134,11 +132,13 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.cuda.get_device_name() if device.type == "cuda" else machine()["cpu"]
     torch.manual_seed(0)
+    with device:
+        layers = cases()
     table = {}
     print(f"{where}, forward and backward\n{'':<28}{'off, ms':>9}{'strict, ms':>12}{'ratio':>8}")
-    for name, (layer, inputs) in cases().items():
+    for name, (layer, inputs) in layers.items():
         set_mode("off")
-        found = table[name] = measure(prepared(layer, inputs, device), device)
+        found = table[name] = measure(prepared(layer, inputs), device)
         if found is None:
             print(f"{name:<28}{'refused':>21}")
         else:
