@@ -196,7 +196,7 @@ def peak_bytes() -> int:
 
 def measure_s3(folder: Path) -> dict[str, float]:
     """Compare the delivery of a checkpoint with s3fs's put of the same two files; time a listing of a thousand."""
-    from tests.servers import S3
+    from tests.support.servers import S3
 
     server = S3(folder / "s3")
     server.start()

@@ -138,20 +138,20 @@ def own_experiment(shared_experiment: Experiment, tmp_path: Path) -> Experiment:
 
 @pytest.fixture
 def runner(tmp_path: Path) -> Any:
-    """A tests.exact.Runner: trainings of small models in processes that are forked."""
-    return importlib.import_module("tests.exact").Runner(tmp_path)  # it imports this file
+    """A tests.support.exact.Runner: trainings of small models in processes that are forked."""
+    return importlib.import_module("tests.support.exact").Runner(tmp_path)  # it imports this file
 
 
 @pytest.fixture
 def other(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Another one, with a folder of its own."""
-    return importlib.import_module("tests.exact").Runner(tmp_path_factory.mktemp("other"))
+    return importlib.import_module("tests.support.exact").Runner(tmp_path_factory.mktemp("other"))
 
 
 @pytest.fixture(scope="session")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A real S3 server with a bucket `lab`, for the tests of this process."""
-    from tests.servers import S3
+    from tests.support.servers import S3
 
     server = S3(tmp_path_factory.mktemp("s3"))
     server.start()
@@ -163,7 +163,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def sftp(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A real SFTP server, for the tests of this process."""
-    from tests.servers import SFTP
+    from tests.support.servers import SFTP
 
     server = SFTP(tmp_path_factory.mktemp("sftp"))
     server.start()

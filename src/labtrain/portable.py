@@ -8,7 +8,7 @@ chooses others than Intel, and MKL_CBWR=COMPATIBLE does not change that: 13 of 1
 step of Adam, then differ between a CPU of 2023 and an emulated one of 2008. Here numpy computes them: SQRTPS, which
 IEEE 754 defines to the last bit, and libm for the rest.
 
-Found by running the same operations natively and under `qemu-x86_64 -cpu Nehalem`, as tests/test_portable.py does.
+Found by running the same operations natively and under `qemu-x86_64 -cpu Nehalem`, as tests/real/test_portable.py does.
 """
 
 import warnings

@@ -1,0 +1,178 @@
+"""resume=RUN, the near run, and what is said when something changed. `resume=auto` is in test_exact.py."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labtrain import receipt as receipts
+from labtrain.errors import EXIT_STOPPED, ConfigError
+from labtrain.resume import find_origin, make_job, near_run
+from tests.support.exact import Runner, configure, outcome
+
+
+def stop(runner: Runner, config: Any, step: int = 7) -> Path:
+    runner.run(config, code=EXIT_STOPPED, signal_at=f"{step} {signal.SIGTERM} 0")
+    (run_dir,) = runner.folder.glob("runs/exact/*")
+    return run_dir
+
+
+def receipt(run_dir: Path) -> dict[str, Any]:
+    return dict(json.loads((run_dir / "receipt.json").read_text()))
+
+
+def test_going_on_with_a_run_although_something_changed(runner: Runner) -> None:
+    """In its own folder, under its own name; the difference is said, and stands in the receipt."""
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    longer = configure("mlp", "even", trainer={"max_epochs": 4}, resume=str(run_dir))
+    assert runner.run(longer) == run_dir
+    assert "goes on from step-0000000007" in runner.said()
+    assert "warning: goes on with another config.trainer.max_epochs: 3 before, now 4" in runner.said()
+    found = receipt(run_dir)
+    assert found["run_id"] == run_dir.name
+    assert [segment["changed"] for segment in found["segments"]] == [
+        [],
+        [{"key": "config.trainer.max_epochs", "before": 3, "now": 4}],
+    ]
+    assert found["results"]["steps"] == 20
+
+
+def test_a_complete_run_can_be_gone_on_with(runner: Runner) -> None:
+    """Three epochs and two more are five: the same bits."""
+    whole = outcome(runner.run(configure("mlp", "even", trainer={"max_epochs": 5})))
+    run_dir = runner.run(configure("mlp", "even"))
+    assert run_dir is not None
+    longer = configure("mlp", "even", trainer={"max_epochs": 5}, resume=run_dir.name)
+    found = outcome(runner.run(longer))
+    assert {**found, "run_id": None} == {**whole, "run_id": None}
+
+
+def test_a_launchers_restart_goes_on_from_what_it_has_saved_since(runner: Runner, tmp_path: Path) -> None:
+    """A job with resume=CHECKPOINTS is queued again with the same words: they name where it began, not where it stands."""
+    run_dir = stop(runner, configure("mlp", "even"), 3)
+    shutil.move(run_dir / "checkpoints", tmp_path / "kept")
+    shutil.rmtree(run_dir)
+    config = configure("mlp", "even", resume=str(tmp_path / "kept"))
+    stop(runner, config, 7)
+    runner.run(config, code=EXIT_STOPPED, signal_at=f"9 {signal.SIGTERM} 0", environment={"SLURM_RESTART_COUNT": "1"})
+    assert [segment["from_step"] for segment in receipt(run_dir)["segments"]] == [3, 7]
+    runner.run(config)  # a person's own start means what it says
+    assert receipt(run_dir)["segments"][-1]["from_step"] == 3
+
+
+def test_checkpoints_alone_are_a_run_too(runner: Runner, tmp_path: Path) -> None:
+    config = configure("mlp", "even")
+    reference = outcome(runner.run(configure("mlp", "even", paths={"runs": "elsewhere"}, resume="never")))
+    shutil.rmtree(tmp_path / "runs")
+    run_dir = stop(runner, config)
+    shutil.move(run_dir / "checkpoints", tmp_path / "kept")
+    shutil.rmtree(run_dir)
+    config["resume"] = f"file://{tmp_path}/kept"
+    found = outcome(runner.run(config))
+    assert found["state_digest"] == reference["state_digest"]
+    assert found["trail"] == reference["trail"][7:]  # the first lines went with the folder
+
+
+def test_the_same_command_after_it_was_gone_on_with_says_so(runner: Runner) -> None:
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    runner.run(configure("mlp", "even", seed=43, resume=str(run_dir)))
+    assert "another config.seed: 42 before, now 43" in runner.said()
+
+
+def test_another_machine_or_environment_is_said(runner: Runner) -> None:
+    """A run that goes on on another processor, in strict mode, may get other bits: it is in the receipt."""
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    found = receipt(run_dir)
+    found["hardware"]["cpu"] = "Another CPU"
+    found["environment"]["distributions"]["torch"] = "2.8.0"
+    receipts.write(run_dir, found)
+    runner.run(config)
+    assert "goes on with another hardware.cpu: Another CPU before, now " in runner.said()
+    assert "environment.distributions.torch: 2.8.0 before" in runner.said()
+    changed = {change["key"] for change in receipt(run_dir)["segments"][1]["changed"]}
+    assert changed == {"hardware.cpu", "environment.distributions.torch"}
+
+
+def test_nothing_is_said_of_another_number_of_devices(runner: Runner) -> None:
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    runner.run(config, world=2)
+    assert "goes on with another" not in runner.said()
+    assert [segment["devices"] for segment in receipt(run_dir)["segments"]] == [1, 2]
+    assert receipt(run_dir)["segments"][1]["changed"] == []
+
+
+PLAIN: dict[str, Any] = {"determinism": {"shards": None, "mode": "warn"}}
+
+
+def test_another_number_of_devices_is_said_where_it_changes_bits(runner: Runner) -> None:
+    """Without shards, plain Lightning's sum over devices is another one, and the epoch's averages begin anew."""
+    run_dir = stop(runner, configure("cnn", "even", **PLAIN))
+    moved = configure("cnn", "even", **PLAIN, trainer={"devices": 2}, resume=str(run_dir))
+    assert runner.run(moved, world=2) == run_dir
+    assert "another config.trainer.devices: 1 before, now 2" in runner.said()
+    assert receipt(run_dir)["results"]["steps"] == 15
+
+
+def test_a_stream_does_not_go_on_for_other_ranks(runner: Runner) -> None:
+    """Each rank's loader has a state of its own: there is none for a second rank."""
+    stream: dict[str, Any] = {"data": {"loader": "stateful"}, **PLAIN}
+    run_dir = stop(runner, configure("cnn", "even", **stream))
+    moved = configure("cnn", "even", **stream, trainer={"devices": 2}, resume=str(run_dir))
+    runner.run(moved, world=2, code=2)
+    assert "the training data's state is that of 1 ranks, here are 2" in runner.said()
+    assert "hint: trainer.devices=1, or resume=never" in runner.said()
+
+
+@pytest.mark.parametrize(("before", "now"), [(PLAIN, {}), ({}, PLAIN)])
+def test_shards_can_be_taken_up_and_given_up(runner: Runner, before: dict[str, Any], now: dict[str, Any]) -> None:
+    run_dir = stop(runner, configure("mlp", "even", **before))
+    assert runner.run(configure("mlp", "even", **now, resume=str(run_dir))) == run_dir
+    assert "another config.determinism.shards" in runner.said()
+    assert receipt(run_dir)["results"]["steps"] == 15
+
+
+def test_a_near_run_is_found(runner: Runner, tmp_path: Path) -> None:
+    """Same experiment and configuration, other code, not complete."""
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    config = receipt(run_dir)["config"]
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "model.py").write_text("x = 1\n")
+    job = make_job(config, root=tmp_path / "code", command=[])
+    assert near_run(job) == run_dir
+    assert near_run(make_job({**config, "seed": 43}, root=tmp_path / "code", command=[])) is None
+    found = receipt(run_dir) | {"status": "complete"}
+    receipts.write(run_dir, found)
+    assert near_run(job) is None
+
+
+def test_a_run_that_is_not_there_names_the_places(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no run is there: looked for ") as caught:
+        find_origin("0123456789ab", tmp_path / "runs" / "digits")
+    assert "runs/digits/0123456789ab/receipt.json" in str(caught.value)
+    assert "ls " in caught.value.hint
+
+
+def test_a_run_without_a_checkpoint_cannot_be_gone_on_with(runner: Runner) -> None:
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    shutil.rmtree(run_dir / "checkpoints")
+    config["resume"] = str(run_dir)
+    runner.run(config, code=2)
+    assert "that run has no checkpoint yet" in runner.said()
+
+
+def test_ranks_that_see_other_checkpoints_do_not_go_on(runner: Runner) -> None:
+    """Nodes without a common folder: each would go on from its own."""
+    config = configure("mlp", "even")
+    stop(runner, config)
+    runner.run(config, world=2, code=None, environment={"BLIND_RANK": "1"})
+    assert "rank 1 goes on from step 0, rank 0 from 7: they do not see the same checkpoints" in runner.said()
+    assert "hint: paths.runs on a folder that all nodes share" in runner.said()

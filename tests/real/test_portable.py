@@ -1,0 +1,130 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from labtrain.determinism import variables
+from labtrain.resume import make_job
+from labtrain.run import JOB_VARIABLE
+from tests.conftest import ROOT, Experiment, need
+
+OPERATIONS = ROOT / "tests/support/portable_operations.py"
+
+
+def digests(*prefix: str) -> list[str]:
+    done = subprocess.run(
+        [*prefix, sys.executable, str(OPERATIONS)],
+        env={**os.environ, **variables("portable", threads=1)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_an_older_cpu_computes_the_same_bits() -> None:
+    """Nehalem (2008) has neither AVX nor FMA, and the emulator rounds RSQRTPS otherwise than any silicon does.
+
+    What it can't show: a CPU whose compliant instructions are wrong, and another glibc.
+    """
+    need("qemu-x86_64", "qemu-user")
+    here, there = digests(), digests("qemu-x86_64", "-cpu", "Nehalem")
+    assert len(here) > 100
+    assert [line for line in there if line not in here] == []
+
+
+def run_portable(code: str) -> str:
+    prelude = "import torch\nfrom labtrain import determinism\ndeterminism.apply('portable', threads=1)\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", prelude + code],
+        env={**os.environ, **variables("portable", threads=1)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_square_roots_are_correctly_rounded() -> None:
+    """torch's own are not: 0.7 % are wrong in the last bit on an AVX-512 machine, 16 % with MKL_CBWR=COMPATIBLE."""
+    code = """
+import numpy as np
+x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 3
+right = torch.from_numpy(np.sqrt(x.numpy().astype(np.float64)).astype(np.float32))
+y = x.clone(); y.sqrt_()
+z = torch.empty(0); torch.sqrt(x, out=z)
+w = x.clone(); w.pow_(0.5)
+print(*(int((value != right).sum()) for value in (x.sqrt(), y, z, x ** 0.5, w)))
+"""
+    assert run_portable(code) == "0 0 0 0 0"
+
+
+@pytest.mark.parametrize("name", ["sqrt", "log", "log2", "log10", "tan", "asin", "acos", "atan"])
+def test_a_replaced_function_behaves_as_torch_does(name: str) -> None:
+    """Types, shapes, gradients and special values; torch's own answers are computed here, without the replacement."""
+    code = f"""
+f = torch.{name}
+x = torch.tensor([[0.25, 0.5], [0.75, 1.0]])
+g = x.clone().requires_grad_(); f(g).sum().backward()
+print(f(x.bfloat16()).dtype, f(x.half()).dtype, f(x.double()).dtype, f(torch.tensor([1])).dtype, f(x.T).shape, f(torch.empty(0, 3)).shape, f(torch.tensor(0.5)).shape)
+print([round(value, 5) for value in g.grad.flatten().tolist() if abs(value) < 1e6])
+print([repr(value) for value in f(torch.tensor([-2.0, 0.0, float("inf"), float("nan")])).tolist()])
+"""
+    before: dict[str, object] = {"torch": torch}
+    lines: list[str] = []
+    before["print"] = lambda *values: lines.append(" ".join(map(str, values)))
+    exec(code, before)
+    assert run_portable(code).splitlines() == lines
+
+
+def test_powers_behave_as_torch_does() -> None:
+    code = """
+x = torch.tensor([0.25, 1.0, 4.0])
+for e in (0.5, -0.5, 2, 3, -1, -2, 0, 1, 5):
+    print(e, (x ** e).tolist(), ((x.bfloat16()) ** e).dtype)
+i = torch.arange(1, 4)
+print((i ** 2).dtype, (i ** 2).tolist(), (i ** 0.5).dtype, (torch.tensor(3, dtype=torch.int8) ** 2).dtype)
+"""
+    lines: list[str] = []
+    exec(code, {"torch": torch, "print": lambda *values: lines.append(" ".join(map(str, values)))})
+    assert run_portable(code).splitlines() == lines
+
+
+def test_numpy_keeps_its_promise() -> None:
+    """The replacement stands on this: numpy's square root is the correctly rounded one."""
+    x = np.random.RandomState(0).rand(100_000).astype(np.float32)
+    assert np.array_equal(np.sqrt(x), np.sqrt(x.astype(np.float64)).astype(np.float32))
+
+
+@pytest.mark.full  # eight minutes
+def test_the_golden_run_is_golden_on_an_older_cpu(shared_experiment: Experiment, tmp_path: Path) -> None:
+    """All 300 steps under the emulated Nehalem. Stage 2 alone: an emulated process that starts another starts a native one."""
+    need("qemu-x86_64", "qemu-user")
+    first = shared_experiment.train(
+        "determinism.mode=portable",
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=1",
+        "logger=none",
+        f"paths.runs={tmp_path}",
+    )
+    config = first.receipt["config"]
+    config["trainer"]["max_steps"] = -1
+    job = make_job(config, root=shared_experiment.root, command=["test"])
+    done = subprocess.run(
+        ["qemu-x86_64", "-cpu", "Nehalem", sys.executable, "-m", "labtrain.job", job.run_dir],
+        env={**os.environ, **variables("portable", threads=1), JOB_VARIABLE: job.to_json()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    golden = json.loads((ROOT / "tests/golden/receipt.json").read_text())["results"]["weights_digest"]
+    assert done.stdout.split()[1] == golden

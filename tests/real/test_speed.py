@@ -1,0 +1,334 @@
+"""What each switch of `speed` does to the bits: promise 3 in real trainings, by digest; and what is refused."""
+
+import copy
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from labtrain import receipt
+from labtrain.config import check
+from labtrain.digests import digest
+from labtrain.errors import ConfigError
+from labtrain.replay import _config_of
+from labtrain.speed import called, put_channels_last, recompute_blocks
+from tests.conftest import QUICK, Experiment, need
+from tests.support.exact import Runner, configure, outcome, tell
+from tests.support.exact_worker import CNN, GPT
+from tests.support.speed_models import Counting, Drawn, Normed, Stack
+
+
+def bits(found: dict[str, Any]) -> dict[str, Any]:
+    """Return what a training came to, without its name."""
+    return {key: value for key, value in found.items() if key != "run_id"}
+
+
+# -------------------------------------------------------------------------------------------------------------- compile
+
+# Shards of 16 samples; the last batch of an epoch is 2 samples, which are one shard.
+COMPILED = {
+    "data": {"size": 66, "batch_size": 64},
+    "trainer": {"max_epochs": None, "max_steps": 3, "limit_val_batches": 0},
+    "speed": {"compile": True},
+    "checkpoint": {"every_n_steps": 1, "keep_last": 3},
+}
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Where the compiler keeps what it has compiled, for all tests of this process: its results, not what it decides."""
+    need("g++", "g++")
+    return {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+
+
+def compiled(**more: Any) -> Any:
+    config = configure("cnn", **COMPILED, **more)
+    config["model"] = {"_target_": "tests.support.speed_models.Normed"}
+    return config
+
+
+def gone_on_before_the_last_batch(
+    whole: Path, runner: Runner, config: Any, cache: dict[str, str], *, world: int
+) -> Any:
+    """Go on from a run's first step, in a process that compiled nothing of it."""
+    run_dir = runner.folder / "runs" / "exact" / whole.name
+    shutil.copytree(whole, run_dir)
+    (run_dir / "receipt.json").unlink()
+    for later in sorted(run_dir.glob("checkpoints/step-*"))[1:]:
+        shutil.rmtree(later)
+    found = outcome(runner.run(config, world=world, environment=cache))
+    assert "goes on from step-0000000001" in runner.said()
+    return found
+
+
+def test_compiled_it_ends_the_same_where_a_resume_meets_the_smaller_batch_first(
+    runner: Runner, other: Runner, cache: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And on two processes, of which the first then begins with 2 samples and the second with 16."""
+    monkeypatch.setattr("tests.support.exact.TIMEOUT_S", 300)
+    whole = runner.run(compiled(), environment=cache)
+    reference = outcome(whole)
+    assert gone_on_before_the_last_batch(whole, other, compiled(), cache, world=2) == reference
+    eager = {**compiled(), "speed": configure()["speed"]}
+    assert outcome(runner.run(eager))["weights_digest"] != reference["weights_digest"]
+
+
+@pytest.mark.full
+def test_as_torch_compiles_by_itself_it_would_not(
+    runner: Runner, other: Runner, cache: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same with sizes that become dynamic, which warn leaves to torch: what the test above must be able to find."""
+    monkeypatch.setattr("tests.support.exact.TIMEOUT_S", 300)
+    config = compiled(determinism={"mode": "warn"})
+    whole = runner.run(config, environment=cache)
+    assert "its kernels depend on the sizes that a process has met" in runner.said()
+    found = gone_on_before_the_last_batch(whole, other, config, cache, world=1)
+    assert found["weights_digest"] != outcome(whole)["weights_digest"]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("model", ["gpt", "cnn"])
+@pytest.mark.parametrize("speed", [{}, {"checkpoint_activations": True}, {"channels_last": True}])
+def test_compiled_however_it_ran(
+    model: str, precision: str, speed: dict[str, bool], runner: Runner, other: Runner, cache: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Moved and killed, with dropout and the other switches."""
+    if (model == "gpt") == ("channels_last" in speed) and speed:
+        pytest.skip("has nothing to act on")
+    monkeypatch.setattr("tests.support.exact.TIMEOUT_S", 600)
+    config = configure(model, "uneven", precision, speed={"compile": True, **speed})
+    reference = outcome(runner.run(config, environment=cache))
+    runner_of = {world: Runner(other.folder / str(world)) for world in (2, 3)}
+    for world, story in ((2, "moved"), (3, "killed")):
+        runner_of[world].folder.mkdir()
+        found = tell(runner_of[world], copy.deepcopy(config), world=world, story=story, seed=world, environment=cache)
+        assert found == reference
+
+
+@pytest.mark.full
+def test_more_sizes_than_are_compiled_end_in_an_error(cache: dict[str, str]) -> None:
+    """Torch would go on without, and what a process has met would decide. The nn.Sequential is one of torch's own modules."""
+    code = """if True:
+        import torch
+        from labtrain import speed
+        from tests.support.speed_models import Normed
+        speed.COMPILED_SIZES = 1
+        model = Normed().eval()
+        speed.compile_parts(model, mode=True, exact=True)
+        with torch.no_grad():
+            print(model.net(torch.zeros(2, 36)).shape, flush=True)
+            try:
+                model.net(torch.zeros(3, 36))
+            except BaseException as error:
+                print(speed.explain_compile(error))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **cache}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("torch.Size([2, 3])\nspeed.compile: something was compiled for 1 different sizes")
+    assert "hint: pad the inputs" in done.stdout
+
+
+def test_metrics_and_lists_are_not_compiled_and_their_elements_are() -> None:
+    parts = list(called(GPT()))
+    assert sorted(type(part).__name__ for part in parts) == [
+        "Embedding", "Embedding", "GPT", "Linear", "TransformerEncoderLayer", "TransformerEncoderLayer",
+    ]  # fmt: skip
+
+
+def test_without_a_compiler_nothing_begins(experiment: Experiment) -> None:
+    run = experiment.train("speed.compile=true", "paths.runs=runs", *QUICK, env={"CXX": "no-such-compiler"}, code=2)
+    assert "speed.compile needs a compiler: no-such-compiler is not there" in run.err
+    assert "hint: apt-get install g++" in run.err
+    assert not Path("runs").exists()
+
+
+# ----------------------------------------------------------------------------------------------- recomputed activations
+
+
+def test_recomputed_activations_change_no_bit(runner: Runner, other: Runner) -> None:
+    """Nor do processes and a kill: attention with dropout; and the checkpoint is one of the same names."""
+    reference = bits(outcome(runner.run(configure("gpt"))))
+    config = configure("gpt", speed={"checkpoint_activations": True})
+    assert bits(outcome(runner.run(config))) == reference
+    assert bits(tell(other, config, world=2, story="killed", seed=1)) == reference
+
+
+def test_under_fsdp_they_change_no_bit_either(runner: Runner) -> None:
+    reference = configure("gpt", trainer={"strategy": "fsdp", "max_epochs": 1})
+    config = copy.deepcopy(reference)
+    config["speed"]["checkpoint_activations"] = True
+    assert bits(outcome(runner.run(config, world=2))) == bits(outcome(runner.run(reference, world=2)))
+
+
+def seeded(module: nn.Module, inputs: torch.Tensor) -> str:
+    """Return the digest of the gradients of a step."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    module.zero_grad()
+    module(inputs).square().sum().backward()
+    return digest({name: parameter.grad for name, parameter in module.named_parameters()})
+
+
+def test_a_recomputation_draws_the_same_from_all_three_generators() -> None:
+    module, inputs = Stack(Drawn(), Drawn()), torch.ones(3, 4)
+    reference, after = seeded(module, inputs), (random.random(), np.random.rand(), torch.rand(()).item())
+    names = list(module.state_dict())
+    recompute_blocks(module, print)
+    assert seeded(module, inputs) == reference
+    assert (random.random(), np.random.rand(), torch.rand(()).item()) == after
+    assert list(module.state_dict()) == names
+    assert [block.calls for block in module.blocks] == [3, 3]
+    copied = copy.deepcopy(module)  # as a callback that averages weights does
+    with torch.no_grad():
+        copied.blocks[0].layer.weight.zero_()
+    assert seeded(copied, inputs) != reference
+    module.eval()
+    seeded(module, inputs)
+    assert [block.calls for block in module.blocks] == [4, 4]
+
+
+def test_blocks_with_batchnorm_are_left_alone_and_said() -> None:
+    normed = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    module, said = Stack(normed, Drawn()), []
+    recompute_blocks(module, said.append)
+    assert said == ["speed.checkpoint_activations: blocks.0 not recomputed: BatchNorm would be updated twice"]
+    seeded(module, torch.rand(3, 4))
+    assert normed[1].num_batches_tracked == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (Normed(), "the model has none"),  # its list holds single layers
+        (Stack(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))), "each has BatchNorm"),
+    ],
+)
+def test_a_model_without_a_block_to_recompute_is_refused(module: nn.Module, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        recompute_blocks(module, print)
+
+
+def test_a_block_that_changes_a_buffer_is_refused() -> None:
+    module = Stack(Counting())
+    recompute_blocks(module, print)
+    with pytest.raises(ConfigError, match=r"blocks\.0 changes a buffer when it is called"):
+        module(torch.ones(3, 4))
+
+
+# ----------------------------------------------------------------------------------------------------- fused optimizers
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [("Adam", "32-true"), ("AdamW", "16-mixed"), ("SGD", "bf16-mixed"), ("Adagrad", "32-true")],
+)
+def test_a_fused_optimizer_is_exact(optimizer: str, precision: str, runner: Runner, other: Runner) -> None:
+    """Other bits than torch's loop over operations, perhaps; the same however it ran. In fp16 it unscales by itself."""
+    config = configure("cnn", "uneven", precision)
+    config["model"] = {"_target_": "tests.support.speed_models.Fused", "optimizer": optimizer}
+    reference = outcome(runner.run(config))
+    assert tell(other, config, world=3, story="killed", seed=3) == reference
+
+
+def test_a_fused_optimizer_that_lightning_would_not_clip_is_refused(runner: Runner) -> None:
+    """Before the first step; where nothing is mixed, it clips."""
+    config = configure("cnn", "clipped", "bf16-mixed")
+    config["model"] = {"_target_": "tests.support.speed_models.Fused", "optimizer": "AdamW"}
+    runner.run(config, code=2)
+    assert "bf16-mixed: Lightning cannot clip for a fused AdamW" in runner.said()
+    assert not list(runner.folder.glob("runs/*/*"))
+    config["trainer"]["precision"] = "32-true"
+    assert outcome(runner.run(config))["trail"]
+
+
+# ------------------------------------------------------------------------------------------------- channels_last, TF32
+
+
+def test_channels_last_is_exact(runner: Runner, other: Runner) -> None:
+    """Other bits than without, perhaps; the same however it ran: moments are laid out as before a kill."""
+    config = configure("cnn", speed={"channels_last": True})
+    reference = outcome(runner.run(config))
+    assert tell(other, config, world=2, story="killed twice", seed=2) == reference
+
+
+def test_a_digest_is_of_what_weights_are_not_of_how_they_lie() -> None:
+    module = CNN().eval()
+    before, images = digest(module), torch.rand(2, 1, 6, 6)
+    assert not module.net[:5](images).is_contiguous(memory_format=torch.channels_last)
+    put_channels_last(module)
+    assert digest(module) == before
+    assert module.net[:5](images).is_contiguous(memory_format=torch.channels_last)  # images follow the weights
+    with pytest.raises(ConfigError, match="no 4-D weight"):
+        put_channels_last(GPT())
+
+
+def test_tf32_is_said_to_be_nothing_to_a_cpu(runner: Runner) -> None:
+    plain, with_it = (
+        runner.run(configure("mlp", speed={"tf32": on}, trainer={"max_epochs": 1})) for on in (False, True)
+    )
+    assert plain != with_it
+    found = [receipt.read(run_dir) for run_dir in (plain, with_it)]
+    assert [each["determinism"]["float32_matmul_precision"] for each in found] == ["highest", "highest"]
+    assert [each["determinism"]["notes"] for each in found] == [[], ["speed.tf32: a CPU computes as without it"]]
+    assert found[0]["results"] == found[1]["results"]
+    assert "warning: speed.tf32: a CPU computes as without it" in runner.said()
+
+
+def test_the_flags_are_set_and_read_without_a_warning_of_torchs() -> None:
+    """And are those of each training, not of the one before it in the same process."""
+    code = (
+        "from labtrain import determinism as d\n"
+        "for tf32 in (True, False, True, True, False):\n"
+        "    d.apply('strict', threads=1, tf32=tf32)\n"
+        "    print(d.flags()['float32_matmul_precision'])\n"
+    )
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.split() == ["high", "highest", "high", "high", "highest"]
+
+
+# -------------------------------------------------------------------------------------------------------------- refused
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ({"speed": {"compiler": True}}, "unknown key speed.compiler.*near: speed.compile"),
+        ({"speed": {"compile": "fastest"}}, "speed.compile=fastest: true, false or one of default, reduce-overhead"),
+        ({"speed": {"compile": 1}}, "speed.compile=1: true, false or"),
+        ({"speed": {"tf32": "high"}}, "speed.tf32=high: true or false is wanted"),
+        ({"gpu_stats": 10}, "gpu_stats=10: true or false is wanted"),
+        ({"speed": {"compile": True}, "determinism": {"mode": "portable"}}, "the CPU that it runs on.*speed.compile=false"),
+        ({"speed": {"compile": "max-autotune-no-cudagraphs"}}, "by timing.*speed.compile=true, or determinism.mode=warn"),
+        ({"speed": {"compile": "reduce-overhead"}}, "CUDA graphs.*determinism.shards=1"),
+        ({"speed": {"channels_last": True}, "trainer": {"strategy": "fsdp"}}, "FSDP2 cuts contiguous weights alone"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_torch_is_there(more: dict[str, Any], says: str) -> None:
+    config = configure("mlp", **more)
+    with pytest.raises(ConfigError) as error:
+        check(config)
+    assert re.search(says, str(error.value), re.DOTALL), error.value
+
+
+def test_a_run_of_before_there_were_these_keys_can_be_trained_again(tmp_path: Path) -> None:
+    old = configure("mlp")
+    recorded = {"config": {key: value for key, value in old.items() if key not in ("speed", "gpu_stats")},
+                "determinism": {"any_number_of_devices": True}}  # fmt: skip
+    config = _config_of(recorded, tmp_path, {}, 1)
+    check(config)
+    assert config["speed"] == old["speed"]
