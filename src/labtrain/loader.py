@@ -44,7 +44,7 @@ class Sharded:
     Attributes:
         parts: (shard number, number of samples, data) of each shard of this rank that has samples.
         samples: of the whole batch.
-        shards: how many shards of the whole batch have samples.
+        shards: how many shards the whole batch is cut into.
     """
 
     def __init__(self, parts: list[tuple[int, int, Any]], *, samples: int, shards: int) -> None:
@@ -165,9 +165,8 @@ class DataLoader:
             if self._shards is None:
                 yield data[0]
             else:
-                filled = sum(start < len(indices) for start in self._cuts()[:-1])
                 each = [(shard, len(part), mine) for (shard, part), mine in zip(parts, data, strict=True)]
-                yield Sharded(each, samples=len(indices), shards=filled)
+                yield Sharded(each, samples=len(indices), shards=len(self._cuts(len(indices))) - 1)
 
     def _plan(self, order: Order, batches: range, epoch: int) -> Iterator[Plan]:
         """Yield, of each batch, all its indices, the parts of this rank, and the indices that are loaded for each part.
@@ -229,19 +228,26 @@ class DataLoader:
             seed_all(draws.seed, "transform", draws.epoch, int(indices[0]))
         return apply(self.transforms, raw, draws)
 
-    def _cuts(self) -> list[int]:
-        """Return where a batch is cut, S + 1 positions. A smaller last batch fills the first shards."""
+    def smallest_shard(self) -> int:
+        """Return how many samples the smallest shard of an epoch has."""
+        rest = len(self.dataset) % self.batch_size
+        sizes = [self.batch_size] if self.drop_last or not rest else [self.batch_size, rest]
+        return min(min(np.diff(self._cuts(size)).tolist()) for size in sizes if size <= len(self.dataset))
+
+    def _cuts(self, samples: int) -> list[int]:
+        """Return where a batch is cut: evenly, a smaller last one into as many shards as have two samples each."""
         assert self._shards is not None
-        return [self.batch_size * shard // self._shards for shard in range(self._shards + 1)]
+        shards = self._shards if samples == self.batch_size else max(1, min(self._shards, samples // 2))
+        return [samples * shard // shards for shard in range(shards + 1)]
 
     def _parts(self, indices: Indices) -> Parts:
         """Return (shard, indices) of each part of one batch that this rank loads."""
         if self._shards is None:
             part = shard_range(len(indices), *_place())
             return [(0, indices[part.start : part.stop])]
-        cuts = self._cuts()
-        mine = [(shard, indices[cuts[shard] : cuts[shard + 1]]) for shard in shard_range(self._shards, *self._place)]
-        return [(shard, part) for shard, part in mine if len(part)]
+        cuts = self._cuts(len(indices))
+        mine = shard_range(len(cuts) - 1, *self._place)
+        return [(shard, indices[cuts[shard] : cuts[shard + 1]]) for shard in mine]
 
 
 class _Fetch(Dataset[Any]):

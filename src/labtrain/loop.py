@@ -91,7 +91,7 @@ class EpochLoop(_TrainingEpochLoop):
     def _agree(self) -> None:
         """Come to know what any rank wishes. Exact ranks have exchanged it with the step."""
         self._exchange()
-        if self.global_step == self.stop_at:
+        if self.stop_at and self.global_step == self.stop_at:
             self.wishes.agreed_stop = signal.SIGTERM
 
     def _exchange(self) -> None:

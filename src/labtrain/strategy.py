@@ -30,7 +30,7 @@ from labtrain.errors import ConfigError
 from labtrain.guard import explain_backward
 from labtrain.loader import DataLoader, Sharded
 from labtrain.metrics import add_rows
-from labtrain.reduction import ShardSum, filled_ranges
+from labtrain.reduction import ShardSum, shard_ranges
 from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
 
@@ -51,9 +51,11 @@ class Exact:
         self._sum: ShardSum | None = None
         self._parameters: list[torch.nn.Parameter] = []
         self._hooks: list[Any] = []
+        self._uses: list[int] = []  # how often a backward has added to each gradient, at most
+        self._added: list[int] = []  # and this one
         self._pushed: set[int] = set()  # parameters whose gradient of the last shard has gone
         self._filling: int | None = None  # the shard whose gradients go as they come
-        self._installed: list[tuple[torch.nn.Parameter, Tensor, bool]] | None = None
+        self._waiting: list[bool] | None = None  # which gradients the step's sums are to be put into
         self._inside = False  # a shard's step: what it logs is combined later
 
     # ------------------------------------------------------------------------------------------- called by the Trainer
@@ -120,7 +122,7 @@ class Exact:
             return self._whole(batch, epoch, index, *args)
         assert isinstance(batch, Sharded)  # guard.py
         module, plugin, tally, buffers = self._module, cast(Any, self).precision_plugin, self._tally, self._buffers
-        ranges = filled_ranges(self.shards, self._world, batch.shards)
+        ranges = shard_ranges(batch.shards, self._world)
         parameters = self._prepare()
         total = cast(ShardSum, self._sum)
         total.begin(ranges)
@@ -147,6 +149,7 @@ class Exact:
                     )
                 weight = samples / batch.samples
                 self._filling = shard if number == len(batch.parts) - 1 else None
+                self._added = [0] * len(parameters)
                 scaled = plugin.pre_backward(loss * (weight / self._trainer.accumulate_grad_batches), module)
                 try:
                     plugin.backward(scaled, module, None)
@@ -159,29 +162,28 @@ class Exact:
                 missing = missing or not all(present)
                 numbers = torch.tensor([*present, *buffers.leave(shard, weight)], dtype=torch.float64)
                 tally.close(torch.cat([numbers.to(loss.device), (loss.detach().double() * weight).reshape(1)]), samples)
+            total.send()
             rows_SK = self._combined(batch, results, ranges)
-            sums = total.total()
         has_SP, buffers_SB, losses_S1 = rows_SK.split([len(parameters), len(buffers.owned), 1], 1)
         wanted = (has_SP.amax(0) > 0).tolist() if missing else [True] * len(parameters)
         # One process knows its own: no waiting for a GPU to read them back.
         buffers.install(buffers_SB.tolist() if self._world > 1 else buffers.numbers, ranges)
         for parameter, gradient in zip(parameters, older, strict=True):
             parameter.grad = gradient
-        self._installed = list(zip(parameters, sums, wanted, strict=True))
+        self._waiting = wanted
         seed_place("after", epoch, index)  # what hooks draw from here on is the same on every rank
         mean = add_rows(losses_S1)[0].float()
         return {**output, "loss": mean} if isinstance(output, dict) else mean
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if self._installed is None:
+        if self._waiting is None:
             return cast(Tensor, super().backward(closure_loss, optimizer, *args, **kwargs))  # type: ignore[misc]
-        accumulates = self._trainer.accumulate_grad_batches > 1
-        for parameter, gradient, wanted in self._installed:
-            if wanted and parameter.grad is not None:
-                parameter.grad = parameter.grad + gradient
-            elif wanted:
-                parameter.grad = gradient.clone() if accumulates else gradient  # the next batch has the same memory
-        self._installed = None
+        # Here, and not in training_step: gradients that are not wanted any more are gone, and their memory is free.
+        sums = cast(ShardSum, self._sum).total()
+        for parameter, gradient, wanted in zip(self._parameters, sums, self._waiting, strict=True):
+            if wanted:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._waiting = None
         return cast(Tensor, cast(Any, self).precision_plugin.post_backward(closure_loss, self._module))
 
     def validation_step(self, batch: Any, *args: Any) -> Any:
@@ -212,7 +214,7 @@ class Exact:
                 seed_place(*place, shard)
                 outputs.append(step(data, *args))
                 self._tally.close(torch.empty(0, dtype=torch.float64, device=self._device), samples)
-            self._combined(batch, results, filled_ranges(self.shards, self._world, batch.shards))
+            self._combined(batch, results, shard_ranges(batch.shards, self._world))
         if self.wishes.agreed_stop:
             raise Stopped(self.wishes.agreed_stop)  # what was trained is saved before each validation
         seed_place("after", *place)
@@ -266,7 +268,7 @@ class Exact:
         self._hooks = []
         like = [_dense(parameter.detach()) for parameter in parameters]
         self._sum = ShardSum(like, rank=self._rank, world=self._world)
-        self._parameters = parameters
+        self._parameters, self._uses = parameters, [0] * len(parameters)
         if self._world > 1:
             for number, parameter in enumerate(parameters):
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrived(number)))
@@ -274,7 +276,16 @@ class Exact:
 
     def _arrived(self, number: int) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            if self._filling is not None and parameter.grad is not None:
+            self._added[number] += 1
+            if self._filling is None or parameter.grad is None:
+                return
+            if number in self._pushed:
+                raise ConfigError(
+                    f"the gradient of {_name_of(parameter, self._module)} grew after it was sent: reentrant"
+                    " checkpointing used it more often than in any step before",
+                    hint="torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or trainer.devices=1",
+                )
+            if self._added[number] == self._uses[number]:  # reentrant checkpointing adds to it once a use
                 assert self._sum is not None
                 self._pushed.add(number)
                 self._sum.push(self._filling, number, _not_sparse(parameter.grad))
@@ -295,6 +306,7 @@ class Exact:
             self._sum.push(shard, number, gradient)
             parameter.grad = None
         self._pushed.clear()
+        self._uses = [max(pair) for pair in zip(self._uses, self._added, strict=True)]
         return present
 
     @property
@@ -320,6 +332,10 @@ class ExactSingleDevice(Exact, SingleDeviceStrategy):
 
 class ExactDDP(Exact, DDPStrategy):
     """Several processes, over gloo on CPUs and NCCL on GPUs."""
+
+
+def _name_of(parameter: Tensor, module: torch.nn.Module) -> str:
+    return next(name for name, each in module.named_parameters() if each is parameter)
 
 
 def _loss(output: Any) -> Any:
