@@ -17,7 +17,7 @@ import torch.distributed as dist
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from labtrain.digests import tensor_bytes
+from labtrain.digests import components, tensor_bytes
 
 MASK = (1 << 64) - 1
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}  # by size in bytes
@@ -31,7 +31,11 @@ def two_sums(tensors: Iterable[tuple[int, torch.Tensor]], *, spread: bool = Fals
         tensors: each with its number.
         spread: each rank has a part of some of them: called on all ranks at once, which all get the same.
     """
-    pairs = [(index, tensor.to_local() if isinstance(tensor, DTensor) else tensor) for index, tensor in tensors]
+    pairs = [
+        (index, part)
+        for index, tensor in tensors
+        for part in components(tensor.to_local() if isinstance(tensor, DTensor) else tensor).values()
+    ]
     device = next((tensor.device for _, tensor in pairs if not tensor.is_cpu), None)
     if device is None:
         hashes = [xxhash.xxh3_64_intdigest(tensor_bytes(tensor)) for _, tensor in pairs]

@@ -1,8 +1,9 @@
 """The weights digest: one sha256 over a state dict, the same from memory, from a checkpoint and from any language.
 
 Over the entries sorted by key: key, NUL, dtype, NUL, shape joined by commas, NUL, the raw little-endian bytes in C
-order. The dtype is torch's name without its prefix (``float32``, ``bfloat16``, ``int64``). No torch is imported here:
-a tensor is used through its own methods, and a ``.safetensors`` file is read as bytes.
+order. The dtype is torch's name without its prefix (``float32``, ``bfloat16``, ``int64``). A sparse tensor counts as
+the dense ones that it is made of (`components`). No torch is imported here: a tensor is used through its own methods,
+and a ``.safetensors`` file is read as bytes.
 """
 
 import hashlib
@@ -56,7 +57,8 @@ def digest(weights: Any) -> str:
         LabtrainError: an entry is no tensor.
     """
     state = weights if isinstance(weights, Mapping) else weights.state_dict()
-    return _digest((name, *_parts(name, state[name])) for name in sorted(state))
+    entries = dense_entries(state)
+    return _digest((name, *_parts(name, entries[name])) for name in sorted(entries))
 
 
 def digest_file(path: Path) -> str:
@@ -72,6 +74,31 @@ def digest_folder(folder: Path) -> str:
 def state_digest(state: Mapping[str, Any]) -> str:
     """Return the sha256 over a whole training state: tensors, plain values, and the weights by their digest."""
     return digest_tree({**state, "state_dict": digest(state["state_dict"])})
+
+
+def components(tensor: Any) -> dict[str, Any]:
+    """Return the dense tensors that a sparse one is made of, by name; of a dense one itself, under an empty name.
+
+    They are as they are: entries that occur twice are not added up, since that would round.
+    """
+    layout = str(getattr(tensor, "layout", "torch.strided")).removeprefix("torch.")
+    if layout in ("strided", "_mkldnn"):
+        return {"": tensor}
+    torch: Any = sys.modules["torch"]
+    tensor = tensor.detach()
+    size = [*tensor.shape, int(layout == "sparse_coo" and tensor.is_coalesced())]
+    if layout == "sparse_coo":
+        found = {"indices": tensor._indices(), "values": tensor._values()}
+    elif layout in ("sparse_csr", "sparse_bsr"):
+        found = {"indptr": tensor.crow_indices(), "indices": tensor.col_indices(), "values": tensor.values()}
+    else:
+        found = {"indptr": tensor.ccol_indices(), "indices": tensor.row_indices(), "values": tensor.values()}
+    return {f".{layout}.{name}": part for name, part in (found | {"size": torch.tensor(size)}).items()}
+
+
+def dense_entries(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict with what sparse tensors are made of in their place: `table.sparse_coo.values`, ..."""
+    return {name + part: tensor for name in state for part, tensor in components(state[name]).items()}
 
 
 def _digest(entries: Iterable[Entry]) -> str:
@@ -222,6 +249,8 @@ def _walk(node: Any, sha: Any, where: str) -> None:
             _walk(item, sha, f"{where}.{index}")
             sha.update(b",")
         sha.update(b"]")
+    elif hasattr(node, "detach") and "" not in (parts := components(node)):
+        _walk(parts, sha, where)
     elif hasattr(node, "detach"):
         dtype, shape, raw = _parts(where, node)
         sha.update(f"{dtype}{shape}".encode())
