@@ -15,7 +15,7 @@ import sys
 import sysconfig
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def plain_attributes(module: nn.Module) -> dict[str, Any]:
 
 def fingerprints(module: nn.Module) -> dict[str, str]:
     """Return a digest of each plain attribute, by dotted name: what has another one has changed."""
-    return {_joined(path, name): _fingerprint(value) for path, name, value in _plain(module)}
+    return {_joined(path, name): fingerprint(value) for path, name, value in _plain(module)}
 
 
 def snapshot(module: nn.Module, *, unlike: dict[str, str] | None = None) -> Snapshot:
@@ -105,7 +105,7 @@ def snapshot(module: nn.Module, *, unlike: dict[str, str] | None = None) -> Snap
     """
     encode, found = _Encoder(), Snapshot()
     for path, name, value in _plain(module):
-        if unlike is None or unlike.get(_joined(path, name)) != _fingerprint(value):
+        if unlike is None or unlike.get(_joined(path, name)) != fingerprint(value):
             found.setdefault(path, {})[name] = encode(value)
     return found
 
@@ -147,10 +147,31 @@ def unkept(module: nn.Module) -> Iterator[tuple[str, Any]]:
                 yield from _stateful(value, _joined(path, name), set())
 
 
-def _fingerprint(value: Any) -> str:
-    """Return what tells a value from any other; of a scalar it is the text itself, since a model has thousands."""
+def fingerprint(value: Any) -> str:
+    """Return what tells a plain value from any other; of a scalar the text itself, since a model has thousands.
+
+    Of a value that is not plain it is the type.
+    """
     kind = type(value)
-    return f"{kind.__name__} {value!r}" if kind in SCALARS else digest_tree(_Encoder()(value))
+    if kind in SCALARS or not _is_plain(value, ()):
+        return f"{kind.__name__} {value!r}" if kind in SCALARS else kind.__qualname__
+    return digest_tree(_Encoder()(value))
+
+
+def encode(values: dict[Any, Any]) -> list[tuple[Any, Any]]:
+    """Return the plain ones of these values as tensors of the CPU and plain values, which one rank can send another."""
+    return [(key, _on_cpu(_Encoder()(value))) for key, value in values.items() if _is_plain(value, ())]
+
+
+def decode(sent: list[tuple[Any, Any]], *, device: torch.device) -> dict[Any, Any]:
+    """Return what `encode` was given, with tensors on the device if they were on one."""
+    return {key: _Decoder(device)(node) for key, node in sent}
+
+
+def _on_cpu(node: Any) -> Any:
+    if isinstance(node, tuple | list):
+        return type(node)(map(_on_cpu, node))
+    return node.cpu() if isinstance(node, torch.Tensor) else node
 
 
 def _joined(path: str, name: str) -> str:
@@ -172,7 +193,7 @@ class _Storages:
         self.module = module
         self.pointers: set[int] | None = None
 
-    def __contains__(self, tensor: torch.Tensor) -> bool:
+    def __contains__(self, tensor: Any) -> bool:
         if self.pointers is None:
             weights = [*self.module.parameters(), *self.module.buffers()]
             self.pointers = {_pointer(weight) for weight in weights} - {0}
@@ -184,7 +205,7 @@ def _pointer(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
-def _is_plain(value: Any, storages: _Storages, inside: tuple[int, ...] = ()) -> bool:
+def _is_plain(value: Any, storages: Container[torch.Tensor], inside: tuple[int, ...] = ()) -> bool:
     kind = type(value)
     if kind in SCALARS:
         return True
@@ -317,11 +338,12 @@ def _is_own(kind: type[Any]) -> bool:
     if kind not in _own_classes:
         bases = [base for base in kind.__mro__ if base.__module__ not in ("builtins", "abc", "typing")]
         builtin = [base for base in kind.__mro__ if base.__module__ == "builtins" and base is not object]
-        _own_classes[kind] = bool(bases) and not builtin and all(map(_is_own_module, bases))
+        _own_classes[kind] = bool(bases) and not builtin and all(map(is_experiments, bases))
     return _own_classes[kind]
 
 
-def _is_own_module(kind: type[Any]) -> bool:
+def is_experiments(kind: type[Any]) -> bool:
+    """Return whether a class is defined in the experiment's code, and not in a library."""
     if kind.__module__.partition(".")[0] == "labtrain":
         return False
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
@@ -350,4 +372,4 @@ def _stateful(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]
 
 def _derived_by_experiment(kind: type[Any]) -> bool:
     """Return whether a class of the experiment is a list, dict, set or deque with something of its own."""
-    return kind not in (*DICTS, *SEQUENCES) and issubclass(kind, list | dict | set | deque) and _is_own_module(kind)
+    return kind not in (*DICTS, *SEQUENCES) and issubclass(kind, list | dict | set | deque) and is_experiments(kind)

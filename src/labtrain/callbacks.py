@@ -99,6 +99,7 @@ class Trail(pl.Callback):
         self.spread = False
         self.numbers: dict[int, int] = {}  # of each parameter, by id: its place in `tensor_names`
         self.gradients: torch.Tensor | None = None  # their sums, of the step that is being done
+        self.loss: torch.Tensor | None = None  # of its batches so far; Lightning has divided each by their number
         self.pending: tuple[dict[str, Any], torch.Tensor] | None = None
         self.copied: torch.cuda.Event | None = None
 
@@ -133,19 +134,24 @@ class Trail(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self.last_step or step % self.every_n_steps:
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:  # manual optimization returns what it likes
+            exact = loss.detach().double().reshape(1)
+            more = self.loss is not None and pl_module.automatic_optimization
+            self.loss = self.loss + exact if more else exact  # type: ignore[operator]
+        if step == self.last_step:
             return
         self.last_step = step
+        loss, self.loss = self.loss, None
         gradients, self.gradients = self.gradients, None
+        if step % self.every_n_steps:
+            return
         if self.file is None and not self.spread:
             return
         weights = two_sums(enumerate(pl_module.state_dict().values()), spread=self.spread)
         if self.file is None:
             return
         self.flush()
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:  # manual optimization returns what it likes
-            loss = None
         loader = trainer.train_dataloader
         line = {
             "step": step,
@@ -154,8 +160,8 @@ class Trail(pl.Callback):
             "batch": xxhash.xxh3_64_hexdigest(tensor_bytes(loader.indices)) if isinstance(loader, DataLoader) else None,
             "gradients": gradients is not None,
         }
-        exact = torch.zeros((), dtype=torch.float64) if loss is None else loss.detach().double()
-        parts = [exact.reshape(1).view(torch.int64), weights, weights if gradients is None else gradients]
+        exact = torch.zeros(1, dtype=torch.float64) if loss is None else loss
+        parts = [exact.view(torch.int64), weights, weights if gradients is None else gradients]
         packed = torch.cat([part.to(weights.device) for part in parts])  # (5,)
         self.pending = line, packed
         if packed.device.type == "cuda":

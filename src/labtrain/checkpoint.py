@@ -9,8 +9,10 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 
 from labtrain.catalog import kept
+from labtrain.checksums import first_unlike
 from labtrain.digests import state_digest
 from labtrain.errors import LabtrainError
 from labtrain.files import is_spread, load_folder
@@ -18,6 +20,7 @@ from labtrain.loggers import log_positions
 from labtrain.loop import PLACE, EpochLoop
 from labtrain.saver import Saver
 from labtrain.store import Manifest
+from labtrain.strategy import Exact
 
 
 class Checkpoints(pl.Callback):
@@ -108,6 +111,7 @@ class Checkpoints(pl.Callback):
         if not required and not self.keep_best and trainer.strategy.broadcast(self.saver.busy):
             wishes.owed = trainer.is_global_zero
             return
+        check_ranks(trainer)
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         del state["loops"]
         state[PLACE] = loop_of(trainer).place()
@@ -140,6 +144,7 @@ class Checkpoints(pl.Callback):
         Returns:
             the digest of the state that is saved last; None where nothing is, or it is spread over the ranks.
         """
+        check_ranks(trainer)
         saver, spread = self.saver, self.saver.group is not None
 
         def agreed(rank_zeros: bool) -> bool:
@@ -167,6 +172,24 @@ class Checkpoints(pl.Callback):
             return
         if self.keep_best and self.monitor in trainer.callback_metrics:
             self.saver.score(self.newest[0], float(trainer.callback_metrics[self.monitor]))
+
+
+def check_ranks(trainer: pl.Trainer) -> None:
+    """Compare the weights of all ranks, where each has all of them; called on every rank.
+
+    Raises:
+        LabtrainError: they differ, so what would be saved is that of rank 0 alone.
+    """
+    if trainer.world_size == 1 or not isinstance(trainer.strategy, DDPStrategy):
+        return
+    named: list[tuple[str, torch.Tensor]] = [*trainer.lightning_module.named_parameters()]
+    if isinstance(trainer.strategy, Exact):  # else BatchNorm's statistics are those of a rank
+        named += list(trainer.lightning_module.named_buffers())
+    if (name := first_unlike(named)) is not None:
+        raise LabtrainError(
+            f"{name} differs between the ranks after step {trainer.global_step}: code changed it on some of them",
+            hint="change weights on every rank alike: look for global_rank, rank_zero_only and random numbers in hooks",
+        )
 
 
 def as_floats(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -53,6 +53,24 @@ def two_sums(tensors: Iterable[tuple[int, torch.Tensor]], *, spread: bool = Fals
     return torch.stack([there.sum(), (there * odd).sum()])
 
 
+def first_unlike(named: Sequence[tuple[str, torch.Tensor]]) -> str | None:
+    """Return the name of the first tensor that is not the same on all ranks; called on all of them at once.
+
+    Args:
+        named: the same names on each rank.
+    """
+    sums = two_sums(enumerate(tensor for _, tensor in named))
+    if named and not named[0][1].is_cpu:
+        sums = sums.to(named[0][1].device)
+    gathered = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, sums)
+    if all(each.tolist() == gathered[0].tolist() for each in gathered):
+        return None
+    hashes: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(hashes, [int(two_sums([(0, tensor)])[0]) for _, tensor in named])
+    return next(name for (name, _), each in zip(named, zip(*hashes, strict=True), strict=True) if len(set(each)) > 1)
+
+
 def device_hash(tensor: torch.Tensor) -> torch.Tensor:
     """Return an int64 scalar that depends on every bit of `tensor`, computed where the tensor is.
 

@@ -228,11 +228,12 @@ class DataLoader:
             seed_all(draws.seed, "transform", draws.epoch, int(indices[0]))
         return apply(self.transforms, raw, draws)
 
-    def smallest_shard(self) -> int:
-        """Return how many samples the smallest shard of an epoch has."""
-        rest = len(self.dataset) % self.batch_size
-        sizes = [self.batch_size] if self.drop_last or not rest else [self.batch_size, rest]
-        return min(min(np.diff(self._cuts(size)).tolist()) for size in sizes if size <= len(self.dataset))
+    def shard_sizes(self) -> tuple[list[int], list[int]]:
+        """Return the samples of each shard of a whole batch and of a smaller last one; empty if an epoch has none."""
+        whole, rest = divmod(len(self.dataset), self.batch_size)
+        sizes = self.batch_size if whole else 0, 0 if self.drop_last else rest
+        whole_cuts, last_cuts = (self._cuts(size) if self._shards is not None and size else [] for size in sizes)
+        return np.diff(whole_cuts).tolist(), np.diff(last_cuts).tolist()
 
     def _cuts(self, samples: int) -> list[int]:
         """Return where a batch is cut: evenly, a smaller last one into as many shards as have two samples each."""

@@ -12,7 +12,7 @@ then averaged over the samples, once a step. The loss is taken for what it nearl
 Lightning 2.6: strategies/strategy.py and strategies/ddp.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -27,12 +27,13 @@ from torch import Tensor
 from labtrain.buffers import Buffers
 from labtrain.determinism import seed_place
 from labtrain.errors import ConfigError
-from labtrain.guard import explain_backward
+from labtrain.guard import Guard, explain_backward
 from labtrain.loader import DataLoader, Sharded
 from labtrain.metrics import add_rows
 from labtrain.reduction import ShardSum, shard_ranges
 from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
+from labtrain.watch import Watch
 
 
 class Exact:
@@ -79,7 +80,12 @@ class Exact:
                 )
         self._trainer = trainer
         self._tally = Tally(module)
-        self._buffers = Buffers(module, shards=self.shards, rank=self._rank, world=self._world)
+        guard = next((each for each in trainer.callbacks if isinstance(each, Guard)), None)  # type: ignore[attr-defined]
+        place: dict[str, Any] = {"device": self._device, "rank": self._rank, "world": self._world}
+        self._buffers = Buffers(module, **place, judge=guard.judge if guard else _no_judge)
+        self._watch: Watch | None = None
+        if guard is not None and guard.mode != "off" and self.shards > 1:
+            self._watch = Watch(module, **place, judge=guard.judge, say=guard.say)
         # Lightning runs this before the strategy gets the batch: put it off until a shard is at hand.
         transfer = type(module)._on_before_batch_transfer
         module._on_before_batch_transfer = (  # type: ignore[method-assign]
@@ -115,6 +121,15 @@ class Exact:
             return tensor
         return super().reduce(tensor, group, reduce_op)  # type: ignore[misc]
 
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        if self._inside:
+            raise ConfigError(
+                f"self.all_gather in a step: with determinism.shards={self.shards} it would gather a part of the batch"
+                " that depends on the number of devices",
+                hint="determinism.shards=1, on one device: a step then has the whole batch",
+            )
+        return cast(Tensor, super().all_gather(tensor, group, sync_grads))  # type: ignore[misc]
+
     def training_step(self, batch: Any, *args: Any) -> Any:
         loop = self._trainer.fit_loop.epoch_loop
         epoch, index = cast(Any, self._trainer.fit_loop.epoch_progress.current).processed, loop.batch_idx
@@ -122,25 +137,32 @@ class Exact:
             return self._whole(batch, epoch, index, *args)
         assert isinstance(batch, Sharded)  # guard.py
         module, plugin, tally, buffers = self._module, cast(Any, self).precision_plugin, self._tally, self._buffers
+        watch = self._watch
         ranges = shard_ranges(batch.shards, self._world)
         parameters = self._prepare()
         total = cast(ShardSum, self._sum)
         total.begin(ranges)
         buffers.begin()
+        if watch is not None:
+            watch.begin()
         older = [parameter.grad for parameter in parameters]  # of batches that are accumulated
         output: Any = None
         missing = not batch.parts  # a gradient, on this rank: then only the others know whether there is one
         with self._scratch(loop) as results:
             tally.begin(training=True)
             for number, (shard, samples, data) in enumerate(batch.parts):
+                last = number == len(batch.parts) - 1
                 if number:
                     buffers.restore()
+                    if watch is not None:
+                        watch.restore()
                 for parameter in parameters:
                     parameter.grad = None
                 data = self._moved(data, 0)
                 loop._results = tally.open(data, samples)
                 seed_place("shard", epoch, index, shard)
-                output = super().training_step(data, *args)  # type: ignore[misc]
+                with _alone():
+                    output = super().training_step(data, *args)  # type: ignore[misc]
                 loss = _loss(output)
                 if loss is None:
                     raise ConfigError(
@@ -148,7 +170,7 @@ class Exact:
                         hint="return the loss of every shard, 0 * loss to leave one out; or determinism.shards=null",
                     )
                 weight = samples / batch.samples
-                self._filling = shard if number == len(batch.parts) - 1 else None
+                self._filling = shard if last else None
                 self._added = [0] * len(parameters)
                 scaled = plugin.pre_backward(loss * (weight / self._trainer.accumulate_grad_batches), module)
                 try:
@@ -160,14 +182,20 @@ class Exact:
                 self._filling = None
                 present = self._push(shard, parameters)
                 missing = missing or not all(present)
-                numbers = torch.tensor([*present, *buffers.leave(shard, weight)], dtype=torch.float64)
+                watched = watch.leave(shard, last=last) if watch is not None else []
+                numbers = torch.tensor([*present, *buffers.leave(shard, weight), *watched], dtype=torch.float64)
                 tally.close(torch.cat([numbers.to(loss.device), (loss.detach().double() * weight).reshape(1)]), samples)
             total.send()
             rows_SK = self._combined(batch, results, ranges)
-        has_SP, buffers_SB, losses_S1 = rows_SK.split([len(parameters), len(buffers.owned), 1], 1)
+        num_watched = Watch.NUMBERS if watch is not None else 0
+        has_SP, buffers_SB, watched_S3, losses_S1 = rows_SK.split(
+            [len(parameters), len(buffers.owned) + 1, num_watched, 1], 1
+        )
         wanted = (has_SP.amax(0) > 0).tolist() if missing else [True] * len(parameters)
         # One process knows its own: no waiting for a GPU to read them back.
         buffers.install(buffers_SB.tolist() if self._world > 1 else buffers.numbers, ranges)
+        if watch is not None:
+            watch.end(watched_S3.tolist() if self._world > 1 else watch.numbers, ranges)
         for parameter, gradient in zip(parameters, older, strict=True):
             parameter.grad = gradient
         self._waiting = wanted
@@ -212,7 +240,8 @@ class Exact:
                 data = self._moved(data, which or 0)
                 loop._results = self._tally.open(data, samples, which)
                 seed_place(*place, shard)
-                outputs.append(step(data, *args))
+                with _alone():
+                    outputs.append(step(data, *args))
                 self._tally.close(torch.empty(0, dtype=torch.float64, device=self._device), samples)
             self._combined(batch, results, shard_ranges(batch.shards, self._world))
         if self.wishes.agreed_stop:
@@ -332,6 +361,25 @@ class ExactSingleDevice(Exact, SingleDeviceStrategy):
 
 class ExactDDP(Exact, DDPStrategy):
     """Several processes, over gloo on CPUs and NCCL on GPUs."""
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hide the process group: what a shard computes must not depend on the number of processes."""
+    world = dist.distributed_c10d._world if dist.is_available() else None
+    group = world.default_pg if world is not None else None
+    if world is None or group is None:
+        yield
+        return
+    world.default_pg = None
+    try:
+        yield
+    finally:
+        world.default_pg = group
+
+
+def _no_judge(what: str, hint: str) -> None:
+    """Let everything pass: there is no Guard, as in a search for the batch size."""
 
 
 def _name_of(parameter: Tensor, module: torch.nn.Module) -> str:
