@@ -10,6 +10,7 @@ through `.data` or numpy raises no version. The checksum reads all of it in a pr
 that moves on.
 """
 
+import itertools
 import operator
 import zlib
 from collections import deque
@@ -86,14 +87,14 @@ class Watch:
 
         Args:
             shard: its number.
-            last: of this rank, in this step.
+            last: of this rank, in this step: only then are the parameters looked at.
 
         Returns:
             Three numbers: 0.0, or the first changed parameter's number and one; 0.0, or a number of the changed
             attributes' names; one of their values.
         """
         self._left = self._attributes.changes()
-        self.numbers.append(self._numbers(shard, float(self._weights.changed(whole=last))))
+        self.numbers.append(self._numbers(shard, float(self._weights.changed()) if last else 0.0))
         return self.numbers[-1]
 
     def _numbers(self, shard: int, parameter: float) -> list[float]:
@@ -167,7 +168,8 @@ class Weights:
         self.module = module
         self.names: list[str] = []
         self._parameters: list[Tensor] = []
-        self._tables: list[tuple[dict[str, Any], list[Any]]] = []  # each module's own parameters
+        self._tables: list[dict[str, Any]] = []  # each module's own parameters and submodules
+        self._members: list[Any] = []
         self._state: list[Any] = []
         self._memory: Memory | None = None
         self._sums: list[int] = []
@@ -179,8 +181,8 @@ class Weights:
             named = dict(self.module.named_parameters())
             self.names, self._parameters = [*named, "a new parameter"], list(named.values())
             parts = list(self.module.modules())
-            tables = [part._parameters for part in parts if part._parameters] + [part._modules for part in parts]
-            self._tables = [(table, list(table.values())) for table in tables]
+            self._tables = [table for part in parts for table in (part._parameters, part._modules) if table]
+            self._members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
             self._memory = None
         state = self._now()
         if self._memory is None or state[1] != self._memory.addresses:
@@ -188,12 +190,8 @@ class Weights:
         self._state = state
         self._sums = self._memory.checksums(self._step)
 
-    def changed(self, *, whole: bool) -> int:
-        """Return 0, or the number of the first parameter that was changed since `begin`, from 1.
-
-        Args:
-            whole: compare the checksum too; once a step.
-        """
+    def changed(self) -> int:
+        """Return 0, or the number of the first parameter that was changed since `begin`, from 1."""
         assert self._memory is not None
         if self._is_other():
             named = dict(self.module.named_parameters())
@@ -203,12 +201,9 @@ class Weights:
         for then, each in zip(self._state, now, strict=True):
             if then != each:
                 return 1 + list(map(operator.eq, then, each)).index(False)
-        if whole:
-            sums, step = self._memory.checksums(self._step), self._step
-            self._step += 1
-            if sums != self._sums:
-                return 1 + self._memory.first_unlike(step, self._sums, sums)
-        return 0
+        sums, step = self._memory.checksums(self._step), self._step
+        self._step += 1
+        return 0 if sums == self._sums else 1 + self._memory.first_unlike(step, self._sums, sums)
 
     def _now(self) -> list[list[Any]]:
         """Return versions, addresses and whether a gradient is computed."""
@@ -221,7 +216,8 @@ class Weights:
 
     def _is_other(self) -> bool:
         """Return whether a module has other parameters or submodules than it had."""
-        return any(len(table) != len(then) or not all(map(is_, table.values(), then)) for table, then in self._tables)
+        members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
+        return len(members) != len(self._members) or not all(map(is_, members, self._members))
 
 
 class Memory:
