@@ -18,7 +18,7 @@ from labtrain.checksums import shown_sums, two_sums
 from labtrain.determinism import fill_new_memory, seed_place
 from labtrain.digests import tensor_bytes
 from labtrain.files import is_spread
-from labtrain.loader import DataLoader, Sharded
+from labtrain.loader import DataLoader
 from labtrain.trail import cut_trail
 
 
@@ -63,22 +63,23 @@ class BatchSizes(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._tell(trainer, batch)
+        self._tell(trainer)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._tell(trainer, batch)
+        self._tell(trainer)
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._tell(trainer, batch)
+        self._tell(trainer)
 
     @staticmethod
-    def _tell(trainer: pl.Trainer, batch: Any) -> None:
-        if isinstance(batch, Sharded) and trainer._results is not None:
-            trainer._results.batch_size = batch.samples
+    def _tell(trainer: pl.Trainer) -> None:
+        samples = getattr(trainer.strategy, "samples", None)
+        if samples is not None and trainer._results is not None:
+            trainer._results.batch_size = samples
 
 
 class Trail(pl.Callback):

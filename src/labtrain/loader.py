@@ -142,6 +142,13 @@ class DataLoader:
             )
         self._shards, self._place = shards, (rank, world)
 
+    def calls(self, batch: int) -> int:
+        """Return how often a step is called with the batch of that number in its epoch, on this rank."""
+        if self._shards is None:
+            return 1
+        samples = min(self.batch_size, len(self.dataset) - batch * self.batch_size)
+        return len(shard_range(len(self._cuts(samples)) - 1, *self._place))
+
     def __len__(self) -> int:
         """Return the number of batches that this rank gets in an epoch."""
         whole, rest = divmod(len(self.dataset), self.batch_size)

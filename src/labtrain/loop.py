@@ -29,7 +29,7 @@ from labtrain.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
 from labtrain.metrics import hold, metrics_of, release
 from labtrain.signals import Stopped, Wishes
 from labtrain.strategy import Exact
-from labtrain.tally import Results, global_already
+from labtrain.tally import Results, global_already, is_global
 
 PLACE = "labtrain"  # its key in Lightning's checkpoint dictionary
 
@@ -144,7 +144,7 @@ class EpochLoop(_TrainingEpochLoop):
                 {
                     "key": key,
                     "meta": meta | {"reduce_fx": entry.meta.reduce_fx.__name__},
-                    "sync": [sync.fn is global_already, sync.should, sync.rank_zero_only],
+                    "sync": [is_global(entry), sync.should, sync.rank_zero_only],
                     "is_tensor": entry.is_tensor,
                     "value": entry.value if entry.is_tensor else None,
                     "weight": getattr(entry, "cumulated_batch_size", None) if entry.is_tensor else None,

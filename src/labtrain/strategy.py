@@ -22,18 +22,22 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from labtrain.buffers import Buffers
 from labtrain.determinism import seed_place
 from labtrain.errors import ConfigError
 from labtrain.guard import Guard, explain_backward
+from labtrain.hooks import Handed, Takers, joined_outputs, of_no_shard
 from labtrain.loader import DataLoader, Sharded
 from labtrain.metrics import add_rows
 from labtrain.reduction import ShardSum, shard_ranges
 from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
 from labtrain.watch import Watch
+
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class Exact:
@@ -58,6 +62,9 @@ class Exact:
         self._filling: int | None = None  # the shard whose gradients go as they come
         self._waiting: list[bool] | None = None  # which gradients the step's sums are to be put into
         self._inside = False  # a shard's step: what it logs is combined later
+        self._handed: Handed | None = None  # the batch as hooks have it
+        self.samples: int | None = None  # of the whole batch that is at hand
+        self.on_reduce: Callable[[list[Tensor], bool, str], None] | None = None  # told of values of all ranks
 
     # ------------------------------------------------------------------------------------------- called by the Trainer
 
@@ -78,7 +85,12 @@ class Exact:
                     f"{name or 'the model'} is a SyncBatchNorm: its statistics are summed in the order of the devices",
                     hint="BatchNorm, whose statistics are then those of a shard; or determinism.shards=null",
                 )
-        self._trainer = trainer
+        self._trainer, self._takers = trainer, Takers(trainer)
+        self._seeds_transfer = any(
+            is_overridden(hook, each)
+            for hook in TRANSFER_HOOKS
+            for each in (module, trainer.datamodule)  # type: ignore
+        )
         self._tally = Tally(module)
         guard = next((each for each in trainer.callbacks if isinstance(each, Guard)), None)  # type: ignore[attr-defined]
         place: dict[str, Any] = {"device": self._device, "rank": self._rank, "world": self._world}
@@ -107,9 +119,16 @@ class Exact:
         return super().process_dataloader(loader)  # type: ignore[misc]
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        if isinstance(batch, Sharded):
+        if not isinstance(batch, Sharded):
+            self.samples = None
+            return super().batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
+        self.samples = batch.samples
+        if self.shards > 1 and not self._takers.batch:
             return batch
-        return super().batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
+        loop: Any = self._trainer._active_loop
+        index = getattr(loop, "epoch_loop", loop).batch_progress.current.ready
+        self._handed = self._hand(batch, dataloader_idx, *self._when(), dataloader_idx, index)
+        return self._handed.batch
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Return a tensor that is the same on all ranks as it is: a mean of three equal numbers may not be equal."""
@@ -117,7 +136,10 @@ class Exact:
             return tensor
         gathered = [torch.empty_like(tensor) for _ in range(self._world)]
         dist.all_gather(gathered, tensor.contiguous(), group=group)
-        if reduce_op in ("mean", "avg") and all(torch.equal(other, tensor) for other in gathered):
+        equal = all(torch.equal(other, tensor) for other in gathered)
+        if self.on_reduce is not None:
+            self.on_reduce(gathered, equal, str(reduce_op))
+        if reduce_op in ("mean", "avg") and equal:
             return tensor
         return super().reduce(tensor, group, reduce_op)  # type: ignore[misc]
 
@@ -135,6 +157,7 @@ class Exact:
         epoch, index = cast(Any, self._trainer.fit_loop.epoch_progress.current).processed, loop.batch_idx
         if self.shards == 1:
             return self._whole(batch, epoch, index, *args)
+        batch, moved = self._shards_of(batch)
         assert isinstance(batch, Sharded)  # guard.py
         module, plugin, tally, buffers = self._module, cast(Any, self).precision_plugin, self._tally, self._buffers
         watch = self._watch
@@ -146,7 +169,7 @@ class Exact:
         if watch is not None:
             watch.begin()
         older = [parameter.grad for parameter in parameters]  # of batches that are accumulated
-        output: Any = None
+        outputs: list[tuple[int, Any]] = []  # samples, and what the step returned, for hooks
         missing = not batch.parts  # a gradient, on this rank: then only the others know whether there is one
         with self._scratch(loop) as results:
             tally.begin(training=True)
@@ -158,7 +181,7 @@ class Exact:
                         watch.restore()
                 for parameter in parameters:
                     parameter.grad = None
-                data = self._moved(data, 0)
+                data = data if moved else self._moved(data, 0, *self._when(), 0, index, shard)
                 loop._results = tally.open(data, samples)
                 seed_place("shard", epoch, index, shard)
                 with _alone():
@@ -183,6 +206,8 @@ class Exact:
                 present = self._push(shard, parameters)
                 missing = missing or not all(present)
                 watched = watch.leave(shard, last=last) if watch is not None else []
+                if self._takers.outputs:
+                    outputs.append((samples, output))
                 numbers = torch.tensor([*present, *buffers.leave(shard, weight), *watched], dtype=torch.float64)
                 tally.close(torch.cat([numbers.to(loss.device), (loss.detach().double() * weight).reshape(1)]), samples)
             total.send()
@@ -201,7 +226,8 @@ class Exact:
         self._waiting = wanted
         seed_place("after", epoch, index)  # what hooks draw from here on is the same on every rank
         mean = add_rows(losses_S1)[0].float()
-        return {**output, "loss": mean} if isinstance(output, dict) else mean
+        whole = self._as_one(outputs, ranges)
+        return {**whole, "loss": mean} if isinstance(whole, dict) else mean
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self._waiting is None:
@@ -226,28 +252,67 @@ class Exact:
         return _loss(super().training_step(data, *args))  # type: ignore[misc]
 
     def _evaluate(self, step: Callable[..., Any], batch: Any, *args: Any) -> Any:
-        """Run a validation or test step once a shard; return its output, or a list where this rank has more shards."""
+        """Run a validation or test step once a shard; return what hooks get as its outputs."""
+        batch, moved = self._shards_of(batch)
         if not isinstance(batch, Sharded):
             return step(batch, *args)
         loop = self._trainer._evaluation_loop
         index = loop.batch_progress.current.ready - 1
-        which, stage = loop._results.dataloader_idx, str(self._trainer.state.stage)
-        place = (stage, self._trainer.global_step, which or 0, index)
-        outputs = []
+        which, ranges = loop._results.dataloader_idx, shard_ranges(batch.shards, self._world)
+        place = (*self._when(), which or 0, index)
+        outputs: list[tuple[int, Any]] = []
         with self._scratch(loop) as results:
             self._tally.begin(training=False)
             for shard, samples, data in batch.parts:
-                data = self._moved(data, which or 0)
+                data = data if moved else self._moved(data, which or 0, *place, shard)
                 loop._results = self._tally.open(data, samples, which)
                 seed_place(*place, shard)
                 with _alone():
-                    outputs.append(step(data, *args))
+                    output = step(data, *args)
+                if self._takers.outputs:
+                    outputs.append((samples, output))
                 self._tally.close(torch.empty(0, dtype=torch.float64, device=self._device), samples)
-            self._combined(batch, results, shard_ranges(batch.shards, self._world))
+            self._combined(batch, results, ranges)
         if self.wishes.agreed_stop:
             raise Stopped(self.wishes.agreed_stop)  # what was trained is saved before each validation
         seed_place("after", *place)
-        return outputs[0] if len(outputs) == 1 else outputs or None
+        return self._as_one(outputs, ranges)
+
+    def _hand(self, batch: Sharded, dataloader_idx: int, *place: int | str) -> Handed:
+        """Move a batch's shards to the device, and join them for hooks."""
+        parts = [
+            (shard, samples, self._moved(data, dataloader_idx, *place, shard)) for shard, samples, data in batch.parts
+        ]
+        like = None
+        if batch.shards < self._world:
+            mine = [(samples, data) for _, samples, data in parts]
+            like = of_no_shard(mine, average=False, device=self._device)
+        return Handed(Sharded(parts, samples=batch.samples, shards=batch.shards), like)
+
+    def _shards_of(self, batch: Any) -> tuple[Any, bool]:
+        """Return the shards of a batch as hooks had it, and whether they are on the device."""
+        if self._handed is None or batch is not self._handed.batch:
+            return batch, False
+        if self.shards > 1:
+            self._handed.check(self._trainer)
+        return self._handed.sharded, True
+
+    def _as_one(self, outputs: list[tuple[int, Any]], ranges: list[range]) -> Any:
+        """Return what hooks get for the outputs of this rank's shards."""
+        if not self._takers.outputs:
+            return None
+        if not all(ranges):
+            like = of_no_shard(outputs, average=True, device=self._device)
+            if not outputs:
+                return like
+        return joined_outputs([output for _, output in outputs], [samples for samples, _ in outputs])
+
+    def _when(self) -> tuple[str, int]:
+        """Return the stage, and the epoch of training or the step of an evaluation."""
+        trainer = self._trainer
+        if trainer.training:
+            return "train", cast(Any, trainer.fit_loop.epoch_progress.current).processed
+        return str(trainer.state.stage), trainer.global_step
 
     def _combined(self, batch: Sharded, results: Any, ranges: list[range]) -> Tensor:
         """Bring together what all shards logged, and what all ranks wish; return the numbers that were put in front."""
@@ -263,12 +328,8 @@ class Exact:
 
     def _whole(self, batch: Any, epoch: int, index: int, *args: Any) -> Any:
         """Run a step of one shard as Lightning itself would: nothing is to be combined."""
-        data = batch
-        if isinstance(batch, Sharded):
-            data = self._moved(batch.parts[0][2], 0)
-            self._trainer.fit_loop.epoch_loop._results.batch = data
         seed_place("shard", epoch, index, 0)
-        output = super().training_step(data, *args)  # type: ignore[misc]
+        output = super().training_step(batch, *args)  # type: ignore[misc]
         self.wishes.agree(*self.wishes.numbers())
         return output
 
@@ -281,8 +342,10 @@ class Exact:
         finally:
             loop._results, self._inside = results, False
 
-    def _moved(self, data: Any, dataloader_idx: int) -> Any:
+    def _moved(self, data: Any, dataloader_idx: int, *place: int | str) -> Any:
         """Do to a shard what Lightning does to a batch before its step."""
+        if self._seeds_transfer:
+            seed_place("transfer", *place)
         data = cast(Any, self).precision_plugin.convert_input(data)
         data = type(self._module)._on_before_batch_transfer(self._module, data, dataloader_idx)
         return super().batch_to_device(data, dataloader_idx=dataloader_idx)  # type: ignore[misc]

@@ -81,6 +81,28 @@ class Logged(_ResultMetric):
             self.place = place, options
         return self
 
+    def forward(self, value: Any, batch_size: int) -> None:
+        """Log a value; its name is known while ranks exchange it."""
+        global _being_logged
+        _being_logged = self.meta.name
+        try:
+            super().forward(value, batch_size)
+        finally:
+            _being_logged = None
+
+
+_being_logged: str | None = None
+
+
+def being_logged() -> str | None:
+    """Return the name of the value that `self.log` is at."""
+    return _being_logged
+
+
+def is_global(entry: _ResultMetric) -> bool:
+    """Return whether a step logged an entry: its value is that of all ranks."""
+    return entry.meta.sync.fn is global_already
+
 
 class Tally:
     """Collects and combines; one for a model.
