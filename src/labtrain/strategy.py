@@ -7,7 +7,8 @@ optimizer, schedulers, callbacks and loggers are Lightning's own and see one ste
 `global_step`, `batch_idx`, `val_check_interval` and schedules do not depend on it either.
 
 Every shard is run under its own (seed, epoch, batch, shard), from the buffers that the step began with; buffers are
-then averaged over the samples, once a step. The loss is taken for what it nearly always is, a mean over the samples.
+then averaged over the samples, once a step. The loss is taken for a mean over the samples, unless the step returns its
+weight: objective.py.
 
 Lightning 2.6: strategies/strategy.py and strategies/ddp.py.
 """
@@ -29,7 +30,7 @@ from labtrain.determinism import seed_place
 from labtrain.errors import ConfigError
 from labtrain.guard import explain_backward
 from labtrain.loader import DataLoader, Sharded
-from labtrain.metrics import add_rows
+from labtrain.objective import weight_of, weighted_mean, weighted_row
 from labtrain.reduction import ShardSum, filled_ranges
 from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
@@ -145,32 +146,40 @@ class Exact:
                         f"training_step returned no loss for shard {shard} of batch {index}",
                         hint="return the loss of every shard, 0 * loss to leave one out; or determinism.shards=null",
                     )
-                weight = samples / batch.samples
-                self._filling = shard if number == len(batch.parts) - 1 else None
-                scaled = plugin.pre_backward(loss * (weight / self._trainer.accumulate_grad_batches), module)
-                try:
-                    plugin.backward(scaled, module, None)
-                except RuntimeError as error:
+                weight, given = samples / batch.samples, weight_of(output)
+                share = weight if given is None else given / batch.samples
+                if share:  # else a mean over nothing: 0 * NaN would be NaN
+                    self._filling = shard if number == len(batch.parts) - 1 else None
+                    scaled = plugin.pre_backward(loss * (share / self._trainer.accumulate_grad_batches), module)
+                    try:
+                        plugin.backward(scaled, module, None)
+                    except RuntimeError as error:
+                        self._filling = None
+                        explain_backward(error, module, partial(self._loss_again, data, *args))
+                        raise
                     self._filling = None
-                    explain_backward(error, module, partial(self._loss_again, data, *args))
-                    raise
-                self._filling = None
                 present = self._push(shard, parameters)
                 missing = missing or not all(present)
                 numbers = torch.tensor([*present, *buffers.leave(shard, weight)], dtype=torch.float64)
-                tally.close(torch.cat([numbers.to(loss.device), (loss.detach().double() * weight).reshape(1)]), samples)
+                last = weighted_row(loss.detach(), share, returned=given is not None)
+                front = torch.cat([numbers.to(loss.device), last])
+                tally.close(front, samples, None if given is None else (loss.detach(), given))
             rows_SK = self._combined(batch, results, ranges)
             sums = total.total()
-        has_SP, buffers_SB, losses_S1 = rows_SK.split([len(parameters), len(buffers.owned), 1], 1)
+        at = len(parameters), len(parameters) + len(buffers.owned)
+        has_SP, buffers_SB, losses_SN = rows_SK.tensor_split(at, 1)
         wanted = (has_SP.amax(0) > 0).tolist() if missing else [True] * len(parameters)
+        if not any(wanted):  # no shard had any weight: zeros, since a GradScaler wants a gradient
+            wanted = [True] * len(parameters)
         # One process knows its own: no waiting for a GPU to read them back.
         buffers.install(buffers_SB.tolist() if self._world > 1 else buffers.numbers, ranges)
         for parameter, gradient in zip(parameters, older, strict=True):
             parameter.grad = gradient
         self._installed = list(zip(parameters, sums, wanted, strict=True))
         seed_place("after", epoch, index)  # what hooks draw from here on is the same on every rank
-        mean = add_rows(losses_S1)[0].float()
-        return {**output, "loss": mean} if isinstance(output, dict) else mean
+        mean, total_share = weighted_mean(losses_SN, sums)
+        combined = {"loss": mean} if total_share is None else {"loss": mean, "weight": total_share * batch.samples}
+        return {**output, **combined} if isinstance(output, dict) else mean
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self._installed is None:
