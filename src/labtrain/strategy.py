@@ -7,7 +7,8 @@ optimizer, schedulers, callbacks and loggers are Lightning's own and see one ste
 `global_step`, `batch_idx`, `val_check_interval` and schedules do not depend on it either.
 
 Every shard is run under its own (seed, epoch, batch, shard), from the buffers that the step began with; buffers are
-then averaged over the samples, once a step. The loss is taken for what it nearly always is, a mean over the samples.
+then averaged over the samples, once a step. The loss is taken for a mean over the samples, unless the step returns its
+weight: objective.py.
 
 Lightning 2.6: strategies/strategy.py and strategies/ddp.py.
 """
@@ -31,7 +32,7 @@ from labtrain.errors import ConfigError
 from labtrain.guard import Guard, explain_backward
 from labtrain.hooks import Handed, Takers, joined_outputs, of_no_shard
 from labtrain.loader import DataLoader, Sharded
-from labtrain.metrics import add_rows
+from labtrain.objective import weight_of, weighted_mean, weighted_row
 from labtrain.reduction import ShardSum, shard_ranges
 from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
@@ -60,7 +61,8 @@ class Exact:
         self._added: list[int] = []  # and this one
         self._pushed: set[int] = set()  # parameters whose gradient of the last shard has gone
         self._filling: int | None = None  # the shard whose gradients go as they come
-        self._waiting: list[bool] | None = None  # which gradients the step's sums are to be put into
+        # Which gradients the step's sums are to be put into, and what they are divided by first.
+        self._waiting: tuple[list[bool], Tensor | None] | None = None
         self._inside = False  # a shard's step: what it logs is combined later
         self._handed: Handed | None = None  # the batch as hooks have it
         self.samples: int | None = None  # of the whole batch that is at hand
@@ -192,49 +194,57 @@ class Exact:
                         f"training_step returned no loss for shard {shard} of batch {index}",
                         hint="return the loss of every shard, 0 * loss to leave one out; or determinism.shards=null",
                     )
-                weight = samples / batch.samples
-                self._filling = shard if last else None
+                weight, given = samples / batch.samples, weight_of(output)
+                share = weight if given is None else given / batch.samples
                 self._added = [0] * len(parameters)
-                scaled = plugin.pre_backward(loss * (weight / self._trainer.accumulate_grad_batches), module)
-                try:
-                    plugin.backward(scaled, module, None)
-                except RuntimeError as error:
+                if share:  # else a mean over nothing: 0 * NaN would be NaN
+                    self._filling = shard if last else None
+                    scaled = plugin.pre_backward(loss * (share / self._trainer.accumulate_grad_batches), module)
+                    try:
+                        plugin.backward(scaled, module, None)
+                    except RuntimeError as error:
+                        self._filling = None
+                        explain_backward(error, module, partial(self._loss_again, data, *args))
+                        raise
                     self._filling = None
-                    explain_backward(error, module, partial(self._loss_again, data, *args))
-                    raise
-                self._filling = None
                 present = self._push(shard, parameters)
                 missing = missing or not all(present)
                 watched = watch.leave(shard, last=last) if watch is not None else []
                 if self._takers.outputs:
                     outputs.append((samples, output))
                 numbers = torch.tensor([*present, *buffers.leave(shard, weight), *watched], dtype=torch.float64)
-                tally.close(torch.cat([numbers.to(loss.device), (loss.detach().double() * weight).reshape(1)]), samples)
+                row = weighted_row(loss.detach(), share, returned=given is not None)
+                front = torch.cat([numbers.to(loss.device), row])
+                tally.close(front, samples, None if given is None else (loss.detach(), given))
             total.send()
             rows_SK = self._combined(batch, results, ranges)
-        num_watched = Watch.NUMBERS if watch is not None else 0
-        has_SP, buffers_SB, watched_S3, losses_S1 = rows_SK.split(
-            [len(parameters), len(buffers.owned) + 1, num_watched, 1], 1
-        )
+        sizes = len(parameters), len(buffers.owned) + 1, Watch.NUMBERS if watch is not None else 0
+        has_SP, buffers_SB, watched_S3, losses_SN = rows_SK.split([*sizes, rows_SK.shape[1] - sum(sizes)], 1)
         wanted = (has_SP.amax(0) > 0).tolist() if missing else [True] * len(parameters)
+        if not any(wanted):  # no shard had any weight: zeros, since a GradScaler wants a gradient
+            wanted = [True] * len(parameters)
         # One process knows its own: no waiting for a GPU to read them back.
         buffers.install(buffers_SB.tolist() if self._world > 1 else buffers.numbers, ranges)
         if watch is not None:
             watch.end(watched_S3.tolist() if self._world > 1 else watch.numbers, ranges)
         for parameter, gradient in zip(parameters, older, strict=True):
             parameter.grad = gradient
-        self._waiting = wanted
         seed_place("after", epoch, index)  # what hooks draw from here on is the same on every rank
-        mean = add_rows(losses_S1)[0].float()
+        mean, shares = weighted_mean(losses_SN)
+        self._waiting = wanted, shares
+        combined = {"loss": mean} if shares is None else {"loss": mean, "weight": shares * batch.samples}
         whole = self._as_one(outputs, ranges)
-        return {**whole, "loss": mean} if isinstance(whole, dict) else mean
+        return {**whole, **combined} if isinstance(whole, dict) else mean
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self._waiting is None:
             return cast(Tensor, super().backward(closure_loss, optimizer, *args, **kwargs))  # type: ignore[misc]
         # Here, and not in training_step: gradients that are not wanted any more are gone, and their memory is free.
         sums = cast(ShardSum, self._sum).total()
-        for parameter, gradient, wanted in zip(self._parameters, sums, self._waiting, strict=True):
+        has_gradient, shares = self._waiting
+        if shares is not None:
+            torch._foreach_div_(sums, torch.where(shares > 0, shares, 1))  # no shard with any weight: 0
+        for parameter, gradient, wanted in zip(self._parameters, sums, has_gradient, strict=True):
             if wanted:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._waiting = None
