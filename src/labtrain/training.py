@@ -259,6 +259,7 @@ def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> li
                 Path(job.run_dir) / TRAIL,
                 every_n_steps=config["trail"]["every_n_steps"],
                 resumed_step=recorder.resumed_step,
+                say=recorder.say,
             )
         )
     callbacks.append(History(Path(job.run_dir), batch_size=config["data"]["batch_size"]))

@@ -1,0 +1,42 @@
+"""Models and data for the tests of what names a run."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+
+class Tiny(pl.LightningModule):
+    """One layer on the images of exact_worker.Data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class TurnsNaN(Tiny):
+    """Its loss is NaN from the fourth step on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.trainer.global_step >= 3 else loss
+
+
+class Weighted(Tiny):
+    """Weights of some classes, by class number."""
+
+    def __init__(self, class_weights: dict[int, float]) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.tensor([float(class_weights.get(label, 1.0)) for label in range(10)]))
