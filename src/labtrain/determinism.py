@@ -18,6 +18,7 @@ OPENBLAS_CORETYPE (numpy's matrix product).
 import hashlib
 import os
 import random
+import re
 from typing import Any
 
 from labtrain.errors import ConfigError
@@ -32,20 +33,25 @@ PORTABLE_VARIABLES = {
     "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR",
     "OPENBLAS_CORETYPE": "Prescott",
 }
-# What can change bits and is written in the receipt, whoever set it.
+# What can change bits and is written in the receipt, whoever set it: every variable of the libraries that compute ...
+RECORDED_PREFIXES = (
+    "ATEN_", "BLIS_", "CUBLAS", "CUDNN_", "DNNL_", "GOMP_", "GOTO_", "KMP_", "MKL_", "NCCL_", "NPY_", "OMP_", "ONEDNN_",
+    "OPENBLAS_", "PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TRITON_",
+)  # fmt: skip
 RECORDED_VARIABLES = (
-    *PORTABLE_VARIABLES,
-    "CUBLAS_WORKSPACE_CONFIG",
-    "MKL_DEBUG_CPU_TYPE",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "MKL_NUM_THREADS",
-    "NCCL_ALGO",
-    "NCCL_PROTO",
+    "CUDA_DISABLE_PTX_JIT",
+    "CUDA_FORCE_PTX_JIT",
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
     "NVIDIA_TF32_OVERRIDE",
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
     "PYTHONHASHSEED",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+# ... but those that say where files lie, what is printed, how long to wait and by which network. sklearn and Lightning
+# set some of these themselves.
+NO_BITS = re.compile(
+    r"\w+_(?:HOME|DIR|PATH|FILE\w*|CACHE\w*|LOGS?|LOG_\w+|\w*VERBOS\w*|\w*DEBUG\w*|\w*TRACE\w*|\w*TIMEOUT\w*|VERSION"
+    r"|ADDR2LINE\w*|CHECK|DISPLAY_\w+|BLOCKTIME|SETTINGS|WARNINGS|WAIT_POLICY|INIT_AT_FORK|DUPLICATE_LIB_OK)"
+    r"|TORCH_(?:NCCL|FR|SHOW|DISTRIBUTED)_\w+|NCCL_(?:ASYNC|COMM|CONF|HOSTID|IB|NET|OOB|SOCKET)\w*"
 )
 
 
@@ -70,6 +76,11 @@ def variables(mode: str, *, threads: int) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": str(threads),
     }
     return wanted | PORTABLE_VARIABLES if mode == "portable" else wanted
+
+
+def is_recorded(name: str) -> bool:
+    """Return whether a variable can change bits: it is written in the receipt, and compared."""
+    return name in RECORDED_VARIABLES or (name.startswith(RECORDED_PREFIXES) and not NO_BITS.fullmatch(name))
 
 
 _before_tf32: str | None = None
@@ -145,7 +156,7 @@ def flags() -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "variables": {name: os.environ[name] for name in RECORDED_VARIABLES if name in os.environ},
+        "variables": {name: value for name, value in sorted(os.environ.items()) if is_recorded(name)},
     }
 
 
