@@ -19,6 +19,9 @@ import hashlib
 import os
 import random
 import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from labtrain.errors import ConfigError
@@ -83,11 +86,8 @@ def is_recorded(name: str) -> bool:
     return name in RECORDED_VARIABLES or (name.startswith(RECORDED_PREFIXES) and not NO_BITS.fullmatch(name))
 
 
-_before_tf32: str | None = None
-
-
 def apply(mode: str, *, threads: int, tf32: bool = False) -> None:
-    """Set torch's flags for `mode`; once a process, before the model is made.
+    """Set torch's flags for `mode`, before the model is made; `run` puts them back.
 
     Args:
         mode: determinism.mode.
@@ -100,12 +100,7 @@ def apply(mode: str, *, threads: int, tf32: bool = False) -> None:
     """
     import torch
 
-    global _before_tf32
-    if _before_tf32 is not None:  # an earlier training of this process
-        torch.set_float32_matmul_precision(_before_tf32)
-        _before_tf32 = None
     if tf32:
-        _before_tf32 = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
     if mode == "off":
         return
@@ -192,6 +187,60 @@ def set_run(*, seed: int, mode: str, accelerator: str = "cpu") -> None:
     """Remember the seed, the mode and the accelerator of the run that this process trains."""
     global _run_seed, _run_mode, _run_accelerator
     _run_seed, _run_mode, _run_accelerator = seed, mode, accelerator
+
+
+@contextmanager
+def run(*, seed: int, mode: str, accelerator: str, threads: int, tf32: bool) -> Iterator[None]:
+    """Do `set_run` and `apply` for the time of one training.
+
+    Afterwards this process is outside of a run again. torch's flags and the global generators are as they were: what
+    a notebook does next does not depend on what it trained. In mode off both are as the training leaves them.
+    """
+    import torch
+
+    run_before, precision = (_run_seed, _run_mode, _run_accelerator), torch.get_float32_matmul_precision()
+    put_back = _remembered() if mode != "off" else None
+    set_run(seed=seed, mode=mode, accelerator=accelerator)
+    try:
+        apply(mode, threads=threads, tf32=tf32)
+        yield
+    finally:
+        if put_back is not None:
+            put_back()
+        if tf32:
+            torch.set_float32_matmul_precision(precision)
+        set_run(seed=run_before[0], mode=run_before[1], accelerator=run_before[2])
+
+
+def _remembered() -> Callable[[], None]:
+    """Return what puts back, as they are now, the flags that `apply` sets and the global generators."""
+    import numpy as np
+    import torch
+
+    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
+    modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # a property of the module
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    generators = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def put_back() -> None:
+        if "labtrain.portable" in sys.modules:
+            sys.modules["labtrain.portable"].uninstall()
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        torch.default_generator.set_state(generators[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
+
+    return put_back
 
 
 def run_seed() -> int:
