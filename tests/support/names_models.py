@@ -3,8 +3,11 @@
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import nn
+
+from tests.support.exact_worker import Data
 
 
 class Tiny(pl.LightningModule):
@@ -40,3 +43,25 @@ class Weighted(Tiny):
     def __init__(self, class_weights: dict[int, float]) -> None:
         super().__init__()
         self.register_buffer("weights", torch.tensor([float(class_weights.get(label, 1.0)) for label in range(10)]))
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Augments with a generator of its own."""
+
+    def __init__(self, base: Any) -> None:
+        self.base, self.generator = base, np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.base[index]
+        return image + float(self.generator.standard_normal()), label
+
+
+class OwnGenerator(Data):
+    """exact_worker's data, with noise from a generator that the dataset holds."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.train = Noisy(self.train)
