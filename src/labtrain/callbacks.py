@@ -91,12 +91,16 @@ class Trail(pl.Callback):
         path: of the trail.
         every_n_steps: how often a line is written.
         resumed_step: the step that this process goes on from.
+        say: is told of the first loss that is NaN or infinite.
     """
 
-    def __init__(self, path: Path, *, every_n_steps: int, resumed_step: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, every_n_steps: int, resumed_step: int = 0, say: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.path, self.every_n_steps, self.resumed_step = path, every_n_steps, resumed_step
         self.file: IO[str] | None = None
         self.last_step = resumed_step
+        self.say, self.said = say, False
         self.spread = False
         self.numbers: dict[int, int] = {}  # of each parameter, by id: its place in `tensor_names`
         self.gradients: torch.Tensor | None = None  # their sums, of the step that is being done
@@ -196,6 +200,9 @@ class Trail(pl.Callback):
         self.pending = self.copied = None
         value = packed[:1].view(torch.float64).item() if line["loss"] else math.nan
         sums = packed[1:].tolist()
+        if line["loss"] and not math.isfinite(value) and not self.said:
+            self.said = True
+            self.say(f"the loss of step {line['step']} is {value}")
         line["loss"] = value if math.isfinite(value) else repr(value)
         line["gradients"] = shown_sums(sums[2:], bits=32) if line["gradients"] else None
         line["weights"] = shown_sums(sums[:2])

@@ -236,6 +236,40 @@ def digest_tree(tree: Any) -> str:
     return sha.hexdigest()
 
 
+def digest_content(node: Any) -> str:
+    """Return the sha256 over nested tensors, arrays and plain values; over other objects by their type alone."""
+    sha = hashlib.sha256()
+
+    def walk(each: Any) -> None:
+        sha.update(f"{type(each).__qualname__}(".encode())
+        if isinstance(each, Mapping):
+            for key, value in each.items():
+                walk(key)
+                walk(value)
+        elif isinstance(each, list | tuple):
+            for value in each:
+                walk(value)
+        elif hasattr(each, "detach") and hasattr(each, "is_sparse"):
+            if str(each.layout) == "torch.strided" and not each.is_nested and each.device.type != "meta":
+                sha.update(f"{each.dtype}{tuple(each.shape)}".encode())
+                sha.update(tensor_bytes(each))
+        elif hasattr(each, "__array_interface__"):
+            import numpy as np
+
+            array = np.asarray(each)  # an image of PIL's too
+            sha.update(f"{array.dtype}{array.shape}".encode())
+            if array.dtype.hasobject:
+                walk(array.tolist())
+            else:
+                sha.update(array.tobytes())
+        elif each is None or isinstance(each, bool | int | float | complex | str | bytes):
+            sha.update(repr(each).encode())
+        sha.update(b")")
+
+    walk(node)
+    return sha.hexdigest()
+
+
 def _walk(node: Any, sha: Any, where: str) -> None:
     if isinstance(node, Mapping):
         sha.update(b"{")

@@ -77,7 +77,6 @@ def train(cfg: Any) -> Result:
     """
     job = cfg if isinstance(cfg, Job) else _job(cfg)
     config, run_dir = job.config, Path(job.run_dir)
-    mode, seed = config["determinism"]["mode"], config["seed"]
     done = receipt.read(run_dir)
     if done is not None and done["status"] == "complete" and not job.origin:
         results = done["results"]
@@ -91,12 +90,20 @@ def train(cfg: Any) -> Result:
     accelerator, devices = choose_accelerator(config)
     check_compiler(config["speed"], accelerator)
     _quiet_lightning()
+    with determinism.run(
+        seed=config["seed"],
+        mode=config["determinism"]["mode"],
+        accelerator=accelerator,
+        threads=config["determinism"]["threads"],
+        tf32=config["speed"]["tf32"] and accelerator == "gpu",
+    ):
+        return _train(job, accelerator, devices)
+
+
+def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result:
+    config, run_dir, seed = job.config, Path(job.run_dir), job.config["seed"]
     ranks = find_ranks()
     environment = make_environment(ranks, accelerator=accelerator)
-    determinism.set_run(seed=seed, mode=mode, accelerator=accelerator)
-    determinism.apply(
-        mode, threads=config["determinism"]["threads"], tf32=config["speed"]["tf32"] and accelerator == "gpu"
-    )
     determinism.seed_all(seed, "init")
     datamodule = instantiate(config, "data", pl.LightningDataModule)
     determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
@@ -260,6 +267,7 @@ def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> li
                 Path(job.run_dir) / TRAIL,
                 every_n_steps=config["trail"]["every_n_steps"],
                 resumed_step=recorder.resumed_step,
+                say=recorder.say,
             )
         )
     callbacks.append(History(Path(job.run_dir), batch_size=config["data"]["batch_size"]))
