@@ -256,19 +256,21 @@ class Progress(ProgressBar):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.enabled:
             self.printed = time.monotonic()
-            self._print(self._line(trainer, pl_module, int(trainer.num_training_batches)), moving=False)
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.completed  # a stream has no length to tell
+            self._print(self._line(trainer, pl_module, done), moving=False)
 
     def _line(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> str:
         epoch, per_epoch = trainer.current_epoch, trainer.num_training_batches
         done = trainer.global_step - self.first_step
         seconds = max(time.monotonic() - self.started, 1e-9)
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
-        total = trainer.estimated_stepping_batches
-        left = (total - trainer.global_step) / done * seconds if done and math.isfinite(total) else None
-        bar = self._bar(batches / per_epoch) if self.terminal and math.isfinite(per_epoch) else ""
+        known = math.isfinite(per_epoch)
+        total = trainer.estimated_stepping_batches  # of a stream max_steps, which may be -1
+        left = (total - trainer.global_step) / done * seconds if done and 0 < total < math.inf else None
+        bar = self._bar(batches / per_epoch) if self.terminal and known else ""
         parts = [
             f"{bar}epoch {epoch + 1}{f'/{epochs}' if epochs else ''}",
-            f"batch {batches}/{per_epoch:.0f}",
+            f"batch {batches}{f'/{per_epoch:.0f}' if known else ''}",
             f"{self.samples / seconds:,.0f} samples/s",
         ]
         if left is not None:

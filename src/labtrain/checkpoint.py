@@ -54,6 +54,7 @@ class Checkpoints(pl.Callback):
         )
         self.saver = Saver(run_dir, place, keep=keep, spool_bytes=options["spool_bytes"])
         self.newest = (resumed[0], int(resumed[1]["step"])) if resumed else None
+        self.validated = False  # in this process
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop, before anything is loaded together, where ranks would go on from different checkpoints."""
@@ -86,14 +87,14 @@ class Checkpoints(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
+            self.validated = True
             self.score(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.score(trainer)
-        every = trainer.check_val_every_n_epoch
         found = trainer.callback_metrics
-        validated = every is None or trainer.current_epoch + 1 >= every
-        if self.keep_best and self.monitor not in found and validated:
+        told = self.validated or not trainer.enable_validation
+        if self.keep_best and self.monitor not in found and told:
             raise LabtrainError(
                 f"checkpoint.monitor={self.monitor}: no such metric; logged are {', '.join(sorted(found)) or 'none'}",
                 hint="checkpoint.keep_best=0, or name one of these",

@@ -73,6 +73,9 @@ def check(config: Config) -> None:
         if key not in allowed:
             raise unknown_key(key, allowed, where=" in conf/")
 
+    for name, options in config["callbacks"].items():
+        described = isinstance(options, dict) and isinstance(options.get("_target_"), str)
+        _want(f"callbacks.{name}", options, described or not options, "a mapping with _target_, or null")
     for key in ("experiment", "model._target_", "data._target_"):
         text = get(config, key)
         _want(key, text, isinstance(text, str) and text != "", "a name")

@@ -20,7 +20,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain import determinism, receipt
@@ -30,7 +30,7 @@ from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
-from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError
+from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError, explain_callback, in_words, where
 from labtrain.gpu_stats import GpuStats
 from labtrain.guard import Guard, explain_operation
 from labtrain.history import History, best_of
@@ -105,9 +105,14 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result
     ranks = find_ranks()
     environment = make_environment(ranks, accelerator=accelerator)
     determinism.seed_all(seed, "init")
-    datamodule = instantiate(config, "data", pl.LightningDataModule)
+    datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
     determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
-    model = instantiate(config, "model", pl.LightningModule)
+    model = instantiate(config["model"], "model", pl.LightningModule)
+    own = {
+        name: instantiate(options, f"callbacks.{name}", pl.Callback)
+        for name, options in config["callbacks"].items()
+        if options
+    }
 
     place = checkpoint_place(run_dir, config["checkpoint"]["url"])
     fetched = run_dir.with_name(f".{run_dir.name}.fetched")
@@ -129,7 +134,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result
     )
     wishes.can_save = lambda: not checkpoints.saver.busy
     recorder = Recorder(job, checkpoints=checkpoints.saver.listed, resumed_step=manifest["step"] if manifest else 0)
-    callbacks = make_callbacks(job, checkpoints, recorder)
+    callbacks = make_callbacks(job, checkpoints, recorder, own)
     trainer = make_trainer(config, accelerator, devices, environment, loggers, callbacks, wishes)
     loop = trainer.fit_loop.epoch_loop = EpochLoop(
         trainer,
@@ -191,6 +196,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result
         if not stopped and (launcher := trainer.strategy.launcher):
             launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
         known = explain_operation(error, model) or explain(error, config, started=recorder.receipt is not None)
+        known = known or explain_callback(error, own)
         if known is not None:
             raise known from raised
         if error is not raised:
@@ -228,19 +234,25 @@ def find_checkpoint(run_dir: Path, place: str, into: Path) -> tuple[str, Path, M
     return (found[0].name, *found[1:]) if found else None
 
 
-def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
-    """Make the object that `config[key]` describes with `_target_`, Hydra's way.
+def instantiate(options: Config, key: str, kind: type[Any]) -> Any:
+    """Make the object that a part of the configuration describes with `_target_`, Hydra's way.
+
+    Args:
+        options: that part.
+        key: its key.
+        kind: of what it must be.
 
     Raises:
         ConfigError: the target cannot be found, does not take these arguments, or is of another kind.
     """
-    target = config[key]["_target_"]
+    target = options["_target_"]
     try:
-        made = hydra_instantiate(config[key], _convert_="all")
+        made = hydra_instantiate(options, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
-        if cause is None or isinstance(cause, TypeError | ImportError):
-            text = " ".join(str(cause or error).split())
+        # What a callback refuses are its arguments; a model or a datamodule may do anything when it is made.
+        if cause is None or isinstance(cause, TypeError | ImportError) or kind is pl.Callback:
+            text = " ".join(str(error).split()) if cause is None else in_words(cause) + where(cause.__traceback__)
             raise ConfigError(
                 f"{key}._target_={target}: {text}", hint=f"correct {key} in conf/, or the class it names"
             ) from error
@@ -253,8 +265,16 @@ def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
     return made
 
 
-def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> list[pl.Callback]:
-    """Return labtrain's callbacks and the person's, in the order in which they act."""
+def make_callbacks(
+    job: Job, checkpoints: Checkpoints, recorder: Recorder, own: dict[str, pl.Callback]
+) -> list[pl.Callback]:
+    """Return labtrain's callbacks and the person's, in the order in which they act.
+
+    A progress bar of the person's takes the place of labtrain's.
+
+    Raises:
+        ConfigError: there is one, and the configuration says that there is none.
+    """
     config, shards = job.config, shards_in_use(job.config)
     mode, threads = config["determinism"]["mode"], config["determinism"]["threads"]
     # First: the counters are put in place before others look at them.
@@ -273,11 +293,18 @@ def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> li
     callbacks.append(History(Path(job.run_dir), batch_size=config["data"]["batch_size"]))
     if config["gpu_stats"]:
         callbacks.append(GpuStats())
-    if config["trainer"]["enable_progress_bar"]:
+    bars = [name for name, callback in own.items() if isinstance(callback, ProgressBar)]
+    if bars and config["trainer"]["enable_progress_bar"] is False:
+        raise ConfigError(
+            f"callbacks.{bars[0]} is a progress bar, and trainer.enable_progress_bar is false",
+            hint=f"callbacks.{bars[0]}=null, or trainer.enable_progress_bar=true",
+        )
+    if len(bars) > 1:
+        both = " and ".join(f"callbacks.{name}" for name in bars)
+        raise ConfigError(f"{both} are progress bars: a training has one", hint=f"callbacks.{bars[1]}=null")
+    if config["trainer"]["enable_progress_bar"] and not bars:
         callbacks.append(Progress(batch_size=config["data"]["batch_size"], status=checkpoints.saver.status))
-    return callbacks + [
-        hydra_instantiate(options, _convert_="all") for options in config["callbacks"].values() if options
-    ]
+    return [*callbacks, *own.values()]
 
 
 def make_trainer(
@@ -291,8 +318,12 @@ def make_trainer(
     *,
     root: str = "runs",
 ) -> pl.Trainer:
-    """Return Lightning's Trainer with the keys of `trainer`; those that are null take its defaults."""
+    """Return Lightning's Trainer with the keys of `trainer`; those that are null take its defaults.
+
+    `check_val_every_n_epoch` is the exception: its default is 1, and null means "count batches across epochs".
+    """
     options = {key: value for key, value in config["trainer"].items() if value is not None}
+    options["check_val_every_n_epoch"] = config["trainer"]["check_val_every_n_epoch"]
     options |= {"accelerator": accelerator, "devices": devices}
     if (strategy := make_strategy(config, accelerator, devices, wishes)) is not None:
         options["strategy"] = strategy
@@ -326,6 +357,13 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
         )
     if (known := explain_compile(error)) is not None:
         return known
+    batches = config["trainer"]["overfit_batches"]
+    if batches and isinstance(error, ValueError) and "needs to subclass `torch.utils.data.DataLoader`" in str(error):
+        return ConfigError(
+            f"trainer.overfit_batches={batches}: Lightning would put a sampler of its own into labtrain.DataLoader",
+            hint=f"trainer.limit_train_batches={batches} trainer.limit_val_batches={batches}, and shuffle=False in"
+            " train_dataloader",
+        )
     if isinstance(error, FileNotFoundError | PermissionError) and not started:
         return ConfigError(
             f"{error.strerror}: {error.filename}",
