@@ -1,6 +1,6 @@
 """Checkpoints of a training: what is saved where `EpochLoop` says, what is kept, and how it is read."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from labtrain.catalog import kept
-from labtrain.digests import state_digest
+from labtrain.determinism import run_mode
+from labtrain.digests import PLACE, state_digest
 from labtrain.errors import LabtrainError
 from labtrain.files import is_spread, load_folder
 from labtrain.loggers import log_positions
-from labtrain.loop import PLACE, EpochLoop
+from labtrain.loop import EpochLoop
 from labtrain.saver import Saver
 from labtrain.store import Manifest
+from labtrain.unsaved import Unsaved
 
 
 class Checkpoints(pl.Callback):
@@ -28,6 +30,7 @@ class Checkpoints(pl.Callback):
         place: where its checkpoints lie: a folder or a URL.
         run_id: written in each manifest.
         options: the keys of `checkpoint` in the configuration.
+        say: called with each sentence that the person and the receipt are to have.
         resumed: the manifest that this training goes on from, where it is one of this place, and its name.
     """
 
@@ -38,9 +41,10 @@ class Checkpoints(pl.Callback):
         *,
         run_id: str,
         options: dict[str, Any],
+        say: Callable[[str], None],
         resumed: tuple[str, Manifest] | None = None,
     ) -> None:
-        self.run_id = run_id
+        self.run_id, self.say = run_id, say
         self.monitor, self.keep_best = options["monitor"], options["keep_best"]
         keep = partial(
             kept,
@@ -68,6 +72,11 @@ class Checkpoints(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         loop_of(trainer).loaded = checkpoint
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        unsaved = loop_of(trainer).unsaved = Unsaved(pl_module)
+        for sentence in unsaved.unkept() if run_mode() != "off" else ():
+            self.say(sentence)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if loop_of(trainer).loaded is not None:
@@ -111,6 +120,12 @@ class Checkpoints(pl.Callback):
         state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
         del state["loops"]
         state[PLACE] = loop_of(trainer).place()
+        unsaved = loop_of(trainer).unsaved
+        for name in unsaved.new_objects() if unsaved is not None else ():
+            self.say(
+                f"{name} was made during the training: a training that goes on does not have it when it begins, so the"
+                " attributes of it cannot be put back (make it in __init__ or setup)"
+            )
         manifest: Manifest = {"step": trainer.global_step}
         if trainer.is_global_zero:
             manifest |= {

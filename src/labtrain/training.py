@@ -117,6 +117,7 @@ def train(cfg: Any) -> Result:
         place,
         run_id=job.run_id,
         options=config["checkpoint"],
+        say=lambda text: recorder.say(text),
         resumed=(name, manifest) if name and manifest else None,
     )
     wishes.can_save = lambda: not checkpoints.saver.busy
