@@ -39,6 +39,8 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 
+WEIGHT_DTYPE_NAMES = tuple(_DTYPES.values())
+
 SPREAD_WEIGHTS = "state_dict/"  # before the names of weights in the parts of a checkpoint (files.py)
 
 PLACE = "labtrain"  # labtrain's own key in Lightning's checkpoint dictionary (loop.py)

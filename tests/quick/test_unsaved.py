@@ -75,3 +75,59 @@ def test_a_run_moved_to_other_devices_keeps_it(runner: Runner) -> None:
     whole = uninterrupted(runner, options)
     runner.run(options, code=EXIT_STOPPED, signal_at=f"7 {signal.SIGTERM} 0")
     assert outcome(runner.run(options, world=2)) == whole
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_sparse_buffers_are_saved(runner: Runner, world: int) -> None:
+    """In the state dict and beside it; an entry that occurs twice still does."""
+    options = config("Sparse", determinism={"shards": 2})
+    whole = uninterrupted(runner, options)
+    runner.run(options, code=EXIT_STOPPED, signal_at=f"7 {signal.SIGTERM} 0", world=world)
+    assert outcome(runner.run(options, world=world)) == whole
+
+
+@pytest.mark.parametrize("strategy", ["cos", "linear"])
+def test_stochastic_weight_averaging_is_saved(runner: Runner, strategy: str) -> None:
+    """Its schedule holds a function; stopped before and while it averages, and at the last epoch's end."""
+    averaging = {
+        "_target_": "lightning.pytorch.callbacks.StochasticWeightAveraging",
+        "swa_lrs": 0.02,
+        "swa_epoch_start": 2,
+        "annealing_epochs": 2,
+        "annealing_strategy": strategy,
+    }
+    options = config("Small", callbacks={"averaging": averaging, **configure()["callbacks"]})
+    options["trainer"]["max_epochs"] = 4
+    whole, found = stopped_and_gone_on(runner, options, 3, 12, 20)
+    assert found == whole
+
+
+def test_hyperparameters_that_cannot_be_saved_are_refused_before_the_first_step(runner: Runner) -> None:
+    """With the line to write; nothing is left of the run."""
+    options = config("HyperParameters")
+    options["model"] |= {
+        "optimizer": {"_target_": "torch.optim.SGD", "_partial_": True, "lr": 0.1},
+        "net": {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1},
+    }
+    runner.run(options, code=2)
+    assert 'hint: self.save_hyperparameters(ignore=["optimizer", "net"])' in runner.said()
+    assert "HyperParameters puts into each checkpoint what it cannot hold: optimizer is a" in runner.said()
+    assert list(runner.folder.glob("runs/exact/*")) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "says"),
+    [
+        ("complex", "wave of the model's state_dict is of torch.complex128"),
+        ("extra", "counter._extra_state of the model's state_dict is a builtins.dict"),
+        ("hook", "mine.device is a torch.device"),
+        ("key", "mine is a builtins.dict with a key of torch.dtype"),
+        ("optimizer", "optimizer_states.0.param_groups.0.schedule is a builtins.function"),
+    ],
+)
+def test_what_no_checkpoint_can_hold_is_refused_before_the_first_step(runner: Runner, where: str, says: str) -> None:
+    options = config("Extra")
+    options["model"]["where"] = where
+    runner.run(options, code=2)
+    assert says in runner.said()
+    assert list(runner.folder.glob("runs/exact/*")) == []

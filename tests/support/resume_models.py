@@ -119,3 +119,61 @@ class Accumulates(Small):
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
         if batch_idx % 3 == 0:
             optimizer.zero_grad()
+
+
+class Sparse(Small):
+    """Has a sparse buffer of which an entry occurs twice, and one in compressed rows; scales its loss by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        graph = torch.sparse_coo_tensor([[0, 0, 2], [1, 1, 0]], [0.1, 0.2, 0.3], (3, 3))
+        self.register_buffer("graph", graph)
+        self.register_buffer("rows", torch.eye(3).to_sparse_csr())
+        self.register_buffer("hidden", graph.coalesce(), persistent=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        total = (self.graph @ torch.ones(3, 1)).sum() + (self.rows @ torch.ones(3, 1)).sum()
+        return super().training_step(batch, batch_idx) * total * self.hidden.values().sum()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.graph, self.hidden = self.graph * 0.9, self.hidden * 1.1
+
+
+class HyperParameters(Small):
+    """Saves as a hyperparameter what a checkpoint cannot hold, in the way of the most used template."""
+
+    def __init__(self, optimizer: Any, net: Any, size: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+
+
+class WithExtraState(nn.Module):
+    def get_extra_state(self) -> Any:
+        return {"seen": 1}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+class Extra(Small):
+    """Has an object in its state: where, an argument says."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        if where == "complex":
+            self.register_buffer("wave", torch.zeros(2, dtype=torch.complex128))
+        if where == "extra":
+            self.counter = WithExtraState()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.where == "hook":
+            checkpoint["mine"] = {"device": self.device}
+        if self.where == "key":
+            checkpoint["mine"] = {torch.float32: 1}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        if self.where == "optimizer":
+            optimizer.param_groups[0]["schedule"] = lambda step: step
+        return optimizer
