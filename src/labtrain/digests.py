@@ -39,7 +39,11 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 
+WEIGHT_DTYPE_NAMES = tuple(_DTYPES.values())
+
 SPREAD_WEIGHTS = "state_dict/"  # before the names of weights in the parts of a checkpoint (files.py)
+
+PLACE = "labtrain"  # labtrain's own key in Lightning's checkpoint dictionary (loop.py)
 
 Entry = tuple[str, str, tuple[int, ...], bytes | memoryview]
 
@@ -72,8 +76,15 @@ def digest_folder(folder: Path) -> str:
 
 
 def state_digest(state: Mapping[str, Any]) -> str:
-    """Return the sha256 over a whole training state: tensors, plain values, and the weights by their digest."""
-    return digest_tree({**state, "state_dict": digest(state["state_dict"])})
+    """Return the sha256 over a whole training state: tensors, plain values, and the weights by their digest.
+
+    A model's plain attributes are left out: a time that it took, say, is another in each training.
+    """
+    state = {**state, "state_dict": digest(state["state_dict"])}
+    if PLACE in state:
+        ranks = [{key: value for key, value in rank.items() if key != "attributes"} for rank in state[PLACE]["ranks"]]
+        state[PLACE] = {**state[PLACE], "ranks": ranks}
+    return digest_tree(state)
 
 
 def components(tensor: Any) -> dict[str, Any]:

@@ -71,6 +71,9 @@ class Exact:
     # ------------------------------------------------------------------------------------------- called by the Trainer
 
     def configure_ddp(self) -> None:
+        module = cast(Any, self).model  # torch broadcasts no sparse buffer; every rank makes or loads the same
+        sparse = [name for name, buffer in module.named_buffers() if buffer.layout != torch.strided]
+        module._ddp_params_and_buffers_to_ignore = [*getattr(module, "_ddp_params_and_buffers_to_ignore", []), *sparse]
         _sync_module_states(cast(Any, self).model)  # instead of a DistributedDataParallel around it
 
     def setup(self, trainer: pl.Trainer) -> None:

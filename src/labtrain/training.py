@@ -130,6 +130,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result
         place,
         run_id=job.run_id,
         options=config["checkpoint"],
+        say=lambda text: recorder.say(text),
         resumed=(name, manifest) if name and manifest else None,
     )
     wishes.can_save = lambda: not checkpoints.saver.busy
