@@ -326,14 +326,14 @@ def _own_objects(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, A
         for index, item in enumerate(value):
             if type(item) not in SCALARS:
                 yield from _own_objects(item, f"{path}.{index}", depth + 1)
-    elif _is_own(type(value)) and hasattr(value, "__dict__"):
+    elif is_own(type(value)) and hasattr(value, "__dict__"):
         yield path, value
 
 
 _own_classes: dict[type[Any], bool] = {}
 
 
-def _is_own(kind: type[Any]) -> bool:
+def is_own(kind: type[Any]) -> bool:
     """Return whether a class and all that it derives from are the experiment's, and no library's."""
     if kind not in _own_classes:
         bases = [base for base in kind.__mro__ if base.__module__ not in ("builtins", "abc", "typing")]
@@ -366,7 +366,7 @@ def _stateful(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]
     elif kind in SEQUENCES:
         for index, item in enumerate(value):
             yield from _stateful(item, f"{path}[{index}]", seen)
-    elif _derived_by_experiment(kind) or (_is_own(kind) and not hasattr(value, "__dict__")):
+    elif _derived_by_experiment(kind) or (is_own(kind) and not hasattr(value, "__dict__")):
         yield path, value
 
 
