@@ -22,7 +22,6 @@ from labtrain.trail import read_trail
 from labtrain.training import explain
 from tests.conftest import QUICK, Experiment, Run
 
-FULL = pytest.mark.full
 SHORT = (*QUICK, "paths.runs=runs", "trainer.max_epochs=4", "checkpoint.keep_last=9")
 
 
@@ -119,7 +118,9 @@ def test_the_same_bits_with_workers_and_with_each_logger(experiment: Experiment,
     [
         "seed=43",
         "determinism.mode=portable",
-        *(pytest.param(other, marks=FULL) for other in ("model.width=8", "data.batch_size=63", "data.max_shift=0")),
+        "model.width=8",
+        "data.batch_size=63",
+        "data.max_shift=0",
     ],
 )
 def test_what_determines_the_bits_changes_name_and_digest(
@@ -145,7 +146,6 @@ def test_never_starts_anew_beside(experiment: Experiment) -> None:
     assert second.digest == first.digest
 
 
-@FULL
 def test_the_best_checkpoints_are_kept_beside_the_last(experiment: Experiment) -> None:
     run = experiment.train(
         *SHORT,
@@ -257,7 +257,7 @@ def test_out_of_memory_names_the_numbers_and_the_knobs() -> None:
 # ------------------------------------------------------------------------------------------------- stopped and resumed
 
 
-@pytest.mark.parametrize("checkpoints", [1, pytest.param(3, marks=FULL)])
+@pytest.mark.parametrize("checkpoints", [1, 3])
 def test_killed_and_resumed_is_the_same_run(checkpoints: int, experiment: Experiment, reference: Run) -> None:
     """SIGKILL in the epoch after a checkpoint, whatever that moment is: weights, optimizer, metrics and trail are the same."""
     assert kill_when(experiment, *SHORT, checkpoints=checkpoints) == -signal.SIGKILL
@@ -282,9 +282,7 @@ def test_killed_ranks_resume_as_one_run(experiment: Experiment, tmp_path: Path) 
     same(experiment.train(*two), whole)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(n, marks=FULL) for n in (signal.SIGINT, signal.SIGUSR1))]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_written_down_and_the_same_command_goes_on(
     number: int, experiment: Experiment, reference: Run
 ) -> None:

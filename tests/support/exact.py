@@ -106,6 +106,11 @@ def outcome(run_dir: Path | None) -> dict[str, Any]:
     return {**receipt["results"], "trail": trail, "run_id": receipt["run_id"]}
 
 
+def newest_manifest(runner: Runner) -> dict[str, Any]:
+    """Return what the newest checkpoint says of itself."""
+    return dict(json.loads(max(runner.folder.glob("runs/*/*/checkpoints/step-*/manifest.json")).read_text()))
+
+
 MODELS = {
     "mlp": ("MLP", "images"),
     "cnn": ("CNN", "images"),
@@ -165,3 +170,14 @@ def tell(
         code = EXIT_STOPPED if kind == "term" else None
         runner.run(config, world=here, code=code, signal_at=signal_at, environment=environment)
     return outcome(runner.run(config, world=worlds[-1], environment=environment))
+
+
+def kill_in_saves(runner: Runner, other: Runner, number: int) -> None:
+    """Send SIGKILL at a seeded random moment from the beginning of a save on, again and again in one run; its end is exact."""
+    config = configure("mlp", "even", trainer={"max_epochs": number}, checkpoint={"every_n_steps": 1})
+    reference = outcome(other.run(config))
+    draw = random.Random(0)
+    for _ in range(number):
+        moment = f"{draw.randint(2, 4)} {draw.uniform(0, 0.03)}"
+        assert runner.run(config, code=None, environment={"KILL_IN_SAVE": moment}) is None
+    assert outcome(runner.run(config)) == reference
