@@ -13,11 +13,8 @@ from tests.support.exact import Runner, configure, outcome, tell
 pytest_plugins = ["tests.support.compiled"]
 
 
-def test_as_torch_compiles_by_itself_it_would_not(
-    runner: Runner, other: Runner, cache: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_as_torch_compiles_by_itself_it_would_not(runner: Runner, other: Runner, cache: dict[str, str]) -> None:
     """The same with sizes that become dynamic, which warn leaves to torch: what the test above must be able to find."""
-    monkeypatch.setattr("tests.support.exact.TIMEOUT_S", 300)
     config = compiled(determinism={"mode": "warn"})
     whole = runner.run(config, environment=cache)
     assert "its kernels depend on the sizes that a process has met" in runner.said()

@@ -16,7 +16,7 @@ pytest_plugins = ["tests.support.verification"]
 
 def test_one_run_may_be_verified_by_two_at_once(copy: Path) -> None:
     both = [subprocess.Popen([LABTRAIN, "verify", copy, "--steps", "5"], stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [each.wait(timeout=120) for each in both] == [0, 0]
+    assert [each.wait(timeout=300) for each in both] == [0, 0]
     assert len((copy / "verified.jsonl").read_text().splitlines()) == 2
 
 
@@ -26,7 +26,7 @@ def test_what_was_stopped_gives_no_verdict(copy: Path, tmp_path: Path) -> None:
     long = experiment.train(*QUICK, "trainer.max_epochs=40", cwd=experiment.root).folder
     process, child = started(long)
     child.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 2, out + err
     assert "was stopped by a signal" in err
     scratch = tmp_path / "scratch"
@@ -34,7 +34,7 @@ def test_what_was_stopped_gives_no_verdict(copy: Path, tmp_path: Path) -> None:
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         process, child = started(long, TMPDIR=str(scratch))
         process.send_signal(number)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == code, out + err
         assert "yes" not in out
         assert not list(scratch.iterdir())

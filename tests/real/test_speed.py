@@ -37,10 +37,9 @@ def bits(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_compiled_it_ends_the_same_where_a_resume_meets_the_smaller_batch_first(
-    runner: Runner, other: Runner, cache: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    runner: Runner, other: Runner, cache: dict[str, str]
 ) -> None:
     """And on two processes, of which the first then begins with 2 samples and the second with 16."""
-    monkeypatch.setattr("tests.support.exact.TIMEOUT_S", 300)
     whole = runner.run(compiled(), environment=cache)
     reference = outcome(whole)
     assert gone_on_before_the_last_batch(whole, other, compiled(), cache, world=2) == reference

@@ -43,13 +43,13 @@ def kill_when(
     child = subprocess.Popen(
         experiment.command(*overrides), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while sum(len(list_checkpoints(run / "checkpoints")) for run in folders(Path("runs"))) < checkpoints:
         assert child.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
     os.killpg(child.pid, number) if group else child.send_signal(number)
-    return child.wait(timeout=60)
+    return child.wait(timeout=300)
 
 
 def same(run: Run, reference: Run) -> None:
@@ -275,7 +275,7 @@ def test_killed_ranks_resume_as_one_run(experiment: Experiment, tmp_path: Path) 
     whole = experiment.train(*two, "paths.runs=whole")
     assert kill_when(experiment, *two, checkpoints=1) == -signal.SIGKILL
     (folder,) = folders(Path("runs"))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while subprocess.run(["pgrep", "-f", f"labtrain.job {folder}"], capture_output=True, check=False).returncode == 0:
         assert time.monotonic() < deadline, "a rank stayed behind"
         time.sleep(0.1)
@@ -300,7 +300,7 @@ def test_a_signal_that_goes_on_coming_does_not_end_it_before_its_receipt_is_clos
     (folder,) = folders(Path("runs"))
     while child.poll() is None and json.loads((folder / "receipt.json").read_text())["status"] == "running":
         child.send_signal(signal.SIGTERM)
-    child.wait(timeout=60)
+    child.wait(timeout=300)
     assert json.loads((folder / "receipt.json").read_text())["segments"][0]["why"] == "SIGTERM"
 
 
@@ -312,7 +312,7 @@ def test_two_processes_stop_together_and_one_goes_on(experiment: Experiment, ref
     )
     wait_for_step(30)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=60) == 75
+    assert child.wait(timeout=300) == 75
     assert child.stderr is not None
     assert "stopped by SIGTERM, saved: the same command goes on with runs/digits/" in child.stderr.read()
     (folder,) = folders(Path("runs"))
@@ -339,7 +339,7 @@ def test_killed_in_mid_epoch_with_workers_and_started_again_at_once(experiment: 
 
 def wait_for_step(step: int) -> None:
     """Wait until the one run below runs/ has trained so far."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(len(read_trail(folder)) >= step for folder in folders(Path("runs"))):
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -356,7 +356,7 @@ def test_a_second_ctrl_c_ends_at_once(own_experiment: Experiment) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (own_experiment.root / "in-the-step").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -367,7 +367,7 @@ def test_a_second_ctrl_c_ends_at_once(own_experiment: Experiment) -> None:
     time.sleep(0.5)
     assert child.poll() is None
     child.send_signal(signal.SIGINT)
-    assert child.wait(timeout=5) == -signal.SIGINT
+    assert child.wait(timeout=30) == -signal.SIGINT
 
 
 def test_a_run_of_edited_code_names_the_near_one(own_experiment: Experiment) -> None:
@@ -380,7 +380,7 @@ def test_a_run_of_edited_code_names_the_near_one(own_experiment: Experiment) -> 
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=60) == 75
+    assert child.wait(timeout=300) == 75
     model = own_experiment.root / "model.py"
     model.write_text(f"{model.read_text()}\n# a thought\n")
     new = own_experiment.train(*kept, "trainer.max_epochs=4")

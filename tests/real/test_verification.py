@@ -203,7 +203,7 @@ def test_what_went_on_after_a_change_is_verified_from_there(copy: Path) -> None:
         assert training.poll() is None
         time.sleep(0.005)
     training.send_signal(signal.SIGTERM)
-    assert training.wait(timeout=60) == 75
+    assert training.wait(timeout=300) == 75
     run = experiment.train(*command, "model.dropout=0.1", f"resume={there[0]}", cwd=experiment.root)
     (after,) = [segment["from_step"] for segment in run.receipt["segments"] if segment["changed"]]
     assert f"went on after changes at step {after}" in verify(run.folder, code=2).err

@@ -19,7 +19,7 @@ from tests.support import exact_worker
 
 VARIABLES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
              "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # fmt: skip
-TIMEOUT_S = 60
+TIMEOUT_S = 300
 
 
 def forkserver() -> Any:
