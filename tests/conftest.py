@@ -96,7 +96,7 @@ class Experiment:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=900,
             **options,
         )
         run = Run(done.returncode, done.stdout, done.stderr, Path(options.get("cwd", Path.cwd())))
