@@ -118,6 +118,10 @@ class Exact:
             vars(self._module).pop("_on_before_batch_transfer", None)
         super().teardown()  # type: ignore[misc]
 
+    def grown(self) -> set[str]:
+        """Return the names of the model's attributes with lists that steps have appended to."""
+        return self._watch.grown() if self._watch is not None else set()
+
     def process_dataloader(self, loader: Any) -> Any:
         if isinstance(loader, DataLoader):
             loader.shard(self.shards, rank=self._rank, world=self._world)
