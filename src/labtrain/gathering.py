@@ -51,12 +51,12 @@ def gather_outputs(outputs: list[Any]) -> list[Any]:
     if trainer is not None and trainer.training and trainer.world_size > 1:
         _check_resumed(trainer)
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        _order([len(outputs)], [calls])
+        _order([len(outputs)], [calls], trainer)
         return list(outputs)
     device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, (calls, len(outputs), to_send(outputs)))
-    order = _order([length for _, length, _ in ranks], [calls for calls, _, _ in ranks])
+    order = _order([length for _, length, _ in ranks], [calls for calls, _, _ in ranks], trainer)
     items = [received(sent, device) for _, _, sent in ranks]
     items[dist.get_rank()] = outputs
     return [items[rank][number] for rank, number in order]
@@ -98,7 +98,7 @@ def leave_own(trainer: pl.Trainer, paths: list[Path]) -> None:
         return
     calls: list[Calls] = [[]] * trainer.world_size
     dist.all_gather_object(calls, calls_of(trainer))
-    order = _order([sum(map(sum, of_rank)) for of_rank in calls], calls)
+    order = _order([sum(map(sum, of_rank)) for of_rank in calls], calls, trainer)
     lists = lists_of(trainer.lightning_module)
     for path in paths:
         items = lists[path]
@@ -149,12 +149,13 @@ def _check_resumed(trainer: pl.Trainer) -> None:
         )
 
 
-def _order(lengths: list[int], calls: list[Calls]) -> list[tuple[int, int]]:
+def _order(lengths: list[int], calls: list[Calls], trainer: pl.Trainer | None) -> list[tuple[int, int]]:
     """Return the order of all items, as (rank, number in its list).
 
     Args:
         lengths: of each rank's list.
         calls: of each rank.
+        trainer: named in an error.
 
     Raises:
         ConfigError: the lengths are not those of the calls, or they fit two loaders that give two orders.
@@ -168,8 +169,11 @@ def _order(lengths: list[int], calls: list[Calls]) -> list[tuple[int, int]]:
     if len(found) == 1:
         return found[0]
     expected = [sum(map(sum, of_rank)) for of_rank in calls]
+    step = "the step"
+    if trainer is not None:
+        step = f"{'training' if trainer.training else 'test' if trainer.testing else 'validation'}_step"
     raise ConfigError(
-        f"labtrain.gather_outputs: the list has {_each(lengths)} items, the step was called {_each(expected)} times",
+        f"labtrain.gather_outputs: the list has {_each(lengths)} items, {step} was called {_each(expected)} times",
         hint="append exactly one item in each call of the step, not in a hook, and clear the list at the epoch's end",
     )
 

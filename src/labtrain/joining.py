@@ -138,7 +138,7 @@ def _emptied(part: Any, size: int, *, average: bool, top: bool = False) -> Any:
         if _has_rows(part, size):
             return part[:0]
         if average and not part.ndim:
-            return torch.tensor(torch.nan) if isinstance(part, Tensor) else np.float64("nan")
+            return torch.tensor(torch.nan, device=part.device) if isinstance(part, Tensor) else np.float64("nan")
         return [] if part.ndim else part
     if isinstance(part, PackedSequence):
         return PackedSequence(part.data[:0], part.batch_sizes[:0])
