@@ -82,7 +82,8 @@ def state_digest(state: Mapping[str, Any]) -> str:
     """
     state = {**state, "state_dict": digest(state["state_dict"])}
     if PLACE in state:
-        ranks = [{key: value for key, value in rank.items() if key != "attributes"} for rank in state[PLACE]["ranks"]]
+        left = "attributes", "outputs"
+        ranks = [{key: value for key, value in rank.items() if key not in left} for rank in state[PLACE]["ranks"]]
         state[PLACE] = {**state[PLACE], "ranks": ranks}
     return digest_tree(state)
 

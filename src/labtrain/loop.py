@@ -27,6 +27,7 @@ from labtrain.determinism import seed_place
 from labtrain.digests import PLACE
 from labtrain.errors import ConfigError
 from labtrain.files import is_spread
+from labtrain.gathering import leave_own, made_whole
 from labtrain.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
 from labtrain.metrics import hold, metrics_of, release
 from labtrain.signals import Stopped, Wishes
@@ -64,6 +65,7 @@ class EpochLoop(_TrainingEpochLoop):
         self.save, self.every_n_steps, self.wishes, self.stop_at = save, every_n_steps, wishes, stop_at
         self.loaded: State | None = None  # the checkpoint that is taken up, until it is
         self.unsaved: Unsaved | None = None  # from the start of the training on
+        self.epoch_without_outputs: int | None = None  # one that was resumed, without what its steps gathered in lists
         self._entering = False
 
     # ------------------------------------------------------------------------------------------------------ saving
@@ -113,7 +115,10 @@ class EpochLoop(_TrainingEpochLoop):
         """Return where the training stands, as plain values and tensors."""
         trainer, fit = self.trainer, self.trainer.fit_loop
         mine = {"logged": self._logged(), "metrics": self._metric_states(), "loader": self._loader_state()}
-        if self.unsaved is not None:
+        if self.unsaved is not None and isinstance(trainer.strategy, Exact):
+            with made_whole(trainer, trainer.strategy.grown()) as outputs:
+                mine |= self.unsaved.state() | {"outputs": outputs}
+        elif self.unsaved is not None:
             mine |= self.unsaved.state()
         ranks = [mine]
         if trainer.world_size > 1 and not isinstance(trainer.strategy, Exact):
@@ -231,6 +236,8 @@ class EpochLoop(_TrainingEpochLoop):
             )
         assert self.unsaved is not None
         self.unsaved.restore(kept, device=device, gradients=gradients)
+        leave_own(self.trainer, kept.get("outputs", []))
+        self.epoch_without_outputs = None if kept.get("outputs") else at["epoch"]
 
     def reset(self) -> None:
         if self.loaded is None:

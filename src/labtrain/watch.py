@@ -91,6 +91,10 @@ class Watch:
         self._weights.begin()
         self._attributes.begin()
 
+    def grown(self) -> set[str]:
+        """Return the dotted names of the attributes with lists that a step has appended to."""
+        return self._attributes.grown()
+
     def restore(self) -> None:
         """Begin another shard of the step."""
         if self._left:
@@ -325,12 +329,19 @@ class Attributes:
         self._tables: list[Table] = []
         self._hot: list[Table] = []  # those looked at in each step: the experiment's classes, and what has changed
         self._looked: list[Table] = []
+        self._grown: set[str] = set()
         self._step = 0
+
+    def grown(self) -> set[str]:
+        """Return the dotted names of those with lists that a step has appended to."""
+        here = {".".join(filter(None, (table.path, name))) for table in self._tables for name in table.grown}
+        return self._grown | here
 
     def begin(self) -> None:
         """Remember how the attributes are now."""
         if self._step % EVERY_STEPS == 0:
             hot = {table.path for table in self._hot}
+            self._grown = self.grown()
             self._tables = [Table(path, holder) for path, holder in holders(self.module).items()]
             self._hot = [table for table in self._tables if table.path in hot or is_experiments(type(table.holder))]
             self._looked = self._tables
@@ -370,6 +381,7 @@ class Table:
     def __init__(self, path: str, holder: Any) -> None:
         self.path, self.holder = path, holder
         self.now: dict[str, Any] = vars(holder)
+        self.grown: set[str] = set()  # names of lists that a step has appended to
         self._then: dict[str, Any] = {}
         self._copies: dict[str, Any] = {}
         self._values: list[Any] = []
@@ -396,8 +408,11 @@ class Table:
                         found[name] = value
             found |= {name: ABSENT for name in self._then if name not in self.now}
         for name, copy in self._copies.items():
-            if name not in found and compared(self._then[name], copy) == CHANGED:
-                found[name] = self.now[name]
+            if name not in found and (how := compared(self._then[name], copy)) != SAME:
+                if how == CHANGED:
+                    found[name] = self.now[name]
+                else:
+                    self.grown.add(name)
         return found
 
     def put_back(self, name: str) -> None:
