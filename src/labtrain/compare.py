@@ -28,6 +28,7 @@ KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table
 CAUSES = (
     "config",
     "code.sources",
+    "code.outside",
     "code.labtrain",
     "environment.route",
     "environment.lock_digest",

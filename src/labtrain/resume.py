@@ -8,13 +8,14 @@ from labtrain.catalog import checkpoint_place, list_checkpoints
 from labtrain.errors import ConfigError, LabtrainError
 from labtrain.ranks import find_ranks, restarted
 from labtrain.remote import is_local
-from labtrain.run import Config, Job, code_digest, first_free, lock_digest, name, shown, what_counts
+from labtrain.run import Config, Job, first_free, lock_digest, name, shown, what_counts
+from labtrain.sources import read_code
 from labtrain.store import Store
 
 
 def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0) -> Job:
     """Name the run that `config` describes, and its folder. Writes nothing."""
-    code, lock = code_digest(root), lock_digest(root)
+    code, lock = read_code(root, config).digest, lock_digest(root)
     run_id = name(config, code=code, lock=lock)
     run_dir = Path(config["paths"]["runs"]).resolve() / str(config["experiment"]) / run_id
     origin = ""

@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from labtrain.remote import is_local
 from labtrain.resume import make_job
 from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, shards_in_use, shown
 from labtrain.signals import Stopped, Wishes
+from labtrain.sources import Code, load_from_source, read_code
 from labtrain.speed import Speed, check_compiler, explain_compile
 from labtrain.store import Manifest
 from labtrain.trail import TRAIL
@@ -101,6 +103,7 @@ def train(cfg: Any) -> Result:
 
 def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result:
     config, run_dir, seed = job.config, Path(job.run_dir), job.config["seed"]
+    code, there = named_code(job), set(sys.modules)
     ranks = find_ranks()
     environment = make_environment(ranks, accelerator=accelerator)
     determinism.seed_all(seed, "init")
@@ -128,7 +131,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result
     )
     wishes.can_save = lambda: not checkpoints.saver.busy
     recorder = Recorder(job, checkpoints=checkpoints.saver.listed, resumed_step=manifest["step"] if manifest else 0)
-    callbacks = make_callbacks(job, checkpoints, recorder)
+    callbacks = make_callbacks(job, checkpoints, recorder, code, there)
     trainer = make_trainer(config, accelerator, devices, environment, loggers, callbacks, wishes)
     loop = trainer.fit_loop.epoch_loop = EpochLoop(
         trainer,
@@ -201,6 +204,21 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result
         listening.close()
 
 
+def named_code(job: Job) -> Code | None:
+    """Return the code that the run is named by, and load it from source from now on; None in mode off.
+
+    Raises:
+        ConfigError: it is other code by now.
+    """
+    if job.config["determinism"]["mode"] == "off":
+        return None
+    load_from_source()
+    code = read_code(Path(job.root), job.config)
+    if job.code_digest not in ("", code.digest):
+        raise ConfigError("the code was changed while the training started", hint="start it again")
+    return code
+
+
 def find_checkpoint(run_dir: Path, place: str, into: Path) -> tuple[str, Path, Manifest] | None:
     """Return the name, the folder and the manifest of the newest whole checkpoint that a run goes on from.
 
@@ -252,12 +270,23 @@ def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
     return made
 
 
-def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> list[pl.Callback]:
+def make_callbacks(
+    job: Job, checkpoints: Checkpoints, recorder: Recorder, code: Code | None, there: set[str]
+) -> list[pl.Callback]:
     """Return labtrain's callbacks and the person's, in the order in which they act."""
     config, shards = job.config, shards_in_use(job.config)
     mode, threads = config["determinism"]["mode"], config["determinism"]["threads"]
     # First: the counters are put in place before others look at them.
-    callbacks: list[pl.Callback] = [checkpoints, Guard(mode=mode, shards=shards, threads=threads, say=recorder.say)]
+    guard = Guard(
+        mode=mode,
+        shards=shards,
+        threads=threads,
+        say=recorder.say,
+        code=code,
+        there=there,
+        root=Path(job.root),
+    )
+    callbacks: list[pl.Callback] = [checkpoints, guard]
     callbacks += [Speed(config["speed"], mode=mode, say=recorder.say)]
     callbacks += [Seeding(per_rank=shards is None), BatchSizes(), recorder]
     if config["trail"]["every_n_steps"]:
