@@ -77,6 +77,9 @@ class Guard(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.code is not None:
             self._judge(stale(self.code))
+            if self.code.shadows:
+                names = ", ".join(self.code.shadows)
+                self.say(f"imported instead of the environment's: {names} (unset PYTHONPATH, or give them other names)")
         self._refuse(uncuttable_loaders(trainer, self.shards))
         self._refuse(unclippable(trainer))
         self._judge(training_loaders(trainer))

@@ -208,3 +208,54 @@ print(stale())
     write(tmp_path, model="class A:\n    @property\n    def f(self): return 1\n", other="def g(): return lambda: 3\n")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["[]", "['model']"]
+
+
+def test_the_doctor_fails_on_a_copy_that_shadows(tmp_path: Path) -> None:
+    """Without a .dist-info: the versions are those of the lock."""
+    lib = package(tmp_path / "lib", "torchmetrics")
+    code = "from labtrain.doctor.environment import check_strays; print(next(check_strays()))"
+    for path, expected in ((lib, "failed"), (package(tmp_path / "other", "labutils"), "ok")):
+        environment = {**os.environ, "PYTHONPATH": str(path)}
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert f"status='{expected}'" in done.stdout
+        assert ("torchmetrics from it is imported instead" in done.stdout) == (expected == "failed")
+
+
+@pytest.mark.parametrize(("mode", "says"), [("strict", "error: "), ("warn", "warning: "), ("off", "")])
+def test_a_module_in_no_digest_is_refused_after_the_first_step(
+    mode: str, says: str, runner: Any, tmp_path: Path
+) -> None:
+    """Loaded from its file, as configuration by Python files is; and said in warn, once."""
+    from tests.support.exact import configure
+
+    (tmp_path / "elsewhere.py").write_text("SCALE = 1.0\n")
+    config = configure("mlp", trainer={"max_epochs": 1})
+    config["determinism"]["mode"] = mode
+    config["model"] = {"_target_": "tests.support.names_models.LoadsByPath", "file": str(tmp_path / "elsewhere.py")}
+    runner.run(config, code=2 if mode == "strict" else 0)
+    said = (
+        f"elsewhere was imported from {tmp_path}/elsewhere.py: it is neither in the environment nor in the run's name"
+    )
+    assert runner.said().count(said) == (mode != "off")
+    assert f"{says}{said}" in runner.said() or mode == "off"
+    if mode == "strict":
+        assert f"hint: put {tmp_path}/elsewhere.py into {tmp_path}/none and import it by its name" in runner.said()
+        [trail] = (tmp_path / "runs").rglob("trail.jsonl")
+        assert len(trail.read_text().splitlines()) <= 1
+
+
+def test_a_start_says_what_shadows_and_the_receipt_names_it(runner: Any, tmp_path: Path) -> None:
+    """Here a module of the experiment's own folder, which Python looks into first."""
+    from labtrain import receipt
+    from tests.support.exact import configure
+
+    write(tmp_path / "none", antigravity="")
+    config = configure("mlp", trainer={"max_epochs": 1})
+    config["model"] = {"_target_": "tests.support.names_models.Tiny"}
+    run_dir = runner.run(config)
+    assert runner.said().count("warning: imported instead of the environment's: antigravity") == 1
+    found = receipt.read(run_dir)
+    assert found is not None
+    assert found["code"]["shadows"] == ["antigravity"]
+    assert "tests/support/names_models.py" in found["code"]["outside"]
+    receipt.hold_against_schema(found, run_dir)
