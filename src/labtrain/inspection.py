@@ -12,6 +12,7 @@ from labtrain.compare import Difference, differences, overrides
 from labtrain.digests import digest_folder
 from labtrain.doctor.environment import files_state
 from labtrain.errors import DamagedError
+from labtrain.fingerprints import files_now
 from labtrain.provenance import code_state, environment_state, machine
 from labtrain.receipt import Receipt, without_secrets
 from labtrain.remote import is_local
@@ -38,6 +39,7 @@ def state_differences(receipt: Receipt, root: Path, home: Path) -> list[Differen
         "code": code_state(job, path=moved(sys.path, home, root)),
         "environment": environment_state(job) | files_state(),
         "hardware": receipt["hardware"] | machine(),
+        "data": receipt["data"] | files_now(receipt["data"], home),
     }
     return list(told_differences(receipt, now))
 

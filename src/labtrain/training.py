@@ -31,6 +31,7 @@ from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
 from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError
+from labtrain.fingerprints import noting_opened, places_in
 from labtrain.gpu_stats import GpuStats
 from labtrain.guard import Guard, explain_operation
 from labtrain.history import History, best_of
@@ -39,7 +40,7 @@ from labtrain.loop import EpochLoop
 from labtrain.ranks import adopt, find_ranks, restarted
 from labtrain.recorder import Recorder
 from labtrain.remote import is_local
-from labtrain.resume import make_job
+from labtrain.resume import changed_data, make_job
 from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, shards_in_use, shown
 from labtrain.signals import Stopped, Wishes
 from labtrain.sources import Code, load_from_source, read_code
@@ -81,6 +82,8 @@ def train(cfg: Any) -> Result:
     done = receipt.read(run_dir)
     if done is not None and done["status"] == "complete" and not job.origin:
         results = done["results"]
+        if changed := changed_data(job, done):
+            warn(changed)
         return Result(
             run_dir=run_dir,
             metrics=results["metrics"],
@@ -106,10 +109,14 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result
     code, there = named_code(job), set(sys.modules)
     ranks = find_ranks()
     environment = make_environment(ranks, accelerator=accelerator)
-    determinism.seed_all(seed, "init")
-    datamodule = instantiate(config, "data", pl.LightningDataModule)
-    determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
-    model = instantiate(config, "model", pl.LightningModule)
+    places = set(places_in([config["model"], config["data"]]))
+    with noting_opened(places):
+        determinism.seed_all(seed, "init")
+        datamodule = instantiate(config, "data", pl.LightningDataModule)
+        determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
+        model = instantiate(config, "model", pl.LightningModule)
+    for hook in ("prepare_data", "setup"):
+        setattr(datamodule, hook, noting_opened(places)(getattr(datamodule, hook)))
 
     place = checkpoint_place(run_dir, config["checkpoint"]["url"])
     fetched = run_dir.with_name(f".{run_dir.name}.fetched")
@@ -130,7 +137,12 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result
         resumed=(name, manifest) if name and manifest else None,
     )
     wishes.can_save = lambda: not checkpoints.saver.busy
-    recorder = Recorder(job, checkpoints=checkpoints.saver.listed, resumed_step=manifest["step"] if manifest else 0)
+    recorder = Recorder(
+        job,
+        checkpoints=checkpoints.saver.listed,
+        resumed_step=manifest["step"] if manifest else 0,
+        places=places,
+    )
     callbacks = make_callbacks(job, checkpoints, recorder, code, there)
     trainer = make_trainer(config, accelerator, devices, environment, loggers, callbacks, wishes)
     loop = trainer.fit_loop.epoch_loop = EpochLoop(

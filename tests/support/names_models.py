@@ -81,3 +81,14 @@ class OwnGenerator(Data):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.train = Noisy(self.train)
+
+
+class FromFile(Data):
+    """exact_worker's data, with noise added from a file that no configuration names."""
+
+    def __init__(self, folder: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.folder = folder
+
+    def setup(self, stage: str) -> None:
+        self.train.images = self.train.images + float((Path(self.folder).parent / "noise.txt").read_text())
