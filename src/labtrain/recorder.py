@@ -148,10 +148,11 @@ class Recorder(pl.Callback):
     def _data(self, trainer: pl.Trainer) -> dict[str, Any]:
         data, places = data_of(trainer, self.say)
         folder, read = self.run_dir.resolve(), []
-        for place in map(Path.resolve, {*self.places, *places}):
-            if not place.is_relative_to(folder) and not folder.is_relative_to(place):  # the run's own files come and go
+        for place in {*self.places, *places}:
+            real = place.resolve()
+            if not real.is_relative_to(folder) and not folder.is_relative_to(real):  # the run's own files come and go
                 read.append(place)
-        return data | files_read(read, Path(self.job.root).resolve())
+        return data | files_read(read, Path(self.job.root))
 
     def _note_changes(self, before: receipt.Receipt, segment: dict[str, Any]) -> None:
         """Say and record what is not as it was when the training stopped: from here on the bits may be others."""
