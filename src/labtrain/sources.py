@@ -16,6 +16,7 @@ import re
 import site
 import sys
 import sysconfig
+import tempfile
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -341,9 +342,16 @@ def unnamed_modules(code: Code, before: set[str]) -> list[tuple[str, str]]:
         before: the names of the modules that were there before the training: of a notebook's.
     """
     found = []
+    # What torch.compile has compiled: triton/knobs.py and torch/_inductor/runtime/cache_dir_utils.py.
+    compiled = (
+        os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.environ.get("TRITON_HOME") or Path.home(), ".triton/"),  # noqa: PTH118
+        os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_",
+    )
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if not isinstance(file, str) or name in before or name in ("__main__", "__mp_main__"):
+            continue
+        if file.startswith(compiled):
             continue
         top = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None) or ""
         real = os.path.realpath(file)

@@ -5,6 +5,7 @@ import py_compile
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +243,27 @@ def test_a_module_in_no_digest_is_refused_after_the_first_step(
         assert f"hint: put {tmp_path}/elsewhere.py into {tmp_path}/none and import it by its name" in runner.said()
         [trail] = (tmp_path / "runs").rglob("trail.jsonl")
         assert len(trail.read_text().splitlines()) <= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "found"),
+    [
+        ("cuda_utils", "/cache/triton/ABC/cuda_utils.so", False),  # triton's launcher, an extension of one phase
+        ("torch._inductor.codecache.c1", "/elsewhere/c1.py", False),  # a library wrote it, and named it as its own
+        ("c1", "/elsewhere/c1.so", True),
+        ("nowhere", None, False),
+    ],
+)
+def test_what_the_environments_compilers_wrote_is_the_environments(
+    name: str, file: str | None, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/cache/triton")
+    before = set(sys.modules)
+    module = types.ModuleType(name)
+    module.__file__ = file
+    monkeypatch.setitem(sys.modules, name, module)
+    nothing = Code(sources={}, outside={}, shadows=[], files={})
+    assert sources.unnamed_modules(nothing, before) == ([(name, file)] if found else [])
 
 
 def test_a_start_says_what_shadows_and_the_receipt_names_it(runner: Any, tmp_path: Path) -> None:
