@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from labtrain import sources
 from labtrain.sources import Code, read_code
@@ -258,6 +259,7 @@ def test_what_the_environments_compilers_wrote_is_the_environments(
     name: str, file: str | None, found: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", "/cache/triton")
+    assert torch.__file__.startswith(sources.environment_folders())
     before = set(sys.modules)
     module = types.ModuleType(name)
     module.__file__ = file
