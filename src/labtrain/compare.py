@@ -18,6 +18,7 @@ from labtrain import receipt as receipts
 from labtrain.catalog import list_checkpoints
 from labtrain.digests import read_weights
 from labtrain.errors import ConfigError, DamagedError
+from labtrain.fingerprints import OF_A_FILE
 from labtrain.run import get, shown, what_counts
 from labtrain.store import file_sha256
 from labtrain.trail import TRAIL, first_step
@@ -28,6 +29,7 @@ KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table
 CAUSES = (
     "config",
     "code.sources",
+    "code.outside",
     "code.labtrain",
     "environment.route",
     "environment.lock_digest",
@@ -174,6 +176,8 @@ def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference
         for key in [*mine, *(key for key in theirs if key not in mine)]:
             if mine.get(key) == theirs.get(key) or key in WITHOUT_A_SAY:
                 continue
+            if key.startswith(f"data.{OF_A_FILE}") and None in (mine.get(key), theirs.get(key)):
+                continue  # the same file lies elsewhere, or was read from a cache
             if key in AT_THE_END and None in (mine.get(key), theirs.get(key)):
                 continue
             wanted = {"determinism.seed": "seed"}.get(key, key)

@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from labtrain.callbacks import tensor_names
 from labtrain.compare import changes
 from labtrain.doctor.environment import files_state
 from labtrain.errors import LabtrainError
-from labtrain.fingerprints import fingerprint
+from labtrain.fingerprints import files_read, fingerprint_and_places
 from labtrain.loader import DataLoader, loaders_of
 from labtrain.provenance import PATCH, code_state, environment_state, machine, timestamp
 from labtrain.run import Job, shards_in_use, shown
@@ -39,11 +39,19 @@ class Recorder(pl.Callback):
         job: the run.
         checkpoints: returns what the receipt says of its checkpoints.
         resumed_step: the step that this process goes on from.
+        places: files and folders that model and data were made from.
     """
 
-    def __init__(self, job: Job, *, checkpoints: Callable[[], list[dict[str, Any]]], resumed_step: int) -> None:
+    def __init__(
+        self,
+        job: Job,
+        *,
+        checkpoints: Callable[[], list[dict[str, Any]]],
+        resumed_step: int,
+        places: Collection[Path] = (),
+    ) -> None:
         self.job, self.run_dir, self.checkpoints = job, Path(job.run_dir), checkpoints
-        self.resumed_step = resumed_step
+        self.resumed_step, self.places = resumed_step, places
         self.notes: list[str] = []
         self.receipt: receipt.Receipt | None = None
         self.lock: int | None = None
@@ -114,7 +122,7 @@ class Recorder(pl.Callback):
                 **determinism.flags(),
                 "notes": self.notes,
             },
-            "data": data_of(trainer, self.say),
+            "data": self._data(trainer),
             "segments": [*(before["segments"] if before else []), segment],
             "results": {},
             "checkpoints": [],
@@ -136,6 +144,15 @@ class Recorder(pl.Callback):
             if len(code["patch"]) > LONGEST_PATCH:
                 code["patch"] = None
         receipt.write(self.run_dir, self.receipt)
+
+    def _data(self, trainer: pl.Trainer) -> dict[str, Any]:
+        data, places = data_of(trainer, self.say)
+        folder, read = self.run_dir.resolve(), []
+        for place in {*self.places, *places}:
+            real = place.resolve()
+            if not real.is_relative_to(folder) and not folder.is_relative_to(real):  # the run's own files come and go
+                read.append(place)
+        return data | files_read(read, Path(self.job.root))
 
     def _note_changes(self, before: receipt.Receipt, segment: dict[str, Any]) -> None:
         """Say and record what is not as it was when the training stopped: from here on the bits may be others."""
@@ -178,27 +195,30 @@ def close_killed(before: receipt.Receipt, run_dir: Path) -> None:
         segment |= {"status": "killed", "ended": ended, "to_step": lines[-1]["step"] if lines else segment["from_step"]}
 
 
-def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> dict[str, Any]:
+def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Path]]:
     """Return the fingerprint of what the training and the validation load, by `train` and `val`, `val-2`, ...
 
-    With the loader's transforms, in words: their code is among the run's sources.
+    With the loader's transforms, in words: their code is among the run's sources. And the files and folders that these
+    fingerprints are of.
 
     Data that cannot be read so ends no training: that is said.
     """
     validation = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     found: dict[str, Any] = {}
+    places: list[Path] = []
     for stage, loaders in (("train", [trainer.train_dataloader]), ("val", loaders_of(validation))):
         for number, loader in enumerate(loader for loader in loaders if isinstance(loader, DataLoader)):
             name = stage if not number else f"{stage}-{number + 1}"
             try:
-                found[name] = fingerprint(loader.dataset)
+                found[name], read = fingerprint_and_places(loader.dataset)
+                places += read
                 if loader.transforms:
                     found[name]["transforms"] = [described(transform) for transform in loader.transforms]
             except LabtrainError:
                 raise
             except Exception as error:  # whatever a person's dataset holds
                 say(f"the {name} data has no fingerprint: {type(error).__name__}: {error}")
-    return found
+    return found, places
 
 
 def gpus(trainer: pl.Trainer) -> dict[str, Any]:

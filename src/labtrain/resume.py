@@ -6,15 +6,17 @@ from pathlib import Path
 from labtrain import receipt
 from labtrain.catalog import checkpoint_place, list_checkpoints
 from labtrain.errors import ConfigError, LabtrainError
+from labtrain.fingerprints import changed_files
 from labtrain.ranks import find_ranks, restarted
 from labtrain.remote import is_local
-from labtrain.run import Config, Job, code_digest, first_free, lock_digest, name, shown, what_counts
+from labtrain.run import Config, Job, first_free, lock_digest, name, shown, what_counts
+from labtrain.sources import read_code
 from labtrain.store import Store
 
 
 def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0) -> Job:
     """Name the run that `config` describes, and its folder. Writes nothing."""
-    code, lock = code_digest(root), lock_digest(root)
+    code, lock = read_code(root, config).digest, lock_digest(root)
     run_id = name(config, code=code, lock=lock)
     run_dir = Path(config["paths"]["runs"]).resolve() / str(config["experiment"]) / run_id
     origin = ""
@@ -90,6 +92,14 @@ def find_origin(resume: str, experiment_runs: Path) -> tuple[Path, str]:
         f"resume={resume}: no run is there: looked for {looked}",
         hint=f"ls {shown(experiment_runs)}; auto goes on with the run of the same id, never starts anew",
     )
+
+
+def changed_data(job: Job, done: receipt.Receipt) -> str:
+    """Return, in words, which files that a complete run read are others now; empty where none is."""
+    changed = changed_files(done["data"], Path(job.root))
+    if not changed:
+        return ""
+    return f"changed since {shown(job.run_dir)} was trained: {', '.join(changed)} (resume=never trains with it)"
 
 
 def near_run(job: Job) -> Path | None:

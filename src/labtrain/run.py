@@ -7,9 +7,7 @@ executed, the code, and the environment's lock. The name is the first 12 hex dig
 import copy
 import dataclasses
 import hashlib
-import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +56,7 @@ class Job:
         root: the experiment's folder; absolute. Its modules can be imported.
         config: the resolved configuration.
         command: what the person typed.
-        code_digest: of the experiment's and labtrain's sources.
+        code_digest: of the code that named it (sources.py); empty where another labtrain trains it.
         lock_digest: of the environment's lock; empty where there is none.
         supervisor: process id of the sweep that waits for this job; 0 for a single run.
         origin: with resume=RUN, the folder of the checkpoints that it goes on from; else empty.
@@ -126,37 +124,6 @@ def what_counts(config: Config) -> Config:
     if not (on := {key: value for key, value in kept.pop("speed", {}).items() if value is not False}):
         return kept
     return kept | {"speed": on}
-
-
-def code_digest(root: Path) -> str:
-    """Return the sha256 over the names and contents of the experiment's and labtrain's Python sources."""
-    sha = hashlib.sha256()
-    for base in (root, Path(__file__).parent):
-        for name, digest in source_digests(base).items():
-            sha.update(f"{name}\0".encode())
-            sha.update(bytes.fromhex(digest))
-        sha.update(b"\0")
-    return sha.hexdigest()
-
-
-def source_digests(root: Path) -> dict[str, str]:
-    """Return the sha256 of each Python file below `root` that a run can depend on, by its path."""
-    return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(sources(root))
-    }
-
-
-def sources(root: Path) -> Iterator[Path]:
-    """Yield the Python files below `root` that a run can depend on: no tests, runs, hidden folders or environments."""
-    for folder, folders, files in os.walk(root):
-        here = Path(folder)
-        folders[:] = [
-            name for name in folders if not name.startswith((".", "__")) and not (here / name / "pyvenv.cfg").exists()
-        ]
-        if here == root:
-            folders[:] = [name for name in folders if name not in ("runs", "tests", "vendor")]
-        yield from (here / name for name in files if name.endswith(".py"))
 
 
 def lock_digest(root: Path) -> str:

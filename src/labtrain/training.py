@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import warnings
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
 from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError, explain_callback, in_words, where
+from labtrain.fingerprints import noting_opened, places_in
 from labtrain.gpu_stats import GpuStats
 from labtrain.guard import Guard, explain_operation
 from labtrain.history import History, best_of
@@ -39,9 +41,10 @@ from labtrain.loop import EpochLoop
 from labtrain.ranks import adopt, find_ranks, restarted
 from labtrain.recorder import Recorder
 from labtrain.remote import is_local
-from labtrain.resume import make_job
+from labtrain.resume import changed_data, make_job
 from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, shards_in_use, shown
 from labtrain.signals import Stopped, Wishes
+from labtrain.sources import Code, load_from_source, read_code
 from labtrain.speed import Speed, check_compiler, explain_compile
 from labtrain.store import Manifest
 from labtrain.trail import TRAIL
@@ -80,6 +83,8 @@ def train(cfg: Any) -> Result:
     done = receipt.read(run_dir)
     if done is not None and done["status"] == "complete" and not job.origin:
         results = done["results"]
+        if changed := changed_data(job, done):
+            warn(changed)
         return Result(
             run_dir=run_dir,
             metrics=results["metrics"],
@@ -102,12 +107,17 @@ def train(cfg: Any) -> Result:
 
 def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result:
     config, run_dir, seed = job.config, Path(job.run_dir), job.config["seed"]
+    code, there = named_code(job), set(sys.modules)
     ranks = find_ranks()
     environment = make_environment(ranks, accelerator=accelerator)
-    determinism.seed_all(seed, "init")
-    datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
-    determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
-    model = instantiate(config["model"], "model", pl.LightningModule)
+    places = set(places_in([config["model"], config["data"]]))
+    with noting_opened(places):
+        determinism.seed_all(seed, "init")
+        datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
+        determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
+        model = instantiate(config["model"], "model", pl.LightningModule)
+    for hook in ("prepare_data", "setup"):
+        setattr(datamodule, hook, noting_opened(places)(getattr(datamodule, hook)))
     own = {
         name: instantiate(options, f"callbacks.{name}", pl.Callback)
         for name, options in config["callbacks"].items()
@@ -134,8 +144,22 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result
         resumed=(name, manifest) if name and manifest else None,
     )
     wishes.can_save = lambda: not checkpoints.saver.busy
-    recorder = Recorder(job, checkpoints=checkpoints.saver.listed, resumed_step=manifest["step"] if manifest else 0)
-    callbacks = make_callbacks(job, checkpoints, recorder, own)
+    recorder = Recorder(
+        job,
+        checkpoints=checkpoints.saver.listed,
+        resumed_step=manifest["step"] if manifest else 0,
+        places=places,
+    )
+    guard = Guard(
+        mode=config["determinism"]["mode"],
+        shards=shards_in_use(config),
+        threads=config["determinism"]["threads"],
+        say=recorder.say,
+        code=code,
+        there=there,
+        root=Path(job.root),
+    )
+    callbacks = make_callbacks(job, checkpoints, recorder, guard, own)
     trainer = make_trainer(config, accelerator, devices, environment, loggers, callbacks, wishes)
     loop = trainer.fit_loop.epoch_loop = EpochLoop(
         trainer,
@@ -209,6 +233,21 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result
         listening.close()
 
 
+def named_code(job: Job) -> Code | None:
+    """Return the code that the run is named by, and load it from source from now on; None in mode off.
+
+    Raises:
+        ConfigError: it is other code by now.
+    """
+    if job.config["determinism"]["mode"] == "off":
+        return None
+    load_from_source()
+    code = read_code(Path(job.root), job.config)
+    if job.code_digest not in ("", code.digest):
+        raise ConfigError("the code was changed while the training started", hint="start it again")
+    return code
+
+
 def find_checkpoint(run_dir: Path, place: str, into: Path) -> tuple[str, Path, Manifest] | None:
     """Return the name, the folder and the manifest of the newest whole checkpoint that a run goes on from.
 
@@ -267,7 +306,7 @@ def instantiate(options: Config, key: str, kind: type[Any]) -> Any:
 
 
 def make_callbacks(
-    job: Job, checkpoints: Checkpoints, recorder: Recorder, own: dict[str, pl.Callback]
+    job: Job, checkpoints: Checkpoints, recorder: Recorder, guard: Guard, own: dict[str, pl.Callback]
 ) -> list[pl.Callback]:
     """Return labtrain's callbacks and the person's, in the order in which they act.
 
@@ -277,9 +316,8 @@ def make_callbacks(
         ConfigError: there is one, and the configuration says that there is none.
     """
     config, shards = job.config, shards_in_use(job.config)
-    mode, threads = config["determinism"]["mode"], config["determinism"]["threads"]
-    # First: the counters are put in place before others look at them.
-    callbacks: list[pl.Callback] = [checkpoints, Guard(mode=mode, shards=shards, threads=threads, say=recorder.say)]
+    mode = config["determinism"]["mode"]
+    callbacks: list[pl.Callback] = [checkpoints, guard]  # first: counters are put in place before others look at them
     callbacks += [Speed(config["speed"], mode=mode, say=recorder.say), Agreement(mode=mode, say=recorder.say)]
     callbacks += [Seeding(per_rank=shards is None), BatchSizes(), recorder]
     if config["trail"]["every_n_steps"]:

@@ -99,7 +99,7 @@ def verify_run(
         say(f"code         {whence}")
         case = Case(run_dir=run_dir, receipt=receipt, trail=trail, root=root, home=home, scratch=Path(folder),
                      devices=devices, changes=changes or {}, say=say, tick=tick)  # fmt: skip
-        case.tell(state_differences(receipt, root) + composed_differently(receipt, root))
+        case.tell(state_differences(receipt, root, home) + composed_differently(receipt, root))
         first = case.replay("first", start)
         legs = legs_of(receipt) if segments else [(devices, 0)]
         reached, line = follow(case, first, legs, start=start, last=last)
