@@ -27,6 +27,7 @@ from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain import determinism, receipt
+from labtrain.agreement import Agreement
 from labtrain.callbacks import BatchSizes, Progress, Seeding, Trail, warn
 from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
@@ -81,7 +82,6 @@ def train(cfg: Any) -> Result:
     """
     job = cfg if isinstance(cfg, Job) else _job(cfg)
     config, run_dir = job.config, Path(job.run_dir)
-    mode, seed = config["determinism"]["mode"], config["seed"]
     done = receipt.read(run_dir)
     if done is not None and done["status"] == "complete" and not job.origin:
         results = done["results"]
@@ -95,12 +95,20 @@ def train(cfg: Any) -> Result:
     accelerator, devices = choose_accelerator(config)
     check_compiler(config["speed"], accelerator)
     _quiet_lightning()
+    with determinism.run(
+        seed=config["seed"],
+        mode=config["determinism"]["mode"],
+        accelerator=accelerator,
+        threads=config["determinism"]["threads"],
+        tf32=config["speed"]["tf32"] and accelerator == "gpu",
+    ):
+        return _train(job, accelerator, devices, done)
+
+
+def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: receipt.Receipt | None) -> Result:
+    config, run_dir, seed = job.config, Path(job.run_dir), job.config["seed"]
     ranks = find_ranks()
     environment = make_environment(ranks, accelerator=accelerator)
-    determinism.set_run(seed=seed, mode=mode, accelerator=accelerator)
-    determinism.apply(
-        mode, threads=config["determinism"]["threads"], tf32=config["speed"]["tf32"] and accelerator == "gpu"
-    )
     determinism.seed_all(seed, "init")
     datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
     determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
@@ -127,6 +135,7 @@ def train(cfg: Any) -> Result:
         place,
         run_id=job.run_id,
         options=config["checkpoint"],
+        say=lambda text: recorder.say(text),
         resumed=(name, manifest) if name and manifest else None,
     )
     wishes.can_save = lambda: not checkpoints.saver.busy
@@ -151,7 +160,7 @@ def train(cfg: Any) -> Result:
         listening.enter_context(wishes.listening(leads=trainer.is_global_zero))
         if trainer.is_global_zero:
             recorder.open()
-            refuse_outdated(done, run_dir)
+            refuse_outdated(before, run_dir)
             checkpoints.saver.open()
             if name is not None:
                 warn_resumed(run_dir, name)
@@ -321,7 +330,7 @@ def make_callbacks(
     mode, threads = config["determinism"]["mode"], config["determinism"]["threads"]
     # First: the counters are put in place before others look at them.
     callbacks: list[pl.Callback] = [checkpoints, Guard(mode=mode, shards=shards, threads=threads, say=recorder.say)]
-    callbacks += [Speed(config["speed"], mode=mode, say=recorder.say)]
+    callbacks += [Speed(config["speed"], mode=mode, say=recorder.say), Agreement(mode=mode, say=recorder.say)]
     callbacks += [Seeding(per_rank=shards is None), BatchSizes(), recorder]
     if config["trail"]["every_n_steps"]:
         callbacks.append(
@@ -329,6 +338,7 @@ def make_callbacks(
                 Path(job.run_dir) / TRAIL,
                 every_n_steps=config["trail"]["every_n_steps"],
                 resumed_step=recorder.resumed_step,
+                say=recorder.say,
             )
         )
     callbacks.append(History(Path(job.run_dir), batch_size=config["data"]["batch_size"]))

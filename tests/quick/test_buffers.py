@@ -6,7 +6,7 @@ from torch import nn
 
 from labtrain.buffers import Buffers
 from labtrain.errors import ConfigError
-from labtrain.reduction import filled_ranges
+from labtrain.reduction import shard_ranges
 
 
 class Module(nn.Module):
@@ -27,7 +27,7 @@ def step(module: Module, buffers: Buffers, *shards: tuple[torch.Tensor, int]) ->
         module.average += value
         module.seen += samples
         numbers.append(buffers.leave(shard, 0.5))
-    buffers.install(numbers, filled_ranges(len(shards), 1, len(shards)))
+    buffers.install(numbers, shard_ranges(len(shards), 1))
 
 
 def test_what_changed_is_averaged_and_the_rest_is_neither_copied_nor_touched() -> None:

@@ -54,7 +54,7 @@ def test_the_locks_of_the_repository_agree() -> None:
         r"torch 2\.9\.1, CUDA runtime 12\.8\.\d+, cuDNN 9\.10\.[\d.]+, NCCL 2\.27\.\d+", routes["wheels"]
     )
     assert re.fullmatch(
-        r"torch 2\.9\.1, CUDA runtime 12\.9\.\d+, cuDNN 9\.13\.[\d.]+, NCCL 2\.\d+[\d.]+", routes["conda"]
+        r"torch 2\.9\.1, CUDA runtime 12\.9\.\d+, cuDNN 9\.10\.[\d.]+, NCCL 2\.\d+[\d.]+", routes["conda"]
     )
 
 
@@ -169,8 +169,8 @@ def test_an_entry_of_the_conda_lock_that_is_not_whole_is_named(
         ),
         (
             "conda-lock.yml",
-            "6eb683bd",
-            "6eb683be",
+            "56d2250f",
+            "56d2250e",
             "conda-lock.yml",
             "content hash of environment.yml and virtual-packages.yml",
         ),

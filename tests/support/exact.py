@@ -165,3 +165,14 @@ def tell(
         code = EXIT_STOPPED if kind == "term" else None
         runner.run(config, world=here, code=code, signal_at=signal_at, environment=environment)
     return outcome(runner.run(config, world=worlds[-1], environment=environment))
+
+
+def exchanges(runner: Runner, *, world: int, last: int, batch_size: int = 8) -> list[str]:
+    """Return the exchanges of two batches, the last one smaller, and assert that each rank begins them in one order."""
+    config = configure("cnn", "even", data={"size": batch_size + last, "batch_size": batch_size})
+    config["trainer"]["max_epochs"] = 1
+    config["callbacks"]["exchanges"] = {"_target_": "tests.support.step_models.Exchanges", "folder": str(runner.folder)}
+    runner.run(config, world=world, bucket_bytes=600)
+    found = [(runner.folder / f"rank-{rank}").read_text().split() for rank in range(world)]
+    assert all(each == found[0] for each in found), found
+    return found[0]
