@@ -65,7 +65,16 @@ class Recorder(pl.Callback):
         """
         self.made_folder = not self.run_dir.exists()
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self.lock = os.open(self.run_dir / receipt.LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        path = self.run_dir / receipt.LOCK
+        try:
+            self.lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except PermissionError as error:
+            owner = path.owner() if path.exists() else self.run_dir.owner()
+            raise LabtrainError(
+                f"{shown(path)} of {owner} cannot be written by this user: the run is another user's",
+                hint=f"umask 002 where it is trained, and a common group: chmod -R g+w {shown(self.run_dir)};"
+                " or resume=never",
+            ) from error
         try:
             # A record lock: the loader's workers have no share in it, and do not hold it when this process is killed.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -181,6 +190,9 @@ class Recorder(pl.Callback):
             receipt.write(self.run_dir, self.receipt)
         elif self.made_folder:
             shutil.rmtree(self.run_dir, ignore_errors=True)  # a signal may have come before it was made
+
+    def release(self) -> None:
+        """Let other processes train the run."""
         if self.lock is not None:
             os.close(self.lock)
             self.lock = None

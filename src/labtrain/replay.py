@@ -27,6 +27,7 @@ from labtrain.sources import moved, read_code, source_digests
 from labtrain.trail import TRAIL, Line, parse_trail
 
 POLL_S = 0.02
+GIT_TIMEOUT_S = 600  # a checkout of a large repository on a slow disk
 
 
 class Replay:
@@ -247,11 +248,12 @@ def code_of(receipt: Receipt, run_dir: Path, home: Path, scratch: Path) -> tuple
 
 
 def _git(*arguments: str, text: str = "") -> None:
-    done = subprocess.run(
-        ["git", *arguments], input=text.encode("utf-8", "surrogateescape"), capture_output=True, check=False
-    )
-    if done.returncode:
-        raise ConfigError(
-            f"git {' '.join(arguments[:4])}: {done.stderr.decode(errors='replace').strip()}",
-            hint="is the receipt of this repository?",
-        )
+    command = ["git", *arguments]
+    try:
+        done = subprocess.run(command, input=text.encode("utf-8", "surrogateescape"), capture_output=True, check=False,
+                              timeout=GIT_TIMEOUT_S, env=os.environ | {"GIT_TERMINAL_PROMPT": "0"})  # fmt: skip
+        said = "" if not done.returncode else done.stderr.decode(errors="replace").strip() or "it failed"
+    except subprocess.TimeoutExpired:
+        said = f"no end in {GIT_TIMEOUT_S} seconds"
+    if said:
+        raise ConfigError(f"git {' '.join(arguments[:4])}: {said}", hint="is the receipt of this repository?")

@@ -5,7 +5,7 @@ No torch.
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from labtrain.catalog import checkpoint_place, list_checkpoints, stores_of
 from labtrain.compare import Difference, Divergence, shown_value
 from labtrain.digests import read_weights
-from labtrain.errors import ConfigError
+from labtrain.errors import ConfigError, LabtrainError, StoreError
 from labtrain.inspection import told_differences
 from labtrain.provenance import machine
 from labtrain.receipt import Receipt
@@ -121,34 +121,51 @@ def follow(
 
 
 def narrow(case: Case, line: Line, *, reached: int, start: int) -> tuple[Divergence, str]:
-    """Say which phase and tensor of a step differ, and whether they do again, from the last common checkpoint on."""
+    """Say which phase and tensor of a step differ, and whether they do again, from the last common checkpoint on.
+
+    What is found stands, whatever keeps it from being trained again.
+    """
     step, wanted = line["step"], case.trail.get(line["step"])
     if wanted is None:
         return Divergence(step=step, phase="length", tensor=None), ""
-    phase, tensor = phase_of(wanted, line), differing_tensor(wanted, line, case.receipt["trail"]["tensors"])
-    there = case.checkpoints()
+    tensor = differing_tensor(wanted, line, case.receipt["trail"]["tensors"])
+    found = Divergence(step=step, phase=phase_of(wanted, line), tensor=tensor)
+    try:
+        there, more = set(case.checkpoints()), ""
+    except StoreError as error:
+        there, more = set(), f"; its checkpoints cannot be read: {error.args[0]}"
     begin = max((each for each in there if start <= each <= reached), default=start)
     after = min((each for each in there if each >= step), default=0) if tensor is None else 0
-    again: Line | None = None
+    try:
+        again, made = _again(case, step, begin=begin, after=after)
+        names = different_tensors(case.fetched(after), made) if after else []
+    except LabtrainError as error:
+        return found, f"not trained again from step {begin}: {error.args[0]}{more}"
+    if again is not None and phase_of(wanted, again) is None:
+        told = f"not when trained again from step {begin}: this machine does not give the same bits twice"
+    elif again == line:
+        told = f"the same bits again when trained again from step {begin}: this machine agrees with itself"
+    else:
+        told = f"other bits again when trained again from step {begin}: this machine does not agree with itself"
+    if reached + 1 < step:
+        told = f"or since step {reached + 1}, of which the trail has no line; {told}"
+    if names:
+        found = replace(found, tensor=names[0])
+        told += f"; {len(names)} tensors differ at step {after}"
+    return found, told + more
+
+
+def _again(case: Case, step: int, *, begin: int, after: int) -> tuple[Line | None, Path]:
+    """Train again from a checkpoint to a step, or to one after it; return that step's line, and the run's folder."""
+    found: Line | None = None
     second = case.replay("second", begin)
     with closing(second.lines(devices=case.devices, stop_at=after or step)) as lines:
         for each in lines:
             if each["step"] == step:
-                again = each
+                found = each
                 if not after:
                     break
-    if again is not None and phase_of(wanted, again) is None:
-        more = f"not when trained again from step {begin}: this machine does not give the same bits twice"
-    elif again == line:
-        more = f"the same bits again when trained again from step {begin}: this machine agrees with itself"
-    else:
-        more = f"other bits again when trained again from step {begin}: this machine does not agree with itself"
-    if reached + 1 < step:
-        more = f"or since step {reached + 1}, of which the trail has no line; {more}"
-    if after and (names := different_tensors(case.fetched(after), second.run_dir)):
-        tensor = names[0]
-        more += f"; {len(names)} tensors differ at step {after}"
-    return Divergence(step=step, phase=phase, tensor=tensor), more
+    return found, second.run_dir
 
 
 def different_tensors(checkpoint: Path, run_dir: Path) -> list[str]:

@@ -3,14 +3,17 @@
 Whatever can be refused is refused before the run's folder is made.
 """
 
+import copy
 import fcntl
 import logging
 import os
 import shutil
 import signal
 import sys
+import time
 import warnings
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -49,6 +52,8 @@ from labtrain.speed import Speed, check_compiler, explain_compile
 from labtrain.store import Manifest
 from labtrain.trail import TRAIL
 from labtrain.wiring import explain_loss, make_environment
+
+PATIENCE_S = 5  # in which one start waits for another in silence
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -102,10 +107,10 @@ def train(cfg: Any) -> Result:
         threads=config["determinism"]["threads"],
         tf32=config["speed"]["tf32"] and accelerator == "gpu",
     ):
-        return _train(job, accelerator, devices)
+        return _train(job, accelerator, devices, done)
 
 
-def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result:
+def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: receipt.Receipt | None) -> Result:
     config, run_dir, seed = job.config, Path(job.run_dir), job.config["seed"]
     code, there = named_code(job), set(sys.modules)
     ranks = find_ranks()
@@ -170,14 +175,16 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result
     )
     # Lightning's own handlers would end with exit code 0 after SIGTERM, and requeue a Slurm job by themselves.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    make_loader = datamodule.train_dataloader
+    make_loader, set_up = datamodule.train_dataloader, datamodule.setup
     datamodule.train_dataloader = lambda: loop.placed(make_loader())
+    datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))
     keep_fetched = False
     listening = ExitStack()  # until the receipt is closed: a launcher that dies sends SIGTERM several times
     try:
         listening.enter_context(wishes.listening(leads=trainer.is_global_zero))
         if trainer.is_global_zero:
             recorder.open()
+            refuse_outdated(before, run_dir)
             checkpoints.saver.open()
             if name is not None:
                 warn_resumed(run_dir, name)
@@ -228,8 +235,9 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result
             raise error from raised
         raise
     finally:
-        if trainer.is_global_zero and not keep_fetched:
+        if recorder.lock is not None and not keep_fetched:  # else another start trains this run, and may be reading it
             shutil.rmtree(fetched, ignore_errors=True)
+        recorder.release()
         listening.close()
 
 
@@ -268,10 +276,52 @@ def find_checkpoint(run_dir: Path, place: str, into: Path) -> tuple[str, Path, M
         found = None
     else:
         into.mkdir(parents=True, exist_ok=True)
-        with (into / ".lock").open("w") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX)
+        with alone_in(into):
             found = newest_whole(stores, into=into, to_resume=True)
     return (found[0].name, *found[1:]) if found else None
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process fetches into a folder; where that takes long, say for whom."""
+    with (folder / ".lock").open("a+") as file:
+        begun, patience = time.monotonic(), PATIENCE_S
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() - begun > patience:
+                    patience += 60
+                    file.seek(0)
+                    warn(f"waiting for {file.read().strip() or 'another process'}, which fetches into {shown(folder)}")
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
+def refuse_outdated(before: receipt.Receipt | None, run_dir: Path) -> None:
+    """Refuse to go on where another process has trained the run since this one looked at it.
+
+    Raises:
+        LabtrainError: what this start has found may be old.
+    """
+    if (receipt.read(run_dir) or {}).get("digest") != (before or {}).get("digest"):
+        raise LabtrainError(
+            f"{shown(run_dir)}: another process trained it while this one started", hint="the same command goes on"
+        )
+
+
+def seeded_alike(set_up: Callable[[], None]) -> None:
+    """Run a datamodule's setup: each of them draws the same, for "fit", for "test", and on each rank.
+
+    So a split at random gives the same parts to the training and to the test. What it drew moves nothing after it.
+    """
+    determinism.seed_place("setup")
+    set_up()
+    determinism.seed_place("setup")
 
 
 def instantiate(options: Config, key: str, kind: type[Any]) -> Any:
@@ -434,8 +484,9 @@ def _job(cfg: Any) -> Job:
     import __main__
     from labtrain import config as configuration
 
-    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else dict(cfg)
+    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else copy.deepcopy(dict(cfg))
     config = configuration.completed(cast(Config, plain))
+    configuration.check_whole(config)
     adopt(config, find_ranks())
     configuration.check(config)
     root = Path(getattr(__main__, "__file__", "notebook.py")).resolve().parent

@@ -79,6 +79,15 @@ def test_where_all_tensors_differ_the_first_and_their_number_come_from_the_next_
     assert "tensors differ at step 10" in found["found"]
 
 
+def test_what_was_found_stands_where_the_store_is_away(copy: Path) -> None:
+    """The step, phase and tensor are known from the trail; that the checkpoints cannot be read is said beside it."""
+    changed(copy, "config/checkpoint/url", "sftp://127.0.0.1:1/gone")
+    found = json.loads(verify(copy, "--json", code=1, FAULT="7 weight:net.9.bias 3").out)
+    assert found["divergence"] == {"step": 7, "phase": "update", "tensor": "net.9.bias"}
+    assert "the same bits again when trained again from step 0" in found["found"]
+    assert "its checkpoints cannot be read: sftp://127.0.0.1:1/gone/" in found["found"]
+
+
 def test_a_machine_that_does_not_repeat_itself_is_said_so(copy: Path) -> None:
     """From the last checkpoint the fault's own count of steps begins anew: it does not come again."""
     found = json.loads(verify(copy, "--json", code=1, FAULT="8 weight:net.9.bias 4 counted").out)
