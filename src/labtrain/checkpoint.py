@@ -19,6 +19,7 @@ from labtrain.errors import ConfigError, LabtrainError
 from labtrain.files import is_spread, load_folder
 from labtrain.loggers import log_positions
 from labtrain.loop import EpochLoop
+from labtrain.options import adopt, beginnings, beginnings_of_callbacks
 from labtrain.saver import Saver
 from labtrain.staging import described, unsavable
 from labtrain.store import Manifest
@@ -56,6 +57,7 @@ class Checkpoints(pl.Callback):
     ) -> None:
         self.run_id, self.say = run_id, say
         self.stepped = False
+        self.initial: dict[str, Any] = {}  # how optimizers, schedulers and callbacks began
         self.monitor, self.keep_best = options["monitor"], options["keep_best"]
         keep = partial(
             kept,
@@ -71,6 +73,7 @@ class Checkpoints(pl.Callback):
         """Stop, before anything is loaded together, where ranks would go on from different checkpoints."""
         if stage != "fit":
             return
+        self.initial = {"callbacks": beginnings_of_callbacks(trainer)}
         step = self.newest[1] if self.newest else 0
         if (first := trainer.strategy.broadcast(step)) != step:
             raise LabtrainError(
@@ -82,9 +85,15 @@ class Checkpoints(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        loop_of(trainer).loaded = checkpoint
+        loop = loop_of(trainer)
+        if "optimizers" in self.initial and loop.loaded is None:  # as it is spread over the ranks, it is loaded late
+            adopt(checkpoint, trainer, self.initial, say=self.say)
+        loop.loaded = checkpoint
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.initial |= beginnings(trainer)
+        if (loaded := loop_of(trainer).loaded) is not None:
+            adopt(loaded, trainer, self.initial, say=self.say)
         unsaved = loop_of(trainer).unsaved = Unsaved(pl_module)
         for sentence in unsaved.unkept() if run_mode() != "off" else ():
             self.say(sentence)
@@ -133,7 +142,7 @@ class Checkpoints(pl.Callback):
             wishes.owed = trainer.is_global_zero
             return
         state = dump(trainer)
-        state[PLACE] = loop_of(trainer).place()
+        state[PLACE] = loop_of(trainer).place() | {"initial": self.initial}
         unsaved = loop_of(trainer).unsaved
         for name in unsaved.new_objects() if unsaved is not None else ():
             self.say(
