@@ -182,7 +182,8 @@ class Checkpoints(pl.Callback):
                 raise ConfigError(
                     f"save_hyperparameters in {type(getattr(trainer, owner)).__name__} puts into each checkpoint what"
                     f" it cannot hold: {kinds}",
-                    hint=f"self.save_hyperparameters(ignore={json.dumps(names)}), and self.{names[0]} = {names[0]}",
+                    hint=f"self.save_hyperparameters(ignore={json.dumps(names)}), and self.{names[-1]} = {names[-1]}"
+                    f" where the code reads self.hparams.{names[-1]}",
                 )
             if any(path == (key,) for path, _ in found):
                 raise ConfigError(

@@ -30,6 +30,8 @@ def make_job(config: Config, *, root: Path, command: list[str], supervisor: int 
         elif found["status"] == "complete" if found is not None else begun.name != run_id:
             digest = newest_digest(str(config["resume"]), origin)
             run_dir = experiment_runs / name(config, code=code, lock=lock, origin=digest)
+            if (new := receipt.read(run_dir)) is not None and new["status"] == "complete":
+                origin = ""  # the same command again
         else:
             run_dir = begun
         run_id = run_dir.name
