@@ -192,6 +192,9 @@ def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference
                 matters = any(key == cause or key.startswith(f"{cause}.") for cause in CAUSES)
                 matters = matters and not (portable and key in OF_THE_PROCESSOR)
             yield Difference(key=key, a=mine.get(key), b=theirs.get(key), matters=matters)
+    begun = [(each["segments"][0].get("origin") or {}).get("digest") for each in (a, b)]
+    if begun[0] != begun[1]:
+        yield Difference(key="segments.0.origin.digest", a=begun[0], b=begun[1], matters=True)
 
 
 def changes(before: receipts.Receipt, now: receipts.Receipt) -> list[dict[str, Any]]:

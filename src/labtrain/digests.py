@@ -78,13 +78,15 @@ def digest_folder(folder: Path) -> str:
 def state_digest(state: Mapping[str, Any]) -> str:
     """Return the sha256 over a whole training state: tensors, plain values, and the weights by their digest.
 
-    A model's plain attributes are left out: a time that it took, say, is another in each training.
+    A model's plain attributes are left out: a time that it took, say, is another in each training. And so is how
+    optimizers began, which the configuration says.
     """
     state = {**state, "state_dict": digest(state["state_dict"])}
     if PLACE in state:
         left = "attributes", "outputs"
         ranks = [{key: value for key, value in rank.items() if key not in left} for rank in state[PLACE]["ranks"]]
-        state[PLACE] = {**state[PLACE], "ranks": ranks}
+        place = {key: value for key, value in state[PLACE].items() if key != "initial"}
+        state[PLACE] = {**place, "ranks": ranks}
     return digest_tree(state)
 
 

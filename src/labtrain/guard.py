@@ -200,6 +200,12 @@ def training_loaders(trainer: pl.Trainer) -> Iterator[Finding]:
         if not isinstance(loader, DataLoader | StatefulLoader):
             what = "its order and draws are no function of seed and epoch"
             yield f"the training data comes from {_kind(loader)}: {what}", hint
+        elif isinstance(loader, StatefulLoader) and trainer.world_size > 1:
+            yield (
+                f"the training data comes from {_kind(loader.loader)}, in {trainer.world_size} processes: unless it"
+                " cuts its samples by rank itself, each of them trains on the same",
+                "trainer.devices=1; or determinism.mode=warn, if each rank gets samples of its own",
+            )
 
 
 def evaluation_loaders(stage: str, combined: Any) -> Iterator[Finding]:

@@ -371,6 +371,7 @@ class StatefulLoader:
         self._start = (-1, 0)
         self._state: Any = None
         self._ended = False
+        self.exhausted = False  # it was asked for another batch in this epoch, and had none
 
     def __len__(self) -> int:
         return len(self.loader)  # TypeError where it has none, as Lightning expects
@@ -383,9 +384,18 @@ class StatefulLoader:
             if set_epoch is not None:
                 set_epoch(epoch)
 
-    def start_at(self, epoch: int, batch: int, *, state: Any, ended: bool) -> None:
-        """Go on from `state`: of a loader of this kind after `batch` batches of `epoch`, its last where ended."""
+    def start_at(self, epoch: int, batch: int, *, state: Any, ended: bool, exhausted: bool = True) -> None:
+        """Go on from a state.
+
+        Args:
+            epoch: in which it was taken.
+            batch: after so many of its batches.
+            state: of a loader of this kind.
+            ended: the epoch of the training ended with that batch.
+            exhausted: the loader had been asked for another batch, and had none.
+        """
         self._start, self._state, self._ended, self.epoch = (epoch, batch), state, ended, epoch
+        self.exhausted = exhausted
 
     def __iter__(self) -> Iterator[Any]:
         epoch, done = self._start
@@ -393,12 +403,38 @@ class StatefulLoader:
             return
         if self.epoch == epoch or (self._ended and self.epoch == epoch + 1):
             self.loader.load_state_dict(self._state)
+            if self._ended and self._ends_again():
+                self.loader.load_state_dict(self._state)
         done = done if self.epoch == epoch else 0
+        self.exhausted = False
         for batch in self.loader:
             done += 1
             self.states = {number: state for number, state in self.states.items() if number == done - 1}
             self.states[done] = self.loader.state_dict()
             yield batch
+        self.exhausted = True
+
+    def _ends_again(self) -> bool:
+        """Bring the loader to where an epoch left it whose last batch another process has trained.
+
+        Its state was taken before the end. torchdata's loader then has the rest of that epoch to give, which is
+        nothing, before it begins the next one. Lightning asks for a batch beyond the one that it trains if the loader
+        has no length, and only then.
+
+        Returns:
+            whether that gave a batch of the next epoch: the loader is of a kind that begins it at once.
+        """
+        rest, nothing = iter(self.loader), object()
+        if _length(self.loader) is not None:
+            return False
+        return next(rest, nothing) is not nothing and self.exhausted
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def is_stateful(loader: Any) -> bool:

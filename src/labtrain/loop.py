@@ -114,7 +114,7 @@ class EpochLoop(_TrainingEpochLoop):
     def place(self) -> State:
         """Return where the training stands, as plain values and tensors."""
         trainer, fit = self.trainer, self.trainer.fit_loop
-        mine = {"logged": self._logged(), "metrics": self._metric_states(), "loader": self._loader_state()}
+        mine = {"logged": self._logged(), "metrics": self._metric_states(), **self._loader_state()}
         if self.unsaved is not None and isinstance(trainer.strategy, Exact):
             with made_whole(trainer, trainer.strategy.grown()) as outputs:
                 mine |= self.unsaved.state() | {"outputs": outputs}
@@ -172,11 +172,12 @@ class EpochLoop(_TrainingEpochLoop):
             states[name] = held
         return states
 
-    def _loader_state(self) -> Any:
+    def _loader_state(self) -> State:
         for loader in loaders_of(self.trainer.fit_loop._combined_loader):
             if isinstance(loader, StatefulLoader):
-                return loader.states.get(self.batch_progress.current.completed)
-        return None
+                state = loader.states.get(self.batch_progress.current.completed)
+                return {"loader": state, "exhausted": loader.exhausted}
+        return {"loader": None}
 
     # ---------------------------------------------------------------------------------------------------- going on
 
@@ -213,7 +214,13 @@ class EpochLoop(_TrainingEpochLoop):
                         f" {self.trainer.world_size}: which samples each would go on with is not known",
                         hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
                     )
-                loader.start_at(at["epoch"], at["batch"], state=mine["loader"], ended=at["is_last_batch"])
+                loader.start_at(
+                    at["epoch"],
+                    at["batch"],
+                    state=mine["loader"],
+                    ended=at["is_last_batch"],
+                    exhausted=mine.get("exhausted", True),
+                )
         return loader
 
     def _of_this_rank(self, at: State) -> State | None:

@@ -33,13 +33,15 @@ LONGEST_PATCH = 1_000_000  # characters; of a longer one the receipt has none, c
 class Recorder(pl.Callback):
     """Makes the run's folder, writes its receipt when the training starts and closes it when it ends.
 
-    A folder that was made for a training that then did not start is removed again: nothing is left half-written.
+    A folder that was made for a training that then did not start is removed again: nothing is left half-written. A
+    receipt that is there already is left as it is until the first new step is done.
 
     Args:
         job: the run.
         checkpoints: returns what the receipt says of its checkpoints.
         resumed_step: the step that this process goes on from.
         places: files and folders that model and data were made from.
+        origin: the checkpoint of a complete run that this run begins from: what the receipt says of it.
     """
 
     def __init__(
@@ -49,9 +51,11 @@ class Recorder(pl.Callback):
         checkpoints: Callable[[], list[dict[str, Any]]],
         resumed_step: int,
         places: Collection[Path] = (),
+        origin: dict[str, Any] | None = None,
     ) -> None:
         self.job, self.run_dir, self.checkpoints = job, Path(job.run_dir), checkpoints
-        self.resumed_step, self.places = resumed_step, places
+        self.resumed_step, self.places, self.origin = resumed_step, places, origin
+        self.waits = False  # with the receipt, for the first new step
         self.notes: list[str] = []
         self.receipt: receipt.Receipt | None = None
         self.lock: int | None = None
@@ -114,6 +118,8 @@ class Recorder(pl.Callback):
             "to_step": None,
             "changed": [],
         }
+        if self.origin is not None:
+            segment["origin"] = self.origin
         config, code = receipt.without_secrets(job.config), receipt.without_secrets(code_state(job))
         self.receipt = {
             "schema": receipt.SCHEMA,
@@ -145,7 +151,21 @@ class Recorder(pl.Callback):
         }
         if before is not None:
             self._note_changes(before, segment)
-        receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        self.waits = before is not None
+        if not self.waits:
+            self._begin()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.waits and trainer.global_step > self.resumed_step:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Write the receipt, and what lies beside it."""
+        assert self.receipt is not None
+        self.waits, code = False, self.receipt["code"]
+        receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.receipt["config"], sort_keys=False))
         if not code["patch"]:
             (self.run_dir / PATCH).unlink(missing_ok=True)  # of an earlier start
         else:
@@ -173,13 +193,17 @@ class Recorder(pl.Callback):
     def close(self, status: str, *, step: int, why: str | None = None, results: dict[str, Any] | None = None) -> None:
         """Write how the training ended; without a receipt, remove the folder that was made for it.
 
+        Where it ended before its first new step, and not because there was none left, the former receipt stays.
+
         Args:
             status: one of `receipt.STATUSES`.
             step: that it had come to.
             why: it ended before its time: a signal's name, or an exception's.
             results: of a complete one.
         """
-        if self.receipt is not None:
+        if self.waits and status == "complete":
+            self._begin()
+        if self.receipt is not None and not self.waits:
             self.receipt["status"] = status
             self.receipt["segments"][-1] |= {"ended": timestamp(), "status": status, "why": why, "to_step": step}
             self.receipt["environment"] |= files_state()
@@ -188,7 +212,7 @@ class Recorder(pl.Callback):
             self.receipt["results"] = results or {}
             self.receipt["checkpoints"] = self.checkpoints()
             receipt.write(self.run_dir, self.receipt)
-        elif self.made_folder:
+        elif self.receipt is None and self.made_folder:
             shutil.rmtree(self.run_dir, ignore_errors=True)  # a signal may have come before it was made
 
     def release(self) -> None:

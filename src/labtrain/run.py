@@ -60,6 +60,7 @@ class Job:
         lock_digest: of the environment's lock; empty where there is none.
         supervisor: process id of the sweep that waits for this job; 0 for a single run.
         origin: with resume=RUN, the folder of the checkpoints that it goes on from; else empty.
+        origin_digest: of the checkpoint there that it begins from, as a run of its own; empty where RUN itself goes on.
         stop_at: the step after which it saves and stops, as after a SIGTERM; 0: none.
     """
 
@@ -72,6 +73,7 @@ class Job:
     lock_digest: str
     supervisor: int = 0
     origin: str = ""
+    origin_digest: str = ""
     stop_at: int = 0
 
     def to_json(self) -> str:
@@ -105,9 +107,16 @@ def shards_in_use(config: Config) -> int | None:
     return shards if exact and config["trainer"]["accelerator"] in ("auto", "cpu", "gpu", "cuda") else None
 
 
-def name(config: Config, *, code: str, lock: str) -> str:
-    """Return the run id: 12 hex digits of what determines the run's bits."""
-    parts = (exact_json.dumps(what_counts(config), sort_keys=True), code, lock)
+def name(config: Config, *, code: str, lock: str, origin: str = "") -> str:
+    """Return the run id: 12 hex digits of what determines the run's bits.
+
+    Args:
+        config: resolved.
+        code: its digest.
+        lock: the digest of the environment's lock.
+        origin: the digest of the checkpoint that it begins from; empty for a run that begins anew.
+    """
+    parts = (exact_json.dumps(what_counts(config), sort_keys=True), code, lock, *([origin] if origin else []))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

@@ -44,7 +44,7 @@ from labtrain.loop import EpochLoop
 from labtrain.ranks import adopt, find_ranks, restarted
 from labtrain.recorder import Recorder
 from labtrain.remote import is_local
-from labtrain.resume import changed_data, make_job
+from labtrain.resume import changed_data, checkpoint_digest, make_job
 from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, shards_in_use, shown
 from labtrain.signals import Stopped, Wishes
 from labtrain.sources import Code, load_from_source, read_code
@@ -132,14 +132,16 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
     place = checkpoint_place(run_dir, config["checkpoint"]["url"])
     fetched = run_dir.with_name(f".{run_dir.name}.fetched")
     # A start anew of one that had gone on from another run has gone on from there already.
-    found = find_checkpoint(run_dir, place, fetched) if not job.origin or restarted() else None
+    goes_on = not job.origin or job.origin_digest or restarted()
+    found, origin = find_checkpoint(run_dir, place, fetched) if goes_on else None, None
     if found is None and job.origin:
         found = find_checkpoint(run_dir, job.origin, fetched)
+        origin = origin_of(job, found)
     if job.origin and found is None:
         raise ConfigError(f"resume={config['resume']}: that run has no checkpoint yet", hint="resume=never")
     name, path, manifest = found or (None, None, None)
     wishes = Wishes(every_seconds=config["checkpoint"]["every_seconds"])
-    loggers = make_loggers(job, resumed=manifest["logs"] if manifest else None)
+    loggers = make_loggers(job, resumed=manifest["logs"] if manifest and not origin else None)
     checkpoints = Checkpoints(
         run_dir,
         place,
@@ -154,6 +156,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
         checkpoints=checkpoints.saver.listed,
         resumed_step=manifest["step"] if manifest else 0,
         places=places,
+        origin=origin,
     )
     guard = Guard(
         mode=config["determinism"]["mode"],
@@ -187,7 +190,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
             refuse_outdated(before, run_dir)
             checkpoints.saver.open()
             if name is not None:
-                warn_resumed(run_dir, name)
+                warn_resumed(run_dir, name, origin)
         if shards_in_use(config) is None:
             recorder.say(plain_because(config))
             if config["trainer"]["strategy"] not in (*EXACT_STRATEGIES, SHARDED_STRATEGY) and path is not None:
@@ -461,8 +464,35 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
     return None
 
 
-def warn_resumed(run_dir: Path, name: str) -> None:
-    """Say that a run goes on, and from where."""
+def origin_of(job: Job, found: tuple[str, Path, Manifest] | None) -> dict[str, Any] | None:
+    """Return what the receipt says of the checkpoint that a run begins from; None if the run begun goes on itself.
+
+    Raises:
+        ConfigError: it is not the one that the run is named after.
+    """
+    if not job.origin_digest or found is None:
+        return None
+    name, _, manifest = found
+    if (digest := checkpoint_digest(manifest)) != job.origin_digest:
+        raise ConfigError(
+            f"resume={job.config['resume']}: its newest checkpoint cannot be read, and the run would begin from"
+            f" {name}, an older one",
+            hint=f"labtrain store check {job.origin}; rm -r the damaged one, and the same command begins from {name}",
+        )
+    return {
+        "run_id": manifest["run_id"],
+        "checkpoint": name,
+        "step": manifest["step"],
+        "digest": digest,
+        "url": receipt.without_secrets(job.origin),
+    }
+
+
+def warn_resumed(run_dir: Path, name: str, origin: dict[str, Any] | None) -> None:
+    """Say that a run goes on, or begins from another, and from where."""
+    if origin is not None:
+        warn(f"{shown(run_dir)} is a new run: it begins from {name} of {origin['run_id']}, which stays as it is")
+        return
     warn(f"{shown(run_dir)} goes on from {name} (resume=never starts anew beside it)")
 
 

@@ -110,7 +110,7 @@ def test_hyperparameters_that_cannot_be_saved_are_refused_before_the_first_step(
         "net": {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1},
     }
     runner.run(options, code=2)
-    assert 'hint: self.save_hyperparameters(ignore=["optimizer", "net"])' in runner.said()
+    assert 'hint: self.save_hyperparameters(ignore=["optimizer", "net"]), and self.net = net' in runner.said()
     assert "HyperParameters puts into each checkpoint what it cannot hold: optimizer is a" in runner.said()
     assert list(runner.folder.glob("runs/exact/*")) == []
 

@@ -219,6 +219,23 @@ def test_what_went_on_after_a_change_is_verified_from_there(copy: Path) -> None:
     assert f"the same bits, from step {after + 1} to its end" in verify(run.folder, "--from", str(after)).out
 
 
+def test_a_run_that_began_from_a_complete_one_is_verified_from_there(copy: Path) -> None:
+    """With other options, which take effect as they did; without the other run's checkpoint it says what is missing."""
+    experiment = Experiment(copy.parents[2])
+    run = experiment.train(
+        *TWO_EPOCHS, "trainer.max_epochs=3", "model.learning_rate=0.02", f"resume={copy}", cwd=experiment.root
+    )
+    assert run.folder != copy
+    found = verify(run.folder).out
+    assert f"origin       step-{STEPS:010d} of the run {copy.name}, which is not verified here" in found
+    assert f"the same bits, from step {STEPS + 1} to its end" in found
+    shutil.rmtree(copy / "checkpoints")
+    assert (
+        f"the run began from step-{STEPS:010d} of the run {copy.name}, which is neither"
+        in verify(run.folder, code=2).err
+    )
+
+
 def test_bad_input_is_refused(copy: Path, tmp_path: Path) -> None:
     for options, says in (
         ((str(tmp_path),), "is no run"),
