@@ -17,7 +17,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["DataLoader", "LabtrainError", "Result", "digest", "fingerprint", "load_weights", "main", "train"]
+__all__ = [
+    "DataLoader",
+    "LabtrainError",
+    "Result",
+    "digest",
+    "fingerprint",
+    "gather_outputs",
+    "load_weights",
+    "main",
+    "train",
+]
 
 _HOMES = {
     "DataLoader": "labtrain.loader",
@@ -25,6 +35,7 @@ _HOMES = {
     "Result": "labtrain.training",
     "digest": "labtrain.digests",
     "fingerprint": "labtrain.fingerprints",
+    "gather_outputs": "labtrain.gathering",
     "load_weights": "labtrain.target",
     "main": "labtrain.compose",
     "train": "labtrain.training",
@@ -36,6 +47,7 @@ if TYPE_CHECKING:
     from labtrain.digests import digest
     from labtrain.errors import LabtrainError
     from labtrain.fingerprints import fingerprint
+    from labtrain.gathering import gather_outputs
     from labtrain.loader import DataLoader
     from labtrain.target import load_weights
     from labtrain.training import Result, train

@@ -1,23 +1,29 @@
 """The buffers of a model during a step that is run a shard at a time: BatchNorm's statistics first of all.
 
 Each shard begins with the buffers of the step's beginning, so that none depends on which process ran the one before. At
-the end a floating-point buffer that some shard changed is the mean over the samples, along the same tree as the
-gradients: a running mean is then that of the whole batch, a running variance the mean of the shards' variances. What
-does not change, such as a causal mask, is neither copied nor exchanged.
+the end the running statistics of normalisations are the mean over the samples, along the same tree as the gradients: a
+running mean is then that of the whole batch, a running variance the mean of the shards' variances. Any other buffer
+has to come out of all shards alike, as a counter does or what spectral normalisation keeps; a queue that each shard
+fills differently is refused. What does not change, such as a causal mask, is neither copied nor exchanged.
 """
 
 import zlib
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from labtrain.digests import tensor_bytes
-from labtrain.errors import ConfigError
+from labtrain.metrics import add_rows
 from labtrain.reduction import ShardSum
 
-Owned = tuple[torch.nn.Module, str]  # a module, and the name of a buffer of its own
+# Of BatchNorm, InstanceNorm, and of what people write beside them.
+STATISTICS = ("running_", "moving_")
+
+Owned = tuple[nn.Module, str]  # a module, and the name of a buffer of its own
+New = dict[tuple[str, str], Tensor]  # by the module's path and the buffer's name
 
 
 class Buffers:
@@ -25,32 +31,49 @@ class Buffers:
 
     Args:
         module: the model.
-        shards: S.
+        device: of the training.
         rank: this process.
         world: the number of processes.
+        judge: called with (what, hint) for a buffer that the shards leave differently.
     """
 
-    def __init__(self, module: torch.nn.Module, *, shards: int, rank: int, world: int) -> None:
-        self.shards, self.rank, self.world = shards, rank, world
-        owned: dict[int, Owned] = {}  # tied ones once
-        for part in module.modules():
+    def __init__(
+        self, module: nn.Module, *, device: torch.device, rank: int, world: int, judge: Callable[[str, str], None]
+    ) -> None:
+        self.module, self.device, self.rank, self.world, self.judge = module, device, rank, world, judge
+        self.numbers: list[list[float]] = []  # of this rank's shards
+        self._left: dict[int, dict[int, Tensor]] = {}  # by shard and buffer: what it left, times its share
+        self._weights: dict[int, float] = {}
+        self._new: dict[int, New] = {}  # by shard: buffers that its step made
+        self._scan()
+
+    def _scan(self) -> None:
+        """Find the buffers, tied ones once; statistics first."""
+        parts = list(self.module.modules())
+        self._tables: list[dict[str, Any]] = [part._buffers for part in parts]
+        self._tables += [part._modules for part in parts]
+        self._lengths = list(map(len, self._tables))
+        self._empty = [(table, name) for table in self._tables for name, each in table.items() if each is None]
+        owned: dict[int, Owned] = {}
+        self._known: set[tuple[int, str]] = set()
+        for part in parts:
             for name, buffer in part._buffers.items():
                 if buffer is not None:
                     owned.setdefault(id(buffer), (part, name))
-        means = [each for each in owned.values() if _get(each).is_floating_point() or _get(each).is_complex()]
+                    self._known.add((id(part), name))
+        means = [each for each in owned.values() if _is_statistic(each[1], _get(each))]
         others = [each for each in owned.values() if each not in means]
         self.owned = means + others
         self.num_means = len(means)
         self._before = [_get(each).clone() for each in self.owned]
         self._seen = [(now := _get(each), now._version) for each in self.owned]
-        self._left: dict[int, dict[int, Tensor]] = {}  # by shard and buffer: what it left, times its share
-        self._weights: dict[int, float] = {}
-        self.numbers: list[list[float]] = []  # of this rank's shards
         self._sum: tuple[list[int], ShardSum] | None = None
 
     def begin(self) -> None:
         """Begin a step."""
-        self._left, self._weights, self.numbers = {}, {}, []
+        self._left, self._weights, self._new, self.numbers = {}, {}, {}, []
+        if self._has_new():
+            self._scan()
         for index in self._changed():
             now = _get(self.owned[index])
             self._before[index] = now.clone()
@@ -62,22 +85,31 @@ class Buffers:
             now = _get(self.owned[index])
             now.copy_(self._before[index])
             self._seen[index] = now, now._version
+        if self._has_new():
+            parts = dict(self.module.named_modules())
+            for path, name in self._news():
+                was_there = any(table is parts[path]._buffers and name == empty for table, empty in self._empty)
+                parts[path]._buffers[name] = None
+                if not was_there:
+                    del parts[path]._buffers[name]
 
     def leave(self, shard: int, weight: float) -> list[float]:
         """Keep what a shard left.
 
         Returns:
-            A number a buffer: of those that are averaged 1.0 where it was changed; of the others one of their content.
+            A number a buffer: of statistics 1.0 where they changed; of the rest one of their content. And one of the
+            content of new buffers.
         """
-        numbers = [0.0] * len(self.owned)
+        numbers = [0.0] * (len(self.owned) + 1)
         self._left[shard], self._weights[shard] = {}, weight
         for index in self._changed():
             now = _get(self.owned[index]).detach()
             if index < self.num_means:
                 self._left[shard][index] = now * weight
-                numbers[index] = 1.0
-            elif not _counts_batches(self.owned[index]):  # one more in each shard: nothing to compare
-                numbers[index] = 1.0 + zlib.crc32(tensor_bytes(now))
+            numbers[index] = 1.0 if index < self.num_means or _counts_batches(self.owned[index]) else _number(now)
+        if self._has_new():
+            self._new[shard] = new = self._news()
+            numbers[-1] = 1.0 + sum(map(_number, new.values()))
         self.numbers.append(numbers)
         return numbers
 
@@ -85,27 +117,28 @@ class Buffers:
         """End the step.
 
         Args:
-            numbers_SB: what `leave` returned for each of the S shards.
-            ranges: the shards of each rank; one that had none gets what is not averaged from rank 0.
+            numbers_SB: what `leave` returned for each shard.
+            ranges: the shards of each rank; one that had none gets what is not averaged.
 
         Raises:
-            ConfigError: integers come out differently.
+            ConfigError: in strict mode, a buffer that is no statistic comes out differently.
         """
         columns = list(zip(*numbers_SB, strict=True))
-        for each, column in zip(self.owned[self.num_means :], columns[self.num_means :], strict=True):
-            if len(set(column)) > 1:
-                raise ConfigError(
-                    f"buffer {each[1]} of {type(each[0]).__name__} ({_get(each).dtype}) comes out differently in the"
-                    " shards of a step: it cannot be averaged",
-                    hint="make it floating-point, or determinism.shards=null",
-                )
+        last = max(rank for rank, shards in enumerate(ranges) if shards)  # the rank of the last shard
+        for index in range(self.num_means, len(self.owned)):
+            part, name = self.owned[index]
+            buffer, differs = _get(self.owned[index]), len(set(columns[index])) > 1
+            if differs:
+                self.judge(*_differs(name, type(part).__name__, buffer))
+            if any(columns[index]) and self.world > 1 and (differs or not all(ranges)):
+                dist.broadcast(buffer, src=last)  # which raises no version
+                self._seen[index] = buffer, -1
         changed = [index for index, column in enumerate(columns[: self.num_means]) if any(column)]
         if changed:
             for index, mean in zip(changed, self._means(changed, ranges), strict=True):
                 _get(self.owned[index]).copy_(mean)
-        if not all(ranges):
-            for each in self.owned[self.num_means :]:
-                dist.broadcast(_get(each), src=0)
+        if any(columns[-1]):
+            self._adopt(len(numbers_SB))
 
     def _means(self, changed: list[int], ranges: list[range]) -> list[Tensor]:
         if self._sum is None or self._sum[0] != changed:
@@ -117,17 +150,71 @@ class Buffers:
             for number, index in enumerate(changed):
                 left = self._left[shard].get(index)
                 total.push(shard, number, self._before[index] * self._weights[shard] if left is None else left)
+        total.send()
         return total.total()
+
+    def _adopt(self, shards: int) -> None:
+        """Take buffers that a step made, or gave a first value, as if they had been there: once, so not in a hurry."""
+        mine = {
+            shard: ({key: buffer.detach().cpu() for key, buffer in new.items()}, self._weights[shard])
+            for shard, new in self._new.items()
+        }
+        gathered: list[Any] = [mine]
+        if self.world > 1:
+            gathered = [{}] * self.world
+            dist.all_gather_object(gathered, mine)
+        by_shard = {shard: left for part in gathered for shard, left in part.items()}
+        parts = dict(self.module.named_modules())
+        for path, name in dict.fromkeys(key for new, _ in by_shard.values() for key in new):
+            found = [(new[path, name], weight) for _, (new, weight) in sorted(by_shard.items()) if (path, name) in new]
+            value = found[-1][0]
+            if _is_statistic(name, value) and len(found) == shards:
+                rows = [(each.double() * weight).reshape(-1) for each, weight in found]
+                value = add_rows(torch.stack(rows)).to(value.dtype).view(value.shape)
+            elif len(found) < shards or len({tensor_bytes(each).tobytes() for each, _ in found}) > 1:
+                self.judge(*_differs(name, type(parts[path]).__name__, value))
+            buffer = parts[path]._buffers.get(name)
+            if buffer is not None:
+                buffer.copy_(value)
+            else:  # on a rank that had no shard
+                parts[path]._buffers[name] = value.to(self.device)
 
     def _changed(self) -> list[int]:
         """Return which differ from when they were last seen: BatchNorm's kernel does not tell torch of its change."""
         found = []
         for index, (each, (then, version)) in enumerate(zip(self.owned, self._seen, strict=True)):
-            now = _get(each)
-            silent = each[0].training and isinstance(each[0], torch.nn.modules.batchnorm._NormBase)
-            if silent or now is not then or now._version != version:
+            now = each[0]._buffers.get(each[1])
+            silent = each[0].training and isinstance(each[0], nn.modules.batchnorm._NormBase)
+            if now is not None and (silent or now is not then or now._version != version):
                 found.append(index)
         return found
+
+    def _has_new(self) -> bool:
+        return [*map(len, self._tables)] != self._lengths or any(table[name] is not None for table, name in self._empty)
+
+    def _news(self) -> New:
+        return {
+            (path, name): buffer
+            for path, part in self.module.named_modules()
+            for name, buffer in part._buffers.items()
+            if buffer is not None and (id(part), name) not in self._known
+        }
+
+
+def _differs(name: str, kind: str, buffer: Tensor) -> tuple[str, str]:
+    return (
+        f"buffer {name} of {kind} ({buffer.dtype}) comes out differently in the shards of a step, and it is no"
+        " running statistic of a normalisation, which could be averaged",
+        "change it in on_train_batch_end, which runs once a step, or determinism.shards=1",
+    )
+
+
+def _is_statistic(name: str, buffer: Tensor) -> bool:
+    return name.startswith(STATISTICS) and (buffer.is_floating_point() or buffer.is_complex())
+
+
+def _number(buffer: Tensor) -> float:
+    return 1.0 + zlib.crc32(tensor_bytes(buffer))
 
 
 def _get(each: Owned) -> Tensor:
@@ -136,4 +223,4 @@ def _get(each: Owned) -> Tensor:
 
 
 def _counts_batches(each: Owned) -> bool:
-    return each[1] == "num_batches_tracked" and isinstance(each[0], torch.nn.modules.batchnorm._NormBase)
+    return each[1] == "num_batches_tracked" and isinstance(each[0], nn.modules.batchnorm._NormBase)

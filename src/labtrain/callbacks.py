@@ -18,7 +18,7 @@ from labtrain.checksums import shown_sums, two_sums
 from labtrain.determinism import fill_new_memory, seed_place
 from labtrain.digests import tensor_bytes
 from labtrain.files import is_spread
-from labtrain.loader import DataLoader, Sharded
+from labtrain.loader import DataLoader
 from labtrain.trail import cut_trail
 
 
@@ -63,22 +63,23 @@ class BatchSizes(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._tell(trainer, batch)
+        self._tell(trainer)
 
     def on_validation_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._tell(trainer, batch)
+        self._tell(trainer)
 
     def on_test_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        self._tell(trainer, batch)
+        self._tell(trainer)
 
     @staticmethod
-    def _tell(trainer: pl.Trainer, batch: Any) -> None:
-        if isinstance(batch, Sharded) and trainer._results is not None:
-            trainer._results.batch_size = batch.samples
+    def _tell(trainer: pl.Trainer) -> None:
+        samples = getattr(trainer.strategy, "samples", None)
+        if samples is not None and trainer._results is not None:
+            trainer._results.batch_size = samples
 
 
 class Trail(pl.Callback):
@@ -90,15 +91,20 @@ class Trail(pl.Callback):
         path: of the trail.
         every_n_steps: how often a line is written.
         resumed_step: the step that this process goes on from.
+        say: is told of the first loss that is NaN or infinite.
     """
 
-    def __init__(self, path: Path, *, every_n_steps: int, resumed_step: int = 0) -> None:
+    def __init__(
+        self, path: Path, *, every_n_steps: int, resumed_step: int = 0, say: Callable[[str], None] = lambda _: None
+    ) -> None:
         self.path, self.every_n_steps, self.resumed_step = path, every_n_steps, resumed_step
         self.file: IO[str] | None = None
         self.last_step = resumed_step
+        self.say, self.said = say, False
         self.spread = False
         self.numbers: dict[int, int] = {}  # of each parameter, by id: its place in `tensor_names`
         self.gradients: torch.Tensor | None = None  # their sums, of the step that is being done
+        self.loss: torch.Tensor | None = None  # of its batches so far; Lightning has divided each by their number
         self.pending: tuple[dict[str, Any], torch.Tensor] | None = None
         self.copied: torch.cuda.Event | None = None
 
@@ -133,19 +139,24 @@ class Trail(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self.last_step or step % self.every_n_steps:
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:  # manual optimization returns what it likes
+            exact = loss.detach().double().reshape(1)
+            more = self.loss is not None and pl_module.automatic_optimization
+            self.loss = self.loss + exact if more else exact  # type: ignore[operator]
+        if step == self.last_step:
             return
         self.last_step = step
+        loss, self.loss = self.loss, None
         gradients, self.gradients = self.gradients, None
+        if step % self.every_n_steps:
+            return
         if self.file is None and not self.spread:
             return
         weights = two_sums(enumerate(pl_module.state_dict().values()), spread=self.spread)
         if self.file is None:
             return
         self.flush()
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:  # manual optimization returns what it likes
-            loss = None
         loader = trainer.train_dataloader
         line = {
             "step": step,
@@ -154,8 +165,8 @@ class Trail(pl.Callback):
             "batch": xxhash.xxh3_64_hexdigest(tensor_bytes(loader.indices)) if isinstance(loader, DataLoader) else None,
             "gradients": gradients is not None,
         }
-        exact = torch.zeros((), dtype=torch.float64) if loss is None else loss.detach().double()
-        parts = [exact.reshape(1).view(torch.int64), weights, weights if gradients is None else gradients]
+        exact = torch.zeros(1, dtype=torch.float64) if loss is None else loss
+        parts = [exact.view(torch.int64), weights, weights if gradients is None else gradients]
         packed = torch.cat([part.to(weights.device) for part in parts])  # (5,)
         self.pending = line, packed
         if packed.device.type == "cuda":
@@ -189,6 +200,9 @@ class Trail(pl.Callback):
         self.pending = self.copied = None
         value = packed[:1].view(torch.float64).item() if line["loss"] else math.nan
         sums = packed[1:].tolist()
+        if line["loss"] and not math.isfinite(value) and not self.said:
+            self.said = True
+            self.say(f"the loss of step {line['step']} is {value}")
         line["loss"] = value if math.isfinite(value) else repr(value)
         line["gradients"] = shown_sums(sums[2:], bits=32) if line["gradients"] else None
         line["weights"] = shown_sums(sums[:2])
@@ -242,19 +256,21 @@ class Progress(ProgressBar):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.enabled:
             self.printed = time.monotonic()
-            self._print(self._line(trainer, pl_module, int(trainer.num_training_batches)), moving=False)
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.completed  # a stream has no length to tell
+            self._print(self._line(trainer, pl_module, done), moving=False)
 
     def _line(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> str:
         epoch, per_epoch = trainer.current_epoch, trainer.num_training_batches
         done = trainer.global_step - self.first_step
         seconds = max(time.monotonic() - self.started, 1e-9)
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
-        total = trainer.estimated_stepping_batches
-        left = (total - trainer.global_step) / done * seconds if done and math.isfinite(total) else None
-        bar = self._bar(batches / per_epoch) if self.terminal and math.isfinite(per_epoch) else ""
+        known = math.isfinite(per_epoch)
+        total = trainer.estimated_stepping_batches  # of a stream max_steps, which may be -1
+        left = (total - trainer.global_step) / done * seconds if done and 0 < total < math.inf else None
+        bar = self._bar(batches / per_epoch) if self.terminal and known else ""
         parts = [
             f"{bar}epoch {epoch + 1}{f'/{epochs}' if epochs else ''}",
-            f"batch {batches}/{per_epoch:.0f}",
+            f"batch {batches}{f'/{per_epoch:.0f}' if known else ''}",
             f"{self.samples / seconds:,.0f} samples/s",
         ]
         if left is not None:

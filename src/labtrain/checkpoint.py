@@ -1,6 +1,8 @@
 """Checkpoints of a training: what is saved where `EpochLoop` says, what is kept, and how it is read."""
 
-from collections.abc import Mapping
+import json
+import types
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,28 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import DDPStrategy
 
 from labtrain.catalog import kept
-from labtrain.digests import state_digest
-from labtrain.errors import LabtrainError
+from labtrain.checksums import first_unlike
+from labtrain.determinism import run_mode
+from labtrain.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
+from labtrain.errors import ConfigError, LabtrainError
 from labtrain.files import is_spread, load_folder
 from labtrain.loggers import log_positions
-from labtrain.loop import PLACE, EpochLoop
+from labtrain.loop import EpochLoop
 from labtrain.saver import Saver
+from labtrain.staging import described, unsavable
 from labtrain.store import Manifest
+from labtrain.strategy import Exact
+from labtrain.unsaved import Unsaved
+
+CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial)
+HYPERPARAMETERS = {  # their keys in Lightning's checkpoint dictionary, and whose they are
+    pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY: "lightning_module",
+    pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY: "datamodule",
+}
+WEIGHT_DTYPES = frozenset(getattr(torch, name) for name in WEIGHT_DTYPE_NAMES)
 
 
 class Checkpoints(pl.Callback):
@@ -28,6 +43,7 @@ class Checkpoints(pl.Callback):
         place: where its checkpoints lie: a folder or a URL.
         run_id: written in each manifest.
         options: the keys of `checkpoint` in the configuration.
+        say: called with each sentence that the person and the receipt are to have.
         resumed: the manifest that this training goes on from, where it is one of this place, and its name.
     """
 
@@ -38,9 +54,11 @@ class Checkpoints(pl.Callback):
         *,
         run_id: str,
         options: dict[str, Any],
+        say: Callable[[str], None],
         resumed: tuple[str, Manifest] | None = None,
     ) -> None:
-        self.run_id = run_id
+        self.run_id, self.say = run_id, say
+        self.stepped = False
         self.monitor, self.keep_best = options["monitor"], options["keep_best"]
         keep = partial(
             kept,
@@ -51,6 +69,7 @@ class Checkpoints(pl.Callback):
         )
         self.saver = Saver(run_dir, place, keep=keep, spool_bytes=options["spool_bytes"])
         self.newest = (resumed[0], int(resumed[1]["step"])) if resumed else None
+        self.validated = False  # in this process
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop, before anything is loaded together, where ranks would go on from different checkpoints."""
@@ -69,7 +88,13 @@ class Checkpoints(pl.Callback):
     ) -> None:
         loop_of(trainer).loaded = checkpoint
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        unsaved = loop_of(trainer).unsaved = Unsaved(pl_module)
+        for sentence in unsaved.unkept() if run_mode() != "off" else ():
+            self.say(sentence)
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.check_savable(trainer)
         if loop_of(trainer).loaded is not None:
             loop_of(trainer).restore()
         if is_spread(pl_module.state_dict()):
@@ -80,17 +105,20 @@ class Checkpoints(pl.Callback):
     ) -> None:
         if trainer.is_global_zero:
             self.saver.check()
+        if not self.stepped and trainer.global_step:
+            self.stepped = True
+            self.check_savable(trainer, stepped=True)  # now with the states that optimizers make in their first step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
+            self.validated = True
             self.score(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.score(trainer)
-        every = trainer.check_val_every_n_epoch
         found = trainer.callback_metrics
-        validated = every is None or trainer.current_epoch + 1 >= every
-        if self.keep_best and self.monitor not in found and validated:
+        told = self.validated or not trainer.enable_validation
+        if self.keep_best and self.monitor not in found and told:
             raise LabtrainError(
                 f"checkpoint.monitor={self.monitor}: no such metric; logged are {', '.join(sorted(found)) or 'none'}",
                 hint="checkpoint.keep_best=0, or name one of these",
@@ -108,9 +136,15 @@ class Checkpoints(pl.Callback):
         if not required and not self.keep_best and trainer.strategy.broadcast(self.saver.busy):
             wishes.owed = trainer.is_global_zero
             return
-        state = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        del state["loops"]
+        check_ranks(trainer)
+        state = dump(trainer)
         state[PLACE] = loop_of(trainer).place()
+        unsaved = loop_of(trainer).unsaved
+        for name in unsaved.new_objects() if unsaved is not None else ():
+            self.say(
+                f"{name} was made during the training: a training that goes on does not have it when it begins, so the"
+                " attributes of it cannot be put back (make it in __init__ or setup)"
+            )
         manifest: Manifest = {"step": trainer.global_step}
         if trainer.is_global_zero:
             manifest |= {
@@ -127,6 +161,50 @@ class Checkpoints(pl.Callback):
             self.saver.wait()
             trainer.strategy.barrier("labtrain.checkpoint")  # else others end, and what started them ends rank 0
 
+    def check_savable(self, trainer: pl.Trainer, *, stepped: bool = False) -> None:
+        """Make the state that a save would begin with, and look whether a checkpoint can hold it.
+
+        Raises:
+            ConfigError: names what it cannot hold, and the line to write.
+        """
+        try:
+            state = dump(trainer, optimizers=stepped or not is_spread(trainer.lightning_module.state_dict()))
+        except Exception:  # a hook of one's own that saves what there is only later: the first save will tell
+            return
+        found = list(unsavable({key: value for key, value in state.items() if key != "state_dict"}))
+        for key, owner in HYPERPARAMETERS.items():
+            if names := list(dict.fromkeys(str(path[1]) for path, _ in found if path[0] == key and len(path) > 1)):
+                kinds = ", ".join(f"{path[1]} is a {described(value)}" for path, value in found if path[0] == key)
+                raise ConfigError(
+                    f"save_hyperparameters in {type(getattr(trainer, owner)).__name__} puts into each checkpoint what"
+                    f" it cannot hold: {kinds}",
+                    hint=f"self.save_hyperparameters(ignore={json.dumps(names)}), and self.{names[0]} = {names[0]}",
+                )
+            if any(path == (key,) for path, _ in found):
+                raise ConfigError(
+                    f"the hyperparameters of {type(getattr(trainer, owner)).__name__} are a {described(state[key])}",
+                    hint="self.save_hyperparameters(OmegaConf.to_container(cfg, resolve=True))",
+                )
+        for path, value in found:
+            raise ConfigError(
+                f"{'.'.join(map(str, path))} is a {described(value)}: no tensor, number, string, list or dict, so no"
+                " checkpoint can hold it",
+                hint=f"leave it out in {_whose(path)}",
+            )
+        for name, tensor in state["state_dict"].items():
+            if not isinstance(tensor, torch.Tensor):
+                raise ConfigError(
+                    f"{name} of the model's state_dict is a {described(tensor)}: a checkpoint holds tensors there",
+                    hint="register_buffer, or a plain attribute of the model: both are saved",
+                )
+            if tensor.dtype not in WEIGHT_DTYPES:
+                raise ConfigError(
+                    f"{name} of the model's state_dict is of {tensor.dtype}, which safetensors does not know",
+                    hint="keep its real and imaginary part: torch.view_as_real"
+                    if tensor.is_complex()
+                    else "tensor.float()",
+                )
+
     def finish(self, trainer: pl.Trainer, weights_digest: str, *, resumed: Path | None) -> str | None:
         """Save the weights that the training ended with, where something changed them after the last save.
 
@@ -140,6 +218,7 @@ class Checkpoints(pl.Callback):
         Returns:
             the digest of the state that is saved last; None where nothing is, or it is spread over the ranks.
         """
+        check_ranks(trainer)
         saver, spread = self.saver, self.saver.group is not None
 
         def agreed(rank_zeros: bool) -> bool:
@@ -167,6 +246,63 @@ class Checkpoints(pl.Callback):
             return
         if self.keep_best and self.monitor in trainer.callback_metrics:
             self.saver.score(self.newest[0], float(trainer.callback_metrics[self.monitor]))
+
+
+def check_ranks(trainer: pl.Trainer) -> None:
+    """Compare the weights of all ranks, where each has all of them; called on every rank.
+
+    Raises:
+        LabtrainError: they differ, so what would be saved is that of rank 0 alone.
+    """
+    if trainer.world_size == 1 or not isinstance(trainer.strategy, DDPStrategy):
+        return
+    named: list[tuple[str, torch.Tensor]] = [*trainer.lightning_module.named_parameters()]
+    if isinstance(trainer.strategy, Exact):  # else BatchNorm's statistics are those of a rank
+        named += list(trainer.lightning_module.named_buffers())
+    if (name := first_unlike(named)) is not None:
+        raise LabtrainError(
+            f"{name} differs between the ranks after step {trainer.global_step}: code changed it on some of them",
+            hint="change weights on every rank alike: look for global_rank, rank_zero_only and random numbers in hooks",
+        )
+
+
+def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> dict[str, Any]:
+    """Return Lightning's checkpoint dictionary without its loops, and without what schedulers hold of code.
+
+    Args:
+        trainer: whose state it is.
+        optimizers: their states too. Those of parameters that are spread are made by a step, if there are none.
+    """
+    connector = trainer._checkpoint_connector
+    state = connector.dump_checkpoint(weights_only=not optimizers)
+    del state["loops"]
+    for key in ("lr_schedulers", "callbacks"):
+        if key in state:
+            state[key] = _without_code(state[key], scheduler=key == "lr_schedulers")
+    return state
+
+
+def _without_code(node: Any, *, scheduler: bool) -> Any:
+    """Return a state without the functions that schedulers hold: they have them from their constructor again.
+
+    SWALR's `anneal_func`, say, in torch 2.9. A scheduler loads its state by updating its `__dict__`.
+    """
+    if type(node) is dict:
+        scheduler = scheduler or {"last_epoch", "base_lrs"} <= node.keys()
+        kept = {key: value for key, value in node.items() if not (scheduler and isinstance(value, CODE))}
+        return {key: _without_code(value, scheduler=scheduler) for key, value in kept.items()}
+    if type(node) is list:
+        return [_without_code(item, scheduler=scheduler) for item in node]
+    return node
+
+
+def _whose(path: tuple[Any, ...]) -> str:
+    """Return what made this part of a state."""
+    if path[0] == "callbacks":
+        return f"state_dict or on_save_checkpoint of the callback {str(path[1]).partition('{')[0]}"
+    if path[0] in ("optimizer_states", "lr_schedulers"):
+        return f"the state_dict of the {'optimizer' if path[0] == 'optimizer_states' else 'scheduler'}"
+    return "on_save_checkpoint of the model or the data module, or in the data module's state_dict"
 
 
 def as_floats(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from labtrain.digests import tensor_bytes
+from labtrain.digests import components, tensor_bytes
 
 MASK = (1 << 64) - 1
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}  # by size in bytes
@@ -31,7 +31,11 @@ def two_sums(tensors: Iterable[tuple[int, torch.Tensor]], *, spread: bool = Fals
         tensors: each with its number.
         spread: each rank has a part of some of them: called on all ranks at once, which all get the same.
     """
-    pairs = [(index, tensor.to_local() if isinstance(tensor, DTensor) else tensor) for index, tensor in tensors]
+    pairs = [
+        (index, part)
+        for index, tensor in tensors
+        for part in components(tensor.to_local() if isinstance(tensor, DTensor) else tensor).values()
+    ]
     device = next((tensor.device for _, tensor in pairs if not tensor.is_cpu), None)
     if device is None:
         hashes = [xxhash.xxh3_64_intdigest(tensor_bytes(tensor)) for _, tensor in pairs]
@@ -47,6 +51,24 @@ def two_sums(tensors: Iterable[tuple[int, torch.Tensor]], *, spread: bool = Fals
         there = torch.tensor([_signed(hash_) for hash_ in _of_all_ranks(there.tolist())], device=device)
     odd = torch.tensor([2 * index + 1 for index, _ in pairs]).to(device, non_blocking=True)
     return torch.stack([there.sum(), (there * odd).sum()])
+
+
+def first_unlike(named: Sequence[tuple[str, torch.Tensor]]) -> str | None:
+    """Return the name of the first tensor that is not the same on all ranks; called on all of them at once.
+
+    Args:
+        named: the same names on each rank.
+    """
+    sums = two_sums(enumerate(tensor for _, tensor in named))
+    if named and not named[0][1].is_cpu:
+        sums = sums.to(named[0][1].device)
+    gathered = [torch.empty_like(sums) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, sums)
+    if all(each.tolist() == gathered[0].tolist() for each in gathered):
+        return None
+    hashes: list[list[int]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(hashes, [int(two_sums([(0, tensor)])[0]) for _, tensor in named])
+    return next(name for (name, _), each in zip(named, zip(*hashes, strict=True), strict=True) if len(set(each)) > 1)
 
 
 def device_hash(tensor: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,6 @@ def main(config_path: str = "conf", config_name: str = "config") -> None:
     for name, value in SUBMITTED.items():
         os.environ.setdefault(name, value)
     try:
-        refuse_sweep_under_launcher()
         _run_hydra(root, config_path, config_name, wants_trace)
     except Exception as error:
         from labtrain.sweep import explain
@@ -68,16 +67,6 @@ def end_if_known(error: Exception, *, wants_trace: bool) -> None:
 def print_error(error: LabtrainError, rank: int = 0) -> None:
     """Print an error and its hint to standard error."""
     sys.stderr.write(f"{f'[rank {rank}] ' if rank else ''}error: {error}\n")
-
-
-def refuse_sweep_under_launcher() -> None:
-    """Refuse `torchrun train.py -m` and `srun -n2 train.py -m`: each copy would run the whole sweep."""
-    ranks = find_ranks()
-    if ranks is not None and {"-m", "--multirun"} & set(sys.argv[1:]):
-        raise ConfigError(
-            f"-m in each of {ranks.world} copies of one job",
-            hint="start the sweep once, without the launcher: python train.py -m ...",
-        )
 
 
 def _run_hydra(root: Path, config_path: str, config_name: str, wants_trace: bool) -> None:
@@ -137,7 +126,9 @@ class Start:
         configuration.check(config)
         configuration.check_modules(config, Path(self.root))
         single = HydraConfig.get().mode == RunMode.RUN
-        job = make_job(config, root=Path(self.root), command=self.command, supervisor=0 if single else os.getpid())
+        # hydra.mode=MULTIRUN, typed or in conf/, is -m too: whoever reads the command later has to know it.
+        command = self.command if single or {"-m", "--multirun"} & set(self.command) else [*self.command, "-m"]
+        job = make_job(config, root=Path(self.root), command=command, supervisor=0 if single else os.getpid())
         if finished(job):
             return None if single else value_of(job, HydraConfig.get().sweeper)
         refuse_unwritable(Path(job.run_dir))
@@ -146,14 +137,14 @@ class Start:
                 f"near: {shown(near)}, unfinished, has this configuration and other code or another environment"
                 f" (resume={shown(near)} goes on with it)\n"
             )
-        command, environment = process_of(job)
+        start, environment = process_of(job)
         if self.wants_trace:
             environment["HYDRA_FULL_ERROR"] = "1"
         sys.stdout.flush()
         sys.stderr.flush()
         if single:
-            os.execve(command[0], command, environment)  # the same pid: signals, Slurm and torchrun see one process
-        supervise(command, environment)
+            os.execve(start[0], start, environment)  # the same pid: signals, Slurm and torchrun see one process
+        supervise(start, environment)
         return value_of(job, HydraConfig.get().sweeper)
 
 

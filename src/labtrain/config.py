@@ -62,6 +62,7 @@ def check(config: Config) -> None:
     Raises:
         ConfigError: names the key, what was found and what is wanted.
     """
+    _check_plain(config, "")
     for group in GROUPS:
         known = defaults(group)
         for key in config[group]:
@@ -72,6 +73,9 @@ def check(config: Config) -> None:
         if key not in allowed:
             raise unknown_key(key, allowed, where=" in conf/")
 
+    for name, options in config["callbacks"].items():
+        described = isinstance(options, dict) and isinstance(options.get("_target_"), str)
+        _want(f"callbacks.{name}", options, described or not options, "a mapping with _target_, or null")
     for key in ("experiment", "model._target_", "data._target_"):
         text = get(config, key)
         _want(key, text, isinstance(text, str) and text != "", "a name")
@@ -138,6 +142,20 @@ def check_modules(config: Config, root: Path) -> None:
             f"{key}._target_={target}: no module {module} beside train.py, nor in the environment",
             hint=f"correct {key} in conf/, or the class it names",
         )
+
+
+def _check_plain(node: Any, key: str) -> None:
+    """Refuse what does not reach the process that trains as it is: bytes, paths, members of an Enum."""
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, child in children:
+        where = f"{key}.{name}" if key else str(name)
+        for each in (name, child):
+            if not isinstance(each, str | int | float | dict | list | None):
+                raise ConfigError(
+                    f"{where}: a {type(each).__name__} is no text, number, truth value, list or mapping",
+                    hint=f"write {where} as a text, and convert it in the class that takes it",
+                )
+        _check_plain(child, where)
 
 
 def _check_trainer(trainer: Config) -> None:

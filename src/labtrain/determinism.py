@@ -18,6 +18,10 @@ OPENBLAS_CORETYPE (numpy's matrix product).
 import hashlib
 import os
 import random
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from labtrain.errors import ConfigError
@@ -32,20 +36,25 @@ PORTABLE_VARIABLES = {
     "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR",
     "OPENBLAS_CORETYPE": "Prescott",
 }
-# What can change bits and is written in the receipt, whoever set it.
+# What can change bits and is written in the receipt, whoever set it: every variable of the libraries that compute ...
+RECORDED_PREFIXES = (
+    "ATEN_", "BLIS_", "CUBLAS", "CUDNN_", "DNNL_", "GOMP_", "GOTO_", "KMP_", "MKL_", "NCCL_", "NPY_", "OMP_", "ONEDNN_",
+    "OPENBLAS_", "PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TRITON_",
+)  # fmt: skip
 RECORDED_VARIABLES = (
-    *PORTABLE_VARIABLES,
-    "CUBLAS_WORKSPACE_CONFIG",
-    "MKL_DEBUG_CPU_TYPE",
-    "MKL_ENABLE_INSTRUCTIONS",
-    "MKL_NUM_THREADS",
-    "NCCL_ALGO",
-    "NCCL_PROTO",
+    "CUDA_DISABLE_PTX_JIT",
+    "CUDA_FORCE_PTX_JIT",
+    "GLIBC_TUNABLES",
+    "LD_PRELOAD",
     "NVIDIA_TF32_OVERRIDE",
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
     "PYTHONHASHSEED",
-    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+# ... but those that say where files lie, what is printed, how long to wait and by which network. sklearn and Lightning
+# set some of these themselves.
+NO_BITS = re.compile(
+    r"\w+_(?:HOME|DIR|PATH|FILE\w*|CACHE\w*|LOGS?|LOG_\w+|\w*VERBOS\w*|\w*DEBUG\w*|\w*TRACE\w*|\w*TIMEOUT\w*|VERSION"
+    r"|ADDR2LINE\w*|CHECK|DISPLAY_\w+|BLOCKTIME|SETTINGS|WARNINGS|WAIT_POLICY|INIT_AT_FORK|DUPLICATE_LIB_OK)"
+    r"|TORCH_(?:NCCL|FR|SHOW|DISTRIBUTED)_\w+|NCCL_(?:ASYNC|COMM|CONF|HOSTID|IB|NET|OOB|SOCKET)\w*"
 )
 
 
@@ -72,11 +81,13 @@ def variables(mode: str, *, threads: int) -> dict[str, str]:
     return wanted | PORTABLE_VARIABLES if mode == "portable" else wanted
 
 
-_before_tf32: str | None = None
+def is_recorded(name: str) -> bool:
+    """Return whether a variable can change bits: it is written in the receipt, and compared."""
+    return name in RECORDED_VARIABLES or (name.startswith(RECORDED_PREFIXES) and not NO_BITS.fullmatch(name))
 
 
 def apply(mode: str, *, threads: int, tf32: bool = False) -> None:
-    """Set torch's flags for `mode`; once a process, before the model is made.
+    """Set torch's flags for `mode`, before the model is made; `run` puts them back.
 
     Args:
         mode: determinism.mode.
@@ -89,12 +100,7 @@ def apply(mode: str, *, threads: int, tf32: bool = False) -> None:
     """
     import torch
 
-    global _before_tf32
-    if _before_tf32 is not None:  # an earlier training of this process
-        torch.set_float32_matmul_precision(_before_tf32)
-        _before_tf32 = None
     if tf32:
-        _before_tf32 = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
     if mode == "off":
         return
@@ -145,7 +151,7 @@ def flags() -> dict[str, Any]:
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "variables": {name: os.environ[name] for name in RECORDED_VARIABLES if name in os.environ},
+        "variables": {name: value for name, value in sorted(os.environ.items()) if is_recorded(name)},
     }
 
 
@@ -181,6 +187,60 @@ def set_run(*, seed: int, mode: str, accelerator: str = "cpu") -> None:
     """Remember the seed, the mode and the accelerator of the run that this process trains."""
     global _run_seed, _run_mode, _run_accelerator
     _run_seed, _run_mode, _run_accelerator = seed, mode, accelerator
+
+
+@contextmanager
+def run(*, seed: int, mode: str, accelerator: str, threads: int, tf32: bool) -> Iterator[None]:
+    """Do `set_run` and `apply` for the time of one training.
+
+    Afterwards this process is outside of a run again. torch's flags and the global generators are as they were: what
+    a notebook does next does not depend on what it trained. In mode off both are as the training leaves them.
+    """
+    import torch
+
+    run_before, precision = (_run_seed, _run_mode, _run_accelerator), torch.get_float32_matmul_precision()
+    put_back = _remembered() if mode != "off" else None
+    set_run(seed=seed, mode=mode, accelerator=accelerator)
+    try:
+        apply(mode, threads=threads, tf32=tf32)
+        yield
+    finally:
+        if put_back is not None:
+            put_back()
+        if tf32:
+            torch.set_float32_matmul_precision(precision)
+        set_run(seed=run_before[0], mode=run_before[1], accelerator=run_before[2])
+
+
+def _remembered() -> Callable[[], None]:
+    """Return what puts back, as they are now, the flags that `apply` sets and the global generators."""
+    import numpy as np
+    import torch
+
+    cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
+    modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # a property of the module
+    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    generators = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def put_back() -> None:
+        if "labtrain.portable" in sys.modules:
+            sys.modules["labtrain.portable"].uninstall()
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
+        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+        torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        if workspace is None:
+            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        random.setstate(generators[0])
+        np.random.set_state(generators[1])
+        torch.default_generator.set_state(generators[2])
+        if on_gpus:
+            torch.cuda.set_rng_state_all(on_gpus)
+
+    return put_back
 
 
 def run_seed() -> int:

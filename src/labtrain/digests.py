@@ -1,8 +1,9 @@
 """The weights digest: one sha256 over a state dict, the same from memory, from a checkpoint and from any language.
 
 Over the entries sorted by key: key, NUL, dtype, NUL, shape joined by commas, NUL, the raw little-endian bytes in C
-order. The dtype is torch's name without its prefix (``float32``, ``bfloat16``, ``int64``). No torch is imported here:
-a tensor is used through its own methods, and a ``.safetensors`` file is read as bytes.
+order. The dtype is torch's name without its prefix (``float32``, ``bfloat16``, ``int64``). A sparse tensor counts as
+the dense ones that it is made of (`components`). No torch is imported here: a tensor is used through its own methods,
+and a ``.safetensors`` file is read as bytes.
 """
 
 import hashlib
@@ -38,7 +39,11 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 
+WEIGHT_DTYPE_NAMES = tuple(_DTYPES.values())
+
 SPREAD_WEIGHTS = "state_dict/"  # before the names of weights in the parts of a checkpoint (files.py)
+
+PLACE = "labtrain"  # labtrain's own key in Lightning's checkpoint dictionary (loop.py)
 
 Entry = tuple[str, str, tuple[int, ...], bytes | memoryview]
 
@@ -56,7 +61,8 @@ def digest(weights: Any) -> str:
         LabtrainError: an entry is no tensor.
     """
     state = weights if isinstance(weights, Mapping) else weights.state_dict()
-    return _digest((name, *_parts(name, state[name])) for name in sorted(state))
+    entries = dense_entries(state)
+    return _digest((name, *_parts(name, entries[name])) for name in sorted(entries))
 
 
 def digest_file(path: Path) -> str:
@@ -70,8 +76,40 @@ def digest_folder(folder: Path) -> str:
 
 
 def state_digest(state: Mapping[str, Any]) -> str:
-    """Return the sha256 over a whole training state: tensors, plain values, and the weights by their digest."""
-    return digest_tree({**state, "state_dict": digest(state["state_dict"])})
+    """Return the sha256 over a whole training state: tensors, plain values, and the weights by their digest.
+
+    A model's plain attributes are left out: a time that it took, say, is another in each training.
+    """
+    state = {**state, "state_dict": digest(state["state_dict"])}
+    if PLACE in state:
+        ranks = [{key: value for key, value in rank.items() if key != "attributes"} for rank in state[PLACE]["ranks"]]
+        state[PLACE] = {**state[PLACE], "ranks": ranks}
+    return digest_tree(state)
+
+
+def components(tensor: Any) -> dict[str, Any]:
+    """Return the dense tensors that a sparse one is made of, by name; of a dense one itself, under an empty name.
+
+    They are as they are: entries that occur twice are not added up, since that would round.
+    """
+    layout = str(getattr(tensor, "layout", "torch.strided")).removeprefix("torch.")
+    if layout in ("strided", "_mkldnn"):
+        return {"": tensor}
+    torch: Any = sys.modules["torch"]
+    tensor = tensor.detach()
+    size = [*tensor.shape, int(layout == "sparse_coo" and tensor.is_coalesced())]
+    if layout == "sparse_coo":
+        found = {"indices": tensor._indices(), "values": tensor._values()}
+    elif layout in ("sparse_csr", "sparse_bsr"):
+        found = {"indptr": tensor.crow_indices(), "indices": tensor.col_indices(), "values": tensor.values()}
+    else:
+        found = {"indptr": tensor.ccol_indices(), "indices": tensor.row_indices(), "values": tensor.values()}
+    return {f".{layout}.{name}": part for name, part in (found | {"size": torch.tensor(size)}).items()}
+
+
+def dense_entries(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict with what sparse tensors are made of in their place: `table.sparse_coo.values`, ..."""
+    return {name + part: tensor for name in state for part, tensor in components(state[name]).items()}
 
 
 def _digest(entries: Iterable[Entry]) -> str:
@@ -209,6 +247,40 @@ def digest_tree(tree: Any) -> str:
     return sha.hexdigest()
 
 
+def digest_content(node: Any) -> str:
+    """Return the sha256 over nested tensors, arrays and plain values; over other objects by their type alone."""
+    sha = hashlib.sha256()
+
+    def walk(each: Any) -> None:
+        sha.update(f"{type(each).__qualname__}(".encode())
+        if isinstance(each, Mapping):
+            for key, value in each.items():
+                walk(key)
+                walk(value)
+        elif isinstance(each, list | tuple):
+            for value in each:
+                walk(value)
+        elif hasattr(each, "detach") and hasattr(each, "is_sparse"):
+            if str(each.layout) == "torch.strided" and not each.is_nested and each.device.type != "meta":
+                sha.update(f"{each.dtype}{tuple(each.shape)}".encode())
+                sha.update(tensor_bytes(each))
+        elif hasattr(each, "__array_interface__"):
+            import numpy as np
+
+            array = np.asarray(each)  # an image of PIL's too
+            sha.update(f"{array.dtype}{array.shape}".encode())
+            if array.dtype.hasobject:
+                walk(array.tolist())
+            else:
+                sha.update(array.tobytes())
+        elif each is None or isinstance(each, bool | int | float | complex | str | bytes):
+            sha.update(repr(each).encode())
+        sha.update(b")")
+
+    walk(node)
+    return sha.hexdigest()
+
+
 def _walk(node: Any, sha: Any, where: str) -> None:
     if isinstance(node, Mapping):
         sha.update(b"{")
@@ -222,6 +294,8 @@ def _walk(node: Any, sha: Any, where: str) -> None:
             _walk(item, sha, f"{where}.{index}")
             sha.update(b",")
         sha.update(b"]")
+    elif hasattr(node, "detach") and "" not in (parts := components(node)):
+        _walk(parts, sha, where)
     elif hasattr(node, "detach"):
         dtype, shape, raw = _parts(where, node)
         sha.update(f"{dtype}{shape}".encode())

@@ -10,9 +10,14 @@
     ├── LostError             the other processes of a training are gone
     └── NotThereYetError     part of the design that this version does not have
 
-Each ends a command with exit code 2. Anything else that is raised is a defect, or a person's own exception, and keeps
-its traceback.
+Each ends a command with exit code 2, a CallbackError with 1. Anything else that is raised is a defect, or a person's
+own exception, and keeps its traceback.
 """
+
+import traceback
+import types
+from collections.abc import Mapping
+from pathlib import Path
 
 EXIT_USAGE = 2
 EXIT_STOPPED = 75  # a signal came, and the training was saved: EX_TEMPFAIL of sysexits.h
@@ -51,6 +56,12 @@ class LostError(LabtrainError):
     """The other processes of a training are gone, and this one does not know why."""
 
 
+class CallbackError(LabtrainError):
+    """A callback of the configuration has failed: says which, in which hook, and where in its code."""
+
+    exit_code = 1
+
+
 class NotThereYetError(LabtrainError):
     """Something the design names and this version does not do."""
 
@@ -65,3 +76,38 @@ class JobFailedError(LabtrainError):
         super().__init__(message)
         self.args = (message, exit_code)  # pickled so: it may come from another machine
         self.exit_code = exit_code
+
+
+def explain_callback(error: BaseException, callbacks: Mapping[str, object]) -> CallbackError | None:
+    """Turn an exception that a callback's hook has raised into what happened and where; None for any other exception.
+
+    Args:
+        error: what a training raised.
+        callbacks: those of the configuration, by their names there.
+    """
+    if not isinstance(error, Exception) or isinstance(error, LabtrainError):
+        return None
+    names = {id(callback): name for name, callback in callbacks.items()}
+    trace = error.__traceback__
+    while trace is not None and id(trace.tb_frame.f_locals.get("self")) not in names:
+        trace = trace.tb_next
+    if trace is None:
+        return None
+    callback, hook = trace.tb_frame.f_locals["self"], trace.tb_frame.f_code.co_name
+    return CallbackError(
+        f"callbacks.{names[id(callback)]} ({type(callback).__name__}.{hook}): {in_words(error)}{where(trace)}",
+        hint="HYDRA_FULL_ERROR=1 before the same command shows the whole traceback",
+    )
+
+
+def where(trace: types.TracebackType | None) -> str:
+    """Return the lines of a traceback that lie in no installed package, one below the other; else its last."""
+    frames = traceback.extract_tb(trace)
+    own = [frame for frame in frames if "site-packages" not in Path(frame.filename).parts] or frames[-1:]
+    return "".join(f"\n  {frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}" for frame in own)
+
+
+def in_words(error: BaseException) -> str:
+    """Return an exception's kind and message in a line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

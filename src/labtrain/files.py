@@ -2,7 +2,8 @@
 
 ::
 
-    weights.safetensors                     the state dict, where every rank has all of it
+    weights.safetensors                     the state dict, where every rank has all of it; a sparse tensor as what
+                                            it is made of (digests.components)
     shard-00001-model-00001-of-00001....    where it is spread over the ranks (FSDP): rank 0's part of weights and
     shard-00002-...                         moments, rank 1's, ...; each tensor named by its path in the state
     state.pt                                the rest; loads with weights_only=True
@@ -29,7 +30,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
-from labtrain.digests import SPREAD_WEIGHTS, digest, digest_folder
+from labtrain.digests import SPREAD_WEIGHTS, dense_entries, digest, digest_folder
 from labtrain.errors import DamagedError, LabtrainError, StoreError
 from labtrain.store import STATE, WEIGHTS, Manifest, file_sha256, sync
 
@@ -110,7 +111,7 @@ def load_folder(folder: Path, like: State | None = None) -> State:
             hint=f"rm -r {folder}, and ask who wrote it",
         ) from error
     if not in_parts(folder):
-        return state | {"state_dict": load_file(folder / WEIGHTS)}
+        return state | {"state_dict": _load_weights(folder)}
     paths: dict[str, Keys] = {_name(path): tuple(path) for path in state.pop(PARTS)}
     now = {} if like is None else _flat(like)
     tensors = _load_parts(folder, paths, now, alone=like is None)
@@ -124,9 +125,29 @@ def load_folder(folder: Path, like: State | None = None) -> State:
 def load_weights_of(folder: Path) -> State:
     """Return a checkpoint's state dict, whole, on the CPU."""
     if not in_parts(folder):
-        return dict(load_file(folder / WEIGHTS))
+        return _load_weights(folder)
     tensors = _load_parts(folder, None, {}, alone=True)
     return {name.removeprefix(SPREAD_WEIGHTS): tensor for name, tensor in tensors.items()}
+
+
+def _load_weights(folder: Path) -> State:
+    """Return a state dict from its file, its sparse tensors put together (`digests.components`)."""
+    entries = load_file(folder / WEIGHTS)
+    found = {}
+    for name, tensor in entries.items():
+        whole, _, part = name.rpartition(".")
+        owner, _, layout = whole.rpartition(".")
+        if f"{whole}.size" not in entries or f"{whole}.values" not in entries or not layout.startswith("sparse_"):
+            found[name] = tensor
+        elif part == "size":
+            *size, coalesced = tensor.tolist()
+            values, indices = entries[f"{whole}.values"], entries[f"{whole}.indices"]
+            if layout == "sparse_coo":
+                found[owner] = torch.sparse_coo_tensor(indices, values, size, is_coalesced=bool(coalesced))
+            else:
+                made = getattr(torch, f"{layout}_tensor")
+                found[owner] = made(entries[f"{whole}.indptr"], indices, values, size)
+    return found
 
 
 def in_parts(folder: Path) -> bool:
@@ -139,7 +160,7 @@ def _write_whole(folder: Path, state: State) -> Manifest:
     rest = {key: value for key, value in state.items() if key != "state_dict"}
 
     def write_weights() -> str:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+        save_file({name: tensor.contiguous() for name, tensor in dense_entries(weights).items()}, folder / WEIGHTS)
         hashed = pool.submit(file_sha256, folder / WEIGHTS)
         sync(folder / WEIGHTS)
         return hashed.result()

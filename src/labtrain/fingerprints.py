@@ -6,7 +6,8 @@ memory maps of a file, by the files' sha256, relative to the folder; plain value
 by their type and what they hold; functions by their name. What can only be told by its type is listed, and so is a
 folder of more than 100,000 files: the digest says nothing of its inside.
 
-Files are hashed once: their sha256 is kept in ~/.cache/labtrain, by place, size, time and inode.
+Files are hashed once: their sha256 is kept in ~/.cache/labtrain, by place, size, inode and both times: that of the last
+change, which the file system keeps, sees an edit after which somebody put the time of the content back.
 """
 
 import datetime
@@ -229,7 +230,7 @@ def _files(path: Path) -> list[Path] | None:
 
 
 class _Cache:
-    """The sha256 of files, by place, size, time and inode; where it cannot be kept, each is hashed."""
+    """The sha256 of files, by place, size, times and inode; where it cannot be kept, each is hashed."""
 
     def __init__(self) -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
@@ -243,7 +244,8 @@ class _Cache:
 
     def sha256(self, path: Path) -> str:
         place, status = str(path.resolve()), path.stat()
-        stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ino} {status.st_dev}"
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        stamp = f"{status.st_size} {times[0]} {times[1]} {status.st_ino} {status.st_dev}"
         with suppress(sqlite3.Error):
             if self.database is not None:
                 query = "select sha256 from files where place = ? and stamp = ?"
@@ -251,7 +253,7 @@ class _Cache:
                     return str(known[0])
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-        if time.time_ns() - status.st_mtime_ns > SETTLED_NS:
+        if time.time_ns() - max(times) > SETTLED_NS:
             with suppress(sqlite3.Error):
                 if self.database is not None:
                     self.database.execute("insert or replace into files values (?, ?, ?)", (place, stamp, found))

@@ -59,6 +59,7 @@ class Guard(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._refuse(uncuttable_loaders(trainer, self.shards))
         self._refuse(unclippable(trainer))
+        self._judge(single_samples(trainer, pl_module, self.shards))
         self._judge(training_loaders(trainer))
         self._judge(evaluation_loaders("validation", trainer.fit_loop.epoch_loop.val_loop._combined_loader))
         self._judge(compiled(pl_module))
@@ -72,12 +73,17 @@ class Guard(pl.Callback):
         if trainer.current_epoch:
             self._judge(changed_flags(self.threads))
 
-    def _judge(self, findings: Iterator[Finding]) -> None:
+    def judge(self, what: str, hint: str) -> None:
+        """Refuse what cannot be exact in strict mode, and say it in warn."""
         if self.mode in STRICT_MODES:
-            self._refuse(findings)
-        elif self.mode == "warn":
-            for what, _ in findings:
-                self.say(what)
+            raise ConfigError(what, hint=hint)
+        if self.mode == "warn":
+            self.say(what)
+
+    def _judge(self, findings: Iterator[Finding]) -> None:
+        if self.mode != "off":
+            for finding in findings:
+                self.judge(*finding)
 
     @staticmethod
     def _refuse(findings: Iterator[Finding]) -> None:
@@ -100,6 +106,22 @@ def uncuttable_loaders(trainer: pl.Trainer, shards: int | None) -> Iterator[Find
         " order and draws are no function of seed and epoch",
         hint,
     )
+
+
+def single_samples(trainer: pl.Trainer, module: torch.nn.Module, shards: int | None) -> Iterator[Finding]:
+    """Find shards of one sample, whose statistics BatchNorm cannot compute.
+
+    A last batch of one sample is that of plain PyTorch too: BatchNorm1d alone raises for it.
+    """
+    norms = [part for part in module.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
+    norms = [part for part in norms if part.training]
+    for loader in loaders_of(trainer.fit_loop._combined_loader) if norms else ():
+        whole, last = loader.shard_sizes() if isinstance(loader, DataLoader) else ([], [])
+        if 1 in whole:
+            hint = f"data.batch_size={2 * (shards or 1)} or more, or fewer determinism.shards"
+            yield f"batch_size={loader.batch_size} gives BatchNorm shards of 1 sample", hint
+        if 1 in last and any(isinstance(part, torch.nn.BatchNorm1d) for part in norms):
+            yield "the last batch of an epoch gives BatchNorm1d 1 sample", "labtrain.DataLoader(..., drop_last=True)"
 
 
 def unclippable(trainer: pl.Trainer) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -53,6 +54,8 @@ def main() -> None:
     try:
         result = train(job)
     except LabtrainError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
         print_error(error, rank)
         if ranks and isinstance(error, LostError):
             time.sleep(LOST_SECONDS)  # the launcher acts first: it knows whether a rank failed, or a node

@@ -3,15 +3,18 @@
 Whatever a dataset's `__getitem__` draws from `random`, `numpy.random` or torch's global generator is seeded per sample,
 so an unchanged dataset with torchvision-style transforms gives the same samples with any number of workers, after a
 resume, and on any number of devices. `transform` does the same to whole batches, on the device (augment.py). Rows of
-arrays and memory maps of any size are taken a batch at a time (arrays.py). `batch_size` is global. In a Trainer with
-fixed shards (strategy.py) a batch is a `Sharded`: the part of each shard that is this rank's. Otherwise each rank takes
-its contiguous part of every batch. Nothing is padded and no sample comes twice, in training and in evaluation.
+arrays and memory maps of any size are taken a batch at a time (arrays.py). The first batch is loaded twice under one
+seed: what draws from a generator of its own is refused in strict, and said in warn. `batch_size` is global. In a
+Trainer with fixed shards (strategy.py) a batch is a `Sharded`: the part of each shard that is this rank's. Otherwise
+each rank takes its contiguous part of every batch. Nothing is padded and no sample comes twice, in training and in
+evaluation.
 """
 
 import itertools
 import os
 import random
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -28,7 +31,8 @@ from torch.utils.data._utils.pin_memory import pin_memory as pinned
 from labtrain.arrays import Arrays, Rows, is_arrays
 from labtrain.augment import Draws, Own, Transform, apply, with_partners
 from labtrain.copies import Copies, in_thread, on_tensors
-from labtrain.determinism import run_device, run_mode, run_seed, seed_all
+from labtrain.determinism import STRICT_MODES, run_device, run_mode, run_seed, seed_all
+from labtrain.digests import digest_content
 from labtrain.errors import ConfigError
 from labtrain.order import Indices, Order
 from labtrain.reduction import shard_range
@@ -44,7 +48,7 @@ class Sharded:
     Attributes:
         parts: (shard number, number of samples, data) of each shard of this rank that has samples.
         samples: of the whole batch.
-        shards: how many shards of the whole batch have samples.
+        shards: how many shards the whole batch is cut into.
     """
 
     def __init__(self, parts: list[tuple[int, int, Any]], *, samples: int, shards: int) -> None:
@@ -64,7 +68,7 @@ class DataLoader:
         drop_last: leave out the last batch of an epoch where it is smaller.
         pin_memory: copy batches into page-locked memory; by default where there is a GPU.
         draws: False declares that the dataset draws nothing, which saves the seeding of each sample (10 microseconds).
-            The first sample of each epoch is held to it.
+            The first sample of each epoch is held to it, and what collate_fn does with the first batch.
         transform: a callable `(batch, draws) -> batch` or several, for whole batches: those of labtrain.augment, or
             one's own. They run in this process, on `device`.
         device: where batches are handed out, "cuda" in a notebook. By default that of the training that this process
@@ -124,6 +128,7 @@ class DataLoader:
         self._start = (0, 0)
         self._shards: int | None = None
         self._place = (0, 1)
+        self._loaded_before = self._transformed_before = False
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -141,6 +146,13 @@ class DataLoader:
                 hint=f"data.batch_size={shards} or more, or determinism.shards={self.batch_size}",
             )
         self._shards, self._place = shards, (rank, world)
+
+    def calls(self, batch: int) -> int:
+        """Return how often a step is called with the batch of that number in its epoch, on this rank."""
+        if self._shards is None:
+            return 1
+        samples = min(self.batch_size, len(self.dataset) - batch * self.batch_size)
+        return len(shard_range(len(self._cuts(samples)) - 1, *self._place))
 
     def __len__(self) -> int:
         """Return the number of batches that this rank gets in an epoch."""
@@ -165,9 +177,8 @@ class DataLoader:
             if self._shards is None:
                 yield data[0]
             else:
-                filled = sum(start < len(indices) for start in self._cuts()[:-1])
                 each = [(shard, len(part), mine) for (shard, part), mine in zip(parts, data, strict=True)]
-                yield Sharded(each, samples=len(indices), shards=filled)
+                yield Sharded(each, samples=len(indices), shards=len(self._cuts(len(indices))) - 1)
 
     def _plan(self, order: Order, batches: range, epoch: int) -> Iterator[Plan]:
         """Yield, of each batch, all its indices, the parts of this rank, and the indices that are loaded for each part.
@@ -186,7 +197,8 @@ class DataLoader:
 
     def _load(self, plan: Iterator[Plan], epoch: int) -> Iterator[tuple[Indices, Parts, list[Any]]]:
         """Yield the batches of a plan as they are loaded: with transforms, each with the indices of its samples."""
-        fetch = _Fetch(self, epoch)
+        fetch = _Fetch(self, epoch, twice=not self._loaded_before)
+        self._loaded_before = True
         waits = fetch.rows is not None and fetch.rows.advise(shuffle=self.shuffle)
         plan, dealt = itertools.tee(plan)
         wanted = (load for _, _, loads in dealt for load in loads)
@@ -207,6 +219,7 @@ class DataLoader:
                     generator=torch.Generator().manual_seed(0),  # or torch draws its workers' seed from the global one
                 )
             )
+            results = map(_or_raised, results)
         elif self.pin_memory:
             results = map(pinned, results)
         for indices, parts, loads in plan:
@@ -225,44 +238,108 @@ class DataLoader:
 
     def _transformed(self, indices: Any, raw: Any, draws: Draws) -> Any:
         """Transform a part by itself: what code of one's own computes, or draws, is then the same on any devices."""
-        if run_mode() != "off" and not all(isinstance(each, Own) for each in self.transforms):
-            seed_all(draws.seed, "transform", draws.epoch, int(indices[0]))
+        if run_mode() == "off" or all(isinstance(each, Own) for each in self.transforms):
+            return apply(self.transforms, raw, draws)
+        place = (draws.seed, "transform", draws.epoch, int(indices[0]))
+        if not self._transformed_before:
+            self._transformed_before = True
+            seed_all(*place)
+            first = digest_content(apply(self.transforms, on_tensors(Tensor.clone, raw), draws))
+            seed_all(*place)
+            made = apply(self.transforms, raw, draws)
+            if digest_content(made) != first:
+                refuse_other("transform", "the first batch, transformed twice under one seed")
+            return made
+        seed_all(*place)
         return apply(self.transforms, raw, draws)
 
-    def _cuts(self) -> list[int]:
-        """Return where a batch is cut, S + 1 positions. A smaller last batch fills the first shards."""
+    def shard_sizes(self) -> tuple[list[int], list[int]]:
+        """Return the samples of each shard of a whole batch and of a smaller last one; empty if an epoch has none."""
+        whole, rest = divmod(len(self.dataset), self.batch_size)
+        sizes = self.batch_size if whole else 0, 0 if self.drop_last else rest
+        whole_cuts, last_cuts = (self._cuts(size) if self._shards is not None and size else [] for size in sizes)
+        return np.diff(whole_cuts).tolist(), np.diff(last_cuts).tolist()
+
+    def _cuts(self, samples: int) -> list[int]:
+        """Return where a batch is cut: evenly, a smaller last one into as many shards as have two samples each."""
         assert self._shards is not None
-        return [self.batch_size * shard // self._shards for shard in range(self._shards + 1)]
+        shards = self._shards if samples == self.batch_size else max(1, min(self._shards, samples // 2))
+        return [samples * shard // shards for shard in range(shards + 1)]
 
     def _parts(self, indices: Indices) -> Parts:
         """Return (shard, indices) of each part of one batch that this rank loads."""
         if self._shards is None:
             part = shard_range(len(indices), *_place())
             return [(0, indices[part.start : part.stop])]
-        cuts = self._cuts()
-        mine = [(shard, indices[cuts[shard] : cuts[shard + 1]]) for shard in shard_range(self._shards, *self._place)]
-        return [(shard, part) for shard, part in mine if len(part)]
+        cuts = self._cuts(len(indices))
+        mine = shard_range(len(cuts) - 1, *self._place)
+        return [(shard, indices[cuts[shard] : cuts[shard + 1]]) for shard in mine]
 
 
 class _Fetch(Dataset[Any]):
-    """Loads the samples of one part, each under its own (seed, epoch, index); runs in the workers."""
+    """Loads the samples of one part, each under its own (seed, epoch, index); runs in the workers.
 
-    def __init__(self, loader: DataLoader, epoch: int) -> None:
+    Args:
+        loader: whose dataset and collate_fn it calls.
+        epoch: from 0.
+        twice: the first part that each process loads is loaded again, and must be the same.
+    """
+
+    def __init__(self, loader: DataLoader, epoch: int, *, twice: bool) -> None:
         self.dataset: Any = loader.dataset
         self.collate = loader.collate_fn
         self.rows = Rows.of(self.dataset) if self.collate is None else None
         self.seed = run_seed() if run_mode() != "off" else None
+        self.mode, self.twice = run_mode(), twice and run_mode() != "off"
         self.draws, self.epoch, self.held_to_it = loader.draws, epoch, False
+        self.collated = False
 
     def __getitem__(self, indices: Any) -> Any:
         if self.rows is not None:
             return self.rows(indices)
+        try:
+            if self.twice:
+                self.twice = False
+                return self._compared(indices)
+            return self._collated(self._samples(indices))
+        except ConfigError as error:
+            if torch.utils.data.get_worker_info() is None:
+                raise
+            return error  # torch would raise it again as another exception, with this process's traceback as its text
+
+    def _compared(self, indices: Any) -> Any:
+        """Load a part twice, and refuse what is not the same: generators that are not global are not seeded."""
+        digests = []
+        for _ in range(2):
+            samples = self._samples(indices)
+            each = [digest_content(sample) for sample in samples]  # before collate_fn, which may change them
+            batch = self._collated(samples)
+            digests.append((each, digest_content(batch)))
+        (first, one), (again, other) = digests
+        if first != again:
+            index = next(index for index, a, b in zip(indices, first, again, strict=True) if a != b)
+            refuse_other(type(self.dataset).__name__, f"sample {index}, loaded twice under one seed", self.mode)
+        elif one != other:
+            refuse_other("collate_fn", "the first batch, collated twice under one seed", self.mode)
+        return batch
+
+    def _samples(self, indices: Any) -> list[Any]:
         if hasattr(self.dataset, "__getitems__"):
             # One call, so one seed: of the part, which holds the same samples on any number of workers.
-            samples = self._held(partial(self.dataset.__getitems__, indices.tolist()), int(indices[0]), "samples")
-        else:
-            samples = [self._held(partial(getitem, self.dataset, index), index, "sample") for index in indices.tolist()]
-        return (self.collate or default_collate)(samples)
+            return list(self._held(partial(self.dataset.__getitems__, indices.tolist()), int(indices[0]), "samples"))
+        return [self._held(partial(getitem, self.dataset, index), index, "sample") for index in indices.tolist()]
+
+    def _collated(self, samples: list[Any]) -> Any:
+        collate = self.collate or default_collate
+        if self.seed is None or self.draws or self.collated:
+            return collate(samples)
+        self.collated, before, batch = True, _generators(), collate(samples)
+        if _generators() != before:
+            raise ConfigError(
+                "draws=False, but collate_fn drew random numbers for the first batch",
+                hint="leave draws out: each batch is then seeded",
+            )
+        return batch
 
     def _held(self, load: Callable[[], Any], index: int, kind: str) -> Any:
         if self.seed is None or (not self.draws and self.held_to_it):
@@ -327,6 +404,28 @@ class StatefulLoader:
 def is_stateful(loader: Any) -> bool:
     """Return whether a loader can say where it stands and be put there."""
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+
+
+def refuse_other(who: str, what: str, mode: str | None = None) -> None:
+    """Refuse, in strict, what came out otherwise the second time; in warn say it.
+
+    Raises:
+        ConfigError: in strict and portable.
+    """
+    text = f"{who}: {what}, is not the same: it draws from a generator of its own, or depends on something that changes"
+    if (mode or run_mode()) in STRICT_MODES:
+        raise ConfigError(
+            text,
+            hint="draw from torch, random or numpy.random, which labtrain seeds for each sample; or make the generator"
+            " in __getitem__: numpy.random.default_rng(torch.randint(2**62, ()).item()); or determinism.mode=warn",
+        )
+    sys.stderr.write(f"warning: {text}\n")
+
+
+def _or_raised(result: Any) -> Any:
+    if isinstance(result, ConfigError):
+        raise result
+    return result
 
 
 def _generators() -> tuple[Any, ...]:

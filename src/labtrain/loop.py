@@ -24,14 +24,15 @@ from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 
 from labtrain.determinism import seed_place
+from labtrain.digests import PLACE
 from labtrain.errors import ConfigError
+from labtrain.files import is_spread
 from labtrain.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
 from labtrain.metrics import hold, metrics_of, release
 from labtrain.signals import Stopped, Wishes
 from labtrain.strategy import Exact
-from labtrain.tally import Results, global_already
-
-PLACE = "labtrain"  # its key in Lightning's checkpoint dictionary
+from labtrain.tally import Results, global_already, is_global
+from labtrain.unsaved import Unsaved
 
 State = dict[str, Any]
 
@@ -62,6 +63,7 @@ class EpochLoop(_TrainingEpochLoop):
         self._results, self.val_loop._results = Results(training=True), Results(training=False)
         self.save, self.every_n_steps, self.wishes, self.stop_at = save, every_n_steps, wishes, stop_at
         self.loaded: State | None = None  # the checkpoint that is taken up, until it is
+        self.unsaved: Unsaved | None = None  # from the start of the training on
         self._entering = False
 
     # ------------------------------------------------------------------------------------------------------ saving
@@ -91,7 +93,7 @@ class EpochLoop(_TrainingEpochLoop):
     def _agree(self) -> None:
         """Come to know what any rank wishes. Exact ranks have exchanged it with the step."""
         self._exchange()
-        if self.global_step == self.stop_at:
+        if self.stop_at and self.global_step == self.stop_at:
             self.wishes.agreed_stop = signal.SIGTERM
 
     def _exchange(self) -> None:
@@ -111,13 +113,15 @@ class EpochLoop(_TrainingEpochLoop):
         """Return where the training stands, as plain values and tensors."""
         trainer, fit = self.trainer, self.trainer.fit_loop
         mine = {"logged": self._logged(), "metrics": self._metric_states(), "loader": self._loader_state()}
+        if self.unsaved is not None:
+            mine |= self.unsaved.state()
         ranks = [mine]
         if trainer.world_size > 1 and not isinstance(trainer.strategy, Exact):
             kept = trainer.lightning_module.state_dict(keep_vars=True)
             buffers = trainer.lightning_module.named_buffers()
             mine["buffers"] = {name: buffer.cpu() for name, buffer in buffers if name in kept}
             ranks = [{}] * trainer.world_size  # each rank has sums and buffers of its own
-            dist.all_gather_object(ranks, mine)
+            dist.all_gather_object(ranks, _moved(mine, torch.device("cpu")))
         return {
             "epoch": fit.epoch_progress.current.processed,
             "batch": self.batch_progress.current.completed,
@@ -144,7 +148,7 @@ class EpochLoop(_TrainingEpochLoop):
                 {
                     "key": key,
                     "meta": meta | {"reduce_fx": entry.meta.reduce_fx.__name__},
-                    "sync": [sync.fn is global_already, sync.should, sync.rank_zero_only],
+                    "sync": [is_global(entry), sync.should, sync.rank_zero_only],
                     "is_tensor": entry.is_tensor,
                     "value": entry.value if entry.is_tensor else None,
                     "weight": getattr(entry, "cumulated_batch_size", None) if entry.is_tensor else None,
@@ -186,6 +190,7 @@ class EpochLoop(_TrainingEpochLoop):
         self.batch_progress.is_last_batch = at["is_last_batch"]
         self._batches_that_stepped = at["batches_that_stepped"]
         self._put_global_step(at["global_step"] - 1)  # the last one's end is still to come: max_steps must not end it
+        self._restore_unsaved(at, gradients=False)
 
     def placed(self, loader: Any) -> Any:
         """Return a training loader that begins where the loaded checkpoint stood; one with a state is wrapped."""
@@ -213,6 +218,19 @@ class EpochLoop(_TrainingEpochLoop):
         if at["exact"] != exact or (not exact and len(ranks) != self.trainer.world_size):
             return None
         return ranks[0 if exact else self.trainer.global_rank]
+
+    def _restore_unsaved(self, at: State, *, gradients: bool) -> None:
+        """Put back what no state dict holds: of rank 0, where the ranks are others than those that saved it."""
+        mine, device = self._of_this_rank(at), self.trainer.strategy.root_device
+        kept: State = at["ranks"][0] if mine is None else mine
+        if mine is None and kept.get("gradients") and is_spread(self.trainer.lightning_module.state_dict()):
+            raise ConfigError(
+                f"gradients wait in this checkpoint, those of {len(at['ranks'])} ranks, here are"
+                f" {self.trainer.world_size}",
+                hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
+            )
+        assert self.unsaved is not None
+        self.unsaved.restore(kept, device=device, gradients=gradients)
 
     def reset(self) -> None:
         if self.loaded is None:
@@ -245,6 +263,7 @@ class EpochLoop(_TrainingEpochLoop):
         connector.restore_optimizers_and_schedulers()
         connector._loaded_checkpoint, self.loaded = {}, None
         self._put_global_step(at["global_step"])
+        self._restore_unsaved(at, gradients=True)
         mine, device = self._of_this_rank(at), trainer.strategy.root_device
         if mine is not None:
             metrics = metrics_of(trainer.lightning_module)
@@ -291,6 +310,8 @@ def _put(progress: Any, done: int) -> None:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, list):
-        return [_moved(item, device) for item in value]
+    if type(value) in (list, tuple):
+        return type(value)(_moved(item, device) for item in value)
+    if type(value) is dict:
+        return {key: _moved(item, device) for key, item in value.items()}
     return value.to(device) if isinstance(value, torch.Tensor) else value

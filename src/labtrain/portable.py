@@ -43,21 +43,31 @@ POWERS: dict[float, Callable[[torch.Tensor], torch.Tensor]] = {
 Kernel = Callable[..., torch.Tensor]
 
 _library: torch.library.Library | None = None
+_before: tuple[bool, bool] = (True, True)  # whether oneDNN and NNPACK were on
 
 
 def install() -> None:
-    """Switch off oneDNN and NNPACK, and replace torch's CPU kernels of FUNCTIONS and of powers (x ** 0.5), for good."""
-    global _library
-    torch.backends.mkldnn.set_flags(False)
-    torch.backends.nnpack.set_flags(False)
+    """Switch off oneDNN and NNPACK, and replace torch's CPU kernels of FUNCTIONS and of powers (x ** 0.5)."""
+    global _library, _before
     if _library is not None:
         return
+    _before = torch.backends.mkldnn.set_flags(False)[0], torch.backends.nnpack.set_flags(False)[0]
     _library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
         for name, function in FUNCTIONS.items():
             _replace(_library, partial(_by_numpy, function), name, f"{name}_", f"{name}.out")
         _replace(_library, _power, "pow.Tensor_Scalar", "pow_.Scalar", "pow.Tensor_Scalar_out")
+
+
+def uninstall() -> None:
+    """Put back what `install` changed; nothing where it was not called."""
+    global _library
+    if _library is not None:
+        torch.backends.mkldnn.set_flags(_before[0])
+        torch.backends.nnpack.set_flags(_before[1])
+        _library._destroy()
+        _library = None
 
 
 def _replace(library: torch.library.Library, kernel: Kernel, functional: str, in_place: str, out_variant: str) -> None:

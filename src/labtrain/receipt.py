@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from labtrain import exact_json
 from labtrain.errors import DamagedError
 
 SCHEMA = "labtrain/receipt/1"
@@ -61,14 +62,13 @@ def write(run_dir: Path, receipt: Receipt) -> None:
     assert tuple(receipt) == KEYS
     assert receipt["status"] in STATUSES
     receipt["digest"] = digest_of(receipt)
-    write_atomically(run_dir / FILE, json.dumps(receipt, indent=1) + "\n")
+    write_atomically(run_dir / FILE, exact_json.dumps(receipt, indent=1) + "\n")
 
 
 def digest_of(receipt: Receipt) -> str:
     """Return the sha256 over a receipt without its own digest: JSON with sorted keys and no spaces, in ASCII."""
     rest = {key: value for key, value in receipt.items() if key != "digest"}
-    rest = json.loads(json.dumps(rest))  # as it is read: keys are texts, and sorted as such
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(exact_json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 def without_secrets(node: Any, *, secret: bool = False) -> Any:
@@ -139,7 +139,7 @@ def read(run_dir: Path) -> Receipt | None:
         return None
     hint = f"mv {run_dir} {run_dir}.broken   # or start anew beside it: resume=never"
     try:
-        receipt = json.loads(text)
+        receipt = exact_json.loads(text)
         schema, missing = receipt["schema"], sorted(set(KEYS) - set(receipt))
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path} is broken: {error!r}", hint=hint) from error

@@ -33,14 +33,13 @@ T = TypeVar("T")
 
 
 def shard_range(shards: int, rank: int, world: int) -> range:
-    """Return the shards of `rank`: contiguous, and as many as another rank's or one more."""
-    return range(shards * rank // world, shards * (rank + 1) // world)
+    """Return the shards of `rank`: contiguous, their numbers differ by one at most, and rank 0 has one if any has."""
+    return range(-(-shards * rank // world), -(-shards * (rank + 1) // world))
 
 
-def filled_ranges(shards: int, world: int, filled: int) -> list[range]:
-    """Return the shards of each rank that have samples, where the first `filled` of all have."""
-    ranges = [shard_range(shards, rank, world) for rank in range(world)]
-    return [range(each.start, max(each.start, min(each.stop, filled))) for each in ranges]
+def shard_ranges(shards: int, world: int) -> list[range]:
+    """Return the shards of each rank."""
+    return [shard_range(shards, rank, world) for rank in range(world)]
 
 
 class Tree(Generic[T]):
@@ -100,7 +99,7 @@ class ShardSum:
         self._started = self._last = 0
 
     def begin(self, ranges: list[range]) -> None:
-        """Begin a step, in which each rank has the shards of its range: `filled_ranges`."""
+        """Begin a step, in which each rank has the shards of its range: `shard_ranges`."""
         self._layouts = [subtrees(shards) for shards in ranges]
         self._started = 0
         self._last = ranges[self.rank].stop - 1
@@ -123,16 +122,24 @@ class ShardSum:
         if self.world > 1:
             self._start()
 
+    def send(self) -> None:
+        """Send what has not gone yet: after the last shard, and on a rank that has none in this step.
+
+        Every rank calls it at the same place of a step, so exchanges have one order on all ranks. NCCL needs that.
+        """
+        if self.world > 1:
+            for bucket in self._buckets:
+                bucket.full = True
+            self._start()
+
     def total(self) -> list[Tensor]:
         """Return the sums over all shards of all ranks, in the order of `like`; the same bits on every rank.
 
-        With several ranks they are views of memory that the next step uses again.
+        Every rank has called `send` before. With several ranks the sums are views of one vector a bucket; a later step
+        uses its memory again once nobody holds such a view.
         """
         if self.world == 1:
             return self._in_order(bucket.tree.root() for bucket in self._buckets)
-        for bucket in self._buckets:
-            bucket.full = True  # a rank without shards in this step
-        self._start()
         for bucket in self._buckets:
             self._finish_tree(bucket)
         return self._in_order(self._collect(bucket) for bucket in self._buckets)
@@ -157,8 +164,7 @@ class ShardSum:
                 _flatten(tensors, bucket.vector(("sent", number), pieces * chunk, first))
                 for number, (_, _, tensors) in enumerate(bucket.tree.nodes)
             ]
-            bucket.sums = bucket.vector(("sums", 0), pieces * chunk, first)
-            bucket.pieces = pieces
+            bucket.pieces, bucket.numel = pieces, pieces * chunk
             starts = [rank * chunk if pieces > 1 else 0 for rank in range(self.world)]
             bucket.parts = [[part[start : start + chunk] for part in mine] for start in starts]
             bucket.received = [
@@ -178,7 +184,7 @@ class ShardSum:
         """Add up this rank's part of all subtrees, and begin to exchange the sums."""
         for work in bucket.pending:
             work.wait()
-        assert bucket.sums is not None
+        bucket.sums = bucket.unused("sums", bucket.numel, self.like[bucket.indices[0]])
         sums = bucket.sums.chunk(bucket.pieces)
         mine = sums[self.rank if bucket.pieces > 1 else 0]
         additions = sum(map(len, self._layouts)) - 1
@@ -227,6 +233,7 @@ class _Bucket:
     received: list[list[Tensor]] = field(init=False)  # by sending rank: of each of its subtrees, this rank's part
     pending: list[Any] = field(init=False)
     pieces: int = field(init=False)  # into how many its sums are cut, one a rank; 1: every rank sums all of it
+    numel: int = field(init=False)  # of its sums, padded
     sums: Tensor | None = field(init=False)
     vectors: dict[tuple[str | int, int], Tensor] = field(default_factory=dict)
 
@@ -235,6 +242,13 @@ class _Bucket:
         if key not in self.vectors:
             self.vectors[key] = like.new_empty(numel)
         return self.vectors[key]
+
+    def unused(self, name: str, numel: int, like: Tensor) -> Tensor:
+        """Return such a vector; a new one where code still holds a part of the old: `zero_grad(set_to_none=False)`."""
+        vector = self.vectors.pop((name, 0), None)
+        if vector is not None and torch._C._storage_Use_Count(vector.untyped_storage()._cdata) == 1:
+            self.vectors[name, 0] = vector
+        return self.vector((name, 0), numel, like)
 
     def begin(self) -> None:
         self.tree, self.leaf, self.full = Tree(torch._foreach_add_), {}, False

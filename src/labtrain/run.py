@@ -4,15 +4,17 @@ A run is named by what determines its bits: the resolved configuration without t
 executed, the code, and the environment's lock. The name is the first 12 hex digits of the sha256 of these three.
 """
 
+import copy
 import dataclasses
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from labtrain import exact_json
 
 Config = dict[str, Any]
 
@@ -78,11 +80,11 @@ class Job:
         """Return it as text, without what is as by default: an older labtrain may not know of it."""
         by_default = {part.name: part.default for part in dataclasses.fields(self)}
         given = {key: value for key, value in dataclasses.asdict(self).items() if value != by_default[key]}
-        return json.dumps(given)
+        return exact_json.dumps(given)
 
     @classmethod
     def from_json(cls, text: str) -> "Job":
-        return cls(**json.loads(text))
+        return cls(**exact_json.loads(text))
 
 
 def get(tree: Any, key: str) -> Any:
@@ -107,13 +109,13 @@ def shards_in_use(config: Config) -> int | None:
 
 def name(config: Config, *, code: str, lock: str) -> str:
     """Return the run id: 12 hex digits of what determines the run's bits."""
-    parts = (json.dumps(what_counts(config), sort_keys=True), code, lock)
+    parts = (exact_json.dumps(what_counts(config), sort_keys=True), code, lock)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
 def what_counts(config: Config) -> Config:
     """Return the configuration without the keys that say how a run is executed."""
-    kept: Config = json.loads(json.dumps(config))
+    kept: Config = copy.deepcopy(config)
     for key in EXECUTION_KEYS + (DEVICE_KEYS if shards_in_use(config) is not None else ()):
         *parents, last = key.split(".")
         node = kept

@@ -5,6 +5,7 @@ known: the copy is made of tensors and plain values alone, so the file that is m
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from labtrain.errors import LabtrainError
 PLAIN = (type(None), bool, int, float, str, bytes)
 MAPPINGS: tuple[type[Any], ...] = (dict, OrderedDict, Counter)
 SEQUENCES: tuple[type[Any], ...] = (list, tuple, torch.Size)
+PLAIN_KINDS = frozenset(PLAIN)
+LONG = 100  # items of a list: from here on it is worth a look whether all are plain
 
 
 class Staging:
@@ -38,15 +41,16 @@ class Staging:
         kind = type(value)
         if isinstance(value, torch.Tensor):
             return self._copy_tensor(value.detach(), key)
-        if kind in MAPPINGS:
+        if kind in MAPPINGS and all(map(_is_key, value)):
             return kind({name: self._copy(item, f"{key}.{name}") for name, item in value.items()})
         if kind in SEQUENCES:
+            if len(value) > LONG and PLAIN_KINDS.issuperset(map(type, value)):
+                return kind(value)
             return kind([self._copy(item, f"{key}.{index}") for index, item in enumerate(value)])
         if kind in PLAIN:
             return value
         raise LabtrainError(
-            f"{key} is a {kind.__module__}.{kind.__qualname__}: no tensor, number, string, list or dict, so no part of"
-            " a checkpoint",
+            f"{key} is a {described(value)}: no tensor, number, string, list or dict, so no part of a checkpoint",
             hint="keep plain values in hyperparameters and state_dicts",
         )
 
@@ -61,3 +65,28 @@ class Staging:
             buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
             self.buffers[key] = buffer
         return buffer.copy_(tensor, non_blocking=True)
+
+
+def unsavable(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the keys and the value of each part of a state that `Staging.copy` would refuse."""
+    kind = type(value)
+    if kind in MAPPINGS and all(map(_is_key, value)):
+        for name, item in value.items():
+            yield from unsavable(item, (*path, name))
+    elif kind in SEQUENCES:
+        for index, item in enumerate(value):
+            yield from unsavable(item, (*path, index))
+    elif kind not in PLAIN and not isinstance(value, torch.Tensor):
+        yield path, value
+
+
+def described(value: Any) -> str:
+    """Return the kind of a value, and which of a dict's keys is at fault."""
+    kind = type(value)
+    keys = [type(key) for key in value if not _is_key(key)] if kind in MAPPINGS else []
+    of = f" with a key of {keys[0].__module__}.{keys[0].__qualname__}" if keys else ""
+    return f"{kind.__module__}.{kind.__qualname__}{of}"
+
+
+def _is_key(key: Any) -> bool:
+    return type(key) in PLAIN or (type(key) is tuple and all(map(_is_key, key)))

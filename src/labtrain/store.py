@@ -28,6 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from labtrain import exact_json
 from labtrain.errors import DamagedError, StoreError
 from labtrain.remote import explained, is_local, open_url
 from labtrain.run import shown
@@ -229,7 +230,7 @@ class Store:
         with explained(self.url):
             data = self.read(where)
         with suppress(ValueError, KeyError, TypeError):
-            manifest = json.loads(data)
+            manifest = exact_json.loads(data)
             files = manifest["files"]  # each is read, and copied, by its name: none may lead out of the folder
             weights = any(name.endswith(".safetensors") for name in files)
             if manifest["schema"] == SCHEMA and weights and not any("/" in name for name in files):
@@ -275,7 +276,7 @@ class Store:
         Raises:
             StoreError: another process has made a checkpoint of this name.
         """
-        data = (json.dumps(manifest, indent=1) + "\n").encode()
+        data = (exact_json.dumps(manifest, indent=1) + "\n").encode()
         try:
             self.create(f"{path}/{MANIFEST}", data)
         except FileExistsError:

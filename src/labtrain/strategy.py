@@ -7,12 +7,13 @@ optimizer, schedulers, callbacks and loggers are Lightning's own and see one ste
 `global_step`, `batch_idx`, `val_check_interval` and schedules do not depend on it either.
 
 Every shard is run under its own (seed, epoch, batch, shard), from the buffers that the step began with; buffers are
-then averaged over the samples, once a step. The loss is taken for what it nearly always is, a mean over the samples.
+then averaged over the samples, once a step. The loss is taken for a mean over the samples, unless the step returns its
+weight: objective.py.
 
 Lightning 2.6: strategies/strategy.py and strategies/ddp.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -22,17 +23,22 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from labtrain.buffers import Buffers
 from labtrain.determinism import seed_place
 from labtrain.errors import ConfigError
-from labtrain.guard import explain_backward
+from labtrain.guard import Guard, explain_backward
+from labtrain.hooks import Handed, Takers, joined_outputs, of_no_shard
 from labtrain.loader import DataLoader, Sharded
-from labtrain.metrics import add_rows
-from labtrain.reduction import ShardSum, filled_ranges
+from labtrain.objective import weight_of, weighted_mean, weighted_row
+from labtrain.reduction import ShardSum, shard_ranges
 from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
+from labtrain.watch import Watch
+
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class Exact:
@@ -51,14 +57,23 @@ class Exact:
         self._sum: ShardSum | None = None
         self._parameters: list[torch.nn.Parameter] = []
         self._hooks: list[Any] = []
+        self._uses: list[int] = []  # how often a backward has added to each gradient, at most
+        self._added: list[int] = []  # and this one
         self._pushed: set[int] = set()  # parameters whose gradient of the last shard has gone
         self._filling: int | None = None  # the shard whose gradients go as they come
-        self._installed: list[tuple[torch.nn.Parameter, Tensor, bool]] | None = None
+        # Which gradients the step's sums are to be put into, and what they are divided by first.
+        self._waiting: tuple[list[bool], Tensor | None] | None = None
         self._inside = False  # a shard's step: what it logs is combined later
+        self._handed: Handed | None = None  # the batch as hooks have it
+        self.samples: int | None = None  # of the whole batch that is at hand
+        self.on_reduce: Callable[[list[Tensor], bool, str], None] | None = None  # told of values of all ranks
 
     # ------------------------------------------------------------------------------------------- called by the Trainer
 
     def configure_ddp(self) -> None:
+        module = cast(Any, self).model  # torch broadcasts no sparse buffer; every rank makes or loads the same
+        sparse = [name for name, buffer in module.named_buffers() if buffer.layout != torch.strided]
+        module._ddp_params_and_buffers_to_ignore = [*getattr(module, "_ddp_params_and_buffers_to_ignore", []), *sparse]
         _sync_module_states(cast(Any, self).model)  # instead of a DistributedDataParallel around it
 
     def setup(self, trainer: pl.Trainer) -> None:
@@ -75,9 +90,19 @@ class Exact:
                     f"{name or 'the model'} is a SyncBatchNorm: its statistics are summed in the order of the devices",
                     hint="BatchNorm, whose statistics are then those of a shard; or determinism.shards=null",
                 )
-        self._trainer = trainer
+        self._trainer, self._takers = trainer, Takers(trainer)
+        self._seeds_transfer = any(
+            is_overridden(hook, each)
+            for hook in TRANSFER_HOOKS
+            for each in (module, trainer.datamodule)  # type: ignore
+        )
         self._tally = Tally(module)
-        self._buffers = Buffers(module, shards=self.shards, rank=self._rank, world=self._world)
+        guard = next((each for each in trainer.callbacks if isinstance(each, Guard)), None)  # type: ignore[attr-defined]
+        place: dict[str, Any] = {"device": self._device, "rank": self._rank, "world": self._world}
+        self._buffers = Buffers(module, **place, judge=guard.judge if guard else _no_judge)
+        self._watch: Watch | None = None
+        if guard is not None and guard.mode != "off" and self.shards > 1:
+            self._watch = Watch(module, **place, judge=guard.judge, say=guard.say)
         # Lightning runs this before the strategy gets the batch: put it off until a shard is at hand.
         transfer = type(module)._on_before_batch_transfer
         module._on_before_batch_transfer = (  # type: ignore[method-assign]
@@ -99,9 +124,16 @@ class Exact:
         return super().process_dataloader(loader)  # type: ignore[misc]
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        if isinstance(batch, Sharded):
+        if not isinstance(batch, Sharded):
+            self.samples = None
+            return super().batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
+        self.samples = batch.samples
+        if self.shards > 1 and not self._takers.batch:
             return batch
-        return super().batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
+        loop: Any = self._trainer._active_loop
+        index = getattr(loop, "epoch_loop", loop).batch_progress.current.ready
+        self._handed = self._hand(batch, dataloader_idx, *self._when(), dataloader_idx, index)
+        return self._handed.batch
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
         """Return a tensor that is the same on all ranks as it is: a mean of three equal numbers may not be equal."""
@@ -109,79 +141,116 @@ class Exact:
             return tensor
         gathered = [torch.empty_like(tensor) for _ in range(self._world)]
         dist.all_gather(gathered, tensor.contiguous(), group=group)
-        if reduce_op in ("mean", "avg") and all(torch.equal(other, tensor) for other in gathered):
+        equal = all(torch.equal(other, tensor) for other in gathered)
+        if self.on_reduce is not None:
+            self.on_reduce(gathered, equal, str(reduce_op))
+        if reduce_op in ("mean", "avg") and equal:
             return tensor
         return super().reduce(tensor, group, reduce_op)  # type: ignore[misc]
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        if self._inside:
+            raise ConfigError(
+                f"self.all_gather in a step: with determinism.shards={self.shards} it would gather a part of the batch"
+                " that depends on the number of devices",
+                hint="determinism.shards=1, on one device: a step then has the whole batch",
+            )
+        return cast(Tensor, super().all_gather(tensor, group, sync_grads))  # type: ignore[misc]
 
     def training_step(self, batch: Any, *args: Any) -> Any:
         loop = self._trainer.fit_loop.epoch_loop
         epoch, index = cast(Any, self._trainer.fit_loop.epoch_progress.current).processed, loop.batch_idx
         if self.shards == 1:
             return self._whole(batch, epoch, index, *args)
+        batch, moved = self._shards_of(batch)
         assert isinstance(batch, Sharded)  # guard.py
         module, plugin, tally, buffers = self._module, cast(Any, self).precision_plugin, self._tally, self._buffers
-        ranges = filled_ranges(self.shards, self._world, batch.shards)
+        watch = self._watch
+        ranges = shard_ranges(batch.shards, self._world)
         parameters = self._prepare()
         total = cast(ShardSum, self._sum)
         total.begin(ranges)
         buffers.begin()
+        if watch is not None:
+            watch.begin()
         older = [parameter.grad for parameter in parameters]  # of batches that are accumulated
-        output: Any = None
+        outputs: list[tuple[int, Any]] = []  # samples, and what the step returned, for hooks
         missing = not batch.parts  # a gradient, on this rank: then only the others know whether there is one
         with self._scratch(loop) as results:
             tally.begin(training=True)
             for number, (shard, samples, data) in enumerate(batch.parts):
+                last = number == len(batch.parts) - 1
                 if number:
                     buffers.restore()
+                    if watch is not None:
+                        watch.restore()
                 for parameter in parameters:
                     parameter.grad = None
-                data = self._moved(data, 0)
+                data = data if moved else self._moved(data, 0, *self._when(), 0, index, shard)
                 loop._results = tally.open(data, samples)
                 seed_place("shard", epoch, index, shard)
-                output = super().training_step(data, *args)  # type: ignore[misc]
+                with _alone():
+                    output = super().training_step(data, *args)  # type: ignore[misc]
                 loss = _loss(output)
                 if loss is None:
                     raise ConfigError(
                         f"training_step returned no loss for shard {shard} of batch {index}",
                         hint="return the loss of every shard, 0 * loss to leave one out; or determinism.shards=null",
                     )
-                weight = samples / batch.samples
-                self._filling = shard if number == len(batch.parts) - 1 else None
-                scaled = plugin.pre_backward(loss * (weight / self._trainer.accumulate_grad_batches), module)
-                try:
-                    plugin.backward(scaled, module, None)
-                except RuntimeError as error:
+                weight, given = samples / batch.samples, weight_of(output)
+                share = weight if given is None else given / batch.samples
+                self._added = [0] * len(parameters)
+                if share:  # else a mean over nothing: 0 * NaN would be NaN
+                    self._filling = shard if last else None
+                    scaled = plugin.pre_backward(loss * (share / self._trainer.accumulate_grad_batches), module)
+                    try:
+                        plugin.backward(scaled, module, None)
+                    except RuntimeError as error:
+                        self._filling = None
+                        explain_backward(error, module, partial(self._loss_again, data, *args))
+                        raise
                     self._filling = None
-                    explain_backward(error, module, partial(self._loss_again, data, *args))
-                    raise
-                self._filling = None
                 present = self._push(shard, parameters)
                 missing = missing or not all(present)
-                numbers = torch.tensor([*present, *buffers.leave(shard, weight)], dtype=torch.float64)
-                tally.close(torch.cat([numbers.to(loss.device), (loss.detach().double() * weight).reshape(1)]), samples)
+                watched = watch.leave(shard, last=last) if watch is not None else []
+                if self._takers.outputs:
+                    outputs.append((samples, output))
+                numbers = torch.tensor([*present, *buffers.leave(shard, weight), *watched], dtype=torch.float64)
+                row = weighted_row(loss.detach(), share, returned=given is not None)
+                front = torch.cat([numbers.to(loss.device), row])
+                tally.close(front, samples, None if given is None else (loss.detach(), given))
+            total.send()
             rows_SK = self._combined(batch, results, ranges)
-            sums = total.total()
-        has_SP, buffers_SB, losses_S1 = rows_SK.split([len(parameters), len(buffers.owned), 1], 1)
+        sizes = len(parameters), len(buffers.owned) + 1, Watch.NUMBERS if watch is not None else 0
+        has_SP, buffers_SB, watched_S3, losses_SN = rows_SK.split([*sizes, rows_SK.shape[1] - sum(sizes)], 1)
         wanted = (has_SP.amax(0) > 0).tolist() if missing else [True] * len(parameters)
+        if not any(wanted):  # no shard had any weight: zeros, since a GradScaler wants a gradient
+            wanted = [True] * len(parameters)
         # One process knows its own: no waiting for a GPU to read them back.
         buffers.install(buffers_SB.tolist() if self._world > 1 else buffers.numbers, ranges)
+        if watch is not None:
+            watch.end(watched_S3.tolist() if self._world > 1 else watch.numbers, ranges)
         for parameter, gradient in zip(parameters, older, strict=True):
             parameter.grad = gradient
-        self._installed = list(zip(parameters, sums, wanted, strict=True))
         seed_place("after", epoch, index)  # what hooks draw from here on is the same on every rank
-        mean = add_rows(losses_S1)[0].float()
-        return {**output, "loss": mean} if isinstance(output, dict) else mean
+        mean, shares = weighted_mean(losses_SN)
+        self._waiting = wanted, shares
+        combined = {"loss": mean} if shares is None else {"loss": mean, "weight": shares * batch.samples}
+        whole = self._as_one(outputs, ranges)
+        return {**whole, **combined} if isinstance(whole, dict) else mean
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
-        if self._installed is None:
+        if self._waiting is None:
             return cast(Tensor, super().backward(closure_loss, optimizer, *args, **kwargs))  # type: ignore[misc]
-        accumulates = self._trainer.accumulate_grad_batches > 1
-        for parameter, gradient, wanted in self._installed:
-            if wanted and parameter.grad is not None:
-                parameter.grad = parameter.grad + gradient
-            elif wanted:
-                parameter.grad = gradient.clone() if accumulates else gradient  # the next batch has the same memory
-        self._installed = None
+        # Here, and not in training_step: gradients that are not wanted any more are gone, and their memory is free.
+        sums = cast(ShardSum, self._sum).total()
+        has_gradient, shares = self._waiting
+        if shares is not None:
+            torch._foreach_div_(sums, torch.where(shares > 0, shares, 1))  # no shard with any weight: 0
+        for parameter, gradient, wanted in zip(self._parameters, sums, has_gradient, strict=True):
+            if wanted:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+        self._waiting = None
         return cast(Tensor, cast(Any, self).precision_plugin.post_backward(closure_loss, self._module))
 
     def validation_step(self, batch: Any, *args: Any) -> Any:
@@ -196,27 +265,67 @@ class Exact:
         return _loss(super().training_step(data, *args))  # type: ignore[misc]
 
     def _evaluate(self, step: Callable[..., Any], batch: Any, *args: Any) -> Any:
-        """Run a validation or test step once a shard; return its output, or a list where this rank has more shards."""
+        """Run a validation or test step once a shard; return what hooks get as its outputs."""
+        batch, moved = self._shards_of(batch)
         if not isinstance(batch, Sharded):
             return step(batch, *args)
         loop = self._trainer._evaluation_loop
         index = loop.batch_progress.current.ready - 1
-        which, stage = loop._results.dataloader_idx, str(self._trainer.state.stage)
-        place = (stage, self._trainer.global_step, which or 0, index)
-        outputs = []
+        which, ranges = loop._results.dataloader_idx, shard_ranges(batch.shards, self._world)
+        place = (*self._when(), which or 0, index)
+        outputs: list[tuple[int, Any]] = []
         with self._scratch(loop) as results:
             self._tally.begin(training=False)
             for shard, samples, data in batch.parts:
-                data = self._moved(data, which or 0)
+                data = data if moved else self._moved(data, which or 0, *place, shard)
                 loop._results = self._tally.open(data, samples, which)
                 seed_place(*place, shard)
-                outputs.append(step(data, *args))
+                with _alone():
+                    output = step(data, *args)
+                if self._takers.outputs:
+                    outputs.append((samples, output))
                 self._tally.close(torch.empty(0, dtype=torch.float64, device=self._device), samples)
-            self._combined(batch, results, filled_ranges(self.shards, self._world, batch.shards))
+            self._combined(batch, results, ranges)
         if self.wishes.agreed_stop:
             raise Stopped(self.wishes.agreed_stop)  # what was trained is saved before each validation
         seed_place("after", *place)
-        return outputs[0] if len(outputs) == 1 else outputs or None
+        return self._as_one(outputs, ranges)
+
+    def _hand(self, batch: Sharded, dataloader_idx: int, *place: int | str) -> Handed:
+        """Move a batch's shards to the device, and join them for hooks."""
+        parts = [
+            (shard, samples, self._moved(data, dataloader_idx, *place, shard)) for shard, samples, data in batch.parts
+        ]
+        like = None
+        if batch.shards < self._world:
+            mine = [(samples, data) for _, samples, data in parts]
+            like = of_no_shard(mine, average=False, device=self._device)
+        return Handed(Sharded(parts, samples=batch.samples, shards=batch.shards), like)
+
+    def _shards_of(self, batch: Any) -> tuple[Any, bool]:
+        """Return the shards of a batch as hooks had it, and whether they are on the device."""
+        if self._handed is None or batch is not self._handed.batch:
+            return batch, False
+        if self.shards > 1:
+            self._handed.check(self._trainer)
+        return self._handed.sharded, True
+
+    def _as_one(self, outputs: list[tuple[int, Any]], ranges: list[range]) -> Any:
+        """Return what hooks get for the outputs of this rank's shards."""
+        if not self._takers.outputs:
+            return None
+        if not all(ranges):
+            like = of_no_shard(outputs, average=True, device=self._device)
+            if not outputs:
+                return like
+        return joined_outputs([output for _, output in outputs], [samples for samples, _ in outputs])
+
+    def _when(self) -> tuple[str, int]:
+        """Return the stage, and the epoch of training or the step of an evaluation."""
+        trainer = self._trainer
+        if trainer.training:
+            return "train", cast(Any, trainer.fit_loop.epoch_progress.current).processed
+        return str(trainer.state.stage), trainer.global_step
 
     def _combined(self, batch: Sharded, results: Any, ranges: list[range]) -> Tensor:
         """Bring together what all shards logged, and what all ranks wish; return the numbers that were put in front."""
@@ -232,12 +341,8 @@ class Exact:
 
     def _whole(self, batch: Any, epoch: int, index: int, *args: Any) -> Any:
         """Run a step of one shard as Lightning itself would: nothing is to be combined."""
-        data = batch
-        if isinstance(batch, Sharded):
-            data = self._moved(batch.parts[0][2], 0)
-            self._trainer.fit_loop.epoch_loop._results.batch = data
         seed_place("shard", epoch, index, 0)
-        output = super().training_step(data, *args)  # type: ignore[misc]
+        output = super().training_step(batch, *args)  # type: ignore[misc]
         self.wishes.agree(*self.wishes.numbers())
         return output
 
@@ -250,8 +355,10 @@ class Exact:
         finally:
             loop._results, self._inside = results, False
 
-    def _moved(self, data: Any, dataloader_idx: int) -> Any:
+    def _moved(self, data: Any, dataloader_idx: int, *place: int | str) -> Any:
         """Do to a shard what Lightning does to a batch before its step."""
+        if self._seeds_transfer:
+            seed_place("transfer", *place)
         data = cast(Any, self).precision_plugin.convert_input(data)
         data = type(self._module)._on_before_batch_transfer(self._module, data, dataloader_idx)
         return super().batch_to_device(data, dataloader_idx=dataloader_idx)  # type: ignore[misc]
@@ -266,7 +373,7 @@ class Exact:
         self._hooks = []
         like = [_dense(parameter.detach()) for parameter in parameters]
         self._sum = ShardSum(like, rank=self._rank, world=self._world)
-        self._parameters = parameters
+        self._parameters, self._uses = parameters, [0] * len(parameters)
         if self._world > 1:
             for number, parameter in enumerate(parameters):
                 self._hooks.append(parameter.register_post_accumulate_grad_hook(self._arrived(number)))
@@ -274,7 +381,16 @@ class Exact:
 
     def _arrived(self, number: int) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
-            if self._filling is not None and parameter.grad is not None:
+            self._added[number] += 1
+            if self._filling is None or parameter.grad is None:
+                return
+            if number in self._pushed:
+                raise ConfigError(
+                    f"the gradient of {_name_of(parameter, self._module)} grew after it was sent: reentrant"
+                    " checkpointing used it more often than in any step before",
+                    hint="torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or trainer.devices=1",
+                )
+            if self._added[number] == self._uses[number]:  # reentrant checkpointing adds to it once a use
                 assert self._sum is not None
                 self._pushed.add(number)
                 self._sum.push(self._filling, number, _not_sparse(parameter.grad))
@@ -295,6 +411,7 @@ class Exact:
             self._sum.push(shard, number, gradient)
             parameter.grad = None
         self._pushed.clear()
+        self._uses = [max(pair) for pair in zip(self._uses, self._added, strict=True)]
         return present
 
     @property
@@ -320,6 +437,29 @@ class ExactSingleDevice(Exact, SingleDeviceStrategy):
 
 class ExactDDP(Exact, DDPStrategy):
     """Several processes, over gloo on CPUs and NCCL on GPUs."""
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hide the process group: what a shard computes must not depend on the number of processes."""
+    world = dist.distributed_c10d._world if dist.is_available() else None
+    group = world.default_pg if world is not None else None
+    if world is None or group is None:
+        yield
+        return
+    world.default_pg = None
+    try:
+        yield
+    finally:
+        world.default_pg = group
+
+
+def _no_judge(what: str, hint: str) -> None:
+    """Let everything pass: there is no Guard, as in a search for the batch size."""
+
+
+def _name_of(parameter: Tensor, module: torch.nn.Module) -> str:
+    return next(name for name, each in module.named_parameters() if each is parameter)
 
 
 def _loss(output: Any) -> Any:

@@ -16,7 +16,7 @@ from hydra.experimental.callback import Callback
 
 from labtrain import receipt
 from labtrain.errors import ConfigError, JobFailedError
-from labtrain.ranks import own_rank
+from labtrain.ranks import find_ranks, own_rank
 from labtrain.run import Job, shown
 
 PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
@@ -28,10 +28,24 @@ class SweepStart(Callback):
 
     def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
         try:
+            refuse_under_launcher()
             complete(config)
         except ConfigError as error:
             sys.stderr.write(f"error: {error}\n")
             sys.exit(error.exit_code)  # Hydra makes a warning of any Exception: hydra/_internal/callbacks.py
+
+
+def refuse_under_launcher() -> None:
+    """Refuse `torchrun train.py -m` and `srun -n2 train.py hydra.mode=MULTIRUN`: each copy would run the whole sweep.
+
+    Raises:
+        ConfigError: a launcher started this process with others.
+    """
+    if (ranks := find_ranks()) is not None:
+        raise ConfigError(
+            f"-m in each of {ranks.world} copies of one job (hydra.mode=MULTIRUN is the same)",
+            hint="start the sweep once, without the launcher: python train.py -m ...",
+        )
 
 
 def chooses(sweeper: Any) -> bool:

@@ -50,14 +50,16 @@ class Template:
         front: how many numbers the caller puts in front.
         entries: two numbers each: the sum (or smallest, largest) and the weight.
         metrics: names of the metrics that were updated; the numbers of their states follow.
+        weighted: whether the step returned a weight.
     """
 
     front: int
     entries: tuple[Entry, ...]
     metrics: tuple[str, ...]
+    weighted: bool = False
 
     def signature(self) -> int:
-        text = repr((self.front, [entry.key for entry in self.entries], self.metrics))
+        text = repr((self.front, [entry.key for entry in self.entries], self.metrics, self.weighted))
         return zlib.crc32(text.encode())
 
 
@@ -80,6 +82,28 @@ class Logged(_ResultMetric):
             super().to(*place, **options)
             self.place = place, options
         return self
+
+    def forward(self, value: Any, batch_size: int) -> None:
+        """Log a value; its name is known while ranks exchange it."""
+        global _being_logged
+        _being_logged = self.meta.name
+        try:
+            super().forward(value, batch_size)
+        finally:
+            _being_logged = None
+
+
+_being_logged: str | None = None
+
+
+def being_logged() -> str | None:
+    """Return the name of the value that `self.log` is at."""
+    return _being_logged
+
+
+def is_global(entry: _ResultMetric) -> bool:
+    """Return whether a step logged an entry: its value is that of all ranks."""
+    return entry.meta.sync.fn is global_already
 
 
 class Tally:
@@ -133,15 +157,22 @@ class Tally:
         self._logs.batch, self._logs.batch_size, self._logs.dataloader_idx = data, samples, dataloader_idx
         return self._logs
 
-    def close(self, front: Tensor, samples: int) -> None:
-        """End a shard: keep its row, the caller's numbers (1-D, float64) in front."""
+    def close(self, front: Tensor, samples: int, weighted: tuple[Tensor, float] | None = None) -> None:
+        """End a shard: keep its row.
+
+        Args:
+            front: the caller's numbers, 1-D, float64.
+            samples: of the shard.
+            weighted: its loss and the weight that came with it: where that loss is logged, it counts by the weight.
+        """
         logged = [(key, entry) for key, entry in self._logs.items() if not entry.has_reset]
         touched = tuple(name for name, metric in self.metrics.items() if metric._update_count)
-        template = Template(len(front), tuple(self._entry(key, entry) for key, entry in logged), touched)
+        entries = tuple(self._entry(key, entry) for key, entry in logged)
+        template = Template(len(front), entries, touched, weighted is not None)
         if self._template is not None and template != self._template:
             raise _unequal(f"{_names(template)} in one call, {_names(self._template)} in another")
         self._template = template
-        numbers = [number for _, entry in logged for number in _numbers(entry, samples)]
+        numbers = [number for _, entry in logged for number in _numbers(entry, samples, weighted)]
         parts = [front]
         if numbers:
             parts.append(torch.stack([number.to(front.device) for number in numbers]))
@@ -264,7 +295,7 @@ class Tally:
                 into.value = self._metric(entry)
                 into._forward_cache = into.value._forward_cache
             else:
-                _log_tensor(into, entry.meta, values, weights)
+                _log_tensor(into, entry.meta, values, weights, may_be_empty=self._template.weighted)
             into._computed = None
             into._update_count += 1
             into.has_reset = False
@@ -290,12 +321,14 @@ class Tally:
                     yield name, state
 
 
-def _log_tensor(into: _ResultMetric, meta: _Metadata, values: Tensor, weights: Tensor) -> None:
+def _log_tensor(into: _ResultMetric, meta: _Metadata, values: Tensor, weights: Tensor, *, may_be_empty: bool) -> None:
     """Add one step's value to Lightning's entry: in float64, whatever the number of steps."""
     kind = _kind(meta)
     value = reduced(values.unsqueeze(1), "sum" if kind == "mean" else kind)[0]
     weight = reduced(weights.unsqueeze(1), "sum")[0]
     if meta.on_step:
+        if may_be_empty:  # no shard had any weight
+            weight = torch.where(weight > 0, weight, 1)
         into._forward_cache = (value / weight if kind == "mean" else value).float()
         if not meta.on_epoch:
             into.value = into._forward_cache
@@ -308,15 +341,30 @@ def _log_tensor(into: _ResultMetric, meta: _Metadata, values: Tensor, weights: T
         into.value = (torch.minimum if kind == "min" else torch.maximum)(into.value.double(), value)
 
 
-def _numbers(entry: _ResultMetric, samples: int) -> list[Tensor]:
+def _numbers(entry: _ResultMetric, samples: int, weighted: tuple[Tensor, float] | None) -> list[Tensor]:
     """Return an entry of one shard as value and weight; the value is already multiplied where it is a mean."""
     weight = torch.tensor(float(samples), dtype=torch.float64)
     if not entry.is_tensor:
         return [torch.zeros((), dtype=torch.float64), weight]
-    value = entry.value.detach().double().squeeze()
-    if _kind(entry.meta) != "mean":
+    value, sums = entry.value.detach().double().squeeze(), _kind(entry.meta) != "mean"
+    if not sums and entry.meta.on_epoch:
+        weight = entry.cumulated_batch_size.double()
+    elif not sums:
+        value = value * samples
+    if weighted is None:
         return [value, weight]
-    return [value, entry.cumulated_batch_size.double()] if entry.meta.on_epoch else [value * samples, weight]
+    loss, share = weighted
+    loss = loss.squeeze() if loss.dtype in (torch.float32, torch.float64) else loss.squeeze().float()
+    is_loss = torch.zeros_like(value, dtype=torch.bool)
+    if not sums:  # as Lightning multiplied it
+        is_loss = value == (
+            (loss * entry.cumulated_batch_size).double() if entry.meta.on_epoch else loss.double() * samples
+        )
+    if share:
+        return [torch.where(is_loss, loss.double() * share, value), torch.where(is_loss, share, weight)]
+    left_out = is_loss | value.isnan()  # a mean over nothing
+    nothing = cast(Tensor, entry._defaults["value"]).double().to(value.device)
+    return [torch.where(left_out, nothing, value), torch.where(left_out, 0.0, weight.to(value.device))]
 
 
 def _kind(meta: _Metadata) -> str:
@@ -349,11 +397,13 @@ def _mapped(lists: dict[str, list[Any]], change: Callable[[Tensor], Tensor]) -> 
 
 def _names(template: Template) -> str:
     names = [entry.meta.name for entry in template.entries] + list(template.metrics)
+    names += ["a weight that training_step returned"] if template.weighted else []
     return ", ".join(dict.fromkeys(names)) or "nothing"
 
 
 def _unequal(what: str) -> ConfigError:
     return ConfigError(
         f"the shards of one step log different names: {what}",
-        hint="log the same names in each call of a step, or determinism.shards=null",
+        hint="log the same names in each call of a step, and return a weight from each or from none;"
+        " or determinism.shards=null",
     )

@@ -20,16 +20,17 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain import determinism, receipt
+from labtrain.agreement import Agreement
 from labtrain.callbacks import BatchSizes, Progress, Seeding, Trail, warn
 from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
-from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError
+from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError, explain_callback, in_words, where
 from labtrain.gpu_stats import GpuStats
 from labtrain.guard import Guard, explain_operation
 from labtrain.history import History, best_of
@@ -76,7 +77,6 @@ def train(cfg: Any) -> Result:
     """
     job = cfg if isinstance(cfg, Job) else _job(cfg)
     config, run_dir = job.config, Path(job.run_dir)
-    mode, seed = config["determinism"]["mode"], config["seed"]
     done = receipt.read(run_dir)
     if done is not None and done["status"] == "complete" and not job.origin:
         results = done["results"]
@@ -90,16 +90,29 @@ def train(cfg: Any) -> Result:
     accelerator, devices = choose_accelerator(config)
     check_compiler(config["speed"], accelerator)
     _quiet_lightning()
+    with determinism.run(
+        seed=config["seed"],
+        mode=config["determinism"]["mode"],
+        accelerator=accelerator,
+        threads=config["determinism"]["threads"],
+        tf32=config["speed"]["tf32"] and accelerator == "gpu",
+    ):
+        return _train(job, accelerator, devices)
+
+
+def _train(job: Job, accelerator: str, devices: int | list[int] | str) -> Result:
+    config, run_dir, seed = job.config, Path(job.run_dir), job.config["seed"]
     ranks = find_ranks()
     environment = make_environment(ranks, accelerator=accelerator)
-    determinism.set_run(seed=seed, mode=mode, accelerator=accelerator)
-    determinism.apply(
-        mode, threads=config["determinism"]["threads"], tf32=config["speed"]["tf32"] and accelerator == "gpu"
-    )
     determinism.seed_all(seed, "init")
-    datamodule = instantiate(config, "data", pl.LightningDataModule)
+    datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
     determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
-    model = instantiate(config, "model", pl.LightningModule)
+    model = instantiate(config["model"], "model", pl.LightningModule)
+    own = {
+        name: instantiate(options, f"callbacks.{name}", pl.Callback)
+        for name, options in config["callbacks"].items()
+        if options
+    }
 
     place = checkpoint_place(run_dir, config["checkpoint"]["url"])
     fetched = run_dir.with_name(f".{run_dir.name}.fetched")
@@ -117,11 +130,12 @@ def train(cfg: Any) -> Result:
         place,
         run_id=job.run_id,
         options=config["checkpoint"],
+        say=lambda text: recorder.say(text),
         resumed=(name, manifest) if name and manifest else None,
     )
     wishes.can_save = lambda: not checkpoints.saver.busy
     recorder = Recorder(job, checkpoints=checkpoints.saver.listed, resumed_step=manifest["step"] if manifest else 0)
-    callbacks = make_callbacks(job, checkpoints, recorder)
+    callbacks = make_callbacks(job, checkpoints, recorder, own)
     trainer = make_trainer(config, accelerator, devices, environment, loggers, callbacks, wishes)
     loop = trainer.fit_loop.epoch_loop = EpochLoop(
         trainer,
@@ -183,6 +197,7 @@ def train(cfg: Any) -> Result:
         if not stopped and (launcher := trainer.strategy.launcher):
             launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
         known = explain_operation(error, model) or explain(error, config, started=recorder.receipt is not None)
+        known = known or explain_callback(error, own)
         if known is not None:
             raise known from raised
         if error is not raised:
@@ -220,19 +235,25 @@ def find_checkpoint(run_dir: Path, place: str, into: Path) -> tuple[str, Path, M
     return (found[0].name, *found[1:]) if found else None
 
 
-def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
-    """Make the object that `config[key]` describes with `_target_`, Hydra's way.
+def instantiate(options: Config, key: str, kind: type[Any]) -> Any:
+    """Make the object that a part of the configuration describes with `_target_`, Hydra's way.
+
+    Args:
+        options: that part.
+        key: its key.
+        kind: of what it must be.
 
     Raises:
         ConfigError: the target cannot be found, does not take these arguments, or is of another kind.
     """
-    target = config[key]["_target_"]
+    target = options["_target_"]
     try:
-        made = hydra_instantiate(config[key], _convert_="all")
+        made = hydra_instantiate(options, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
-        if cause is None or isinstance(cause, TypeError | ImportError):
-            text = " ".join(str(cause or error).split())
+        # What a callback refuses are its arguments; a model or a datamodule may do anything when it is made.
+        if cause is None or isinstance(cause, TypeError | ImportError) or kind is pl.Callback:
+            text = " ".join(str(error).split()) if cause is None else in_words(cause) + where(cause.__traceback__)
             raise ConfigError(
                 f"{key}._target_={target}: {text}", hint=f"correct {key} in conf/, or the class it names"
             ) from error
@@ -245,13 +266,21 @@ def instantiate(config: Config, key: str, kind: type[Any]) -> Any:
     return made
 
 
-def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> list[pl.Callback]:
-    """Return labtrain's callbacks and the person's, in the order in which they act."""
+def make_callbacks(
+    job: Job, checkpoints: Checkpoints, recorder: Recorder, own: dict[str, pl.Callback]
+) -> list[pl.Callback]:
+    """Return labtrain's callbacks and the person's, in the order in which they act.
+
+    A progress bar of the person's takes the place of labtrain's.
+
+    Raises:
+        ConfigError: there is one, and the configuration says that there is none.
+    """
     config, shards = job.config, shards_in_use(job.config)
     mode, threads = config["determinism"]["mode"], config["determinism"]["threads"]
     # First: the counters are put in place before others look at them.
     callbacks: list[pl.Callback] = [checkpoints, Guard(mode=mode, shards=shards, threads=threads, say=recorder.say)]
-    callbacks += [Speed(config["speed"], mode=mode, say=recorder.say)]
+    callbacks += [Speed(config["speed"], mode=mode, say=recorder.say), Agreement(mode=mode, say=recorder.say)]
     callbacks += [Seeding(per_rank=shards is None), BatchSizes(), recorder]
     if config["trail"]["every_n_steps"]:
         callbacks.append(
@@ -259,16 +288,24 @@ def make_callbacks(job: Job, checkpoints: Checkpoints, recorder: Recorder) -> li
                 Path(job.run_dir) / TRAIL,
                 every_n_steps=config["trail"]["every_n_steps"],
                 resumed_step=recorder.resumed_step,
+                say=recorder.say,
             )
         )
     callbacks.append(History(Path(job.run_dir), batch_size=config["data"]["batch_size"]))
     if config["gpu_stats"]:
         callbacks.append(GpuStats())
-    if config["trainer"]["enable_progress_bar"]:
+    bars = [name for name, callback in own.items() if isinstance(callback, ProgressBar)]
+    if bars and config["trainer"]["enable_progress_bar"] is False:
+        raise ConfigError(
+            f"callbacks.{bars[0]} is a progress bar, and trainer.enable_progress_bar is false",
+            hint=f"callbacks.{bars[0]}=null, or trainer.enable_progress_bar=true",
+        )
+    if len(bars) > 1:
+        both = " and ".join(f"callbacks.{name}" for name in bars)
+        raise ConfigError(f"{both} are progress bars: a training has one", hint=f"callbacks.{bars[1]}=null")
+    if config["trainer"]["enable_progress_bar"] and not bars:
         callbacks.append(Progress(batch_size=config["data"]["batch_size"], status=checkpoints.saver.status))
-    return callbacks + [
-        hydra_instantiate(options, _convert_="all") for options in config["callbacks"].values() if options
-    ]
+    return [*callbacks, *own.values()]
 
 
 def make_trainer(
@@ -282,8 +319,12 @@ def make_trainer(
     *,
     root: str = "runs",
 ) -> pl.Trainer:
-    """Return Lightning's Trainer with the keys of `trainer`; those that are null take its defaults."""
+    """Return Lightning's Trainer with the keys of `trainer`; those that are null take its defaults.
+
+    `check_val_every_n_epoch` is the exception: its default is 1, and null means "count batches across epochs".
+    """
     options = {key: value for key, value in config["trainer"].items() if value is not None}
+    options["check_val_every_n_epoch"] = config["trainer"]["check_val_every_n_epoch"]
     options |= {"accelerator": accelerator, "devices": devices}
     if (strategy := make_strategy(config, accelerator, devices, wishes)) is not None:
         options["strategy"] = strategy
@@ -317,6 +358,13 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
         )
     if (known := explain_compile(error)) is not None:
         return known
+    batches = config["trainer"]["overfit_batches"]
+    if batches and isinstance(error, ValueError) and "needs to subclass `torch.utils.data.DataLoader`" in str(error):
+        return ConfigError(
+            f"trainer.overfit_batches={batches}: Lightning would put a sampler of its own into labtrain.DataLoader",
+            hint=f"trainer.limit_train_batches={batches} trainer.limit_val_batches={batches}, and shuffle=False in"
+            " train_dataloader",
+        )
     if isinstance(error, FileNotFoundError | PermissionError) and not started:
         return ConfigError(
             f"{error.strerror}: {error.filename}",

@@ -121,8 +121,8 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
         determined["mode"], threads=determined["threads"], tf32=config["speed"]["tf32"] and accelerator == "gpu"
     )
     determinism.seed_all(seed, "init")
-    datamodule = instantiate(config, "data", pl.LightningDataModule)
-    model = instantiate(config, "model", pl.LightningModule)
+    datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
+    model = instantiate(config["model"], "model", pl.LightningModule)
     if not hasattr(datamodule, "batch_size"):
         raise ConfigError(
             f"{type(datamodule).__name__} has no attribute batch_size: the search sets it and asks for loaders",

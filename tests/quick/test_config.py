@@ -247,8 +247,9 @@ def test_an_error_in_the_configuration_can_be_traced(experiment: Experiment) -> 
     assert "Traceback" in run.err
 
 
-def test_a_sweep_in_each_copy_of_a_launcher_is_refused(experiment: Experiment, tmp_path: Path) -> None:
-    run = experiment.train("-m", "seed=1,2", "paths.runs=runs", env=STEP, code=2)
+@pytest.mark.parametrize("asked", ["-m", "hydra.mode=MULTIRUN"])
+def test_a_sweep_in_each_copy_of_a_launcher_is_refused(asked: str, experiment: Experiment, tmp_path: Path) -> None:
+    run = experiment.train(asked, "seed=1,2", "paths.runs=runs", env=STEP, code=2)
     assert "-m in each of 4 copies of one job" in run.err
     assert list(tmp_path.iterdir()) == []
 

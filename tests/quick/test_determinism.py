@@ -94,3 +94,33 @@ print(torch.utils.deterministic.fill_uninitialized_memory)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(flag)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DNNL_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE", "MKL_CBWR", "MKL_DYNAMIC", "MKL_ENABLE_INSTRUCTIONS",
+        "ATEN_CPU_CAPABILITY", "OPENBLAS_CORETYPE", "NPY_DISABLE_CPU_FEATURES", "GLIBC_TUNABLES", "LD_PRELOAD",
+        "OMP_NUM_THREADS", "KMP_DETERMINISTIC_REDUCTION", "CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE",
+        "NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", "TORCH_BLAS_PREFER_CUBLASLT", "NCCL_ALGO",
+        "TORCH_LINEAR_FLATTEN_3D", "TORCH_CUDNN_USE_HEURISTIC_MODE_B", "PYTORCH_TUNABLEOP_ENABLED", "PYTHONHASHSEED",
+        *determinism.variables("portable", threads=1),
+    ],
+)  # fmt: skip
+def test_a_variable_that_can_change_bits_is_in_the_receipt(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, "1")
+    assert determinism.flags()["variables"][name] == "1"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "NCCL_DEBUG", "NCCL_SOCKET_IFNAME", "NCCL_IB_HCA", "TORCH_HOME", "TORCH_LOGS", "TORCHINDUCTOR_CACHE_DIR",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCHELASTIC_RUN_ID", "DNNL_VERBOSE", "MKL_VERBOSE", "KMP_INIT_AT_FORK",
+        "PYTORCH_NVML_BASED_CUDA_CHECK", "PYTORCH_VERSION", "CUDA_VISIBLE_DEVICES", "HOME", "TORCH_SHOW_CPP_STACKTRACES",
+    ],
+)  # fmt: skip
+def test_a_variable_that_cannot_change_bits_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher sets some of them, so one run on two devices would be held for two."""
+    monkeypatch.setenv(name, "1")
+    assert name not in determinism.flags()["variables"]

@@ -3,6 +3,7 @@
 import copy
 import datetime
 import logging
+import os
 import random
 import shutil
 import sqlite3
@@ -199,14 +200,11 @@ def test_what_cannot_be_told_is_listed(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_files_are_hashed_once(tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And once more where they changed, or where they are so new that a change might not show."""
-    import os
-
     dataset = Images(images(tmp_path / "data" / "x"))
     new = digest_of(dataset)
     with sqlite3.connect(own_cache) as database:
         assert database.execute("select count(*) from files").fetchone() == (0,)
-    for path in Path(dataset.root).iterdir():
-        os.utime(path, (1e9, 1e9))
+    monkeypatch.setattr("labtrain.fingerprints.SETTLED_NS", 0)
     assert digest_of(dataset) == new
     with sqlite3.connect(own_cache) as database:
         assert database.execute("select count(*) from files").fetchone() == (2,)
@@ -218,6 +216,21 @@ def test_files_are_hashed_once(tmp_path: Path, own_cache: Path, monkeypatch: pyt
     own_cache.unlink()
     own_cache.mkdir()  # no database can be made there
     assert digest_of(dataset) == new
+
+
+def test_an_edit_in_place_is_seen_whatever_its_time_says(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`rsync -t`, `cp -p` and `touch -r` leave size, inode and time of the content as they were."""
+    monkeypatch.setattr("labtrain.fingerprints.SETTLED_NS", 0)
+    dataset = Images(images(tmp_path / "data" / "x"))
+    path = Path(dataset.root, "a.png")
+    before, status = digest_of(dataset), path.stat()
+    with path.open("r+b") as file:
+        file.write(b"X")
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (path.stat().st_mtime_ns, path.stat().st_size) == (status.st_mtime_ns, status.st_size)
+    assert digest_of(dataset) != before
 
 
 def test_a_memory_map_is_its_file_which_is_hashed_once(tmp_path: Path, own_cache: Path) -> None:

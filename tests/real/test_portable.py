@@ -94,6 +94,20 @@ print((i ** 2).dtype, (i ** 2).tolist(), (i ** 0.5).dtype, (torch.tensor(3, dtyp
     assert run_portable(code).splitlines() == lines
 
 
+def test_what_is_replaced_can_be_put_back() -> None:
+    """A notebook's process is, after a training in portable, as it was."""
+    code = """
+from labtrain import portable
+x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 3
+own = x.sqrt(), x ** 0.5
+portable.uninstall()
+print(torch.backends.mkldnn.enabled, torch.equal(x.sqrt(), own[0]), torch.equal(x ** 0.5, own[1]))
+portable.install()
+print(torch.backends.mkldnn.enabled, torch.equal(x.sqrt(), own[0]), torch.equal(x ** 0.5, own[1]))
+"""
+    assert run_portable(code) == "True False False\nFalse True True"
+
+
 def test_numpy_keeps_its_promise() -> None:
     """The replacement stands on this: numpy's square root is the correctly rounded one."""
     x = np.random.RandomState(0).rand(100_000).astype(np.float32)

@@ -181,3 +181,14 @@ def kill_in_saves(runner: Runner, other: Runner, number: int) -> None:
         moment = f"{draw.randint(2, 4)} {draw.uniform(0, 0.03)}"
         assert runner.run(config, code=None, environment={"KILL_IN_SAVE": moment}) is None
     assert outcome(runner.run(config)) == reference
+
+
+def exchanges(runner: Runner, *, world: int, last: int, batch_size: int = 8) -> list[str]:
+    """Return the exchanges of two batches, the last one smaller, and assert that each rank begins them in one order."""
+    config = configure("cnn", "even", data={"size": batch_size + last, "batch_size": batch_size})
+    config["trainer"]["max_epochs"] = 1
+    config["callbacks"]["exchanges"] = {"_target_": "tests.support.step_models.Exchanges", "folder": str(runner.folder)}
+    runner.run(config, world=world, bucket_bytes=600)
+    found = [(runner.folder / f"rank-{rank}").read_text().split() for rank in range(world)]
+    assert all(each == found[0] for each in found), found
+    return found[0]

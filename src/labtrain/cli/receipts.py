@@ -1,6 +1,5 @@
 """What is asked of receipts: `labtrain ls`, diff, verify, gate, report, sign, crate."""
 
-import json
 import signal
 import sys
 import tempfile
@@ -9,6 +8,7 @@ from typing import Any
 
 import click
 
+from labtrain import exact_json
 from labtrain.errors import ConfigError
 
 SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds")
@@ -67,7 +67,7 @@ def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) 
 
     rows = listing.sort_rows(listing.list_runs(folders or [Path("runs")], metric=metric), sort)
     if as_json:
-        click.echo(json.dumps([listing.as_json(row) for row in rows], indent=1))
+        click.echo(exact_json.dumps([listing.as_json(row) for row in rows], indent=1))
     elif rows:
         click.echo("\n".join(listing.lines_of(rows)))
     if not rows:
@@ -92,7 +92,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 
     found = compare(a, b)
     if as_json:
-        click.echo(json.dumps({"same": found.same, **asdict(found)}, indent=1))
+        click.echo(exact_json.dumps({"same": found.same, **asdict(found)}, indent=1))
     else:
         click.echo(f"A  {a}\nB  {b}")
         for line in lines_of(found):
@@ -141,7 +141,7 @@ def verify(
         tick=progress if sys.stderr.isatty() else lambda step: None,
     )
     if as_json:
-        click.echo(json.dumps(asdict(verdict), indent=1))
+        click.echo(exact_json.dumps(asdict(verdict), indent=1))
     else:
         click.echo(f"{'yes' if verdict.yes else 'no':<11}  {verdict.found}")
     sys.exit(not verdict.yes)
@@ -217,7 +217,7 @@ def gate(
             runs = [run.run_dir for outcome in outcomes for run in (*outcome.before, *outcome.now)]
             write_report(runs, page, said=[f"Gate, {each.experiment}: {words_of(each)}." for each in outcomes])
         if as_json:
-            click.echo(json.dumps([summary_of(outcome) for outcome in outcomes], indent=1))
+            click.echo(exact_json.dumps([summary_of(outcome) for outcome in outcomes], indent=1))
         for outcome in () if as_json else outcomes:
             click.echo(f"{outcome.experiment:<11}  {words_of(outcome)}")
         if keep is not None:

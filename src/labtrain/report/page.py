@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
-from labtrain import __version__
+from labtrain import __version__, exact_json
 from labtrain.report.charts import DIGITS, curves_of, machine_of, timeline_of
 from labtrain.report.data import Run, seconds_of
 from labtrain.run import get, shown
@@ -85,7 +85,7 @@ def render(runs: list[Run], *, said: Sequence[str] = ()) -> str:
         segments=[(run, segment, _span(segment)) for run in runs for segment in run.receipt["segments"]],
         curves=curves,
         machine=machine,
-        receipts=[json.dumps(run.receipt, indent=1) + "\n" for run in runs],
+        receipts=[exact_json.dumps(run.receipt, indent=1) + "\n" for run in runs],
         data=_json({"names": names, "dashes": DASHES, "colours": COLOURS, "charts": drawn}),
         dashes=DASHES,
         colours=COLOURS,

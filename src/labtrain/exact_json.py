@@ -1,0 +1,41 @@
+"""JSON that gives back what went in: keys that are no texts, and NaN and infinity, which JSON does not have.
+
+A mapping with other keys than texts is written as ``{"(items)": [[3, 10.0], [7, 2.0]]}``, a number that JSON lacks as
+``{"(float)": "nan"}``. Everything else is ordinary JSON.
+"""
+
+import json
+import math
+from typing import Any
+
+ITEMS, FLOAT = "(items)", "(float)"
+
+
+def dumps(value: Any, **options: Any) -> str:
+    """Return a value of plain containers, numbers and texts as JSON; `options` are those of json.dumps."""
+    return json.dumps(plain(value), allow_nan=False, **options)
+
+
+def loads(text: str | bytes) -> Any:
+    """Return what `dumps` was given."""
+    return json.loads(text, object_hook=_restored)
+
+
+def plain(node: Any) -> Any:
+    """Return a value as JSON can hold it."""
+    if isinstance(node, dict):
+        if all(isinstance(key, str) for key in node) and not node.keys() & {ITEMS, FLOAT}:
+            return {key: plain(value) for key, value in node.items()}
+        items = sorted(node.items(), key=lambda item: (type(item[0]).__name__, item[0]))
+        return {ITEMS: [[plain(key), plain(value)] for key, value in items]}
+    if isinstance(node, list | tuple):
+        return [plain(value) for value in node]
+    if isinstance(node, float) and not math.isfinite(node):
+        return {FLOAT: repr(float(node))}
+    return node
+
+
+def _restored(node: dict[str, Any]) -> Any:
+    if node.keys() == {ITEMS}:
+        return dict(node[ITEMS])
+    return float(node[FLOAT]) if node.keys() == {FLOAT} else node

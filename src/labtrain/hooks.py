@@ -1,0 +1,104 @@
+"""What hooks and callbacks get of a batch: this rank's part as an ordinary batch, and what its steps returned, joined.
+
+`training_step` gets a shard at a time. Hooks such as on_train_batch_end are called once a batch, so they get the rank's
+shards joined (joining.py), as under DDP. It is done only where a hook of the model or of a callback takes a batch.
+"""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+
+from labtrain.errors import ConfigError
+from labtrain.joining import emptied, is_changed, joined, marks, received, to_send
+from labtrain.loader import Sharded
+
+PREFIXES = {"train": "train", "sanity_check": "validation", "validate": "validation", "test": "test",
+            "predict": "predict"}  # fmt: skip
+
+
+class Takers:
+    """Which hooks of a training take a batch, or outputs: those that the model or a callback has of its own."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.trainer = trainer
+        self._known: dict[tuple[str, int], tuple[bool, bool]] = {}
+
+    @property
+    def batch(self) -> bool:
+        """Whether a hook of the current stage takes the batch; predict_step gets this rank's part at once too."""
+        return any(self._found()) or bool(self.trainer.predicting)
+
+    @property
+    def outputs(self) -> bool:
+        """Whether a hook of the current stage takes the outputs."""
+        return self._found()[1]
+
+    def _found(self) -> tuple[bool, bool]:
+        stage, callbacks = _stage(self.trainer), self.trainer.callbacks  # type: ignore[attr-defined]
+        key = stage, len(callbacks)
+        if key not in self._known:
+            prefix = f"on_{PREFIXES[stage]}_batch"
+            others = [each for each in callbacks if not type(each).__module__.startswith("labtrain.")]
+            start, end = (
+                _has_own(self.trainer.lightning_module, pl.LightningModule, hook)
+                or any(_has_own(callback, pl.Callback, hook) for callback in others)
+                for hook in (f"{prefix}_start", f"{prefix}_end")
+            )
+            self._known[key] = start, end
+        return self._known[key]
+
+
+class Handed:
+    """A batch as hooks get it, and the shards that it was joined of.
+
+    Args:
+        sharded: its parts are on the device already.
+        like: where this rank has no shard: what an empty part looks like.
+    """
+
+    def __init__(self, sharded: Sharded, like: Any = None) -> None:
+        self.sharded = sharded
+        sizes = [samples for _, samples, _ in sharded.parts]
+        self.batch = joined([data for _, _, data in sharded.parts], sizes) if sizes else like
+        self._marks = marks(self.batch)
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Raise ConfigError if a hook has changed the batch: the shards, which the step gets, do not know of it."""
+        if is_changed(self.batch, self._marks):
+            raise ConfigError(
+                f"a hook changed its batch (on_{PREFIXES[_stage(trainer)]}_batch_start): the step gets the batch's"
+                " shards, which do not have the change",
+                hint="change it in on_after_batch_transfer of the model, which gets each shard; or"
+                " determinism.shards=null",
+            )
+
+
+def joined_outputs(outputs: list[Any], sizes: list[int]) -> Any:
+    """Return what the steps of this rank's shards returned, as one."""
+    return joined(outputs, sizes, average=True) if outputs else None
+
+
+def of_no_shard(parts: list[tuple[int, Any]], *, average: bool, device: torch.device) -> Any:
+    """Return what a rank without a shard has instead: rank 0's first part without its rows. Every rank calls it.
+
+    Args:
+        parts: (samples, data) of this rank's shards; rank 0 has one in every batch.
+        average: whether numbers are averaged over samples.
+        device: of this rank.
+    """
+    like = [to_send(emptied(parts[0][1], parts[0][0], average=average)) if parts else None]
+    dist.broadcast_object_list(like, src=0)
+    return received(like[0], device)
+
+
+def _stage(trainer: pl.Trainer) -> str:
+    stage = trainer.state.stage
+    assert stage is not None
+    return str(stage.value)
+
+
+def _has_own(owner: Any, base: type[Any], hook: str) -> bool:
+    found = getattr(owner, hook)
+    return getattr(found, "__func__", found) is not getattr(base, hook)

@@ -1,0 +1,236 @@
+"""The parts of a batch made one again: what collate would have made of all samples of a rank.
+
+A value has rows if its first dimension, or its length, is the number of samples of its part, in every part. Rows are
+put one after the other; numbers in outputs are averaged. What cannot be joined, such as rows that are padded to
+different lengths, is a list of its parts.
+"""
+
+import copy
+import dataclasses
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+
+COMPLEX = (torch.complex64, torch.complex128, np.dtype(np.complex64), np.dtype(np.complex128))
+
+
+def joined(parts: list[Any], sizes: list[int], *, average: bool = False) -> Any:
+    """Return one value for those of several parts.
+
+    Args:
+        parts: one a shard, in order; at least one.
+        sizes: the samples of each.
+        average: numbers become their mean, weighted by the samples; else they stay where they are equal.
+    """
+    with torch.no_grad():
+        return parts[0] if len(parts) == 1 else _Joiner(sizes, average=average)(parts, top=True)
+
+
+def emptied(part: Any, size: int, *, average: bool = False) -> Any:
+    """Return what `joined` would give of no samples, made after a part that has `size`.
+
+    Args:
+        part: of another rank.
+        size: its samples.
+        average: the mean of no numbers is NaN.
+    """
+    return _emptied(part, size, average=average, top=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sent:
+    """A tensor on its way to another rank, in memory of its own: a view would take all that it is a view of along."""
+
+    tensor: Tensor
+    on_cpu: bool
+
+
+def to_send(data: Any) -> Any:
+    """Return a value as it can go to other ranks."""
+    return _mapped(data, Tensor, lambda tensor: Sent(tensor.detach().cpu().clone(), tensor.is_cpu))
+
+
+def received(data: Any, device: torch.device) -> Any:
+    """Return a value of `to_send`; what was on another rank's device comes to this one's."""
+    return _mapped(data, Sent, lambda sent: sent.tensor if sent.on_cpu else sent.tensor.to(device))
+
+
+def marks(data: Any) -> list[tuple[Any, int]]:
+    """Return what tells whether a value, or anything in it, is changed later: objects and the versions of tensors."""
+    return [(each, _version(each)) for each in _nodes(data)]
+
+
+def is_changed(data: Any, before: list[tuple[Any, int]]) -> bool:
+    """Return whether a value has changed since its `marks`."""
+    now = marks(data)
+    return len(now) != len(before) or any(
+        each is not old or version != older for (each, version), (old, older) in zip(now, before, strict=True)
+    )
+
+
+class _Joiner:
+    def __init__(self, sizes: list[int], *, average: bool) -> None:
+        self.sizes, self.average = sizes, average
+
+    def __call__(self, parts: list[Any], *, top: bool = False) -> Any:
+        first = parts[0]
+        if any(type(part) is not type(first) for part in parts):
+            return parts
+        if isinstance(first, Tensor | np.ndarray):
+            return self._arrays(parts)
+        if isinstance(first, PackedSequence):
+            rows = [row for part in parts for row in unpack_sequence(part)]
+            return pack_sequence(rows, enforce_sorted=False)
+        if isinstance(first, Mapping):
+            if any(part.keys() != first.keys() for part in parts):
+                return parts
+            return _like(first, [(key, self([part[key] for part in parts])) for key in first])
+        if _is_record(first):
+            return _record(first, lambda name: self([getattr(part, name) for part in parts]))
+        if isinstance(first, list | tuple):
+            return self._sequences(parts, top=top)
+        if self.average and isinstance(first, int | float | np.number):
+            return self._mean(parts)
+        return first if all(_equal(part, first) for part in parts) else parts
+
+    def _arrays(self, parts: list[Any]) -> Any:
+        first = parts[0]
+        if self._have_rows(parts) and all(part.shape[1:] == first.shape[1:] for part in parts):
+            try:
+                return torch.cat(parts) if isinstance(first, Tensor) else np.concatenate(parts)
+            except (RuntimeError, TypeError, NotImplementedError):  # of a layout that torch does not put together
+                return parts
+        if self.average and all(not part.ndim and part.dtype not in COMPLEX for part in parts):
+            return self._mean(parts)
+        return first if all(_equal(part, first) for part in parts) else parts
+
+    def _have_rows(self, parts: list[Any]) -> bool:
+        return all(_has_rows(part, size) for part, size in zip(parts, self.sizes, strict=True))
+
+    def _mean(self, parts: list[Any]) -> Any:
+        """Return the mean, weighted by the samples; of equal numbers these."""
+        if isinstance(parts[0], Tensor):
+            total = torch.stack([part.double() * size for part, size in zip(parts, self.sizes, strict=True)]).sum()
+            mean = total / sum(self.sizes)
+            return mean.to(parts[0].dtype if parts[0].is_floating_point() else torch.get_default_dtype())
+        if all(part == parts[0] for part in parts):
+            return parts[0]
+        return sum(part * size for part, size in zip(parts, self.sizes, strict=True)) / sum(self.sizes)
+
+    def _sequences(self, parts: list[Any], *, top: bool) -> Any:
+        first = parts[0]
+        fields = all(len(part) == len(first) for part in parts)
+        if self._have_rows(parts) and not (top and fields and _are_fields(first, self.sizes[0])):
+            return type(first)([row for part in parts for row in part])
+        return type(first)([self(list(each)) for each in zip(*parts, strict=True)]) if fields else parts
+
+
+def _emptied(part: Any, size: int, *, average: bool, top: bool = False) -> Any:
+    def inner(value: Any) -> Any:
+        return _emptied(value, size, average=average)
+
+    if isinstance(part, Tensor | np.ndarray):
+        if _has_rows(part, size):
+            return part[:0]
+        if average and not part.ndim:
+            return torch.tensor(torch.nan) if isinstance(part, Tensor) else np.float64("nan")
+        return [] if part.ndim else part
+    if isinstance(part, PackedSequence):
+        return PackedSequence(part.data[:0], part.batch_sizes[:0])
+    if isinstance(part, Mapping):
+        return _like(part, [(key, inner(value)) for key, value in part.items()])
+    if _is_record(part):
+        return _record(part, lambda name: inner(getattr(part, name)))
+    if isinstance(part, list | tuple):
+        if _has_rows(part, size) and not (top and _are_fields(part, size)):
+            return type(part)()
+        return type(part)([inner(value) for value in part])
+    if average and isinstance(part, int | float | np.number):
+        return float("nan")
+    return part if part is None or isinstance(part, int | float | np.number | str) else []
+
+
+def _has_rows(part: Any, size: int) -> bool:
+    if isinstance(part, Tensor | np.ndarray):
+        return part.ndim > 0 and part.shape[0] == size
+    return (
+        isinstance(part, list | tuple) and len(part) == size and len({_kind(row) for row in part} - {_kind(None)}) <= 1
+    )
+
+
+def _are_fields(part: Sequence[Any], size: int) -> bool:
+    """Return whether a batch with as many items as samples is (inputs, targets) rather than rows."""
+    return any(
+        _are_fields(list(value.values()), size) if isinstance(value, Mapping) else _has_rows(value, size)
+        for value in part
+    )
+
+
+def _kind(value: Any) -> tuple[type[Any], int]:
+    return type(value), value.ndim if isinstance(value, Tensor | np.ndarray) else 0
+
+
+def _is_record(value: Any) -> bool:
+    return (isinstance(value, tuple) and hasattr(value, "_fields")) or (
+        dataclasses.is_dataclass(value) and not isinstance(value, type)
+    )
+
+
+def _record(like: Any, value_of: Callable[[str], Any]) -> Any:
+    """Return a named tuple or a dataclass with other values."""
+    if isinstance(like, tuple):
+        return type(like)(*(value_of(name) for name in like._fields))  # type: ignore[attr-defined]
+    made = copy.copy(like)
+    for field in dataclasses.fields(like):
+        object.__setattr__(made, field.name, value_of(field.name))  # a frozen one too
+    return made
+
+
+def _mapped(data: Any, kind: type[Any], function: Callable[[Any], Any]) -> Any:
+    def inner(value: Any) -> Any:
+        return _mapped(value, kind, function)
+
+    if isinstance(data, kind):
+        return function(data)
+    if isinstance(data, Mapping):
+        return _like(data, [(key, inner(value)) for key, value in data.items()])
+    if _is_record(data):
+        return _record(data, lambda name: inner(getattr(data, name)))
+    return type(data)([inner(value) for value in data]) if isinstance(data, list | tuple) else data
+
+
+def _like(mapping: Mapping[Any, Any], items: list[tuple[Any, Any]]) -> Any:
+    if isinstance(mapping, defaultdict):
+        return defaultdict(mapping.default_factory, items)
+    kind: Any = type(mapping)
+    return kind(OrderedDict(items)) if kind is not dict else dict(items)
+
+
+def _equal(one: Any, two: Any) -> bool:
+    if isinstance(one, Tensor):
+        return one.layout == two.layout == torch.strided and torch.equal(one, two)
+    if isinstance(one, np.ndarray):
+        return np.array_equal(one, two)
+    return one is two or (isinstance(one, str | bytes | int | float | complex) and one == two)
+
+
+def _nodes(data: Any) -> Iterator[Any]:
+    yield data
+    inside: Any = ()
+    if isinstance(data, Mapping):
+        inside = data.values()
+    elif isinstance(data, list | tuple):
+        inside = data
+    elif _is_record(data):
+        inside = (getattr(data, field.name) for field in dataclasses.fields(data))
+    for value in inside:
+        yield from _nodes(value)
+
+
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0

@@ -1,0 +1,167 @@
+"""What of a model no state dict holds, kept in a checkpoint all the same.
+
+========================== ===========================================================================================
+kept                       because
+========================== ===========================================================================================
+`requires_grad`            who unfreezes a backbone in epoch 5 does not do it again in a process that begins in epoch 9
+modes, `part.training`     the same, of what was put in evaluation mode
+buffers, persistent=False  a schedule or a moving average may lie in one
+plain attributes           a counter, a list of losses: attributes.py
+gradients, where they wait with manual optimization, or an `optimizer_zero_grad` of one's own, they may be of steps that
+                           the optimizer has not made yet
+========================== ===========================================================================================
+
+Kept is what differs from the model as it was when the training began, before its first hook: `on_fit_start`. So what
+only says where a process runs, a path or a number of devices, is each process's own.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from labtrain.attributes import fingerprints, holders, restore, snapshot, unkept
+from labtrain.checksums import two_sums
+from labtrain.errors import ConfigError
+
+State = dict[str, Any]
+
+
+class Unsaved:
+    """Remembers how a model began; to be made in each process before the first hook of the training.
+
+    Args:
+        module: the model.
+    """
+
+    def __init__(self, module: pl.LightningModule) -> None:
+        self.module = module
+        self.trainable = _trainable(module)
+        self.modes = _modes(module)
+        self.buffers = {name: _sums(buffer) for name, buffer in _hidden_buffers(module)}
+        self.attributes = fingerprints(module)
+        self.holders = set(holders(module))
+
+    def state(self) -> State:
+        """Return what is to be kept, as tensors and plain values; without the keys of which there is nothing.
+
+        Tensors are the model's own: copy them before the model goes on.
+        """
+        found: State = {
+            "trainable": _unlike(_trainable(self.module), self.trainable),
+            "modes": _unlike(_modes(self.module), self.modes),
+            "hidden_buffers": {
+                name: None if buffer is None else buffer.detach()
+                for name, buffer in _hidden_buffers(self.module)
+                if name not in self.buffers or self.buffers[name] != _sums(buffer)
+            },
+            "attributes": snapshot(self.module, unlike=self.attributes),
+            "gradients": {
+                name: _local(parameter.grad)
+                for name, parameter in self.module.named_parameters()
+                if parameter.grad is not None
+            }
+            if gradients_wait(self.module)
+            else {},
+        }
+        return {key: values for key, values in found.items() if values}
+
+    def restore(self, kept: State, *, device: torch.device, gradients: bool) -> None:
+        """Put back what `state` returned.
+
+        Args:
+            kept: of this model, by this process or one before.
+            device: the training's.
+            gradients: those too.
+
+        Raises:
+            ConfigError: an attribute is of an object that this process does not have.
+        """
+        parameters, modules = dict(self.module.named_parameters()), dict(self.module.named_modules())
+        for name, flag in kept.get("trainable", {}).items():
+            if name in parameters:
+                parameters[name].requires_grad_(flag)
+        for name, flag in kept.get("modes", {}).items():
+            if name in modules:
+                modules[name].training = flag
+        for name, saved in kept.get("hidden_buffers", {}).items():
+            _put_buffer(modules, name, saved, device)
+        if missing := restore(self.module, kept.get("attributes", {}), device=device):
+            raise ConfigError(
+                f"{missing[0]} cannot be put back: the object that it is an attribute of is made during the training,"
+                " and this process does not have it yet",
+                hint="make it in __init__ or setup of the model; or resume=never",
+            )
+        for name, saved in kept.get("gradients", {}).items() if gradients else ():
+            parameter = parameters[name]
+            gradient = saved.to(_local(parameter).device, copy=True)
+            parameter.grad = (
+                DTensor(gradient, parameter._spec, requires_grad=False) if isinstance(parameter, DTensor) else gradient
+            )
+
+    def new_objects(self) -> list[str]:
+        """Return the names of objects with attributes that were made during the training."""
+        return sorted(set(holders(self.module)) - self.holders)
+
+    def unkept(self) -> Iterator[str]:
+        """Yield a sentence for each attribute whose state no checkpoint can hold."""
+        for name, value in unkept(self.module):
+            kind = type(value)
+            yield (
+                f"{name} is a {kind.__module__}.{kind.__qualname__}: no checkpoint holds its state, so a resumed"
+                " training begins with a new one (save and load it in on_save_checkpoint and on_load_checkpoint)"
+            )
+
+
+def gradients_wait(module: pl.LightningModule) -> bool:
+    """Return whether gradients may be kept from one step to the next: Lightning itself clears them."""
+    return not module.automatic_optimization or is_overridden("optimizer_zero_grad", module)
+
+
+def _trainable(module: nn.Module) -> dict[str, bool]:
+    return {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+
+
+def _modes(module: nn.Module) -> dict[str, bool]:
+    return {name: part.training for name, part in module.named_modules()}
+
+
+def _unlike(now: dict[str, bool], before: dict[str, bool]) -> dict[str, bool]:
+    return {name: flag for name, flag in now.items() if before.get(name) is not flag}
+
+
+def _hidden_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """Yield the buffers that are in no state dict, by name."""
+    for path, part in module.named_modules():
+        for name in sorted(part._non_persistent_buffers_set):
+            yield f"{path}.{name}" if path else name, part._buffers.get(name)
+
+
+def _sums(buffer: torch.Tensor | None) -> tuple[Any, ...]:
+    """Return what tells a tensor from any other."""
+    if buffer is None:
+        return ()
+    return tuple(buffer.shape), buffer.dtype, *two_sums([(0, buffer)]).tolist()
+
+
+def _put_buffer(modules: dict[str, nn.Module], name: str, saved: torch.Tensor | None, device: torch.device) -> None:
+    path, _, last = name.rpartition(".")
+    if path not in modules:
+        return
+    now = modules[path]._buffers.get(last)
+    if saved is None or now is None or now.shape != saved.shape or now.dtype != saved.dtype or now.is_sparse:
+        moved = None if saved is None else saved.to(device if now is None else now.device, copy=True)
+        modules[path].register_buffer(last, moved, persistent=False)
+    else:
+        with torch.no_grad():
+            now.copy_(saved)
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    """Return a tensor, or this rank's part of one that is spread over the ranks."""
+    found: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return found.detach()

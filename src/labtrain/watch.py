@@ -1,0 +1,443 @@
+"""What a step changes beside gradients: parameters, and the plain attributes of the model.
+
+With shards a step calls `training_step` several times, on however many ranks. A parameter that it changes would change
+so many times a step, and differently on each rank: that is refused. A plain attribute, such as a counter, starts from
+the same value in each shard, so equal changes count once; afterwards every rank holds what the last shard left. Lists
+may grow. Buffers are buffers.py's.
+
+Each step looks at the versions and addresses of all parameters, and at a checksum of their memory, since a write
+through `.data` or numpy raises no version. The checksum reads all of it in a process's first step, and later a window
+that moves on.
+"""
+
+import itertools
+import operator
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from operator import is_
+from typing import Any, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor, nn
+
+from labtrain.attributes import DICTS, PRIVATE, SCALARS, decode, encode, fingerprint, holders, is_experiments
+from labtrain.checksums import device_hash
+
+WINDOW_BYTES = 1 << 17  # of the weights, in each step
+PIECE_BYTES = 1 << 14
+EVERY_STEPS = 100  # how often a checksum is taken of weights on a GPU, and rarely changed attributes are looked at
+FEW = 64  # items of a list that are compared one by one
+MUTABLE = {Tensor, np.ndarray, list, tuple, set, deque, *DICTS}
+SAME, GROWN, CHANGED = range(3)
+ABSENT = "attribute that is absent"  # a text, so that ranks can send it
+
+Judge = Callable[[str, str], None]  # what was found, and a hint: raises, says, or does nothing
+Key = tuple[str, str]  # the path of a holder, the name of its attribute
+
+
+class Watch:
+    """Watches the steps of one training.
+
+    Args:
+        module: the model.
+        device: of the training.
+        rank: this process.
+        world: the number of processes.
+        judge: called with what cannot be exact.
+        say: called with what people should know.
+    """
+
+    NUMBERS = 3
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        device: torch.device,
+        rank: int,
+        world: int,
+        judge: Judge,
+        say: Callable[[str], None],
+    ) -> None:
+        self.device, self.rank, self.world, self.judge, self.say = device, rank, world, judge, say
+        self._weights = Weights(module)
+        self._attributes = Attributes(module)
+        self._left: dict[Key, Any] = {}  # what this rank's last shard changed
+        self._prints: dict[int, dict[str, str]] = {}  # by shard: a checksum of each attribute that it changed
+        self._said: set[float] = set()
+        self.numbers: list[list[float]] = []  # of this rank's shards
+
+    def begin(self) -> None:
+        """Begin a step."""
+        self._left, self._prints, self.numbers = {}, {}, []
+        self._weights.begin()
+        self._attributes.begin()
+
+    def restore(self) -> None:
+        """Begin another shard of the step."""
+        if self._left:
+            self._attributes.restore(self._left)
+
+    def leave(self, shard: int, *, last: bool) -> list[float]:
+        """Look at what a shard changed.
+
+        Args:
+            shard: its number.
+            last: of this rank, in this step: only then are the parameters looked at.
+
+        Returns:
+            Three numbers: 0.0, or the first changed parameter's number and one; 0.0, or a number of the changed
+            attributes' names; one of their values.
+        """
+        self._left = self._attributes.changes()
+        self.numbers.append(self._numbers(shard, float(self._weights.changed()) if last else 0.0))
+        return self.numbers[-1]
+
+    def _numbers(self, shard: int, parameter: float) -> list[float]:
+        if not self._left:
+            return [parameter, 0.0, 0.0]
+        prints = {".".join(filter(None, key)): fingerprint(value) for key, value in self._left.items()}
+        self._prints[shard] = prints
+        return [
+            parameter,
+            *(1.0 + zlib.crc32(repr(part).encode()) for part in (sorted(prints), sorted(prints.items()))),
+        ]
+
+    def end(self, numbers_S3: list[list[float]], ranges: list[range]) -> None:
+        """End the step: judge changed parameters, and give every rank what the last shard left.
+
+        Args:
+            numbers_S3: what `leave` returned for each shard.
+            ranges: the shards of each rank.
+
+        Raises:
+            ConfigError: in strict mode, a parameter was changed.
+        """
+        parameters, names, values = zip(*numbers_S3, strict=True)
+        if any(parameters):
+            what = self._weights.names[int(next(filter(None, parameters))) - 1]
+            self.judge(
+                f"training_step changes {what}: with determinism.shards={len(numbers_S3)} it runs that often in a step,"
+                " and ranks would end with different weights",
+                "change it in on_train_batch_end, which runs once a step, or determinism.shards=1",
+            )
+        if not any(names):
+            return
+        differs = len(set(values)) > 1 or len(set(names)) > 1
+        if self.world > 1 and (differs or not all(ranges)):
+            self._take(ranges)
+        if differs and not set(names) <= self._said:
+            self._said |= set(names)
+            prints = [self._prints]
+            if self.world > 1:
+                prints = [{}] * self.world
+                dist.all_gather_object(prints, self._prints)
+            self._tell({shard: found for part in prints for shard, found in part.items()}, len(numbers_S3))
+
+    def _take(self, ranges: list[range]) -> None:
+        """Take what the last shard left from its rank."""
+        source = max(rank for rank, shards in enumerate(ranges) if shards)
+        sent = [encode(self._left) if self.rank == source else []]
+        dist.broadcast_object_list(sent, src=source)
+        if self.rank != source:
+            found = decode(sent[0], device=self.device)
+            self._attributes.restore(key for key in self._left if key not in found)
+            self._attributes.put(found)
+
+    def _tell(self, prints: dict[int, dict[str, str]], shards: int) -> None:
+        everything = {name for found in prints.values() for name in found}
+        unlike = sorted(
+            name for name in everything if len({prints.get(shard, {}).get(name) for shard in range(shards)}) > 1
+        )
+        if unlike:
+            one = len(unlike) == 1
+            self.say(
+                f"training_step sets {', '.join(unlike)}, and {'its value differs' if one else 'their values differ'}"
+                f" between the {shards} shards of a step: the last shard's stays (determinism.shards=1 has one)"
+            )
+
+
+class Weights:
+    """Whether a shard's step changed a parameter: its memory, its address, or whether it has a gradient."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.names: list[str] = []
+        self._parameters: list[Tensor] = []
+        self._tables: list[dict[str, Any]] = []  # each module's own parameters and submodules
+        self._members: list[Any] = []
+        self._state: list[Any] = []
+        self._memory: Memory | None = None
+        self._sums: list[int] = []
+        self._step = 0
+
+    def begin(self) -> None:
+        """Remember how the parameters are now."""
+        if not self._tables or self._is_other():
+            named = dict(self.module.named_parameters())
+            self.names, self._parameters = [*named, "a new parameter"], list(named.values())
+            parts = list(self.module.modules())
+            self._tables = [table for part in parts for table in (part._parameters, part._modules) if table]
+            self._members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
+            self._memory = None
+        state = self._now()
+        if self._memory is None or state[1] != self._memory.addresses:
+            self._memory, self._step = Memory(self._parameters, state[1]), 0
+        self._state = state
+        self._sums = self._memory.checksums(self._step)
+
+    def changed(self) -> int:
+        """Return 0, or the number of the first parameter that was changed since `begin`, from 1."""
+        assert self._memory is not None
+        if self._is_other():
+            named = dict(self.module.named_parameters())
+            same = [named.get(name) is then for name, then in zip(self.names, self._parameters, strict=False)]
+            return 1 + [*same, False].index(False) if len(named) != len(same) or not all(same) else 0
+        now = self._now()
+        for then, each in zip(self._state, now, strict=True):
+            if then != each:
+                return 1 + list(map(operator.eq, then, each)).index(False)
+        sums, step = self._memory.checksums(self._step), self._step
+        self._step += 1
+        return 0 if sums == self._sums else 1 + self._memory.first_unlike(step, self._sums, sums)
+
+    def _now(self) -> list[list[Any]]:
+        """Return versions, addresses and whether a gradient is computed."""
+        parameters = self._parameters
+        return [
+            [parameter._version for parameter in parameters],
+            [parameter.data_ptr() for parameter in parameters],
+            [parameter.requires_grad for parameter in parameters],
+        ]
+
+    def _is_other(self) -> bool:
+        """Return whether a module has other parameters or submodules than it had."""
+        members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
+        return len(members) != len(self._members) or not all(map(is_, members, self._members))
+
+
+class Memory:
+    """Checksums of the parameters' memory: all of it in the first step, later a window of WINDOW_BYTES.
+
+    Args:
+        parameters: on one device.
+        addresses: of their memory.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], addresses: list[int]) -> None:
+        self.addresses = addresses
+        self._on_cpu = all(parameter.is_cpu for parameter in parameters)
+        self._pieces: list[tuple[int, Any]] = []  # a parameter's number, and a part of its memory
+        for number, parameter in enumerate(parameters):
+            tensor = parameter.detach()
+            if tensor.layout != torch.strided or torch.empty_like(tensor, device="meta").stride() != tensor.stride():
+                continue  # with gaps between its elements
+            flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+            if self._on_cpu:
+                raw = memoryview(cast(Any, flat.numpy()))
+                self._pieces += [(number, raw[at : at + PIECE_BYTES]) for at in range(0, len(raw), PIECE_BYTES)]
+            elif flat.numel():
+                self._pieces.append((number, tensor))
+
+    def checksums(self, step: int) -> list[int]:
+        """Return a checksum of each part that this step looks at."""
+        if self._on_cpu:
+            return [xxhash.xxh3_64_intdigest(piece) for _, piece in self._window(step)]
+        if step % EVERY_STEPS or not self._pieces:
+            return []
+        return [int(number) for number in torch.stack([device_hash(piece) for _, piece in self._pieces]).tolist()]
+
+    def first_unlike(self, step: int, then: list[int], now: list[int]) -> int:
+        """Return the number of the first parameter whose checksum differs."""
+        pieces = self._window(step) if self._on_cpu else self._pieces
+        return next(number for (number, _), *pair in zip(pieces, then, now, strict=True) if pair[0] != pair[1])
+
+    def _window(self, step: int) -> list[tuple[int, Any]]:
+        number = WINDOW_BYTES // PIECE_BYTES
+        if step == 0 or len(self._pieces) <= number:
+            return self._pieces
+        first = step * number % len(self._pieces)
+        return self._pieces[first : first + number]
+
+
+class Attributes:
+    """The plain attributes of a model and of the experiment's objects in it, as they were when a step began."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self._tables: list[Table] = []
+        self._hot: list[Table] = []  # those looked at in each step: the experiment's classes, and what has changed
+        self._looked: list[Table] = []
+        self._step = 0
+
+    def begin(self) -> None:
+        """Remember how the attributes are now."""
+        if self._step % EVERY_STEPS == 0:
+            hot = {table.path for table in self._hot}
+            self._tables = [Table(path, holder) for path, holder in holders(self.module).items()]
+            self._hot = [table for table in self._tables if table.path in hot or is_experiments(type(table.holder))]
+            self._looked = self._tables
+        else:
+            self._looked = self._hot
+            for table in self._hot:
+                table.renew()
+        self._step += 1
+
+    def changes(self) -> dict[Key, Any]:
+        """Return the attributes that are not as they were, with their values; ABSENT if one is gone."""
+        found: dict[Key, Any] = {}
+        for table in self._looked:
+            changed = table.changes()
+            if changed and table not in self._hot:
+                self._hot.append(table)
+            found |= {(table.path, name): value for name, value in changed.items()}
+        return found
+
+    def restore(self, keys: Iterable[Key]) -> None:
+        """Put these back as they were."""
+        tables = {table.path: table for table in self._looked}
+        for path, name in keys:
+            tables[path].put_back(name)
+
+    def put(self, values: dict[Key, Any]) -> None:
+        """Set attributes."""
+        now = {table.path: table.holder for table in self._looked}
+        for (path, name), value in values.items():
+            if path in now:
+                vars(now[path])[name] = value
+
+
+class Table:
+    """The attributes of one object: the values that they had, and copies of what can change in place."""
+
+    def __init__(self, path: str, holder: Any) -> None:
+        self.path, self.holder = path, holder
+        self.now: dict[str, Any] = vars(holder)
+        self._then: dict[str, Any] = {}
+        self._copies: dict[str, Any] = {}
+        self._values: list[Any] = []
+        self._note()
+
+    def _note(self) -> None:
+        self._then = {name: value for name, value in self.now.items() if name not in PRIVATE}
+        self._copies = {name: copied(value) for name, value in self._then.items() if type(value) in MUTABLE}
+        self._values = list(self.now.values())
+
+    def renew(self) -> None:
+        """Take the attributes as they are now for what they were."""
+        if not self._is_same() or any(compared(self._then[name], copy) for name, copy in self._copies.items()):
+            self._note()
+
+    def changes(self) -> dict[str, Any]:
+        """Return the values of those that have changed; lists that have grown have not."""
+        found: dict[str, Any] = {}
+        if not self._is_same():
+            for name, value in self.now.items():
+                if name not in PRIVATE and value is not self._then.get(name, ABSENT):
+                    then = self._then.get(name, ABSENT)
+                    if type(value) is not type(then) or type(value) not in SCALARS or value != then:
+                        found[name] = value
+            found |= {name: ABSENT for name in self._then if name not in self.now}
+        for name, copy in self._copies.items():
+            if name not in found and compared(self._then[name], copy) == CHANGED:
+                found[name] = self.now[name]
+        return found
+
+    def put_back(self, name: str) -> None:
+        """Give an attribute the value that it had, with its content."""
+        if name not in self._then:
+            self.now.pop(name, None)
+            return
+        self.now[name] = self._then[name]
+        if name in self._copies:
+            put_back(self._then[name], self._copies[name])
+
+    def _is_same(self) -> bool:
+        return len(self.now) == len(self._values) and all(map(is_, self.now.values(), self._values))
+
+
+def copied(value: Any) -> Any:
+    """Return what `compared` and `put_back` need to know of a value that can change in place; None of any other."""
+    kind = type(value)
+    if kind is Tensor:
+        can = value.layout == torch.strided and value.grad_fn is None and value._base is None
+        return value._version, value.detach().clone() if can else None
+    if kind is np.ndarray:
+        return value.copy()
+    if kind in (list, tuple):
+        return len(value), [(item, copied(item)) for item in value[:FEW]]
+    if kind in DICTS:
+        return {key: (item, copied(item)) for key, item in value.items()}
+    if kind is deque:
+        return [(item, copied(item)) for item in value]
+    return frozenset(value) if kind is set else None
+
+
+def compared(value: Any, copy: Any) -> int:
+    """Return whether a value is the SAME as when it was copied, has only had lists GROWN, or was CHANGED."""
+    kind = type(value)
+    if copy is None:
+        return SAME
+    if kind is Tensor:
+        return SAME if value._version == copy[0] else CHANGED
+    if kind is np.ndarray:
+        same = value.shape == copy.shape and value.dtype == copy.dtype and value.tobytes() == copy.tobytes()
+        return SAME if same else CHANGED
+    if kind in (list, tuple):
+        length, items = copy
+        grown = GROWN if len(value) > length else SAME if len(value) == length else CHANGED
+        return max(grown, _each(value, items))
+    if kind in DICTS:
+        if value.keys() != copy.keys():
+            if copy.keys() - value.keys() or any(type(value[key]) is not list for key in value.keys() - copy.keys()):
+                return CHANGED
+            return max(GROWN, _each((value[key] for key in copy), copy.values()))
+        return _each((value[key] for key in copy), copy.values())
+    if kind is deque:
+        return CHANGED if len(value) != len(copy) else _each(value, copy)
+    return SAME if value == copy else CHANGED
+
+
+def _each(values: Iterable[Any], items: Iterable[tuple[Any, Any]]) -> int:
+    worst = SAME
+    for value, (then, copy) in zip(values, items, strict=False):
+        if value is then:
+            worst = max(worst, compared(value, copy) if copy is not None else SAME)
+        elif type(value) is not type(then) or type(value) not in SCALARS or value != then:
+            return CHANGED
+    return worst
+
+
+def put_back(value: Any, copy: Any) -> None:
+    """Make a value what it was when it was copied."""
+    kind = type(value)
+    if copy is None:
+        return
+    if kind is Tensor:
+        if copy[1] is not None:
+            value.detach().copy_(copy[1])
+        return
+    if kind is np.ndarray:
+        if value.shape == copy.shape:
+            value[...] = copy
+        return
+    if kind is set:
+        value.clear()
+        value.update(copy)
+        return
+    items = list(copy.values()) if kind in DICTS else copy[1] if kind in (list, tuple) else copy
+    for item, inner in items:
+        put_back(item, inner)
+    if kind in DICTS:
+        value.clear()
+        value.update({key: item for key, (item, _) in copy.items()})
+    elif kind is list:
+        del value[copy[0] :]
+        value[: len(items)] = [item for item, _ in items]
+    elif kind is deque:
+        value.clear()
+        value.extend(item for item, _ in items)

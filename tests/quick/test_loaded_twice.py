@@ -1,0 +1,136 @@
+"""What draws from a generator of its own is found before the first step: the first batch is loaded twice."""
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from labtrain import determinism
+from labtrain.digests import digest_content, digest_tree
+from labtrain.errors import ConfigError
+from labtrain.loader import DataLoader
+from tests.support.exact import configure
+
+
+class Plain(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> Any:
+        return {"x": torch.tensor([index, random.random()]), "y": np.float32(index), "name": str(index)}
+
+
+class OwnGenerator(Plain):
+    """Augments with a generator of its own, as newer augmentation libraries do."""
+
+    def __init__(self, seed: int | None = 0) -> None:
+        self.generator = np.random.default_rng(seed)
+
+    def __getitem__(self, index: int) -> Any:
+        return {"x": torch.from_numpy(self.generator.standard_normal(2))}
+
+
+class AllAtOnce(OwnGenerator):
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        return [self[index] for index in indices]
+
+
+class Seeded(Plain):
+    """What the hint says: made anew from what is seeded."""
+
+    def __getitem__(self, index: int) -> Any:
+        return np.random.default_rng(torch.randint(2**62, ()).item()).standard_normal(2)
+
+
+@pytest.fixture(autouse=True)
+def run() -> Iterator[None]:
+    determinism.set_run(seed=7, mode="strict")
+    yield
+    determinism.set_run(seed=0, mode="off")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("dataset", "draws"), [(OwnGenerator, True), (OwnGenerator, False), (AllAtOnce, True)])
+def test_a_generator_held_by_a_dataset_is_refused(dataset: Any, draws: bool, workers: int) -> None:
+    """In the main process and in workers, with one error for people: no traceback of a worker."""
+    with pytest.raises(ConfigError, match=r"^\w+: sample 0, loaded twice under one seed, is not the same") as raised:
+        list(DataLoader(dataset(), 4, num_workers=workers, draws=draws))
+    assert "Traceback" not in str(raised.value)
+
+
+def test_a_collate_fn_with_one_is_refused() -> None:
+    generator = np.random.default_rng(0)
+    with pytest.raises(ConfigError, match="collate_fn: the first batch, collated twice under one seed"):
+        list(DataLoader(Plain(), 4, collate_fn=lambda samples: [default_collate(samples), generator.random()]))
+
+
+def test_a_collate_fn_that_draws_is_held_to_draws_false() -> None:
+    """And is seeded, with draws: the same on any number of workers."""
+
+    class Quiet(Plain):
+        def __getitem__(self, index: int) -> Any:
+            return index
+
+    def collate(samples: list[Any]) -> Any:
+        return default_collate(samples), torch.rand(2)
+
+    with pytest.raises(ConfigError, match="draws=False, but collate_fn drew random numbers"):
+        list(DataLoader(Quiet(), 4, collate_fn=collate, draws=False))
+    found = [list(DataLoader(Quiet(), 4, collate_fn=collate, num_workers=workers)) for workers in (0, 2)]
+    assert digest_tree(found[0]) == digest_tree(found[1])
+
+
+def test_a_transform_with_one_is_refused() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def own(batch: Any, draws: Any) -> Any:
+        return batch + torch.rand(len(batch), 2, generator=generator)
+
+    with pytest.raises(ConfigError, match="transform: the first batch, transformed twice"):
+        list(DataLoader(torch.ones(8, 2), 4, transform=own))
+    seeded = DataLoader(torch.ones(8, 2), 4, transform=lambda batch, draws: batch.add_(torch.rand(2)))
+    assert len(list(seeded)) == 2
+
+
+def test_warn_says_it_and_off_does_not_look(capsys: pytest.CaptureFixture[str]) -> None:
+    determinism.set_run(seed=7, mode="warn")
+    assert len(list(DataLoader(OwnGenerator(), 4))) == 3
+    assert capsys.readouterr().err.count("warning: OwnGenerator: sample 0, loaded twice") == 1
+    determinism.set_run(seed=7, mode="off")
+    dataset = OwnGenerator(0)
+    (first, *_) = DataLoader(dataset, 4)
+    assert first["x"][0].tolist() == np.random.default_rng(0).standard_normal(2).tolist()
+    assert capsys.readouterr().err == ""
+
+
+def test_what_is_the_same_twice_is_loaded_as_before() -> None:
+    """The samples are those of one load; the second epoch is loaded once."""
+    seen = []
+
+    class Counted(Plain):
+        def __getitem__(self, index: int) -> Any:
+            seen.append(index)
+            return super().__getitem__(index)
+
+    loader = DataLoader(Counted(), 4)
+    first = list(loader)
+    assert len(seen) == 12 + 4
+    assert digest_content(first) == digest_content(list(DataLoader(Plain(), 4)))
+    list(loader)
+    assert len(seen) == 12 + 4 + 12
+    assert len(list(DataLoader(Seeded(), 4))) == 3
+
+
+def test_a_training_is_refused_before_its_first_step(runner: Any, tmp_path: Any) -> None:
+    """Exit code 2, and no step is in a trail."""
+    config = configure("mlp")
+    config["model"] = {"_target_": "tests.support.names_models.Tiny"}
+    config["data"]["_target_"] = "tests.support.names_models.OwnGenerator"
+    runner.run(config, code=2)
+    assert "Noisy: sample" in runner.said()
+    assert "hint: draw from torch, random or numpy.random" in runner.said()
+    assert [trail.read_text() for trail in (tmp_path / "runs").rglob("trail.jsonl")] == [""]

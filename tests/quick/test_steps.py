@@ -1,0 +1,174 @@
+"""Steps that do more than compute a loss: right on any number of devices, or refused before the first update."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.exact import Runner, configure, exchanges, outcome
+
+
+def model(name: str, kind: str = "plain", **more: Any) -> Any:
+    groups = {"data": {"size": 37, "batch_size": 8}, "trainer": {"max_epochs": 2}} | more
+    config = configure("mlp", "even", **groups)
+    config["model"] = {"_target_": f"tests.support.step_models.{name}", "kind": kind} | more.get("model", {})
+    return config
+
+
+def one_and_two(runner: Runner, other: Runner, config: Any) -> dict[str, Any]:
+    """Train on one device and on two, and return what both came to."""
+    alone = outcome(runner.run(config))
+    assert outcome(other.run(config, world=2)) == alone
+    return alone
+
+
+def notes(runner: Runner) -> list[str]:
+    receipt = json.loads(next(runner.folder.glob("runs/*/*/receipt.json")).read_text())
+    return list(receipt["determinism"]["notes"])
+
+
+@pytest.mark.parametrize("kind", ["in place", "every third", "kept"])
+def test_gradients_that_code_keeps_are_not_overwritten(kind: str, runner: Runner, other: Runner) -> None:
+    """The next step's sums do not use memory that a gradient, or what was made of it, still has."""
+    trail = one_and_two(runner, other, model("Zeroed", kind))["trail"]
+    assert len({line["gradients"] for line in trail}) == len(trail)
+
+
+def test_a_block_under_reentrant_checkpointing_gets_the_gradient_of_all_its_uses(runner: Runner, other: Runner) -> None:
+    one_and_two(runner, other, model("Reentrant", "three"))
+
+
+def test_a_block_used_more_often_than_before_is_an_error_on_several_devices(runner: Runner) -> None:
+    runner.run(model("Reentrant", "more and more"), world=2, code=None)
+    assert "reentrant checkpointing used it more often than in any step before" in runner.said()
+    assert "hint: torch.utils.checkpoint.checkpoint(..., use_reentrant=False)" in runner.said()
+
+
+@pytest.mark.parametrize("size", [33, 34, 35, 36, 37])
+def test_a_smaller_last_batch_trains_with_batchnorm(size: int, runner: Runner, other: Runner) -> None:
+    """Last batches of 1 (refused), 2, 3, 4 and 5 samples, of 8 in 4 shards."""
+    config = model("Normed", data={"size": size, "batch_size": 8})
+    if size == 33:
+        runner.run(config, code=2)
+        assert "the last batch of an epoch gives BatchNorm1d 1 sample" in runner.said()
+        assert "drop_last=True" in runner.said()
+        return
+    one_and_two(runner, other, config)
+
+
+def test_a_full_batch_of_single_samples_is_refused_with_batchnorm(runner: Runner) -> None:
+    runner.run(model("Normed", data={"size": 35, "batch_size": 7}), code=2)
+    assert "batch_size=7 gives BatchNorm shards of 1 sample" in runner.said()
+    assert "hint: data.batch_size=8 or more, or fewer determinism.shards" in runner.said()
+
+
+def test_manual_accumulation_trains(runner: Runner) -> None:
+    """It was taken for a stop at step 0."""
+    config = model("Manual", determinism={"shards": None}, data={"size": 40, "batch_size": 4})
+    assert outcome(runner.run(config))["steps"] == 10
+
+
+def test_the_trail_has_the_loss_of_an_accumulated_step(runner: Runner, other: Runner) -> None:
+    """The mean over its batches: with a learning rate of 0 that is the mean of the losses of single steps."""
+    config = model("Still", data={"size": 36, "batch_size": 6}, trainer={"max_epochs": 1})
+    losses = torch.tensor([line["loss"] for line in outcome(runner.run(config))["trail"]])
+    config["trainer"]["accumulate_grad_batches"] = 3
+    found = [line["loss"] for line in outcome(other.run(config))["trail"]]
+    assert found == (losses / 3).double().view(2, 3).sum(1).tolist()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("kind", ["average", "data", "silent", "numpy", "new", "frozen", "added", "max_norm"])
+def test_a_parameter_that_a_step_changes_is_refused(kind: str, world: int, runner: Runner) -> None:
+    """Before the first update, by name, with both cures."""
+    runner.run(model("Changes", kind), world=world, code=None if world > 1 else 2)
+    name = {"average": "target.weight", "data": "target.weight", "silent": "out.weight", "numpy": "out.weight",
+            "new": "out.bias", "frozen": "inp.weight", "added": "a new parameter", "max_norm": "table.weight"}  # fmt: skip
+    assert f"training_step changes {name[kind]}: with determinism.shards=4" in runner.said()
+    assert "hint: change it in on_train_batch_end, which runs once a step, or determinism.shards=1" in runner.said()
+    assert not any(path.read_text() for path in runner.folder.glob("runs/*/*/trail.jsonl"))
+
+
+@pytest.mark.parametrize("kind", ["average", "silent", "numpy"])
+def test_one_that_a_later_step_changes_stops_that_step(kind: str, runner: Runner) -> None:
+    runner.run(model("Changes", kind, model={"since": 4}), code=2)
+    assert "training_step changes" in runner.said()
+    assert len(next(runner.folder.glob("runs/*/*/trail.jsonl")).read_text().splitlines()) == 4
+
+
+def test_with_one_shard_a_step_may_change_what_it_likes(runner: Runner) -> None:
+    assert outcome(runner.run(model("Changes", "average", determinism={"shards": 1})))["steps"] == 10
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("kind", "name"), [("queue", "queue"), ("none, unlike", "center")])
+def test_a_buffer_that_shards_leave_differently_is_refused(kind: str, name: str, world: int, runner: Runner) -> None:
+    runner.run(model("Buffered", kind), world=world, code=None if world > 1 else 2)
+    assert f"buffer {name} of Buffered (torch.float32) comes out differently in the shards of a step" in runner.said()
+    assert "determinism.shards=1" in runner.said()
+    assert "floating-point" not in runner.said()
+
+
+@pytest.mark.parametrize("kind", ["alike", "none", "new", "new statistic", "spectral"])
+def test_other_buffers_do_not_depend_on_the_devices(kind: str, runner: Runner, other: Runner) -> None:
+    """One that all shards change alike, one that was None or absent at first, and what spectral normalisation keeps."""
+    one_and_two(runner, other, model("Buffered", kind, data={"size": 34, "batch_size": 8}))
+
+
+@pytest.mark.parametrize("kind", ["equal", "late"])
+def test_equal_changes_of_attributes_count_once(kind: str, runner: Runner, other: Runner) -> None:
+    """Numbers, strings, dicts, lists, tensors, arrays, and an object's: once a step, on any devices; and from step 3 on."""
+    config = model("Counting", kind, data={"size": 34, "batch_size": 8})
+    one_and_two(runner, other, config)
+    steps = 10 if kind == "equal" else 7
+    for each in (runner, other):
+        assert f"after 10: {steps} " in each.said()
+        assert not [note for note in notes(each) if "training_step sets" in note]
+
+
+def test_attributes_that_differ_between_shards_are_the_last_shards_and_said(runner: Runner, other: Runner) -> None:
+    one_and_two(runner, other, model("Counting", "unlike", data={"size": 34, "batch_size": 8}))
+    for each in (runner, other):
+        said = [note for note in notes(each) if "training_step sets" in note]
+        assert len(said) == 1
+        assert said[0].startswith("training_step sets last_loss, and its value differs between the 4 shards of a step")
+
+
+def test_lists_may_grow(runner: Runner) -> None:
+    """With one item a shard: 2 epochs of 4 batches of 4 shards and one of 2 samples in one."""
+    assert outcome(runner.run(model("Counting", "grows", data={"size": 34, "batch_size": 8})))
+    assert "after 10: 0 0 34" in runner.said()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_all_gather_in_a_step_is_refused(world: int, runner: Runner) -> None:
+    runner.run(model("Together", "all_gather"), world=world, code=None if world > 1 else 2)
+    assert "self.all_gather in a step" in runner.said()
+    assert "hint: determinism.shards=1" in runner.said()
+
+
+def test_a_step_does_not_see_the_other_ranks(runner: Runner, other: Runner) -> None:
+    """torch.distributed is as on one device, so code that asks for it computes the same."""
+    one_and_two(runner, other, model("Together", "asks"))
+
+
+def test_weights_that_differ_between_ranks_are_an_error(runner: Runner) -> None:
+    """Found at the next checkpoint, with the tensor's name."""
+    config = model("Step", checkpoint={"every_n_steps": 1})
+    config["callbacks"]["drift"] = {"_target_": "tests.support.step_models.Drift"}
+    runner.run(config, world=2, code=None)
+    assert "block.0.weight differs between the ranks" in runner.said()
+
+
+def test_without_guard_nothing_is_watched(runner: Runner) -> None:
+    """determinism.mode=off."""
+    run_dir = runner.run(model("Changes", "average", determinism={"mode": "off"}))
+    assert isinstance(run_dir, Path)
+
+
+@pytest.mark.parametrize(("world", "last"), [(2, 2), (3, 5), (4, 3)])
+def test_ranks_begin_their_exchanges_in_one_order(world: int, last: int, runner: Runner) -> None:
+    """NCCL hangs where they do not; here some ranks have no shard in the last batch."""
+    assert len(exchanges(runner, world=world, last=last)) > 10

@@ -1,0 +1,144 @@
+"""Keys of `trainer` and callbacks of Lightning's: they do what Lightning says, or are refused in words."""
+
+import re
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labtrain.config import check
+from labtrain.errors import EXIT_STOPPED, ConfigError
+from labtrain.trail import read_history_lines
+from tests.support.exact import Runner, configure, outcome
+
+
+def validated_at(run_dir: Path | None) -> list[int]:
+    """Return the steps after which the monitored validation was measured."""
+    assert run_dir is not None
+    return sorted({line["step"] for line in read_history_lines(run_dir) if "val/acc" in line["metrics"]})
+
+
+def across_epochs(**more: Any) -> Any:
+    """Validate every 7 of 5 batches an epoch: only across epochs."""
+    return configure("mlp", "uneven", trainer={"val_check_interval": 7, "check_val_every_n_epoch": None,
+                     "max_epochs": 5}, **more)  # fmt: skip
+
+
+def test_validation_every_n_steps_goes_across_epochs(runner: Runner) -> None:
+    """check_val_every_n_epoch=null reaches Lightning: 7 steps are more than an epoch, and 7, 14 and 21 are validated.
+
+    keep_best does not ask for the metric before it was measured.
+    """
+    config = across_epochs(checkpoint={"keep_best": 1, "monitor": "val/acc"})
+    assert validated_at(runner.run(config)) == [7, 14, 21]
+
+
+def test_validation_across_epochs_is_the_same_when_killed(runner: Runner, other: Runner) -> None:
+    """Stopped before, at and after a validation, and moved to two devices: the same bits and metrics."""
+    whole = outcome(runner.run(across_epochs()))
+    for stop in (6, 7, 15):
+        other.run(across_epochs(), code=EXIT_STOPPED, signal_at=f"{stop} {int(signal.SIGTERM)} 0")
+        (left,) = (path for path in other.folder.glob("runs/*/*") if (path / "checkpoints").exists())
+        run_dir = other.run(across_epochs(), world=2)
+        assert outcome(run_dir) == whole
+        assert validated_at(run_dir) == [7, 14, 21]
+        shutil.rmtree(left)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_stream_without_length_has_a_progress_bar(runner: Runner, terminal: bool) -> None:
+    """The bar says which batch it is, and of how many only where that is known."""
+    config = configure("mlp", "even", trainer={"enable_progress_bar": True}, determinism={"shards": None},
+                       data={"loader": "counted"})  # fmt: skip
+    if terminal:
+        config["callbacks"]["terminal"] = {"_target_": "tests.support.small_models.InTerminal"}
+    runner.run(config)
+    assert "epoch 3/3  batch 5  " in runner.said()
+    assert ("epoch 1/3  batch 2  " in runner.said()) == terminal
+
+
+def test_overfit_batches_is_refused_with_what_does_it(runner: Runner) -> None:
+    """Lightning would replace the sampler of labtrain's loader, of the training or of the validation."""
+    runner.run(configure("mlp", trainer={"overfit_batches": 2}), code=2)
+    assert "error: trainer.overfit_batches=2: Lightning would put a sampler of its own into" in runner.said()
+    assert "hint: trainer.limit_train_batches=2 trainer.limit_val_batches=2, and shuffle=False" in runner.said()
+    assert not list(runner.folder.glob("runs/*/*"))
+
+
+def test_a_progress_bar_of_ones_own_takes_the_place_of_ours(runner: Runner) -> None:
+    """TQDM's beside enable_progress_bar=true is the only one; beside false, both keys are named."""
+    config = configure("mlp", "even", trainer={"enable_progress_bar": True, "max_epochs": 1})
+    config["callbacks"]["bar"] = {"_target_": "lightning.pytorch.callbacks.TQDMProgressBar"}
+    runner.run(config)
+    assert "5/5" in runner.said()
+    assert "samples/s" not in runner.said()
+    config["trainer"] |= {"enable_progress_bar": False, "max_epochs": 2}
+    runner.run(config, code=2)
+    assert "callbacks.bar is a progress bar, and trainer.enable_progress_bar is false" in runner.said()
+    config["callbacks"]["rich"] = {"_target_": "lightning.pytorch.callbacks.RichProgressBar"}
+    config["trainer"]["enable_progress_bar"] = True
+    runner.run(config, code=2)
+    assert "callbacks.bar and callbacks.rich are progress bars: a training has one" in runner.said()
+
+
+def test_gradient_accumulation_scheduler_is_exact(runner: Runner, other: Runner) -> None:
+    """Its schedule by epochs gives the same bits when stopped inside the accumulated epoch, and on two devices."""
+    config = configure("mlp", "uneven")
+    config["callbacks"]["accumulate"] = {
+        "_target_": "lightning.pytorch.callbacks.GradientAccumulationScheduler",
+        "scheduling": {0: 1, 1: 2},
+    }
+    whole = outcome(runner.run(config))
+    assert whole["steps"] == 5 + 3 + 3
+    other.run(config, code=EXIT_STOPPED, signal_at=f"7 {int(signal.SIGTERM)} 0")
+    assert outcome(other.run(config, world=2)) == whole
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_end"])
+def test_an_error_of_a_callback_says_what_and_where(runner: Runner, hook: str) -> None:
+    """Its name, hook, exception and its own lines: no traceback through Lightning, and exit code 1."""
+    config = configure("mlp", "even")
+    config["callbacks"]["mine"] = {"_target_": "tests.support.small_models.Boom", "hook": hook}
+    runner.run(config, code=1)
+    lines = runner.said().splitlines()
+    (first,) = (number for number, line in enumerate(lines) if line.startswith("error: "))
+    assert lines[first] == f"error: callbacks.mine (Boom.{hook}): KeyError: 'missing'"
+    assert lines[first + 2].endswith('in helper: raise KeyError("missing")  # the line that an error must name')
+    assert "Traceback" not in runner.said()
+    assert "lightning" not in "".join(lines[first:])
+
+
+def test_an_error_of_one_of_lightnings_callbacks_too(runner: Runner) -> None:
+    """EarlyStopping with a metric that is not logged."""
+    config = configure("mlp", "even")
+    config["callbacks"]["stop"] = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "nope"}
+    runner.run(config, code=1)
+    assert "error: callbacks.stop (EarlyStopping.on_train_epoch_end): RuntimeError: Early stopping" in runner.said()
+    assert "Traceback" not in runner.said()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"made": True}, "callbacks.mine._target_=tests.support.small_models.Boom: KeyError: 'missing'\n"),
+        ({"nothing": 1}, "TypeError: Boom.__init__() got an unexpected keyword argument 'nothing'"),
+        ({"_target_": "tests.support.exact_worker.MLP"}, "makes a MLP, a Callback is wanted"),
+        ({"_target_": None}, "callbacks.mine={'_target_': None}: a mapping with _target_, or null"),
+    ],
+)
+def test_a_callback_that_cannot_be_made_is_an_error_of_the_configuration(
+    runner: Runner, options: dict[str, Any], says: str
+) -> None:
+    """Exit code 2, no traceback, and no folder."""
+    config = configure("mlp", "even")
+    config["callbacks"]["mine"] = {"_target_": "tests.support.small_models.Boom"} | options
+    if options.get("_target_", "") is None:
+        with pytest.raises(ConfigError, match=re.escape(says)):
+            check(config)
+        return
+    runner.run(config, code=2)
+    assert says in runner.said()
+    assert "Traceback" not in runner.said()
+    assert not list(runner.folder.glob("runs/*/*"))

@@ -1,0 +1,67 @@
+"""Models and data for the tests of what names a run."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import nn
+
+from tests.support.exact_worker import Data
+
+
+class Tiny(pl.LightningModule):
+    """One layer on the images of exact_worker.Data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(36, 3))
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", nn.functional.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class TurnsNaN(Tiny):
+    """Its loss is NaN from the fourth step on."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("nan") if self.trainer.global_step >= 3 else loss
+
+
+class Weighted(Tiny):
+    """Weights of some classes, by class number."""
+
+    def __init__(self, class_weights: dict[int, float]) -> None:
+        super().__init__()
+        self.register_buffer("weights", torch.tensor([float(class_weights.get(label, 1.0)) for label in range(10)]))
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Augments with a generator of its own."""
+
+    def __init__(self, base: Any) -> None:
+        self.base, self.generator = base, np.random.default_rng(0)
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.base[index]
+        return image + float(self.generator.standard_normal()), label
+
+
+class OwnGenerator(Data):
+    """exact_worker's data, with noise from a generator that the dataset holds."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.train = Noisy(self.train)

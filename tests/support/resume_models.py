@@ -1,0 +1,179 @@
+"""Models with a state that torch and Lightning do not save, for test_unsaved.py: a kind a model."""
+
+from collections import deque
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import nn
+
+
+class Small(pl.LightningModule):
+    """A backbone with BatchNorm and a head, trained with momentum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(36, 8), nn.BatchNorm1d(8), nn.ReLU())
+        self.head = nn.Linear(8, 3)
+        self.factor = 1.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = nn.functional.cross_entropy(self.head(self.backbone(batch[0])), batch[1])
+        return loss * self.factor
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Validate nothing, so that the place of a save before a validation is met."""
+
+    def configure_optimizers(self) -> Any:
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.SGD(trained, lr=0.05, momentum=0.9)
+
+
+class Unfreezes(Small):
+    """Trains the head alone in epoch 0, then everything; puts BatchNorm in evaluation mode in epoch 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone.requires_grad_(False)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.backbone.requires_grad_(True)
+            self.backbone[2].eval()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, momentum=0.9)
+
+
+class Hidden(Small):
+    """Scales its loss by a buffer that is in no state dict, and by one that there is only after the first step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+        self.register_buffer("table", torch.arange(1000.0), persistent=False)  # does not change: is not saved
+        self.register_buffer("later", None, persistent=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) * self.scale * (1 if self.later is None else self.later)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.scale.mul_(0.9)
+        self.later = self.scale + 0.5
+
+
+class Average:
+    """An average of the head's weights, kept by an object that is no module."""
+
+    def __init__(self, head: nn.Linear) -> None:
+        self.updates, self.shadow = 0, [weight.detach().clone() for weight in head.parameters()]
+
+    def update(self, head: nn.Linear) -> None:
+        self.updates += 1
+        for shadow, weight in zip(self.shadow, head.parameters(), strict=True):
+            shadow.lerp_(weight.detach(), 0.1)
+
+
+class Counts(Small):
+    """Keeps numbers, texts, containers and an object in plain attributes, and trains by them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.phase = 0, "warm-up"
+        self.norms: list[Any] = []
+        self.last: deque[float] = deque(maxlen=3)
+        self.by_phase: dict[str, Any] = {"seen": set()}
+        self.average = Average(self.head)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.steps += 1
+        self.phase = "warm-up" if self.steps < 6 else "main"
+        self.norms.append(self.head.weight.detach().norm())
+        self.last.append(self.norms[-1].item())
+        self.by_phase["seen"].add(self.steps % 5)
+        self.average.update(self.head)
+        self.backbone[1].uses = getattr(self.backbone[1], "uses", 0) + 1
+        pull = sum(self.last) / len(self.norms) + len(self.by_phase["seen"]) + self.backbone[1].uses
+        self.factor = 1 / (1 + pull + self.average.updates + self.average.shadow[0].norm().item())
+        self.factor *= 2 if self.phase == "main" else 1
+
+
+class Manual(Small):
+    """Steps with every fourth batch: gradients wait in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        self.manual_backward(super().training_step(batch, batch_idx) / 4)
+        if batch_idx % 4 == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class Accumulates(Small):
+    """Clears the gradients before every third step alone."""
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if batch_idx % 3 == 0:
+            optimizer.zero_grad()
+
+
+class Sparse(Small):
+    """Has a sparse buffer of which an entry occurs twice, and one in compressed rows; scales its loss by both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        graph = torch.sparse_coo_tensor([[0, 0, 2], [1, 1, 0]], [0.1, 0.2, 0.3], (3, 3))
+        self.register_buffer("graph", graph)
+        self.register_buffer("rows", torch.eye(3).to_sparse_csr())
+        self.register_buffer("hidden", graph.coalesce(), persistent=False)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        total = (self.graph @ torch.ones(3, 1)).sum() + (self.rows @ torch.ones(3, 1)).sum()
+        return super().training_step(batch, batch_idx) * total * self.hidden.values().sum()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.graph, self.hidden = self.graph * 0.9, self.hidden * 1.1
+
+
+class HyperParameters(Small):
+    """Saves as a hyperparameter what a checkpoint cannot hold, in the way of the most used template."""
+
+    def __init__(self, optimizer: Any, net: Any, size: int = 3) -> None:
+        super().__init__()
+        self.save_hyperparameters(logger=False)
+
+
+class WithExtraState(nn.Module):
+    def get_extra_state(self) -> Any:
+        return {"seen": 1}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+class Extra(Small):
+    """Has an object in its state: where, an argument says."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.where = where
+        if where == "complex":
+            self.register_buffer("wave", torch.zeros(2, dtype=torch.complex128))
+        if where == "extra":
+            self.counter = WithExtraState()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.where == "hook":
+            checkpoint["mine"] = {"device": self.device}
+        if self.where == "key":
+            checkpoint["mine"] = {torch.float32: 1}
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        if self.where == "optimizer":
+            optimizer.param_groups[0]["schedule"] = lambda step: step
+        return optimizer
