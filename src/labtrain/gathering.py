@@ -28,13 +28,13 @@ _trainer: weakref.ref[pl.Trainer] | None = None
 
 
 def enter(trainer: pl.Trainer | None) -> None:
-    """Remember the trainer whose epochs `gather_outputs` is called in; None: no one."""
+    """Remember the trainer in whose epochs `gather_outputs` is called; None forgets it."""
     global _trainer
     _trainer = None if trainer is None else weakref.ref(trainer)
 
 
 def gather_outputs(outputs: list[Any]) -> list[Any]:
-    """Return the items of all ranks, in the order of batches and shards. Every rank calls it, at an epoch's end.
+    """Return the items of all ranks, in the order of batches and shards; to be called on every rank at an epoch's end.
 
     Args:
         outputs: of this rank: one item for each call of the epoch's step, or for each call with one of several
@@ -57,8 +57,8 @@ def gather_outputs(outputs: list[Any]) -> list[Any]:
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, (calls, len(outputs), to_send(outputs)))
     order = _order([length for _, length, _ in ranks], [calls for calls, _, _ in ranks], trainer)
-    items = [received(sent, device) for _, _, sent in ranks]
-    items[dist.get_rank()] = outputs
+    own = dist.get_rank()
+    items = [outputs if rank == own else received(sent, device) for rank, (*_, sent) in enumerate(ranks)]
     return [items[rank][number] for rank, number in order]
 
 
