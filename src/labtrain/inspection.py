@@ -1,14 +1,17 @@
 """What a receipt says of code, environment, machine, configuration and checkpoints, against what is here. No torch."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from labtrain.catalog import checkpoint_place
 from labtrain.compare import Difference, differences, overrides
+from labtrain.determinism import is_recorded, variables
 from labtrain.digests import digest_folder
 from labtrain.doctor.environment import files_state
 from labtrain.errors import DamagedError
@@ -39,9 +42,18 @@ def state_differences(receipt: Receipt, root: Path, home: Path) -> list[Differen
         "code": code_state(job, path=moved(sys.path, home, root)),
         "environment": environment_state(job) | files_state(),
         "hardware": receipt["hardware"] | machine(),
+        "determinism": receipt["determinism"] | {"variables": _variables(receipt["determinism"])},
         "data": receipt["data"] | files_now(receipt["data"], home),
     }
     return list(told_differences(receipt, now))
+
+
+def _variables(determinism: dict[str, Any]) -> dict[str, str]:
+    """Return the variables that a training here would have: what labtrain sets for it is as the receipt says."""
+    ours = variables(determinism["mode"], threads=determinism["threads"])
+    said = {name: value for name, value in determinism["variables"].items() if name in ours}
+    here = {name: value for name, value in os.environ.items() if is_recorded(name) and name not in ours}
+    return said | here
 
 
 def composed_differently(receipt: Receipt, root: Path) -> list[Difference]:
