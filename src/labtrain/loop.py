@@ -196,7 +196,7 @@ class EpochLoop(_TrainingEpochLoop):
         self.batch_progress.is_last_batch = at["is_last_batch"]
         self._batches_that_stepped = at["batches_that_stepped"]
         self._put_global_step(at["global_step"] - 1)  # the last one's end is still to come: max_steps must not end it
-        self._restore_unsaved(at, gradients=False)
+        self._restore_unsaved(at, entering=False)
 
     def placed(self, loader: Any) -> Any:
         """Return a training loader that begins where the loaded checkpoint stood; one with a state is wrapped."""
@@ -231,7 +231,7 @@ class EpochLoop(_TrainingEpochLoop):
             return None
         return ranks[0 if exact else self.trainer.global_rank]
 
-    def _restore_unsaved(self, at: State, *, gradients: bool) -> None:
+    def _restore_unsaved(self, at: State, *, entering: bool) -> None:
         """Put back what no state dict holds: of rank 0, where the ranks are others than those that saved it."""
         mine, device = self._of_this_rank(at), self.trainer.strategy.root_device
         kept: State = at["ranks"][0] if mine is None else mine
@@ -242,7 +242,7 @@ class EpochLoop(_TrainingEpochLoop):
                 hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
             )
         assert self.unsaved is not None
-        self.unsaved.restore(kept, device=device, gradients=gradients)
+        self.unsaved.restore(kept, device=device, entering=entering)
         leave_own(self.trainer, kept.get("outputs", []))
         self.epoch_without_outputs = None if kept.get("outputs") else at["epoch"]
 
@@ -277,7 +277,7 @@ class EpochLoop(_TrainingEpochLoop):
         connector.restore_optimizers_and_schedulers()
         connector._loaded_checkpoint, self.loaded = {}, None
         self._put_global_step(at["global_step"])
-        self._restore_unsaved(at, gradients=True)
+        self._restore_unsaved(at, entering=True)
         mine, device = self._of_this_rank(at), trainer.strategy.root_device
         if mine is not None:
             metrics = metrics_of(trainer.lightning_module)

@@ -58,7 +58,7 @@ def same_run(found: receipt.Receipt | None, config: Config, *, code: str, lock: 
         and found["status"] == "complete"
         and what_counts(found["config"]) == what_counts(receipt.without_secrets(config))
         and found["code"]["digest"] == code
-        and found["environment"]["lock_digest"] == lock
+        and (found["environment"]["lock_digest"] or "") == lock
     )
 
 

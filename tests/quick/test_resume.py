@@ -74,11 +74,10 @@ def test_a_new_run_that_was_stopped_goes_on_itself(runner: Runner) -> None:
     run_dir = runner.run(configure("mlp", "even"))
     assert run_dir is not None
     longer = configure("mlp", "even", trainer={"max_epochs": 5}, resume=run_dir.name)
-    whole = make_job(longer | {"paths": {"runs": str(runner.folder / "runs")}}, root=runner.folder / "none", command=[])
     runner.run(longer, code=EXIT_STOPPED, signal_at=f"18 {signal.SIGTERM} 0")
     new = runner.run(longer)
-    assert new == Path(whole.run_dir)
-    assert [segment["from_step"] for segment in receipt(Path(whole.run_dir))["segments"]] == [15, 18]
+    assert new not in (None, run_dir)
+    assert [segment["from_step"] for segment in receipt(new)["segments"]] == [15, 18]  # type: ignore[arg-type]
     other = runner.run(configure("mlp", "even", trainer={"max_epochs": 4}, resume=run_dir.name))
     assert other not in (new, run_dir)
 

@@ -4,6 +4,7 @@ from collections import deque
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import nn
 
@@ -85,6 +86,8 @@ class Counts(Small):
         self.norms: list[Any] = []
         self.last: deque[float] = deque(maxlen=3)
         self.by_phase: dict[str, Any] = {"seen": set()}
+
+    def on_train_start(self) -> None:
         self.average = Average(self.head)
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -98,6 +101,18 @@ class Counts(Small):
         pull = sum(self.last) / len(self.norms) + len(self.by_phase["seen"]) + self.backbone[1].uses
         self.factor = 1 / (1 + pull + self.average.updates + self.average.shadow[0].norm().item())
         self.factor *= 2 if self.phase == "main" else 1
+
+
+class Late(Small):
+    """Makes an object with attributes after the fifth step; has a generator of its own from the beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = np.random.default_rng(0)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.global_step == 5:
+            self.average = Average(self.head)
 
 
 class Manual(Small):
