@@ -3,7 +3,7 @@
 That is the loss of the batch where the loss is a mean over samples, and another objective where it is not: InfoNCE has
 fewer negatives in a shard, a mean over valid tokens or weighted classes is divided by another sum. `Objective` finds
 such a loss before the first step, without knowing what kind it is: it compares the loss and the gradients of one
-shard's samples with the mean over their two halves.
+shard's samples with the mean over their two halves, and of other shards with other parts.
 """
 
 import copy
@@ -98,19 +98,19 @@ class NotComparedError(Exception):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """How a loss of some samples differs from the mean over their halves.
+    """How a loss of some samples differs from the mean over two parts of them.
 
     Attributes:
         samples: how many.
         whole: their loss.
-        halves: the mean of the losses of the two halves.
+        parts: the mean of the losses of two parts of them.
         gradients: the norm of the difference of their gradients, over the norm of the gradients.
         rounding: up to here a relative difference can be rounding.
     """
 
     samples: int
     whole: float
-    halves: float
+    parts: float
     gradients: float
     rounding: float
 
@@ -163,8 +163,9 @@ class Objective(pl.Callback):
         shards = f"{self.shards} shards of {_sizes(size, self.shards)} samples"
         return (
             f"training_step's loss depends on how a batch is cut: of {found.samples} samples it is {found.whole:.4g},"
-            f" as the mean of two halves {found.halves:.4g}, and the gradients differ by {_percent(found.gradients)}"
-            f" (rounding explains up to {_percent(found.rounding)}). Each step minimises the mean of the losses of"
+            f" as the mean of two parts of them {found.parts:.4g}, and the gradients differ by"
+            f" {_percent(found.gradients)} (rounding explains up to {_percent(found.rounding)})."
+            " Each step minimises the mean of the losses of"
             f" {shards}, not the loss of the batch of {size}. determinism.shards=1 minimises the loss of the batch."
             " Where"
             f" the loss is a mean over something else than samples, a weight does too: {WEIGHT_HINT}"
@@ -174,7 +175,7 @@ class Objective(pl.Callback):
 def compare(
     trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, *, shards: int, strict: bool
 ) -> Difference | None:
-    """Compare losses and gradients of shards of an epoch's first batch with the mean over their halves.
+    """Compare losses and gradients of shards of an epoch's first batch with the mean over two parts of each.
 
     In eval mode, so without dropout, and in float32. Afterwards everything is as it was.
 
@@ -194,7 +195,8 @@ def compare(
             for shard in range(min(shards, SHARDS_COMPARED)):
                 part = batch[len(batch) * shard // shards : len(batch) * (shard + 1) // shards]
                 if len(part) > 1:
-                    groups.append([part, part[: len(part) // 2], part[len(part) // 2 :]])
+                    cut = max(1, len(part) // (2 + shard))  # halves may happen to have the same number of tokens
+                    groups.append([part, part[:cut], part[cut:]])
             if not groups:
                 raise NotComparedError("a shard has one sample")
             for group, data in zip(groups, loader.load(groups, epoch), strict=True):
@@ -214,7 +216,9 @@ def compare(
     except Exception as error:  # whatever a person's code raises: the step itself will say it, if it does so there too
         lines = str(error).strip().splitlines() or [""]
         text = f"{type(error).__name__}: {lines[0]:.200}"
-        raise NotComparedError(f"training_step, or the loading of half a shard, fails in eval mode: {text}") from error
+        raise NotComparedError(
+            f"training_step, or the loading of a part of a shard, fails in eval mode: {text}"
+        ) from error
     finally:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
@@ -255,7 +259,7 @@ class _Bench:
             yield cls(trainer, module, undo)
 
     def compare(self, whole: Any, first: Any, second: Any, *, sizes: list[int], strict: bool) -> Difference | None:
-        """Compare some samples with their halves; the first time the gradients too, and whether the loss draws."""
+        """Compare some samples with two parts of them; the first time the gradients too, and whether the loss draws."""
         weights: list[float] = [size / sum(sizes) for size in sizes]
         losses, given = zip(*(self.run(half) for half in (first, second)), strict=True)
         loss, own = self.run(whole)
@@ -281,7 +285,7 @@ class _Bench:
         gradients, rounding = self._gradients((first, weights[0]), (second, weights[1]), (whole, -1.0)), self.rounding
         if gradients <= rounding:
             return None
-        return Difference(samples=sum(sizes), whole=loss, halves=mean, gradients=gradients, rounding=rounding)
+        return Difference(samples=sum(sizes), whole=loss, parts=mean, gradients=gradients, rounding=rounding)
 
     @property
     def rounding(self) -> float:
@@ -403,7 +407,7 @@ def _exact_products() -> Iterator[None]:
 
 
 def _refuse_unequal(whole: Any, first: Any, second: Any) -> None:
-    """Look whether the halves hold what the whole does: a transform may draw for all samples of a part at once."""
+    """Look whether the parts hold what the whole does: a transform may draw for all samples of a part at once."""
     leaves, *halves = (
         [leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor) and leaf.dim()]
         for data in (whole, first, second)

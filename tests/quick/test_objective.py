@@ -264,7 +264,11 @@ def test_ordinary_models_are_no_false_alarm(
         ("drawn", 2, "the loss draws random numbers"),
         ("own draws", 2, "the loss draws random numbers"),
         ("nan", 2, "the loss is not finite"),
-        ("fails", 2, "training_step, or the loading of half a shard, fails in eval mode: AttributeError: 'Tensor'"),
+        (
+            "fails",
+            2,
+            "training_step, or the loading of a part of a shard, fails in eval mode: AttributeError: 'Tensor'",
+        ),
         ("squares", 8, "a shard has one sample"),
     ],
 )
