@@ -95,10 +95,17 @@ class Recorder(pl.Callback):
 
     def say(self, text: str) -> None:
         """Warn, and write it in the receipt: what is not exact in this training, and why."""
-        if text not in self.notes:
-            self.notes.append(text)
-            if getattr(rank_zero_only, "rank", 0) == 0:
-                sys.stderr.write(f"warning: {text}\n")
+        if self.note(text) and getattr(rank_zero_only, "rank", 0) == 0:
+            sys.stderr.write(f"warning: {text}\n")
+
+    def note(self, text: str) -> bool:
+        """Write it in the receipt alone; return whether it is new."""
+        if text in self.notes:
+            return False
+        self.notes.append(text)
+        if self.receipt is not None:
+            receipt.write(self.run_dir, self.receipt)
+        return True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:

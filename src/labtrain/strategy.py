@@ -13,7 +13,7 @@ weight: objective.py.
 Lightning 2.6: strategies/strategy.py and strategies/ddp.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -33,7 +33,7 @@ from labtrain.guard import Guard, explain_backward
 from labtrain.hooks import Handed, Takers, joined_outputs, of_no_shard
 from labtrain.loader import DataLoader, Sharded
 from labtrain.objective import weight_of, weighted_mean, weighted_row
-from labtrain.reduction import ShardSum, shard_ranges
+from labtrain.reduction import ShardSum, alone, shard_ranges
 from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
 from labtrain.watch import Watch
@@ -194,7 +194,7 @@ class Exact:
                 data = data if moved else self._moved(data, 0, *self._when(), 0, index, shard)
                 loop._results = tally.open(data, samples)
                 seed_place("shard", epoch, index, shard)
-                with _alone():
+                with alone():
                     output = super().training_step(data, *args)  # type: ignore[misc]
                 loss = _loss(output)
                 if loss is None:
@@ -286,7 +286,7 @@ class Exact:
                 data = data if moved else self._moved(data, which or 0, *place, shard)
                 loop._results = self._tally.open(data, samples, which)
                 seed_place(*place, shard)
-                with _alone():
+                with alone():
                     output = step(data, *args)
                 if taken:
                     outputs.append((samples, output))
@@ -441,21 +441,6 @@ class ExactSingleDevice(Exact, SingleDeviceStrategy):
 
 class ExactDDP(Exact, DDPStrategy):
     """Several processes, over gloo on CPUs and NCCL on GPUs."""
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Hide the process group: what a shard computes must not depend on the number of processes."""
-    world = dist.distributed_c10d._world if dist.is_available() else None
-    group = world.default_pg if world is not None else None
-    if world is None or group is None:
-        yield
-        return
-    world.default_pg = None
-    try:
-        yield
-    finally:
-        world.default_pg = group
 
 
 def _no_judge(what: str, hint: str) -> None:

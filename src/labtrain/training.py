@@ -41,6 +41,7 @@ from labtrain.guard import Guard, explain_operation
 from labtrain.history import History, best_of
 from labtrain.loggers import log_config, make_loggers
 from labtrain.loop import EpochLoop
+from labtrain.objective import Objective
 from labtrain.ranks import adopt, find_ranks, restarted
 from labtrain.recorder import Recorder
 from labtrain.remote import is_local
@@ -372,6 +373,10 @@ def make_callbacks(
     mode = config["determinism"]["mode"]
     callbacks: list[pl.Callback] = [checkpoints, guard]  # first: counters are put in place before others look at them
     callbacks += [Speed(config["speed"], mode=mode, say=recorder.say), Agreement(mode=mode, say=recorder.say)]
+    if shards is not None and shards > 1 and mode != "off":
+        callbacks.append(
+            Objective(shards=shards, strict=mode in determinism.STRICT_MODES, say=recorder.say, note=recorder.note)
+        )
     callbacks += [Seeding(per_rank=shards is None), BatchSizes(), recorder]
     if config["trail"]["every_n_steps"]:
         callbacks.append(
