@@ -8,18 +8,22 @@ read in their trails (trail.py).
 import json
 import re
 import shlex
+import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from labtrain import receipt as receipts
-from labtrain.catalog import list_checkpoints
+from labtrain.catalog import checkpoint_place, stores_of
 from labtrain.digests import read_weights
-from labtrain.errors import ConfigError, DamagedError
+from labtrain.errors import ConfigError, DamagedError, StoreError
+from labtrain.fingerprints import OF_A_FILE
 from labtrain.run import get, shown, what_counts
-from labtrain.store import file_sha256
+from labtrain.store import Checkpoint, Manifest, file_sha256
 from labtrain.trail import TRAIL, first_step
 
 KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table
@@ -28,6 +32,7 @@ KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table
 CAUSES = (
     "config",
     "code.sources",
+    "code.outside",
     "code.labtrain",
     "environment.route",
     "environment.lock_digest",
@@ -174,6 +179,8 @@ def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference
         for key in [*mine, *(key for key in theirs if key not in mine)]:
             if mine.get(key) == theirs.get(key) or key in WITHOUT_A_SAY:
                 continue
+            if key.startswith(f"data.{OF_A_FILE}") and None in (mine.get(key), theirs.get(key)):
+                continue  # the same file lies elsewhere, or was read from a cache
             if key in AT_THE_END and None in (mine.get(key), theirs.get(key)):
                 continue
             wanted = {"determinism.seed": "seed"}.get(key, key)
@@ -185,6 +192,9 @@ def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference
                 matters = any(key == cause or key.startswith(f"{cause}.") for cause in CAUSES)
                 matters = matters and not (portable and key in OF_THE_PROCESSOR)
             yield Difference(key=key, a=mine.get(key), b=theirs.get(key), matters=matters)
+    begun = [(each["segments"][0].get("origin") or {}).get("digest") for each in (a, b)]
+    if begun[0] != begun[1]:
+        yield Difference(key="segments.0.origin.digest", a=begun[0], b=begun[1], matters=True)
 
 
 def changes(before: receipts.Receipt, now: receipts.Receipt) -> list[dict[str, Any]]:
@@ -209,10 +219,16 @@ def overrides(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
 
 
 def first_difference(one: Path, other: Path) -> Divergence | None:
-    """Compare two run folders; None where every step and the weights of every common checkpoint are the same."""
+    """Compare two run folders; None where every step and the weights of every common checkpoint are the same.
+
+    Checkpoints that cannot be read, since their store is away, are not compared: that is said.
+    """
     names = (receipts.read(one) or {}).get("trail", {}).get("tensors", [])
     step, phase, tensor = first_step(one, other, names) or (None, None, None)
-    tensor = tensor or _first_tensor(one, other)
+    try:
+        tensor = tensor or _first_tensor(one, other)
+    except (StoreError, DamagedError) as error:
+        sys.stderr.write(f"warning: checkpoints are not compared: {error.args[0]}\n")
     return None if step is None and tensor is None else Divergence(step=step, phase=phase, tensor=tensor)
 
 
@@ -284,17 +300,32 @@ def _means_something_else(text: str) -> bool:
     return True
 
 
-def _which(manifest: dict[str, Any]) -> tuple[int, bool]:
-    return manifest["step"], manifest.get("finished", False)
-
-
 def _first_tensor(one: Path, other: Path) -> str | None:
-    theirs = {_which(manifest): path for path, manifest in list_checkpoints(other / "checkpoints")}
-    for path, manifest in list_checkpoints(one / "checkpoints"):
-        if _which(manifest) not in theirs:
-            continue
-        pairs = zip_longest(read_weights(path), read_weights(theirs[_which(manifest)]))
-        for mine, their in pairs:
-            if mine != their:
-                return (mine or their or ("",))[0]
+    """Return the first tensor, by name, that differs in the first checkpoint that both have with a difference.
+
+    Wherever their checkpoints lie; of two in a remote store, only those are fetched whose manifests differ.
+    """
+    theirs = dict(_checkpoints(other))
+    with TemporaryDirectory(prefix="labtrain-") as scratch:
+        for which, (mine, manifest) in sorted(dict(_checkpoints(one)).items()):
+            their, its = theirs.get(which, (mine, manifest))
+            remote = not (mine.store.local and their.store.local)
+            if their is mine or (remote and manifest["weights_digest"] == its["weights_digest"]):
+                continue
+            folders = [each.store.fetch(each, Path(scratch, side, each.name))[0] if not each.store.local
+                       else each.folder for side, each in (("a", mine), ("b", their))]  # fmt: skip
+            for a, b in zip_longest(*map(read_weights, folders)):
+                if a != b:
+                    return (a or b or ("",))[0]
     return None
+
+
+def _checkpoints(run_dir: Path) -> Iterator[tuple[tuple[int, bool], tuple[Checkpoint, Manifest]]]:
+    """Yield the checkpoints of a run, by step and whether they hold its end: in its folder, or at checkpoint.url."""
+    found = receipts.read(run_dir)
+    place = checkpoint_place(run_dir, get(found["config"], "checkpoint.url") if found else None)
+    for store in stores_of(run_dir, place):
+        for checkpoint in store.checkpoints():
+            with suppress(DamagedError):
+                manifest = store.manifest(checkpoint)
+                yield (manifest["step"], manifest.get("finished", False)), (checkpoint, manifest)

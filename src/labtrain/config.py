@@ -50,6 +50,7 @@ TRAINER_NUMBERS = {
     "gradient_clip_val": 0,
 }
 TRAINER_SWITCHES = ("enable_progress_bar", "enable_model_summary", "inference_mode", "detect_anomaly", "sync_batchnorm")
+COMPOSE = "compose it with Hydra from a config.yaml that begins with `defaults: [labtrain, _self_]`"
 # torch.compile's modes; the second are those that choose kernels by timing, the third those with CUDA graphs.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TIMED_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
@@ -123,6 +124,26 @@ def check(config: Config) -> None:
         if url is not None:
             _want(key, url, isinstance(url, str), "a path or a URL")
             check_url(url)
+
+
+def check_whole(config: Config) -> None:
+    """Refuse a configuration that lacks a key, as one does that was not composed with labtrain's defaults.
+
+    Raises:
+        ConfigError: names what it lacks.
+    """
+    wanted = {"experiment": None, "logger": {}} | _yaml(CONF / "labtrain.yaml")
+    wanted |= {group: defaults(group) for group in GROUPS}
+    del wanted["defaults"], wanted["hydra"]
+    for key, value in wanted.items():
+        if isinstance(value, dict) and key in config and not isinstance(config[key], dict):
+            raise ConfigError(f"{key}={config[key]}: must be a mapping", hint=COMPOSE)
+    lacks = [key for key in wanted if key not in config]
+    lacks += [f"{key}.{name}" for key, value in wanted.items() if isinstance(value, dict) and key in config
+              for name in value if name not in config[key]]  # fmt: skip
+    if lacks:
+        more = f" and {len(lacks) - 5} more keys" if len(lacks) > 5 else ""
+        raise ConfigError(f"the configuration lacks {', '.join(lacks[:5])}{more}", hint=COMPOSE)
 
 
 def check_modules(config: Config, root: Path) -> None:

@@ -9,6 +9,7 @@ the same bytes.
 
 import json
 import os
+import secrets
 import shutil
 import sys
 import zipfile
@@ -21,7 +22,8 @@ from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.compare import open_run
 from labtrain.crate_metadata import FILES, MAIN, WEIGHTS, describe
 from labtrain.errors import ConfigError, DamagedError, LabtrainError
-from labtrain.run import shown, source_digests, sources
+from labtrain.run import shown
+from labtrain.sources import source_digests, sources
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold
 
@@ -108,7 +110,7 @@ def _warn(text: str) -> None:
 def _write(file: Path, metadata: dict[str, Any], enclosed: dict[str, Path]) -> None:
     """Write the zip in one step: names sorted, all of one date, so that the same files are the same bytes."""
     text = json.dumps(metadata, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
         with zipfile.ZipFile(scratch, "w") as archive:
             archive.writestr(_entry("ro-crate-metadata.json"), text)

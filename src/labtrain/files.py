@@ -160,7 +160,10 @@ def _write_whole(folder: Path, state: State) -> Manifest:
     rest = {key: value for key, value in state.items() if key != "state_dict"}
 
     def write_weights() -> str:
+        (folder / WEIGHTS).touch()
+        mode = (folder / WEIGHTS).stat().st_mode  # as umask and folder say; safetensors replaces it by one of 0600
         save_file({name: tensor.contiguous() for name, tensor in dense_entries(weights).items()}, folder / WEIGHTS)
+        (folder / WEIGHTS).chmod(mode)
         hashed = pool.submit(file_sha256, folder / WEIGHTS)
         sync(folder / WEIGHTS)
         return hashed.result()

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 from collections import defaultdict
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from labtrain.equivalence import Equivalence, check_levels, compare_pairs
 from labtrain.errors import ConfigError, LabtrainError
 from labtrain.receipt import Receipt
 from labtrain.replay import Replay, code_of, home_of
+from labtrain.report.page import Verdict
 from labtrain.retrace import Say
-from labtrain.run import shown, what_counts
+from labtrain.run import first_free, shown, what_counts
 from labtrain.verification import results_differently, soft_results
 
 
@@ -58,6 +59,7 @@ class Outcome:
         why: where bits are not the same: which, in words; empty where they are.
         metric: that is compared; None where none is.
         test: of equivalence; None where bits are the same, or no seeds were asked for.
+        bits: of each of today's runs, where it parts from the one before, in words; empty: the same bits.
     """
 
     experiment: str
@@ -66,6 +68,7 @@ class Outcome:
     why: str
     metric: str | None
     test: Equivalence | None
+    bits: list[str]
 
     @property
     def passed(self) -> bool:
@@ -102,9 +105,10 @@ def judge_upgrade(
         old_python: the recorded side's interpreter, which trains the seeds that no baseline has.
         say: is told how it goes.
 
+    What cannot be trained, or not be compared, is a no with its reason: the other experiments are judged all the same.
+
     Raises:
         ConfigError: a baseline is no complete run, or seeds, metric or margin are missing; before anything is trained.
-        LabtrainError: a training fails.
     """
     groups: dict[str, list[Trained]] = defaultdict(list)
     for path in baselines:
@@ -129,7 +133,12 @@ def judge_upgrade(
     for number, group in enumerate(groups.values()):
         place = scratch / str(number)
         place.mkdir(parents=True)
-        outcomes.append(_judge(group, place, options, say))
+        made = Outcome(experiment=str(group[0].receipt["config"]["experiment"]), before=list(group), now=[], why="",
+                       metric=_metric_of(group, options), test=None, bits=[])  # fmt: skip
+        try:
+            outcomes.append(_judge(made, place, options, say))
+        except LabtrainError as error:
+            outcomes.append(replace(made, why=str(error.args[0])))
     return outcomes
 
 
@@ -198,13 +207,13 @@ def distributions_of(python: Path) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
-def _judge(group: list[Trained], place: Path, options: Options, say: Say) -> Outcome:
-    first, metric = group[0], _metric_of(group, options)
+def _judge(made: Outcome, place: Path, options: Options, say: Say) -> Outcome:
+    """Train what `made` begins with again, put it there, and return what comes out."""
+    before, now, metric = made.before, made.now, made.metric
+    group, first = list(before), before[0]
     home = home_of(first.run_dir, first.receipt)
     root, whence = code_of(first.receipt, first.run_dir, home, place)
-    say(f"baseline     {first.receipt['config']['experiment']}, {len(group)} recorded; code {whence}")
-    now: list[Trained] = []
-    before = list(group)
+    say(f"baseline     {made.experiment}, {len(group)} recorded; code {whence}")
 
     def trained(like: Trained, seed: int, name: str, python: Path | None = None) -> Trained:
         replay = Replay(like.receipt, root, home=home, scratch=place / name, changes={"seed": seed}, python=python,
@@ -216,42 +225,42 @@ def _judge(group: list[Trained], place: Path, options: Options, say: Say) -> Out
         assert receipt is not None
         return Trained(run_dir=replay.run_dir, receipt=receipt)
 
-    def today(like: Trained, seed: int) -> str:
-        """Train in today's environment; return what is wrong with it, empty where nothing is."""
+    def add(side: list[Trained], where: str, *arguments: Any) -> str:
+        """Train on one side; return what is wrong with it, empty where nothing is."""
+        like, seed, *_ = arguments
         try:
-            now.append(trained(like, seed, f"seed-{seed}"))
+            side.append(trained(*arguments))
         except LabtrainError as error:
-            return f"seed {seed} cannot be trained in today's environment: {error.args[0]}"
-        value = now[-1].receipt["results"]["metrics"].get(metric) if metric else 0.0
-        return "" if value is not None and math.isfinite(value) else f"seed {seed}: {metric} is {value} today"
+            return f"seed {seed} cannot be trained in {where}: {error.args[0]}"
+        if side is now:
+            made.bits.append(other_bits(like if like.seed == seed else before[-1], now[-1]))
+        value = side[-1].receipt["results"]["metrics"].get(metric) if metric else 0.0
+        return "" if value is not None and math.isfinite(value) else f"seed {seed}: {metric} is {value} in {where}"
 
-    def outcome(why: str, test: Equivalence | None = None) -> Outcome:
-        experiment = str(first.receipt["config"]["experiment"])
-        return Outcome(experiment=experiment, before=before, now=now, why=why, metric=metric, test=test)
-
-    why = ""
+    why, today, old = "", "today's environment", f"that of {options.old_python}"
     for run in group:
-        if broken := today(run, run.seed):
-            return outcome(broken)
-        other = other_bits(run, now[-1])
-        say(f"seed {run.seed:<7} {'other bits' if other else 'the same bits'}")
-        why = why or other
+        if broken := add(now, today, run, run.seed, f"seed-{run.seed}"):
+            return replace(made, why=broken)
+        say(f"seed {run.seed:<7} {'other bits' if made.bits[-1] else 'the same bits'}")
+        why = why or made.bits[-1]
     if not why:
-        return outcome("")
+        return made
     if options.margin is None or not options.seeds:
-        return outcome(f"{why} (--seeds 5 --margin M tells whether they are as good)")
+        return replace(made, why=f"{why} (--seeds 5 --margin M tells whether they are as good)")
     taken = {run.seed for run in group}
     free = (seed for seed in range(first.seed, first.seed + len(group) + options.seeds) if seed not in taken)
     while len(before) < options.seeds:
         seed = next(free)
-        before.append(trained(first, seed, f"seed-{seed}-before", options.old_python))
-        if broken := today(first, seed):
-            return outcome(f"{broken}; {why}")
+        if broken := (
+            add(before, old, first, seed, f"seed-{seed}-before", options.old_python)
+            or add(now, today, first, seed, f"seed-{seed}")
+        ):
+            return replace(made, why=f"{broken}; {why}")
         say(f"seed {seed:<7} trained on both sides")
-    pairs = outcome(why).values()
+    pairs = replace(made, why=why).values()
     test = compare_pairs([one for _, one, _ in pairs], [other for *_, other in pairs],
                          margin=options.margin, alpha=options.alpha)  # fmt: skip
-    return outcome(why, test)
+    return replace(made, why=why, test=test)
 
 
 def other_bits(recorded: Trained, now: Trained) -> str:
@@ -298,16 +307,30 @@ def summary_of(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def keep_runs(outcomes: list[Outcome], folder: Path) -> None:
-    """Move today's runs below a folder, the next baselines: EXPERIMENT-RUN.
+def verdicts_of(outcomes: list[Outcome]) -> dict[Path, Verdict]:
+    """Return what the page says of each run that was compared, by its folder."""
+    found = {}
+    for outcome in outcomes:
+        for before, now, bits in zip(outcome.before, outcome.now, outcome.bits, strict=False):
+            mark, word = ("differs", "Differs") if bits else ("same", "The same bits today")
+            told = f"{bits[0].upper()}{bits[1:]}" if bits else "The same bits"
+            pair = ((before, "Trained again in today's environment by this gate"),
+                    (now, f"Trained by this gate, against {before.receipt['run_id']}"))  # fmt: skip
+            for run, how in pair:
+                found[run.run_dir] = Verdict(mark=mark, word=word, text=f"{how}. {told}.", command="")
+    return found
 
-    Raises:
-        ConfigError: one is there already.
+
+def keep_runs(outcomes: list[Outcome], folder: Path) -> list[Path]:
+    """Move today's runs below a folder, the next baselines: EXPERIMENT-RUN, or EXPERIMENT-RUN-2 beside one.
+
+    Returns:
+        where they are.
     """
+    kept = []
     for outcome in outcomes:
         for run in outcome.now:
-            target = folder / f"{outcome.experiment}-{run.run_dir.name}"
-            if target.exists():
-                raise ConfigError(f"{shown(target)} is there already", hint="--keep another")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(run.run_dir, target)
+            kept.append(first_free(folder / f"{outcome.experiment}-{run.run_dir.name}"))
+            kept[-1].parent.mkdir(parents=True, exist_ok=True)
+            shutil.move(run.run_dir, kept[-1])
+    return kept

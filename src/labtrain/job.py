@@ -17,9 +17,10 @@ from typing import IO, TYPE_CHECKING
 from labtrain import receipt
 from labtrain.compose import print_error
 from labtrain.errors import EXIT_STOPPED, LabtrainError, LostError
-from labtrain.ranks import find_ranks, requeue, wants_requeue
+from labtrain.ranks import find_ranks, in_slurm_step, requeue, wants_requeue
 from labtrain.run import JOB_VARIABLE, Job, shown
 from labtrain.signals import Stopped, end_with_parent
+from labtrain.sources import load_from_source
 
 if TYPE_CHECKING:
     from labtrain.training import Result
@@ -46,6 +47,8 @@ def main() -> None:
         end_with_parent(os.getppid(), signal.SIGTERM)  # its SIGUSR1, say, ends torchrun alone
     out = _take_stdout()
     sys.path[0] = job.root  # as if train.py ran: python -m puts the working directory here
+    if job.config["determinism"]["mode"] != "off":
+        load_from_source()
     gc.disable()  # importing torch and Lightning makes no garbage: half a second of looking for it
     from labtrain.training import train
 
@@ -71,13 +74,14 @@ def main() -> None:
             requeue(starts=len(found["segments"]) if found else 0, progress=error.saved)
         sys.exit(EXIT_STOPPED)
     if not rank:
-        print_table(result)
+        # srun reads the two streams apart and joins them in any order: there the table comes before the digest in one.
+        print_table(result, out if in_slurm_step(os.environ) else sys.stderr)
         out.write(f"{shown(result.run_dir)} {result.weights_digest}\n")
         out.flush()
 
 
-def print_table(result: "Result") -> None:
-    """Print the metrics of a run to standard error: a row a metric, a column a stage."""
+def print_table(result: "Result", file: IO[str]) -> None:
+    """Print the metrics of a run: a row a metric, a column a stage."""
     from rich.console import Console
     from rich.table import Table
 
@@ -97,7 +101,7 @@ def print_table(result: "Result") -> None:
     for metric, values in rows.items():
         table.add_row(metric, *(f"{values[stage]:.4f}" if stage in values else "" for stage in stages))
     if rows:
-        Console(stderr=True).print(table)
+        Console(file=file).print(table)
 
 
 def _take_stdout() -> IO[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from labtrain.catalog import kept
 from labtrain.errors import DamagedError, LabtrainError
 from labtrain.remote import explained
-from labtrain.store import MANIFEST, Checkpoint, Store
+from labtrain.store import MANIFEST, Checkpoint, Store, identity
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +37,8 @@ def leftovers(store: Store, *, older_than_s: float) -> list[Leftover]:
     """Find what has no manifest.
 
     It is in progress where the run's writer lives on this machine; where it is dead, or has ended, it is not; of a
-    writer on another machine, what was touched in the last `older_than_s` seconds may be. Ages are between two times
-    of the store, never of this machine's clock.
+    writer on another machine or in another container, what was touched in the last `older_than_s` seconds may be. Ages
+    are between two times of the store, never of this machine's clock.
     """
     incomplete = [checkpoint for checkpoint in store.find() if MANIFEST not in checkpoint.sizes]
     uploads = _uploads(store)
@@ -111,9 +111,12 @@ def _writer_lives(store: Store, run: str) -> bool | None:
     writer = Store(f"{store.url}/{run}").writer() if run else store.writer()
     if writer is None:
         return False
-    if writer.get("host") != os.uname().nodename:
-        return None
-    return Path(f"/proc/{writer.get('process')}").exists()
+    here = identity(os.getpid())
+    if any(writer.get(key) != here[key] for key in ("boot", "namespace")):
+        return None  # its number says nothing here: another machine or container, or one that was started anew since
+    with suppress(OSError, ValueError, TypeError):
+        return identity(int(writer["process"])) == {key: writer.get(key) for key in here}
+    return False
 
 
 def _uploads(store: Store) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ def hold_against_schema(receipt: Receipt, run_dir: Path) -> None:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that a crash leaves the old file or the new one."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     with scratch.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(text)
         file.flush()

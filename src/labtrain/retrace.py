@@ -5,7 +5,7 @@ No torch.
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,14 @@ from typing import Any
 from labtrain.catalog import checkpoint_place, list_checkpoints, stores_of
 from labtrain.compare import Difference, Divergence, shown_value
 from labtrain.digests import read_weights
-from labtrain.errors import ConfigError
+from labtrain.errors import ConfigError, LabtrainError, StoreError
 from labtrain.inspection import told_differences
 from labtrain.provenance import machine
 from labtrain.receipt import Receipt
 from labtrain.replay import Replay
+from labtrain.resume import checkpoint_digest
 from labtrain.run import shown
-from labtrain.store import Checkpoint
+from labtrain.store import Checkpoint, Store
 from labtrain.trail import Line, differing_tensor, phase_of
 
 Say = Callable[[str], None]
@@ -78,12 +79,35 @@ class Case:
             ConfigError: there is none of that step.
         """
         there = self.checkpoints()
+        if step not in there and self.origin is not None and self.origin["step"] == step:
+            return self._fetched_origin(self.origin)
         if step not in there:
             steps = ", ".join(map(str, sorted(there)[-10:])) or "none"
             raise ConfigError(
                 f"no checkpoint of step {step}: there are {steps}", hint=f"labtrain store ls {shown(self.run_dir)}"
             )
         return there[step].store.fetch(there[step], self.scratch / there[step].name)[0]
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """What the receipt says of the checkpoint of another run that this one began from."""
+        found: dict[str, Any] | None = self.receipt["segments"][0].get("origin")
+        return found
+
+    def _fetched_origin(self, origin: dict[str, Any]) -> Path:
+        beside = self.run_dir.resolve().parent / origin["run_id"]  # where the runs lie now, maybe another machine
+        for store in (*stores_of(beside, str(beside / "checkpoints")), Store(origin["url"])):
+            for checkpoint in store.checkpoints():
+                if (
+                    checkpoint.name == origin["checkpoint"]
+                    and checkpoint_digest(store.manifest(checkpoint)) == origin["digest"]
+                ):
+                    return store.fetch(checkpoint, self.scratch / checkpoint.name)[0]
+        raise ConfigError(
+            f"the run began from {origin['checkpoint']} of the run {origin['run_id']}, which is neither beside it nor"
+            f" in {origin['url']}",
+            hint=f"put {origin['run_id']} beside it; or --from a step whose checkpoint is kept",
+        )
 
 
 def follow(
@@ -121,34 +145,51 @@ def follow(
 
 
 def narrow(case: Case, line: Line, *, reached: int, start: int) -> tuple[Divergence, str]:
-    """Say which phase and tensor of a step differ, and whether they do again, from the last common checkpoint on."""
+    """Say which phase and tensor of a step differ, and whether they do again, from the last common checkpoint on.
+
+    What is found stands, whatever keeps it from being trained again.
+    """
     step, wanted = line["step"], case.trail.get(line["step"])
     if wanted is None:
         return Divergence(step=step, phase="length", tensor=None), ""
-    phase, tensor = phase_of(wanted, line), differing_tensor(wanted, line, case.receipt["trail"]["tensors"])
-    there = case.checkpoints()
+    tensor = differing_tensor(wanted, line, case.receipt["trail"]["tensors"])
+    found = Divergence(step=step, phase=phase_of(wanted, line), tensor=tensor)
+    try:
+        there, more = set(case.checkpoints()), ""
+    except StoreError as error:
+        there, more = set(), f"; its checkpoints cannot be read: {error.args[0]}"
     begin = max((each for each in there if start <= each <= reached), default=start)
     after = min((each for each in there if each >= step), default=0) if tensor is None else 0
-    again: Line | None = None
+    try:
+        again, made = _again(case, step, begin=begin, after=after)
+        names = different_tensors(case.fetched(after), made) if after else []
+    except LabtrainError as error:
+        return found, f"not trained again from step {begin}: {error.args[0]}{more}"
+    if again is not None and phase_of(wanted, again) is None:
+        told = f"not when trained again from step {begin}: this machine does not give the same bits twice"
+    elif again == line:
+        told = f"the same bits again when trained again from step {begin}: this machine agrees with itself"
+    else:
+        told = f"other bits again when trained again from step {begin}: this machine does not agree with itself"
+    if reached + 1 < step:
+        told = f"or since step {reached + 1}, of which the trail has no line; {told}"
+    if names:
+        found = replace(found, tensor=names[0])
+        told += f"; {len(names)} tensors differ at step {after}"
+    return found, told + more
+
+
+def _again(case: Case, step: int, *, begin: int, after: int) -> tuple[Line | None, Path]:
+    """Train again from a checkpoint to a step, or to one after it; return that step's line, and the run's folder."""
+    found: Line | None = None
     second = case.replay("second", begin)
     with closing(second.lines(devices=case.devices, stop_at=after or step)) as lines:
         for each in lines:
             if each["step"] == step:
-                again = each
+                found = each
                 if not after:
                     break
-    if again is not None and phase_of(wanted, again) is None:
-        more = f"not when trained again from step {begin}: this machine does not give the same bits twice"
-    elif again == line:
-        more = f"the same bits again when trained again from step {begin}: this machine agrees with itself"
-    else:
-        more = f"other bits again when trained again from step {begin}: this machine does not agree with itself"
-    if reached + 1 < step:
-        more = f"or since step {reached + 1}, of which the trail has no line; {more}"
-    if after and (names := different_tensors(case.fetched(after), second.run_dir)):
-        tensor = names[0]
-        more += f"; {len(names)} tensors differ at step {after}"
-    return Divergence(step=step, phase=phase, tensor=tensor), more
+    return found, second.run_dir
 
 
 def different_tensors(checkpoint: Path, run_dir: Path) -> list[str]:

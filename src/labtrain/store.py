@@ -297,7 +297,7 @@ class Store:
 
     def now(self) -> datetime:
         """Return what the store takes the time to be, by writing a file: so it can be written."""
-        probe = f".probe-{os.getpid()}"
+        probe = f".probe-{secrets.token_hex(8)}"
         with explained(self.url):
             self.replace(probe, b"")
             try:
@@ -315,7 +315,7 @@ class Store:
 
     def renew(self, token: str) -> None:
         """Write who the writer is; the age of that file is when it last began to write."""
-        who = {"token": token, "host": os.uname().nodename, "process": os.getpid()}
+        who = {"token": token, "host": os.uname().nodename, **identity(os.getpid())}
         with explained(self.url):
             self.replace(WRITER, json.dumps(who).encode())
 
@@ -356,6 +356,26 @@ def taken_over(where: str, who: str = "") -> TakenOverError:
         f"another process{who} writes checkpoints to {where}: this one stops, and loses nothing that the other needs",
         hint="train a run once; or keep them apart: resume=never, or another checkpoint.url",
     )
+
+
+def identity(process: int) -> dict[str, Any]:
+    """Return what tells a process of this machine from every other one, by name.
+
+    A number alone is used again, and means another process in another container of the same host name: so with it go
+    the kernel's start, the namespace of process numbers, and when it began (in clock ticks since then). Linux, proc(5).
+
+    Raises:
+        OSError: there is no such process.
+    """
+    status = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    if status[0] == "Z":
+        raise ProcessLookupError(process)  # it has ended, and only its parent has not asked how
+    return {
+        "process": process,
+        "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "namespace": os.readlink("/proc/self/ns/pid"),  # noqa: PTH115
+        "began": int(status[19]),
+    }
 
 
 def sync(path: Path) -> None:

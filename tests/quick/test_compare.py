@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
@@ -214,3 +215,22 @@ def test_what_is_no_run_or_was_changed_is_refused(run_dir: Path, tmp_path: Path)
     assert done.returncode == 2
     assert "was changed after it was written" in done.stderr
     assert "hint: " in done.stderr
+
+
+@pytest.mark.parametrize("url", ["{}/store", "local://{}/store"])
+def test_checkpoints_are_compared_where_checkpoint_url_says(
+    runner: Runner, url: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Without a trail only they tell of the difference; of a store that is away, that they were not compared is said."""
+    monkeypatch.setitem(fsspec.config.conf, "local", {"auto_mkdir": True})
+    config = configure("mlp", "even", checkpoint={"url": url.format(runner.folder)}, trail={"every_n_steps": 0})
+    config["callbacks"] = {"here": {"_target_": "tests.support.small_models.Here"}}
+    one, other, same = (runner.run(config | {"seed": seed, "resume": "never"}) for seed in (1, 2, 1))
+    assert one and other and same  # noqa: PT018
+    found = compare(one, other)
+    assert found.divergence is not None
+    assert (found.divergence.step, found.divergence.tensor) == (None, "net.1.bias")
+    assert compare(one, same).divergence is None
+    change(other, "config/checkpoint/url", "sftp://127.0.0.1:1/gone")
+    assert compare(one, other).divergence is None
+    assert "warning: checkpoints are not compared: sftp://127.0.0.1:1/gone" in capsys.readouterr().err

@@ -5,10 +5,12 @@ import random
 import re
 import subprocess
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from labtrain.lock import read_lock
 from labtrain.lock.check import check_locks
@@ -250,3 +252,30 @@ def test_the_sbom_is_valid_cyclonedx() -> None:
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     purls = {component.get("purl") for component in json.loads(text)["components"]}
     assert {"pkg:pypi/torch@2.9.1", "pkg:conda/pytorch@2.9.1?channel=conda-forge"} <= purls
+
+
+def test_conda_satisfies_each_pin_that_is_installed_beside_it(locks: Path) -> None:
+    """Of environment.yml, of pyproject.toml, and what the packages of requirements-conda.lock say that they need."""
+    assert check_locks(locks) == []
+    needy = next(pin for pin in read_lock(locks / "requirements-conda.lock", PYTHON_312_LINUX).values()
+                 if pin.name == "googleapis-common-protos")  # fmt: skip
+    installed = metadata.distribution("googleapis-common-protos")
+    assert installed.version == needy.version
+    path = locks / "conda-lock.yml"
+    before = path.read_text()
+
+    def found(package: str, version: str, other: str) -> set[tuple[str, str]]:
+        """Return what is said of a package once the lock has another version of it, and a sha256 that fits nothing."""
+        (entry,) = re.findall(rf"^- name: {package}\n(?:  .*\n)*", before, re.MULTILINE)
+        assert version in entry
+        path.write_text(before.replace(entry, entry.replace(version, other)))
+        return {(each.what, each.wanted) for each in check_locks(locks) if each.found == other}
+
+    protobuf = next(line for line in installed.requires or () if line.startswith("protobuf"))
+    assert (
+        "protobuf",
+        f"{Requirement(protobuf)} (googleapis-common-protos {needy.version} in requirements-conda.lock)",
+    ) in found("protobuf", "6.31.1", "8.99.0")
+    assert ("lightning", "lightning=2.6.* (environment.yml)") in found("lightning", "2.6.0", "2.5.0")
+    assert ("lightning", "lightning<2.7,>=2.6 (pyproject.toml)") in found("lightning", "2.6.0", "2.5.0")
+    path.write_text(before)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from labtrain import receipt as receipts
-from tests.conftest import LABTRAIN, QUICK, Experiment, Run
+from tests.conftest import LABTRAIN, QUICK, Experiment, Run, changed
 
 # What an upgrade does: OTHER_BITS=1 changes a layer a little at the start, 2 makes the training worse, 3 ends it.
 UPGRADE = """
@@ -64,7 +64,8 @@ def test_the_same_bits_are_a_yes_and_the_runs_are_kept_as_the_next_baselines(
         kept = receipts.read(tmp_path / "kept" / f"digits-{before.name}")
         assert kept is not None
         assert kept["results"] == (receipts.read(before) or {})["results"]
-    assert "is there already" in gate(recorded[0], "--keep", tmp_path / "kept", code=2).err
+    again = gate(recorded[0], "--keep", tmp_path / "kept", code=0)
+    assert f"kept         {tmp_path}/kept/digits-{recorded[0].name}-2" in again.out  # no training is thrown away
 
 
 def test_other_bits_are_a_no_and_it_says_where_they_begin(recorded: list[Path], tmp_path: Path) -> None:
@@ -73,6 +74,23 @@ def test_other_bits_are_a_no_and_it_says_where_they_begin(recorded: list[Path], 
     assert "no: other bits, first at step 1, in the loss" in found.out
     assert "--seeds 5 --margin M" in found.out
     assert recorded[0].name in page.read_text()
+    assert "Not verified yet" not in page.read_text()
+    assert "Trained again in today&#39;s environment by this gate. Other bits, first at step 1" in page.read_text()
+
+
+def test_one_that_cannot_be_judged_keeps_none_of_the_others_from_it(recorded: list[Path], tmp_path: Path) -> None:
+    """A baseline of lost code is a no with its reason, the next one is trained and compared; the page tells both."""
+    lost, page = recorded[0].parent / "lost", tmp_path / "gate.html"
+    shutil.copytree(recorded[0], lost)
+    changed(lost, "code/sources", {"gone.py": "0" * 64})
+    found = gate(lost, recorded[1], "--report", page, code=1)
+    shutil.rmtree(lost)
+    assert "holds other code than the receipt's" in found.out
+    assert "yes: 1 of 1 give the same bits" in found.out
+    text = page.read_text()
+    assert "The same bits today" in text
+    assert "Not verified yet" in text  # the lost one
+    assert gate(recorded[0], "--report", tmp_path / "no" / "gate.html", code=2).out == ""  # before anything is trained
 
 
 def test_other_bits_of_the_same_quality_are_equivalent_within_a_margin_and_not_within_a_narrow_one(

@@ -94,6 +94,35 @@ print((i ** 2).dtype, (i ** 2).tolist(), (i ** 0.5).dtype, (torch.tensor(3, dtyp
     assert run_portable(code).splitlines() == lines
 
 
+def test_cholesky_behaves_as_torch_does() -> None:
+    """Types, shapes, strides, gradients, errors and places to write to; float32 is computed in float64 and rounded."""
+    code = """
+import warnings; warnings.simplefilter("ignore")
+a = torch.randn(6, 6, generator=torch.Generator().manual_seed(0)); p = a @ a.T + 6 * torch.eye(6)
+bad = p.clone(); bad[2, 2] = -1
+several = p.expand(2, 6, 6).clone()
+for x in (p, p.double(), p.to(torch.complex64), several, torch.empty(0, 6, 6)):
+    for f in (torch.linalg.cholesky, torch.cholesky):
+        for upper in (False, True):
+            low = f(x, upper=upper)
+            print(low.dtype, low.shape, low.stride(), [round(v, 4) for v in low.abs().flatten().tolist()])
+    print(torch.linalg.cholesky_ex(x))if x.dtype != torch.float32 else print(torch.linalg.cholesky_ex(x).info)
+for f in (torch.linalg.cholesky, torch.cholesky, lambda x: torch.linalg.cholesky_ex(x, check_errors=True)):
+    for x in (bad, bad.expand(2, 6, 6).clone(), p.half()):
+        try: print(f(x))
+        except RuntimeError as error: print(str(error)[:90])
+print(torch.linalg.cholesky_ex(bad).info)
+places = torch.empty(0), torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.int32)
+torch.linalg.cholesky(p, out=places[0]); torch.cholesky(p, out=places[1]); torch.linalg.cholesky_ex(p, out=places[2:])
+print([each.shape for each in places], places[3])
+x = p.clone().requires_grad_(); torch.linalg.cholesky(x).sum().backward()
+print([round(v, 3) for v in x.grad.flatten().tolist()])
+"""
+    lines: list[str] = []
+    exec(code, {"torch": torch, "print": lambda *values: lines.extend(" ".join(map(str, values)).splitlines())})
+    assert run_portable(code).splitlines() == lines
+
+
 def test_what_is_replaced_can_be_put_back() -> None:
     """A notebook's process is, after a training in portable, as it was."""
     code = """

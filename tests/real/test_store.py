@@ -15,7 +15,7 @@ from labtrain.catalog import kept, newest_whole
 from labtrain.errors import ConfigError, DamagedError, LabtrainError, StoreError
 from labtrain.prune import Leftover, check, clear, leftovers, superseded
 from labtrain.remote import without_secrets
-from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, TakenOverError, file_sha256
+from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, TakenOverError, file_sha256, identity
 from tests.conftest import LABTRAIN, need
 from tests.support.servers import KEY, READ_KEY, READ_SECRET, SECRET, SFTP
 
@@ -192,9 +192,10 @@ def test_leftovers_are_told_from_uploads_in_progress(url: str, tmp_path: Path) -
     store.replace(".writer.json", json.dumps(elsewhere).encode())
     assert found().in_progress  # another machine may
     assert not found(older_than_s=-1).in_progress  # no more
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    store.replace(".writer.json", json.dumps({**elsewhere, "host": os.uname().nodename, "process": dead.pid}).encode())
+    with subprocess.Popen(["sleep", "60"]) as dead:
+        gone = identity(dead.pid)
+        dead.kill()
+    store.replace(".writer.json", json.dumps({**elsewhere, **gone}).encode())
     assert not found().in_progress
     clear(store, found())
     assert names(store) == ["step-0000000001"]

@@ -79,6 +79,15 @@ def test_where_all_tensors_differ_the_first_and_their_number_come_from_the_next_
     assert "tensors differ at step 10" in found["found"]
 
 
+def test_what_was_found_stands_where_the_store_is_away(copy: Path) -> None:
+    """The step, phase and tensor are known from the trail; that the checkpoints cannot be read is said beside it."""
+    changed(copy, "config/checkpoint/url", "sftp://127.0.0.1:1/gone")
+    found = json.loads(verify(copy, "--json", code=1, FAULT="7 weight:net.9.bias 3").out)
+    assert found["divergence"] == {"step": 7, "phase": "update", "tensor": "net.9.bias"}
+    assert "the same bits again when trained again from step 0" in found["found"]
+    assert "its checkpoints cannot be read: sftp://127.0.0.1:1/gone/" in found["found"]
+
+
 def test_a_machine_that_does_not_repeat_itself_is_said_so(copy: Path) -> None:
     """From the last checkpoint the fault's own count of steps begins anew: it does not come again."""
     found = json.loads(verify(copy, "--json", code=1, FAULT="8 weight:net.9.bias 4 counted").out)
@@ -208,6 +217,23 @@ def test_what_went_on_after_a_change_is_verified_from_there(copy: Path) -> None:
     (after,) = [segment["from_step"] for segment in run.receipt["segments"] if segment["changed"]]
     assert f"went on after changes at step {after}" in verify(run.folder, code=2).err
     assert f"the same bits, from step {after + 1} to its end" in verify(run.folder, "--from", str(after)).out
+
+
+def test_a_run_that_began_from_a_complete_one_is_verified_from_there(copy: Path) -> None:
+    """With other options, which take effect as they did; without the other run's checkpoint it says what is missing."""
+    experiment = Experiment(copy.parents[2])
+    run = experiment.train(
+        *TWO_EPOCHS, "trainer.max_epochs=3", "model.learning_rate=0.02", f"resume={copy}", cwd=experiment.root
+    )
+    assert run.folder != copy
+    found = verify(run.folder).out
+    assert f"origin       step-{STEPS:010d} of the run {copy.name}, which is not verified here" in found
+    assert f"the same bits, from step {STEPS + 1} to its end" in found
+    shutil.rmtree(copy / "checkpoints")
+    assert (
+        f"the run began from step-{STEPS:010d} of the run {copy.name}, which is neither"
+        in verify(run.folder, code=2).err
+    )
 
 
 def test_bad_input_is_refused(copy: Path, tmp_path: Path) -> None:

@@ -172,17 +172,6 @@ def tell(
     return outcome(runner.run(config, world=worlds[-1], environment=environment))
 
 
-def kill_in_saves(runner: Runner, other: Runner, number: int) -> None:
-    """Send SIGKILL at a seeded random moment from the beginning of a save on, again and again in one run; its end is exact."""
-    config = configure("mlp", "even", trainer={"max_epochs": number}, checkpoint={"every_n_steps": 1})
-    reference = outcome(other.run(config))
-    draw = random.Random(0)
-    for _ in range(number):
-        moment = f"{draw.randint(2, 4)} {draw.uniform(0, 0.03)}"
-        assert runner.run(config, code=None, environment={"KILL_IN_SAVE": moment}) is None
-    assert outcome(runner.run(config)) == reference
-
-
 def exchanges(runner: Runner, *, world: int, last: int, batch_size: int = 8) -> list[str]:
     """Return the exchanges of two batches, the last one smaller, and assert that each rank begins them in one order."""
     config = configure("cnn", "even", data={"size": batch_size + last, "batch_size": batch_size})
@@ -192,3 +181,14 @@ def exchanges(runner: Runner, *, world: int, last: int, batch_size: int = 8) -> 
     found = [(runner.folder / f"rank-{rank}").read_text().split() for rank in range(world)]
     assert all(each == found[0] for each in found), found
     return found[0]
+
+
+def kill_in_saves(runner: Runner, other: Runner, number: int) -> None:
+    """Send SIGKILL at a seeded random moment from the beginning of a save on, again and again in one run; its end is exact."""
+    config = configure("mlp", "even", trainer={"max_epochs": number}, checkpoint={"every_n_steps": 1})
+    reference = outcome(other.run(config))
+    draw = random.Random(0)
+    for _ in range(number):
+        moment = f"{draw.randint(2, 4)} {draw.uniform(0, 0.03)}"
+        assert runner.run(config, code=None, environment={"KILL_IN_SAVE": moment}) is None
+    assert outcome(runner.run(config)) == reference

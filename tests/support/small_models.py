@@ -1,10 +1,17 @@
 """Callbacks and data of the tests of small things."""
 
+import json
+import os
+from pathlib import Path
 from typing import Any
 
+import fsspec
 import lightning.pytorch as pl
+import torch
 
+import labtrain
 from labtrain.callbacks import Progress
+from tests.support.exact_worker import MLP, Images
 
 
 class Boom(pl.Callback):
@@ -39,3 +46,46 @@ class InTerminal(pl.Callback):
         bar = trainer.progress_bar_callback
         assert isinstance(bar, Progress)
         bar.printed = 0.0
+
+
+class Here(pl.Callback):
+    """Says how this process makes files, before it makes any; local:// is then a remote store of this machine.
+
+    Args:
+        umask: of the process, in octal digits.
+    """
+
+    def __init__(self, umask: str = "022") -> None:
+        os.umask(int(umask, 8))
+        fsspec.config.conf["local"] = {"auto_mkdir": True}  # as an object store makes folders
+
+
+class Split(pl.LightningDataModule):
+    """Splits its data at random in each setup, as people do, and writes what each stage got to a folder."""
+
+    def __init__(self, folder: str, batch_size: int, num_workers: int = 0) -> None:
+        super().__init__()
+        self.folder, self.batch_size, self.num_workers = Path(folder), batch_size, num_workers
+
+    def setup(self, stage: Any) -> None:
+        order = torch.randperm(30).tolist()
+        (self.folder / f"{stage.value}-{os.environ['LOCAL_RANK']}").write_text(json.dumps(order))
+        images = Images(30)
+        self.train, self.held = (torch.utils.data.Subset(images, part) for part in (order[:20], order[20:]))
+
+    def train_dataloader(self) -> Any:
+        return labtrain.DataLoader(self.train, self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> Any:
+        return labtrain.DataLoader(self.held, self.batch_size)
+
+    def test_dataloader(self) -> Any:
+        return labtrain.DataLoader(self.held, self.batch_size)
+
+
+class Tested(MLP):
+    """Has a test."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        inputs, targets = batch
+        self.log("test/loss", torch.nn.functional.cross_entropy(self(inputs), targets))

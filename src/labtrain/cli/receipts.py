@@ -197,9 +197,12 @@ def gate(
     The same bits are a yes. Other bits can be one with --seeds and --margin: where an equivalence test shows that the
     metric's mean moved by less than the margin. BASELINEs that differ in nothing but the seed are one experiment.
     """
-    from labtrain.gate import judge_upgrade, keep_runs, summary_of, words_of
+    from labtrain.gate import judge_upgrade, keep_runs, summary_of, verdicts_of, words_of
+    from labtrain.report import check_page, write_report
 
     end_in_order()
+    if page is not None:
+        check_page(page)
     with tempfile.TemporaryDirectory(prefix="labtrain-gate-") as scratch:
         outcomes = judge_upgrade(
             list(baselines),
@@ -211,17 +214,19 @@ def gate(
             old_python=old_python,
             say=lambda line: click.echo(line, err=as_json),
         )
-        if page is not None:
-            from labtrain.report import write_report
-
-            runs = [run.run_dir for outcome in outcomes for run in (*outcome.before, *outcome.now)]
-            write_report(runs, page, said=[f"Gate, {each.experiment}: {words_of(each)}." for each in outcomes])
         if as_json:
             click.echo(exact_json.dumps([summary_of(outcome) for outcome in outcomes], indent=1))
         for outcome in () if as_json else outcomes:
             click.echo(f"{outcome.experiment:<11}  {words_of(outcome)}")
-        if keep is not None:
-            keep_runs(outcomes, keep)
+        try:
+            if page is not None:
+                runs = [run.run_dir for outcome in outcomes for run in (*outcome.before, *outcome.now)]
+                said = [f"Gate, {each.experiment}: {words_of(each)}." for each in outcomes]
+                write_report(runs, page, said=said, verdicts=verdicts_of(outcomes))
+        finally:
+            if keep is not None:
+                for kept in keep_runs(outcomes, keep):
+                    click.echo(f"kept         {kept}", err=as_json)
     sys.exit(not all(outcome.passed for outcome in outcomes))
 
 

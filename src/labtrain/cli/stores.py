@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from labtrain.errors import DamagedError
+
 
 @click.group()
 def store() -> None:
@@ -16,13 +18,23 @@ def store() -> None:
 @click.argument("url")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, with the manifests.")
 def store_ls(url: str, as_json: bool) -> None:
-    """Print a line a checkpoint below URL: path, step, megabytes."""
+    """Print a line a checkpoint below URL: path, step, megabytes.
+
+    With --json, a manifest that cannot be read is null, and error says why.
+    """
     from labtrain.store import Store
 
     place = Store(url)
     found = place.checkpoints()
     if as_json:
-        rows = [{"path": each.url, "sizes": each.sizes, "manifest": place.manifest(each)} for each in found]
+        rows = []
+        for each in found:
+            try:
+                manifest, error = place.manifest(each), None
+            except DamagedError as damaged:
+                manifest, error = None, str(damaged.args[0])
+                click.echo(f"warning: {error}", err=True)
+            rows.append({"path": each.url, "sizes": each.sizes, "manifest": manifest, "error": error})
         click.echo(json.dumps(rows, indent=1))
         return
     for each in found:

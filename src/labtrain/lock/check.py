@@ -4,8 +4,9 @@ import itertools
 import json
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from packaging.specifiers import SpecifierSet
 
 from labtrain.errors import DamagedError
 from labtrain.lock import conda, derive
-from labtrain.lock.pins import PYTHON_312_LINUX, parse_pins, read_lock, read_pins
+from labtrain.lock.pins import PYTHON_312_LINUX, Pin, parse_pins, read_lock, read_pins
 from labtrain.provenance import normalised
 from labtrain.run import LOCK_FILE
 
@@ -43,7 +44,9 @@ def check_locks(folder: Path) -> list[Disagreement]:
     A file that cannot be read is one, and what depends on it is left out.
     """
     found: list[Disagreement] = []
-    for part in (check_requirements, check_spec, check_conda, check_wheels, check_conda_requirements, check_seal):
+    parts = (check_requirements, check_spec, check_conda, check_conda_pins, check_wheels, check_conda_requirements,
+             check_seal)  # fmt: skip
+    for part in parts:
         try:
             found += part(folder)
         except DamagedError as error:
@@ -95,6 +98,58 @@ def check_conda(folder: Path) -> Iterator[Disagreement]:
         yield Disagreement(file=conda.LOCK, what=what, found=locked[:16], wanted=now[:16])
     for name, found, wanted in conda.wrong_entries(lock["package"]):
         yield Disagreement(file=conda.LOCK, what=name, found=found, wanted=wanted)
+
+
+def check_conda_pins(folder: Path) -> Iterator[Disagreement]:
+    """Check what is installed together there: conda-lock.yml against each pin and requirement that it has to satisfy.
+
+    Those of environment.yml and pyproject.toml; and what the packages of requirements-conda.lock say that they need.
+    The last are read from this environment, where it has them in the pinned version: a lock does not hold them.
+    """
+    from rattler import MatchSpec
+
+    entries = conda.read_conda_lock(folder)["package"]
+    records = conda.records_of(entries)
+    for dependency in _conda_spec(folder):
+        spec = MatchSpec(dependency)
+        record = records.get(spec.name.normalized) if spec.name else None
+        if record is None or not spec.matches(record):
+            found = str(record.version) if record is not None else "missing"
+            yield Disagreement(
+                file=conda.LOCK, what=dependency.partition("=")[0], found=found, wanted=f"{dependency} ({conda.SPEC})"
+            )
+    versions = {name: str(record.version) for name, record in records.items()}
+    pins = {pin.name: pin for pin in read_pins(folder / derive.CONDA_REQUIREMENTS)}
+
+    def broken(requirements: Iterable[Requirement], whose: str) -> Iterator[Disagreement]:
+        for requirement in requirements:
+            name = normalised(requirement.name)
+            conda_name = normalised(conda.CONDA_NAMES.get(name, name))
+            version = versions.get(conda_name) or versions.get(name)
+            file = conda.LOCK
+            if version is None and name in pins:
+                version, file = pins[name].version, derive.CONDA_REQUIREMENTS
+            if version is not None and not requirement.specifier.contains(version, prereleases=True):
+                yield Disagreement(file=file, what=name, found=version, wanted=f"{requirement} ({whose})")
+
+    if (folder / "pyproject.toml").exists():
+        yield from broken(_project_requirements(folder), "pyproject.toml")
+    for pin in pins.values():
+        yield from broken(_needs_of(pin), f"{pin.name} {pin.version} in {derive.CONDA_REQUIREMENTS}")
+
+
+def _needs_of(pin: Pin) -> Iterator[Requirement]:
+    """Yield what a package needs in the conda environment; nothing where it is not installed here in that version."""
+    try:
+        installed = metadata.distribution(pin.name)
+    except metadata.PackageNotFoundError:
+        return
+    if installed.version != pin.version:
+        return
+    for line in installed.requires or ():
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({**PYTHON_312_LINUX, "extra": ""}):
+            yield requirement
 
 
 def check_wheels(folder: Path) -> Iterator[Disagreement]:

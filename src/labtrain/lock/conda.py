@@ -85,27 +85,18 @@ def wrong_entries(entries: list[Entry]) -> Iterator[tuple[str, str, str]]:
 
     A package's needs are conda match specs, read and compared by rattler, the library of conda's current solver.
     """
-    from rattler import BuildString, MatchSpec, PackageRecord
+    from rattler import MatchSpec
 
-    records: dict[str, PackageRecord] = {}
     for entry in entries:
         name = entry["name"]
-        file = re.search(r"/([^/]+)/([^/]+)-([^-/]+)-([^-/]+)\.(conda|tar\.bz2)$", str(entry.get("url", "")))
-        if file is None or (file.group(2), file.group(3)) != (name, str(entry["version"])):
+        if _file_of(entry) is None:
             yield name, f"url {entry.get('url')}", f"the file of {name} {entry['version']}"
             continue
         for kind, digits in (("md5", 32), ("sha256", 64)):
             value = str((entry.get("hash") or {}).get(kind, ""))
             if not re.fullmatch(rf"[0-9a-f]{{{digits}}}", value):
                 yield name, f"{kind} {value or 'missing'}", f"{digits} hex digits"
-        number = int((re.search(r"(\d+)$", file.group(4)) or ["0", "0"])[1])
-        records[name] = PackageRecord(
-            name=name,
-            version=str(entry["version"]),
-            build=BuildString(file.group(4)),
-            build_number=number,
-            subdir=file.group(1),
-        )
+    records = records_of(entries)
     for entry in entries:
         for needed, spec in (entry.get("dependencies") or {}).items():
             if needed.startswith("__"):
@@ -115,3 +106,26 @@ def wrong_entries(entries: list[Entry]) -> Iterator[tuple[str, str, str]]:
                 yield entry["name"], f"nothing of that name, for its need {wanted}", wanted
             elif not MatchSpec(wanted).matches(records[needed]):
                 yield entry["name"], f"{needed} {records[needed].version}", wanted
+
+
+def records_of(entries: list[Entry]) -> dict[str, Any]:
+    """Return rattler's record of each entry by name, as conda's solver would compare it; without the malformed ones."""
+    from rattler import BuildString, PackageRecord
+
+    records: dict[str, PackageRecord] = {}
+    for entry in entries:
+        if (file := _file_of(entry)) is not None:
+            records[entry["name"]] = PackageRecord(
+                name=entry["name"],
+                version=str(entry["version"]),
+                build=BuildString(file.group(4)),
+                build_number=int((re.search(r"(\d+)$", file.group(4)) or ["0", "0"])[1]),
+                subdir=file.group(1),
+            )
+    return records
+
+
+def _file_of(entry: Entry) -> re.Match[str] | None:
+    """Return the parts of an entry's address: subdir, name, version, build; None where it is another package's."""
+    file = re.search(r"/([^/]+)/([^/]+)-([^-/]+)-([^-/]+)\.(conda|tar\.bz2)$", str(entry.get("url", "")))
+    return file if file and (file.group(2), file.group(3)) == (entry["name"], str(entry["version"])) else None

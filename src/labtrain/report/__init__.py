@@ -7,26 +7,48 @@
     page.py      puts the page together: page.html.j2, page.css, page.js, and plotly.js whole
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from labtrain import receipt
 from labtrain.errors import ConfigError, LabtrainError
 from labtrain.report.data import read_runs
-from labtrain.report.page import render
+from labtrain.report.page import Verdict, render
 
 
-def write_report(runs: list[Path], output: Path, *, said: Sequence[str] = ()) -> None:
+def write_report(
+    runs: list[Path],
+    output: Path,
+    *,
+    said: Sequence[str] = (),
+    verdicts: Mapping[Path, Verdict] = MappingProxyType({}),
+) -> None:
     """Write the page of one or several runs; the same runs give the same bytes.
 
     Args:
         runs: folders of runs, or their receipts; the others are held against the first.
         output: a file ending in .html, replaced in one step.
         said: sentences that stand before the verdicts, such as a gate's.
+        verdicts: of runs that were compared just now, by their folders; the others' are in what they left.
 
     Raises:
         ConfigError: there is no such run, one is named twice, or the page cannot lie there.
         DamagedError: a receipt, a trail or a record of verifications is broken, or was changed.
+    """
+    check_page(output)
+    page = render(read_runs(runs), said=said, verdicts=verdicts)
+    try:
+        receipt.write_atomically(output, page)
+    except OSError as error:
+        raise LabtrainError(f"{output} cannot be written: {error.strerror}", hint="-o another.html") from error
+
+
+def check_page(output: Path) -> None:
+    """Refuse a place where no page can be written.
+
+    Raises:
+        ConfigError: says why.
     """
     if output.suffix not in (".html", ".htm"):
         raise ConfigError(f"{output} is no name of a page: wanted one that ends in .html", hint=f"-o {output}.html")
@@ -34,8 +56,3 @@ def write_report(runs: list[Path], output: Path, *, said: Sequence[str] = ()) ->
         raise ConfigError(f"{output} is a folder", hint=f"-o {output / 'report.html'}")
     if not output.parent.is_dir():
         raise ConfigError(f"{output.parent} is no folder: the page cannot lie there", hint=f"mkdir -p {output.parent}")
-    page = render(read_runs(runs), said=said)
-    try:
-        receipt.write_atomically(output, page)
-    except OSError as error:
-        raise LabtrainError(f"{output} cannot be written: {error.strerror}", hint="-o another.html") from error

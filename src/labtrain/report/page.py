@@ -8,7 +8,7 @@ import hashlib
 import json
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,22 +65,22 @@ class Verdict:
     command: str
 
 
-def render(runs: list[Run], *, said: Sequence[str] = ()) -> str:
-    """Return the page of runs."""
+def render(runs: list[Run], *, said: Sequence[str], verdicts: Mapping[Path, Verdict]) -> str:
+    """Return the page of runs; `verdicts` holds those that are not read from what a run left, by its folder."""
     curves, machine = curves_of(runs), machine_of(runs)
     drawn = [timeline_of(runs), *(chart.drawn for chart in [*curves, *machine])]
     names = [f"{run.label} {run.receipt['run_id']}" for run in runs]
     scripts = [_script(get_plotlyjs()), _script((HERE / "page.js").read_text())]
     experiments = {str(get(run.receipt["config"], "experiment") or run.folder.resolve().parent.name) for run in runs}
-    verdicts = [verdict_of(run) for run in runs]
-    words = Counter(verdict.word for verdict in verdicts)
+    told = [verdicts.get(run.folder) or verdict_of(run) for run in runs]
+    words = Counter(verdict.word for verdict in told)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string((HERE / "page.html.j2").read_text()).render(
         experiment=", ".join(sorted(experiments)),
         runs=runs,
         facts=facts_of(runs),
         said=said,
-        verdicts=verdicts,
+        verdicts=told,
         tally=f"{len(runs)} runs: {', '.join(f'{count} {word.lower()}' for word, count in words.items())}.",
         segments=[(run, segment, _span(segment)) for run in runs for segment in run.receipt["segments"]],
         curves=curves,

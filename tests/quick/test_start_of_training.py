@@ -1,0 +1,76 @@
+"""What a training begins with: a configuration that is whole, and data that each stage splits alike."""
+
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import labtrain
+from labtrain.errors import EXIT_STOPPED, ConfigError
+from labtrain.replay import _git
+from tests.conftest import QUICK, Experiment
+from tests.support.exact import Runner, configure, outcome
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({}, "the configuration lacks experiment, logger, seed, resume, model and "),
+        ({"trainer": 3}, "trainer=3: must be a mapping"),
+        (configure() | {"trainer": {"devices": 1}}, "the configuration lacks trainer.accelerator, trainer.strategy, "),
+        ({key: value for key, value in configure().items() if key != "seed"}, "the configuration lacks seed"),
+        (configure() | {"data": {"_target_": "x"}}, "the configuration lacks data.batch_size, data.num_workers"),
+    ],
+)
+def test_a_configuration_that_was_not_composed_is_refused_by_name(config: dict[str, Any], says: str) -> None:
+    """labtrain.train takes a dict: it names the keys that it lacks, and how they are had."""
+    with pytest.raises(ConfigError, match=re.escape(says)) as found:
+        labtrain.train(config)
+    assert "defaults: [labtrain, _self_]" in found.value.hint
+
+
+def test_each_setup_of_the_data_splits_alike(runner: Runner, other: Runner) -> None:
+    """A split at random in setup() gives fit, test, each rank and a resumed start the same parts."""
+
+    def split(folder: Path, **more: Any) -> Any:
+        config = configure("mlp", "even", **more)
+        config["model"] = {"_target_": "tests.support.small_models.Tested"}
+        config["data"] = {"_target_": "tests.support.small_models.Split", "folder": str(folder), "batch_size": 8,
+                          "num_workers": 0}  # fmt: skip
+        return config
+
+    folder = runner.folder / "stages"
+    folder.mkdir()
+    whole = outcome(runner.run(split(folder)))
+    other.run(split(folder), code=EXIT_STOPPED, signal_at=f"4 {int(signal.SIGTERM)} 0")
+    assert outcome(other.run(split(folder), world=2))["weights_digest"] == whole["weights_digest"]
+    stages = {path.name: path.read_text() for path in folder.iterdir()}
+    assert set(stages) == {"fit-0", "fit-1", "test-0", "test-1"}
+    assert len(set(stages.values())) == 1
+
+
+def test_under_srun_the_digest_is_the_last_line_of_one_stream(experiment: Experiment) -> None:
+    """srun joins the two streams in any order: the table then goes to the digest's, before it; else to the other."""
+    step = {"SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "1"}
+    command = (*QUICK, "trainer.max_epochs=1", "paths.runs=runs")
+    run = experiment.train(*command, env=step)
+    assert re.fullmatch(r"runs/\S+ [0-9a-f]{64}", run.out.splitlines()[-1])
+    assert "metric" in run.out
+    assert "metric" not in run.err
+    run = experiment.train(*command, "resume=never")
+    assert re.fullmatch(r"runs/\S+ [0-9a-f]{64}\n", run.out)
+    assert "metric" in run.err
+
+
+def test_git_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A git that waits, for a lock or a person, is an error with its command after a time."""
+    program = tmp_path / "git"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr("labtrain.replay.GIT_TIMEOUT_S", 0.5)
+    with pytest.raises(ConfigError, match=r"git clone here there: no end in 0\.5 seconds"):
+        _git("clone", "here", "there")
