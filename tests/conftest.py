@@ -16,18 +16,11 @@ import pytest
 from labtrain import receipt
 from labtrain.new import make_experiment
 
+pytest.register_assert_rewrite("tests.support")
+
 ROOT = Path(__file__).resolve().parents[1]
 LABTRAIN = str(Path(sys.executable).with_name("labtrain"))
 QUICK = ("trainer.enable_progress_bar=false", "logger=none")
-
-
-# These take minutes each: begun first, none of them is what all wait for at the end.
-LONG = ("test_slurm", "test_verification", "test_training", "test_containers", "test_template")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first; the order within a file stays."""
-    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
 
 
 def need(program: str, package: str) -> None:
@@ -103,7 +96,7 @@ class Experiment:
             capture_output=True,
             text=True,
             check=False,
-            timeout=300,
+            timeout=900,
             **options,
         )
         run = Run(done.returncode, done.stdout, done.stderr, Path(options.get("cwd", Path.cwd())))

@@ -14,6 +14,7 @@ and the composition of a configuration never pay for torch. So is the module `la
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -40,6 +41,9 @@ _HOMES = {
     "main": "labtrain.compose",
     "train": "labtrain.training",
 }
+
+if os.environ.get("LABTRAIN_FROM_SOURCE") == "1":  # a training started this process: a loader's worker, say
+    importlib.import_module("labtrain.sources").load_from_source()
 
 if TYPE_CHECKING:
     from labtrain import augment as augment

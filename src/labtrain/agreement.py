@@ -72,6 +72,9 @@ class Agreement(pl.Callback):
 
         connector.on_epoch_end = on_epoch_end  # type: ignore[method-assign]
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        gathering.enter(None)
+
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         gathering.enter(None)
 

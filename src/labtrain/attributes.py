@@ -21,11 +21,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import nn
 
 from labtrain.digests import digest_tree
 
 SCALARS = (type(None), bool, int, float, complex, str, bytes)
+SIMPLE = frozenset(SCALARS) - {complex}
+LEAVES = frozenset({*SCALARS, torch.Tensor, nn.Parameter, np.ndarray})
 DICTS: tuple[type[Any], ...] = (dict, OrderedDict, Counter, defaultdict)
 SEQUENCES: tuple[type[Any], ...] = (list, tuple, set, frozenset, deque)
 CONTAINERS = {kind.__name__: kind for kind in (*DICTS, *SEQUENCES)}
@@ -155,7 +158,9 @@ def fingerprint(value: Any) -> str:
     kind = type(value)
     if kind in SCALARS or not _is_plain(value, ()):
         return f"{kind.__name__} {value!r}" if kind in SCALARS else kind.__qualname__
-    return digest_tree(_Encoder()(value))
+    if kind is list and SIMPLE.issuperset(map(type, value)):  # losses of a million steps
+        return f"list {xxhash.xxh3_128_hexdigest(repr(value).encode(errors='surrogateescape'))}"
+    return digest_tree(_Encoder()(value), algorithm=xxhash.xxh3_128)
 
 
 def encode(values: dict[Any, Any]) -> list[tuple[Any, Any]]:
@@ -213,6 +218,8 @@ def _is_plain(value: Any, storages: Container[torch.Tensor], inside: tuple[int, 
         return value.layout in (torch.strided, torch.sparse_coo) and not value.is_meta and value not in storages
     if isinstance(value, np.ndarray | np.generic):
         return value.dtype.kind in "biufc" and value.dtype.itemsize <= 8
+    if kind is list and SIMPLE.issuperset(map(type, value)):
+        return True
     if id(value) in inside:
         return True  # a list that holds itself
     inside = (*inside, id(value))
@@ -259,7 +266,8 @@ class _Encoder:
             items = [(self(key), self(item)) for key, item in value.items()]
             factory = getattr(value, "default_factory", None)
             return kind.__name__, items, factory.__name__ if factory else None
-        items = [self(item) for item in value]
+        simple = kind is list and SIMPLE.issuperset(map(type, value))
+        items = list(value) if simple else [self(item) for item in value]
         return (kind.__name__, items, value.maxlen) if kind is deque else (kind.__name__, items)
 
 
@@ -318,22 +326,20 @@ def _is_metric(part: nn.Module) -> bool:
 
 def _own_objects(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Yield the path and the object of each instance of the experiment's classes that a value is, or contains."""
-    if type(value) in DICTS and depth < 3:
-        for key, item in value.items():
-            if type(item) not in SCALARS:
+    kind = type(value)
+    if kind in DICTS or kind in (list, tuple, deque):
+        items = value.items() if kind in DICTS else enumerate(value)
+        if depth < 3 and not LEAVES.issuperset(map(type, value.values() if kind in DICTS else value)):
+            for key, item in items:
                 yield from _own_objects(item, f"{path}.{key}", depth + 1)
-    elif type(value) in SEQUENCES and type(value) not in (set, frozenset) and depth < 3:
-        for index, item in enumerate(value):
-            if type(item) not in SCALARS:
-                yield from _own_objects(item, f"{path}.{index}", depth + 1)
-    elif _is_own(type(value)) and hasattr(value, "__dict__"):
+    elif is_own(kind) and hasattr(value, "__dict__"):
         yield path, value
 
 
 _own_classes: dict[type[Any], bool] = {}
 
 
-def _is_own(kind: type[Any]) -> bool:
+def is_own(kind: type[Any]) -> bool:
     """Return whether a class and all that it derives from are the experiment's, and no library's."""
     if kind not in _own_classes:
         bases = [base for base in kind.__mro__ if base.__module__ not in ("builtins", "abc", "typing")]
@@ -366,7 +372,7 @@ def _stateful(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]
     elif kind in SEQUENCES:
         for index, item in enumerate(value):
             yield from _stateful(item, f"{path}[{index}]", seen)
-    elif _derived_by_experiment(kind) or (_is_own(kind) and not hasattr(value, "__dict__")):
+    elif _derived_by_experiment(kind) or (is_own(kind) and not hasattr(value, "__dict__")):
         yield path, value
 
 

@@ -83,7 +83,10 @@ class BatchSizes(pl.Callback):
 
 
 class Trail(pl.Callback):
-    """Writes the trail, a line a step (trail.py); a resumed training first cuts it at the step it goes on from.
+    """Writes the trail, a line a step (trail.py).
+
+    A resumed training cuts it at the step it goes on from, once its own first step is done: until then it may fail, and
+    leave trail and receipt as they were.
 
     What a GPU sums is fetched while it does the next step, and before a checkpoint: no step waits for it.
 
@@ -101,6 +104,7 @@ class Trail(pl.Callback):
         self.file: IO[str] | None = None
         self.last_step = resumed_step
         self.say, self.said = say, False
+        self.is_cut = False
         self.spread = False
         self.numbers: dict[int, int] = {}  # of each parameter, by id: its place in `tensor_names`
         self.gradients: torch.Tensor | None = None  # their sums, of the step that is being done
@@ -113,7 +117,6 @@ class Trail(pl.Callback):
         places = {name: number for number, name in enumerate(tensor_names(pl_module))}
         self.numbers = {id(parameter): places[name] for name, parameter in pl_module.named_parameters()}
         if trainer.is_global_zero:
-            cut_trail(self.path, last_step=self.resumed_step)
             self.file = self.path.open("a", buffering=1)
 
     def on_train_batch_start(
@@ -139,6 +142,8 @@ class Trail(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
+        if step > self.resumed_step:
+            self._cut()
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:  # manual optimization returns what it likes
             exact = loss.detach().double().reshape(1)
@@ -175,6 +180,14 @@ class Trail(pl.Callback):
             self.copied.record()
         else:
             self.flush()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._cut()
+
+    def _cut(self) -> None:
+        if self.file is not None and not self.is_cut:
+            cut_trail(self.path, last_step=self.resumed_step)
+            self.is_cut = True
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -21,6 +21,7 @@ from labtrain.errors import ConfigError, LabtrainError
 from labtrain.files import is_spread, load_folder
 from labtrain.loggers import log_positions
 from labtrain.loop import EpochLoop
+from labtrain.options import adopt, beginnings, beginnings_of_callbacks
 from labtrain.saver import Saver
 from labtrain.staging import described, unsavable
 from labtrain.store import Manifest
@@ -59,6 +60,7 @@ class Checkpoints(pl.Callback):
     ) -> None:
         self.run_id, self.say = run_id, say
         self.stepped = False
+        self.initial: dict[str, Any] = {}  # how optimizers, schedulers and callbacks began
         self.monitor, self.keep_best = options["monitor"], options["keep_best"]
         keep = partial(
             kept,
@@ -75,6 +77,7 @@ class Checkpoints(pl.Callback):
         """Stop, before anything is loaded together, where ranks would go on from different checkpoints."""
         if stage != "fit":
             return
+        self.initial = {"callbacks": beginnings_of_callbacks(trainer)}
         step = self.newest[1] if self.newest else 0
         if (first := trainer.strategy.broadcast(step)) != step:
             raise LabtrainError(
@@ -86,9 +89,15 @@ class Checkpoints(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        loop_of(trainer).loaded = checkpoint
+        loop = loop_of(trainer)
+        if "optimizers" in self.initial and loop.loaded is None:  # as it is spread over the ranks, it is loaded late
+            adopt(checkpoint, trainer, self.initial, say=self.say)
+        loop.loaded = checkpoint
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.initial |= beginnings(trainer)
+        if (loaded := loop_of(trainer).loaded) is not None:
+            adopt(loaded, trainer, self.initial, say=self.say)
         unsaved = loop_of(trainer).unsaved = Unsaved(pl_module)
         for sentence in unsaved.unkept() if run_mode() != "off" else ():
             self.say(sentence)
@@ -99,6 +108,13 @@ class Checkpoints(pl.Callback):
             loop_of(trainer).restore()
         if is_spread(pl_module.state_dict()):
             self.saver.group = dist.new_group(backend="gloo")  # the writers', beside what the loop exchanges
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        unsaved = loop_of(trainer).unsaved
+        if unsaved is not None:
+            unsaved.begin()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -138,7 +154,7 @@ class Checkpoints(pl.Callback):
             return
         check_ranks(trainer)
         state = dump(trainer)
-        state[PLACE] = loop_of(trainer).place()
+        state[PLACE] = loop_of(trainer).place() | {"initial": self.initial}
         unsaved = loop_of(trainer).unsaved
         for name in unsaved.new_objects() if unsaved is not None else ():
             self.say(
@@ -178,7 +194,8 @@ class Checkpoints(pl.Callback):
                 raise ConfigError(
                     f"save_hyperparameters in {type(getattr(trainer, owner)).__name__} puts into each checkpoint what"
                     f" it cannot hold: {kinds}",
-                    hint=f"self.save_hyperparameters(ignore={json.dumps(names)}), and self.{names[0]} = {names[0]}",
+                    hint=f"self.save_hyperparameters(ignore={json.dumps(names)}), and self.{names[-1]} = {names[-1]}"
+                    f" where the code reads self.hparams.{names[-1]}",
                 )
             if any(path == (key,) for path, _ in found):
                 raise ConfigError(

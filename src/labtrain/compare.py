@@ -21,6 +21,7 @@ from labtrain import receipt as receipts
 from labtrain.catalog import checkpoint_place, stores_of
 from labtrain.digests import read_weights
 from labtrain.errors import ConfigError, DamagedError, StoreError
+from labtrain.fingerprints import OF_A_FILE
 from labtrain.run import get, shown, what_counts
 from labtrain.store import Checkpoint, Manifest, file_sha256
 from labtrain.trail import TRAIL, first_step
@@ -31,6 +32,7 @@ KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table
 CAUSES = (
     "config",
     "code.sources",
+    "code.outside",
     "code.labtrain",
     "environment.route",
     "environment.lock_digest",
@@ -177,6 +179,8 @@ def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference
         for key in [*mine, *(key for key in theirs if key not in mine)]:
             if mine.get(key) == theirs.get(key) or key in WITHOUT_A_SAY:
                 continue
+            if key.startswith(f"data.{OF_A_FILE}") and None in (mine.get(key), theirs.get(key)):
+                continue  # the same file lies elsewhere, or was read from a cache
             if key in AT_THE_END and None in (mine.get(key), theirs.get(key)):
                 continue
             wanted = {"determinism.seed": "seed"}.get(key, key)
@@ -188,6 +192,9 @@ def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference
                 matters = any(key == cause or key.startswith(f"{cause}.") for cause in CAUSES)
                 matters = matters and not (portable and key in OF_THE_PROCESSOR)
             yield Difference(key=key, a=mine.get(key), b=theirs.get(key), matters=matters)
+    begun = [(each["segments"][0].get("origin") or {}).get("digest") for each in (a, b)]
+    if begun[0] != begun[1]:
+        yield Difference(key="segments.0.origin.digest", a=begun[0], b=begun[1], matters=True)
 
 
 def changes(before: receipts.Receipt, now: receipts.Receipt) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from labtrain import config as configuration
 from labtrain import determinism, receipt
 from labtrain.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError
 from labtrain.ranks import adopt, find_ranks, own_rank
-from labtrain.resume import make_job, near_run
+from labtrain.resume import changed_data, make_job, near_run
 from labtrain.run import JOB_VARIABLE, Config, Job, shown
 from labtrain.signals import NUMBERS, block, unblock
 
@@ -176,6 +176,8 @@ def finished(job: Job) -> bool:
     if changed := [segment for segment in found["segments"] if segment.get("changed")]:
         names = ", ".join(change["key"] for segment in changed for change in segment["changed"])
         sys.stderr.write(f"warning: {shown(job.run_dir)} was gone on with after changes: {names}\n")
+    if said := changed_data(job, found):
+        sys.stderr.write(f"warning: {said}\n")
     sys.stderr.write(f"{shown(job.run_dir)} is complete: nothing to train (resume=never starts anew beside it)\n")
     sys.stdout.write(f"{shown(job.run_dir)} {found['results']['weights_digest']}\n")
     return True

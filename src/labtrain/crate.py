@@ -22,7 +22,8 @@ from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.compare import open_run
 from labtrain.crate_metadata import FILES, MAIN, WEIGHTS, describe
 from labtrain.errors import ConfigError, DamagedError, LabtrainError
-from labtrain.run import shown, source_digests, sources
+from labtrain.run import shown
+from labtrain.sources import source_digests, sources
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold
 

@@ -78,12 +78,15 @@ def digest_folder(folder: Path) -> str:
 def state_digest(state: Mapping[str, Any]) -> str:
     """Return the sha256 over a whole training state: tensors, plain values, and the weights by their digest.
 
-    A model's plain attributes are left out: a time that it took, say, is another in each training.
+    A model's plain attributes are left out: a time that it took, say, is another in each training. And so is how
+    optimizers began, which the configuration says.
     """
     state = {**state, "state_dict": digest(state["state_dict"])}
     if PLACE in state:
-        ranks = [{key: value for key, value in rank.items() if key != "attributes"} for rank in state[PLACE]["ranks"]]
-        state[PLACE] = {**state[PLACE], "ranks": ranks}
+        left = "attributes", "outputs"
+        ranks = [{key: value for key, value in rank.items() if key not in left} for rank in state[PLACE]["ranks"]]
+        place = {key: value for key, value in state[PLACE].items() if key != "initial"}
+        state[PLACE] = {**place, "ranks": ranks}
     return digest_tree(state)
 
 
@@ -236,15 +239,20 @@ def _parts(name: str, tensor: Any) -> tuple[str, tuple[int, ...], memoryview]:
     return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor_bytes(tensor)
 
 
-def digest_tree(tree: Any) -> str:
+def digest_tree(tree: Any, *, algorithm: Any = hashlib.sha256) -> str:
     """Return the sha256 over nested dicts, lists and tuples of tensors and plain values: a training state.
+
+    Args:
+        tree: what is digested.
+        algorithm: another than sha256: a faster one, of what is compared in one process.
 
     Raises:
         LabtrainError: a leaf is neither a tensor nor a plain value.
     """
-    sha = hashlib.sha256()
+    sha = algorithm()
     _walk(tree, sha, "state")
-    return sha.hexdigest()
+    digits: str = sha.hexdigest()
+    return digits
 
 
 def digest_content(node: Any) -> str:

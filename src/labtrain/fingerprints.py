@@ -10,9 +10,11 @@ Files are hashed once: their sha256 is kept in ~/.cache/labtrain, by place, size
 change, which the file system keeps, sees an edit after which somebody put the time of the content back.
 """
 
+import builtins
 import datetime
 import functools
 import hashlib
+import io
 import logging
 import os
 import random
@@ -20,8 +22,8 @@ import sqlite3
 import sys
 import time
 import types
-from collections.abc import Iterator
-from contextlib import closing, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import Enum
@@ -30,11 +32,16 @@ from typing import Any
 
 from labtrain.digests import tensor_bytes
 from labtrain.errors import ConfigError
+from labtrain.sources import in_environment
 
 SETTLED_NS = 2_000_000_000  # a file that was written since may be written again within the same tick of its clock
 SAID_BYTES = 5_000_000_000
 MOST_FILES = 100_000
 OUTER_PARTS = 2  # / and /data: a place for datasets
+MOST_PLACES = 100  # that a receipt names; of more, the folder that holds them all
+LONGEST_PLACE = 4096
+OF_A_FILE = "file "  # before the name of each in a receipt's data
+SYSTEM = ("/proc/", "/sys/", "/dev/")
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 TOLD_BY_THEIR_WORDS = (range, slice, datetime.date, datetime.time, datetime.timedelta, Decimal, Enum)
 TORCH_WORDS = ("torch.dtype", "torch.device", "torch.memory_format")
@@ -48,6 +55,7 @@ class _Seen:
     size: int = 0
     said: int = 0  # of the size, to the person who waits
     opaque: set[str] = field(default_factory=set)
+    places: list[Path] = field(default_factory=list)
     objects: dict[int, int] = field(default_factory=dict)  # by id, in the order in which they were met
     kept: list[Any] = field(default_factory=list)  # so that no id is given away meanwhile
 
@@ -65,6 +73,11 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
     Raises:
         ConfigError: its own method returns no text.
     """
+    return fingerprint_and_places(dataset)[0]
+
+
+def fingerprint_and_places(dataset: Any) -> tuple[dict[str, Any], list[Path]]:
+    """Return a dataset's fingerprint, and the files and folders that it is of."""
     seen, sha = _Seen(), hashlib.sha256()
     own = getattr(dataset, "fingerprint", None)
     if callable(own):
@@ -82,7 +95,79 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"digest": sha.hexdigest(), "type": type(dataset).__qualname__}
     if hasattr(dataset, "__len__"):
         found["samples"] = len(dataset)
-    return {**found, "files": seen.files, "bytes": seen.size, "opaque": sorted(seen.opaque)}
+    return {**found, "files": seen.files, "bytes": seen.size, "opaque": sorted(seen.opaque)}, seen.places
+
+
+# ------------------------------------------------------------------------------------------- files, by their places
+
+
+def files_read(places: Iterable[Path], root: Path) -> dict[str, dict[str, Any]]:
+    """Return the fingerprints of the files and folders that a training read, for its receipt.
+
+    Args:
+        places: absolute, or relative to the working directory; what is not there any more is left out.
+        root: the experiment's folder: what lies in it is named by its place there.
+    """
+    found = {Path(os.path.abspath(place)) for place in places}  # noqa: PTH100
+    found = {place for place in found if place.exists() and not any(parent in found for parent in place.parents)}
+    if len(found) > MOST_PLACES:
+        found = {Path(os.path.commonpath(found))}
+    names = {place: place.relative_to(root) if place.is_relative_to(root) else place for place in found}
+    return {f"{OF_A_FILE}{name}": _of_place(place) for place, name in sorted(names.items())}
+
+
+def files_now(data: dict[str, Any], root: Path) -> dict[str, dict[str, Any]]:
+    """Return what `files_read` gave for a receipt, as it is now; without what is not here."""
+    places = {name: root / name.removeprefix(OF_A_FILE) for name in data if name.startswith(OF_A_FILE)}
+    return {name: _of_place(place) for name, place in places.items() if place.exists()}
+
+
+def changed_files(data: dict[str, Any], root: Path) -> list[str]:
+    """Return the files and folders that are not what a receipt's training read."""
+    now = files_now(data, root)
+    return [name.removeprefix(OF_A_FILE) for name in now if now[name]["digest"] != data[name]["digest"]]
+
+
+def _of_place(place: Path) -> dict[str, Any]:
+    seen, sha = _Seen(), hashlib.sha256()
+    with closing(_Cache()) as cache:
+        for part in _place(place, seen, cache):
+            sha.update(part)
+    kind = "folder" if place.is_dir() else "file"
+    return {"digest": sha.hexdigest(), "type": kind, "files": seen.files, "bytes": seen.size,
+            "opaque": [kind for each in seen.opaque if each]}  # fmt: skip
+
+
+def places_in(node: Any) -> Iterator[Path]:
+    """Yield each text in a configuration that names a file or a folder."""
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from places_in(child)
+    elif isinstance(node, str) and _exists(node):
+        yield Path(node)
+
+
+@contextmanager
+def noting_opened(found: set[Path]) -> Iterator[None]:
+    """Note which files are opened for reading meanwhile, by Python's own open: numpy, pandas, torch and PIL call it."""
+    real = builtins.open
+
+    @functools.wraps(real)
+    def noted(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        opened = real(file, mode, *arguments, **options)
+        if isinstance(file, str | Path) and not {*"wax+"} & {*mode}:
+            place = os.path.abspath(file)  # noqa: PTH100
+            if not place.startswith(SYSTEM) and not in_environment(place):
+                found.add(Path(place))
+        return opened
+
+    builtins.open = io.open = noted
+    try:
+        yield
+    finally:
+        builtins.open = io.open = real
 
 
 def _walk(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryview]:
@@ -189,11 +274,16 @@ def _name(kind: type) -> str:
 
 
 def _is_place(text: str) -> bool:
-    return os.sep in text and len(text) < 4096 and "\0" not in text and "\n" not in text and os.path.exists(text)  # noqa: PTH110
+    return os.sep in text and _exists(text) and "\n" not in text
+
+
+def _exists(text: str) -> bool:
+    return bool(text) and len(text) < LONGEST_PLACE and "\0" not in text and os.path.exists(text)  # noqa: PTH110
 
 
 def _place(path: Path, seen: _Seen, cache: "_Cache") -> Iterator[bytes]:
     """Yield what identifies a file, or all files below a folder: wherever it lies, and whatever it is called there."""
+    seen.places.append(path)
     if not path.exists():
         yield f"path:{path};".encode()
         return

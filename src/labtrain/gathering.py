@@ -1,35 +1,40 @@
 """Outputs gathered in a list, one item a call of a step, brought together for an epoch's end.
 
 Each rank's list has the items of its shards. How many those are of each batch is a function of the loader and of the
-number of batches, so nothing is counted in a step.
+number of batches, so nothing is counted in a step. A checkpoint holds the items of all ranks, and a training that goes
+on gives each rank those of its shards.
 
 Lightning 2.6: loops/training_epoch_loop.py and loops/evaluation_loop.py, for the number of batches.
 """
 
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from labtrain.attributes import plain_attributes
 from labtrain.errors import ConfigError
 from labtrain.joining import received, to_send
 from labtrain.loader import DataLoader, loaders_of
 
+Path = tuple[Any, ...]  # an attribute's dotted name, and the keys from there to a list
 Calls = list[list[int]]  # of each loader: of each batch, how often this rank's step was called
 
 _trainer: weakref.ref[pl.Trainer] | None = None
 
 
 def enter(trainer: pl.Trainer | None) -> None:
-    """Remember the trainer whose epochs `gather_outputs` is called in; None: no one."""
+    """Remember the trainer in whose epochs `gather_outputs` is called; None forgets it."""
     global _trainer
     _trainer = None if trainer is None else weakref.ref(trainer)
 
 
 def gather_outputs(outputs: list[Any]) -> list[Any]:
-    """Return the items of all ranks, in the order of batches and shards. Every rank calls it, at an epoch's end.
+    """Return the items of all ranks, in the order of batches and shards; to be called on every rank at an epoch's end.
 
     Args:
         outputs: of this rank: one item for each call of the epoch's step, or for each call with one of several
@@ -43,16 +48,73 @@ def gather_outputs(outputs: list[Any]) -> list[Any]:
     """
     trainer = _trainer() if _trainer is not None else None
     calls = calls_of(trainer) if trainer is not None else [[1] * len(outputs)]
+    if trainer is not None and trainer.training and trainer.world_size > 1:
+        _check_resumed(trainer)
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        _order([len(outputs)], [calls])
+        _order([len(outputs)], [calls], trainer)
         return list(outputs)
     device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
     ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(ranks, (calls, len(outputs), to_send(outputs)))
-    order = _order([length for _, length, _ in ranks], [calls for calls, _, _ in ranks])
-    items = [received(sent, device) for _, _, sent in ranks]
-    items[dist.get_rank()] = outputs
+    order = _order([length for _, length, _ in ranks], [calls for calls, _, _ in ranks], trainer)
+    own = dist.get_rank()
+    items = [outputs if rank == own else received(sent, device) for rank, (*_, sent) in enumerate(ranks)]
     return [items[rank][number] for rank, number in order]
+
+
+@contextmanager
+def made_whole(trainer: pl.Trainer, grown: set[str]) -> Iterator[list[Path]]:
+    """Have the model's lists of this epoch's outputs hold the items of all ranks, while it is saved; on every rank.
+
+    Args:
+        trainer: in the middle of a training epoch, with shards.
+        grown: the attributes with lists that steps append to.
+
+    Yields:
+        where they are: the lists of rank 0 that have an item a call.
+    """
+    lists = lists_of(trainer.lightning_module)
+    mine = grown, calls_of(trainer), {path: len(items) for path, items in lists.items()}
+    ranks = [mine] * trainer.world_size
+    if trainer.world_size > 1:
+        dist.all_gather_object(ranks, mine)
+    calls = [sum(map(sum, of_rank)) for _, of_rank, _ in ranks]
+    paths = [
+        path for path in ranks[0][2] if path[0] in ranks[0][0] and [lengths.get(path) for *_, lengths in ranks] == calls
+    ]
+    own = {path: list(lists[path]) for path in paths}
+    try:
+        for path in paths:
+            lists[path][:] = gather_outputs(own[path])
+        yield paths
+    finally:
+        for path, items in own.items():
+            lists[path][:] = items
+
+
+def leave_own(trainer: pl.Trainer, paths: list[Path]) -> None:
+    """Have lists that hold the items of all ranks hold those of this rank; called on every rank."""
+    if trainer.world_size == 1 or not paths:
+        return
+    calls: list[Calls] = [[]] * trainer.world_size
+    dist.all_gather_object(calls, calls_of(trainer))
+    order = _order([sum(map(sum, of_rank)) for of_rank in calls], calls, trainer)
+    lists = lists_of(trainer.lightning_module)
+    for path in paths:
+        items = lists[path]
+        items[:] = [item for item, (rank, _) in zip(items, order, strict=True) if rank == trainer.global_rank]
+
+
+def lists_of(module: torch.nn.Module) -> dict[Path, list[Any]]:
+    """Return the lists among a model's plain attributes, and those in dicts there."""
+    found: dict[Path, list[Any]] = {}
+    waiting: list[tuple[Path, Any]] = [((name,), value) for name, value in plain_attributes(module).items()]
+    for path, value in waiting:
+        if type(value) is list:
+            found[path] = value
+        elif isinstance(value, dict):
+            waiting += [((*path, key), item) for key, item in value.items()]
+    return found
 
 
 def calls_of(trainer: pl.Trainer) -> Calls:
@@ -77,12 +139,23 @@ def calls_of(trainer: pl.Trainer) -> Calls:
     return calls
 
 
-def _order(lengths: list[int], calls: list[Calls]) -> list[tuple[int, int]]:
+def _check_resumed(trainer: pl.Trainer) -> None:
+    """Raise ConfigError where no checkpoint has held the outputs of this epoch's first batches."""
+    if getattr(trainer.fit_loop.epoch_loop, "epoch_without_outputs", None) == trainer.current_epoch:
+        raise ConfigError(
+            "labtrain.gather_outputs: this epoch was resumed in its middle, and its checkpoint does not have the"
+            " outputs of the batches before",
+            hint="append them to a list that is an attribute of the model: checkpoints hold those",
+        )
+
+
+def _order(lengths: list[int], calls: list[Calls], trainer: pl.Trainer | None) -> list[tuple[int, int]]:
     """Return the order of all items, as (rank, number in its list).
 
     Args:
         lengths: of each rank's list.
         calls: of each rank.
+        trainer: named in an error.
 
     Raises:
         ConfigError: the lengths are not those of the calls, or they fit two loaders that give two orders.
@@ -96,9 +169,12 @@ def _order(lengths: list[int], calls: list[Calls]) -> list[tuple[int, int]]:
     if len(found) == 1:
         return found[0]
     expected = [sum(map(sum, of_rank)) for of_rank in calls]
+    step = "the step"
+    if trainer is not None:
+        step = f"{'training' if trainer.training else 'test' if trainer.testing else 'validation'}_step"
     raise ConfigError(
-        f"labtrain.gather_outputs: the list has {_each(lengths)} items, the step was called {_each(expected)} times",
-        hint="append exactly one item in each call of the step, and clear the list at the epoch's end",
+        f"labtrain.gather_outputs: the list has {_each(lengths)} items, {step} was called {_each(expected)} times",
+        hint="append exactly one item in each call of the step, not in a hook, and clear the list at the epoch's end",
     )
 
 

@@ -9,6 +9,8 @@ torch.compile in code       kernels are chosen by timing, and by the shapes that
 flags that code has changed cudnn.benchmark chooses kernels by timing; other threads are another order of addition
 TF32 set from outside       NVIDIA_TF32_OVERRIDE and its like change bits, and are not part of the run's name
 times                       a validation or an end by the clock comes at another step each time
+modules without a digest    imported by a computed name or from a file on no path: the run's name is without them
+modules unlike their files  edited since they were imported, in a notebook; or while the training started
 reloaded loaders            what a new loader is may depend on the epoch in which a process began
 fused, mixed and clipped    in mixed precision Lightning clips no fused optimizer's gradients
 =========================== ============================================================================================
@@ -22,6 +24,7 @@ import os
 import re
 import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -32,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from labtrain.determinism import STRICT_MODES
 from labtrain.errors import ConfigError
 from labtrain.loader import DataLoader, StatefulLoader, loaders_of
+from labtrain.sources import Code, can_be_found, stale_modules, unnamed_modules
 
 TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
@@ -48,15 +52,34 @@ class Guard(pl.Callback):
         shards: determinism.shards, where they are in use.
         threads: determinism.threads.
         say: called with each sentence that the person and the receipt are to have.
+        code: what the run is named by; None in mode off.
+        there: the names of the modules that were there before the training.
+        root: the experiment's folder.
 
     Raises:
         ConfigError: in strict mode, for the first finding.
     """
 
-    def __init__(self, *, mode: str, shards: int | None, threads: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        *,
+        mode: str,
+        shards: int | None,
+        threads: int,
+        say: Callable[[str], None],
+        code: Code | None,
+        there: set[str],
+        root: Path,
+    ) -> None:
         self.mode, self.shards, self.threads, self.say = mode, shards, threads, say
+        self.code, self.there, self.root = code, there, root
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.code is not None:
+            self._judge(stale(self.code))
+            if self.code.shadows:
+                names = ", ".join(self.code.shadows)
+                self.say(f"imported instead of the environment's: {names} (unset PYTHONPATH, or give them other names)")
         self._refuse(uncuttable_loaders(trainer, self.shards))
         self._refuse(unclippable(trainer))
         self._judge(single_samples(trainer, pl_module, self.shards))
@@ -65,6 +88,13 @@ class Guard(pl.Callback):
         self._judge(compiled(pl_module))
         self._judge(changed_flags(self.threads))
         self._judge(clocks(trainer))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.code is not None:
+            code, self.code = self.code, None
+            self._judge(unnamed(code, self.there, self.root))
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._judge(evaluation_loaders("test", trainer.test_loop._combined_loader))
@@ -89,6 +119,27 @@ class Guard(pl.Callback):
     def _refuse(findings: Iterator[Finding]) -> None:
         for what, hint in findings:
             raise ConfigError(what, hint=hint)
+
+
+def stale(code: Code) -> Iterator[Finding]:
+    """Find modules that are not as the file that names the run."""
+    for name in stale_modules(code):
+        yield (
+            f"{name} is not as in its file: it was edited since it was imported, or loaded from bytecode",
+            "start again; in a notebook, restart the kernel",
+        )
+
+
+def unnamed(code: Code, there: set[str], root: Path) -> Iterator[Finding]:
+    """Find modules that were imported for the first step and are no part of the run's name."""
+    for name, file in unnamed_modules(code, there):
+        found = can_be_found(name, file, root)
+        yield (
+            f"{name} was imported from {file}: it is neither in the environment nor in the run's name",
+            f"write `import {name}` in the module that uses it"
+            if found
+            else f"put {file} into {root} and import it by its name",
+        )
 
 
 def uncuttable_loaders(trainer: pl.Trainer, shards: int | None) -> Iterator[Finding]:
@@ -149,6 +200,12 @@ def training_loaders(trainer: pl.Trainer) -> Iterator[Finding]:
         if not isinstance(loader, DataLoader | StatefulLoader):
             what = "its order and draws are no function of seed and epoch"
             yield f"the training data comes from {_kind(loader)}: {what}", hint
+        elif isinstance(loader, StatefulLoader) and trainer.world_size > 1:
+            yield (
+                f"the training data comes from {_kind(loader.loader)}, in {trainer.world_size} processes: unless it"
+                " cuts its samples by rank itself, each of them trains on the same",
+                "trainer.devices=1; or determinism.mode=warn, if each rank gets samples of its own",
+            )
 
 
 def evaluation_loaders(stage: str, combined: Any) -> Iterator[Finding]:

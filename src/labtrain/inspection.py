@@ -1,44 +1,59 @@
 """What a receipt says of code, environment, machine, configuration and checkpoints, against what is here. No torch."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from labtrain.catalog import checkpoint_place
 from labtrain.compare import Difference, differences, overrides
+from labtrain.determinism import is_recorded, variables
 from labtrain.digests import digest_folder
 from labtrain.doctor.environment import files_state
 from labtrain.errors import DamagedError
+from labtrain.fingerprints import files_now
 from labtrain.provenance import code_state, environment_state, machine
 from labtrain.receipt import Receipt, without_secrets
 from labtrain.remote import is_local
-from labtrain.run import Job, code_digest, lock_digest, shown, what_counts
+from labtrain.run import Job, lock_digest, shown, what_counts
+from labtrain.sources import moved
 from labtrain.store import Store
 
 COMPOSE_TIMEOUT_S = 120
 
 
-def state_differences(receipt: Receipt, root: Path) -> list[Difference]:
-    """Return how today's code, environment and machine differ from a receipt's."""
+def state_differences(receipt: Receipt, root: Path, home: Path) -> list[Difference]:
+    """Return how today's code, environment and machine differ from a receipt's; the code of `home` lies in `root`."""
     job = Job(
         run_id="",
         run_dir="",
         root=str(root),
-        config={},
+        config=receipt["config"],
         command=[],
-        code_digest=code_digest(root),
+        code_digest="",
         lock_digest=lock_digest(root),
     )
     now = {
         **receipt,
-        "code": code_state(job),
+        "code": code_state(job, path=moved(sys.path, home, root)),
         "environment": environment_state(job) | files_state(),
         "hardware": receipt["hardware"] | machine(),
+        "determinism": receipt["determinism"] | {"variables": _variables(receipt["determinism"])},
+        "data": receipt["data"] | files_now(receipt["data"], home),
     }
     return list(told_differences(receipt, now))
+
+
+def _variables(determinism: dict[str, Any]) -> dict[str, str]:
+    """Return the variables that a training here would have: what labtrain sets for it is as the receipt says."""
+    ours = variables(determinism["mode"], threads=determinism["threads"])
+    said = {name: value for name, value in determinism["variables"].items() if name in ours}
+    here = {name: value for name, value in os.environ.items() if is_recorded(name) and name not in ours}
+    return said | here
 
 
 def composed_differently(receipt: Receipt, root: Path) -> list[Difference]:

@@ -20,6 +20,7 @@ from labtrain.errors import EXIT_STOPPED, LabtrainError, LostError
 from labtrain.ranks import find_ranks, in_slurm_step, requeue, wants_requeue
 from labtrain.run import JOB_VARIABLE, Job, shown
 from labtrain.signals import Stopped, end_with_parent
+from labtrain.sources import load_from_source
 
 if TYPE_CHECKING:
     from labtrain.training import Result
@@ -46,6 +47,8 @@ def main() -> None:
         end_with_parent(os.getppid(), signal.SIGTERM)  # its SIGUSR1, say, ends torchrun alone
     out = _take_stdout()
     sys.path[0] = job.root  # as if train.py ran: python -m puts the working directory here
+    if job.config["determinism"]["mode"] != "off":
+        load_from_source()
     gc.disable()  # importing torch and Lightning makes no garbage: half a second of looking for it
     from labtrain.training import train
 

@@ -124,10 +124,15 @@ class _Joiner:
 
     def _sequences(self, parts: list[Any], *, top: bool) -> Any:
         first = parts[0]
-        fields = all(len(part) == len(first) for part in parts)
-        if self._have_rows(parts) and not (top and fields and _are_fields(first, self.sizes[0])):
-            return type(first)([row for part in parts for row in part])
-        return type(first)([self(list(each)) for each in zip(*parts, strict=True)]) if fields else parts
+        if self._have_rows(parts):
+            fields = all(_are_fields(part, size) for part, size in zip(parts, self.sizes, strict=True))
+            if not fields:
+                return type(first)([row for part in parts for row in part])
+            if not top:
+                return parts  # as many tensors as samples, each with as many rows: which of the two is not known
+        if any(len(part) != len(first) for part in parts):
+            return parts
+        return type(first)([self(list(each)) for each in zip(*parts, strict=True)])
 
 
 def _emptied(part: Any, size: int, *, average: bool, top: bool = False) -> Any:
@@ -138,7 +143,7 @@ def _emptied(part: Any, size: int, *, average: bool, top: bool = False) -> Any:
         if _has_rows(part, size):
             return part[:0]
         if average and not part.ndim:
-            return torch.tensor(torch.nan) if isinstance(part, Tensor) else np.float64("nan")
+            return torch.tensor(torch.nan, device=part.device) if isinstance(part, Tensor) else np.float64("nan")
         return [] if part.ndim else part
     if isinstance(part, PackedSequence):
         return PackedSequence(part.data[:0], part.batch_sizes[:0])
@@ -148,7 +153,7 @@ def _emptied(part: Any, size: int, *, average: bool, top: bool = False) -> Any:
         return _record(part, lambda name: inner(getattr(part, name)))
     if isinstance(part, list | tuple):
         if _has_rows(part, size) and not (top and _are_fields(part, size)):
-            return type(part)()
+            return [] if _are_fields(part, size) else type(part)()
         return type(part)([inner(value) for value in part])
     if average and isinstance(part, int | float | np.number):
         return float("nan")
@@ -164,11 +169,9 @@ def _has_rows(part: Any, size: int) -> bool:
 
 
 def _are_fields(part: Sequence[Any], size: int) -> bool:
-    """Return whether a batch with as many items as samples is (inputs, targets) rather than rows."""
-    return any(
-        _are_fields(list(value.values()), size) if isinstance(value, Mapping) else _has_rows(value, size)
-        for value in part
-    )
+    """Return whether what has as many items as samples may be (inputs, targets) rather than rows."""
+    found = [_has_rows(value, size) for value in part if isinstance(value, Tensor | np.ndarray | list | tuple)]
+    return bool(found) and all(found)
 
 
 def _kind(value: Any) -> tuple[type[Any], int]:

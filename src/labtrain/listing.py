@@ -99,6 +99,8 @@ def row_of(run_dir: Path, metric: str | None = None) -> Row:
         if now is not None and now["status"] != "running":
             return row_of(run_dir, metric)
         status = "killed"
+    elif status in ("interrupted", "failed") and is_trained(run_dir):
+        status = "running"  # its process has not done its first step yet
     steps, metrics = results.get("steps"), results.get("metrics", {})
     if status != "complete":
         steps, metrics = last_of(run_dir)

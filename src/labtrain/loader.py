@@ -165,16 +165,11 @@ class DataLoader:
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing below runs before the first next(), which comes after set_epoch.
-        size, epoch, seed = len(self.dataset), self.epoch, run_seed()
-        order = Order(size, seed=seed, epoch=epoch, shuffle=self.shuffle)
+        epoch = self.epoch
+        order = Order(len(self.dataset), seed=run_seed(), epoch=epoch, shuffle=self.shuffle)
         first = self._start[1] if self._start[0] == epoch else 0
-        loaded = self._load(self._plan(order, range(first, len(self)), epoch), epoch)
-        for indices, parts, data in self._on_device(loaded):
-            if self.transforms:
-                data = [
-                    self._transformed(part, raw, Draws(seed, epoch, load))
-                    for (_, part), (raw, load) in zip(parts, data, strict=True)
-                ]
+        plan = self._plan(order, range(first, len(self)), epoch)
+        for indices, parts, data in self._made(plan, epoch, self.num_workers):
             self.indices = torch.from_numpy(indices)
             if self._shards is None:
                 yield data[0]
@@ -182,22 +177,47 @@ class DataLoader:
                 each = [(shard, len(part), mine) for (shard, part), mine in zip(parts, data, strict=True)]
                 yield Sharded(each, samples=len(indices), shards=len(self._cuts(len(indices))) - 1)
 
+    def first_batch(self, epoch: int) -> Indices:
+        """Return the indices of the first batch of an epoch."""
+        return Order(len(self.dataset), seed=run_seed(), epoch=epoch, shuffle=self.shuffle)(0, self.batch_size)
+
+    def load(self, groups: Iterable[Sequence[Indices]], epoch: int) -> Iterator[list[Any]]:
+        """Yield the data of parts of one's own choice, each made as a shard of that epoch is; a list for each group.
+
+        Where the training loads in workers, one worker loads these too: the dataset of this process is left alone.
+        """
+        parts_of = (list(enumerate(group)) for group in groups)
+        plan = ((np.concatenate([part for _, part in parts]), parts, self._loads(parts, epoch)) for parts in parts_of)
+        return (data for _, _, data in self._made(plan, epoch, min(self.num_workers, 1)))
+
     def _plan(self, order: Order, batches: range, epoch: int) -> Iterator[Plan]:
         """Yield, of each batch, all its indices, the parts of this rank, and the indices that are loaded for each part.
 
         Those are its own, and behind them the partners that transforms ask for.
         """
-        partnered = any(hasattr(transform, "partners") for transform in self.transforms)
         for batch in batches:
             indices = order(batch * self.batch_size, (batch + 1) * self.batch_size)
             parts = self._parts(indices)
-            loads = [part for _, part in parts]
-            if partnered:
-                draws = [Draws(run_seed(), epoch, torch.from_numpy(load)) for load in loads]
-                loads = [with_partners(self.transforms, each, order.num_samples).numpy() for each in draws]
-            yield indices, parts, loads
+            yield indices, parts, self._loads(parts, epoch)
 
-    def _load(self, plan: Iterator[Plan], epoch: int) -> Iterator[tuple[Indices, Parts, list[Any]]]:
+    def _loads(self, parts: Parts, epoch: int) -> list[Indices]:
+        if not any(hasattr(transform, "partners") for transform in self.transforms):
+            return [part for _, part in parts]
+        draws = [Draws(run_seed(), epoch, torch.from_numpy(part)) for _, part in parts]
+        return [with_partners(self.transforms, each, len(self.dataset)).numpy() for each in draws]
+
+    def _made(self, plan: Iterator[Plan], epoch: int, num_workers: int) -> Iterator[tuple[Indices, Parts, list[Any]]]:
+        """Yield the batches of a plan as they are handed out: loaded, on their device, transformed."""
+        seed = run_seed()
+        for indices, parts, data in self._on_device(self._load(plan, epoch, num_workers)):
+            if self.transforms:
+                data = [
+                    self._transformed(part, raw, Draws(seed, epoch, load))
+                    for (_, part), (raw, load) in zip(parts, data, strict=True)
+                ]
+            yield indices, parts, data
+
+    def _load(self, plan: Iterator[Plan], epoch: int, num_workers: int) -> Iterator[tuple[Indices, Parts, list[Any]]]:
         """Yield the batches of a plan as they are loaded: with transforms, each with the indices of its samples."""
         fetch = _Fetch(self, epoch, twice=not self._loaded_before)
         self._loaded_before = True
@@ -205,16 +225,16 @@ class DataLoader:
         plan, dealt = itertools.tee(plan)
         wanted = (load for _, _, loads in dealt for load in loads)
         results: Iterator[Any] = map(fetch.__getitem__, wanted)
-        if waits and not self.num_workers:
+        if waits and not num_workers:
             parts_ahead = len(shard_range(self._shards, *self._place)) if self._shards is not None else 1
             results = in_thread(fetch.__getitem__, wanted, number=parts_ahead)
-        if self.num_workers:
+        if num_workers:
             results = iter(
                 torch.utils.data.DataLoader(
                     fetch,
                     batch_size=None,
                     sampler=wanted,  # all the indices of a load are an entry: fetched at once
-                    num_workers=self.num_workers,
+                    num_workers=num_workers,
                     collate_fn=_as_it_is,
                     pin_memory=self.pin_memory,
                     worker_init_fn=partial(_begin_worker, os.getpid()),
@@ -373,6 +393,7 @@ class StatefulLoader:
         self._start = (-1, 0)
         self._state: Any = None
         self._ended = False
+        self.exhausted = False  # it was asked for another batch in this epoch, and had none
 
     def __len__(self) -> int:
         return len(self.loader)  # TypeError where it has none, as Lightning expects
@@ -385,9 +406,18 @@ class StatefulLoader:
             if set_epoch is not None:
                 set_epoch(epoch)
 
-    def start_at(self, epoch: int, batch: int, *, state: Any, ended: bool) -> None:
-        """Go on from `state`: of a loader of this kind after `batch` batches of `epoch`, its last where ended."""
+    def start_at(self, epoch: int, batch: int, *, state: Any, ended: bool, exhausted: bool = True) -> None:
+        """Go on from a state.
+
+        Args:
+            epoch: in which it was taken.
+            batch: after so many of its batches.
+            state: of a loader of this kind.
+            ended: the epoch of the training ended with that batch.
+            exhausted: the loader had been asked for another batch, and had none.
+        """
         self._start, self._state, self._ended, self.epoch = (epoch, batch), state, ended, epoch
+        self.exhausted = exhausted
 
     def __iter__(self) -> Iterator[Any]:
         epoch, done = self._start
@@ -395,12 +425,38 @@ class StatefulLoader:
             return
         if self.epoch == epoch or (self._ended and self.epoch == epoch + 1):
             self.loader.load_state_dict(self._state)
+            if self._ended and self._ends_again():
+                self.loader.load_state_dict(self._state)
         done = done if self.epoch == epoch else 0
+        self.exhausted = False
         for batch in self.loader:
             done += 1
             self.states = {number: state for number, state in self.states.items() if number == done - 1}
             self.states[done] = self.loader.state_dict()
             yield batch
+        self.exhausted = True
+
+    def _ends_again(self) -> bool:
+        """Bring the loader to where an epoch left it whose last batch another process has trained.
+
+        Its state was taken before the end. torchdata's loader then has the rest of that epoch to give, which is
+        nothing, before it begins the next one. Lightning asks for a batch beyond the one that it trains if the loader
+        has no length, and only then.
+
+        Returns:
+            whether that gave a batch of the next epoch: the loader is of a kind that begins it at once.
+        """
+        rest, nothing = iter(self.loader), object()
+        if _length(self.loader) is not None:
+            return False
+        return next(rest, nothing) is not nothing and self.exhausted
+
+
+def _length(loader: Any) -> int | None:
+    try:
+        return len(loader)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def is_stateful(loader: Any) -> bool:

@@ -27,6 +27,7 @@ from labtrain.determinism import seed_place
 from labtrain.digests import PLACE
 from labtrain.errors import ConfigError
 from labtrain.files import is_spread
+from labtrain.gathering import leave_own, made_whole
 from labtrain.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
 from labtrain.metrics import hold, metrics_of, release
 from labtrain.signals import Stopped, Wishes
@@ -64,6 +65,7 @@ class EpochLoop(_TrainingEpochLoop):
         self.save, self.every_n_steps, self.wishes, self.stop_at = save, every_n_steps, wishes, stop_at
         self.loaded: State | None = None  # the checkpoint that is taken up, until it is
         self.unsaved: Unsaved | None = None  # from the start of the training on
+        self.epoch_without_outputs: int | None = None  # one that was resumed, without what its steps gathered in lists
         self._entering = False
 
     # ------------------------------------------------------------------------------------------------------ saving
@@ -112,8 +114,11 @@ class EpochLoop(_TrainingEpochLoop):
     def place(self) -> State:
         """Return where the training stands, as plain values and tensors."""
         trainer, fit = self.trainer, self.trainer.fit_loop
-        mine = {"logged": self._logged(), "metrics": self._metric_states(), "loader": self._loader_state()}
-        if self.unsaved is not None:
+        mine = {"logged": self._logged(), "metrics": self._metric_states(), **self._loader_state()}
+        if self.unsaved is not None and isinstance(trainer.strategy, Exact):
+            with made_whole(trainer, trainer.strategy.grown()) as outputs:
+                mine |= self.unsaved.state() | {"outputs": outputs}
+        elif self.unsaved is not None:
             mine |= self.unsaved.state()
         ranks = [mine]
         if trainer.world_size > 1 and not isinstance(trainer.strategy, Exact):
@@ -167,11 +172,12 @@ class EpochLoop(_TrainingEpochLoop):
             states[name] = held
         return states
 
-    def _loader_state(self) -> Any:
+    def _loader_state(self) -> State:
         for loader in loaders_of(self.trainer.fit_loop._combined_loader):
             if isinstance(loader, StatefulLoader):
-                return loader.states.get(self.batch_progress.current.completed)
-        return None
+                state = loader.states.get(self.batch_progress.current.completed)
+                return {"loader": state, "exhausted": loader.exhausted}
+        return {"loader": None}
 
     # ---------------------------------------------------------------------------------------------------- going on
 
@@ -190,7 +196,7 @@ class EpochLoop(_TrainingEpochLoop):
         self.batch_progress.is_last_batch = at["is_last_batch"]
         self._batches_that_stepped = at["batches_that_stepped"]
         self._put_global_step(at["global_step"] - 1)  # the last one's end is still to come: max_steps must not end it
-        self._restore_unsaved(at, gradients=False)
+        self._restore_unsaved(at, entering=False)
 
     def placed(self, loader: Any) -> Any:
         """Return a training loader that begins where the loaded checkpoint stood; one with a state is wrapped."""
@@ -208,7 +214,13 @@ class EpochLoop(_TrainingEpochLoop):
                         f" {self.trainer.world_size}: which samples each would go on with is not known",
                         hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
                     )
-                loader.start_at(at["epoch"], at["batch"], state=mine["loader"], ended=at["is_last_batch"])
+                loader.start_at(
+                    at["epoch"],
+                    at["batch"],
+                    state=mine["loader"],
+                    ended=at["is_last_batch"],
+                    exhausted=mine.get("exhausted", True),
+                )
         return loader
 
     def _of_this_rank(self, at: State) -> State | None:
@@ -219,7 +231,7 @@ class EpochLoop(_TrainingEpochLoop):
             return None
         return ranks[0 if exact else self.trainer.global_rank]
 
-    def _restore_unsaved(self, at: State, *, gradients: bool) -> None:
+    def _restore_unsaved(self, at: State, *, entering: bool) -> None:
         """Put back what no state dict holds: of rank 0, where the ranks are others than those that saved it."""
         mine, device = self._of_this_rank(at), self.trainer.strategy.root_device
         kept: State = at["ranks"][0] if mine is None else mine
@@ -230,7 +242,9 @@ class EpochLoop(_TrainingEpochLoop):
                 hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
             )
         assert self.unsaved is not None
-        self.unsaved.restore(kept, device=device, gradients=gradients)
+        self.unsaved.restore(kept, device=device, entering=entering)
+        leave_own(self.trainer, kept.get("outputs", []))
+        self.epoch_without_outputs = None if kept.get("outputs") else at["epoch"]
 
     def reset(self) -> None:
         if self.loaded is None:
@@ -263,7 +277,7 @@ class EpochLoop(_TrainingEpochLoop):
         connector.restore_optimizers_and_schedulers()
         connector._loaded_checkpoint, self.loaded = {}, None
         self._put_global_step(at["global_step"])
-        self._restore_unsaved(at, gradients=True)
+        self._restore_unsaved(at, entering=True)
         mine, device = self._of_this_rank(at), trainer.strategy.root_device
         if mine is not None:
             metrics = metrics_of(trainer.lightning_module)

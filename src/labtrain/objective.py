@@ -1,19 +1,47 @@
-"""What is minimised where a batch is cut into shards: the mean of their losses, by samples or by a returned weight."""
+"""What is minimised where a batch is cut into shards: the mean of their losses, by samples or by a returned weight.
 
+That is the loss of the batch where the loss is a mean over samples, and another objective where it is not: InfoNCE has
+fewer negatives in a shard, a mean over valid tokens or weighted classes is divided by another sum. `Objective` finds
+such a loss before the first step, without knowing what kind it is: it compares the loss and the gradients of one
+shard's samples with the mean over their two halves, and of other shards with other parts.
+"""
+
+import copy
 import math
 import numbers
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
 
+import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
+from labtrain.copies import on_tensors
+from labtrain.determinism import seed_place
 from labtrain.errors import ConfigError
+from labtrain.loader import DataLoader
 from labtrain.metrics import add_rows
+from labtrain.reduction import alone
+from labtrain.tally import Results
+from labtrain.undo import LARGEST_BYTES, TooLargeError, Undo, keep_draws
 
 WEIGHT_HINT = (
     'return {"loss": loss, "weight": n} with the sum that the loss is divided by: valid tokens, or the class weights of'
     " the samples"
 )
+NOT_COMPARED = "the loss of a batch and the mean of its shards' losses were not compared"
+# Of the first one the gradients too, of the next ones where the loss differs: two samples of one class do not show that
+# the classes have weights.
+SHARDS_COMPARED = 4
+
+
+# ---------------------------------------------------------------------------------------------------- a returned weight
 
 
 def weight_of(output: Any) -> float | None:
@@ -56,3 +84,350 @@ def weighted_mean(rows_SN: Tensor) -> tuple[Tensor, Tensor | None]:
     if len(total) == 1:
         return total[0].float(), None
     return (total[0] / torch.where(total[1] > 0, total[1], 1)).float(), total[1]
+
+
+# ------------------------------------------------------------------------------------------------------- the comparison
+
+
+class NotComparedError(Exception):
+    """The objective of the shards cannot be compared with that of the batch; its text says why."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Difference:
+    """How a loss of some samples differs from the mean over two parts of them.
+
+    Attributes:
+        samples: how many.
+        whole: their loss.
+        parts: the mean of the losses of two parts of them.
+        gradients: the norm of the difference of their gradients, over the norm of the gradients.
+        rounding: up to here a relative difference can be rounding.
+    """
+
+    samples: int
+    whole: float
+    parts: float
+    gradients: float
+    rounding: float
+
+
+class Objective(pl.Callback):
+    """Compares once in each process that trains, before its first step: a receipt has the notes of its last process.
+
+    On rank 0, which has a shard at least; all ranks say the same.
+
+    Args:
+        shards: S, more than 1.
+        strict: the kernels are deterministic.
+        say: called with what the person and the receipt are to have.
+        note: called with what is for the receipt alone.
+    """
+
+    def __init__(
+        self, *, shards: int, strict: bool, say: Callable[[str], object], note: Callable[[str], object]
+    ) -> None:
+        self.shards, self.strict, self.say, self.note = shards, strict, say, note
+        self.done = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        # Not on_train_start: hooks that come after it may prepare what training_step needs.
+        loader = trainer.train_dataloader
+        if self.done or not isinstance(loader, DataLoader):
+            return
+        self.done = True
+        size = min(loader.batch_size, len(loader.dataset))
+        if any(isinstance(part, _BatchNorm) and part.training for part in pl_module.modules()):
+            self.say(
+                f"BatchNorm normalises over the {_sizes(size, self.shards)} samples of a shard, not over the batch's"
+                f" {size} (determinism.shards={self.shards})"
+            )
+        found: tuple[bool, str] | None = None
+        if trainer.is_global_zero:
+            try:
+                difference = compare(trainer, pl_module, loader, shards=self.shards, strict=self.strict)
+                if difference is not None:
+                    found = True, self._sentence(difference, size)
+            except NotComparedError as error:
+                found = False, f"{NOT_COMPARED}: {error}"
+        found = trainer.strategy.broadcast(found, src=0)
+        if found is not None:
+            (self.say if found[0] else self.note)(found[1])
+
+    def _sentence(self, found: Difference, size: int) -> str:
+        shards = f"{self.shards} shards of {_sizes(size, self.shards)} samples"
+        return (
+            f"training_step's loss depends on how a batch is cut: of {found.samples} samples it is {found.whole:.4g},"
+            f" as the mean of two parts of them {found.parts:.4g}, and the gradients differ by"
+            f" {_percent(found.gradients)} (rounding explains up to {_percent(found.rounding)})."
+            " Each step minimises the mean of the losses of"
+            f" {shards}, not the loss of the batch of {size}. determinism.shards=1 minimises the loss of the batch."
+            " Where"
+            f" the loss is a mean over something else than samples, a weight does too: {WEIGHT_HINT}"
+        )
+
+
+def compare(
+    trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, *, shards: int, strict: bool
+) -> Difference | None:
+    """Compare losses and gradients of shards of an epoch's first batch with the mean over two parts of each.
+
+    In eval mode, so without dropout, and in float32. Afterwards everything is as it was.
+
+    Returns:
+        None where they are the same but for rounding.
+
+    Raises:
+        NotComparedError: they cannot be compared.
+    """
+    try:
+        with ExitStack() as stack:
+            stack.callback(keep_draws())
+            bench = stack.enter_context(_Bench.around(trainer, module, loader))
+            epoch = trainer.current_epoch
+            batch = loader.first_batch(epoch)
+            groups = []
+            for shard in range(min(shards, SHARDS_COMPARED)):
+                part = batch[len(batch) * shard // shards : len(batch) * (shard + 1) // shards]
+                if len(part) > 1:
+                    cut = max(1, len(part) // (2 + shard))  # halves may happen to have the same number of tokens
+                    groups.append([part, part[:cut], part[cut:]])
+            if not groups:
+                raise NotComparedError("a shard has one sample")
+            for group, data in zip(groups, loader.load(groups, epoch), strict=True):
+                _refuse_unequal(*data)
+                sizes = [len(part) for part in group[1:]]
+                found = bench.compare(*data, sizes=sizes, strict=strict)
+                if found is not None:
+                    return found
+            if not bench.is_thorough:
+                raise NotComparedError("the samples of the first shards have no weight")
+            return None
+    except NotComparedError:
+        raise
+    except TooLargeError:
+        size = f"{LARGEST_BYTES >> 30} GiB"
+        raise NotComparedError(f"the model holds more than {size} beside its weights, which would be copied") from None
+    except Exception as error:  # whatever a person's code raises: the step itself will say it, if it does so there too
+        lines = str(error).strip().splitlines() or [""]
+        text = f"{type(error).__name__}: {lines[0]:.200}"
+        raise NotComparedError(
+            f"training_step, or the loading of a part of a shard, fails in eval mode: {text}"
+        ) from error
+    finally:
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+
+class _Bench:
+    """Runs the step of a model on parts of a batch, each time from the same state."""
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, undo: Undo) -> None:
+        self.trainer, self.module, self.undo = trainer, module, undo
+        self.parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.gradients: list[Tensor | None] = [None] * len(self.parameters)
+        self.is_thorough = False
+        self.eps = 0.0  # of the coarsest numbers that were computed with
+
+    @classmethod
+    @contextmanager
+    def around(cls, trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader) -> Iterator["_Bench"]:
+        """Prepare the process for such runs, and put everything back."""
+        strategy, loop = cast(Any, trainer.strategy), trainer.fit_loop.epoch_loop
+        tensors = [*module.parameters(), *module.buffers()]
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
+        shallow = [trainer, trainer._logger_connector, *_datasets(loader.dataset)]
+        datamodule = getattr(trainer, "datamodule", None)
+        shallow += [datamodule] if datamodule is not None else []
+        undo = Undo([module, groups, schedulers, loader.transforms], shallow=shallow, free=tensors)
+        with ExitStack() as stack:
+            stack.callback(undo)
+            stack.enter_context(strategy._scratch(loop))  # where self.log writes
+            stack.enter_context(alone())
+            stack.enter_context(_exact_products())
+            stack.enter_context(torch.enable_grad())
+            if any(getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()) or any(
+                type(part).__name__ == "OptimizedModule" for part in module.modules()
+            ):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            yield cls(trainer, module, undo)
+
+    def compare(self, whole: Any, first: Any, second: Any, *, sizes: list[int], strict: bool) -> Difference | None:
+        """Compare some samples with two parts of them; the first time the gradients too, and whether the loss draws."""
+        weights: list[float] = [size / sum(sizes) for size in sizes]
+        losses, given = zip(*(self.run(half) for half in (first, second)), strict=True)
+        loss, own = self.run(whole)
+        if len({each is None for each in (own, *given)}) > 1:
+            raise NotComparedError("it returns a weight for some samples only")
+        if own is not None:
+            if not sum(given):
+                return None
+            weights = [each / sum(given) for each in given]
+        mean = sum(weight * each for weight, each in zip(weights, losses, strict=True) if weight)
+        if not (math.isfinite(loss) and math.isfinite(mean)):
+            raise NotComparedError("the loss is not finite")
+        scale = max(abs(loss), *(abs(each) for each, weight in zip(losses, weights, strict=True) if weight))
+        differs = abs(loss - mean) > self.rounding * scale
+        if self.is_thorough and not differs:
+            return None
+        if not self.is_thorough:
+            self.is_thorough = True
+            again, _ = self.run(whole, seed=1, watch=True)
+            if again != loss if strict else abs(again - loss) > self.rounding * scale:
+                raise NotComparedError("the loss draws random numbers")
+        # Gradients decide: a loss that is the difference of two means may differ by its rounding alone.
+        gradients, rounding = self._gradients((first, weights[0]), (second, weights[1]), (whole, -1.0)), self.rounding
+        if gradients <= rounding:
+            return None
+        return Difference(samples=sum(sizes), whole=loss, parts=mean, gradients=gradients, rounding=rounding)
+
+    @property
+    def rounding(self) -> float:
+        """Return up to where a relative difference is taken for rounding: where half of the digits agree.
+
+        Rounding alone changes the last few digits, by a few eps times the root of what is added up; the gradients of
+        another objective differ in the first ones.
+        """
+        return math.sqrt(self.eps)
+
+    def run(
+        self, data: Any, *, seed: int = 0, backward: float = 0.0, watch: bool = False
+    ) -> tuple[float, float | None]:
+        """Return the loss of some samples and the weight that came with it.
+
+        Args:
+            data: of a loader.
+            seed: of the global generators.
+            backward: add the gradients, times this, to those of earlier runs.
+            watch: note how coarse the numbers are that are kept for the gradients.
+        """
+        self._begin()
+        seed_place("objective", seed)
+        if seed:
+            self.undo.seed(seed)
+        strategy, loop = cast(Any, self.trainer.strategy), self.trainer.fit_loop.epoch_loop
+        data = strategy._moved(copy.deepcopy(data), 0)
+        data = on_tensors(lambda each: each.float() if each.is_floating_point() and _is_half(each) else each, data)
+        results = Results(training=True)
+        results.batch, results.batch_size = data, 1
+        loop._results = results
+        with torch.autograd.graph.saved_tensors_hooks(self._watch, _as_it_is) if watch else nullcontext():
+            args = (
+                [max(loop.batch_idx, 0)]
+                if is_param_in_hook_signature(self.module.training_step, "batch_idx", min_args=2)
+                else []
+            )
+            output = self.module.training_step(data, *args)
+        loss: Any
+        loss, weight = output["loss"] if isinstance(output, dict) else output, weight_of(output)
+        if loss is None:
+            raise NotComparedError("training_step returns no loss")
+        if backward:
+            for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+                parameter.grad = gradient
+            (loss * backward).backward()
+            self.gradients = [parameter.grad for parameter in self.parameters]
+        return float(loss.detach()), weight
+
+    def _begin(self) -> None:
+        self.undo()
+        module = self.module
+        module.eval()
+        module._current_fx_name = "training_step"
+        self.trainer._loggers = [DummyLogger() for _ in self.trainer._loggers]
+        for part in module.modules():
+            if isinstance(part, nn.RNNBase):  # cuDNN has no backward of one in eval mode
+                part.training, part.dropout = True, 0.0
+            if getattr(part, "_dtype", None) in (torch.float16, torch.bfloat16):
+                cast(Any, part)._dtype = torch.float32  # Lightning's, which self.dtype returns
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_floating_point() and _is_half(tensor):
+                tensor.data = tensor.data.float()
+            if tensor.is_floating_point():
+                self.eps = max(self.eps, torch.finfo(tensor.dtype).eps)
+
+    def _watch(self, saved: Tensor) -> Tensor:
+        if saved.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(saved.dtype).eps)
+        return saved.detach()
+
+    def _gradients(self, *runs: tuple[Any, float]) -> float:
+        """Return the norm of what gradients add up to, over the largest on the way."""
+        norms = []
+        for data, factor in runs:
+            if factor:
+                self.run(data, backward=factor)
+            norms.append(self._norm())
+        self.gradients = [None] * len(self.parameters)
+        *scales, difference = norms
+        if not math.isfinite(difference):
+            raise NotComparedError("the gradients are not finite")
+        return difference / max(scales) if max(scales) else float(difference > 0)
+
+    def _norm(self) -> float:
+        parts = [
+            torch.linalg.vector_norm(gradient, dtype=torch.float64)
+            for gradient in self.gradients
+            if gradient is not None
+        ]
+        return math.hypot(*(float(part) for part in parts))
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """Compute float32 in float32, and not in TF32."""
+    products, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = cudnn
+
+
+def _refuse_unequal(whole: Any, first: Any, second: Any) -> None:
+    """Look whether the parts hold what the whole does: a transform may draw for all samples of a part at once."""
+    leaves, *halves = (
+        [leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor) and leaf.dim()]
+        for data in (whole, first, second)
+    )
+    for leaf, left, right in zip(leaves, *halves, strict=True) if len(leaves) == len(halves[0]) else ():
+        rows = len(left)
+        if len(leaf) != rows + len(right) or not leaf.shape[1:] == left.shape[1:] == right.shape[1:]:
+            continue  # padded to another length, or no rows of samples
+        together = torch.cat([left, right])
+        if not torch.allclose(together.double(), leaf.double(), rtol=1e-4, atol=1e-6, equal_nan=True):
+            raise NotComparedError(
+                "a sample comes out of the loader otherwise beside other samples; a transform, collate_fn or"
+                " __getitems__ may draw random numbers for several at once"
+            )
+
+
+def _datasets(dataset: Any) -> Iterator[Any]:
+    """Yield a dataset and those that it wraps."""
+    found: list[Any] = []
+    while hasattr(dataset, "__dict__") and not any(dataset is each for each in found):
+        found.append(dataset)
+        yield dataset
+        dataset = vars(dataset).get("dataset")
+
+
+def _is_half(tensor: Tensor) -> bool:
+    return tensor.element_size() < torch.float32.itemsize
+
+
+def _as_it_is(saved: Tensor) -> Tensor:
+    return saved
+
+
+def _sizes(samples: int, shards: int) -> str:
+    small, large = samples // shards, -(-samples // shards)
+    return str(small) if small == large else f"{small} or {large}"
+
+
+def _percent(ratio: float) -> str:
+    return f"{100 * ratio:.0f} %" if ratio >= 0.1 else f"{100 * ratio:.2g} %"

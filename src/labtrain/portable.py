@@ -8,6 +8,9 @@ chooses others than Intel, and MKL_CBWR=COMPATIBLE does not change that: 13 of 1
 step of Adam, then differ between a CPU of 2023 and an emulated one of 2008. Here numpy computes them: SQRTPS, which
 IEEE 754 defines to the last bit, and libm for the rest.
 
+MKL's Cholesky decomposition of float32 begins so too, in matrices of 5 to 16 rows: it is computed in float64, which has
+no such instruction, and rounded.
+
 Found by running the same operations natively and under `qemu-x86_64 -cpu Nehalem`, as tests/real/test_portable.py does.
 """
 
@@ -40,14 +43,17 @@ POWERS: dict[float, Callable[[torch.Tensor], torch.Tensor]] = {
     -2: lambda x: torch.reciprocal(x * x),
 }
 
-Kernel = Callable[..., torch.Tensor]
+# What is computed in float64: (the operation, its variant that writes to a given place).
+IN_DOUBLE = (("linalg_cholesky_ex", "linalg_cholesky_ex.L"), ("cholesky", "cholesky.out"))
+
+Kernel = Callable[..., Any]
 
 _library: torch.library.Library | None = None
 _before: tuple[bool, bool] = (True, True)  # whether oneDNN and NNPACK were on
 
 
 def install() -> None:
-    """Switch off oneDNN and NNPACK, and replace torch's CPU kernels of FUNCTIONS and of powers (x ** 0.5)."""
+    """Switch off oneDNN and NNPACK, and replace torch's CPU kernels of FUNCTIONS, powers (x ** 0.5) and IN_DOUBLE."""
     global _library, _before
     if _library is not None:
         return
@@ -58,6 +64,8 @@ def install() -> None:
         for name, function in FUNCTIONS.items():
             _replace(_library, partial(_by_numpy, function), name, f"{name}_", f"{name}.out")
         _replace(_library, _power, "pow.Tensor_Scalar", "pow_.Scalar", "pow.Tensor_Scalar_out")
+        for name, out_variant in IN_DOUBLE:
+            _compute_in_double(_library, name, out_variant)
 
 
 def uninstall() -> None:
@@ -79,6 +87,26 @@ def _replace(library: torch.library.Library, kernel: Kernel, functional: str, in
 
     library.impl(functional, kernel, "CPU", allow_override=True)
     library.impl(in_place, compute_in_place, "CPU", allow_override=True)
+    library.impl(out_variant, compute_out, "CPU", allow_override=True)
+
+
+def _compute_in_double(library: torch.library.Library, name: str, out_variant: str) -> None:
+    own, keys = torch.library.get_kernel(f"aten::{name}", "CPU"), torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+    def compute(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if x.dtype != torch.float32:
+            return own.call_boxed(keys, x, *arguments, **options)
+        found = own.call_boxed(keys, x.double(), *arguments, **options)
+        return found.float() if isinstance(found, torch.Tensor) else (found[0].float(), *found[1:])
+
+    def compute_out(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        places = [options.pop(key) for key in ("out", "L", "info") if key in options]
+        found = compute(x, *arguments, **options)
+        for place, each in zip(places, [found] if isinstance(found, torch.Tensor) else found, strict=True):
+            place.resize_(each.shape).copy_(each)
+        return places[0] if len(places) == 1 else tuple(places)
+
+    library.impl(name, compute, "CPU", allow_override=True)
     library.impl(out_variant, compute_out, "CPU", allow_override=True)
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from labtrain.run import Job, route, source_digests, sources
+from labtrain.run import Job, route
+from labtrain.sources import labtrain_sources, read_code, sources
 
 PATCH = "code.patch"  # of a run's folder
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile")
@@ -29,22 +30,26 @@ def time_of(text: str) -> datetime:
     return datetime.fromisoformat(text).astimezone(UTC)
 
 
-def code_state(job: Job) -> dict[str, Any]:
+def code_state(job: Job, *, path: list[str] | None = None) -> dict[str, Any]:
     """Return the code's digest, and what git says of it where the experiment is in a repository.
 
     Returns:
-        digest; sources: the sha256 of each of the experiment's; labtrain: the digest of its own; commit, branch and
-        dirty; folder: of the experiment in its repository; untracked: the sources that git does not know; ignored:
+        digest; sources: the sha256 of each of the experiment's; outside, where there are some: of each that is imported
+        from outside of the environment; shadows, where there are some: the names of modules that come before those of
+        the environment; labtrain: the digest of its own; commit, branch and dirty; folder: of the experiment in its
+        repository; untracked: the sources that git does not know; ignored:
         those that it is told to ignore; patch: what turns the commit into this code, the untracked with it, None where
         git fails.
     """
-    root = job.root
+    root, code = job.root, read_code(Path(job.root), job.config, path=path)
     commit = git(root, "rev-parse", "HEAD").strip()
     untracked, ignored = unknown_sources(root) if commit else ([], [])
     return {
-        "digest": job.code_digest,
-        "sources": source_digests(Path(root)),
-        "labtrain": hashlib.sha256(json.dumps(source_digests(Path(__file__).parent)).encode()).hexdigest(),
+        "digest": code.digest,
+        "sources": code.sources,
+        **({"outside": code.outside} if code.outside else {}),
+        **({"shadows": code.shadows} if code.shadows else {}),
+        "labtrain": hashlib.sha256(json.dumps(labtrain_sources()).encode()).hexdigest(),
         "commit": commit or None,
         "folder": git(root, "rev-parse", "--show-prefix").strip().rstrip("/") if commit else None,
         "branch": git(root, "rev-parse", "--abbrev-ref", "HEAD").strip() or None,

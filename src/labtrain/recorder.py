@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from labtrain.callbacks import tensor_names
 from labtrain.compare import changes
 from labtrain.doctor.environment import files_state
 from labtrain.errors import LabtrainError
-from labtrain.fingerprints import fingerprint
+from labtrain.fingerprints import files_read, fingerprint_and_places
 from labtrain.loader import DataLoader, loaders_of
 from labtrain.provenance import PATCH, code_state, environment_state, machine, timestamp
 from labtrain.run import Job, shards_in_use, shown
@@ -33,17 +33,29 @@ LONGEST_PATCH = 1_000_000  # characters; of a longer one the receipt has none, c
 class Recorder(pl.Callback):
     """Makes the run's folder, writes its receipt when the training starts and closes it when it ends.
 
-    A folder that was made for a training that then did not start is removed again: nothing is left half-written.
+    A folder that was made for a training that then did not start is removed again: nothing is left half-written. A
+    receipt that is there already is left as it is until the first new step is done.
 
     Args:
         job: the run.
         checkpoints: returns what the receipt says of its checkpoints.
         resumed_step: the step that this process goes on from.
+        places: files and folders that model and data were made from.
+        origin: the checkpoint of a complete run that this run begins from: what the receipt says of it.
     """
 
-    def __init__(self, job: Job, *, checkpoints: Callable[[], list[dict[str, Any]]], resumed_step: int) -> None:
+    def __init__(
+        self,
+        job: Job,
+        *,
+        checkpoints: Callable[[], list[dict[str, Any]]],
+        resumed_step: int,
+        places: Collection[Path] = (),
+        origin: dict[str, Any] | None = None,
+    ) -> None:
         self.job, self.run_dir, self.checkpoints = job, Path(job.run_dir), checkpoints
-        self.resumed_step = resumed_step
+        self.resumed_step, self.places, self.origin = resumed_step, places, origin
+        self.waits = False  # with the receipt, for the first new step
         self.notes: list[str] = []
         self.receipt: receipt.Receipt | None = None
         self.lock: int | None = None
@@ -83,10 +95,17 @@ class Recorder(pl.Callback):
 
     def say(self, text: str) -> None:
         """Warn, and write it in the receipt: what is not exact in this training, and why."""
-        if text not in self.notes:
-            self.notes.append(text)
-            if getattr(rank_zero_only, "rank", 0) == 0:
-                sys.stderr.write(f"warning: {text}\n")
+        if self.note(text) and getattr(rank_zero_only, "rank", 0) == 0:
+            sys.stderr.write(f"warning: {text}\n")
+
+    def note(self, text: str) -> bool:
+        """Write it in the receipt alone; return whether it is new."""
+        if text in self.notes:
+            return False
+        self.notes.append(text)
+        if self.receipt is not None:
+            receipt.write(self.run_dir, self.receipt)
+        return True
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -106,6 +125,8 @@ class Recorder(pl.Callback):
             "to_step": None,
             "changed": [],
         }
+        if self.origin is not None:
+            segment["origin"] = self.origin
         config, code = receipt.without_secrets(job.config), receipt.without_secrets(code_state(job))
         self.receipt = {
             "schema": receipt.SCHEMA,
@@ -123,7 +144,7 @@ class Recorder(pl.Callback):
                 **determinism.flags(),
                 "notes": self.notes,
             },
-            "data": data_of(trainer, self.say),
+            "data": self._data(trainer),
             "segments": [*(before["segments"] if before else []), segment],
             "results": {},
             "checkpoints": [],
@@ -137,7 +158,21 @@ class Recorder(pl.Callback):
         }
         if before is not None:
             self._note_changes(before, segment)
-        receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        self.waits = before is not None
+        if not self.waits:
+            self._begin()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.waits and trainer.global_step > self.resumed_step:
+            self._begin()
+
+    def _begin(self) -> None:
+        """Write the receipt, and what lies beside it."""
+        assert self.receipt is not None
+        self.waits, code = False, self.receipt["code"]
+        receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.receipt["config"], sort_keys=False))
         if not code["patch"]:
             (self.run_dir / PATCH).unlink(missing_ok=True)  # of an earlier start
         else:
@@ -145,6 +180,15 @@ class Recorder(pl.Callback):
             if len(code["patch"]) > LONGEST_PATCH:
                 code["patch"] = None
         receipt.write(self.run_dir, self.receipt)
+
+    def _data(self, trainer: pl.Trainer) -> dict[str, Any]:
+        data, places = data_of(trainer, self.say)
+        folder, read = self.run_dir.resolve(), []
+        for place in {*self.places, *places}:
+            real = place.resolve()
+            if not real.is_relative_to(folder) and not folder.is_relative_to(real):  # the run's own files come and go
+                read.append(place)
+        return data | files_read(read, Path(self.job.root))
 
     def _note_changes(self, before: receipt.Receipt, segment: dict[str, Any]) -> None:
         """Say and record what is not as it was when the training stopped: from here on the bits may be others."""
@@ -156,13 +200,17 @@ class Recorder(pl.Callback):
     def close(self, status: str, *, step: int, why: str | None = None, results: dict[str, Any] | None = None) -> None:
         """Write how the training ended; without a receipt, remove the folder that was made for it.
 
+        Where it ended before its first new step, and not because there was none left, the former receipt stays.
+
         Args:
             status: one of `receipt.STATUSES`.
             step: that it had come to.
             why: it ended before its time: a signal's name, or an exception's.
             results: of a complete one.
         """
-        if self.receipt is not None:
+        if self.waits and status == "complete":
+            self._begin()
+        if self.receipt is not None and not self.waits:
             self.receipt["status"] = status
             self.receipt["segments"][-1] |= {"ended": timestamp(), "status": status, "why": why, "to_step": step}
             self.receipt["environment"] |= files_state()
@@ -171,7 +219,7 @@ class Recorder(pl.Callback):
             self.receipt["results"] = results or {}
             self.receipt["checkpoints"] = self.checkpoints()
             receipt.write(self.run_dir, self.receipt)
-        elif self.made_folder:
+        elif self.receipt is None and self.made_folder:
             shutil.rmtree(self.run_dir, ignore_errors=True)  # a signal may have come before it was made
 
     def release(self) -> None:
@@ -190,27 +238,30 @@ def close_killed(before: receipt.Receipt, run_dir: Path) -> None:
         segment |= {"status": "killed", "ended": ended, "to_step": lines[-1]["step"] if lines else segment["from_step"]}
 
 
-def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> dict[str, Any]:
+def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Path]]:
     """Return the fingerprint of what the training and the validation load, by `train` and `val`, `val-2`, ...
 
-    With the loader's transforms, in words: their code is among the run's sources.
+    With the loader's transforms, in words: their code is among the run's sources. And the files and folders that these
+    fingerprints are of.
 
     Data that cannot be read so ends no training: that is said.
     """
     validation = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     found: dict[str, Any] = {}
+    places: list[Path] = []
     for stage, loaders in (("train", [trainer.train_dataloader]), ("val", loaders_of(validation))):
         for number, loader in enumerate(loader for loader in loaders if isinstance(loader, DataLoader)):
             name = stage if not number else f"{stage}-{number + 1}"
             try:
-                found[name] = fingerprint(loader.dataset)
+                found[name], read = fingerprint_and_places(loader.dataset)
+                places += read
                 if loader.transforms:
                     found[name]["transforms"] = [described(transform) for transform in loader.transforms]
             except LabtrainError:
                 raise
             except Exception as error:  # whatever a person's dataset holds
                 say(f"the {name} data has no fingerprint: {type(error).__name__}: {error}")
-    return found
+    return found, places
 
 
 def gpus(trainer: pl.Trainer) -> dict[str, Any]:

@@ -15,7 +15,8 @@ https://arxiv.org/abs/2006.15704): a bucket leaves as soon as the last shard's b
 same order, whichever gradient arrives first.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -40,6 +41,20 @@ def shard_range(shards: int, rank: int, world: int) -> range:
 def shard_ranges(shards: int, world: int) -> list[range]:
     """Return the shards of each rank."""
     return [shard_range(shards, rank, world) for rank in range(world)]
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Hide the process group: what a shard computes must not depend on the number of processes."""
+    if not (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+    group = dist.GroupMember.WORLD
+    dist.GroupMember.WORLD = None
+    try:
+        yield
+    finally:
+        dist.GroupMember.WORLD = group
 
 
 class Tree(Generic[T]):

@@ -8,6 +8,7 @@ import copy
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Generator, Iterator
 from contextlib import suppress
@@ -21,7 +22,8 @@ from labtrain.errors import EXIT_STOPPED, ConfigError, LabtrainError
 from labtrain.provenance import PATCH, git
 from labtrain.ranks import alone
 from labtrain.receipt import NOT_RECORDED, Receipt
-from labtrain.run import Config, Job, code_digest, lock_digest, name, shown, source_digests, what_counts
+from labtrain.run import Config, Job, lock_digest, name, shown, what_counts
+from labtrain.sources import moved, read_code, source_digests
 from labtrain.trail import TRAIL, Line, parse_trail
 
 POLL_S = 0.02
@@ -58,7 +60,8 @@ class Replay:
     ) -> None:
         self.config = _config_of(receipt, scratch, changes or {}, every_n_steps)
         self.recorded, self.root, self.home, self.python = receipt, root, home.resolve(), python
-        self.code_digest, self.lock_digest = code_digest(root), lock_digest(root)
+        self.code_digest = read_code(root, self.config, path=moved(sys.path, home, root)).digest
+        self.lock_digest = lock_digest(root)
         self.run_id = name(self.config, code=self.code_digest, lock=self.lock_digest)
         self.run_dir = scratch / "runs" / str(self.config["experiment"]) / self.run_id
         self.scratch, self.log = scratch, scratch / "log.txt"
@@ -84,7 +87,7 @@ class Replay:
             root=str(self.root),
             config=config,
             command=self.recorded["command"],
-            code_digest=self.code_digest,
+            code_digest="" if self.python else self.code_digest,  # another environment has a labtrain of its own
             lock_digest=self.lock_digest,
             supervisor=os.getpid(),
             stop_at=stop_at,
@@ -95,7 +98,7 @@ class Replay:
             command[0] = str(self.python)
         environment["TMPDIR"] = str(self.scratch)  # torch leaves files when it is killed
         if path := environment.get("PYTHONPATH"):
-            environment["PYTHONPATH"] = os.pathsep.join(map(self._here, path.split(os.pathsep)))
+            environment["PYTHONPATH"] = os.pathsep.join(moved(path.split(os.pathsep), self.home, self.root))
         trail = self.run_dir / TRAIL
         at = trail.stat().st_size if trail.exists() else 0
         with self.log.open("a") as log:
@@ -125,11 +128,6 @@ class Replay:
                 f"the run, trained again, ended with exit code {self.code}:\n{self.said()}",
                 hint="labtrain doctor; the code and data of the receipt are needed",
             )
-
-    def _here(self, entry: str) -> str:
-        """Return where an entry of PYTHONPATH lies, that of the experiment in the code that runs."""
-        path = (self.home / entry).resolve()
-        return str(self.root / path.relative_to(self.home)) if entry and path.is_relative_to(self.home) else entry
 
     def said(self) -> str:
         """Return the end of what it printed."""

@@ -1,27 +1,41 @@
 """Which run a start trains: the one its configuration, code and lock name, or one that it goes on with. No torch."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
 from labtrain import receipt
 from labtrain.catalog import checkpoint_place, list_checkpoints
 from labtrain.errors import ConfigError, LabtrainError
+from labtrain.fingerprints import changed_files
 from labtrain.ranks import find_ranks, restarted
 from labtrain.remote import is_local
-from labtrain.run import Config, Job, code_digest, first_free, lock_digest, name, shown, what_counts
-from labtrain.store import Store
+from labtrain.run import Config, Job, first_free, lock_digest, name, shown, what_counts
+from labtrain.sources import read_code
+from labtrain.store import Manifest, Store
 
 
 def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0) -> Job:
     """Name the run that `config` describes, and its folder. Writes nothing."""
-    code, lock = code_digest(root), lock_digest(root)
+    code, lock = read_code(root, config).digest, lock_digest(root)
     run_id = name(config, code=code, lock=lock)
     run_dir = Path(config["paths"]["runs"]).resolve() / str(config["experiment"]) / run_id
-    origin = ""
+    origin = digest = ""
     if config["resume"] == "never":
         run_dir = fresh(run_dir)
     elif config["resume"] != "auto":
-        run_dir, origin = find_origin(str(config["resume"]), run_dir.parent)
+        experiment_runs = run_dir.parent
+        begun, origin = find_origin(str(config["resume"]), experiment_runs)
+        if same_run(found := receipt.read(begun), config, code=code, lock=lock):
+            run_dir, origin = begun, ""  # there is nothing to train
+        elif found["status"] == "complete" if found is not None else begun.name != run_id:
+            digest = newest_digest(str(config["resume"]), origin)
+            run_dir = experiment_runs / name(config, code=code, lock=lock, origin=digest)
+            if (new := receipt.read(run_dir)) is not None and new["status"] == "complete":
+                origin = ""  # the same command again
+        else:
+            run_dir = begun
         run_id = run_dir.name
     return Job(
         run_id=run_id,
@@ -33,7 +47,38 @@ def make_job(config: Config, *, root: Path, command: list[str], supervisor: int 
         lock_digest=lock,
         supervisor=supervisor,
         origin=origin,
+        origin_digest=digest,
     )
+
+
+def same_run(found: receipt.Receipt | None, config: Config, *, code: str, lock: str) -> bool:
+    """Return whether a run is complete, and what is asked for is what it was: configuration, code and lock."""
+    return (
+        found is not None
+        and found["status"] == "complete"
+        and what_counts(found["config"]) == what_counts(receipt.without_secrets(config))
+        and found["code"]["digest"] == code
+        and (found["environment"]["lock_digest"] or "") == lock
+    )
+
+
+def newest_digest(resume: str, origin: str) -> str:
+    """Return the digest of the newest checkpoint of a folder or URL.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    store = Store(origin)
+    there = [checkpoint for checkpoint in store.checkpoints() if not checkpoint.finished]
+    if not there:
+        raise ConfigError(f"resume={resume}: that run has no checkpoint that could be resumed", hint="resume=never")
+    return checkpoint_digest(store.manifest(there[-1]))
+
+
+def checkpoint_digest(manifest: Manifest) -> str:
+    """Return the sha256 over a checkpoint's files, by name: what stands for the state that a run begins from."""
+    files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def fresh(run_dir: Path) -> Path:
@@ -90,6 +135,14 @@ def find_origin(resume: str, experiment_runs: Path) -> tuple[Path, str]:
         f"resume={resume}: no run is there: looked for {looked}",
         hint=f"ls {shown(experiment_runs)}; auto goes on with the run of the same id, never starts anew",
     )
+
+
+def changed_data(job: Job, done: receipt.Receipt) -> str:
+    """Return, in words, which files that a complete run read are others now; empty where none is."""
+    changed = changed_files(done["data"], Path(job.root))
+    if not changed:
+        return ""
+    return f"changed since {shown(job.run_dir)} was trained: {', '.join(changed)} (resume=never trains with it)"
 
 
 def near_run(job: Job) -> Path | None:

@@ -18,8 +18,9 @@ from labtrain.inspection import told_differences
 from labtrain.provenance import machine
 from labtrain.receipt import Receipt
 from labtrain.replay import Replay
+from labtrain.resume import checkpoint_digest
 from labtrain.run import shown
-from labtrain.store import Checkpoint
+from labtrain.store import Checkpoint, Store
 from labtrain.trail import Line, differing_tensor, phase_of
 
 Say = Callable[[str], None]
@@ -78,12 +79,35 @@ class Case:
             ConfigError: there is none of that step.
         """
         there = self.checkpoints()
+        if step not in there and self.origin is not None and self.origin["step"] == step:
+            return self._fetched_origin(self.origin)
         if step not in there:
             steps = ", ".join(map(str, sorted(there)[-10:])) or "none"
             raise ConfigError(
                 f"no checkpoint of step {step}: there are {steps}", hint=f"labtrain store ls {shown(self.run_dir)}"
             )
         return there[step].store.fetch(there[step], self.scratch / there[step].name)[0]
+
+    @property
+    def origin(self) -> dict[str, Any] | None:
+        """What the receipt says of the checkpoint of another run that this one began from."""
+        found: dict[str, Any] | None = self.receipt["segments"][0].get("origin")
+        return found
+
+    def _fetched_origin(self, origin: dict[str, Any]) -> Path:
+        beside = self.run_dir.resolve().parent / origin["run_id"]  # where the runs lie now, maybe another machine
+        for store in (*stores_of(beside, str(beside / "checkpoints")), Store(origin["url"])):
+            for checkpoint in store.checkpoints():
+                if (
+                    checkpoint.name == origin["checkpoint"]
+                    and checkpoint_digest(store.manifest(checkpoint)) == origin["digest"]
+                ):
+                    return store.fetch(checkpoint, self.scratch / checkpoint.name)[0]
+        raise ConfigError(
+            f"the run began from {origin['checkpoint']} of the run {origin['run_id']}, which is neither beside it nor"
+            f" in {origin['url']}",
+            hint=f"put {origin['run_id']} beside it; or --from a step whose checkpoint is kept",
+        )
 
 
 def follow(

@@ -7,9 +7,7 @@ executed, the code, and the environment's lock. The name is the first 12 hex dig
 import copy
 import dataclasses
 import hashlib
-import os
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,10 +56,11 @@ class Job:
         root: the experiment's folder; absolute. Its modules can be imported.
         config: the resolved configuration.
         command: what the person typed.
-        code_digest: of the experiment's and labtrain's sources.
+        code_digest: of the code that named it (sources.py); empty where another labtrain trains it.
         lock_digest: of the environment's lock; empty where there is none.
         supervisor: process id of the sweep that waits for this job; 0 for a single run.
         origin: with resume=RUN, the folder of the checkpoints that it goes on from; else empty.
+        origin_digest: of the checkpoint there that it begins from, as a run of its own; empty where RUN itself goes on.
         stop_at: the step after which it saves and stops, as after a SIGTERM; 0: none.
     """
 
@@ -74,6 +73,7 @@ class Job:
     lock_digest: str
     supervisor: int = 0
     origin: str = ""
+    origin_digest: str = ""
     stop_at: int = 0
 
     def to_json(self) -> str:
@@ -107,9 +107,16 @@ def shards_in_use(config: Config) -> int | None:
     return shards if exact and config["trainer"]["accelerator"] in ("auto", "cpu", "gpu", "cuda") else None
 
 
-def name(config: Config, *, code: str, lock: str) -> str:
-    """Return the run id: 12 hex digits of what determines the run's bits."""
-    parts = (exact_json.dumps(what_counts(config), sort_keys=True), code, lock)
+def name(config: Config, *, code: str, lock: str, origin: str = "") -> str:
+    """Return the run id: 12 hex digits of what determines the run's bits.
+
+    Args:
+        config: resolved.
+        code: its digest.
+        lock: the digest of the environment's lock.
+        origin: the digest of the checkpoint that it begins from; empty for a run that begins anew.
+    """
+    parts = (exact_json.dumps(what_counts(config), sort_keys=True), code, lock, *([origin] if origin else []))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
@@ -126,37 +133,6 @@ def what_counts(config: Config) -> Config:
     if not (on := {key: value for key, value in kept.pop("speed", {}).items() if value is not False}):
         return kept
     return kept | {"speed": on}
-
-
-def code_digest(root: Path) -> str:
-    """Return the sha256 over the names and contents of the experiment's and labtrain's Python sources."""
-    sha = hashlib.sha256()
-    for base in (root, Path(__file__).parent):
-        for name, digest in source_digests(base).items():
-            sha.update(f"{name}\0".encode())
-            sha.update(bytes.fromhex(digest))
-        sha.update(b"\0")
-    return sha.hexdigest()
-
-
-def source_digests(root: Path) -> dict[str, str]:
-    """Return the sha256 of each Python file below `root` that a run can depend on, by its path."""
-    return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(sources(root))
-    }
-
-
-def sources(root: Path) -> Iterator[Path]:
-    """Yield the Python files below `root` that a run can depend on: no tests, runs, hidden folders or environments."""
-    for folder, folders, files in os.walk(root):
-        here = Path(folder)
-        folders[:] = [
-            name for name in folders if not name.startswith((".", "__")) and not (here / name / "pyvenv.cfg").exists()
-        ]
-        if here == root:
-            folders[:] = [name for name in folders if name not in ("runs", "tests", "vendor")]
-        yield from (here / name for name in files if name.endswith(".py"))
 
 
 def lock_digest(root: Path) -> str:

@@ -13,7 +13,7 @@ weight: objective.py.
 Lightning 2.6: strategies/strategy.py and strategies/ddp.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -33,7 +33,7 @@ from labtrain.guard import Guard, explain_backward
 from labtrain.hooks import Handed, Takers, joined_outputs, of_no_shard
 from labtrain.loader import DataLoader, Sharded
 from labtrain.objective import weight_of, weighted_mean, weighted_row
-from labtrain.reduction import ShardSum, shard_ranges
+from labtrain.reduction import ShardSum, alone, shard_ranges
 from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
 from labtrain.watch import Watch
@@ -118,14 +118,18 @@ class Exact:
             vars(self._module).pop("_on_before_batch_transfer", None)
         super().teardown()  # type: ignore[misc]
 
+    def grown(self) -> set[str]:
+        """Return the names of the model's attributes with lists that steps have appended to."""
+        return self._watch.grown() if self._watch is not None else set()
+
     def process_dataloader(self, loader: Any) -> Any:
         if isinstance(loader, DataLoader):
             loader.shard(self.shards, rank=self._rank, world=self._world)
         return super().process_dataloader(loader)  # type: ignore[misc]
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        self._handed = self.samples = None
         if not isinstance(batch, Sharded):
-            self.samples = None
             return super().batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
         self.samples = batch.samples
         if self.shards > 1 and not self._takers.batch:
@@ -174,7 +178,8 @@ class Exact:
         if watch is not None:
             watch.begin()
         older = [parameter.grad for parameter in parameters]  # of batches that are accumulated
-        outputs: list[tuple[int, Any]] = []  # samples, and what the step returned, for hooks
+        outputs: list[tuple[int, Any]] = []  # samples, and what the step returned, where hooks take it
+        taken = self._takers.outputs
         missing = not batch.parts  # a gradient, on this rank: then only the others know whether there is one
         with self._scratch(loop) as results:
             tally.begin(training=True)
@@ -189,7 +194,7 @@ class Exact:
                 data = data if moved else self._moved(data, 0, *self._when(), 0, index, shard)
                 loop._results = tally.open(data, samples)
                 seed_place("shard", epoch, index, shard)
-                with _alone():
+                with alone():
                     output = super().training_step(data, *args)  # type: ignore[misc]
                 loss = _loss(output)
                 if loss is None:
@@ -213,7 +218,7 @@ class Exact:
                 present = self._push(shard, parameters)
                 missing = missing or not all(present)
                 watched = watch.leave(shard, last=last) if watch is not None else []
-                if self._takers.outputs:
+                if taken:
                     outputs.append((samples, output))
                 numbers = torch.tensor([*present, *buffers.leave(shard, weight), *watched], dtype=torch.float64)
                 row = weighted_row(loss.detach(), share, returned=given is not None)
@@ -236,7 +241,7 @@ class Exact:
         mean, shares = weighted_mean(losses_SN)
         self._waiting = wanted, shares
         combined = {"loss": mean} if shares is None else {"loss": mean, "weight": shares * batch.samples}
-        whole = self._as_one(outputs, ranges)
+        whole = self._as_one(outputs, ranges) if taken else None
         return {**whole, **combined} if isinstance(whole, dict) else mean
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -274,22 +279,23 @@ class Exact:
         which, ranges = loop._results.dataloader_idx, shard_ranges(batch.shards, self._world)
         place = (*self._when(), which or 0, index)
         outputs: list[tuple[int, Any]] = []
+        taken = self._takers.outputs
         with self._scratch(loop) as results:
             self._tally.begin(training=False)
             for shard, samples, data in batch.parts:
                 data = data if moved else self._moved(data, which or 0, *place, shard)
                 loop._results = self._tally.open(data, samples, which)
                 seed_place(*place, shard)
-                with _alone():
+                with alone():
                     output = step(data, *args)
-                if self._takers.outputs:
+                if taken:
                     outputs.append((samples, output))
                 self._tally.close(torch.empty(0, dtype=torch.float64, device=self._device), samples)
             self._combined(batch, results, ranges)
         if self.wishes.agreed_stop:
             raise Stopped(self.wishes.agreed_stop)  # what was trained is saved before each validation
         seed_place("after", *place)
-        return self._as_one(outputs, ranges)
+        return self._as_one(outputs, ranges) if taken else None
 
     def _hand(self, batch: Sharded, dataloader_idx: int, *place: int | str) -> Handed:
         """Move a batch's shards to the device, and join them for hooks."""
@@ -312,8 +318,6 @@ class Exact:
 
     def _as_one(self, outputs: list[tuple[int, Any]], ranges: list[range]) -> Any:
         """Return what hooks get for the outputs of this rank's shards."""
-        if not self._takers.outputs:
-            return None
         if not all(ranges):
             like = of_no_shard(outputs, average=True, device=self._device)
             if not outputs:
@@ -437,21 +441,6 @@ class ExactSingleDevice(Exact, SingleDeviceStrategy):
 
 class ExactDDP(Exact, DDPStrategy):
     """Several processes, over gloo on CPUs and NCCL on GPUs."""
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Hide the process group: what a shard computes must not depend on the number of processes."""
-    world = dist.distributed_c10d._world if dist.is_available() else None
-    group = world.default_pg if world is not None else None
-    if world is None or group is None:
-        yield
-        return
-    world.default_pg = None
-    try:
-        yield
-    finally:
-        world.default_pg = group
 
 
 def _no_judge(what: str, hint: str) -> None:

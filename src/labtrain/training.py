@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,17 +37,20 @@ from labtrain.digests import digest
 from labtrain.doctor.environment import REPAIR, unlike_lock
 from labtrain.doctor.report import few
 from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError, explain_callback, in_words, where
+from labtrain.fingerprints import noting_opened, places_in
 from labtrain.gpu_stats import GpuStats
 from labtrain.guard import Guard, explain_operation
 from labtrain.history import History, best_of
 from labtrain.loggers import log_config, make_loggers
 from labtrain.loop import EpochLoop
+from labtrain.objective import Objective
 from labtrain.ranks import adopt, find_ranks, restarted
 from labtrain.recorder import Recorder
 from labtrain.remote import is_local
-from labtrain.resume import make_job
+from labtrain.resume import changed_data, checkpoint_digest, make_job
 from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, route, shards_in_use, shown
 from labtrain.signals import Stopped, Wishes
+from labtrain.sources import Code, load_from_source, read_code
 from labtrain.speed import Speed, check_compiler, explain_compile
 from labtrain.store import Manifest
 from labtrain.trail import TRAIL
@@ -87,6 +91,8 @@ def train(cfg: Any) -> Result:
     done = receipt.read(run_dir)
     if done is not None and done["status"] == "complete" and not job.origin:
         results = done["results"]
+        if changed := changed_data(job, done):
+            warn(changed)
         return Result(
             run_dir=run_dir,
             metrics=results["metrics"],
@@ -109,12 +115,17 @@ def train(cfg: Any) -> Result:
 
 def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: receipt.Receipt | None) -> Result:
     config, run_dir, seed = job.config, Path(job.run_dir), job.config["seed"]
+    code, there = named_code(job), set(sys.modules)
     ranks = find_ranks()
     environment = make_environment(ranks, accelerator=accelerator)
-    determinism.seed_all(seed, "init")
-    datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
-    determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
-    model = instantiate(config["model"], "model", pl.LightningModule)
+    places = set(places_in([config["model"], config["data"]]))
+    with noting_opened(places):
+        determinism.seed_all(seed, "init")
+        datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
+        determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
+        model = instantiate(config["model"], "model", pl.LightningModule)
+    for hook in ("prepare_data", "setup"):
+        setattr(datamodule, hook, noting_opened(places)(getattr(datamodule, hook)))
     own = {
         name: instantiate(options, f"callbacks.{name}", pl.Callback)
         for name, options in config["callbacks"].items()
@@ -124,14 +135,16 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
     place = checkpoint_place(run_dir, config["checkpoint"]["url"])
     fetched = run_dir.with_name(f".{run_dir.name}.fetched")
     # A start anew of one that had gone on from another run has gone on from there already.
-    found = find_checkpoint(run_dir, place, fetched) if not job.origin or restarted() else None
+    goes_on = not job.origin or job.origin_digest or restarted()
+    found, origin = find_checkpoint(run_dir, place, fetched) if goes_on else None, None
     if found is None and job.origin:
         found = find_checkpoint(run_dir, job.origin, fetched)
+        origin = origin_of(job, found)
     if job.origin and found is None:
         raise ConfigError(f"resume={config['resume']}: that run has no checkpoint yet", hint="resume=never")
     name, path, manifest = found or (None, None, None)
     wishes = Wishes(every_seconds=config["checkpoint"]["every_seconds"])
-    loggers = make_loggers(job, resumed=manifest["logs"] if manifest else None)
+    loggers = make_loggers(job, resumed=manifest["logs"] if manifest and not origin else None)
     checkpoints = Checkpoints(
         run_dir,
         place,
@@ -141,8 +154,23 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
         resumed=(name, manifest) if name and manifest else None,
     )
     wishes.can_save = lambda: not checkpoints.saver.busy
-    recorder = Recorder(job, checkpoints=checkpoints.saver.listed, resumed_step=manifest["step"] if manifest else 0)
-    callbacks = make_callbacks(job, checkpoints, recorder, own)
+    recorder = Recorder(
+        job,
+        checkpoints=checkpoints.saver.listed,
+        resumed_step=manifest["step"] if manifest else 0,
+        places=places,
+        origin=origin,
+    )
+    guard = Guard(
+        mode=config["determinism"]["mode"],
+        shards=shards_in_use(config),
+        threads=config["determinism"]["threads"],
+        say=recorder.say,
+        code=code,
+        there=there,
+        root=Path(job.root),
+    )
+    callbacks = make_callbacks(job, checkpoints, recorder, guard, own)
     trainer = make_trainer(config, accelerator, devices, environment, loggers, callbacks, wishes)
     loop = trainer.fit_loop.epoch_loop = EpochLoop(
         trainer,
@@ -165,7 +193,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
             refuse_outdated(before, run_dir)
             checkpoints.saver.open()
             if name is not None:
-                warn_resumed(run_dir, name)
+                warn_resumed(run_dir, name, origin)
             if config["determinism"]["mode"] != "off" and (unlike := unlike_lock(Path(job.root))):
                 recorder.say(f"this environment is not that of the experiment's lock: {few(unlike)}. {REPAIR[route()]}")
         if shards_in_use(config) is None:
@@ -219,6 +247,21 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
             shutil.rmtree(fetched, ignore_errors=True)
         recorder.release()
         listening.close()
+
+
+def named_code(job: Job) -> Code | None:
+    """Return the code that the run is named by, and load it from source from now on; None in mode off.
+
+    Raises:
+        ConfigError: it is other code by now.
+    """
+    if job.config["determinism"]["mode"] == "off":
+        return None
+    load_from_source()
+    code = read_code(Path(job.root), job.config)
+    if job.code_digest not in ("", code.digest):
+        raise ConfigError("the code was changed while the training started", hint="start it again")
+    return code
 
 
 def find_checkpoint(run_dir: Path, place: str, into: Path) -> tuple[str, Path, Manifest] | None:
@@ -321,7 +364,7 @@ def instantiate(options: Config, key: str, kind: type[Any]) -> Any:
 
 
 def make_callbacks(
-    job: Job, checkpoints: Checkpoints, recorder: Recorder, own: dict[str, pl.Callback]
+    job: Job, checkpoints: Checkpoints, recorder: Recorder, guard: Guard, own: dict[str, pl.Callback]
 ) -> list[pl.Callback]:
     """Return labtrain's callbacks and the person's, in the order in which they act.
 
@@ -331,10 +374,13 @@ def make_callbacks(
         ConfigError: there is one, and the configuration says that there is none.
     """
     config, shards = job.config, shards_in_use(job.config)
-    mode, threads = config["determinism"]["mode"], config["determinism"]["threads"]
-    # First: the counters are put in place before others look at them.
-    callbacks: list[pl.Callback] = [checkpoints, Guard(mode=mode, shards=shards, threads=threads, say=recorder.say)]
+    mode = config["determinism"]["mode"]
+    callbacks: list[pl.Callback] = [checkpoints, guard]  # first: counters are put in place before others look at them
     callbacks += [Speed(config["speed"], mode=mode, say=recorder.say), Agreement(mode=mode, say=recorder.say)]
+    if shards is not None and shards > 1 and mode != "off":
+        callbacks.append(
+            Objective(shards=shards, strict=mode in determinism.STRICT_MODES, say=recorder.say, note=recorder.note)
+        )
     callbacks += [Seeding(per_rank=shards is None), BatchSizes(), recorder]
     if config["trail"]["every_n_steps"]:
         callbacks.append(
@@ -427,8 +473,35 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
     return None
 
 
-def warn_resumed(run_dir: Path, name: str) -> None:
-    """Say that a run goes on, and from where."""
+def origin_of(job: Job, found: tuple[str, Path, Manifest] | None) -> dict[str, Any] | None:
+    """Return what the receipt says of the checkpoint that a run begins from; None if the run begun goes on itself.
+
+    Raises:
+        ConfigError: it is not the one that the run is named after.
+    """
+    if not job.origin_digest or found is None:
+        return None
+    name, _, manifest = found
+    if (digest := checkpoint_digest(manifest)) != job.origin_digest:
+        raise ConfigError(
+            f"resume={job.config['resume']}: its newest checkpoint cannot be read, and the run would begin from"
+            f" {name}, an older one",
+            hint=f"labtrain store check {job.origin}; rm -r the damaged one, and the same command begins from {name}",
+        )
+    return {
+        "run_id": manifest["run_id"],
+        "checkpoint": name,
+        "step": manifest["step"],
+        "digest": digest,
+        "url": receipt.without_secrets(job.origin),
+    }
+
+
+def warn_resumed(run_dir: Path, name: str, origin: dict[str, Any] | None) -> None:
+    """Say that a run goes on, or begins from another, and from where."""
+    if origin is not None:
+        warn(f"{shown(run_dir)} is a new run: it begins from {name} of {origin['run_id']}, which stays as it is")
+        return
     warn(f"{shown(run_dir)} goes on from {name} (resume=never starts anew beside it)")
 
 

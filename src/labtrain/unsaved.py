@@ -44,7 +44,7 @@ class Unsaved:
         self.modes = _modes(module)
         self.buffers = {name: _sums(buffer) for name, buffer in _hidden_buffers(module)}
         self.attributes = fingerprints(module)
-        self.holders = set(holders(module))
+        self.holders: set[str] | None = None
 
     def state(self) -> State:
         """Return what is to be kept, as tensors and plain values; without the keys of which there is nothing.
@@ -70,13 +70,18 @@ class Unsaved:
         }
         return {key: values for key, values in found.items() if values}
 
-    def restore(self, kept: State, *, device: torch.device, gradients: bool) -> None:
+    def begin(self) -> None:
+        """Note which objects with attributes there are before the first step of this process."""
+        if self.holders is None:
+            self.holders = set(holders(self.module))
+
+    def restore(self, kept: State, *, device: torch.device, entering: bool) -> None:
         """Put back what `state` returned.
 
         Args:
             kept: of this model, by this process or one before.
             device: the training's.
-            gradients: those too.
+            entering: the next step comes right after: gradients are put back too, and all objects must be there.
 
         Raises:
             ConfigError: an attribute is of an object that this process does not have.
@@ -90,13 +95,14 @@ class Unsaved:
                 modules[name].training = flag
         for name, saved in kept.get("hidden_buffers", {}).items():
             _put_buffer(modules, name, saved, device)
-        if missing := restore(self.module, kept.get("attributes", {}), device=device):
+        missing = restore(self.module, kept.get("attributes", {}), device=device)
+        if missing and entering:
             raise ConfigError(
                 f"{missing[0]} cannot be put back: the object that it is an attribute of is made during the training,"
                 " and this process does not have it yet",
                 hint="make it in __init__ or setup of the model; or resume=never",
             )
-        for name, saved in kept.get("gradients", {}).items() if gradients else ():
+        for name, saved in kept.get("gradients", {}).items() if entering else ():
             parameter = parameters[name]
             gradient = saved.to(_local(parameter).device, copy=True)
             parameter.grad = (
@@ -105,7 +111,7 @@ class Unsaved:
 
     def new_objects(self) -> list[str]:
         """Return the names of objects with attributes that were made during the training."""
-        return sorted(set(holders(self.module)) - self.holders)
+        return sorted(set(holders(self.module)) - self.holders) if self.holders is not None else []
 
     def unkept(self) -> Iterator[str]:
         """Yield a sentence for each attribute whose state no checkpoint can hold."""

@@ -88,9 +88,14 @@ def verify_run(
     """
     run_dir, receipt = open_run(run)
     trail = {line["step"]: line for line in read_trail(run_dir)}
+    origin = receipt["segments"][0].get("origin")
+    if origin is not None and not start:
+        start, segments = origin["step"], False
     whole = steps is None and receipt["status"] == "complete"
     last = _last_step(receipt, trail, steps=steps, start=start, segments=segments)
     say(f"receipt      {receipt['run_id']}, {receipt['status']}, {len(trail)} lines in its trail, digest right")
+    if origin is not None:
+        say(f"origin       {origin['checkpoint']} of the run {origin['run_id']}, which is not verified here")
     _say_signer(run_dir, signers, say)
     say(f"checkpoints  {check_checkpoints(run_dir, receipt)}")
     home = home_of(run_dir, receipt)
@@ -99,7 +104,7 @@ def verify_run(
         say(f"code         {whence}")
         case = Case(run_dir=run_dir, receipt=receipt, trail=trail, root=root, home=home, scratch=Path(folder),
                      devices=devices, changes=changes or {}, say=say, tick=tick)  # fmt: skip
-        case.tell(state_differences(receipt, root) + composed_differently(receipt, root))
+        case.tell(state_differences(receipt, root, home) + composed_differently(receipt, root))
         first = case.replay("first", start)
         legs = legs_of(receipt) if segments else [(devices, 0)]
         reached, line = follow(case, first, legs, start=start, last=last)

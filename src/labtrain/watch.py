@@ -16,6 +16,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from operator import is_
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -24,12 +25,25 @@ import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
 
-from labtrain.attributes import DICTS, PRIVATE, SCALARS, decode, encode, fingerprint, holders, is_experiments
+from labtrain.attributes import (
+    DICTS,
+    PRIVATE,
+    SCALARS,
+    attributes_of,
+    decode,
+    encode,
+    fingerprint,
+    holders,
+    is_experiments,
+    is_own,
+)
 from labtrain.checksums import device_hash
 
 WINDOW_BYTES = 1 << 17  # of the weights, in each step
 PIECE_BYTES = 1 << 14
 EVERY_STEPS = 100  # how often a checksum is taken of weights on a GPU, and rarely changed attributes are looked at
+MOST_OBJECTS = 10_000  # that are looked through for hidden weights
+NO_WEIGHTS = ("hydra", "lightning", "logging", "omegaconf", "threading", "torch", "torchmetrics")
 FEW = 64  # items of a list that are compared one by one
 MUTABLE = {Tensor, np.ndarray, list, tuple, set, deque, *DICTS}
 SAME, GROWN, CHANGED = range(3)
@@ -76,6 +90,10 @@ class Watch:
         self._left, self._prints, self.numbers = {}, {}, []
         self._weights.begin()
         self._attributes.begin()
+
+    def grown(self) -> set[str]:
+        """Return the dotted names of the attributes with lists that a step has appended to."""
+        return self._attributes.grown()
 
     def restore(self) -> None:
         """Begin another shard of the step."""
@@ -177,13 +195,12 @@ class Weights:
 
     def begin(self) -> None:
         """Remember how the parameters are now."""
-        if not self._tables or self._is_other():
-            named = dict(self.module.named_parameters())
+        if self._step % EVERY_STEPS == 0 or self._is_other():
+            named = dict(self.module.named_parameters()) | hidden(self.module)
             self.names, self._parameters = [*named, "a new parameter"], list(named.values())
             parts = list(self.module.modules())
             self._tables = [table for part in parts for table in (part._parameters, part._modules) if table]
             self._members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
-            self._memory = None
         state = self._now()
         if self._memory is None or state[1] != self._memory.addresses:
             self._memory, self._step = Memory(self._parameters, state[1]), 0
@@ -194,7 +211,7 @@ class Weights:
         """Return 0, or the number of the first parameter that was changed since `begin`, from 1."""
         assert self._memory is not None
         if self._is_other():
-            named = dict(self.module.named_parameters())
+            named = dict(self.module.named_parameters()) | hidden(self.module)
             same = [named.get(name) is then for name, then in zip(self.names, self._parameters, strict=False)]
             return 1 + [*same, False].index(False) if len(named) != len(same) or not all(same) else 0
         now = self._now()
@@ -218,6 +235,46 @@ class Weights:
         """Return whether a module has other parameters or submodules than it had."""
         members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
         return len(members) != len(self._members) or not all(map(is_, members, self._members))
+
+
+def hidden(module: nn.Module) -> dict[str, Tensor]:
+    """Return the weights that a model keeps out of torch's sight, by name.
+
+    A network in a list or in an object that is no module, such as a teacher that the optimizer is not to find; and
+    tensors in the objects of libraries, such as the averages of weights that one keeps.
+    """
+    found: dict[str, Tensor] = {}
+    seen = {id(part) for part in module.modules()}
+    waiting = [
+        (f"{path}.{name}" if path else name, value, 0)
+        for path, holder in holders(module).items()
+        for name, value in attributes_of(holder)
+        if type(value) not in SCALARS
+    ]
+    while waiting:
+        path, value, depth = waiting.pop()
+        kind = type(value)
+        if kind in SCALARS or id(value) in seen or len(seen) > MOST_OBJECTS:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            weights = [*value.named_parameters(), *value.named_buffers()]
+            found |= {f"{path}.{name}": tensor for name, tensor in weights}
+        elif isinstance(value, Tensor) and depth:
+            found[path] = value
+        elif kind in DICTS:
+            waiting += [(f"{path}.{key}", item, depth) for key, item in value.items()]
+        elif kind in (list, tuple):
+            waiting += [(f"{path}.{index}", item, depth) for index, item in enumerate(value)]
+        elif depth < 2 and hasattr(value, "__dict__") and not _has_no_weights(value):
+            waiting += [(f"{path}.{name}", item, depth + 1) for name, item in vars(value).items()]
+    return dict(sorted(found.items()))
+
+
+def _has_no_weights(value: Any) -> bool:
+    kind = type(value)
+    code = isinstance(value, type | ModuleType) or hasattr(value, "__get__")
+    return code or is_own(kind) or kind.__module__.partition(".")[0] in NO_WEIGHTS
 
 
 class Memory:
@@ -272,12 +329,19 @@ class Attributes:
         self._tables: list[Table] = []
         self._hot: list[Table] = []  # those looked at in each step: the experiment's classes, and what has changed
         self._looked: list[Table] = []
+        self._grown: set[str] = set()
         self._step = 0
+
+    def grown(self) -> set[str]:
+        """Return the dotted names of those with lists that a step has appended to."""
+        here = {".".join(filter(None, (table.path, name))) for table in self._tables for name in table.grown}
+        return self._grown | here
 
     def begin(self) -> None:
         """Remember how the attributes are now."""
         if self._step % EVERY_STEPS == 0:
             hot = {table.path for table in self._hot}
+            self._grown = self.grown()
             self._tables = [Table(path, holder) for path, holder in holders(self.module).items()]
             self._hot = [table for table in self._tables if table.path in hot or is_experiments(type(table.holder))]
             self._looked = self._tables
@@ -317,6 +381,7 @@ class Table:
     def __init__(self, path: str, holder: Any) -> None:
         self.path, self.holder = path, holder
         self.now: dict[str, Any] = vars(holder)
+        self.grown: set[str] = set()  # names of lists that a step has appended to
         self._then: dict[str, Any] = {}
         self._copies: dict[str, Any] = {}
         self._values: list[Any] = []
@@ -343,8 +408,11 @@ class Table:
                         found[name] = value
             found |= {name: ABSENT for name in self._then if name not in self.now}
         for name, copy in self._copies.items():
-            if name not in found and compared(self._then[name], copy) == CHANGED:
-                found[name] = self.now[name]
+            if name not in found and (how := compared(self._then[name], copy)) != SAME:
+                if how == CHANGED:
+                    found[name] = self.now[name]
+                else:
+                    self.grown.add(name)
         return found
 
     def put_back(self, name: str) -> None:

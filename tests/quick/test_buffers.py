@@ -1,4 +1,6 @@
-"""Which buffers are averaged, compared or left alone. BatchNorm in a training: test_exact.py."""
+"""Which buffers are averaged, compared or left alone. In a training: test_steps.py and test_exact.py."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -9,54 +11,62 @@ from labtrain.errors import ConfigError
 from labtrain.reduction import shard_ranges
 
 
+def refuse(what: str, hint: str) -> None:
+    raise ConfigError(what, hint=hint)
+
+
+def buffers_of(module: nn.Module) -> Buffers:
+    return Buffers(module, device=torch.device("cpu"), rank=0, world=1, judge=refuse)
+
+
 class Module(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mask", torch.full((3, 3), float("-inf")))
-        self.register_buffer("average", torch.zeros(2))
+        self.register_buffer("running_average", torch.zeros(2))
         self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("center", torch.zeros(2))
         self.norm = nn.BatchNorm1d(2)
 
 
-def step(module: Module, buffers: Buffers, *shards: tuple[torch.Tensor, int]) -> None:
+def step(module: Module, buffers: Buffers, *shards: tuple[Any, int]) -> None:
     buffers.begin()
-    numbers = []
     for shard, (value, samples) in enumerate(shards):
         if shard:
             buffers.restore()
-        module.average += value
+        module.running_average += value
         module.seen += samples
-        numbers.append(buffers.leave(shard, 0.5))
-    buffers.install(numbers, shard_ranges(len(shards), 1))
+        buffers.leave(shard, 0.5)
+    buffers.install(buffers.numbers, shard_ranges(len(shards), 1))
 
 
 def test_what_changed_is_averaged_and_the_rest_is_neither_copied_nor_touched() -> None:
     module = Module().eval()
-    buffers = Buffers(module, shards=2, rank=0, world=1)
-    mask, copy = module.mask, buffers._before[0]
+    buffers = buffers_of(module)
+    at = [name for _, name in buffers.owned].index("mask")
+    mask, copy = module.mask, buffers._before[at]
     for number in range(3):
         step(module, buffers, (torch.tensor([1.0, 2.0]), 1), (torch.tensor([3.0, 6.0]), 1))
-        assert module.average.tolist() == [2.0 * (number + 1), 4.0 * (number + 1)]
+        assert module.running_average.tolist() == [2.0 * (number + 1), 4.0 * (number + 1)]
         assert module.seen == number + 1
     assert module.mask is mask
     assert mask._version == 0
-    assert buffers._before[0] is copy
+    assert buffers._before[at] is copy
     assert module.norm.running_var.tolist() == [1.0, 1.0]  # frozen: not a bit of it changes
 
 
 def test_statistics_that_change_without_a_word_are_seen() -> None:
     """BatchNorm's kernel does not raise its buffers' version."""
     module = Module()
-    buffers = Buffers(module, shards=2, rank=0, world=1)
+    buffers = buffers_of(module)
     inputs = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
     buffers.begin()
-    numbers = []
     for shard in range(2):
         if shard:
             buffers.restore()
         module.norm(inputs[4 * shard : 4 * shard + 4])
-        numbers.append(buffers.leave(shard, 0.5))
-    buffers.install(numbers, [range(2)])
+        buffers.leave(shard, 0.5)
+    buffers.install(buffers.numbers, [range(2)])
     alone = [nn.BatchNorm1d(2), nn.BatchNorm1d(2)]
     for norm, half in zip(alone, inputs.chunk(2), strict=True):
         norm(half)
@@ -68,15 +78,24 @@ def test_statistics_that_change_without_a_word_are_seen() -> None:
 
 def test_a_buffer_that_code_replaces_is_seen() -> None:
     module = Module().eval()
-    buffers = Buffers(module, shards=1, rank=0, world=1)
+    buffers = buffers_of(module)
     buffers.begin()
-    module.average = torch.tensor([5.0, 6.0])
-    numbers = buffers.leave(0, 1.0)
-    buffers.install([numbers], [range(1)])
-    assert module.average.tolist() == [5.0, 6.0]
+    module.running_average = torch.tensor([5.0, 6.0])
+    buffers.leave(0, 1.0)
+    buffers.install(buffers.numbers, [range(1)])
+    assert module.running_average.tolist() == [5.0, 6.0]
 
 
-def test_integers_that_differ_are_refused() -> None:
+@pytest.mark.parametrize("name", ["seen", "center"])
+def test_what_is_no_statistic_and_differs_is_refused(name: str) -> None:
+    """Integers or not: a mean of queues or of counters is neither."""
     module = Module()
-    with pytest.raises(ConfigError, match=r"buffer seen of Module .* comes out differently"):
-        step(module, Buffers(module, shards=2, rank=0, world=1), (torch.ones(2), 1), (torch.ones(2), 2))
+    buffers = buffers_of(module)
+    buffers.begin()
+    for shard in range(2):
+        if shard:
+            buffers.restore()
+        getattr(module, name).add_(shard + 1)
+        buffers.leave(shard, 0.5)
+    with pytest.raises(ConfigError, match=f"buffer {name} of Module .* comes out differently"):
+        buffers.install(buffers.numbers, [range(2)])

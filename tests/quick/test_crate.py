@@ -20,7 +20,8 @@ from rocrate.rocrate import ROCrate
 from labtrain import receipt
 from labtrain.crate import write_crate
 from labtrain.errors import ConfigError, DamagedError, LabtrainError
-from labtrain.run import source_digests, what_counts
+from labtrain.run import what_counts
+from labtrain.sources import source_digests
 from tests.conftest import LABTRAIN
 from tests.quick.test_receipt import CREDENTIALS
 from tests.support.exact import Runner, configure

@@ -1,13 +1,17 @@
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from labtrain import determinism
+from labtrain import determinism, receipt
 from labtrain.errors import ConfigError
+from labtrain.inspection import state_differences
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def draw() -> tuple[float, float, float]:
@@ -124,3 +128,20 @@ def test_a_variable_that_cannot_change_bits_is_not(name: str, monkeypatch: pytes
     """A launcher sets some of them, so one run on two devices would be held for two."""
     monkeypatch.setenv(name, "1")
     assert name not in determinism.flags()["variables"]
+
+
+def test_verify_compares_the_variables_without_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that only this machine has, and one that only the receipt has; labtrain sets its own for each training."""
+    golden = receipt.read(GOLDEN)
+    assert golden is not None
+
+    def told() -> dict[str, tuple[object, object]]:
+        found = state_differences(golden, tmp_path, tmp_path)
+        start = "determinism.variables."
+        return {each.key.removeprefix(start): (each.a, each.b) for each in found if each.key.startswith(start)}
+
+    assert told() == {}
+    monkeypatch.setenv("DNNL_MAX_CPU_ISA", "SSE41")
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    golden["determinism"]["variables"]["ONEDNN_DEFAULT_FPMATH_MODE"] = "BF16"
+    assert told() == {"DNNL_MAX_CPU_ISA": (None, "SSE41"), "ONEDNN_DEFAULT_FPMATH_MODE": ("BF16", None)}

@@ -1,11 +1,13 @@
 """Outputs that are gathered in lists: in one order on every rank, and refused where a value is of a part of them."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from labtrain.errors import EXIT_STOPPED
 from tests.quick.test_hooks import numbered
 from tests.support.exact import Runner, outcome
 
@@ -53,8 +55,8 @@ def test_part_of_a_validation_and_without_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("world", "says"),
     [
-        (1, "the list has 22 items, the step was called 11 times"),
-        (2, "the list has 12 (rank 0), 10 (rank 1) items, the step was called 6 (rank 0), 5 (rank 1) times"),
+        (1, "the list has 22 items, training_step was called 11 times"),
+        (2, "the list has 12 (rank 0), 10 (rank 1) items, training_step was called 6 (rank 0), 5 (rank 1) times"),
     ],
 )
 def test_a_list_of_another_length_is_refused(world: int, says: str, runner: Runner) -> None:
@@ -66,6 +68,7 @@ def test_a_list_of_another_length_is_refused(world: int, says: str, runner: Runn
     assert "hint: append exactly one item in each call of the step" in runner.said()
 
 
+AT = {"at": {"_target_": "tests.support.exact_worker.At"}}
 KINDS = {
     "plain": "plain, logged in on_validation_epoch_end, differs between the ranks (4.71429 on rank 0, 5.5 on rank 1)",
     "synced": "synced, logged in on_validation_epoch_end, differs between the ranks (4.71429 on rank 0, 5.5 on rank 1)",
@@ -104,3 +107,30 @@ def test_values_of_all_outputs_and_of_a_rank_are_not_refused(runner: Runner) -> 
         config["callbacks"][name] = {"_target_": f"lightning.pytorch.callbacks.{name}"}
     config["logger"] = {"csv": {}}
     runner.run(config, world=2)
+
+
+@pytest.mark.parametrize("worlds", [(2, 2), (1, 3), (3, 1)])
+def test_a_resumed_epoch_has_the_outputs_of_all_its_batches(worlds: tuple[int, int], tmp_path: Path) -> None:
+    """Stopped after two of three steps and moved: the checkpoint has the items of all ranks."""
+    config = numbered("Gathering")
+    config["callbacks"] = AT
+    (whole,), expected = gathered(tmp_path / "whole", 1, config)
+    (tmp_path / "moved" / "seen").mkdir(parents=True)
+    seen = {"SEEN": str(tmp_path / "moved" / "seen")}
+    moved = Runner(tmp_path / "moved")
+    moved.run(config, world=worlds[0], code=EXIT_STOPPED, signal_at=f"1 {int(signal.SIGTERM)} 0", environment=seen)
+    found = outcome(moved.run(config, world=worlds[1], environment=seen))
+    last = worlds[1] - 1
+    lines = [json.loads(line) for line in (tmp_path / "moved" / "seen" / f"{last}.jsonl").read_text().splitlines()]
+    assert [line for line in lines if "more" in line] == [line for line in whole if "more" in line]
+    assert (found["weights_digest"], found["metrics"]) == (expected["weights_digest"], expected["metrics"])
+    assert found["state_digest"] == expected["state_digest"]
+
+
+def test_a_resumed_epoch_without_the_outputs_of_its_first_batches_is_refused(runner: Runner) -> None:
+    """They were in a list that no checkpoint holds: of a callback, say."""
+    config = numbered("Plain", "Outside")
+    config["callbacks"] |= AT
+    runner.run(config, world=2, code=EXIT_STOPPED, signal_at=f"1 {int(signal.SIGTERM)} 0")
+    runner.run(config, world=2, code=None)
+    assert "this epoch was resumed in its middle, and its checkpoint does not have the" in runner.said()

@@ -1,16 +1,13 @@
 """The history of a run: what each loop logged, appended across restarts, and the best value of the monitored metric."""
 
 import json
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from labtrain.history import best_of
-from labtrain.trail import HISTORY, read_trail
+from labtrain.trail import HISTORY
 from tests.conftest import QUICK, Experiment
 
 
@@ -30,24 +27,6 @@ def test_each_validation_and_epoch_has_its_metrics_and_no_others(experiment: Exp
     assert all(line["memory_bytes"] > 1e8 and len(line["lr"]) == 1 for line in found)
     least = min((line["metrics"]["val/loss"], line["step"]) for line in found if "val/loss" in line["metrics"])
     assert results["best"] == {"metric": "val/loss", "value": least[0], "step": least[1]}
-
-
-def test_a_killed_run_goes_on_with_its_history(experiment: Experiment) -> None:
-    command = (*QUICK, "paths.runs=killed", "trainer.max_epochs=6")
-    child = subprocess.Popen(experiment.command(*command), stderr=subprocess.DEVNULL)
-    while not any(len(read_trail(path)) >= 50 for path in Path("killed").glob("*/*")):
-        assert child.poll() is None
-        time.sleep(0.005)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    (run_dir,) = Path("killed").glob("*/*")
-    with (run_dir / HISTORY).open("a") as file:
-        file.write('{"time": 1, "st')  # as a kill in the middle of a line leaves it
-    before = lines(run_dir)
-    run = experiment.train(*command)
-    after = lines(run.folder)
-    assert after[: len(before)] == before
-    assert {line["step"] for line in after if "train/loss" in line["metrics"]} == {20, 40, 60, 80, 100, 120}
 
 
 @pytest.mark.parametrize(("mode", "value", "step"), [("max", 0.5, 20), ("min", 0.25, 10)])

@@ -60,6 +60,18 @@ WHOLE: dict[str, Any] = {
 }
 
 
+def test_as_many_items_as_samples_are_told_from_inputs_and_targets() -> None:
+    """In a shard of two or three samples."""
+    together = joined([[torch.ones(2, 3), torch.tensor([0, 1])], [torch.zeros(2, 3), torch.tensor([2, 3])]], [2, 2])
+    assert together[1].tolist() == [0, 1, 2, 3]
+    boxes = [{"boxes": torch.ones(n, 4)} for n in (3, 1, 2)]
+    assert joined([boxes, boxes], [3, 3]) == [*boxes, *boxes]
+    pairs = [(torch.ones(1, 8, 8), 5), (torch.ones(1, 8, 8), 6)]
+    assert joined([pairs, pairs], [2, 2]) == [*pairs, *pairs]
+    ragged = [torch.ones(n, 4) for n in (2, 3)]
+    assert joined([(ragged, [1, 2]), (ragged, [3, 4])], [2, 2]) == ([*ragged, *ragged], [1, 2, 3, 4])
+
+
 @pytest.mark.parametrize("kind", WHOLE)
 def test_parts_are_joined_to_what_collate_makes_of_all(kind: str) -> None:
     """Also where it is made after a part that has all samples, of none of them."""
@@ -92,6 +104,8 @@ def test_what_cannot_be_joined_is_a_list_of_its_parts() -> None:
     assert first == padded
     assert second == time_first
     assert third.tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 4]
+    views = [[torch.ones(2, 3), torch.zeros(2, 3)]] * 2  # two views of two samples, or two samples of two rows?
+    assert joined([{"views": part} for part in views], [2, 2]) == {"views": views}
     assert joined([{"a": 1}, {"b": 1}], SIZES) == [{"a": 1}, {"b": 1}]
     assert joined([None, 3], SIZES, average=True) == [None, 3]
 

@@ -137,13 +137,14 @@ def sharded(world: int, rank: int, *, size: int = 29, workers: int = 0, start: i
 
 @pytest.mark.parametrize("size", [8, 16, 24, 29, 33, 34])
 def test_the_shards_of_all_ranks_are_those_of_one(size: int) -> None:
-    """Whatever the number of ranks, with workers too; the last batch fills the first shards."""
+    """Whatever the number of ranks, with workers too; a smaller last batch is cut evenly, into two samples or more."""
     whole = parts(sharded(1, 0, size=size))
     for world in (2, 3, 4):
         found = [part for rank in range(world) for part in parts(sharded(world, rank, size=size, workers=rank % 2))]
         assert sorted(found) == whole
     assert sum(samples for _, _, samples, _ in whole) == size
-    assert [batch.shards for batch in sharded(1, 0, size=size)][-1] == -(-(size % 8 or 8) // 2)
+    last = [samples for number, _, samples, _ in whole if number == whole[-1][0]]
+    assert last == {1: [1], 2: [2], 5: [2, 3], 8: [2, 2, 2, 2]}[size % 8 or 8]
     assert {len(list(sharded(3, rank, size=size))) for rank in range(3)} == {-(-size // 8)}
 
 

@@ -1,10 +1,8 @@
 """`labtrain lock check`: every disagreement is found and named. Each case changes real locks, in a copy."""
 
 import json
-import os
 import random
 import re
-import shutil
 import subprocess
 from collections.abc import Callable
 from importlib import metadata
@@ -20,23 +18,9 @@ from labtrain.lock.conda import content_hash
 from labtrain.lock.derive import choose_file, conda_requirements, hex_digest, sri, wheel_entry
 from labtrain.lock.pins import PYTHON_312_LINUX
 from tests.conftest import LABTRAIN, ROOT
+from tests.support.locks import FILES, change
 
-FILES = ["environment.yml", "virtual-packages.yml", "conda-lock.yml", "requirements.lock", "requirements-conda.lock"]
-FILES += ["nix/wheels.json", "flake.lock", "sbom.cdx.json", "pyproject.toml"]
-
-
-@pytest.fixture
-def locks(tmp_path: Path) -> Path:
-    (tmp_path / "nix").mkdir()
-    for name in FILES:
-        shutil.copy(ROOT / name, tmp_path / name)
-    return tmp_path
-
-
-def change(path: Path, before: str, after: str) -> None:
-    text = path.read_text()
-    assert before in text
-    path.write_text(text.replace(before, after, 1))
+pytest_plugins = ["tests.support.locks"]
 
 
 def other_digit(character: str) -> str:
@@ -268,39 +252,6 @@ def test_the_sbom_is_valid_cyclonedx() -> None:
     assert JsonStrictValidator(SchemaVersion.V1_6).validate_str(text) is None
     purls = {component.get("purl") for component in json.loads(text)["components"]}
     assert {"pkg:pypi/torch@2.9.1", "pkg:conda/pytorch@2.9.1?channel=conda-forge"} <= purls
-
-
-def test_written_locks_are_those_of_the_repository(locks: Path) -> None:
-    """`lock write` of an unchanged spec changes nothing; what was damaged in a derived file is mended. Asks the registry."""
-    shutil.copy(ROOT / "README.md", locks / "README.md")
-    change(locks / "nix/wheels.json", '"click"', '"clack"')
-    (locks / "requirements-conda.lock").unlink()
-    done = subprocess.run([LABTRAIN, "lock", "write"], cwd=locks, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "conda-lock.yml: unchanged" in done.stdout
-    for name in FILES:
-        assert (locks / name).read_text() == (ROOT / name).read_text(), name
-
-
-def test_a_conda_spec_that_changed_needs_a_channel(locks: Path) -> None:
-    """Where nothing can be solved, that is said, and the lock stays as it was.
-
-    The solver is a program that fails: looking for a real one, conda-lock asks the network for a minute.
-    """
-    shutil.copy(ROOT / "README.md", locks / "README.md")
-    change(locks / "environment.yml", "dependencies:\n", "dependencies:\n  - tmux\n")
-    before = (locks / "conda-lock.yml").read_text()
-    solver = locks / "bin" / "conda"
-    solver.parent.mkdir()
-    solver.write_text("#!/bin/sh\nexit 1\n")
-    solver.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{solver.parent}:{os.environ['PATH']}", "XDG_DATA_HOME": str(locks / "data")}
-    done = subprocess.run(
-        [LABTRAIN, "lock", "write"], cwd=locks, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 2
-    assert "could not be solved anew" in done.stderr
-    assert (locks / "conda-lock.yml").read_text() == before
 
 
 def test_conda_satisfies_each_pin_that_is_installed_beside_it(locks: Path) -> None:

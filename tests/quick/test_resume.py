@@ -10,7 +10,7 @@ import pytest
 
 from labtrain import receipt as receipts
 from labtrain.errors import EXIT_STOPPED, ConfigError
-from labtrain.resume import find_origin, make_job, near_run
+from labtrain.resume import checkpoint_digest, find_origin, make_job, near_run
 from tests.support.exact import Runner, configure, outcome
 
 
@@ -41,14 +41,72 @@ def test_going_on_with_a_run_although_something_changed(runner: Runner) -> None:
     assert found["results"]["steps"] == 20
 
 
-def test_a_complete_run_can_be_gone_on_with(runner: Runner) -> None:
-    """Three epochs and two more are five: the same bits."""
+def test_beyond_a_complete_run_is_a_new_one(runner: Runner) -> None:
+    """Three epochs and two more are five, with the same bits; the complete run's folder is as it was."""
     whole = outcome(runner.run(configure("mlp", "even", trainer={"max_epochs": 5})))
     run_dir = runner.run(configure("mlp", "even"))
     assert run_dir is not None
+    files = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     longer = configure("mlp", "even", trainer={"max_epochs": 5}, resume=run_dir.name)
-    found = outcome(runner.run(longer))
-    assert {**found, "run_id": None} == {**whole, "run_id": None}
+    new = runner.run(longer)
+    assert new not in (None, run_dir)
+    assert f"is a new run: it begins from step-0000000015 of {run_dir.name}, which stays as it is" in runner.said()
+    found = outcome(new)
+    assert {**found, "run_id": None, "trail": None} == {**whole, "run_id": None, "trail": None}
+    assert found["trail"] == whole["trail"][15:]
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == files
+    (segment,) = receipt(new)["segments"]  # type: ignore[arg-type]
+    manifest = json.loads((run_dir / "checkpoints/step-0000000015/manifest.json").read_text())
+    assert segment["origin"] | {"url": None} == {
+        "run_id": run_dir.name,
+        "checkpoint": "step-0000000015",
+        "step": 15,
+        "digest": checkpoint_digest(manifest),
+        "url": None,
+    }
+    again = runner.run(longer)  # the same command is the same run, and that is complete
+    assert again == new
+    assert len(receipt(new)["segments"]) == 1  # type: ignore[arg-type]
+
+
+def test_a_new_run_that_was_stopped_goes_on_itself(runner: Runner) -> None:
+    """With the same command; another configuration, or another checkpoint that it begins from, is another run."""
+    run_dir = runner.run(configure("mlp", "even"))
+    assert run_dir is not None
+    longer = configure("mlp", "even", trainer={"max_epochs": 5}, resume=run_dir.name)
+    runner.run(longer, code=EXIT_STOPPED, signal_at=f"18 {signal.SIGTERM} 0")
+    new = runner.run(longer)
+    assert new not in (None, run_dir)
+    assert [segment["from_step"] for segment in receipt(new)["segments"]] == [15, 18]  # type: ignore[arg-type]
+    other = runner.run(configure("mlp", "even", trainer={"max_epochs": 4}, resume=run_dir.name))
+    assert other not in (new, run_dir)
+
+
+def test_a_complete_run_with_its_own_configuration_has_nothing_to_train(runner: Runner) -> None:
+    run_dir = runner.run(configure("mlp", "even"))
+    assert run_dir is not None
+    before = (run_dir / "receipt.json").read_bytes()
+    assert runner.run(configure("mlp", "even", resume=str(run_dir))) == run_dir
+    assert (run_dir / "receipt.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("status", ["interrupted", "killed"])
+def test_a_start_that_fails_before_its_first_step_leaves_the_run_as_it_was(runner: Runner, status: str) -> None:
+    """Receipt, trail and what lies beside them; one that then gets further goes on as ever."""
+    config = configure("mlp", "even", checkpoint={"every_n_steps": 5})
+    number = signal.SIGTERM if status == "interrupted" else signal.SIGKILL
+    runner.run(config, code=None, signal_at=f"7 {int(number)} 0")
+    (run_dir,) = runner.folder.glob("runs/exact/*")
+    kept = ("receipt.json", "trail.jsonl", "config.yaml")
+    before = {name: (run_dir / name).read_bytes() for name in kept}
+    broken = configure("mlp", "even", checkpoint={"every_n_steps": 5}, resume=str(run_dir))
+    broken["callbacks"]["fails"] = {"_target_": "tests.support.resume_models.FailsAtOnce"}
+    runner.run(broken, code=1)
+    assert {name: (run_dir / name).read_bytes() for name in kept} == before
+    runner.run(config)
+    found = receipt(run_dir)
+    assert [segment["status"] for segment in found["segments"]] == [status, "complete"]
+    assert found["results"]["steps"] == 15
 
 
 def test_a_launchers_restart_goes_on_from_what_it_has_saved_since(runner: Runner, tmp_path: Path) -> None:
@@ -124,6 +182,7 @@ def test_a_stream_does_not_go_on_for_other_ranks(runner: Runner) -> None:
     """Each rank's loader has a state of its own: there is none for a second rank."""
     stream: dict[str, Any] = {"data": {"loader": "stateful"}, **PLAIN}
     run_dir = stop(runner, configure("cnn", "even", **stream))
+    stream["determinism"] = {"shards": None, "mode": "warn"}
     moved = configure("cnn", "even", **stream, trainer={"devices": 2}, resume=str(run_dir))
     runner.run(moved, world=2, code=2)
     assert "the training data's state is that of 1 ranks, here are 2" in runner.said()

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from labtrain.resume import make_job
-from labtrain.run import Job, code_digest, first_free, lock_digest, name, route
+from labtrain.run import Job, first_free, lock_digest, name, route
+from labtrain.sources import read_code
 
 CONFIG = {
     "experiment": "digits",
@@ -96,6 +97,10 @@ def test_code_and_lock_are_part_of_the_name() -> None:
     assert len(run_id(CONFIG)) == 12
 
 
+def code_digest(root: Path) -> str:
+    return read_code(root, CONFIG).digest
+
+
 def test_the_code_is_the_experiments_own_sources(tmp_path: Path) -> None:
     (tmp_path / "model.py").write_text("x = 1\n")
     first = code_digest(tmp_path)
@@ -105,18 +110,28 @@ def test_the_code_is_the_experiments_own_sources(tmp_path: Path) -> None:
         "vendor/x.py",
         ".hidden/x.py",
         "env/lib/x.py",
+        "conda_env/lib/x.py",
+        "__pycache__/model.cpython-311.pyc",
         "notes.md",
     ):
         path = tmp_path / elsewhere
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("y = 1\n")
     (tmp_path / "env" / "pyvenv.cfg").touch()
+    (tmp_path / "conda_env" / "conda-meta").mkdir()
     assert code_digest(tmp_path) == first
     (tmp_path / "model.py").write_text("x = 2\n")
     second = code_digest(tmp_path)
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts" / "layer.py").write_text("z = 1\n")
-    assert len({first, second, code_digest(tmp_path)}) == 3
+    found = {first, second, code_digest(tmp_path)}
+    for compiled in (
+        "fast.cpython-311-x86_64-linux-gnu.so",
+        "parts/hidden.pyc",
+    ):  # what Python imports without a source
+        (tmp_path / compiled).write_bytes(b"1")
+        found.add(code_digest(tmp_path))
+    assert len(found) == 5
 
 
 def test_a_job_goes_to_stage_two_whole(tmp_path: Path) -> None:

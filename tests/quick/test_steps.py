@@ -80,12 +80,15 @@ def test_the_trail_has_the_loss_of_an_accumulated_step(runner: Runner, other: Ru
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("kind", ["average", "data", "silent", "numpy", "new", "frozen", "added", "max_norm"])
+@pytest.mark.parametrize(
+    "kind", ["average", "data", "silent", "numpy", "new", "frozen", "added", "max_norm", "hidden", "library"]
+)
 def test_a_parameter_that_a_step_changes_is_refused(kind: str, world: int, runner: Runner) -> None:
     """Before the first update, by name, with both cures."""
     runner.run(model("Changes", kind), world=world, code=None if world > 1 else 2)
     name = {"average": "target.weight", "data": "target.weight", "silent": "out.weight", "numpy": "out.weight",
-            "new": "out.bias", "frozen": "inp.weight", "added": "a new parameter", "max_norm": "table.weight"}  # fmt: skip
+            "new": "out.bias", "frozen": "inp.weight", "added": "a new parameter", "max_norm": "table.weight", "hidden": "teachers.0.0.bias",
+            "library": "ema.averages.0"}  # fmt: skip
     assert f"training_step changes {name[kind]}: with determinism.shards=4" in runner.said()
     assert "hint: change it in on_train_batch_end, which runs once a step, or determinism.shards=1" in runner.said()
     assert not any(path.read_text() for path in runner.folder.glob("runs/*/*/trail.jsonl"))

@@ -110,7 +110,7 @@ def test_hyperparameters_that_cannot_be_saved_are_refused_before_the_first_step(
         "net": {"_target_": "torch.nn.Linear", "in_features": 1, "out_features": 1},
     }
     runner.run(options, code=2)
-    assert 'hint: self.save_hyperparameters(ignore=["optimizer", "net"])' in runner.said()
+    assert 'hint: self.save_hyperparameters(ignore=["optimizer", "net"]), and self.net = net' in runner.said()
     assert "HyperParameters puts into each checkpoint what it cannot hold: optimizer is a" in runner.said()
     assert list(runner.folder.glob("runs/exact/*")) == []
 
@@ -131,3 +131,13 @@ def test_what_no_checkpoint_can_hold_is_refused_before_the_first_step(runner: Ru
     runner.run(options, code=2)
     assert says in runner.said()
     assert list(runner.folder.glob("runs/exact/*")) == []
+
+
+def test_what_cannot_be_kept_is_named(runner: Runner) -> None:
+    """A generator before the first step; an object that is made later when it is saved, and a resume is refused."""
+    runner.run(config("Late"), code=EXIT_STOPPED, signal_at=f"7 {signal.SIGTERM} 0")
+    said = runner.said()
+    assert "warning: noise is a numpy.random._generator.Generator: no checkpoint holds its state" in said
+    assert "warning: average was made during the training" in said
+    runner.run(config("Late"), code=2)
+    assert "average.updates cannot be put back" in runner.said()

@@ -279,7 +279,7 @@ def test_jupyter_wants_its_token(docker: Docker, image: str, work: Path) -> None
         def status(authorization: str) -> str:
             return beside(docker, container, sys.executable, "-c", code, authorization).stdout.strip()
 
-        wait_until(lambda: status(""), 60)
+        wait_until(lambda: status(""))
         assert [status(one) for one in ("", "token ", "token another")] == ["403"] * 3
         assert status("token a-token-of-the-test") == "200"
 

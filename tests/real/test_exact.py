@@ -1,125 +1,58 @@
-"""Promise 3, by digest: weights, optimizer and all other state, metrics and trail, however a training ran.
-
-A case is a model, a number of processes and of loader workers, a precision, a shape of the data and of the training, and a
-story: what befell it. CI runs cases in which each two values meet; `make test-full` runs them all.
-"""
+"""Promise 3, by digest: cases of the matrix in which each two values meet, any step to stop at, other ways to train a step."""
 
 import itertools
 import json
-import random
 import signal
-import zlib
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import pytest
 
 from labtrain.errors import EXIT_STOPPED
-from tests.support.exact import SHAPES, STORIES, Runner, configure, outcome, tell
+from tests.support.exact import Runner, configure, newest_manifest, outcome, tell
+from tests.support.exactness import FACTORS, Case, cover, each
 
-FACTORS: dict[str, tuple[Any, ...]] = {
-    "model": ("mlp", "cnn", "gpt"),
-    "world": (1, 2, 3, 4),
-    "workers": (0, 2),
-    "story": STORIES,
-    "precision": ("32-true", "bf16-mixed"),
-    "shape": tuple(SHAPES),
-}
+pytest_plugins = ["tests.support.exactness"]
+PAIRS = cover(2)
 
 
-def pairwise() -> list[tuple[Any, ...]]:
-    """Return cases in which any two values of any two factors meet: greedily, the case with most new pairs next."""
-    draw = random.Random(0)
-    factors = list(FACTORS.values())
-
-    def pairs(case: tuple[Any, ...]) -> set[Any]:
-        return {(i, case[i], j, case[j]) for i, j in itertools.combinations(range(len(case)), 2)}
-
-    every = list(itertools.product(*factors))
-    missing = set().union(*(pairs(case) for case in every))
-    chosen = []
-    while missing:
-        best = max(draw.sample(every, 400), key=lambda case: len(pairs(case) & missing))
-        chosen.append(best)
-        missing -= pairs(best)
-    return chosen
+def test_any_two_values_meet() -> None:
+    for i, j in itertools.combinations(range(len(FACTORS)), 2):
+        values = list(FACTORS.values())
+        assert {(case[i], case[j]) for case in PAIRS} == set(itertools.product(values[i], values[j]))
+    assert len(PAIRS) < 60
 
 
-CHOSEN = pairwise()
-CASES = [
-    pytest.param(
-        case,
-        id="-".join(str(value).replace(" ", "_") for value in case),
-        marks=() if case in CHOSEN else pytest.mark.full,
-    )
-    for case in itertools.product(*FACTORS.values())
-]
+@each(PAIRS)
+def test_however_it_ran(case: Case, is_exact: Callable[[Case], None]) -> None:
+    is_exact(case)
+
+
+def with_plateau() -> Any:
+    return configure("cnn", "even", model={"plateau": True})
 
 
 @pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
-    """What one process without workers comes to, that nothing befell."""
-
-    @cache
-    def reference(model: str, shape: str, precision: str) -> dict[str, Any]:
-        return outcome(Runner(tmp_path_factory.mktemp("reference")).run(configure(model, shape, precision)))
-
-    return reference
-
-
-def test_any_two_values_meet_in_ci() -> None:
-    for i, j in itertools.combinations(range(len(FACTORS)), 2):
-        values = list(FACTORS.values())
-        assert {(case[i], case[j]) for case in CHOSEN} == set(itertools.product(values[i], values[j]))
-    assert len(CHOSEN) < 60
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_however_it_ran(case: tuple[Any, ...], references: Callable[..., dict[str, Any]], runner: Runner) -> None:
-    """What befalls it is drawn from the case itself, so a case is the same whichever others are run."""
-    model, world, workers, story, precision, shape = case
-    seed = zlib.crc32(repr(case).encode())
-    found = tell(runner, configure(model, shape, precision, workers), world=world, story=story, seed=seed)
-    assert found == references(model, shape, precision)
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return outcome(Runner(tmp_path_factory.mktemp("undisturbed")).run(with_plateau()))
 
 
 @pytest.mark.parametrize("step", range(1, 15))
-def test_stopped_after_any_step(step: int, runner: Runner, other: Runner) -> None:
+def test_stopped_after_any_step(step: int, runner: Runner, undisturbed: dict[str, Any]) -> None:
     """The last of an epoch (5, 10) and the one before and after too, with a validation and a plateau at the epoch's end.
 
     Lightning's own checkpoint of an epoch's last batch skips the next epoch; its averages of an epoch forget what was
     before the resume.
     """
-    config = configure("cnn", "even", model={"plateau": True})
-    reference = outcome(runner.run(config))
-    assert other.run(config, code=EXIT_STOPPED, signal_at=f"{step} {signal.SIGTERM} 0") is None
-    manifest = newest_manifest(other)
+    config = with_plateau()
+    assert runner.run(config, code=EXIT_STOPPED, signal_at=f"{step} {signal.SIGTERM} 0") is None
+    manifest = newest_manifest(runner)
     assert (manifest["step"], manifest["epoch"], manifest["batch"]) == (step, (step - 1) // 5, (step - 1) % 5 + 1)
-    assert outcome(other.run(config)) == reference
+    assert outcome(runner.run(config)) == undisturbed
 
 
 def receipt_of(runner: Runner) -> dict[str, Any]:
     return dict(json.loads(next(runner.folder.glob("runs/*/*/receipt.json")).read_text()))
-
-
-def newest_manifest(runner: Runner) -> dict[str, Any]:
-    return dict(json.loads(max(runner.folder.glob("runs/*/*/checkpoints/step-*/manifest.json")).read_text()))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_each_signal_stops_all_ranks_whichever_gets_it(number: int, runner: Runner) -> None:
-    config = configure("mlp", "even")
-    runner.run(config, world=2, code=EXIT_STOPPED, signal_at=f"3 {number} 1")
-    assert newest_manifest(runner)["step"] == 4  # the others learn of it with the next step
-    (path,) = runner.folder.glob("runs/*/*/receipt.json")
-    assert json.loads(path.read_text())["status"] == "interrupted"
-
-
-def test_a_rank_without_a_sample_is_heard_too(runner: Runner) -> None:
-    """In the last batch of an epoch, of three samples, the third rank has none: its signal stops all with the next step."""
-    runner.run(configure("mlp", "batch of 11"), world=3, code=EXIT_STOPPED, signal_at=f"3 {signal.SIGTERM} 2")
-    assert newest_manifest(runner)["step"] == 4
 
 
 def test_a_checkpoint_gets_the_metrics_of_a_validation_that_was_killed(runner: Runner, other: Runner) -> None:
@@ -171,8 +104,9 @@ def test_transformed_in_batches(world: int, workers: int, story: str, runner: Ru
 def test_gradients_in_many_buckets_that_leave_during_the_backward(runner: Runner, other: Runner) -> None:
     reference = outcome(runner.run(configure("gpt")))
     for world in (2, 3):
-        found = outcome(Runner(other.folder).run(configure("gpt", resume="never"), world=world, bucket_bytes=600))
-        assert found == reference
+        folder = other.folder / str(world)
+        folder.mkdir()
+        assert outcome(Runner(folder).run(configure("gpt"), world=world, bucket_bytes=600)) == reference
 
 
 def test_fp16_with_one_decision_on_overflow(runner: Runner, other: Runner) -> None:
@@ -240,29 +174,3 @@ def test_one_shard_is_what_lightning_computes(runner: Runner, other: Runner) -> 
     one, plain = outcome(runner.run(configs[0])), outcome(other.run(configs[1]))
     assert one["weights_digest"] == plain["weights_digest"]
     assert [line["weights"] for line in one["trail"]] == [line["weights"] for line in plain["trail"]]
-
-
-# -------------------------------------------------------------------------------------------------- catching a fake
-
-
-@pytest.mark.parametrize(
-    ("what", "more"),
-    [
-        ("one sample", {"data": {"flip": 7}}),
-        ("the seed", {"seed": 43}),
-        ("the shards", {"determinism": {"shards": 8}}),
-        ("the threads", {"determinism": {"threads": 2}}),
-        ("one bit of one weight", {"model": {"wide": True, "break_at": 6}}),
-    ],
-)
-def test_a_digest_differs_where_it_must(what: str, more: dict[str, Any], runner: Runner, other: Runner) -> None:
-    reference = outcome(runner.run(configure("mlp", "even", model={"wide": True})))
-    config = configure("mlp", "even", **{"model": {"wide": True}, **more})
-    found = outcome(other.run(config))
-    assert found["weights_digest"] != reference["weights_digest"], what
-    assert found["state_digest"] != reference["state_digest"]
-    assert found["trail"] != reference["trail"]
-    if what == "one bit of one weight":
-        pairs = zip(found["trail"], reference["trail"], strict=True)
-        first = next(mine for mine, theirs in pairs if mine != theirs)
-        assert first["step"] == 7  # the trail's line of step 6 was written before the bit was turned

@@ -51,7 +51,6 @@ def test_a_run_goes_on_with_the_same_bits(runner: Runner, model: str, shape: str
     assert tell(runner, fsdp(model, shape), world=world, story=story, seed=len(story)) == whole
 
 
-@pytest.mark.full
 def test_killed_in_saves(runner: Runner) -> None:
     """SIGKILL of either rank at a seeded random moment of a save, a dozen times in one run."""
     config = fsdp("gpt", trainer={"max_epochs": 12}, checkpoint={"every_n_steps": 1})

@@ -115,7 +115,6 @@ def test_a_worse_training_is_not_equivalent(recorded: list[Path]) -> None:
     assert "no: not shown to be the same: test/acc changes by -0." in found.out
 
 
-@pytest.mark.full
 def test_seeds_that_were_not_recorded_are_trained_by_the_old_interpreter(recorded: list[Path], tmp_path: Path) -> None:
     """The old side is another environment: here, one in which the variable of the upgrade is unset."""
     old = tmp_path / "python"

@@ -347,7 +347,7 @@ def test_a_crash_between_any_two_writes(tmp_path: Path) -> None:
     assert number > 30
 
 
-@pytest.mark.parametrize("url", ["s3", pytest.param("sftp", marks=pytest.mark.full)], indirect=True)
+@pytest.mark.parametrize("url", ["s3", "sftp"], indirect=True)
 def test_a_crash_in_a_delivery(url: str, tmp_path: Path) -> None:
     """Between any two changes of the spool or the store, and with half a file uploaded."""
     number = 0

@@ -1,10 +1,8 @@
 """What each switch of `speed` does to the bits: promise 3 in real trainings, by digest; and what is refused."""
 
 import copy
-import os
 import random
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +19,13 @@ from labtrain.digests import digest
 from labtrain.errors import ConfigError
 from labtrain.replay import _config_of
 from labtrain.speed import called, put_channels_last, recompute_blocks
-from tests.conftest import QUICK, Experiment, need
+from tests.conftest import QUICK, Experiment
+from tests.support.compiled import compiled, gone_on_before_the_last_batch
 from tests.support.exact import Runner, configure, outcome, tell
 from tests.support.exact_worker import CNN, GPT
 from tests.support.speed_models import Counting, Drawn, Normed, Stack
+
+pytest_plugins = ["tests.support.compiled"]
 
 
 def bits(found: dict[str, Any]) -> dict[str, Any]:
@@ -34,111 +35,16 @@ def bits(found: dict[str, Any]) -> dict[str, Any]:
 
 # -------------------------------------------------------------------------------------------------------------- compile
 
-# Shards of 16 samples; the last batch of an epoch is 2 samples, which are one shard.
-COMPILED = {
-    "data": {"size": 66, "batch_size": 64},
-    "trainer": {"max_epochs": None, "max_steps": 3, "limit_val_batches": 0},
-    "speed": {"compile": True},
-    "checkpoint": {"every_n_steps": 1, "keep_last": 3},
-}
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Where the compiler keeps what it has compiled, for all tests of this process: its results, not what it decides."""
-    need("g++", "g++")
-    return {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path_factory.mktemp("inductor")), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
-
-
-def compiled(**more: Any) -> Any:
-    config = configure("cnn", **COMPILED, **more)
-    config["model"] = {"_target_": "tests.support.speed_models.Normed"}
-    return config
-
-
-def gone_on_before_the_last_batch(
-    whole: Path, runner: Runner, config: Any, cache: dict[str, str], *, world: int
-) -> Any:
-    """Go on from a run's first step, in a process that compiled nothing of it."""
-    run_dir = runner.folder / "runs" / "exact" / whole.name
-    shutil.copytree(whole, run_dir)
-    (run_dir / "receipt.json").unlink()
-    for later in sorted(run_dir.glob("checkpoints/step-*"))[1:]:
-        shutil.rmtree(later)
-    found = outcome(runner.run(config, world=world, environment=cache))
-    assert "goes on from step-0000000001" in runner.said()
-    return found
-
 
 def test_compiled_it_ends_the_same_where_a_resume_meets_the_smaller_batch_first(
-    runner: Runner, other: Runner, cache: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    runner: Runner, other: Runner, cache: dict[str, str]
 ) -> None:
     """And on two processes, of which the first then begins with 2 samples and the second with 16."""
-    monkeypatch.setattr("tests.support.exact.TIMEOUT_S", 300)
     whole = runner.run(compiled(), environment=cache)
     reference = outcome(whole)
     assert gone_on_before_the_last_batch(whole, other, compiled(), cache, world=2) == reference
     eager = {**compiled(), "speed": configure()["speed"]}
     assert outcome(runner.run(eager))["weights_digest"] != reference["weights_digest"]
-
-
-@pytest.mark.full
-def test_as_torch_compiles_by_itself_it_would_not(
-    runner: Runner, other: Runner, cache: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same with sizes that become dynamic, which warn leaves to torch: what the test above must be able to find."""
-    monkeypatch.setattr("tests.support.exact.TIMEOUT_S", 300)
-    config = compiled(determinism={"mode": "warn"})
-    whole = runner.run(config, environment=cache)
-    assert "its kernels depend on the sizes that a process has met" in runner.said()
-    found = gone_on_before_the_last_batch(whole, other, config, cache, world=1)
-    assert found["weights_digest"] != outcome(whole)["weights_digest"]
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("model", ["gpt", "cnn"])
-@pytest.mark.parametrize("speed", [{}, {"checkpoint_activations": True}, {"channels_last": True}])
-def test_compiled_however_it_ran(
-    model: str, precision: str, speed: dict[str, bool], runner: Runner, other: Runner, cache: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Moved and killed, with dropout and the other switches."""
-    if (model == "gpt") == ("channels_last" in speed) and speed:
-        pytest.skip("has nothing to act on")
-    monkeypatch.setattr("tests.support.exact.TIMEOUT_S", 600)
-    config = configure(model, "uneven", precision, speed={"compile": True, **speed})
-    reference = outcome(runner.run(config, environment=cache))
-    runner_of = {world: Runner(other.folder / str(world)) for world in (2, 3)}
-    for world, story in ((2, "moved"), (3, "killed")):
-        runner_of[world].folder.mkdir()
-        found = tell(runner_of[world], copy.deepcopy(config), world=world, story=story, seed=world, environment=cache)
-        assert found == reference
-
-
-@pytest.mark.full
-def test_more_sizes_than_are_compiled_end_in_an_error(cache: dict[str, str]) -> None:
-    """Torch would go on without, and what a process has met would decide. The nn.Sequential is one of torch's own modules."""
-    code = """if True:
-        import torch
-        from labtrain import speed
-        from tests.support.speed_models import Normed
-        speed.COMPILED_SIZES = 1
-        model = Normed().eval()
-        speed.compile_parts(model, mode=True, exact=True)
-        with torch.no_grad():
-            print(model.net(torch.zeros(2, 36)).shape, flush=True)
-            try:
-                model.net(torch.zeros(3, 36))
-            except BaseException as error:
-                print(speed.explain_compile(error))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **cache}, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("torch.Size([2, 3])\nspeed.compile: something was compiled for 1 different sizes")
-    assert "hint: pad the inputs" in done.stdout
 
 
 def test_metrics_and_lists_are_not_compiled_and_their_elements_are() -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -17,7 +16,7 @@ from labtrain.errors import EXIT_STOPPED, DamagedError, LabtrainError
 from labtrain.store import Store
 from tests.conftest import LABTRAIN, Experiment
 from tests.real.test_store import names
-from tests.support.exact import Runner, configure, outcome
+from tests.support.exact import Runner, configure, kill_in_saves, outcome
 from tests.support.servers import KEY, S3, SECRET, Proxy
 
 BEST = {"keep_last": 1, "keep_best": 1, "monitor": "val/loss", "mode": "min"}
@@ -76,21 +75,8 @@ def test_resume_names_a_url(runner: Runner, s3: S3, monkeypatch: pytest.MonkeyPa
     runner.run(configure("mlp", "even", resume=f"{url}/nothing"), code=2, environment=variables())
 
 
-@pytest.mark.parametrize("number", [25, pytest.param(100, marks=pytest.mark.full)])
-def test_many_kills_in_saves(number: int, runner: Runner, tmp_path: Path) -> None:
-    """SIGKILL at a seeded random moment from the beginning of a save on, again and again in one run."""
-    config = configure("mlp", "even", trainer={"max_epochs": number}, checkpoint={"every_n_steps": 1})
-    other = Runner(tmp_path / "reference")
-    other.folder.mkdir()
-    reference = outcome(other.run(config))
-    draw = random.Random(0)
-    kills = 0
-    for _ in range(number):
-        save, delay = draw.randint(2, 4), draw.uniform(0, 0.03)
-        ended = runner.run(config, code=None, environment={"KILL_IN_SAVE": f"{save} {delay}"})
-        kills += ended is None
-    assert kills == number
-    assert outcome(runner.run(config)) == reference
+def test_many_kills_in_saves(runner: Runner, other: Runner) -> None:
+    kill_in_saves(runner, other, 25)
 
 
 def test_a_store_that_is_away_at_the_start_is_refused(runner: Runner, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def receipt() -> dict:
 
 
 def test_its_processes_give_the_bits_of_one(experiment: Experiment, alone: Run) -> None:
-    out, err = start(experiment).communicate(timeout=120)
+    out, err = start(experiment).communicate(timeout=300)
     assert out.split() == [f"runs/digits/{alone.folder.name}", alone.digest], err
     assert receipt()["segments"][0]["devices"] == 2
 
@@ -53,7 +53,7 @@ def test_a_killed_worker_is_started_again_and_goes_on(experiment: Experiment, al
     workers = [child for child in psutil.Process(process.pid).children() if "labtrain.job" in child.cmdline()]
     assert len(workers) == 2
     workers[1].kill()
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     assert out.split()[1:] == [alone.digest], err
     assert len(receipt()["segments"]) == 2
 
@@ -62,12 +62,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(experiment: Experiment, alon
     process = start(experiment)
     wait_for_steps(Path("runs/digits"), 10)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=300)
     assert "stopped by SIGTERM, saved" in err
     assert process.returncode != 0
     found = receipt()
     assert (found["status"], found["segments"][0]["why"]) == ("interrupted", "SIGTERM")
-    out, err = start(experiment).communicate(timeout=120)
+    out, err = start(experiment).communicate(timeout=300)
     assert out.split()[1:] == [alone.digest], err
 
 
@@ -75,15 +75,15 @@ def test_its_workers_save_where_it_is_killed_itself(experiment: Experiment) -> N
     process = start(experiment, epochs=40)
     wait_for_steps(Path("runs/digits"), 10)
     process.kill()
-    wait_until(lambda: receipt()["status"] == "interrupted", 30)
+    wait_until(lambda: receipt()["status"] == "interrupted")
     assert receipt()["segments"][0]["why"] == "SIGTERM"
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
 
 
 def test_a_worker_that_fails_is_heard_alone(own_experiment: Experiment, tmp_path: Path) -> None:
     break_rank(own_experiment, 1)
     process = start(own_experiment, cwd=tmp_path)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=300)
     assert process.returncode == 1
     assert out == ""
     assert "ArithmeticError: of rank 1" in err
@@ -93,16 +93,16 @@ def test_a_worker_that_fails_is_heard_alone(own_experiment: Experiment, tmp_path
 def test_a_fresh_start_needs_a_name_that_all_ranks_know(experiment: Experiment) -> None:
     """resume=never: all ranks are to write into one new folder, whichever looks first."""
     line = [part for part in command(experiment) if part != "--standalone"]
-    done = subprocess.run([*line, "resume=never"], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([*line, "resume=never"], capture_output=True, text=True, check=False, timeout=300)
     assert "error: resume=never in 2 processes that agree on no name for a new folder" in done.stderr
     out, err = subprocess.Popen(
         [*command(experiment), "resume=never"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ).communicate(timeout=120)
+    ).communicate(timeout=300)
     (run,) = Path("runs/digits").iterdir()
     assert out.split()[0] == str(run), err
 
 
 def test_a_sweep_in_each_worker_is_refused(experiment: Experiment) -> None:
-    done = subprocess.run([*command(experiment), "-m"], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([*command(experiment), "-m"], capture_output=True, text=True, check=False, timeout=300)
     assert "error: -m in each of 2 copies of one job" in done.stderr
     assert not Path("runs").exists()

@@ -22,7 +22,6 @@ from labtrain.trail import read_trail
 from labtrain.training import explain
 from tests.conftest import QUICK, Experiment, Run
 
-FULL = pytest.mark.full
 SHORT = (*QUICK, "paths.runs=runs", "trainer.max_epochs=4", "checkpoint.keep_last=9")
 
 
@@ -44,13 +43,13 @@ def kill_when(
     child = subprocess.Popen(
         experiment.command(*overrides), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while sum(len(list_checkpoints(run / "checkpoints")) for run in folders(Path("runs"))) < checkpoints:
         assert child.poll() is None, "it ended before it could be killed"
         assert time.monotonic() < deadline
         time.sleep(0.005)
     os.killpg(child.pid, number) if group else child.send_signal(number)
-    return child.wait(timeout=60)
+    return child.wait(timeout=300)
 
 
 def same(run: Run, reference: Run) -> None:
@@ -119,7 +118,9 @@ def test_the_same_bits_with_workers_and_with_each_logger(experiment: Experiment,
     [
         "seed=43",
         "determinism.mode=portable",
-        *(pytest.param(other, marks=FULL) for other in ("model.width=8", "data.batch_size=63", "data.max_shift=0")),
+        "model.width=8",
+        "data.batch_size=63",
+        "data.max_shift=0",
     ],
 )
 def test_what_determines_the_bits_changes_name_and_digest(
@@ -145,7 +146,6 @@ def test_never_starts_anew_beside(experiment: Experiment) -> None:
     assert second.digest == first.digest
 
 
-@FULL
 def test_the_best_checkpoints_are_kept_beside_the_last(experiment: Experiment) -> None:
     run = experiment.train(
         *SHORT,
@@ -257,7 +257,7 @@ def test_out_of_memory_names_the_numbers_and_the_knobs() -> None:
 # ------------------------------------------------------------------------------------------------- stopped and resumed
 
 
-@pytest.mark.parametrize("checkpoints", [1, pytest.param(3, marks=FULL)])
+@pytest.mark.parametrize("checkpoints", [1, 3])
 def test_killed_and_resumed_is_the_same_run(checkpoints: int, experiment: Experiment, reference: Run) -> None:
     """SIGKILL in the epoch after a checkpoint, whatever that moment is: weights, optimizer, metrics and trail are the same."""
     assert kill_when(experiment, *SHORT, checkpoints=checkpoints) == -signal.SIGKILL
@@ -275,16 +275,14 @@ def test_killed_ranks_resume_as_one_run(experiment: Experiment, tmp_path: Path) 
     whole = experiment.train(*two, "paths.runs=whole")
     assert kill_when(experiment, *two, checkpoints=1) == -signal.SIGKILL
     (folder,) = folders(Path("runs"))
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while subprocess.run(["pgrep", "-f", f"labtrain.job {folder}"], capture_output=True, check=False).returncode == 0:
         assert time.monotonic() < deadline, "a rank stayed behind"
         time.sleep(0.1)
     same(experiment.train(*two), whole)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, *(pytest.param(n, marks=FULL) for n in (signal.SIGINT, signal.SIGUSR1))]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_is_written_down_and_the_same_command_goes_on(
     number: int, experiment: Experiment, reference: Run
 ) -> None:
@@ -302,7 +300,7 @@ def test_a_signal_that_goes_on_coming_does_not_end_it_before_its_receipt_is_clos
     (folder,) = folders(Path("runs"))
     while child.poll() is None and json.loads((folder / "receipt.json").read_text())["status"] == "running":
         child.send_signal(signal.SIGTERM)
-    child.wait(timeout=60)
+    child.wait(timeout=300)
     assert json.loads((folder / "receipt.json").read_text())["segments"][0]["why"] == "SIGTERM"
 
 
@@ -314,7 +312,7 @@ def test_two_processes_stop_together_and_one_goes_on(experiment: Experiment, ref
     )
     wait_for_step(30)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=60) == 75
+    assert child.wait(timeout=300) == 75
     assert child.stderr is not None
     assert "stopped by SIGTERM, saved: the same command goes on with runs/digits/" in child.stderr.read()
     (folder,) = folders(Path("runs"))
@@ -341,7 +339,7 @@ def test_killed_in_mid_epoch_with_workers_and_started_again_at_once(experiment: 
 
 def wait_for_step(step: int) -> None:
     """Wait until the one run below runs/ has trained so far."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not any(len(read_trail(folder)) >= step for folder in folders(Path("runs"))):
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -358,7 +356,7 @@ def test_a_second_ctrl_c_ends_at_once(own_experiment: Experiment) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (own_experiment.root / "in-the-step").exists():
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -369,7 +367,7 @@ def test_a_second_ctrl_c_ends_at_once(own_experiment: Experiment) -> None:
     time.sleep(0.5)
     assert child.poll() is None
     child.send_signal(signal.SIGINT)
-    assert child.wait(timeout=5) == -signal.SIGINT
+    assert child.wait(timeout=30) == -signal.SIGINT
 
 
 def test_a_run_of_edited_code_names_the_near_one(own_experiment: Experiment) -> None:
@@ -382,7 +380,7 @@ def test_a_run_of_edited_code_names_the_near_one(own_experiment: Experiment) -> 
         assert child.poll() is None
         time.sleep(0.01)
     child.send_signal(signal.SIGTERM)
-    assert child.wait(timeout=60) == 75
+    assert child.wait(timeout=300) == 75
     model = own_experiment.root / "model.py"
     model.write_text(f"{model.read_text()}\n# a thought\n")
     new = own_experiment.train(*kept, "trainer.max_epochs=4")

@@ -1,107 +1,23 @@
 """`labtrain verify`: trained again to the same bits, or the step, phase and tensor named; and what was changed, refused."""
 
 import json
-import os
 import random
 import shutil
 import signal
 import subprocess
 import time
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
 from labtrain import receipt as receipts
 from labtrain.demo import OLDER_CPU
 from labtrain.provenance import machine
 from labtrain.trail import read_trail
-from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, Run, changed, need
+from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, changed, need
+from tests.support.verification import STEPS, TWO_EPOCHS, git, verify
 
-# A fault of the machine, told by a variable that no receipt knows: one bit of a weight, a gradient or a loss at a step.
-FAULT = """
-
-_configure = DigitsNet.configure_optimizers
-
-
-def _with_fault(self):
-    import os
-
-    found = _configure(self)
-    step, place, bit, *counted = os.environ.get("FAULT", "0 none 0").split()
-    count = [0]  # the step that is done; with a fourth word, of this process
-
-    def flip(tensor):
-        flat = tensor.detach().view(-1).view(torch.int32)
-        flat[len(flat) // 2] ^= 1 << int(bit)
-
-    def before(*_):
-        count[0] = count[0] + 1 if counted else self.trainer.global_step + 1
-        if count[0] == int(step) and place.startswith("gradient:"):
-            flip(dict(self.named_parameters())[place.removeprefix("gradient:")].grad)
-
-    def after(*_):
-        if count[0] == int(step) and place.startswith("weight:"):
-            flip(self.state_dict()[place.removeprefix("weight:")])
-        if count[0] == int(step) and place == "all":
-            for weights in self.parameters():
-                flip(weights)
-
-    self.on_after_backward = before
-    found["optimizer"].register_step_post_hook(after)
-    return found
-
-
-DigitsNet.configure_optimizers = _with_fault
-"""
-TWO_EPOCHS = (*QUICK, "trainer.max_epochs=2", "data.batch_size=128")  # 20 steps
-STEPS = 20
-
-
-def verify(run: Path | str, *options: str, code: int | None = 0, cwd: Path | None = None, **env: str) -> Run:
-    """Run `labtrain verify`."""
-    done = subprocess.run(
-        [LABTRAIN, "verify", str(run), *options], capture_output=True, text=True, check=False, timeout=300,
-        cwd=cwd, env=os.environ | env,
-    )  # fmt: skip
-    assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return Run(done.returncode, done.stdout, done.stderr, cwd or Path.cwd())
-
-
-def git(folder: Path, *arguments: str) -> None:
-    subprocess.run(
-        ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True, capture_output=True
-    )
-
-
-@pytest.fixture(scope="module")
-def trained(shared_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path]:
-    """An experiment of this module's, in a git repository, and a run of it on two devices."""
-    root = tmp_path_factory.mktemp("verify") / "digits"
-    shutil.copytree(shared_experiment.root, root, ignore=shutil.ignore_patterns("runs", "__pycache__"))
-    (root / "model.py").write_text((root / "model.py").read_text() + FAULT)
-    git(root, "init", "-q")
-    git(root, "add", "-A")
-    git(root, "commit", "-qm", "all")
-    experiment = Experiment(root)
-    for _ in range(5):
-        run = experiment.train(
-            *TWO_EPOCHS, "trainer.devices=2", "checkpoint.every_n_steps=5", "checkpoint.keep_last=9", cwd=root
-        )
-        steps = [entry["step"] for entry in run.receipt["checkpoints"]]
-        if sorted(set(steps)) == [5, 10, 15, STEPS]:
-            return experiment, run.folder
-        shutil.rmtree(run.folder)  # a save that is due while the one before is being written is made up for later
-    pytest.fail(f"the disk is too slow to save every fifth step: {steps}")
-
-
-@pytest.fixture
-def copy(trained: tuple[Experiment, Path], tmp_path: Path) -> Path:
-    """A copy of the run, below a copy of the experiment, that a test may change."""
-    experiment, run_dir = trained
-    shutil.copytree(experiment.root, tmp_path / "digits", ignore=shutil.ignore_patterns("__pycache__"))
-    return tmp_path / "digits" / run_dir.relative_to(experiment.root)
+pytest_plugins = ["tests.support.verification"]
 
 
 def test_a_run_of_two_devices_comes_out_again_on_two_and_on_one(trained: tuple[Experiment, Path]) -> None:
@@ -288,13 +204,6 @@ def test_a_run_is_verified_while_it_is_trained(copy: Path) -> None:
         training.wait()
 
 
-@pytest.mark.full
-def test_one_run_may_be_verified_by_two_at_once(copy: Path) -> None:
-    both = [subprocess.Popen([LABTRAIN, "verify", copy, "--steps", "5"], stdout=subprocess.DEVNULL) for _ in range(2)]
-    assert [each.wait(timeout=120) for each in both] == [0, 0]
-    assert len((copy / "verified.jsonl").read_text().splitlines()) == 2
-
-
 def test_what_went_on_after_a_change_is_verified_from_there(copy: Path) -> None:
     experiment = Experiment(copy.parents[2])
     command = (*QUICK, "trainer.max_epochs=6", "seed=8", "checkpoint.every_n_steps=1", "checkpoint.keep_last=999")
@@ -303,11 +212,28 @@ def test_what_went_on_after_a_change_is_verified_from_there(copy: Path) -> None:
         assert training.poll() is None
         time.sleep(0.005)
     training.send_signal(signal.SIGTERM)
-    assert training.wait(timeout=60) == 75
+    assert training.wait(timeout=300) == 75
     run = experiment.train(*command, "model.dropout=0.1", f"resume={there[0]}", cwd=experiment.root)
     (after,) = [segment["from_step"] for segment in run.receipt["segments"] if segment["changed"]]
     assert f"went on after changes at step {after}" in verify(run.folder, code=2).err
     assert f"the same bits, from step {after + 1} to its end" in verify(run.folder, "--from", str(after)).out
+
+
+def test_a_run_that_began_from_a_complete_one_is_verified_from_there(copy: Path) -> None:
+    """With other options, which take effect as they did; without the other run's checkpoint it says what is missing."""
+    experiment = Experiment(copy.parents[2])
+    run = experiment.train(
+        *TWO_EPOCHS, "trainer.max_epochs=3", "model.learning_rate=0.02", f"resume={copy}", cwd=experiment.root
+    )
+    assert run.folder != copy
+    found = verify(run.folder).out
+    assert f"origin       step-{STEPS:010d} of the run {copy.name}, which is not verified here" in found
+    assert f"the same bits, from step {STEPS + 1} to its end" in found
+    shutil.rmtree(copy / "checkpoints")
+    assert (
+        f"the run began from step-{STEPS:010d} of the run {copy.name}, which is neither"
+        in verify(run.folder, code=2).err
+    )
 
 
 def test_bad_input_is_refused(copy: Path, tmp_path: Path) -> None:
@@ -349,119 +275,6 @@ def test_who_signed_it_is_said_and_can_be_asked_for(copy: Path, tmp_path: Path) 
     assert "does not sign this receipt.json" in verify(copy, *few, code=2).err
 
 
-def started(run_dir: Path, *options: str, **env: str) -> tuple[subprocess.Popen[str], psutil.Process]:
-    """Start `labtrain verify`, and wait for its training to write its trail."""
-    process = subprocess.Popen(
-        [LABTRAIN, "verify", run_dir, *options],
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=os.environ | env,
-        # Tests that a script runs in the background inherit an ignored SIGINT, and so would this.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    while True:
-        assert process.poll() is None
-        for child in psutil.Process(process.pid).children():
-            with suppress(psutil.Error):
-                if "labtrain.job" in child.cmdline() and read_trail(Path(child.cmdline()[-1])):
-                    return process, child
-        time.sleep(0.005)
-
-
-@pytest.mark.full
-def test_what_was_stopped_gives_no_verdict(copy: Path, tmp_path: Path) -> None:
-    """Its training by a SIGTERM; verify itself by SIGTERM or Ctrl-C, and then nothing is left behind."""
-    experiment = Experiment(copy.parents[2])
-    long = experiment.train(*QUICK, "trainer.max_epochs=40", cwd=experiment.root).folder
-    process, child = started(long)
-    child.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 2, out + err
-    assert "was stopped by a signal" in err
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        process, child = started(long, TMPDIR=str(scratch))
-        process.send_signal(number)
-        out, err = process.communicate(timeout=60)
-        assert process.returncode == code, out + err
-        assert "yes" not in out
-        assert not list(scratch.iterdir())
-        assert not child.is_running()
-    assert not (long / "verified.jsonl").exists()
-
-
-@pytest.mark.full
-def test_a_trail_that_lacks_its_beginning_is_compared_where_it_has_lines(copy: Path, tmp_path: Path) -> None:
-    """The run's folder was lost, and its checkpoints elsewhere were not."""
-    experiment = Experiment(copy.parents[2])
-    command = (*QUICK, "trainer.max_epochs=20", "seed=4", "checkpoint.every_n_steps=10", f"checkpoint.url={tmp_path / 'store'}",
-               f"paths.runs={tmp_path / 'runs'}", "checkpoint.monitor=val/acc")  # fmt: skip
-    training = subprocess.Popen(experiment.command(*command), cwd=experiment.root, stderr=subprocess.DEVNULL)
-    while not (there := [path for path in (tmp_path / "runs").glob("*/*") if len(read_trail(path)) > 45]):
-        assert training.poll() is None
-        time.sleep(0.005)
-    training.kill()
-    training.wait()
-    shutil.rmtree(there[0])
-    run = experiment.train(*command, cwd=experiment.root)
-    first = run.trail()[0]["step"]
-    assert first > 10
-    assert "the same bits, to its end" in verify(run.folder, cwd=experiment.root).out
-    assert (
-        "nothing could be compared of steps 1 to 5"
-        in verify(run.folder, "--steps", "5", code=2, cwd=experiment.root).err
-    )
-    (weights,) = (tmp_path / "store").glob("*/step-0000000400/weights.safetensors")
-    raw = bytearray(weights.read_bytes())
-    raw[-10] ^= 1
-    weights.write_bytes(raw)
-    assert "manifest says" in verify(run.folder, code=2, cwd=experiment.root).err
-
-
-@pytest.mark.full
-def test_a_trail_of_every_seventh_step_is_compared_at_those(copy: Path) -> None:
-    experiment = Experiment(copy.parents[2])
-    command = (*TWO_EPOCHS, "trail.every_n_steps=7", "checkpoint.every_n_steps=5", "checkpoint.keep_last=9", "seed=6")
-    run = experiment.train(*command, cwd=experiment.root, env={"FAULT": "9 weight:net.9.bias 3"})
-    assert [line["step"] for line in run.trail()] == [7, 14]
-    found = json.loads(verify(run.folder, "--json", code=1).out)
-    assert (found["divergence"]["step"], found["to_step"]) == (14, 7)
-    assert "or since step 8, of which the trail has no line" in found["found"]
-    assert "this machine agrees with itself" in found["found"]
-    assert "nothing could be compared of steps 1 to 3" in verify(run.folder, "--steps", "3", code=2).err
-    sound = experiment.train(*command, "resume=never", cwd=experiment.root)
-    assert "the same bits, to its end" in verify(sound.folder).out
-
-
-@pytest.mark.full
-def test_a_run_without_a_trail_is_compared_by_its_results(copy: Path) -> None:
-    experiment = Experiment(copy.parents[2])
-    run = experiment.train(*TWO_EPOCHS, "trail.every_n_steps=0", "seed=7", cwd=experiment.root)
-    assert "the same bits, to its end" in verify(run.folder).out
-    assert json.loads((run.folder / "verified.jsonl").read_text())["to_step"] == STEPS
-    assert "no trail.jsonl lies beside it" in verify(run.folder, "--steps", "5", code=2).err
-    changed(run.folder, "results/metrics", {**run.receipt["results"]["metrics"], "test/acc": 1.0})
-    assert "the results are not as the receipt says: test/acc 1.0, now 0." in verify(run.folder, code=1).out
-
-
-@pytest.mark.full
-def test_callbacks_with_paths_and_a_model_that_logs_by_itself_are_verified(copy: Path) -> None:
-    experiment = Experiment(copy.parents[2])
-    (experiment.root / "more.py").write_text(
-        "import lightning.pytorch as pl\n\n\nclass Draw(pl.Callback):\n"
-        "    def on_train_epoch_end(self, trainer, pl_module):\n"
-        "        trainer.logger.experiment.add_scalar('drawn', 1.0, trainer.global_step)\n"
-    )
-    run = experiment.train(
-        "trainer.enable_progress_bar=false", *TWO_EPOCHS[2:], "+callbacks.draw._target_=more.Draw",
-        "+callbacks.keep={_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: val/acc}",
-        cwd=experiment.root)  # fmt: skip
-    found = verify(run.folder).out
-    assert "the same bits, to its end; not the same, and no bits of it: state_digest" in found
-
-
 def test_from_a_checkpoint_is_not_the_whole(copy: Path) -> None:
     found = json.loads(verify(copy, "--from", "15", "--json").out)
     assert (found["whole"], found["found"]) == (False, "the same bits, from step 16 to its end")
@@ -485,35 +298,3 @@ def test_who_verified_is_told_of_this_machine(copy: Path) -> None:
     told = json.loads((copy / "verified.jsonl").read_text())
     assert told["gpus"] == []
     assert told["cpu"] == machine()["cpu"]
-
-
-@pytest.mark.full
-def test_a_path_of_the_data_can_be_another_here(copy: Path) -> None:
-    assert "the same bits" in verify(copy, "--steps", "3", "--set", "data.num_workers=1").out
-    found = verify(copy, "--steps", "3", "--set", "data.max_shift=2", code=1).out
-    assert "differs      config.data.max_shift  1 -> 2" in found
-    assert "has no such key" in verify(copy, "--set", "data.no=1", code=2).err
-    assert "no KEY=VALUE" in verify(copy, "--set", "data", code=2).err
-
-
-@pytest.mark.full
-def test_code_below_pythonpath_is_that_of_the_commit(copy: Path) -> None:
-    """With a src layout and a relative PYTHONPATH, not what lies in the working tree today."""
-    experiment = Experiment(copy.parents[2])
-    source = experiment.root / "src" / "slopes.py"
-    source.parent.mkdir()
-    source.write_text("SLOPE = 0.02\n")
-    model = experiment.root / "model.py"
-    model.write_text("from slopes import SLOPE\n" + model.read_text().replace("nn.ReLU()", "nn.LeakyReLU(SLOPE)"))
-    git(experiment.root, "add", "-A")
-    git(experiment.root, "commit", "-qm", "src")
-    path = {"PYTHONPATH": "src"}
-    run = experiment.train(*TWO_EPOCHS, cwd=experiment.root, env=path)
-    source.write_text("SLOPE = 0.5\n")
-    found = verify(run.folder, cwd=experiment.root, **path)
-    assert "code         commit " in found.out
-    assert "the same bits, to its end" in found.out
-    diff = experiment.train(*TWO_EPOCHS, cwd=experiment.root, env=path).folder
-    done = subprocess.run([LABTRAIN, "diff", run.folder, diff], capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "  code.sources.src/slopes.py  " in done.stdout

@@ -51,7 +51,7 @@ class Docker:
         command += [f"--host=unix://{self.folder}/socket", "--iptables=false", "--ip6tables=false", "--bridge=none"]
         with (self.folder / "log.txt").open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
-        wait_until(lambda: self("version", code=None).returncode == 0, 60)
+        wait_until(lambda: self("version", code=None).returncode == 0)
         self._import_base()
 
     def __call__(self, *arguments: str, code: int | None = 0, env: dict[str, str] | None = None) -> Completed:

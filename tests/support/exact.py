@@ -19,7 +19,7 @@ from tests.support import exact_worker
 
 VARIABLES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
              "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # fmt: skip
-TIMEOUT_S = 60
+TIMEOUT_S = 300
 
 
 def forkserver() -> Any:
@@ -106,6 +106,11 @@ def outcome(run_dir: Path | None) -> dict[str, Any]:
     return {**receipt["results"], "trail": trail, "run_id": receipt["run_id"]}
 
 
+def newest_manifest(runner: Runner) -> dict[str, Any]:
+    """Return what the newest checkpoint says of itself."""
+    return dict(json.loads(max(runner.folder.glob("runs/*/*/checkpoints/step-*/manifest.json")).read_text()))
+
+
 MODELS = {
     "mlp": ("MLP", "images"),
     "cnn": ("CNN", "images"),
@@ -176,3 +181,14 @@ def exchanges(runner: Runner, *, world: int, last: int, batch_size: int = 8) -> 
     found = [(runner.folder / f"rank-{rank}").read_text().split() for rank in range(world)]
     assert all(each == found[0] for each in found), found
     return found[0]
+
+
+def kill_in_saves(runner: Runner, other: Runner, number: int) -> None:
+    """Send SIGKILL at a seeded random moment from the beginning of a save on, again and again in one run; its end is exact."""
+    config = configure("mlp", "even", trainer={"max_epochs": number}, checkpoint={"every_n_steps": 1})
+    reference = outcome(other.run(config))
+    draw = random.Random(0)
+    for _ in range(number):
+        moment = f"{draw.randint(2, 4)} {draw.uniform(0, 0.03)}"
+        assert runner.run(config, code=None, environment={"KILL_IN_SAVE": moment}) is None
+    assert outcome(runner.run(config)) == reference

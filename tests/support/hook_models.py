@@ -253,3 +253,20 @@ class Timing(pl.Callback):
         pl_module.log("seconds", float(trainer.global_rank), rank_zero_only=True)
         for logger in trainer.loggers:
             logger.log_metrics({"memory": float(trainer.global_rank)}, step=trainer.global_step)
+
+
+class Outside(pl.Callback):
+    """Gathers from a list that is not the model's: of the losses that a forward hook sees."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.handle = pl_module.net.register_forward_hook(self._seen)
+
+    def _seen(self, module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        if output.requires_grad:
+            self.losses.append(output.mean().item())
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        labtrain.gather_outputs(self.losses)

@@ -4,6 +4,7 @@ Run by test_portable.py in a process whose environment holds the portable variab
 """
 
 import hashlib
+import warnings
 
 import numpy as np
 import torch
@@ -116,13 +117,62 @@ for name, options in [(name, {}) for name in UNFUSED] + [(name, {"fused": True})
         optimizer.step()
     show(f"optimizer {name}, {options}", module.weight, module.bias)
 
-matrix = torch.randn(20, 20, dtype=torch.float64)
-show(
-    "linalg",
-    torch.linalg.cholesky(matrix @ matrix.T + torch.eye(20)),
-    torch.linalg.svdvals(matrix),
-    torch.linalg.qr(matrix)[0],
-)
+# Libraries have kernels of their own for small matrices: each size of 2 to 16, and some that are cut into blocks.
+SIZES = (*range(2, 17), 20, 24, 33, 48, 65, 100)
+
+
+def linear_algebra(size: int, dtype: torch.dtype) -> dict[str, list[torch.Tensor]]:
+    """Return what each operation of torch.linalg, and what is like it, makes of matrices of one size."""
+    linalg, seeded = torch.linalg, torch.Generator().manual_seed(size)
+    square, right = (torch.randn(size, width, generator=seeded, dtype=dtype) for width in (size, 3))
+    tall, more = (torch.randn(size + 3, width, generator=seeded, dtype=dtype) for width in (size, 2))
+    array = square.numpy()
+    definite = torch.from_numpy(array @ array.conj().T) + size * torch.eye(size, dtype=dtype)
+    low = torch.tril(square) + 2 * torch.eye(size, dtype=dtype)
+    several = definite.expand(3, size, size).clone()
+    found = {
+        "cholesky": linalg.cholesky(definite),
+        "cholesky, upper": linalg.cholesky(definite, upper=True),
+        "cholesky, several": linalg.cholesky(several),
+        "torch.cholesky": torch.cholesky(definite),
+        "cholesky_solve": torch.cholesky_solve(right, low),
+        "cholesky_inverse": torch.cholesky_inverse(low),
+        "qr": linalg.qr(tall),
+        "householder_product": linalg.householder_product(*torch.geqrf(tall)),
+        "svd": linalg.svd(square),
+        "svdvals": linalg.svdvals(square),
+        "eigh": linalg.eigh(definite),
+        "eigvalsh": linalg.eigvalsh(definite),
+        "eig": linalg.eig(square),
+        "eigvals": linalg.eigvals(square),
+        "inv": linalg.inv(square),
+        "solve": linalg.solve(square, right),
+        "lu_factor": linalg.lu_factor(square)[0],
+        "lu_solve": linalg.lu_solve(*linalg.lu_factor(square), right),
+        "det": linalg.det(square),
+        "slogdet": linalg.slogdet(square),
+        "solve_triangular": linalg.solve_triangular(low, right, upper=False),
+        "solve_triangular, upper": linalg.solve_triangular(low.T.contiguous(), right, upper=True),
+        "lstsq": linalg.lstsq(tall, more).solution,
+        "pinv": linalg.pinv(square),
+        "ldl_factor": linalg.ldl_factor(definite)[0],
+        "ldl_solve": linalg.ldl_solve(*linalg.ldl_factor(definite), right),
+        "matrix_exp": linalg.matrix_exp(square),
+        "matrix_norm": linalg.matrix_norm(square, 2),
+        "vector_norm": linalg.vector_norm(square),
+        "products": [square @ square, square @ square[0], torch.dot(square[0], square[1]), several @ several],
+    }
+    return {name: [part] if isinstance(part, torch.Tensor) else list(part) for name, part in found.items()}
+
+
+warnings.filterwarnings("ignore", message="torch.cholesky is deprecated")
+for dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128):
+    by_name: dict[str, list[torch.Tensor]] = {}
+    for size in SIZES:
+        for name, parts in linear_algebra(size, dtype).items():
+            by_name.setdefault(name, []).extend(parts)
+    for name, parts in by_name.items():
+        show(f"{dtype} {name}", *parts)
 array = np.random.RandomState(0).rand(1000).astype(np.float32)
 show(
     "numpy", *(torch.from_numpy(function(array)) for function in (np.exp, np.log, np.sin, np.tanh, np.sqrt, np.arctan))

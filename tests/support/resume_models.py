@@ -4,8 +4,11 @@ from collections import deque
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import nn
+
+from tests.support import exact_worker
 
 
 class Small(pl.LightningModule):
@@ -83,6 +86,8 @@ class Counts(Small):
         self.norms: list[Any] = []
         self.last: deque[float] = deque(maxlen=3)
         self.by_phase: dict[str, Any] = {"seen": set()}
+
+    def on_train_start(self) -> None:
         self.average = Average(self.head)
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -96,6 +101,18 @@ class Counts(Small):
         pull = sum(self.last) / len(self.norms) + len(self.by_phase["seen"]) + self.backbone[1].uses
         self.factor = 1 / (1 + pull + self.average.updates + self.average.shadow[0].norm().item())
         self.factor *= 2 if self.phase == "main" else 1
+
+
+class Late(Small):
+    """Makes an object with attributes after the fifth step; has a generator of its own from the beginning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noise = np.random.default_rng(0)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.global_step == 5:
+            self.average = Average(self.head)
 
 
 class Manual(Small):
@@ -177,3 +194,120 @@ class Extra(Small):
         if self.where == "optimizer":
             optimizer.param_groups[0]["schedule"] = lambda step: step
         return optimizer
+
+
+class Position:
+    """What an epoch of a `Torchdata` is at: its iterator."""
+
+    def __init__(self, loader: "Torchdata", state: dict[str, Any] | None) -> None:
+        self.loader, self.yielded, self.finished = loader, 0, False
+        if state is not None:
+            loader.generator.set_state(state["generator"])
+        self.generator = loader.generator.get_state()
+        self.order = torch.randperm(len(loader.dataset), generator=loader.generator).tolist()
+        if state is not None:
+            self.yielded, self.finished = state["yielded"], state["finished"]
+            loader.lines = state["lines"]
+
+    def __iter__(self) -> "Position":
+        return self
+
+    def __next__(self) -> Any:
+        loader, first = self.loader, self.yielded * self.loader.batch_size
+        rows = self.order[first : first + loader.batch_size]
+        if not loader.sized:  # a file that is read from its beginning to its end, then from its beginning
+            rows = list(range(loader.lines, min(loader.lines + loader.batch_size, len(loader.dataset))))
+            loader.lines = loader.lines + len(rows) if rows else 0
+        if not rows:
+            self.finished = True
+            raise StopIteration
+        self.yielded += 1
+        return torch.utils.data.default_collate([(loader.dataset.images[i], loader.dataset.labels[i]) for i in rows])
+
+
+class Torchdata:
+    """The protocol of torchdata 0.11's StatefulDataLoader, with a random sampler, or a stream that has a state.
+
+    `load_state_dict` is for the next iterator, which goes on in the epoch of the state, though nothing is left of it; a
+    state that was taken after the iterator's StopIteration begins a new epoch.
+    """
+
+    def __init__(self, dataset: Any, batch_size: int, *, sized: bool) -> None:
+        self.dataset, self.batch_size, self.sized = dataset, batch_size, sized
+        self.generator, self.lines = torch.Generator().manual_seed(3), 0
+        self.position: Position | None = None
+        self.state: dict[str, Any] | None = None
+
+    def __len__(self) -> int:
+        if not self.sized:
+            raise TypeError("a stream")
+        return -(-len(self.dataset) // self.batch_size)
+
+    def __iter__(self) -> Position:
+        self.position, self.state = Position(self, self.state), None
+        if self.position.finished:
+            self.position = Position(self, None)
+        return self.position
+
+    def state_dict(self) -> dict[str, Any]:
+        at = self.position
+        assert at is not None
+        return {"generator": at.generator, "yielded": at.yielded, "finished": at.finished, "lines": self.lines}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.position, self.state = None, state
+
+
+class StreamData(exact_worker.Data):
+    """Training data from a `Torchdata`."""
+
+    def train_dataloader(self) -> Any:
+        if self.loader.startswith("torchdata"):
+            return Torchdata(self.train, self.batch_size, sized=self.loader == "torchdata")
+        return super().train_dataloader()
+
+
+class Scheduled(Small):
+    """Has an optimizer and a schedule of a kind, with options that a test changes."""
+
+    def __init__(
+        self, kind: str = "none", lr: float = 0.05, momentum: float = 0.9, warmup: int = 4, adam: bool = False
+    ) -> None:
+        super().__init__()
+        self.kind, self.lr, self.momentum, self.warmup, self.adam = kind, lr, momentum, warmup, adam
+        self.used: list[Any] = []
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        group = optimizer.param_groups[0]
+        print("step", self.global_step + 1, "used", group["lr"], group.get("momentum"), flush=True)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/loss", 1.0)
+
+    def configure_optimizers(self) -> Any:
+        schedules = torch.optim.lr_scheduler
+        optimizer: Any = torch.optim.SGD(self.parameters(), lr=self.lr, momentum=self.momentum)
+        if self.adam:
+            optimizer = torch.optim.Adam(self.parameters(), lr=self.lr)
+        if self.kind == "none":
+            return optimizer
+        scheduler: Any = {
+            "lambda": lambda: schedules.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / self.warmup)),
+            "cycle": lambda: schedules.OneCycleLR(
+                optimizer, max_lr=self.lr, total_steps=int(self.trainer.estimated_stepping_batches)
+            ),
+            "epochs": lambda: schedules.StepLR(optimizer, 1, gamma=0.5),
+            "plateau": lambda: schedules.ReduceLROnPlateau(optimizer, patience=0, factor=0.5),
+        }[self.kind]()
+        interval = "epoch" if self.kind in ("epochs", "plateau") else "step"
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": interval, "monitor": "val/loss"},
+        }
+
+
+class FailsAtOnce(pl.Callback):
+    """Fails in the first step of a process."""
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        1 / 0  # noqa: B018

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import threading
 import time
 import urllib.request
@@ -20,6 +21,7 @@ from tests.conftest import ROOT, need
 
 KEY, SECRET = "labtrain-test-key", "labtrain-test-secret"
 READ_KEY, READ_SECRET = "labtrain-read-key", "labtrain-read-secret"
+PATIENCE_S = 300  # what never comes is a failure; a busy machine is none
 
 
 def free_ports(count: int) -> int:
@@ -36,7 +38,14 @@ def free_ports(count: int) -> int:
     raise RuntimeError("no free ports")
 
 
-def wait_until(answers: Callable[[], Any], seconds: float = 30) -> None:
+def short_folder() -> Path:
+    """Make a folder for sockets: their paths have at most 107 bytes (unix(7)), which those below pytest's may exceed."""
+    folder = Path(tempfile.mkdtemp(prefix="labtrain-", dir="/tmp"))
+    folder.chmod(0o755)
+    return folder
+
+
+def wait_until(answers: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with suppress(OSError):
@@ -58,6 +67,7 @@ class Server:
     folder: Path
     port: int = 0
     process: subprocess.Popen[bytes] | None = None
+    sockets: Path | None = None
     ports = 1  # in a row
 
     def __post_init__(self) -> None:
@@ -84,6 +94,7 @@ class S3(Server):
 
     def start(self) -> None:
         (self.folder / "data").mkdir(parents=True, exist_ok=True)
+        self.sockets = short_folder()
         users = [("lab", KEY, SECRET, ["Admin", "Read", "Write", "List", "Tagging"]),
                  ("reader", READ_KEY, READ_SECRET, ["Read", "List"])]  # fmt: skip
         (self.folder / "s3.json").write_text(json.dumps({"identities": [
@@ -96,8 +107,8 @@ class S3(Server):
                    "volume.port.grpc": base + 4, "filer.port": base + 5, "filer.port.grpc": base + 6,
                    "s3.port.grpc": base + 7, "admin.port": base + 8, "admin.port.grpc": base + 9,
                    "master.telemetry": "false", "admin.ui": "false", "webdav": "false", "s3.port.iceberg": 0,
-                   "s3.port.lance": 0, "filer.localSocket": self.folder / "filer.sock",
-                   "s3.localSocket": self.folder / "s3.sock", "s3.config": self.folder / "s3.json",
+                   "s3.port.lance": 0, "filer.localSocket": self.sockets / "filer.sock",
+                   "s3.localSocket": self.sockets / "s3.sock", "s3.config": self.folder / "s3.json",
                    "s3.autoCreateBucket": "false", "s3.cacheCapacityMB": 0}  # fmt: skip
         command = [weed(), "-logtostderr=true", "mini", *(f"-{name}={value}" for name, value in options.items())]
         with (self.folder / "log.txt").open("ab") as log:
@@ -108,6 +119,9 @@ class S3(Server):
 
     def kill(self) -> None:
         super().kill()
+        if self.sockets is not None:
+            shutil.rmtree(self.sockets)
+            self.sockets = None
         for port in range(self.port, self.port + 10):
             for left in Path("/tmp").glob(f"seaweedfs-*-grpc-{port}.sock"):  # it has no option for these
                 left.unlink(missing_ok=True)

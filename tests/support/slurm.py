@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 
 from tests.conftest import Experiment, need
-from tests.support.servers import free_ports, wait_until
+from tests.support.servers import PATIENCE_S, free_ports, short_folder, wait_until
 
 NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve everywhere
 
@@ -26,13 +26,15 @@ class Slurm:
         for program, package in (("munged", "munge"), ("slurmctld", "slurm-wlm"), ("slurmd", "slurm-wlm")):
             need(program, package)
         self.folder = folder
+        self.sockets = (
+            short_folder()
+        )  # the steps' too: a daemon whose socket cannot be made holds the job back for ever
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
         self.variables = {"SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self) -> None:
-        for name in ("state", "spool", "log"):
+        for name in ("state", "log"):
             (self.folder / name).mkdir(parents=True)
-        self.folder.chmod(0o755)
         host, user, port = socket.gethostname().partition(".")[0], getpass.getuser(), free_ports(3)
         lines = {
             "ClusterName": "labtest",
@@ -41,9 +43,9 @@ class Slurm:
             "SlurmUser": user,
             "SlurmdUser": user,
             "AuthType": "auth/munge",
-            "AuthInfo": f"socket={self.folder}/munge.sock,cred_expire=5",  # a job that is requeued waits for it
+            "AuthInfo": f"socket={self.sockets}/munge.sock,cred_expire=5",  # a job that is requeued waits for it
             "StateSaveLocation": self.folder / "state",
-            "SlurmdSpoolDir": self.folder / "spool" / "%n",
+            "SlurmdSpoolDir": self.sockets / "%n",
             "SlurmctldPidFile": self.folder / "slurmctld.pid",
             "SlurmdPidFile": self.folder / "slurmd.%n.pid",
             "ProctrackType": "proctrack/linuxproc",
@@ -60,6 +62,7 @@ class Slurm:
             "PreemptType": "preempt/partition_prio",
             "PreemptMode": "REQUEUE",
             "SlurmdParameters": "config_overrides",
+            "MessageTimeout": 100,  # a daemon of a busy machine that answers late is not a failed launch
             "SlurmdTimeout": 5,
             "KillWait": 5,
             "MinJobAge": 300,
@@ -76,16 +79,23 @@ class Slurm:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
-        files = {"key-file": "key", "socket": "sock", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
+        files = {"key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
         self._run(
-            "munged", "munged", "--foreground", "--force",
+            "munged", "munged", "--foreground", "--force", f"--socket={self.sockets}/munge.sock",
             *(f"--{option}={self.folder}/munge.{name}" for option, name in files.items()),
         )  # fmt: skip
-        wait_until((self.folder / "munge.sock").exists)
+        wait_until((self.sockets / "munge.sock").exists)
         self._run("slurmctld", "slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
-        wait_until(lambda: self.nodes("idle") == len(NODES))
+        wait_until(self.ready)
+
+    def clear(self, seconds: float = PATIENCE_S) -> None:
+        """Cancel what a test has left, and wait until both nodes are free for the next one."""
+        for node in set(NODES) - set(self.processes):
+            self.start_node(node)
+        self.run("scancel", f"--user={getpass.getuser()}")
+        wait_until(lambda: not self.run("squeue", "--noheader") and self.ready(), seconds)
 
     def start_node(self, node: str) -> None:
         self._run(node, "slurmd", "-D", "-N", node)
@@ -111,12 +121,12 @@ class Slurm:
 
     def stop(self) -> None:
         with suppress(Exception):
-            self.run("scancel", f"--user={getpass.getuser()}")
-            wait_until(lambda: not self.run("squeue", "--noheader"), 15)
+            self.clear(15)
         for process in reversed(self.processes.values()):
             process.terminate()
         for process in self.processes.values():
             process.wait()
+        shutil.rmtree(self.sockets)
 
     def _run(self, name: str, *command: str) -> None:
         with (self.folder / "log" / f"{name}.txt").open("ab") as log:
@@ -137,13 +147,16 @@ class Slurm:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=PATIENCE_S,
         )
         assert done.returncode == 0, f"{command}: {done.stderr}"
         return done.stdout.strip()
 
-    def nodes(self, state: str) -> int:
-        return len(self.run("sinfo", "--noheader", "--Node", "--partition=test", f"--states={state}").splitlines())
+    def ready(self) -> bool:
+        """Return whether each node is idle and answers; one that does not is `idle*`."""
+        return self.run("sinfo", "--noheader", "--Node", "--partition=test", "--format=%t").split() == ["idle"] * len(
+            NODES
+        )
 
     def submit(self, *command: str, cwd: Path, **variables: str) -> int:
         """Submit a batch script and return the job's number."""
@@ -158,9 +171,9 @@ class Slurm:
         assert found is not None
         return found[1]
 
-    def ended(self, job: int, seconds: float = 120) -> str:
+    def ended(self, job: int) -> str:
         """Wait for a job's end and return its state."""
-        wait_until(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"), seconds)
+        wait_until(lambda: self.state(job) not in ("PENDING", "RUNNING", "COMPLETING", "REQUEUED"))
         return self.state(job)
 
     def signal(self, job: int, name: str) -> None:
@@ -188,7 +201,7 @@ def patient(log: Path) -> Iterator[None]:
         raise AssertionError(f"{error}\n{text}") from error
 
 
-def wait_for_steps(run_dirs: Path, steps: int, seconds: float = 60) -> Path:
+def wait_for_steps(run_dirs: Path, steps: int) -> Path:
     """Wait until a run below a folder has trained so many steps; return its folder."""
     found: list[Path] = []
 
@@ -196,7 +209,7 @@ def wait_for_steps(run_dirs: Path, steps: int, seconds: float = 60) -> Path:
         found[:] = [path.parent for path in run_dirs.glob("*/trail.jsonl") if path.read_bytes().count(b"\n") >= steps]
         return bool(found)
 
-    wait_until(there, seconds)
+    wait_until(there)
     return found[0]
 
 

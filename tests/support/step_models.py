@@ -1,5 +1,6 @@
 """Models whose steps do what people write, and what shards make difficult: test_steps.py says what ought to come out."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,11 @@ class Changes(Step):
         super().__init__(kind)
         self.since = since
         self.target = nn.Linear(12, 12).requires_grad_(False)
+        self.teachers = [copy.deepcopy(self.block)] if kind == "hidden" else []
+        if kind == "library":
+            library: Any = type("Averages", (), {"__module__": "a_library"})
+            self.ema = library()
+            self.ema.averages = [self.out.weight.detach().clone()]
         if kind == "max_norm":
             self.table = nn.Embedding(3, 12, max_norm=0.1)
 
@@ -108,6 +114,11 @@ class Changes(Step):
             elif self.kind == "data":
                 for mine, other in zip(self.target.parameters(), self.block.parameters(), strict=True):
                     mine.data = 0.9 * mine.data + 0.1 * other.data
+            elif self.kind == "hidden":
+                for mine, other in zip(self.teachers[0].parameters(), self.block.parameters(), strict=True):
+                    mine.lerp_(other, 0.1)
+            elif self.kind == "library":
+                self.ema.averages[0].lerp_(self.out.weight, 0.1)
             elif self.kind == "silent":
                 self.out.weight.data.clamp_(-0.01, 0.01)
             elif self.kind == "numpy":

@@ -14,6 +14,7 @@ from labtrain.doctor.report import Check, few, judged, skipped
 from labtrain.lock import Pin, read_lock
 from labtrain.provenance import distributions
 from labtrain.run import LOCK_FILE, ROUTES, route, shown
+from labtrain.sources import shadowing
 
 GROUP = "environment"
 GLIBC = (2, 28)
@@ -135,12 +136,15 @@ def changed_files(*, deep: bool = False) -> tuple[list[str], int]:
 def check_strays() -> Iterator[Check]:
     """Check what could be imported or loaded before the locked files: PYTHONPATH, the user's site, LD_LIBRARY_PATH."""
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
-    shadows = [path for path in paths if any(Path(path).glob("*.dist-info")) or (Path(path) / "torch").exists()]
+    packages = [path for path in paths if any(Path(path).glob("*.dist-info"))]
+    shadows = shadowing(list(dict.fromkeys([*paths, *sys.path])))
+    wrong = [f"{few(packages)} holds packages"] if packages else []
+    wrong += [f"{few(shadows)} from it is imported instead of the environment's"] if shadows else []
     yield judged(
         GROUP,
         "PYTHONPATH",
-        not shadows,
-        f"{few(shadows)} holds packages" if shadows else os.environ.get("PYTHONPATH", "") or "not set",
+        not wrong,
+        "; ".join(wrong) or os.environ.get("PYTHONPATH", "") or "not set",
         "nothing that shadows the lock",
         "unset PYTHONPATH",
     )

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.quick.test_doctor import driver
+from tests.support.doctor import driver
 
 TRAIN = """if True:
     import json, sys

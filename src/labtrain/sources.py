@@ -1,0 +1,402 @@
+"""The code that a run depends on: the experiment's, labtrain's, and what both import from outside of the environment.
+
+The environment is named by its lock: the standard library and the folders that distributions are installed in. Outside
+are folders of PYTHONPATH, editable installs, the user's site and what links point to: their modules are found from the
+imports of the experiment's sources and the names in the configuration, without importing any of them. A package is one
+unit: all its sources are hashed, and their imports followed.
+
+What runs is what was hashed: modules outside of the environment are compiled from their source (`load_from_source`).
+https://docs.python.org/3.11/reference/import.html says how finders, loaders and bytecode work.
+"""
+
+import ast
+import hashlib
+import os
+import re
+import site
+import sys
+import sysconfig
+import tempfile
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from typing import Any
+
+from labtrain.errors import ConfigError
+
+SUFFIXES = (".py", ".pyc", ".so")  # bytecode that has no source beside it, and extension modules
+OWN = Path(__file__).parent
+FROM_SOURCE = "LABTRAIN_FROM_SOURCE"  # tells processes that are started from here to load from source too
+STARTS_WITH_PYTHON = ("sitecustomize", "usercustomize")  # which the interpreter imports by itself
+MOST_FILES, MOST_BYTES = 20_000, 1_000_000_000  # outside of the environment: more is an environment of its own
+IMPORT = re.compile(r"(?:^|[;:])[ \t]*(?:from[ \t]+([^\W\d]\w*)|import[ \t]+([\w.,\t ]+))", re.MULTILINE)
+BY_NAME = re.compile(r"""(?:import_module|__import__)\(\s*['"]([^\W\d]\w*)""")
+DOTTED = re.compile(r"([^\W\d]\w*)(?:\.\w+)+")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Code:
+    """What a run depends on.
+
+    Attributes:
+        sources: sha256 of each of the experiment's files, by its path there.
+        outside: of each file outside of experiment and environment, by its path in the folder that it is imported from.
+        shadows: names of modules that come before those of the environment.
+        files: sha256 of all these, by their real paths on this machine.
+    """
+
+    sources: dict[str, str]
+    outside: dict[str, str]
+    shadows: list[str]
+    files: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """The sha256 over names and contents: part of the run's name."""
+        sha = hashlib.sha256()
+        parts = [self.sources, labtrain_sources(), *([self.outside] if self.outside else [])]
+        for digests in parts:
+            for name, digest in digests.items():
+                sha.update(f"{name}\0".encode())
+                sha.update(bytes.fromhex(digest))
+            sha.update(b"\0")
+        return sha.hexdigest()
+
+
+def read_code(root: Path, config: dict[str, Any], *, path: Iterable[str] | None = None) -> Code:
+    """Find and hash the code that a run depends on; imports nothing.
+
+    Args:
+        root: the experiment's folder.
+        config: its configuration: in `model`, `data` and `callbacks` a text that looks like a module's name may be one.
+        path: where modules are looked for after `root`; None: sys.path.
+
+    Raises:
+        ConfigError: it is more than code: a folder with an environment of its own.
+    """
+    path = search_path(root, sys.path if path is None else path)
+    sources = source_digests(root)
+    files = {os.path.realpath(root / name): digest for name, digest in sources.items()}
+    shadows = shadowing(path)
+    own_groups = [config.get(group) for group in ("model", "data", "callbacks")]
+    named: dict[str, list[str]] = {name: [] for name in (*STARTS_WITH_PYTHON, *shadows, *_names_in(own_groups))}
+    _mention(named, (os.path.join(root, name) for name in sources))  # noqa: PTH118
+    outside: dict[str, str] = {}
+    size, queue = 0, list(named)
+    while queue:
+        name = queue.pop()
+        unit = [(key, file) for key, file in _unit(name, path) if os.path.realpath(file) not in files]
+        if unit and named[name] and not any(_imports(file, name) for file in named[name]):
+            del named[name]  # another file may import it
+            continue
+        for key, file in unit:
+            data = Path(file).read_bytes()
+            size += len(data)
+            files[os.path.realpath(file)] = digest = hashlib.sha256(data).hexdigest()
+            outside[key if outside.get(key, digest) == digest else f"{key}#{len(outside)}"] = digest
+            if len(outside) > MOST_FILES or size > MOST_BYTES:
+                raise ConfigError(
+                    f"{name} is imported from {file}: {len(outside)} files, {size} bytes are more than code",
+                    hint="unset PYTHONPATH; labtrain doctor names what comes before the locked packages",
+                )
+        queue += _mention(named, (file for _, file in unit))
+    return Code(sources=sources, outside=dict(sorted(outside.items())), shadows=shadows, files=files)
+
+
+def source_digests(root: Path) -> dict[str, str]:
+    """Return the sha256 of each of the experiment's files that a run can depend on, by its path."""
+    return {
+        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(sources(root))
+    }
+
+
+def labtrain_sources() -> dict[str, str]:
+    """Return the sha256 of each of labtrain's own sources: the same of a wheel, which encloses more, and of a tree."""
+    return {name: digest for name, digest in source_digests(OWN).items() if not name.startswith("assets/")}
+
+
+def sources(root: Path) -> Iterator[Path]:
+    """Yield the modules below `root` that a run can depend on: no tests, runs, hidden folders or environments."""
+    for folder, folders, files in os.walk(root):
+        here = Path(folder)
+        folders[:] = [name for name in folders if not name.startswith("__") and not _is_left_out(here / name)]
+        if here == root:
+            folders[:] = [name for name in folders if name not in ("runs", "tests", "vendor")]
+        yield from (here / name for name in files if name.endswith(SUFFIXES))
+
+
+def _is_left_out(folder: Path) -> bool:
+    is_environment = (folder / "pyvenv.cfg").exists() or (folder / "conda-meta").is_dir()
+    return folder.name.startswith(".") or folder.name == "__pycache__" or is_environment
+
+
+# ------------------------------------------------------------------------------------------------- outside
+
+
+@cache
+def installed_folders() -> tuple[str, ...]:
+    """Return the folders that distributions are installed in; each ends with a slash."""
+    found = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
+    return tuple(sorted({f"{place}/" for folder in found for place in (folder, os.path.realpath(folder))}))
+
+
+@cache
+def environment_folders() -> tuple[str, ...]:
+    """Return those, the folders of the standard library, and labtrain's own."""
+    found = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(OWN)}
+    return (*installed_folders(), *(f"{place}/" for folder in found for place in (folder, os.path.realpath(folder))))
+
+
+def in_environment(file: str) -> bool:
+    """Return whether a file is the standard library's, labtrain's or a distribution's that was installed."""
+    return file.startswith(environment_folders())
+
+
+def search_path(root: Path, path: Iterable[str]) -> list[str]:
+    """Return where a training in `root` looks for modules: without the folder of the script that asks."""
+    scripts = sysconfig.get_path("scripts")
+    others = [entry or os.getcwd() for entry in path if entry != scripts]  # noqa: PTH109
+    return list(dict.fromkeys([str(root), *others]))
+
+
+def moved(path: Iterable[str], home: Path, root: Path) -> list[str]:
+    """Return where modules are looked for by code that lies in `root` instead of `home`."""
+    home = home.resolve()
+    places = [(entry, (home / entry).resolve()) for entry in path]
+    return [str(root / place.relative_to(home)) if entry and place.is_relative_to(home) else entry
+            for entry, place in places]  # fmt: skip
+
+
+def shadowing(path: list[str]) -> list[str]:
+    """Return the names of modules on `path` that are imported instead of those of the environment."""
+    found = set()
+    for folder in path:
+        if in_environment(f"{folder}/") or not os.path.isdir(folder):  # noqa: PTH112
+            continue
+        for entry in os.scandir(folder):
+            name = entry.name.partition(".")[0]
+            is_module = entry.name.endswith((".py", *EXTENSION_SUFFIXES)) or (
+                "." not in entry.name and os.path.exists(f"{entry.path}/__init__.py")  # noqa: PTH110
+            )
+            if is_module and name not in ("labtrain", *STARTS_WITH_PYTHON) and _is_installed(name):
+                found.add(name)
+    return sorted(name for name in found if next(_unit(name, path), None))
+
+
+def _is_installed(name: str) -> bool:
+    if name in sys.stdlib_module_names:
+        return True
+    return any(
+        os.path.exists(f"{folder}{name}{kind}")  # noqa: PTH110
+        for folder in installed_folders()
+        for kind in ("/__init__.py", ".py", *EXTENSION_SUFFIXES)
+    )
+
+
+def _unit(name: str, path: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield (key, file) of what belongs to a module of the top level; nothing where it is the environment's."""
+    if (spec := _spec(name, path)) is None:
+        return
+    if isinstance(archive := getattr(spec.loader, "archive", None), str):
+        yield os.path.basename(archive), archive  # noqa: PTH119
+    elif spec.submodule_search_locations is not None:
+        for folder in dict.fromkeys(spec.submodule_search_locations):
+            if not in_environment(f"{os.path.realpath(folder)}/") and not _is_recorded(folder):
+                yield from ((f"{name}/{os.path.relpath(file, folder)}", file) for file in sorted(_files_of(folder)))
+    else:
+        file = spec.origin if spec.has_location else None
+        if file is not None and not in_environment(os.path.realpath(file)) and not _is_recorded(file):
+            yield os.path.basename(file), file  # noqa: PTH119
+
+
+def _spec(name: str, path: list[str]) -> ModuleSpec | None:
+    """Return what an import of a top level's name would find; nothing is imported for it.
+
+    Other finders, those of editable installs, are asked of what the environment does not have: setuptools' changes
+    its ways when it is asked of pip (_distutils_hack).
+    """
+    if name in sys.builtin_module_names:
+        return None
+    own = PathFinder.find_spec(name, path)
+    if own is not None and own.origin is not None and in_environment(own.origin):
+        return own
+    for finder in sys.meta_path:
+        try:
+            found = own if finder is PathFinder else finder.find_spec(name, None)
+        except Exception:  # a finder of somebody's
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def _files_of(folder: str) -> Iterator[str]:
+    entered = set()
+    for here, folders, files in os.walk(folder, followlinks=True):
+        entered.add(os.path.realpath(here))
+        folders[:] = [
+            name
+            for name in folders
+            if not _is_left_out(Path(here, name)) and os.path.realpath(f"{here}/{name}") not in entered
+        ]
+        yield from (f"{here}/{name}" for name in files if name.endswith(SUFFIXES))
+
+
+@cache
+def _is_recorded(file: str) -> bool:
+    """Return whether a distribution's RECORD lists what lies in the environment as a link, as uv and conda make."""
+    folder = next((folder for folder in environment_folders() if file.startswith(folder)), None)
+    if folder is None:
+        return False
+    line = b"\n" + file.removeprefix(folder).partition("/")[0].encode()
+    return any(line in b"\n" + record.read_bytes() for record in Path(folder).glob("*.dist-info/RECORD"))
+
+
+def _names_in(node: Any) -> Iterator[str]:
+    """Yield the first part of each text that looks like a module's name."""
+    if isinstance(node, dict):
+        node = list(node.values())
+    if isinstance(node, list):
+        for child in node:
+            yield from _names_in(child)
+    elif isinstance(node, str) and (match := DOTTED.fullmatch(node)):
+        yield match[1]
+
+
+def _mention(named: dict[str, list[str]], files: Iterable[str]) -> list[str]:
+    """Note which files seem to import a name, and return the names that are new."""
+    new = []
+    for file in files:
+        if not file.endswith(".py"):
+            continue
+        text = Path(file).read_text(errors="replace").replace("\\\n", " ")
+        seen = {match[1] for match in BY_NAME.finditer(text)}
+        for match in IMPORT.finditer(text):
+            each = [match[1]] if match[1] else [part.strip().partition(" ")[0] for part in match[2].split(",")]
+            seen |= {name.partition(".")[0] for name in each}
+        for name in sorted(seen - {"", "labtrain"}):
+            if name not in named:
+                new.append(name)
+                named[name] = []
+            elif not named[name]:
+                continue  # found already, without a file that imports it
+            named[name].append(file)
+    return new
+
+
+def _imports(file: str, name: str) -> bool:
+    """Return whether a file imports a module of the top level: a sentence in its docstring is no import."""
+    try:
+        tree = ast.parse(Path(file).read_bytes())
+    except (SyntaxError, ValueError):
+        return True
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import) and any(alias.name.partition(".")[0] == name for alias in node.names):
+            return True
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").partition(".")[0] == name:
+            return True
+        first = node.args[0] if isinstance(node, ast.Call) and node.args else None
+        if isinstance(first, ast.Constant) and str(first.value).partition(".")[0] == name:
+            return True
+    return False
+
+
+# ------------------------------------------------------------------------------------------------- what runs
+
+_compiled: dict[str, str] = {}  # sha256 of what was compiled, by its file
+
+
+def load_from_source() -> None:
+    """From now on compile each module outside of the environment from its source, whatever bytecode lies beside it.
+
+    Python itself runs bytecode that says of itself that it is unchecked, or that bears the source's time and size. In
+    processes that are started from this one too, as soon as these import labtrain.
+    """
+    os.environ[FROM_SOURCE] = "1"
+    read = SourceFileLoader.get_code
+    if read is _from_source:
+        return
+    _from_source.read = read  # type: ignore[attr-defined]
+    SourceFileLoader.get_code = _from_source  # type: ignore[method-assign, assignment]
+
+
+def _from_source(self: SourceFileLoader, fullname: str) -> types.CodeType | None:
+    path = self.get_filename(fullname)
+    if in_environment(path):
+        return _from_source.read(self, fullname)  # type: ignore[attr-defined, no-any-return]
+    data = self.get_data(path)
+    _compiled[os.path.realpath(path)] = hashlib.sha256(data).hexdigest()
+    code: types.CodeType = self.source_to_code(data, path)
+    return code
+
+
+def unnamed_modules(code: Code, before: set[str]) -> list[tuple[str, str]]:
+    """Return (name, file) of each module that was imported and is in no digest: neither the environment's nor hashed.
+
+    Args:
+        code: what was hashed.
+        before: the names of the modules that were there before the training: of a notebook's.
+    """
+    found = []
+    # What torch.compile has compiled: triton/knobs.py and torch/_inductor/runtime/cache_dir_utils.py.
+    compiled = (
+        os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.environ.get("TRITON_HOME") or Path.home(), ".triton/"),  # noqa: PTH118
+        os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_",
+    )
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if not isinstance(file, str) or name in before or name in ("__main__", "__mp_main__"):
+            continue
+        if file.startswith(compiled):
+            continue
+        top = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None) or ""
+        real = os.path.realpath(file)
+        if in_environment(file) or in_environment(real) or (top != file and in_environment(top)):
+            continue  # a module that a library wrote and named as its own, as torch.compile does, is the library's
+        if real not in code.files and not any(str(parent) in code.files for parent in Path(real).parents):
+            found.append((name, file))
+    return found
+
+
+def can_be_found(name: str, file: str, root: Path) -> bool:
+    """Return whether `import NAME` in a source of the experiment would have the file hashed."""
+    unit = _unit(name.partition(".")[0], search_path(root, sys.path))
+    return os.path.realpath(file) in {os.path.realpath(each) for _, each in unit}
+
+
+def stale_modules(code: Code) -> list[str]:
+    """Return the names of modules that are not as in their file: edited since, or loaded from bytecode."""
+    found = []
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        loader = getattr(getattr(module, "__spec__", None), "loader", None)
+        if type(loader) is not SourceFileLoader or file is None or os.path.realpath(file) not in code.files:
+            continue
+        if os.path.realpath(file) in _compiled:
+            if _compiled[os.path.realpath(file)] != code.files[os.path.realpath(file)]:
+                found.append(name)
+            continue
+        try:
+            written = set(_inner(compile(Path(file).read_bytes(), file, "exec", dont_inherit=True)))
+        except (SyntaxError, ValueError):
+            continue
+        functions = [*vars(module).values()]
+        functions += [part for kind in functions if isinstance(kind, type) for part in vars(kind).values()]
+        for function in functions:
+            function = getattr(function, "__func__", getattr(function, "fget", function))
+            mine = getattr(function, "__code__", None)
+            if isinstance(mine, types.CodeType) and mine.co_filename == file and mine not in written:
+                found.append(name)
+                break
+    return found
+
+
+def _inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield constant
+            yield from _inner(constant)

@@ -1,0 +1,226 @@
+"""Undo what code did to the objects it was run on: attributes, containers, tensors, arrays, random generators."""
+
+import logging
+import random
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor
+
+LARGEST_BYTES = 1 << 30  # of what is kept beside the tensors that are free of charge
+OBJECT_BYTES = 1 << 10  # that an object or a container counts for
+
+# Nothing in them is kept.
+LEFT_OUT = (
+    type(None), bool, int, float, complex, str, bytes, Enum, type, types.FunctionType, types.BuiltinFunctionType,
+    types.ModuleType, weakref.ReferenceType, torch.dtype, torch.device, pl.Trainer, Logger, Strategy, logging.Logger,
+)  # fmt: skip
+# Their attributes are kept, and not what these hold: it may be a data set, or as large as the weights.
+SHALLOW = (
+    torch.utils.data.Dataset, torch.utils.data.DataLoader, pl.LightningDataModule, torch.optim.Optimizer,
+)  # fmt: skip
+
+
+class TooLargeError(Exception):
+    """More would have to be kept than LARGEST_BYTES."""
+
+
+class Undo:
+    """Keeps what can be reached from some objects; calling it puts all of that back, as often as one likes.
+
+    The objects stay the same ones, so that whatever else refers to them sees it. Not kept: what functions, classes and
+    modules hold, attributes in `__slots__`, and the insides of objects that are not written in Python.
+
+    Args:
+        roots: where to begin.
+        shallow: objects whose own attributes alone are kept.
+        free: tensors that do not count for LARGEST_BYTES.
+
+    Raises:
+        TooLargeError: there is too much.
+    """
+
+    def __init__(self, roots: Iterable[Any], *, shallow: Iterable[Any] = (), free: Iterable[Tensor] = ()) -> None:
+        self._restore: list[Callable[[], object]] = []
+        self._generators: list[_Generator] = []
+        self._seen: dict[int, Any] = {}  # holds the objects too: an id is given away again otherwise
+        self._free, self._left_bytes = set(map(id, free)), LARGEST_BYTES
+        self._left: list[Any] = []
+        for each in shallow:
+            self._seen[id(each)] = each
+            self._keep_mapping(vars(each), deep=False)
+        self._left += roots
+        while self._left:
+            self._keep(self._left.pop())
+
+    def __call__(self) -> None:
+        """Put everything back."""
+        for restore in self._restore:
+            restore()
+
+    def seed(self, seed: int) -> None:
+        """Give the random generators among those objects another seed."""
+        for generator in self._generators:
+            generator.seed(seed)
+
+    def _keep(self, each: Any) -> None:
+        if isinstance(each, LEFT_OUT) or id(each) in self._seen:
+            return
+        self._seen[id(each)] = each
+        self._count(each)
+        if isinstance(each, Tensor):
+            self._restore.append(_tensor_restorer(each))
+        elif isinstance(each, np.ndarray):
+            self._restore.append(_array_restorer(each))
+        elif self._keep_generator(each):
+            pass
+        elif isinstance(each, tuple | frozenset):
+            self._left += each
+        elif isinstance(each, types.MethodType):
+            self._left.append(each.__self__)
+        elif isinstance(each, list | deque | set):
+            self._keep_items(each)
+        elif isinstance(each, dict):
+            self._keep_mapping(each)
+        if hasattr(each, "__dict__") and not isinstance(each, Tensor):
+            self._keep_mapping(vars(each), deep=not isinstance(each, SHALLOW))
+
+    def _count(self, each: Any) -> None:
+        if id(each) in self._free:
+            return
+        self._left_bytes -= each.nbytes if isinstance(each, Tensor | np.ndarray) else OBJECT_BYTES
+        if self._left_bytes < 0:
+            raise TooLargeError
+
+    def _keep_generator(self, each: Any) -> bool:
+        found = _generator(each)
+        if found is None:
+            return False
+        self._generators.append(found)
+        self._restore.append(found.restore)
+        return True
+
+    def _keep_items(self, items: list[Any] | deque[Any] | set[Any]) -> None:
+        saved = list(items)
+        self._left += saved
+
+        def restore() -> None:
+            if len(items) != len(saved) or any(now is not then for now, then in zip(items, saved, strict=True)):
+                items.clear()
+                items.update(saved) if isinstance(items, set) else items.extend(saved)
+
+        self._restore.append(restore)
+
+    def _keep_mapping(self, mapping: dict[Any, Any], *, deep: bool = True) -> None:
+        saved = list(mapping.items())
+        if deep:
+            self._left += [value for _, value in saved]
+        else:
+            for _, value in saved:
+                self._keep_generator(value)
+
+        def restore() -> None:
+            unequal = len(mapping) != len(saved) or any(
+                key is not then_key or value is not then
+                for (key, value), (then_key, then) in zip(mapping.items(), saved, strict=True)
+            )
+            if unequal:
+                mapping.clear()
+                mapping.update(saved)
+
+        self._restore.append(restore)
+
+
+def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
+    """Keep a tensor's content and memory, its gradient and whether it wants one."""
+    memory, saved, wants = tensor.data, tensor.detach().clone(), tensor.requires_grad
+    gradient = tensor.grad if tensor.is_leaf else None
+
+    def restore() -> None:
+        if tensor.is_leaf:
+            tensor.requires_grad_(wants)
+            tensor.grad = None
+        if tensor.dtype != memory.dtype or tensor.shape != memory.shape or tensor.data_ptr() != memory.data_ptr():
+            tensor.data = memory
+        if not _same_bits(memory, saved):  # else it is not written: it may be a map of a file that cannot be
+            memory.copy_(saved)
+        if tensor.is_leaf:
+            tensor.grad = gradient
+
+    return restore
+
+
+def _same_bits(left: Tensor, right: Tensor) -> bool:
+    if left.layout != torch.strided:
+        return False
+    if left.is_complex():
+        left, right = torch.view_as_real(left), torch.view_as_real(right)
+    if left.is_floating_point():
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[left.element_size()]
+        left, right = left.view(bits), right.view(bits)
+    return torch.equal(left, right)
+
+
+def _array_restorer(array: Any) -> Callable[[], None]:
+    saved = array.copy()
+
+    def restore() -> None:
+        if array.flags.writeable:
+            array[...] = saved
+
+    return restore
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Generator:
+    """What can be done to a random generator: its state put back, another seed."""
+
+    restore: Callable[[], object]
+    seed: Callable[[int], object]
+
+
+def _generator(each: Any) -> _Generator | None:
+    """Keep a random generator's state; None where it is no generator."""
+    state: Any
+    if isinstance(each, torch.Generator):
+        state = each.get_state()
+        return _Generator(restore=lambda: each.set_state(state), seed=each.manual_seed)
+    if isinstance(each, random.Random):
+        state = each.getstate()
+        return _Generator(restore=lambda: each.setstate(state), seed=each.seed)
+    if isinstance(each, np.random.RandomState):
+        state = each.get_state(legacy=True)
+        return _Generator(restore=lambda: each.set_state(state), seed=each.seed)
+    if isinstance(each, np.random.Generator):
+        bits: Any = each.bit_generator
+        state = bits.state
+        return _Generator(
+            restore=lambda: setattr(bits, "state", state),
+            seed=lambda seed: setattr(bits, "state", type(bits)(seed).state),
+        )
+    return None
+
+
+def keep_draws() -> Callable[[], None]:
+    """Keep the states of the global generators of `random`, numpy and torch; calling the result puts them back."""
+    python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return restore

@@ -1,0 +1,37 @@
+"""The golden run under an emulated CPU."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from labtrain.determinism import variables
+from labtrain.resume import make_job
+from labtrain.run import JOB_VARIABLE
+from tests.conftest import ROOT, Experiment, need
+
+
+def test_the_golden_run_is_golden_on_an_older_cpu(shared_experiment: Experiment, tmp_path: Path) -> None:
+    """All 300 steps under the emulated Nehalem. Stage 2 alone: an emulated process that starts another starts a native one."""
+    need("qemu-x86_64", "qemu-user")
+    first = shared_experiment.train(
+        "determinism.mode=portable",
+        "trainer.accelerator=cpu",
+        "trainer.max_steps=1",
+        "logger=none",
+        f"paths.runs={tmp_path}",
+    )
+    config = first.receipt["config"]
+    config["trainer"]["max_steps"] = -1
+    job = make_job(config, root=shared_experiment.root, command=["test"])
+    done = subprocess.run(
+        ["qemu-x86_64", "-cpu", "Nehalem", sys.executable, "-m", "labtrain.job", job.run_dir],
+        env={**os.environ, **variables("portable", threads=1), JOB_VARIABLE: job.to_json()},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    golden = json.loads((ROOT / "tests/golden/receipt.json").read_text())["results"]["weights_digest"]
+    assert done.stdout.split()[1] == golden

@@ -1,0 +1,138 @@
+"""`labtrain verify`, of runs that are stopped, lack a trail, or have their code and data elsewhere."""
+
+import json
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from labtrain.trail import read_trail
+from tests.conftest import LABTRAIN, QUICK, Experiment, changed
+from tests.support.verification import STEPS, TWO_EPOCHS, git, started, verify
+
+pytest_plugins = ["tests.support.verification"]
+
+
+def test_one_run_may_be_verified_by_two_at_once(copy: Path) -> None:
+    both = [subprocess.Popen([LABTRAIN, "verify", copy, "--steps", "5"], stdout=subprocess.DEVNULL) for _ in range(2)]
+    assert [each.wait(timeout=300) for each in both] == [0, 0]
+    assert len((copy / "verified.jsonl").read_text().splitlines()) == 2
+
+
+def test_what_was_stopped_gives_no_verdict(copy: Path, tmp_path: Path) -> None:
+    """Its training by a SIGTERM; verify itself by SIGTERM or Ctrl-C, and then nothing is left behind."""
+    experiment = Experiment(copy.parents[2])
+    long = experiment.train(*QUICK, "trainer.max_epochs=40", cwd=experiment.root).folder
+    process, child = started(long)
+    child.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 2, out + err
+    assert "was stopped by a signal" in err
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        process, child = started(long, TMPDIR=str(scratch))
+        process.send_signal(number)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == code, out + err
+        assert "yes" not in out
+        assert not list(scratch.iterdir())
+        assert not child.is_running()
+    assert not (long / "verified.jsonl").exists()
+
+
+def test_a_trail_that_lacks_its_beginning_is_compared_where_it_has_lines(copy: Path, tmp_path: Path) -> None:
+    """The run's folder was lost, and its checkpoints elsewhere were not."""
+    experiment = Experiment(copy.parents[2])
+    command = (*QUICK, "trainer.max_epochs=20", "seed=4", "checkpoint.every_n_steps=10", f"checkpoint.url={tmp_path / 'store'}",
+               f"paths.runs={tmp_path / 'runs'}", "checkpoint.monitor=val/acc")  # fmt: skip
+    training = subprocess.Popen(experiment.command(*command), cwd=experiment.root, stderr=subprocess.DEVNULL)
+    while not (there := [path for path in (tmp_path / "runs").glob("*/*") if len(read_trail(path)) > 45]):
+        assert training.poll() is None
+        time.sleep(0.005)
+    training.kill()
+    training.wait()
+    shutil.rmtree(there[0])
+    run = experiment.train(*command, cwd=experiment.root)
+    first = run.trail()[0]["step"]
+    assert first > 10
+    assert "the same bits, to its end" in verify(run.folder, cwd=experiment.root).out
+    assert (
+        "nothing could be compared of steps 1 to 5"
+        in verify(run.folder, "--steps", "5", code=2, cwd=experiment.root).err
+    )
+    (weights,) = (tmp_path / "store").glob("*/step-0000000400/weights.safetensors")
+    raw = bytearray(weights.read_bytes())
+    raw[-10] ^= 1
+    weights.write_bytes(raw)
+    assert "manifest says" in verify(run.folder, code=2, cwd=experiment.root).err
+
+
+def test_a_trail_of_every_seventh_step_is_compared_at_those(copy: Path) -> None:
+    experiment = Experiment(copy.parents[2])
+    command = (*TWO_EPOCHS, "trail.every_n_steps=7", "checkpoint.every_n_steps=5", "checkpoint.keep_last=9", "seed=6")
+    run = experiment.train(*command, cwd=experiment.root, env={"FAULT": "9 weight:net.9.bias 3"})
+    assert [line["step"] for line in run.trail()] == [7, 14]
+    found = json.loads(verify(run.folder, "--json", code=1).out)
+    assert (found["divergence"]["step"], found["to_step"]) == (14, 7)
+    assert "or since step 8, of which the trail has no line" in found["found"]
+    assert "this machine agrees with itself" in found["found"]
+    assert "nothing could be compared of steps 1 to 3" in verify(run.folder, "--steps", "3", code=2).err
+    sound = experiment.train(*command, "resume=never", cwd=experiment.root)
+    assert "the same bits, to its end" in verify(sound.folder).out
+
+
+def test_a_run_without_a_trail_is_compared_by_its_results(copy: Path) -> None:
+    experiment = Experiment(copy.parents[2])
+    run = experiment.train(*TWO_EPOCHS, "trail.every_n_steps=0", "seed=7", cwd=experiment.root)
+    assert "the same bits, to its end" in verify(run.folder).out
+    assert json.loads((run.folder / "verified.jsonl").read_text())["to_step"] == STEPS
+    assert "no trail.jsonl lies beside it" in verify(run.folder, "--steps", "5", code=2).err
+    changed(run.folder, "results/metrics", {**run.receipt["results"]["metrics"], "test/acc": 1.0})
+    assert "the results are not as the receipt says: test/acc 1.0, now 0." in verify(run.folder, code=1).out
+
+
+def test_callbacks_with_paths_and_a_model_that_logs_by_itself_are_verified(copy: Path) -> None:
+    experiment = Experiment(copy.parents[2])
+    (experiment.root / "more.py").write_text(
+        "import lightning.pytorch as pl\n\n\nclass Draw(pl.Callback):\n"
+        "    def on_train_epoch_end(self, trainer, pl_module):\n"
+        "        trainer.logger.experiment.add_scalar('drawn', 1.0, trainer.global_step)\n"
+    )
+    run = experiment.train(
+        "trainer.enable_progress_bar=false", *TWO_EPOCHS[2:], "+callbacks.draw._target_=more.Draw",
+        "+callbacks.keep={_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: val/acc}",
+        cwd=experiment.root)  # fmt: skip
+    found = verify(run.folder).out
+    assert "the same bits, to its end; not the same, and no bits of it: state_digest" in found
+
+
+def test_a_path_of_the_data_can_be_another_here(copy: Path) -> None:
+    assert "the same bits" in verify(copy, "--steps", "3", "--set", "data.num_workers=1").out
+    found = verify(copy, "--steps", "3", "--set", "data.max_shift=2", code=1).out
+    assert "differs      config.data.max_shift  1 -> 2" in found
+    assert "has no such key" in verify(copy, "--set", "data.no=1", code=2).err
+    assert "no KEY=VALUE" in verify(copy, "--set", "data", code=2).err
+
+
+def test_code_below_pythonpath_is_that_of_the_commit(copy: Path) -> None:
+    """With a src layout and a relative PYTHONPATH, not what lies in the working tree today."""
+    experiment = Experiment(copy.parents[2])
+    source = experiment.root / "src" / "slopes.py"
+    source.parent.mkdir()
+    source.write_text("SLOPE = 0.02\n")
+    model = experiment.root / "model.py"
+    model.write_text("from slopes import SLOPE\n" + model.read_text().replace("nn.ReLU()", "nn.LeakyReLU(SLOPE)"))
+    git(experiment.root, "add", "-A")
+    git(experiment.root, "commit", "-qm", "src")
+    path = {"PYTHONPATH": "src"}
+    run = experiment.train(*TWO_EPOCHS, cwd=experiment.root, env=path)
+    source.write_text("SLOPE = 0.5\n")
+    found = verify(run.folder, cwd=experiment.root, **path)
+    assert "code         commit " in found.out
+    assert "the same bits, to its end" in found.out
+    diff = experiment.train(*TWO_EPOCHS, cwd=experiment.root, env=path).folder
+    done = subprocess.run([LABTRAIN, "diff", run.folder, diff], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "  code.sources.src/slopes.py  " in done.stdout

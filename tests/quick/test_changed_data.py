@@ -1,0 +1,60 @@
+"""A complete run, and a data file that was changed since: the next start says it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labtrain import receipt
+from labtrain.fingerprints import changed_files, files_now, files_read, noting_opened, places_in
+from labtrain.inspection import state_differences
+from tests.support.exact import configure
+
+
+def test_a_changed_data_file_is_said_at_the_next_start(runner: Any, tmp_path: Path) -> None:
+    """Named by the configuration, or read by the data's setup alone; verify names it, and the run stays complete."""
+    root = tmp_path / "none"  # the experiment's folder, in these runs
+    (root / "named").mkdir(parents=True)
+    for path in (root / "named" / "a.txt", root / "noise.txt"):
+        path.write_text("0.5")
+    config = configure("mlp", trainer={"max_epochs": 1})
+    config["model"] = {"_target_": "tests.support.names_models.Tiny"}
+    config["data"] |= {"_target_": "tests.support.names_models.FromFile", "folder": str(root / "named")}
+    run_dir = runner.run(config)
+    found = receipt.read(run_dir)
+    assert found is not None
+    receipt.hold_against_schema(found, run_dir)
+    assert {name for name in found["data"] if name.startswith("file ")} == {"file named", "file noise.txt"}
+    runner.run(config)
+    assert "changed since" not in runner.said()
+    assert not [each for each in state_differences(found, root, root) if each.key.startswith("data.")]
+    (root / "noise.txt").write_text("0.7")
+    (root / "named" / "a.txt").write_text("0.6")
+    assert runner.run(config) == run_dir
+    assert "was trained: named, noise.txt (resume=never trains with it)" in runner.said()
+    assert receipt.read(run_dir) == found
+    keys = {each.key for each in state_differences(found, root, root) if each.matters}
+    assert {"data.file named.digest", "data.file noise.txt.digest"} <= keys
+
+
+def test_what_a_training_read_is_named_by_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the experiment's folder relative to it; a file below a folder that is named is part of that one."""
+    root, other = tmp_path / "exp", tmp_path / "data" / "deep"
+    for path in (root / "a.csv", root / "images" / "b.png", other / "c.npy", other / "d.npy"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    places: set[Path] = set(places_in({"x": [str(root / "images"), "no such place", 3, "\0"], "y": ""}))
+    with noting_opened(places):
+        for path in (root / "a.csv", root / "images" / "b.png", Path(json.__file__), Path("/proc/self/stat")):
+            path.read_bytes()
+        (root / "written.txt").write_text("")
+        (other / "c.npy").open("rb").close()
+    found = files_read(places, root)
+    assert set(found) == {"file a.csv", "file images", f"file {other}/c.npy"}
+    assert found == files_now(found, root)
+    (other / "c.npy").write_text("other")
+    (root / "a.csv").unlink()
+    assert changed_files(found, root) == [f"{other}/c.npy"]
+    monkeypatch.setattr("labtrain.fingerprints.MOST_PLACES", 1)
+    assert set(files_read([other / "c.npy", other / "d.npy"], root)) == {f"file {other}"}

@@ -1,0 +1,126 @@
+"""What the new command says is what happens: options, schedules and callbacks of a training that goes on."""
+
+import json
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labtrain.errors import EXIT_STOPPED
+from tests.support.exact import Runner, configure
+
+
+def config(trainer: dict[str, Any] | None = None, resume: Path | None = None, **options: Any) -> Any:
+    found = configure("mlp", "even", trainer=trainer or {}, resume=str(resume) if resume else "auto")
+    found["model"] = {"_target_": "tests.support.resume_models.Scheduled", **options}
+    return found
+
+
+def stopped(runner: Runner, step: int, **options: Any) -> Path:
+    runner.run(config(**options), code=EXIT_STOPPED, signal_at=f"{step} {signal.SIGTERM} 0")
+    (run_dir,) = runner.folder.glob("runs/exact/*")
+    return run_dir
+
+
+def used(runner: Runner) -> dict[int, tuple[float, float]]:
+    """Return the learning rate and the momentum that each step of the last training really had."""
+    found = re.findall(r"^step (\d+) used (\S+) (\S+)$", runner.said(), re.MULTILINE)
+    return {int(step): (float(lr), float(momentum)) for step, lr, momentum in found}
+
+
+def whole(runner: Runner, **options: Any) -> dict[int, tuple[float, float]]:
+    """Return what each step of an uninterrupted training has."""
+    folder = runner.folder / "whole"
+    folder.mkdir()
+    other = Runner(folder)
+    other.run(config(**options))
+    return used(other)
+
+
+def test_a_changed_option_takes_effect(runner: Runner) -> None:
+    """The learning rate and the momentum of the command are those of the next step; said, and in the receipt."""
+    run_dir = stopped(runner, 7)
+    runner.run(config(lr=0.0001, momentum=0.5, resume=run_dir))
+    assert used(runner) == dict.fromkeys(range(8, 16), (0.0001, 0.5))
+    assert "from step 7 on, lr is 0.0001, and was 0.05 (SGD)" in runner.said()
+    notes = json.loads((run_dir / "receipt.json").read_text())["determinism"]["notes"]
+    assert "from step 7 on, momentum is 0.5, and was 0.9 (SGD)" in notes
+
+
+@pytest.mark.parametrize(
+    ("kind", "before", "now"),
+    [
+        ("lambda", {}, {"lr": 0.01}),
+        ("lambda", {}, {"warmup": 12}),
+        ("cycle", {}, {"lr": 0.01}),
+        ("cycle", {}, {"trainer": {"max_epochs": 5}}),
+        ("epochs", {}, {"lr": 0.01}),
+        ("epochs", {"kind": "none"}, {}),
+        ("none", {"kind": "cycle"}, {}),
+    ],
+)
+def test_a_changed_schedule_is_entered(runner: Runner, kind: str, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """From the resumed step on, each step has what it has in a training with this schedule from the beginning."""
+    run_dir = stopped(runner, 7, **{"kind": kind, **before})
+    wanted = whole(runner, kind=kind, **now)
+    runner.run(config(kind=kind, **now, resume=run_dir))
+    assert used(runner) == {step: value for step, value in wanted.items() if step > 7}
+    assert "from step 7 on, lr is" in runner.said()
+
+
+def test_a_schedule_that_learns_keeps_what_it_has_learned(runner: Runner) -> None:
+    """ReduceLROnPlateau: the new rate is the next step's, and the plateau that was counted still counts."""
+    run_dir = stopped(runner, 12, kind="plateau")
+    runner.run(config(kind="plateau", lr=0.01, resume=run_dir))
+    assert used(runner) == dict.fromkeys((13, 14, 15), (0.01, 0.9))
+    manifest = sorted(run_dir.glob("checkpoints/*/state.pt"))[-1]
+    import torch
+
+    (state,) = torch.load(manifest, weights_only=True)["lr_schedulers"]
+    assert state["best"] == 1.0
+    assert state["_last_lr"] == [0.01]
+
+
+def test_an_unchanged_configuration_changes_nothing(runner: Runner) -> None:
+    """Another number of epochs alone leaves the schedule as it stood: no option is touched."""
+    run_dir = stopped(runner, 7, kind="epochs")
+    runner.run(config(kind="epochs", trainer={"max_epochs": 4}, resume=run_dir))
+    assert [lr for lr, _ in used(runner).values()] == [0.025] * 3 + [0.0125] * 5 + [0.00625] * 5
+    assert "from step 7 on" not in runner.said()
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "says"),
+    [
+        ({"kind": "cycle"}, {"kind": "cycle", "trainer": {"max_epochs": 1}}, "cannot be entered at its step 7"),
+        ({}, {"adam": True}, "the state of torch.optim.sgd.SGD, which the run was trained with, is none for torch"),
+    ],
+)
+def test_what_cannot_be_carried_over_is_refused(
+    runner: Runner, before: dict[str, Any], now: dict[str, Any], says: str
+) -> None:
+    """Before anything is touched: receipt, trail and checkpoints are as they were."""
+    run_dir = stopped(runner, 7, **before)
+    files = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file() and path.name != ".lock"}
+    runner.run(config(**now, resume=run_dir), code=2)
+    assert says in runner.said()
+    assert "hint:" in runner.said()
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_the_patience_of_early_stopping_is_the_commands(runner: Runner) -> None:
+    """Lightning's callback brings its old patience back from the checkpoint."""
+    early = {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss", "patience": 9}
+
+    def with_patience(patience: int, resume: str = "auto") -> Any:
+        found = config()
+        found["callbacks"] = {"early": early | {"patience": patience}, **found["callbacks"]}
+        return found | {"resume": resume}
+
+    runner.run(with_patience(9), code=EXIT_STOPPED, signal_at=f"7 {signal.SIGTERM} 0")
+    (run_dir,) = runner.folder.glob("runs/exact/*")
+    runner.run(with_patience(1, str(run_dir)))
+    assert "EarlyStopping: patience is 1, and was 9" in runner.said()
+    assert max(used(runner)) == 10

@@ -1,0 +1,90 @@
+"""Checks that fail for real: driver libraries of our own, small disks, another clock, an old C library."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from labtrain.doctor import machine
+from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, need
+from tests.support.doctor import doctor, driver, library
+
+
+def test_an_old_c_library_fails(tmp_path: Path) -> None:
+    """A library that answers confstr() as glibc 2.17 does (RHEL 7), loaded before the real one."""
+    old = library(tmp_path, "old_glibc.c", "libold.so")
+    _, checks = doctor(LD_PRELOAD=str(old))
+    assert (checks["glibc"]["status"], checks["glibc"]["found"]) == ("failed", "2.17")
+
+
+def test_a_good_driver_and_gpu_pass(tmp_path: Path) -> None:
+    code, checks = doctor("--gpu", "required", **driver(tmp_path))
+    assert code == 0, checks
+    assert checks["driver"]["found"] == "550.54.14, of CUDA 12.4"
+    assert checks["GPU 0"]["found"] == "Test GPU, 24 GB, compute capability 8.9, ECC on, MIG not there, persistence off"
+
+
+@pytest.mark.parametrize(("cuda", "says"), [(12000, "530.30.02"), (11080, "CUDA 11 ended with PyTorch 2.7")])
+def test_a_driver_below_the_floor_fails_in_words(cuda: int, says: str, tmp_path: Path) -> None:
+    code, checks = doctor(**driver(tmp_path, number="520.61.05", CUDA=cuda))
+    assert (code, checks["driver"]["status"]) == (1, "failed")
+    assert says in checks["driver"]["hint"]
+
+
+@pytest.mark.parametrize(("major", "minor"), [(6, 1), (3, 5), (11, 0)])
+def test_a_gpu_that_this_torch_has_no_code_for_fails(major: int, minor: int, tmp_path: Path) -> None:
+    code, checks = doctor(**driver(tmp_path, MAJOR=major, MINOR=minor))
+    assert (code, checks["GPU 0"]["status"]) == (1, "failed")
+    assert f"compute capability {major}.{minor}" in checks["GPU 0"]["found"]
+
+
+def test_a_gpu_that_others_use_fails(tmp_path: Path) -> None:
+    code, checks = doctor(**driver(tmp_path, PROCESSES=2))
+    assert (code, checks["GPU 0 in use"]["status"]) == (1, "failed")
+    assert checks["GPU 0 in use"]["found"] == "process 4242 holds 21.0 GB, process 4243 holds 21.0 GB"
+
+
+def test_gpus_that_cannot_reach_each_other_are_told(tmp_path: Path) -> None:
+    """Not a failure: cards for the desk never can."""
+    (tmp_path / "with").mkdir()
+    (tmp_path / "without").mkdir()
+    assert doctor(**driver(tmp_path / "with", COUNT=3))[1]["P2P"]["status"] == "ok"
+    code, checks = doctor(**driver(tmp_path / "without", COUNT=3, P2P=5))
+    assert code == 0
+    assert checks["P2P"]["found"].startswith("none between 0-1; 0-2; 1-2")
+
+
+def in_namespace(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a script with mounts of its own."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no mount namespace for this user: run the tests as root to see this one")
+    return subprocess.run(["unshare", "-m", "bash", "-ec", script], capture_output=True, text=True, check=False)
+
+
+def test_a_small_shared_memory_fails() -> None:
+    """What docker gives by default: 64 MB."""
+    done = in_namespace(f"mount -t tmpfs -o size=64m none /dev/shm; cd {ROOT}; {LABTRAIN} doctor --json || true")
+    check = {entry["name"]: entry for entry in json.loads(done.stdout)}["shared memory"]
+    assert (check["status"], check["found"]) == ("failed", "64 MB")
+    assert "--shm-size" in check["hint"]
+    assert machine.check_shared_memory(Path("/no-such-folder")).status == "failed"
+
+
+def test_a_full_disk_fails_and_the_last_checkpoints_size_counts(experiment: Experiment, tmp_path: Path) -> None:
+    """A disk of 1 MB, with a real checkpoint of which three more do not fit."""
+    run = experiment.train(*QUICK, "paths.runs=runs", "trainer.max_steps=2", "model.width=64")
+    checkpoint = run.folder.resolve() / "checkpoints"
+    script = f"mkdir {tmp_path}/disk; mount -t tmpfs -o size=2m none {tmp_path}/disk; mkdir {tmp_path}/disk/run; cp -r {checkpoint}/* {tmp_path}/disk/run; "
+    script += f"cd {tmp_path}/disk; {LABTRAIN} doctor --json --checkpoints {tmp_path}/disk || true"
+    checks = {entry["name"]: entry for entry in json.loads(in_namespace(script).stdout)}
+    assert checks["disk"]["status"] == checks["checkpoints"]["status"] == "failed"
+    assert "the last one has" in checks["checkpoints"]["found"]
+
+
+def test_a_clock_that_is_behind_fails() -> None:
+    """By libfaketime, for the doctor alone."""
+    need("faketime", "faketime")
+    _, checks = doctor(prefix=("faketime", "2020-01-01"))
+    assert checks["clock"]["status"] == "failed"
+    assert checks["clock"]["found"].startswith("2020-01-01")

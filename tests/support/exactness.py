@@ -1,0 +1,78 @@
+"""The matrix of exactness: what may befall a training, and a check that its result is the same all the same.
+
+A case is a model, a number of processes and of loader workers, a precision, a shape of the data and of the training, and a
+story: whole, killed, moved. `tests/quick` runs cases in which each value occurs, `tests/real` those in which each two
+values meet, `tests/full` all the rest.
+"""
+
+import itertools
+import random
+import zlib
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.support.exact import SHAPES, STORIES, Runner, configure, outcome, tell
+
+FACTORS: dict[str, tuple[Any, ...]] = {
+    "model": ("mlp", "cnn", "gpt"),
+    "world": (1, 2, 3, 4),
+    "workers": (0, 2),
+    "story": STORIES,
+    "precision": ("32-true", "bf16-mixed"),
+    "shape": tuple(SHAPES),
+}
+Case = tuple[Any, ...]
+EVERY: list[Case] = list(itertools.product(*FACTORS.values()))
+
+
+def meetings(case: Case, count: int) -> set[Any]:
+    """Return the sets of `count` values that meet in a case, each value with its factor."""
+    return set(itertools.combinations(enumerate(case), count))
+
+
+@cache
+def cover(count: int) -> tuple[Case, ...]:
+    """Return cases in which any `count` values of different factors meet: greedily, the case with most new ones next."""
+    draw = random.Random(0)
+    missing = set().union(*(meetings(case, count) for case in EVERY))
+    chosen = []
+    while missing:
+        best = max(draw.sample(EVERY, 400), key=lambda case: len(meetings(case, count) & missing))
+        chosen.append(best)
+        missing -= meetings(best, count)
+    return tuple(chosen)
+
+
+def each(cases: list[Case] | tuple[Case, ...]) -> pytest.MarkDecorator:
+    """Return what runs a test once for each case, named by its values."""
+    return pytest.mark.parametrize("case", cases, ids=["-".join(map(str, case)).replace(" ", "_") for case in cases])
+
+
+@pytest.fixture(scope="session")
+def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    """What one process without workers comes to, that nothing befell."""
+
+    @cache
+    def reference(model: str, shape: str, precision: str) -> dict[str, Any]:
+        return outcome(Runner(tmp_path_factory.mktemp("reference")).run(configure(model, shape, precision)))
+
+    return reference
+
+
+@pytest.fixture
+def is_exact(references: Callable[..., dict[str, Any]], runner: Runner) -> Callable[[Case], None]:
+    """Train a case and compare: weights, optimizer and all other state, metrics, trail and name, by digest.
+
+    What befalls it is drawn from the case itself, so a case is the same whichever others are run.
+    """
+
+    def check(case: Case) -> None:
+        model, world, workers, story, precision, shape = case
+        config = configure(model, shape, precision, workers)
+        found = tell(runner, config, world=world, story=story, seed=zlib.crc32(repr(case).encode()))
+        assert found == references(model, shape, precision)
+
+    return check

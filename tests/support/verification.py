@@ -1,0 +1,119 @@
+"""A run to verify, and ways to verify it."""
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from labtrain.trail import read_trail
+from tests.conftest import LABTRAIN, QUICK, Experiment, Run
+
+# A fault of the machine, told by a variable that no receipt knows: one bit of a weight, a gradient or a loss at a step.
+FAULT = """
+
+_configure = DigitsNet.configure_optimizers
+
+
+def _with_fault(self):
+    import os
+
+    found = _configure(self)
+    step, place, bit, *counted = os.environ.get("FAULT", "0 none 0").split()
+    count = [0]  # the step that is done; with a fourth word, of this process
+
+    def flip(tensor):
+        flat = tensor.detach().view(-1).view(torch.int32)
+        flat[len(flat) // 2] ^= 1 << int(bit)
+
+    def before(*_):
+        count[0] = count[0] + 1 if counted else self.trainer.global_step + 1
+        if count[0] == int(step) and place.startswith("gradient:"):
+            flip(dict(self.named_parameters())[place.removeprefix("gradient:")].grad)
+
+    def after(*_):
+        if count[0] == int(step) and place.startswith("weight:"):
+            flip(self.state_dict()[place.removeprefix("weight:")])
+        if count[0] == int(step) and place == "all":
+            for weights in self.parameters():
+                flip(weights)
+
+    self.on_after_backward = before
+    found["optimizer"].register_step_post_hook(after)
+    return found
+
+
+DigitsNet.configure_optimizers = _with_fault
+"""
+TWO_EPOCHS = (*QUICK, "trainer.max_epochs=2", "data.batch_size=128")  # 20 steps
+STEPS = 20
+
+
+def verify(run: Path | str, *options: str, code: int | None = 0, cwd: Path | None = None, **env: str) -> Run:
+    """Run `labtrain verify`."""
+    done = subprocess.run(
+        [LABTRAIN, "verify", str(run), *options], capture_output=True, text=True, check=False, timeout=300,
+        cwd=cwd, env=os.environ | env,
+    )  # fmt: skip
+    assert code is None or done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return Run(done.returncode, done.stdout, done.stderr, cwd or Path.cwd())
+
+
+def git(folder: Path, *arguments: str) -> None:
+    subprocess.run(
+        ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True, capture_output=True
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(shared_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Path]:
+    """An experiment of this module's, in a git repository, and a run of it on two devices."""
+    root = tmp_path_factory.mktemp("verify") / "digits"
+    shutil.copytree(shared_experiment.root, root, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    (root / "model.py").write_text((root / "model.py").read_text() + FAULT)
+    git(root, "init", "-q")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "all")
+    experiment = Experiment(root)
+    for _ in range(5):
+        run = experiment.train(
+            *TWO_EPOCHS, "trainer.devices=2", "checkpoint.every_n_steps=5", "checkpoint.keep_last=9", cwd=root
+        )
+        steps = [entry["step"] for entry in run.receipt["checkpoints"]]
+        if sorted(set(steps)) == [5, 10, 15, STEPS]:
+            return experiment, run.folder
+        shutil.rmtree(run.folder)  # a save that is due while the one before is being written is made up for later
+    pytest.fail(f"the disk is too slow to save every fifth step: {steps}")
+
+
+@pytest.fixture
+def copy(trained: tuple[Experiment, Path], tmp_path: Path) -> Path:
+    """A copy of the run, below a copy of the experiment, that a test may change."""
+    experiment, run_dir = trained
+    shutil.copytree(experiment.root, tmp_path / "digits", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path / "digits" / run_dir.relative_to(experiment.root)
+
+
+def started(run_dir: Path, *options: str, **env: str) -> tuple[subprocess.Popen[str], psutil.Process]:
+    """Start `labtrain verify`, and wait for its training to write its trail."""
+    process = subprocess.Popen(
+        [LABTRAIN, "verify", run_dir, *options],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | env,
+        # Tests that a script runs in the background inherit an ignored SIGINT, and so would this.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    while True:
+        assert process.poll() is None
+        for child in psutil.Process(process.pid).children():
+            with suppress(psutil.Error):
+                if "labtrain.job" in child.cmdline() and read_trail(Path(child.cmdline()[-1])):
+                    return process, child
+        time.sleep(0.005)
