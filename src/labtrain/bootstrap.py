@@ -2,7 +2,8 @@
 
 Standard library only, and run before anything is installed: in the repository as `PYTHONPATH=src python3 -m
 labtrain.bootstrap --editable`, in an experiment straight from the wheel it carries, as
-`PYTHONPATH=vendor/labtrain-....whl python3 -m labtrain.bootstrap`. Does nothing where the environment is up to date.
+`PYTHONPATH=vendor/labtrain-....whl python3 -m labtrain.bootstrap`. Does nothing where the environment is up to date: it
+was made from these locks, has the same distributions, and no file of theirs is missing or changed. Else it repairs.
 
 pip, from Python's own ensurepip, installs uv at the hash that the lock names; uv installs the rest.
 """
@@ -18,6 +19,7 @@ import tempfile
 from pathlib import Path
 
 from labtrain.errors import LabtrainError
+from labtrain.installed import NEEDED, changes, names
 
 PYTHONS = ((3, 11), (3, 14))  # from, below
 DISK_BYTES = 8_000_000_000  # torch and its CUDA libraries are 7.1 GB; the rest is byte code and room to unpack
@@ -54,8 +56,11 @@ def set_up(root: Path, *, editable: bool) -> None:
     python = venv / "bin" / "python"
     stamp = venv / STAMP
     state = fingerprint(root, editable=editable)
-    if stamp.exists() and stamp.read_text() == state and python.exists():
+    damaged = damaged_distributions(venv)
+    works = _version(python) == sys.version_info[:2]
+    if works and not damaged and stamp.exists() and stamp.read_text() == f"{state}\n{_installed(venv)}":
         return
+    stamp.unlink(missing_ok=True)
     if not (venv / "bin" / "uv").exists():
         check_disk(shutil.disk_usage(root).free)
     check_memory(available_memory())
@@ -69,19 +74,17 @@ def set_up(root: Path, *, editable: bool) -> None:
         environment.setdefault(
             "UV_DEFAULT_INDEX", environment["PIP_INDEX_URL"]
         )  # one variable for both, behind a mirror
-    if not python.exists() or _version(python) != sys.version_info[:2]:
-        say("making .venv")
-        shutil.rmtree(venv, ignore_errors=True)
-        if subprocess.run([sys.executable, "-c", "import ensurepip"], capture_output=True, check=False).returncode:
-            raise LabtrainError(
-                "this Python cannot make an environment: ensurepip is missing", hint="apt-get install python3-venv"
-            )
-        _run([sys.executable, "-m", "venv", str(venv)], environment)
+    if not works:
+        damaged = {}
+        _make(venv, environment)
     lock = (root / LOCK).read_text()
-    if not _is_pinned_uv(venv / "bin" / "uv", lock):
+    if "uv" in damaged or not _is_pinned_uv(venv / "bin" / "uv", lock):
         say("installing uv, by hash")
-        if subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True, check=False).returncode:
-            _run([str(python), "-m", "ensurepip"], environment)
+        if not _has_pip(python):
+            subprocess.run([str(python), "-m", "ensurepip"], env=environment, capture_output=True, check=False)
+        if not _has_pip(python):  # it is damaged itself, and ensurepip takes it for installed
+            damaged = {}
+            _make(venv, environment)
         with tempfile.TemporaryDirectory() as scratch:
             pinned = Path(scratch) / "uv.txt"
             pinned.write_text(locked_block(lock, "uv"))
@@ -92,6 +95,7 @@ def set_up(root: Path, *, editable: bool) -> None:
                     "pip",
                     "install",
                     "--quiet",
+                    "--force-reinstall",
                     "--require-hashes",
                     "--no-deps",
                     "--disable-pip-version-check",
@@ -103,8 +107,17 @@ def set_up(root: Path, *, editable: bool) -> None:
     say("installing what requirements.lock names, by hash (7.1 GB the first time)")
     uv = [str(venv / "bin" / "uv"), "pip"]
     target = ["--python", str(python), "--require-hashes"]
+    again = [name for name in damaged if name not in ("uv", "labtrain")]
+    if again:
+        say(f"installing anew what is not as it was installed: {', '.join(again)}")
+        for name in again:
+            if not all((damaged[name] / file).exists() for file in NEEDED):
+                shutil.rmtree(damaged[name])  # uv does not touch what it cannot read
+        # A file that was changed in place is changed in uv's cache too, where it is a hard link of it.
+        _run([str(venv / "bin" / "uv"), "cache", "clean", "--quiet", *again], environment, may_fail=True)
     # The one sdist of the lock is built with the setuptools of the lock, checked as well.
-    _run([*uv, "sync", "--quiet", *target, "--build-constraints", LOCK, LOCK], environment)
+    reinstalled = [option for name in again for option in ("--reinstall-package", name)]
+    _run([*uv, "sync", "--quiet", *target, *reinstalled, "--build-constraints", LOCK, LOCK], environment)
     if editable:
         _run(
             [
@@ -129,8 +142,20 @@ def set_up(root: Path, *, editable: bool) -> None:
         environment,
         may_fail=True,
     )
-    stamp.write_text(state)
+    if damaged := damaged_distributions(venv):
+        raise LabtrainError(f"still not as installed: {', '.join(damaged)}", hint="rm -r .venv; make setup")
+    stamp.write_text(f"{state}\n{_installed(venv)}")
     say("done: .venv is what requirements.lock says")
+
+
+def damaged_distributions(venv: Path) -> dict[str, Path]:
+    """Return the .dist-info of each distribution of an environment that has a file missing or changed, by its name."""
+    return {
+        re.sub(r"[-_.]+", "-", info.name.partition("-")[0]).lower(): info
+        for folder in _site_packages(venv)
+        for info, _, fate in changes(folder)
+        if fate
+    }
 
 
 def check_python(version: tuple[int, ...]) -> None:
@@ -191,18 +216,45 @@ def say(text: str) -> None:
     sys.stderr.flush()
 
 
+def _make(venv: Path, environment: dict[str, str]) -> None:
+    say("making .venv")
+    shutil.rmtree(venv, ignore_errors=True)
+    if subprocess.run([sys.executable, "-c", "import ensurepip"], capture_output=True, check=False).returncode:
+        raise LabtrainError(
+            "this Python cannot make an environment: ensurepip is missing", hint="apt-get install python3-venv"
+        )
+    _run([sys.executable, "-m", "venv", str(venv)], environment)
+
+
+def _site_packages(venv: Path) -> list[Path]:
+    return sorted((venv / "lib").glob("python*/site-packages"))
+
+
+def _installed(venv: Path) -> str:
+    """Return what is installed, in the stamp's words."""
+    return " ".join(names(_site_packages(venv)))
+
+
+def _has_pip(python: Path) -> bool:
+    return not subprocess.run([str(python), "-m", "pip", "--version"], capture_output=True, check=False).returncode
+
+
 def _is_pinned_uv(uv: Path, lock: str) -> bool:
-    if not uv.exists():
-        return False
-    version = subprocess.run([str(uv), "--version"], capture_output=True, text=True, check=False).stdout.split()
+    version = _said([str(uv), "--version"]).split()
     return len(version) > 1 and locked_block(lock, "uv").startswith(f"uv=={version[1]} ")
 
 
 def _version(python: Path) -> tuple[int, ...]:
-    shown = subprocess.run(
-        [str(python), "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True, check=False
-    ).stdout
-    return tuple(map(int, shown.split()))
+    return tuple(map(int, _said([str(python), "-c", "import sys; print(*sys.version_info[:2])"]).split()))
+
+
+def _said(command: list[str]) -> str:
+    """Return what a program prints; empty where it fails, or is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout if not done.returncode else ""
 
 
 def _run(command: list[str], environment: dict[str, str], *, may_fail: bool = False) -> None:

@@ -142,8 +142,10 @@ class DataLoader:
         """Yield `Sharded` from now on."""
         if self.batch_size < shards:
             raise ConfigError(
-                f"batch_size={self.batch_size} cannot be cut into determinism.shards={shards}",
-                hint=f"data.batch_size={shards} or more, or determinism.shards={self.batch_size}",
+                f"a labtrain.DataLoader of batch_size={self.batch_size}, over {type(self.dataset).__name__} of"
+                f" {len(self.dataset)} samples, cannot be cut into determinism.shards={shards}",
+                hint=f"batch_size={shards} or more where that loader is made, in train_dataloader, val_dataloader or"
+                f" test_dataloader; or determinism.shards={self.batch_size}",
             )
         self._shards, self._place = shards, (rank, world)
 

@@ -73,9 +73,9 @@ class Recorder(pl.Callback):
         try:
             self.lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except PermissionError as error:
-            owner = path.owner() if path.exists() else self.run_dir.owner()
+            owner = (path if path.exists() else self.run_dir).stat().st_uid
             raise LabtrainError(
-                f"{shown(path)} of {owner} cannot be written by this user: the run is another user's",
+                f"{shown(path)} of user {owner} cannot be written by this user: the run is another user's",
                 hint=f"umask 002 where it is trained, and a common group: chmod -R g+w {shown(self.run_dir)};"
                 " or resume=never",
             ) from error

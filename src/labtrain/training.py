@@ -34,6 +34,8 @@ from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
+from labtrain.doctor.environment import REPAIR, unlike_lock
+from labtrain.doctor.report import few
 from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError, explain_callback, in_words, where
 from labtrain.fingerprints import noting_opened, places_in
 from labtrain.gpu_stats import GpuStats
@@ -46,7 +48,7 @@ from labtrain.ranks import adopt, find_ranks, restarted
 from labtrain.recorder import Recorder
 from labtrain.remote import is_local
 from labtrain.resume import changed_data, checkpoint_digest, make_job
-from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, shards_in_use, shown
+from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, route, shards_in_use, shown
 from labtrain.signals import Stopped, Wishes
 from labtrain.sources import Code, load_from_source, read_code
 from labtrain.speed import Speed, check_compiler, explain_compile
@@ -192,6 +194,8 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
             checkpoints.saver.open()
             if name is not None:
                 warn_resumed(run_dir, name, origin)
+            if config["determinism"]["mode"] != "off" and (unlike := unlike_lock(Path(job.root))):
+                recorder.say(f"this environment is not that of the experiment's lock: {few(unlike)}. {REPAIR[route()]}")
         if shards_in_use(config) is None:
             recorder.say(plain_because(config))
             if config["trainer"]["strategy"] not in (*EXACT_STRATEGIES, SHARDED_STRATEGY) and path is not None:

@@ -159,8 +159,12 @@ def test_a_resume_begins_at_its_batch(start: int) -> None:
 
 
 def test_a_batch_that_cannot_be_cut_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"batch_size=3 cannot be cut into determinism.shards=4"):
+    """The error says which loader it is: that of a validation is not changed by data.batch_size."""
+    says = "a labtrain.DataLoader of batch_size=3, over Drawing of 9 samples, cannot be cut into determinism.shards=4"
+    with pytest.raises(ConfigError, match=says) as found:
         DataLoader(Drawing(9), 3).shard(4, rank=0, world=1)
+    assert "where that loader is made, in train_dataloader, val_dataloader or test_dataloader" in found.value.hint
+    assert "data.batch_size" not in found.value.hint
 
 
 class Batched(Drawing):

@@ -1,17 +1,23 @@
 """What a training begins with: a configuration that is whole, and data that each stage splits alike."""
 
+import json
 import os
 import re
+import shutil
 import signal
+import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import labtrain
+from labtrain.doctor.environment import unlike_lock
 from labtrain.errors import EXIT_STOPPED, ConfigError
+from labtrain.lock.conda import read_conda_lock
 from labtrain.replay import _git
-from tests.conftest import QUICK, Experiment
+from tests.conftest import QUICK, ROOT, Experiment
 from tests.support.exact import Runner, configure, outcome
 
 
@@ -74,3 +80,47 @@ def test_git_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("labtrain.replay.GIT_TIMEOUT_S", 0.5)
     with pytest.raises(ConfigError, match=r"git clone here there: no end in 0\.5 seconds"):
         _git("clone", "here", "there")
+
+
+def notes(run_dir: Path | None) -> list[str]:
+    assert run_dir is not None
+    return list(json.loads((run_dir / "receipt.json").read_text())["determinism"]["notes"])
+
+
+def test_an_environment_that_is_not_the_locks_is_said_at_the_start(runner: Runner) -> None:
+    """In the receipt too, with what makes it so; in mode off not, and nothing where the experiment has no lock."""
+    text = (ROOT / "requirements.lock").read_text()
+    assert "\nxxhash==" in text
+    config = configure("mlp", "even", trainer={"max_epochs": 1})
+    assert notes(runner.run(config)) == []
+    experiment = runner.folder / "none"
+    experiment.mkdir()
+    (experiment / "requirements.lock").write_text(re.sub(r"\nxxhash==\S+", "\nxxhash==1.0.0", text))
+    (said,) = notes(runner.run(config))
+    assert "this environment is not that of the experiment's lock: " in said
+    assert f"xxhash {metadata.version('xxhash')} (locked 1.0.0)" in said
+    assert said.endswith(". make setup")
+    assert f"warning: {said}" in runner.said()
+    assert notes(runner.run(config | {"determinism": config["determinism"] | {"mode": "off"}})) == []
+    (experiment / "requirements.lock").write_text(text)
+    assert unlike_lock(experiment) == []
+
+
+def test_of_condas_environment_builds_are_compared_and_what_pip_put_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the names of the files in conda-meta, and by requirements-conda.lock."""
+    for name in ("conda-lock.yml", "requirements-conda.lock"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    meta = tmp_path / "prefix" / "conda-meta"
+    meta.mkdir(parents=True)
+    for entry in read_conda_lock(ROOT)["package"]:
+        (meta / f"{entry['url'].rpartition('/')[2].removesuffix('.conda').removesuffix('.tar.bz2')}.json").touch()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
+    beside = unlike_lock(tmp_path)
+    assert not [each for each in beside if "locked" not in each]  # of pip's some are of other platforms than this
+    (torch,) = meta.glob("pytorch-2.9.1-*.json")
+    torch.rename(meta / "pytorch-2.9.0-cuda129_mkl_py312_0.json")
+    assert set(unlike_lock(tmp_path)) - set(beside) == {
+        "pytorch-2.9.0-cuda129_mkl_py312_0 (not locked)", f"{torch.stem} missing"
+    }  # fmt: skip

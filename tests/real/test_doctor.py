@@ -1,7 +1,10 @@
 """Checks that fail for real: driver libraries of our own, small disks, another clock, an old C library."""
 
 import json
+import os
+import resource
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -88,3 +91,53 @@ def test_a_clock_that_is_behind_fails() -> None:
     _, checks = doctor(prefix=("faketime", "2020-01-01"))
     assert checks["clock"]["status"] == "failed"
     assert checks["clock"]["found"].startswith("2020-01-01")
+
+
+def test_the_table_can_be_plain() -> None:
+    done = subprocess.run(
+        [LABTRAIN, "doctor"], env={**os.environ, "NO_COLOR": "1"}, cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0
+    assert "\x1b[" not in done.stdout
+    assert [line for line in done.stdout.splitlines() if not line.startswith(" ")] == [
+        "environment",
+        "NVIDIA",
+        "machine",
+        "libraries",
+    ]
+
+
+def test_another_cuda_on_the_library_path_is_named(tmp_path: Path) -> None:
+    (tmp_path / "libcudart.so.11.0").write_bytes(b"")
+    _, checks = doctor(LD_LIBRARY_PATH=str(tmp_path))
+    assert checks["LD_LIBRARY_PATH"]["status"] == "failed"
+    assert f"{tmp_path}/libcudart.so.11.0" in checks["LD_LIBRARY_PATH"]["found"]
+
+
+def test_a_cuda_library_from_elsewhere_is_named(tmp_path: Path) -> None:
+    """torch's process really has it: a copy of cuFile, by LD_PRELOAD (torch's own RPATH goes before LD_LIBRARY_PATH)."""
+    own = next((Path(sys.prefix) / "lib").glob("python*/site-packages/nvidia/cufile/lib/libcufile.so.0"))
+    (tmp_path / own.name).write_bytes(own.read_bytes())
+    _, checks = doctor(LD_PRELOAD=str(tmp_path / own.name))
+    assert checks["CUDA libraries"]["status"] == "failed"
+    assert checks["CUDA libraries"]["found"] == str(tmp_path / own.name)
+
+
+def test_too_few_open_files_fail() -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"ulimit -n 256; {LABTRAIN} doctor --json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    check = {entry["name"]: entry for entry in json.loads(done.stdout)}["open files"]
+    assert (check["status"], check["found"]) == ("failed", "256")
+    assert check["hint"].startswith("ulimit -n ")
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] != 256
+
+
+def test_an_nccl_variable_that_switches_a_transport_off_fails() -> None:
+    _, checks = doctor(NCCL_P2P_DISABLE="1", NCCL_DEBUG="INFO")
+    assert checks["NCCL variables"]["status"] == "failed"
+    assert checks["NCCL variables"]["hint"] == "unset NCCL_P2P_DISABLE"

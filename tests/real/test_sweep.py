@@ -1,5 +1,6 @@
 """Optuna's sweeps: real trials, killed in the middle, and what is refused before anything is trained."""
 
+import json
 import os
 import signal
 import sqlite3
@@ -113,3 +114,10 @@ def test_trials_that_fail_end_the_sweep_unless_it_may_lose_them(experiment: Expe
         *sweep, "model.dropout=choice(7)", "hydra.sweeper.n_trials=1", "hydra.sweeper.max_failure_rate=1", code=1
     )
     assert "error: every trial of this sweep failed" in none.err
+
+
+def test_a_sweep_that_is_asked_for_by_hydra_mode_is_recorded_as_one(experiment: Experiment, tmp_path: Path) -> None:
+    """Its command says -m, as verify looks for: composed as one run's it would be another configuration."""
+    experiment.train("hydra.mode=MULTIRUN", "seed=1", "trainer.max_steps=1", "paths.runs=runs", *QUICK)
+    [path] = tmp_path.glob("runs/*/*/receipt.json")
+    assert json.loads(path.read_text())["command"][-1] == "-m"

@@ -1,24 +1,29 @@
 """Python, the route, every installed distribution and its files, and what shadows them."""
 
-import base64
-import csv
-import hashlib
 import os
 import platform
+import re
 import site
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from labtrain import installed
 from labtrain.doctor.report import Check, few, judged, skipped
-from labtrain.lock import Pin
+from labtrain.lock import Pin, read_lock
 from labtrain.provenance import distributions
-from labtrain.run import route, shown
+from labtrain.run import LOCK_FILE, ROUTES, route, shown
 from labtrain.sources import shadowing
 
 GROUP = "environment"
 GLIBC = (2, 28)
+# What makes an environment that of the lock again, by route.
+REPAIR = {
+    "wheels": "make setup",
+    "conda": "make it anew from conda-lock.yml: docs/environments.md",
+    "nix": "nix develop, which makes it anew",
+}
 CUDA_LIBRARIES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libcufft", "libcusparse", "libcusolver", "libnvrtc")
 
 
@@ -58,15 +63,40 @@ def check_packages(pins: dict[str, Pin], lock: Path) -> Check:
             f"{len(distributions())} distributions of conda's own builds",
             "conda list --explicit --md5",
         )
-    installed = distributions()
-    wrong = [
-        f"{name} {installed.get(name, 'missing')} (locked {pin.version})"
-        for name, pin in pins.items()
-        if installed.get(name) != pin.version
-    ]
-    wrong += [f"{name} {installed[name]} (not locked)" for name in sorted(set(installed) - set(pins) - {"labtrain"})]
+    wrong = not_as_locked(pins)
     found = few(wrong) if wrong else f"all {len(pins)} as locked"
-    return judged(GROUP, "packages", not wrong, found, shown(lock), "make setup")
+    return judged(GROUP, "packages", not wrong, found, shown(lock), REPAIR[route()])
+
+
+def not_as_locked(pins: dict[str, Pin]) -> list[str]:
+    """Return each distribution that is not as the wheels' lock says: another version, missing, or not locked."""
+    here = distributions()
+    wrong = [
+        f"{name} {here.get(name, 'missing')} (locked {pin.version})"
+        for name, pin in pins.items()
+        if here.get(name) != pin.version
+    ]
+    return wrong + [f"{name} {here[name]} (not locked)" for name in sorted(set(here) - set(pins) - {"labtrain"})]
+
+
+def unlike_lock(root: Path) -> list[str]:
+    """Return each package of this environment that is not as an experiment's lock of its route says.
+
+    Args:
+        root: the experiment's folder; nothing is returned where it has no lock.
+    """
+    if not all((root / name).exists() for name in ROUTES[route()]):
+        return []
+    if route() != "conda":
+        return not_as_locked(read_lock(root / LOCK_FILE))
+    text, here = (root / "conda-lock.yml").read_text(), distributions()
+    locked = set(re.findall(r"/([^/\s]+)\.(?:conda|tar\.bz2)\s*$", text, re.MULTILINE))
+    there = {path.stem for path in Path(sys.prefix, "conda-meta").glob("*.json")}
+    wrong = [f"{name} (not locked)" for name in sorted(there - locked)]
+    wrong += [f"{name} missing" for name in sorted(locked - there)]
+    pins = read_lock(root / "requirements-conda.lock").values()
+    return wrong + [f"{pin.name} {here.get(pin.name, 'missing')} (locked {pin.version})"
+                    for pin in pins if here.get(pin.name) != pin.version]  # fmt: skip
 
 
 def files_state() -> dict[str, Any]:
@@ -85,42 +115,22 @@ def check_files(*, deep: bool = False) -> Check:
         not changed,
         found,
         "as in each RECORD",
-        "rm .venv/labtrain-setup .venv/bin/uv; make setup, or reinstall",
+        REPAIR[route()],
     )
 
 
 def changed_files(*, deep: bool = False) -> tuple[list[str], int]:
     """Return each installed file that is not what its distribution's RECORD says, and how many there are.
 
-    By default only those are read whose size or time says that they changed after they were installed: seven gigabytes
-    take longer than a second. RECORD comes out of the wheel, and the wheel's own hash was checked then.
+    By default only those are read whose size or time says that they changed (installed.py).
     """
     changed, files = [], 0
     for entry in dict.fromkeys(sys.path):
-        root = Path(entry)
-        for record in root.glob("*.dist-info/RECORD") if entry else ():
-            installed = record.stat().st_mtime
-            with record.open(newline="") as file:
-                for name, digest, size, *_ in csv.reader(file):
-                    if not digest.startswith("sha256="):
-                        continue
-                    files += 1
-                    if why := _changed(f"{entry}/{name}", digest, size, installed, deep=deep):
-                        changed.append(f"{name} of {record.parent.name.partition('-')[0]} {why}")
+        for info, name, fate in installed.changes(Path(entry), deep=deep) if entry else ():
+            files += 1
+            if fate:
+                changed.append(f"{name} of {info.name.partition('-')[0]} {fate}")
     return changed, files
-
-
-def _changed(path: str, digest: str, size: str, installed: float, *, deep: bool) -> str:
-    try:  # plain functions: sixty thousand Path objects take half a second
-        stat = os.stat(path)  # noqa: PTH116
-    except OSError:
-        return "is missing"
-    if not deep and stat.st_mtime <= installed + 1 and (not size or stat.st_size == int(size)):
-        return ""
-    with open(path, "rb") as file:  # noqa: PTH123
-        now = hashlib.file_digest(file, "sha256").digest()
-    same = base64.urlsafe_b64encode(now).rstrip(b"=").decode() == digest.removeprefix("sha256=")
-    return "" if same else "was changed"
 
 
 def check_strays() -> Iterator[Check]:

@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from labtrain.doctor.environment import REPAIR
 from labtrain.doctor.report import Check, few, judged, skipped
 from labtrain.lock import Pin
+from labtrain.run import route
 
 GROUP = "libraries"
 TIMEOUT_S = 120.0
@@ -48,7 +50,7 @@ def checks(pins: dict[str, Pin], *, python: str = sys.executable, timeout_s: flo
         found, reason = {}, "it prints something else"
     if not found:
         yield judged(
-            GROUP, "torch", False, reason, "a torch that can be imported", explain_missing(reason) or "make setup"
+            GROUP, "torch", False, reason, "a torch that can be imported", explain_missing(reason) or REPAIR[route()]
         )
         return
     for name, distribution in PROBED.items():
@@ -57,7 +59,7 @@ def checks(pins: dict[str, Pin], *, python: str = sys.executable, timeout_s: flo
         if value is None or wanted is None:
             yield skipped(GROUP, name, value or "not in this build", wanted or "not locked")
             continue
-        yield judged(GROUP, name, f"{wanted}.".startswith(f"{value.split('+')[0]}."), value, wanted, "make setup")
+        yield judged(GROUP, name, f"{wanted}.".startswith(f"{value.split('+')[0]}."), value, wanted, REPAIR[route()])
     prefix = str(Path(sys.prefix).resolve())
     outside = [
         path
@@ -92,4 +94,4 @@ def explain_missing(reason: str) -> str:
             if path.is_file() and path.stat().st_size < 50_000_000 and library.encode() + b"\0" in path.read_bytes():
                 needy.append(f"{path.relative_to(entry)}")
     asks = f"{few(needy, 3)} asks for {library}" if needy else f"nothing in this environment names {library}"
-    return f"{asks}: that package was built for another CUDA. pip uninstall it, and make setup"
+    return f"{asks}: that package was built for another CUDA. {REPAIR[route()]}"
