@@ -61,9 +61,9 @@ def test_the_table_holds_each_run_with_its_metric(runs: Path) -> None:
     assert heading == ["run", "status", "steps", "metric", "weights", "started", "time"]
     by_run = {row[0]: row[1:] for row in rows}
     assert set(by_run) == {f"runs/lab/{name}" for name in ("best", "worse", "stopped", "failed", "broken")}
-    assert by_run["runs/lab/best"][:5] == ["complete", "300", "val/acc", "0.9963", "5431c560ef1b"]
+    assert by_run["runs/lab/best"][:5] == ["complete", "300", "val/acc", "0.9963", "b9934c4d1878"]
     assert by_run["runs/lab/worse"] == [
-        *["complete", "300", "test/acc", "0.5000", "5431c560ef1b", "2030-01-01", "10:00", "1:02:03"]
+        *["complete", "300", "test/acc", "0.5000", "b9934c4d1878", "2030-01-01", "10:00", "1:02:03"]
     ]
     assert by_run["runs/lab/stopped"][:4] == ["interrupted", "7", "val/acc", "0.2500"]
     assert by_run["runs/lab/failed"][:2] == ["failed", "7"]
@@ -82,7 +82,7 @@ def test_it_is_sorted_and_machines_can_read_it(runs: Path) -> None:
         row["run"]: row for row in json.loads(ls("runs/lab", "runs/lab/best", "--json", "--metric", "val/acc").stdout)
     }
     assert len(found) == 5
-    assert found["runs/lab/best"]["weights_digest"].startswith("5431c560ef1b")
+    assert found["runs/lab/best"]["weights_digest"].startswith("b9934c4d1878")
     assert found["runs/lab/worse"]["value"] is None  # it is NaN, which JSON has not
     assert "is broken" in found["runs/lab/broken"]["error"]
 
