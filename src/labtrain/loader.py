@@ -104,7 +104,7 @@ class DataLoader:
             raise ConfigError(
                 f"{type(dataset).__name__} is no map-style dataset", hint="give it __len__ and __getitem__"
             )
-        if batch_size < 1:
+        if not batch_size or batch_size < 1:  # None is what torch takes where the dataset makes its batches
             raise ConfigError(f"batch_size={batch_size}: at least 1 is wanted", hint="data.batch_size=64")
         self.transforms = [transform] if callable(transform) else list(transform or ())
         for each in self.transforms:
