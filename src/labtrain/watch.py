@@ -195,7 +195,7 @@ class Weights:
 
     def begin(self) -> None:
         """Remember how the parameters are now."""
-        if self._step % EVERY_STEPS == 0 or self._is_other():
+        if self._step % EVERY_STEPS == 0 or self._has_other_members():
             named = dict(self.module.named_parameters()) | hidden(self.module)
             self.names, self._parameters = [*named, "a new parameter"], list(named.values())
             parts = list(self.module.modules())
@@ -210,7 +210,7 @@ class Weights:
     def changed(self) -> int:
         """Return 0, or the number of the first parameter that was changed since `begin`, from 1."""
         assert self._memory is not None
-        if self._is_other():
+        if self._has_other_members():
             named = dict(self.module.named_parameters()) | hidden(self.module)
             same = [named.get(name) is then for name, then in zip(self.names, self._parameters, strict=False)]
             return 1 + [*same, False].index(False) if len(named) != len(same) or not all(same) else 0
@@ -231,7 +231,7 @@ class Weights:
             [parameter.requires_grad for parameter in parameters],
         ]
 
-    def _is_other(self) -> bool:
+    def _has_other_members(self) -> bool:
         """Return whether a module has other parameters or submodules than it had."""
         members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
         return len(members) != len(self._members) or not all(map(is_, members, self._members))
