@@ -103,7 +103,7 @@ class Recorder(pl.Callback):
         if text in self.notes:
             return False
         self.notes.append(text)
-        if self.receipt is not None:
+        if self.receipt is not None and not self.waits:
             receipt.write(self.run_dir, self.receipt)
         return True
 
@@ -128,6 +128,7 @@ class Recorder(pl.Callback):
         if self.origin is not None:
             segment["origin"] = self.origin
         config, code = receipt.without_secrets(job.config), receipt.without_secrets(code_state(job))
+        self.waits = before is not None
         self.receipt = {
             "schema": receipt.SCHEMA,
             "run_id": job.run_id,
@@ -158,8 +159,7 @@ class Recorder(pl.Callback):
         }
         if before is not None:
             self._note_changes(before, segment)
-        self.waits = before is not None
-        if not self.waits:
+        else:
             self._begin()
 
     def on_train_batch_end(

@@ -59,18 +59,18 @@ def in_plain_torch(kind: str, *, epochs: int, accumulate: int) -> tuple[Weighted
 
 @pytest.mark.parametrize(("kind", "accumulate"), [("sentences", 1), ("points", 2)])
 def test_a_weighted_mean_is_that_of_the_whole_batch_on_any_devices(kind: str, accumulate: int, tmp_path: Path) -> None:
-    """In float64 the weights are those of plain PyTorch on whole batches, and the bits are the same on 1 to 4 devices.
+    """In float64 the weights are those of plain PyTorch on whole batches, and the bits are the same on two devices.
 
     The sentences of a shard, and of the last batch, are all padding: they count for nothing, and no NaN comes of them.
     """
     found = []
-    for world in (1, 2, 3, 4):
+    for world in (1, 2):
         (folder := tmp_path / str(world)).mkdir()
         config = weighted(kind, trainer={"max_epochs": 2, "accumulate_grad_batches": accumulate})
         run_dir = Runner(folder).run(config, world=world)
         assert run_dir is not None
         found.append(outcome(run_dir))
-    assert found == [found[0]] * 4
+    assert found == [found[0]] * 2
     model, epoch_loss, last_loss = in_plain_torch(kind, epochs=2, accumulate=accumulate)
     weights = load_file(max(run_dir.glob("checkpoints/*/weights.safetensors")))
     for name, value in model.state_dict().items():
@@ -83,7 +83,7 @@ def test_a_weighted_mean_is_that_of_the_whole_batch_on_any_devices(kind: str, ac
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 def test_a_weight_in_mixed_precision_has_the_same_bits_on_any_devices(precision: str, tmp_path: Path) -> None:
     found = []
-    for world in (1, 3):
+    for world in (1, 2):
         (folder := tmp_path / str(world)).mkdir()
         config = weighted("sentences", trainer={"precision": precision, "max_epochs": 4})
         found.append(outcome(Runner(folder).run(config, world=world)))

@@ -94,9 +94,9 @@ def test_a_complete_run_with_its_own_configuration_has_nothing_to_train(runner: 
 def test_a_start_that_fails_before_its_first_step_leaves_the_run_as_it_was(runner: Runner, status: str) -> None:
     """Receipt, trail and what lies beside them; one that then gets further goes on as ever."""
     config = configure("mlp", "even", checkpoint={"every_n_steps": 5})
-    number = signal.SIGTERM if status == "interrupted" else signal.SIGKILL
-    runner.run(config, code=None, signal_at=f"7 {int(number)} 0")
-    (run_dir,) = runner.folder.glob("runs/exact/*")
+    run_dir = stop(runner, config, 7)
+    if status == "killed":
+        runner.run(config, code=None, signal_at=f"9 {int(signal.SIGKILL)} 0")
     kept = ("receipt.json", "trail.jsonl", "config.yaml")
     before = {name: (run_dir / name).read_bytes() for name in kept}
     broken = configure("mlp", "even", checkpoint={"every_n_steps": 5}, resume=str(run_dir))
@@ -105,7 +105,8 @@ def test_a_start_that_fails_before_its_first_step_leaves_the_run_as_it_was(runne
     assert {name: (run_dir / name).read_bytes() for name in kept} == before
     runner.run(config)
     found = receipt(run_dir)
-    assert [segment["status"] for segment in found["segments"]] == [status, "complete"]
+    ends = ["interrupted", "killed"] if status == "killed" else ["interrupted"]
+    assert [segment["status"] for segment in found["segments"]] == [*ends, "complete"]
     assert found["results"]["steps"] == 15
 
 

@@ -20,7 +20,7 @@ from labtrain import receipt, training
 from labtrain.errors import EXIT_STOPPED, LabtrainError
 from labtrain.prune import leftovers
 from labtrain.recorder import Recorder
-from labtrain.run import Job
+from labtrain.run import Job, shown
 from labtrain.store import Store, identity
 from labtrain.training import alone_in, refuse_outdated
 from tests.conftest import LABTRAIN
@@ -158,7 +158,8 @@ def test_who_waits_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ending = threading.Thread(target=end)
     ending.start()
     with alone_in(tmp_path):
-        assert said[0] == f"waiting for process {holder.pid} on {os.uname().nodename}, which fetches into {tmp_path}"
+        whom = f"process {holder.pid} on {os.uname().nodename}"
+        assert said[0] == f"waiting for {whom}, which fetches into {shown(tmp_path)}"
     ending.join()
     assert holder.wait() == 0
 
