@@ -159,12 +159,12 @@ class Watch:
     def _take(self, ranges: list[range]) -> None:
         """Take what the last shard left from its rank."""
         source = max(rank for rank, shards in enumerate(ranges) if shards)
-        sent = [encode(self._left) if self.rank == source else []]
+        sent = [(list(self._left), encode(self._left)) if self.rank == source else ([], [])]
         dist.broadcast_object_list(sent, src=source)
         if self.rank != source:
-            found = decode(sent[0], device=self.device)
-            self._attributes.restore(key for key in self._left if key not in found)
-            self._attributes.put(found)
+            changed, values = sent[0]
+            self._attributes.restore(self._left.keys() - changed)
+            self._attributes.put(decode(values, device=self.device))
 
     def _tell(self, prints: dict[int, dict[str, str]], shards: int) -> None:
         everything = {name for found in prints.values() for name in found}
@@ -371,7 +371,9 @@ class Attributes:
         """Set attributes."""
         now = {table.path: table.holder for table in self._looked}
         for (path, name), value in values.items():
-            if path in now:
+            if path in now and type(value) is str and value == ABSENT:
+                vars(now[path]).pop(name, None)
+            elif path in now:
                 vars(now[path])[name] = value
 
 

@@ -195,11 +195,14 @@ class Counting(Step):
         self.seen, self.history, self.helper = {"batches": 0}, [0.0] * 3, Helper()
         self.vector, self.array = torch.ones(3), __import__("numpy").ones(2)
         self.losses: list[Any] = []
+        self.first = 1.5
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         images, labels = batch
-        scores = self(images)
+        scores = self(images) * getattr(self, "first", 1.0)
         if self.kind == "equal":
+            if batch_idx == 4 and hasattr(self, "first"):
+                del self.first
             self.count += 1
             self.temperature *= 0.9
             self.phase = "hot" if self.count > 3 else "warm"
