@@ -75,8 +75,14 @@ def test_a_checkpoint_gets_the_metrics_of_a_validation_that_was_killed(runner: R
     [
         pytest.param({"trainer": {"accumulate_grad_batches": 2, "max_epochs": 5}}, id="accumulated"),
         pytest.param({"model": {"channels_last": True}, "trainer": {"gradient_clip_val": 0.1}}, id="channels last"),
-        pytest.param({"determinism": {"shards": 6}}, id="six shards"),
-        pytest.param({"determinism": {"shards": 8}, "data": {"batch_size": 9}}, id="eight shards of nine"),
+        pytest.param(
+            {"determinism": {"shards": 6}, "data": {"batch_size": 13}, "trainer": {"max_epochs": 5}},
+            id="six shards of thirteen",
+        ),
+        pytest.param(
+            {"determinism": {"shards": 8}, "data": {"batch_size": 17}, "trainer": {"max_epochs": 5}},
+            id="eight shards of seventeen",
+        ),
         pytest.param({"trainer": {"limit_train_batches": 3, "limit_val_batches": 1, "max_epochs": 5}}, id="limited"),
         pytest.param({"trainer": {"check_val_every_n_epoch": 2}}, id="validated every second epoch"),
     ],
