@@ -57,6 +57,8 @@ PRIVATE = frozenset(nn.Module().__dict__) | {
     "_trainer",
 }
 LIBRARIES = tuple(Path(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+MOST_OBJECTS = 10_000  # that are looked through for hidden weights
+NO_WEIGHTS = ("hydra", "lightning", "logging", "omegaconf", "threading", "torch", "torchmetrics")
 RANDOM = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, torch.Generator)
 
 Snapshot = dict[str, dict[str, Any]]  # of the holder's path, the attributes' names: their values as `_Encoder` has them
@@ -135,6 +137,46 @@ def restore(module: nn.Module, saved: Snapshot, *, device: torch.device) -> list
             elif decoded is not current:
                 vars(holder)[name] = decoded
     return missing
+
+
+def hidden_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Return the weights that a model keeps out of torch's sight, by name.
+
+    A network in a list or in an object that is no module, such as a teacher that the optimizer is not to find; and
+    tensors in the objects of libraries, such as the averages of weights that one keeps.
+    """
+    found: dict[str, torch.Tensor] = {}
+    seen = {id(part) for part in module.modules()}
+    waiting = [
+        (f"{path}.{name}" if path else name, value, 0)
+        for path, holder in holders(module).items()
+        for name, value in attributes_of(holder)
+        if type(value) not in SCALARS
+    ]
+    while waiting:
+        path, value, depth = waiting.pop()
+        kind = type(value)
+        if kind in SCALARS or id(value) in seen or len(seen) > MOST_OBJECTS:
+            continue
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            weights = [*value.named_parameters(), *value.named_buffers()]
+            found |= {f"{path}.{name}": tensor for name, tensor in weights}
+        elif isinstance(value, torch.Tensor) and depth:
+            found[path] = value
+        elif kind in DICTS:
+            waiting += [(f"{path}.{key}", item, depth) for key, item in value.items()]
+        elif kind in (list, tuple):
+            waiting += [(f"{path}.{index}", item, depth) for index, item in enumerate(value)]
+        elif depth < 2 and hasattr(value, "__dict__") and not _has_no_weights(value):
+            waiting += [(f"{path}.{name}", item, depth + 1) for name, item in vars(value).items()]
+    return dict(sorted(found.items()))
+
+
+def _has_no_weights(value: Any) -> bool:
+    kind = type(value)
+    code = isinstance(value, type | types.ModuleType) or hasattr(value, "__get__")
+    return code or is_own(kind) or kind.__module__.partition(".")[0] in NO_WEIGHTS
 
 
 def unkept(module: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ kept                       because
 modes, `part.training`     the same, of what was put in evaluation mode
 buffers, persistent=False  a schedule or a moving average may lie in one
 plain attributes           a counter, a list of losses: attributes.py
+weights in lists           a teacher that the optimizer is not to find; and those that a library's object keeps
 gradients, where they wait with manual optimization, or an `optimizer_zero_grad` of one's own, they may be of steps that
                            the optimizer has not made yet
 ========================== ===========================================================================================
@@ -24,7 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from labtrain.attributes import fingerprints, holders, restore, snapshot, unkept
+from labtrain.attributes import fingerprints, hidden_weights, holders, restore, snapshot, unkept
 from labtrain.checksums import two_sums
 from labtrain.errors import ConfigError
 
@@ -43,6 +44,7 @@ class Unsaved:
         self.trainable = _trainable(module)
         self.modes = _modes(module)
         self.buffers = {name: _sums(buffer) for name, buffer in _hidden_buffers(module)}
+        self.weights = {name: _sums(tensor) for name, tensor in hidden_weights(module).items()}
         self.attributes = fingerprints(module)
         self.holders: set[str] | None = None
 
@@ -58,6 +60,11 @@ class Unsaved:
                 name: None if buffer is None else buffer.detach()
                 for name, buffer in _hidden_buffers(self.module)
                 if name not in self.buffers or self.buffers[name] != _sums(buffer)
+            },
+            "hidden_weights": {
+                name: tensor.detach()
+                for name, tensor in hidden_weights(self.module).items()
+                if self.weights.get(name) != _sums(tensor)
             },
             "attributes": snapshot(self.module, unlike=self.attributes),
             "gradients": {
@@ -95,7 +102,13 @@ class Unsaved:
                 modules[name].training = flag
         for name, saved in kept.get("hidden_buffers", {}).items():
             _put_buffer(modules, name, saved, device)
-        missing = restore(self.module, kept.get("attributes", {}), device=device)
+        weights = hidden_weights(self.module)
+        for name, saved in kept.get("hidden_weights", {}).items():
+            if name in weights and weights[name].shape == saved.shape:
+                with torch.no_grad():
+                    weights[name].copy_(saved)
+        missing = [name for name in kept.get("hidden_weights", {}) if name not in weights]
+        missing += restore(self.module, kept.get("attributes", {}), device=device)
         if missing and entering:
             raise ConfigError(
                 f"{missing[0]} cannot be put back: the object that it is an attribute of is made during the training,"

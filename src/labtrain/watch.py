@@ -16,7 +16,6 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from operator import is_
-from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -29,21 +28,18 @@ from labtrain.attributes import (
     DICTS,
     PRIVATE,
     SCALARS,
-    attributes_of,
     decode,
     encode,
     fingerprint,
+    hidden_weights,
     holders,
     is_experiments,
-    is_own,
 )
 from labtrain.checksums import device_hash
 
 WINDOW_BYTES = 1 << 17  # of the weights, in each step
 PIECE_BYTES = 1 << 14
 EVERY_STEPS = 100  # how often a checksum is taken of weights on a GPU, and rarely changed attributes are looked at
-MOST_OBJECTS = 10_000  # that are looked through for hidden weights
-NO_WEIGHTS = ("hydra", "lightning", "logging", "omegaconf", "threading", "torch", "torchmetrics")
 FEW = 64  # items of a list that are compared one by one
 MUTABLE = {Tensor, np.ndarray, list, tuple, set, deque, *DICTS}
 SAME, GROWN, CHANGED = range(3)
@@ -196,7 +192,7 @@ class Weights:
     def begin(self) -> None:
         """Remember how the parameters are now."""
         if self._step % EVERY_STEPS == 0 or self._has_other_members():
-            named = dict(self.module.named_parameters()) | hidden(self.module)
+            named = dict(self.module.named_parameters()) | hidden_weights(self.module)
             self.names, self._parameters = [*named, "a new parameter"], list(named.values())
             parts = list(self.module.modules())
             self._tables = [table for part in parts for table in (part._parameters, part._modules) if table]
@@ -211,7 +207,7 @@ class Weights:
         """Return 0, or the number of the first parameter that was changed since `begin`, from 1."""
         assert self._memory is not None
         if self._has_other_members():
-            named = dict(self.module.named_parameters()) | hidden(self.module)
+            named = dict(self.module.named_parameters()) | hidden_weights(self.module)
             same = [named.get(name) is then for name, then in zip(self.names, self._parameters, strict=False)]
             return 1 + [*same, False].index(False) if len(named) != len(same) or not all(same) else 0
         now = self._now()
@@ -235,46 +231,6 @@ class Weights:
         """Return whether a module has other parameters or submodules than it had."""
         members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
         return len(members) != len(self._members) or not all(map(is_, members, self._members))
-
-
-def hidden(module: nn.Module) -> dict[str, Tensor]:
-    """Return the weights that a model keeps out of torch's sight, by name.
-
-    A network in a list or in an object that is no module, such as a teacher that the optimizer is not to find; and
-    tensors in the objects of libraries, such as the averages of weights that one keeps.
-    """
-    found: dict[str, Tensor] = {}
-    seen = {id(part) for part in module.modules()}
-    waiting = [
-        (f"{path}.{name}" if path else name, value, 0)
-        for path, holder in holders(module).items()
-        for name, value in attributes_of(holder)
-        if type(value) not in SCALARS
-    ]
-    while waiting:
-        path, value, depth = waiting.pop()
-        kind = type(value)
-        if kind in SCALARS or id(value) in seen or len(seen) > MOST_OBJECTS:
-            continue
-        seen.add(id(value))
-        if isinstance(value, nn.Module):
-            weights = [*value.named_parameters(), *value.named_buffers()]
-            found |= {f"{path}.{name}": tensor for name, tensor in weights}
-        elif isinstance(value, Tensor) and depth:
-            found[path] = value
-        elif kind in DICTS:
-            waiting += [(f"{path}.{key}", item, depth) for key, item in value.items()]
-        elif kind in (list, tuple):
-            waiting += [(f"{path}.{index}", item, depth) for index, item in enumerate(value)]
-        elif depth < 2 and hasattr(value, "__dict__") and not _has_no_weights(value):
-            waiting += [(f"{path}.{name}", item, depth + 1) for name, item in vars(value).items()]
-    return dict(sorted(found.items()))
-
-
-def _has_no_weights(value: Any) -> bool:
-    kind = type(value)
-    code = isinstance(value, type | ModuleType) or hasattr(value, "__get__")
-    return code or is_own(kind) or kind.__module__.partition(".")[0] in NO_WEIGHTS
 
 
 class Memory:

@@ -38,7 +38,7 @@ def stopped_and_gone_on(runner: Runner, config: Any, *steps: int) -> tuple[dict[
     return whole, outcome(runner.run(config))
 
 
-@pytest.mark.parametrize("model", ["Unfreezes", "Hidden", "Counts", "Accumulates"])
+@pytest.mark.parametrize("model", ["Unfreezes", "Hidden", "Hides", "Counts", "Accumulates"])
 def test_a_run_that_was_stopped_ends_as_one_that_was_not(runner: Runner, model: str) -> None:
     """Flags, modes, hidden buffers, plain attributes and waiting gradients: in an epoch's middle and at its end."""
     whole, found = stopped_and_gone_on(runner, config(model, determinism={"shards": 2}), 7, 10)

@@ -1,5 +1,6 @@
 """Models with a state that torch and Lightning do not save, for test_unsaved.py: a kind a model."""
 
+import copy
 from collections import deque
 from typing import Any
 
@@ -63,6 +64,24 @@ class Hidden(Small):
     def on_train_batch_end(self, *_: Any) -> None:
         self.scale.mul_(0.9)
         self.later = self.scale + 0.5
+
+
+class Hides(Small):
+    """Learns from a teacher in a list, which follows after each step, and whose weights no state dict has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.teachers = [copy.deepcopy(self.head).requires_grad_(False)]
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        features = self.backbone(batch[0])
+        return (
+            super().training_step(batch, batch_idx) + (self.head(features) - self.teachers[0](features)).square().mean()
+        )
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        for mine, other in zip(self.teachers[0].parameters(), self.head.parameters(), strict=True):
+            mine.lerp_(other.detach(), 0.3)
 
 
 class Average:
