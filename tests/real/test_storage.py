@@ -57,8 +57,13 @@ def test_a_run_goes_on_elsewhere_from_its_store_alone(url: str, runner: Runner, 
     assert done.stdout.strip() == reference["weights_digest"]
 
 
+def receipt_of(run_dir: Path | None) -> dict[str, Any]:
+    assert run_dir is not None
+    return dict(json.loads((run_dir / "receipt.json").read_text()))
+
+
 def test_resume_names_a_url(runner: Runner, s3: S3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """resume=s3://... goes on with the run whose checkpoints lie there, though the configuration changed."""
+    """resume=s3://... begins from the run whose checkpoints lie there; with another configuration it is a new run."""
     for name, value in s3.variables().items():
         monkeypatch.setenv(name, value)
     url = f"s3://lab/{tmp_path.name}"
@@ -68,8 +73,11 @@ def test_resume_names_a_url(runner: Runner, s3: S3, monkeypatch: pytest.MonkeyPa
     longer = configure(
         "mlp", "even", trainer={"max_epochs": 5}, checkpoint={"url": url}, resume=f"{url}/{run_dir.name}"
     )
-    assert runner.run(longer, environment=variables()) == run_dir
-    found = outcome(run_dir)
+    new_dir = runner.run(longer, environment=variables())
+    assert new_dir != run_dir
+    found = outcome(new_dir)
+    (segment,) = receipt_of(new_dir)["segments"]
+    assert (segment["origin"]["run_id"], segment["origin"]["step"]) == (run_dir.name, 15)
     whole = outcome(Runner(tmp_path).run(configure("mlp", "even", trainer={"max_epochs": 5}, resume="never")))
     assert {**found, "run_id": 0, "trail": 0} == {**whole, "run_id": 0, "trail": 0}
     runner.run(configure("mlp", "even", resume=f"{url}/nothing"), code=2, environment=variables())
