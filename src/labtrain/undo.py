@@ -136,7 +136,7 @@ class Undo:
             )
             if unequal:
                 mapping.clear()
-                mapping.update(saved)
+                mapping.update(dict(saved))  # of pairs, a Counter would count how often each occurs
 
         self._restore.append(restore)
 
