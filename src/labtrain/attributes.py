@@ -10,6 +10,7 @@ or a buffer, and attributes that hold anything else, such as a function, a datas
 """
 
 import io
+import pickle
 import random
 import sys
 import sysconfig
@@ -193,26 +194,52 @@ def unkept(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def fingerprint(value: Any) -> str:
-    """Return what tells a plain value from any other; of a scalar the text itself, since a model has thousands.
+    """Return what tells a value from any other; of a scalar the text itself, since a model has thousands.
 
-    Of a value that is not plain it is the type.
+    Of a value that is neither plain nor can be pickled it is the type.
     """
     kind = type(value)
-    if kind in SCALARS or not _is_plain(value, ()):
-        return f"{kind.__name__} {value!r}" if kind in SCALARS else kind.__qualname__
+    if kind in SCALARS:
+        return f"{kind.__name__} {value!r}"
+    if not _is_plain(value, ()):
+        return f"{kind.__qualname__} {xxhash.xxh3_128_hexdigest(_pickled(value) or b'')}"
     if kind is list and SIMPLE.issuperset(map(type, value)):  # losses of a million steps
         return f"list {xxhash.xxh3_128_hexdigest(repr(value).encode(errors='surrogateescape'))}"
     return digest_tree(_Encoder()(value), algorithm=xxhash.xxh3_128)
 
 
-def encode(values: dict[Any, Any]) -> list[tuple[Any, Any]]:
-    """Return the plain ones of these values as tensors of the CPU and plain values, which one rank can send another."""
-    return [(key, _on_cpu(_Encoder()(value))) for key, value in values.items() if _is_plain(value, ())]
+def encode(values: dict[Any, Any]) -> list[tuple[Any, Any, bytes | None]]:
+    """Return values as one rank can send them to another: plain ones, and what can be pickled, such as an Enum."""
+    found: list[tuple[Any, Any, bytes | None]] = []
+    for key, value in values.items():
+        if _is_plain(value, ()):
+            found.append((key, _on_cpu(_Encoder()(value)), None))
+        elif (pickled := _pickled(value)) is not None:
+            found.append((key, None, pickled))
+    return found
 
 
-def decode(sent: list[tuple[Any, Any]], *, device: torch.device) -> dict[Any, Any]:
+def decode(sent: list[tuple[Any, Any, bytes | None]], *, device: torch.device) -> dict[Any, Any]:
     """Return what `encode` was given, with tensors on the device if they were on one."""
-    return {key: _Decoder(device)(node) for key, node in sent}
+    return {key: _Decoder(device)(node) if pickled is None else pickle.loads(pickled) for key, node, pickled in sent}
+
+
+class _Pickler(pickle.Pickler):
+    """Refuses tensors: one of a GPU would come out on the sender's."""
+
+    def persistent_id(self, value: Any) -> None:
+        if isinstance(value, torch.Tensor | nn.Module):
+            raise pickle.PicklingError
+
+
+def _pickled(value: Any) -> bytes | None:
+    """Return a value pickled; None if it cannot be, or holds a tensor or a module."""
+    file = io.BytesIO()
+    try:
+        _Pickler(file).dump(value)
+    except Exception:  # whatever a class's own reduction raises
+        return None
+    return file.getvalue()
 
 
 def _on_cpu(node: Any) -> Any:

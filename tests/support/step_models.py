@@ -1,8 +1,9 @@
 """Models whose steps do what people write, and what shards make difficult: test_steps.py says what ought to come out."""
 
 import copy
+import enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -179,6 +180,19 @@ class Buffered(Step):
         return nn.functional.cross_entropy(scores, labels)
 
 
+class Phase(enum.Enum):
+    """A value that is neither a number nor a text."""
+
+    WARM = 1
+    MAIN = 2
+
+
+class Point(NamedTuple):
+    """Numbers with names."""
+
+    count: int
+
+
 class Helper:
     """An object of the experiment's own, with a state."""
 
@@ -195,7 +209,7 @@ class Counting(Step):
         self.seen, self.history, self.helper = {"batches": 0}, [0.0] * 3, Helper()
         self.vector, self.array = torch.ones(3), __import__("numpy").ones(2)
         self.losses: list[Any] = []
-        self.first = 1.5
+        self.first, self.mode, self.point = 1.5, Phase.WARM, Point(0)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         images, labels = batch
@@ -204,6 +218,9 @@ class Counting(Step):
             if batch_idx == 4 and hasattr(self, "first"):
                 del self.first
             self.count += 1
+            self.point = Point(self.point.count + 1)
+            self.mode = Phase.MAIN if self.mode is Phase.WARM else Phase.WARM
+            scores = scores * self.point.count * self.mode.value
             self.temperature *= 0.9
             self.phase = "hot" if self.count > 3 else "warm"
             self.seen["batches"] += 1
@@ -227,7 +244,10 @@ class Counting(Step):
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_rank == 0:
-            print(f"after {self.global_step}: {self.count} {self.helper.calls} {len(self.losses)}", flush=True)
+            print(
+                f"after {self.global_step}: {self.count} {self.helper.calls} {self.point.count} {len(self.losses)}",
+                flush=True,
+            )
 
 
 class Together(Step):
