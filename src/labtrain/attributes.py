@@ -9,13 +9,14 @@ Left out: what torch, Lightning and torchmetrics keep for themselves, tensors th
 or a buffer, and attributes that hold anything else, such as a function, a dataset or a logger.
 """
 
+import argparse
 import io
 import pickle
 import random
 import sys
 import sysconfig
 import types
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ PRIVATE = frozenset(nn.Module().__dict__) | {
     "_trainer",
 }
 LIBRARIES = tuple(Path(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib", "purelib", "platlib"))
+BAGS = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap)
 MOST_OBJECTS = 10_000  # that are looked through for hidden weights
 NO_WEIGHTS = ("hydra", "lightning", "logging", "omegaconf", "threading", "torch", "torchmetrics")
 RANDOM = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, torch.Generator)
@@ -409,7 +411,9 @@ _own_classes: dict[type[Any], bool] = {}
 
 
 def is_own(kind: type[Any]) -> bool:
-    """Return whether a class and all that it derives from are the experiment's, and no library's."""
+    """Return whether a class and all that it derives from are the experiment's, or just hold what one gives them."""
+    if kind in BAGS:
+        return True
     if kind not in _own_classes:
         bases = [base for base in kind.__mro__ if base.__module__ not in ("builtins", "abc", "typing")]
         builtin = [base for base in kind.__mro__ if base.__module__ == "builtins" and base is not object]

@@ -2,6 +2,7 @@
 
 import copy
 import enum
+import types
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,6 +210,7 @@ class Counting(Step):
         self.seen, self.history, self.helper = {"batches": 0}, [0.0] * 3, Helper()
         self.vector, self.array = torch.ones(3), __import__("numpy").ones(2)
         self.losses: list[Any] = []
+        self.bag = types.SimpleNamespace(count=0)
         self.first, self.mode, self.point = 1.5, Phase.WARM, Point(0)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -219,8 +221,9 @@ class Counting(Step):
                 del self.first
             self.count += 1
             self.point = Point(self.point.count + 1)
+            self.bag.count += 1
             self.mode = Phase.MAIN if self.mode is Phase.WARM else Phase.WARM
-            scores = scores * self.point.count * self.mode.value
+            scores = scores * self.point.count * self.mode.value * self.bag.count
             self.temperature *= 0.9
             self.phase = "hot" if self.count > 3 else "warm"
             self.seen["batches"] += 1
@@ -245,7 +248,7 @@ class Counting(Step):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if self.trainer.global_rank == 0:
             print(
-                f"after {self.global_step}: {self.count} {self.helper.calls} {self.point.count} {len(self.losses)}",
+                f"after {self.global_step}: {self.count} {self.helper.calls} {self.point.count} {self.bag.count} {len(self.losses)}",
                 flush=True,
             )
 
