@@ -120,11 +120,11 @@ def test_seeds_that_were_not_recorded_are_trained_by_the_old_interpreter(recorde
     old = tmp_path / "python"
     old.write_text(f'#!/bin/sh\nunset OTHER_BITS\nexec {sys.executable} "$@"\n')
     old.chmod(old.stat().st_mode | stat.S_IXUSR)
-    command = (recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "0.2", "--old-python", old, "--json")
+    command = (recorded[0], "--seeds", "2", "--metric", "test/loss", "--margin", "0.2", "--old-python", old, "--json")
     found = json.loads(gate(*command, code=0, OTHER_BITS="1").out)[0]
     (seed,) = [each["seed"] for each in found["values"] if each["seed"] != 1]
     assert seed == 2
-    recorded_two = (receipts.read(recorded[1]) or {})["results"]["metrics"]["test/acc"]
+    recorded_two = (receipts.read(recorded[1]) or {})["results"]["metrics"]["test/loss"]
     assert next(each["before"] for each in found["values"] if each["seed"] == 2) == recorded_two
 
 
