@@ -156,6 +156,12 @@ def in_environment(file: str) -> bool:
     return file.startswith(environment_folders())
 
 
+def _is_pythons_own(file: str) -> bool:
+    """Return whether a file lies in the standard library, as a link too: Debian links its sitecustomize into /etc."""
+    stdlib = tuple(f"{sysconfig.get_path(kind)}/" for kind in ("stdlib", "platstdlib"))
+    return file.startswith(stdlib) and not file.startswith(installed_folders())
+
+
 def search_path(root: Path, path: Iterable[str]) -> list[str]:
     """Return where a training in `root` looks for modules: without the folder of the script that asks."""
     scripts = sysconfig.get_path("scripts")
@@ -209,8 +215,9 @@ def _unit(name: str, path: list[str]) -> Iterator[tuple[str, str]]:
                 yield from ((f"{name}/{os.path.relpath(file, folder)}", file) for file in sorted(_files_of(folder)))
     else:
         file = spec.origin if spec.has_location else None
-        if file is not None and not in_environment(os.path.realpath(file)) and not _is_recorded(file):
-            yield os.path.basename(file), file  # noqa: PTH119
+        if file is None or _is_pythons_own(file) or in_environment(os.path.realpath(file)) or _is_recorded(file):
+            return
+        yield os.path.basename(file), file  # noqa: PTH119
 
 
 def _spec(name: str, path: list[str]) -> ModuleSpec | None:
