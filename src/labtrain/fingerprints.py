@@ -32,7 +32,7 @@ from typing import Any
 
 from labtrain.digests import tensor_bytes
 from labtrain.errors import ConfigError
-from labtrain.sources import in_environment
+from labtrain.sources import in_environment, texts_in
 
 SETTLED_NS = 2_000_000_000  # a file that was written since may be written again within the same tick of its clock
 SAID_BYTES = 5_000_000_000
@@ -140,13 +140,7 @@ def _of_place(place: Path) -> dict[str, Any]:
 
 def places_in(node: Any) -> Iterator[Path]:
     """Yield each text in a configuration that names a file or a folder."""
-    if isinstance(node, dict):
-        node = list(node.values())
-    if isinstance(node, list):
-        for child in node:
-            yield from places_in(child)
-    elif isinstance(node, str) and _exists(node):
-        yield Path(node)
+    return (Path(text) for text in texts_in(node) if _exists(text))
 
 
 @contextmanager

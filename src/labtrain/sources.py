@@ -263,15 +263,20 @@ def _is_recorded(file: str) -> bool:
     return any(line in b"\n" + record.read_bytes() for record in Path(folder).glob("*.dist-info/RECORD"))
 
 
-def _names_in(node: Any) -> Iterator[str]:
-    """Yield the first part of each text that looks like a module's name."""
+def texts_in(node: Any) -> Iterator[str]:
+    """Yield each text of a configuration, keys left out."""
     if isinstance(node, dict):
         node = list(node.values())
     if isinstance(node, list):
         for child in node:
-            yield from _names_in(child)
-    elif isinstance(node, str) and (match := DOTTED.fullmatch(node)):
-        yield match[1]
+            yield from texts_in(child)
+    elif isinstance(node, str):
+        yield node
+
+
+def _names_in(node: Any) -> Iterator[str]:
+    """Yield the first part of each text that looks like a module's name."""
+    return (match[1] for text in texts_in(node) if (match := DOTTED.fullmatch(text)))
 
 
 def _mention(named: dict[str, list[str]], files: Iterable[str]) -> list[str]:

@@ -253,7 +253,7 @@ def named_code(job: Job) -> Code | None:
     """Return the code that the run is named by, and load it from source from now on; None in mode off.
 
     Raises:
-        ConfigError: it is other code by now.
+        ConfigError: the code was changed since the run was named.
     """
     if job.config["determinism"]["mode"] == "off":
         return None
