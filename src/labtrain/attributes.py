@@ -10,6 +10,7 @@ or a buffer, and attributes that hold anything else, such as a function, a datas
 """
 
 import argparse
+import functools
 import io
 import pickle
 import random
@@ -95,6 +96,12 @@ def attributes_of(holder: Any) -> list[tuple[str, Any]]:
 def plain_attributes(module: nn.Module) -> dict[str, Any]:
     """Return the plain attributes of a model by dotted name, as they are: a list is the model's own."""
     return {_joined(path, name): value for path, name, value in _plain(module)}
+
+
+def kept_by(module: nn.Module) -> list[tuple[Any, str]]:
+    """Return the holder and the name of each plain attribute."""
+    found = holders(module)
+    return [(found[path], name) for path, name, _ in _plain(module)]
 
 
 def fingerprints(module: nn.Module) -> dict[str, str]:
@@ -423,11 +430,17 @@ def is_own(kind: type[Any]) -> bool:
 
 def is_experiments(kind: type[Any]) -> bool:
     """Return whether a class is defined in the experiment's code, and not in a library."""
-    if kind.__module__.partition(".")[0] == "labtrain":
+    return is_experiments_module(kind.__module__)
+
+
+@functools.cache
+def is_experiments_module(name: str) -> bool:
+    """Return whether a module is the experiment's code."""
+    if name.partition(".")[0] == "labtrain":
         return False
-    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    file = getattr(sys.modules.get(name), "__file__", None)
     if file is None:
-        return kind.__module__ == "__main__"
+        return name == "__main__"
     path = Path(file)
     return not ({"site-packages", "dist-packages"} & set(path.parts) or any(map(path.is_relative_to, LIBRARIES)))
 

@@ -98,7 +98,7 @@ class Checkpoints(pl.Callback):
         self.initial |= beginnings(trainer)
         if (loaded := loop_of(trainer).loaded) is not None:
             adopt(loaded, trainer, self.initial, say=self.say)
-        unsaved = loop_of(trainer).unsaved = Unsaved(pl_module)
+        unsaved = loop_of(trainer).unsaved = Unsaved(pl_module, looks=run_mode() != "off")
         for sentence in unsaved.unkept() if run_mode() != "off" else ():
             self.say(sentence)
 
@@ -106,6 +106,12 @@ class Checkpoints(pl.Callback):
         self.check_savable(trainer)
         if loop_of(trainer).loaded is not None:
             loop_of(trainer).restore()
+            unsaved = loop_of(trainer).unsaved
+            if unsaved is not None and unsaved.lost:
+                self.say(
+                    f"the training that saved this checkpoint had changed {', '.join(sorted(unsaved.lost))}, which no"
+                    " checkpoint holds: this one goes on with what __init__ makes"
+                )
         if is_spread(pl_module.state_dict()):
             self.saver.group = dist.new_group(backend="gloo")  # the writers', beside what the loop exchanges
 
@@ -154,8 +160,14 @@ class Checkpoints(pl.Callback):
             return
         check_ranks(trainer)
         state = dump(trainer)
-        state[PLACE] = loop_of(trainer).place() | {"initial": self.initial}
         unsaved = loop_of(trainer).unsaved
+        if unsaved is not None and (lost := unsaved.newly_lost()):
+            self.say(
+                f"the training changes {', '.join(lost)}, which no checkpoint holds: a training that is resumed goes on"
+                " with what __init__ makes (keep a number, a tensor or a list in an attribute of the model, or save and"
+                " load it in on_save_checkpoint and on_load_checkpoint)"
+            )
+        state[PLACE] = loop_of(trainer).place() | {"initial": self.initial}
         for name in unsaved.new_objects() if unsaved is not None else ():
             self.say(
                 f"{name} was made during the training: a training that goes on does not have it when it begins, so the"

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from labtrain.buffers import Buffers
+from labtrain.changes import Look, look, unlike
 from labtrain.copies import on_tensors
 from labtrain.determinism import seed_place
 from labtrain.errors import ConfigError
@@ -30,6 +32,7 @@ from labtrain.metrics import add_rows
 from labtrain.reduction import alone
 from labtrain.tally import Results
 from labtrain.undo import LARGEST_BYTES, TooLargeError, Undo, keep_draws
+from labtrain.watch import Watch
 
 WEIGHT_HINT = (
     'return {"loss": loss, "weight": n} with the sum that the loss is divided by: valid tokens, or the class weights of'
@@ -120,14 +123,21 @@ class Objective(pl.Callback):
     Args:
         shards: S, more than 1.
         strict: the kernels are deterministic.
+        judge: called with (what, hint) for what a step changes and nothing puts back before the next shard.
         say: called with what the person and the receipt are to have.
         note: called with what is for the receipt alone.
     """
 
     def __init__(
-        self, *, shards: int, strict: bool, say: Callable[[str], object], note: Callable[[str], object]
+        self,
+        *,
+        shards: int,
+        strict: bool,
+        judge: Callable[[str, str], None],
+        say: Callable[[str], object],
+        note: Callable[[str], object],
     ) -> None:
-        self.shards, self.strict, self.say, self.note = shards, strict, say, note
+        self.shards, self.strict, self.judge, self.say, self.note = shards, strict, judge, say, note
         self.done = False
 
     def on_train_batch_start(
@@ -144,17 +154,31 @@ class Objective(pl.Callback):
                 f"BatchNorm normalises over the {_sizes(size, self.shards)} samples of a shard, not over the batch's"
                 f" {size} (determinism.shards={self.shards})"
             )
+        changed: list[str] = []
         found: tuple[bool, str] | None = None
         if trainer.is_global_zero:
             try:
+                changed = left_by_shards(trainer, pl_module, loader, shards=self.shards)
                 difference = compare(trainer, pl_module, loader, shards=self.shards, strict=self.strict)
                 if difference is not None:
                     found = True, self._sentence(difference, size)
             except NotComparedError as error:
                 found = False, f"{NOT_COMPARED}: {error}"
-        found = trainer.strategy.broadcast(found, src=0)
+        changed, found = trainer.strategy.broadcast((changed, found), src=0)
+        if changed:
+            self.judge(*self._uncounted(changed))
         if found is not None:
             (self.say if found[0] else self.note)(found[1])
+
+    def _uncounted(self, names: list[str]) -> tuple[str, str]:
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return (
+            f"training_step changes {shown}: with determinism.shards={self.shards} it runs that often in a step, so"
+            " what it leaves there depends on the number of devices",
+            "change it in on_train_batch_end, which runs once a step; or keep a number, a tensor or a list in an"
+            " attribute of the model; or draw from torch's own generator, which is seeded for each shard; or"
+            " determinism.shards=1",
+        )
 
     def _sentence(self, found: Difference, size: int) -> str:
         shards = f"{self.shards} shards of {_sizes(size, self.shards)} samples"
@@ -167,6 +191,21 @@ class Objective(pl.Callback):
             " Where"
             f" the loss is a mean over something else than samples, a weight does too: {WEIGHT_HINT}"
         )
+
+
+def left_by_shards(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, *, shards: int) -> list[str]:
+    """Return the names of what two shards of a step, run one after the other, leave changed.
+
+    Though all is put back in between that a step puts back. Afterwards everything is as it was.
+
+    Raises:
+        NotComparedError: the step cannot be tried.
+    """
+    with _bench(trainer, module, loader) as bench:
+        parts = _first_shards(trainer, loader, shards)[:2]
+        if not all(map(len, parts)):
+            return []
+        return bench.left(*next(loader.load([parts], trainer.current_epoch)))
 
 
 def compare(
@@ -182,29 +221,32 @@ def compare(
     Raises:
         NotComparedError: they cannot be compared.
     """
+    with _bench(trainer, module, loader) as bench:
+        groups = []
+        for shard, part in enumerate(_first_shards(trainer, loader, shards)):
+            if len(part) > 1:
+                cut = max(1, len(part) // (2 + shard))  # halves may happen to have the same number of tokens
+                groups.append([part, part[:cut], part[cut:]])
+        if not groups:
+            raise NotComparedError("a shard has one sample")
+        for group, data in zip(groups, loader.load(groups, trainer.current_epoch), strict=True):
+            _refuse_unequal(*data)
+            sizes = [len(part) for part in group[1:]]
+            found = bench.compare(*data, sizes=sizes, strict=strict)
+            if found is not None:
+                return found
+        if not bench.is_thorough:
+            raise NotComparedError("the samples of the first shards have no weight")
+    return None
+
+
+@contextmanager
+def _bench(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader) -> Iterator["_Bench"]:
+    """Prepare the process to try steps, and put everything back, the states of generators too."""
     try:
         with ExitStack() as stack:
             stack.callback(keep_draws())
-            bench = stack.enter_context(_Bench.around(trainer, module, loader))
-            epoch = trainer.current_epoch
-            batch = loader.first_batch(epoch)
-            groups = []
-            for shard in range(min(shards, SHARDS_COMPARED)):
-                part = batch[len(batch) * shard // shards : len(batch) * (shard + 1) // shards]
-                if len(part) > 1:
-                    cut = max(1, len(part) // (2 + shard))  # halves may happen to have the same number of tokens
-                    groups.append([part, part[:cut], part[cut:]])
-            if not groups:
-                raise NotComparedError("a shard has one sample")
-            for group, data in zip(groups, loader.load(groups, epoch), strict=True):
-                _refuse_unequal(*data)
-                sizes = [len(part) for part in group[1:]]
-                found = bench.compare(*data, sizes=sizes, strict=strict)
-                if found is not None:
-                    return found
-            if not bench.is_thorough:
-                raise NotComparedError("the samples of the first shards have no weight")
-            return None
+            yield stack.enter_context(_Bench.around(trainer, module, loader))
     except NotComparedError:
         raise
     except TooLargeError:
@@ -219,6 +261,15 @@ def compare(
     finally:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
+
+
+def _first_shards(trainer: pl.Trainer, loader: DataLoader, shards: int) -> list[Any]:
+    """Return the samples of the first shards of the epoch's first batch."""
+    batch = loader.first_batch(trainer.current_epoch)
+    return [
+        batch[len(batch) * shard // shards : len(batch) * (shard + 1) // shards]
+        for shard in range(min(shards, SHARDS_COMPARED))
+    ]
 
 
 class _Bench:
@@ -284,6 +335,31 @@ class _Bench:
             return None
         return Difference(samples=sum(sizes), whole=loss, parts=mean, gradients=gradients, rounding=rounding)
 
+    def left(self, first: Any, second: Any) -> list[str]:
+        """Return the names of what changes from one shard to the next, though all that is watched is put back.
+
+        What the first shard alone changes, such as a table that is computed when it is first used, does not count.
+        """
+        self.undo()
+        strategy = cast(Any, self.trainer.strategy)
+        place: dict[str, Any] = {"device": strategy._device, "rank": 0, "world": 1, "judge": _no_judge}
+        buffers, watch = Buffers(self.module, **place), Watch(self.module, **place, say=_no_judge)
+        known = [*self.trainer.optimizers, *(each.scheduler for each in self.trainer.lr_scheduler_configs)]
+        buffers.begin()
+        watch.begin()
+        looks: list[Look | None] = []
+        for shard, data in enumerate((first, second)):
+            self.run(data, backward=1.0, fresh=False)
+            buffers.leave(shard, 0.5)
+            watch.leave(shard, last=False)
+            buffers.restore()
+            watch.restore()
+            for parameter in self.parameters:
+                parameter.grad = None
+            looks.append(look(self.module, known=known))
+        self.gradients = [None] * len(self.parameters)
+        return unlike(looks[0], looks[1]) if looks[0] is not None and looks[1] is not None else []
+
     @property
     def rounding(self) -> float:
         """Return up to where a relative difference is taken for rounding: where half of the digits agree.
@@ -294,7 +370,7 @@ class _Bench:
         return math.sqrt(self.eps)
 
     def run(
-        self, data: Any, *, seed: int = 0, backward: float = 0.0, watch: bool = False
+        self, data: Any, *, seed: int = 0, backward: float = 0.0, watch: bool = False, fresh: bool = True
     ) -> tuple[float, float | None]:
         """Return the loss of some samples and the weight that came with it.
 
@@ -303,14 +379,17 @@ class _Bench:
             seed: of the global generators.
             backward: add the gradients, times this, to those of earlier runs.
             watch: note how coarse the numbers are that are kept for the gradients.
+            fresh: from the state that everything had, and in eval mode.
         """
-        self._begin()
+        if fresh:
+            self._begin()
         seed_place("objective", seed)
         if seed:
             self.undo.seed(seed)
         strategy, loop = cast(Any, self.trainer.strategy), self.trainer.fit_loop.epoch_loop
         data = strategy._moved(copy.deepcopy(data), 0)
-        data = on_tensors(lambda each: each.float() if each.is_floating_point() and _is_half(each) else each, data)
+        if fresh:
+            data = on_tensors(lambda each: each.float() if each.is_floating_point() and _is_half(each) else each, data)
         results = Results(training=True)
         results.batch, results.batch_size = data, 1
         loop._results = results
@@ -414,6 +493,10 @@ def _datasets(dataset: Any) -> Iterator[Any]:
         found.append(dataset)
         yield dataset
         dataset = vars(dataset).get("dataset")
+
+
+def _no_judge(*_: str) -> None:
+    """Let everything pass: the training's own watcher will say it."""
 
 
 def _is_half(tensor: Tensor) -> bool:

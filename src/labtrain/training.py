@@ -379,7 +379,13 @@ def make_callbacks(
     callbacks += [Speed(config["speed"], mode=mode, say=recorder.say), Agreement(mode=mode, say=recorder.say)]
     if shards is not None and shards > 1 and mode != "off":
         callbacks.append(
-            Objective(shards=shards, strict=mode in determinism.STRICT_MODES, say=recorder.say, note=recorder.note)
+            Objective(
+                shards=shards,
+                strict=mode in determinism.STRICT_MODES,
+                judge=guard.judge,
+                say=recorder.say,
+                note=recorder.note,
+            )
         )
     callbacks += [Seeding(per_rank=shards is None), BatchSizes(), recorder]
     if config["trail"]["every_n_steps"]:

@@ -1,13 +1,15 @@
 """Undo what code did to the objects it was run on: attributes, containers, tensors, arrays, random generators."""
 
+import array
+import copy
 import logging
 import random
 import types
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,13 +19,16 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
+from labtrain.attributes import RANDOM
+from labtrain.reach import Items, View, reach
+
 LARGEST_BYTES = 1 << 30  # of what is kept beside the tensors that are free of charge
 OBJECT_BYTES = 1 << 10  # that an object or a container counts for
 
 # Nothing in them is kept.
 LEFT_OUT = (
-    type(None), bool, int, float, complex, str, bytes, Enum, type, types.FunctionType, types.BuiltinFunctionType,
-    types.ModuleType, weakref.ReferenceType, torch.dtype, torch.device, pl.Trainer, Logger, Strategy, logging.Logger,
+    type(None), bool, int, float, complex, str, bytes, Enum, types.BuiltinFunctionType, weakref.ReferenceType,
+    torch.dtype, torch.device, pl.Trainer, Logger, Strategy, logging.Logger,
 )  # fmt: skip
 # Their attributes are kept, and not what these hold: it may be a data set, or as large as the weights.
 SHALLOW = (
@@ -39,7 +44,8 @@ class Undo:
     """Keeps what can be reached from some objects; calling it puts all of that back, as often as one likes.
 
     The objects stay the same ones, so that whatever else refers to them sees it. Not kept: what functions, classes and
-    modules hold, attributes in `__slots__`, and the insides of objects that are not written in Python.
+    modules of libraries hold, where an iterator stands, and the insides of other objects that are not written in
+    Python.
 
     Args:
         roots: where to begin.
@@ -53,15 +59,24 @@ class Undo:
     def __init__(self, roots: Iterable[Any], *, shallow: Iterable[Any] = (), free: Iterable[Tensor] = ()) -> None:
         self._restore: list[Callable[[], object]] = []
         self._generators: list[_Generator] = []
-        self._seen: dict[int, Any] = {}  # holds the objects too: an id is given away again otherwise
-        self._free, self._left_bytes = set(map(id, free)), LARGEST_BYTES
-        self._left: list[Any] = []
-        for each in shallow:
-            self._seen[id(each)] = each
-            self._keep_mapping(vars(each), deep=False)
-        self._left += roots
-        while self._left:
-            self._keep(self._left.pop())
+        self._kept: list[Any] = []
+        self._free, left_bytes = set(map(id, free)), LARGEST_BYTES
+        shallow = list(shallow)
+        only = {id(each) for each in shallow}
+
+        def enter(holder: Any, name: Any, value: Any) -> bool:
+            if isinstance(holder, SHALLOW) or id(holder) in only:
+                return isinstance(value, RANDOM)
+            return id(value) not in only and not isinstance(value, LEFT_OUT)
+
+        for _, each, held in reach({str(index): each for index, each in enumerate([*shallow, *roots])}, enter):
+            if id(each) not in self._free:
+                left_bytes -= each.nbytes if isinstance(each, Tensor | np.ndarray) else OBJECT_BYTES
+            if left_bytes < 0:
+                raise TooLargeError
+            self._kept.append(each)
+            self._keep(each)
+            self._restore += [partial(_put, view, items) for view, items in held if view.put is not None]
 
     def __call__(self) -> None:
         """Put everything back."""
@@ -74,71 +89,24 @@ class Undo:
             generator.seed(seed)
 
     def _keep(self, each: Any) -> None:
-        if isinstance(each, LEFT_OUT) or id(each) in self._seen:
-            return
-        self._seen[id(each)] = each
-        self._count(each)
         if isinstance(each, Tensor):
             self._restore.append(_tensor_restorer(each))
-        elif isinstance(each, np.ndarray):
+        elif isinstance(each, np.ndarray | array.array | bytearray):
             self._restore.append(_array_restorer(each))
-        elif self._keep_generator(each):
-            pass
-        elif isinstance(each, tuple | frozenset):
-            self._left += each
-        elif isinstance(each, types.MethodType):
-            self._left.append(each.__self__)
-        elif isinstance(each, list | deque | set):
-            self._keep_items(each)
-        elif isinstance(each, dict):
-            self._keep_mapping(each)
-        if hasattr(each, "__dict__") and not isinstance(each, Tensor):
-            self._keep_mapping(vars(each), deep=not isinstance(each, SHALLOW))
+        elif (found := _generator(each)) is not None:
+            self._generators.append(found)
+            self._restore.append(found.restore)
 
-    def _count(self, each: Any) -> None:
-        if id(each) in self._free:
-            return
-        self._left_bytes -= each.nbytes if isinstance(each, Tensor | np.ndarray) else OBJECT_BYTES
-        if self._left_bytes < 0:
-            raise TooLargeError
 
-    def _keep_generator(self, each: Any) -> bool:
-        found = _generator(each)
-        if found is None:
-            return False
-        self._generators.append(found)
-        self._restore.append(found.restore)
-        return True
-
-    def _keep_items(self, items: list[Any] | deque[Any] | set[Any]) -> None:
-        saved = list(items)
-        self._left += saved
-
-        def restore() -> None:
-            if len(items) != len(saved) or any(now is not then for now, then in zip(items, saved, strict=True)):
-                items.clear()
-                items.update(saved) if isinstance(items, set) else items.extend(saved)
-
-        self._restore.append(restore)
-
-    def _keep_mapping(self, mapping: dict[Any, Any], *, deep: bool = True) -> None:
-        saved = list(mapping.items())
-        if deep:
-            self._left += [value for _, value in saved]
-        else:
-            for _, value in saved:
-                self._keep_generator(value)
-
-        def restore() -> None:
-            unequal = len(mapping) != len(saved) or any(
-                key is not then_key or value is not then
-                for (key, value), (then_key, then) in zip(mapping.items(), saved, strict=True)
-            )
-            if unequal:
-                mapping.clear()
-                mapping.update(dict(saved))  # of pairs, a Counter would count how often each occurs
-
-        self._restore.append(restore)
+def _put(view: View, saved: Items) -> None:
+    """Make an object hold what it held."""
+    now = view.get()
+    same = len(now) == len(saved) and all(
+        value is then and (name is then_name or type(name) is int)
+        for (name, value), (then_name, then) in zip(now, saved, strict=True)
+    )
+    if not same and view.put is not None:
+        view.put(saved)
 
 
 def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
@@ -171,12 +139,14 @@ def _same_bits(left: Tensor, right: Tensor) -> bool:
     return torch.equal(left, right)
 
 
-def _array_restorer(array: Any) -> Callable[[], None]:
-    saved = array.copy()
+def _array_restorer(each: Any) -> Callable[[], None]:
+    saved = copy.copy(each)
 
     def restore() -> None:
-        if array.flags.writeable:
-            array[...] = saved
+        if not isinstance(each, np.ndarray):
+            each[:] = saved
+        elif each.flags.writeable:
+            each[...] = saved
 
     return restore
 

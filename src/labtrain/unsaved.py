@@ -25,7 +25,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from labtrain.attributes import fingerprints, hidden_weights, holders, restore, snapshot, unkept
+from labtrain.attributes import fingerprints, hidden_weights, holders, kept_by, restore, snapshot, unkept
+from labtrain.changes import Look, look, unlike
 from labtrain.checksums import two_sums
 from labtrain.errors import ConfigError
 
@@ -37,10 +38,13 @@ class Unsaved:
 
     Args:
         module: the model.
+        looks: at all that can be reached, to name what is not kept.
     """
 
-    def __init__(self, module: pl.LightningModule) -> None:
+    def __init__(self, module: pl.LightningModule, *, looks: bool) -> None:
         self.module = module
+        self.lost: set[str] = set()  # names of what has changed and is not kept
+        self.first_look = self._look() if looks else None
         self.trainable = _trainable(module)
         self.modes = _modes(module)
         self.buffers = {name: _sums(buffer) for name, buffer in _hidden_buffers(module)}
@@ -74,6 +78,7 @@ class Unsaved:
             }
             if gradients_wait(self.module)
             else {},
+            "lost": sorted(self.lost),
         }
         return {key: values for key, values in found.items() if values}
 
@@ -93,6 +98,7 @@ class Unsaved:
         Raises:
             ConfigError: an attribute is of an object that this process does not have.
         """
+        self.lost |= set(kept.get("lost", []))
         parameters, modules = dict(self.module.named_parameters()), dict(self.module.named_modules())
         for name, flag in kept.get("trainable", {}).items():
             if name in parameters:
@@ -121,6 +127,20 @@ class Unsaved:
             parameter.grad = (
                 DTensor(gradient, parameter._spec, requires_grad=False) if isinstance(parameter, DTensor) else gradient
             )
+
+    def newly_lost(self) -> list[str]:
+        """Return the names of what has changed since the training began, is not kept, and was not returned before."""
+        now = self._look() if self.first_look is not None else None
+        if self.first_look is None or now is None:
+            return []
+        found = sorted(set(unlike(self.first_look, now)) - self.lost)
+        self.lost |= set(found)
+        return found
+
+    def _look(self) -> Look | None:
+        trainer = self.module.trainer
+        known = [*trainer.optimizers, *(each.scheduler for each in trainer.lr_scheduler_configs)]
+        return look(self.module, known=[*known, *hidden_weights(self.module).values()], kept=kept_by(self.module))
 
     def new_objects(self) -> list[str]:
         """Return the names of objects with attributes that were made during the training."""

@@ -19,10 +19,10 @@ CHANGES = {
 }
 
 
-def model(name: str, kind: str = "plain", **more: Any) -> Any:
+def model(name: str, kind: str = "plain", /, module: str = "step_models", **more: Any) -> Any:
     groups = {"data": {"size": 37, "batch_size": 8}, "trainer": {"max_epochs": 2}} | more
     config = configure("mlp", "even", **groups)
-    config["model"] = {"_target_": f"tests.support.step_models.{name}", "kind": kind} | more.get("model", {})
+    config["model"] = {"_target_": f"tests.support.{module}.{name}", "kind": kind} | more.get("model", {})
     return config
 
 

@@ -1,0 +1,143 @@
+"""Which state a step or a training changes that neither a watcher nor a checkpoint sees.
+
+What watch.py puts back before each shard, and what unsaved.py keeps, are the plain attributes, the buffers and the
+weights. People also count in closures, globals and class attributes, draw from generators of their own, and step an
+optimizer that Lightning does not know. `look` takes a fingerprint of all that a model can reach; two looks show it.
+"""
+
+import array
+import logging
+import random
+import re
+import types
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+import xxhash
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from labtrain.attributes import PRIVATE, RANDOM, SCALARS, SIMPLE, fingerprint
+from labtrain.digests import tensor_bytes
+from labtrain.reach import label, reach
+
+MOST_OBJECTS = 300_000
+# Of a module of the model: what torch and Lightning keep in it beside these is their own.
+LOOKED_INTO = {"_parameters", "_buffers", "_modules", "_hparams", "_forward_hooks", "_forward_pre_hooks"}
+NOT_LOOKED_INTO = (
+    pl.Trainer, Strategy, Logger, logging.Logger, torch.utils.data.Dataset, torch.utils.data.DataLoader,
+    pl.LightningDataModule,
+)  # fmt: skip
+# Objects of these libraries change for reasons of their own, or have nothing that training depends on.
+NO_STATE = ("hydra", "lightning", "logging", "queue", "tensorboard", "torch", "tqdm", "wandb", "wrapt")
+STATE = (
+    nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.Generator, Tensor, dict, list,
+)  # fmt: skip
+
+Look = dict[str, Any]  # of a path, a fingerprint; of a list of numbers and texts they themselves
+
+
+def look(module: nn.Module, *, known: Iterable[Any] = (), kept: Iterable[tuple[Any, str]] = ()) -> Look | None:
+    """Return a fingerprint of everything that a model and its code can reach, by path; None if it is too much.
+
+    Args:
+        module: the model. The content of its parameters and buffers is left out.
+        known: objects that are left out, such as the training's optimizers.
+        kept: attributes that are left out: their holder and name.
+    """
+    left_out = {id(each) for each in known}
+    attributes = {(id(holder), name) for holder, name in kept}
+    parts = {id(part) for part in module.modules()}
+    left_out |= {id(part) for part in module.modules() if isinstance(part, Metric)}
+    weights = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+
+    def enter(holder: Any, name: Any, value: Any) -> bool:
+        if id(value) in left_out or isinstance(value, NOT_LOOKED_INTO):
+            return False
+        if attributes and type(name) is str and (id(holder), name) in attributes:
+            return False
+        if isinstance(holder, nn.Module) and name in PRIVATE:
+            return name in LOOKED_INTO
+        return isinstance(value, STATE) or type(value).__module__.partition(".")[0] not in NO_STATE
+
+    found: Look = {}
+    for path, value, _ in reach({"": module}, enter):
+        if id(value) in parts or id(value) in weights:
+            found[path] = type(value).__qualname__
+            continue
+        for part, text in _prints(path, value):
+            while part in found:
+                part += "'"
+            found[part] = text
+        if len(found) > MOST_OBJECTS:
+            return None
+    return found
+
+
+def unlike(then: Look, now: Look) -> list[str]:
+    """Return the names of what has changed from one look to another. A list that has grown has not."""
+    found = [path for path in then if path in now and not _is_same(then[path], now[path])]
+    names = dict.fromkeys(re.sub(r"(^|\.)_(modules|parameters|buffers)\.", r"\1", path).rstrip("' ") for path in found)
+    return [
+        name.replace("_hparams.", "hparams.")
+        for name in names
+        if not any(name.startswith(f"{each}.") for each in names)
+    ]
+
+
+def _is_same(then: Any, now: Any) -> bool:
+    if isinstance(then, tuple) and isinstance(now, tuple):
+        now = now[: len(then)]
+    return bool(then == now)
+
+
+def _prints(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    kind = type(value)
+    if kind in SCALARS:
+        yield path, repr(value)
+    elif isinstance(value, Tensor):
+        yield path, _of_tensor(value)
+    elif isinstance(value, np.ndarray | bytearray | array.array):
+        yield path, f"{getattr(value, 'shape', '')} {xxhash.xxh3_128_hexdigest(bytes(value))}"
+    elif isinstance(value, RANDOM):
+        yield path, _of_generator(value)
+    elif isinstance(value, dict):
+        yield path, f"{kind.__qualname__} of {len(value)}"
+    elif isinstance(value, list | tuple | deque):
+        simple = isinstance(value, list) and SIMPLE.issuperset(map(type, value))
+        yield path, tuple(value) if simple else kind.__qualname__
+    elif isinstance(value, set | frozenset):
+        yield path, repr(sorted(f"{label(item)}" for item in value))
+    elif isinstance(value, types.FunctionType | type):
+        yield path, f"{value.__module__}.{value.__qualname__}"
+    elif isinstance(value, types.GeneratorType):
+        yield path, str(value.gi_frame.f_lasti if value.gi_frame else None)
+    elif hasattr(value, "__dict__") or hasattr(value, "__slots__"):
+        yield path, kind.__qualname__
+    else:
+        yield path, fingerprint(value)
+
+
+def _of_tensor(tensor: Tensor) -> str:
+    if tensor.layout != torch.strided or tensor.is_meta:
+        return str(tensor.shape)
+    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(tensor_bytes(tensor))}"
+
+
+def _of_generator(generator: Any) -> str:
+    if isinstance(generator, torch.Generator):
+        return _of_tensor(generator.get_state())
+    if isinstance(generator, random.Random):
+        state: Any = generator.getstate()
+    elif isinstance(generator, np.random.RandomState):
+        state = [part.tolist() if isinstance(part, np.ndarray) else part for part in generator.get_state(legacy=True)]
+    else:
+        bits: Any = getattr(generator, "bit_generator", generator)
+        state = bits.state
+    return xxhash.xxh3_128_hexdigest(repr(state).encode())

@@ -1,0 +1,228 @@
+"""What the code of a model can reach from some objects, and so may change.
+
+Beside attributes and the items of containers: fields in `__slots__`, what functions close over, their defaults and
+attributes, the globals that they name, the attributes of classes, what iterators and partial functions hold. Of
+functions, classes and modules only the experiment's own are looked into.
+"""
+
+import functools
+import types
+import warnings
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import count
+from typing import Any, cast
+
+from labtrain.attributes import SCALARS, SIMPLE, is_experiments, is_experiments_module
+
+Items = list[tuple[Any, Any]]  # a name or a key or an index, and what is there
+Enter = Callable[[Any, Any, Any], bool]  # an object, a name in it, and what is there: whether it is looked into
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """One way in which an object holds others.
+
+    Attributes:
+        get: returns what it holds now.
+        put: makes it hold these again; None where that can't be changed from outside.
+        path: what the names of its items begin with; None for that of the object.
+    """
+
+    get: Callable[[], Items]
+    put: Callable[[Items], object] | None = None
+    path: str | None = None
+
+
+def reach(roots: Mapping[str, Any], enter: Enter) -> Iterator[tuple[str, Any, list[tuple[View, Items]]]]:
+    """Yield each object that can be reached, once: its path, the object, and what it holds in each of its views.
+
+    Args:
+        roots: where to begin, by path.
+        enter: asked before an object is looked at; of the roots it is not asked, nor of a list's numbers and texts.
+    """
+    waiting, seen = deque(roots.items()), dict[int, Any]()  # the objects too, so that no id is given away again
+    while waiting:
+        path, value = waiting.popleft()
+        if type(value) not in SCALARS:
+            if id(value) in seen:
+                continue
+            seen[id(value)] = value
+        held = [(view, view.get()) for view in views(value)]
+        yield path, value, held
+        if isinstance(value, list) and SIMPLE.issuperset(map(type, value)):  # losses of a million steps
+            continue
+        for view, items in held:
+            base = path if view.path is None else view.path
+            for name, item in items:
+                if enter(value, name, item):
+                    waiting.append((f"{base}.{label(name)}" if base else label(name), item))
+
+
+def label(name: Any) -> str:
+    """Return how a name, a key or an index is written in a path."""
+    return str(name) if type(name) in SCALARS or isinstance(name, tuple) else type(name).__name__
+
+
+def views(value: Any) -> Iterator[View]:
+    """Yield the ways in which an object holds others."""
+    if type(value) in SCALARS:
+        return
+    if isinstance(value, dict):
+        yield _mapping(value)
+    elif isinstance(value, list | deque):
+        yield _items(value, list if isinstance(value, list) else deque)
+    elif isinstance(value, tuple):
+        yield View(lambda: list(enumerate(value)))
+    elif isinstance(value, set | frozenset):
+        yield _set(value)
+    elif isinstance(value, types.FunctionType):
+        yield from _function(value)
+    elif isinstance(value, type):
+        if is_experiments(value):
+            yield _class(value)
+        return
+    elif isinstance(value, types.ModuleType):
+        if is_experiments_module(value.__name__):
+            names = [name for name in vars(value) if not name.startswith("__")]
+            yield _variables(vars(value), names, value.__name__)
+        return
+    elif isinstance(value, types.MethodType):
+        yield View(lambda: [("__self__", value.__self__), ("__func__", value.__func__)])
+    elif isinstance(value, property | staticmethod | classmethod):
+        inner = [value.fget, value.fset] if isinstance(value, property) else [value.__func__]
+        yield View(lambda: list(enumerate(inner)))
+    elif isinstance(value, functools.partial):
+        yield View(lambda: [("func", value.func), ("args", value.args), ("keywords", value.keywords)])
+    elif isinstance(value, types.GeneratorType):
+        yield View(lambda: list(value.gi_frame.f_locals.items()) if value.gi_frame else [])
+    elif hasattr(type(value), "__next__") and type(value).__module__ in ("builtins", "itertools"):
+        yield View(lambda: list(enumerate(_reduced(value))))
+    if isinstance(getattr(value, "__dict__", None), dict):
+        yield _mapping(vars(value))
+    if slots := _slots(cast(Any, type(value))):
+        yield View(
+            lambda: [(name, getattr(value, name)) for name in slots if hasattr(value, name)],
+            functools.partial(_set_slots, value),
+        )
+    if is_experiments(type(value)):
+        yield View(lambda: [(kind.__qualname__, kind) for kind in type(value).__mro__ if is_experiments(kind)], path="")
+
+
+def _set_slots(value: Any, saved: Items) -> None:
+    for name, item in saved:
+        object.__setattr__(value, name, item)
+
+
+def _mapping(mapping: dict[Any, Any]) -> View:
+    kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict  # of a Counter, update would count
+
+    def put(saved: Items) -> None:
+        kind.clear(mapping)
+        for key, item in saved:
+            kind.__setitem__(mapping, key, item)
+
+    return View(lambda: list(kind.items(mapping)), put)
+
+
+def _items(items: Any, kind: Any) -> View:
+    def put(saved: Items) -> None:
+        kind.clear(items)
+        kind.extend(items, [item for _, item in saved])
+
+    return View(lambda: list(enumerate(kind.__iter__(items))), put)
+
+
+def _set(items: Any) -> View:
+    def put(saved: Items) -> None:
+        set.clear(items)
+        set.update(items, [item for _, item in saved])
+
+    return View(lambda: [(item, item) for item in items], put if isinstance(items, set) else None)
+
+
+def _function(function: types.FunctionType) -> Iterator[View]:
+    if not is_experiments_module(function.__module__ or "labtrain"):
+        return
+    module, name = function.__module__, function.__qualname__.replace(".<locals>", "")
+    defaults = [("defaults", function.__defaults__), ("kwdefaults", function.__kwdefaults__)]
+    yield View(lambda: [(key, value) for key, value in defaults if value is not None], path=name)
+    yield _variables(function.__globals__, sorted(_globals(function.__code__)), module)
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+
+    def get() -> Items:
+        return [(key, cell.cell_contents) for key, cell in cells.items() if not _is_empty(cell)]
+
+    def put(saved: Items) -> None:
+        for key, item in saved:
+            cells[key].cell_contents = item
+
+    yield View(get, put, path=name)
+
+
+def _globals(code: types.CodeType) -> set[str]:
+    """Return the names that a function, and those that are written in it, may use of its module."""
+    inner = [_globals(each) for each in code.co_consts if isinstance(each, types.CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def _variables(table: dict[str, Any], names: Iterable[str], path: str) -> View:
+    """Return a view of some variables of a module."""
+
+    def put(saved: Items) -> None:
+        table.update(saved)
+        for name in names:
+            if name in table and name not in dict(saved):
+                del table[name]
+
+    return View(lambda: [(name, table[name]) for name in names if name in table], put, path)
+
+
+def _class(kind: type[Any]) -> View:
+    def get() -> Items:
+        return [(name, item) for name, item in vars(kind).items() if not name.startswith(("__", "_abc"))]
+
+    def put(saved: Items) -> None:
+        then = dict(saved)
+        for name, item in get():
+            if name not in then:
+                delattr(kind, name)
+            elif then[name] is not item:
+                setattr(kind, name, then[name])
+        for name in then.keys() - vars(kind).keys():
+            setattr(kind, name, then[name])
+
+    return View(get, put, path=kind.__qualname__.replace(".<locals>", ""))
+
+
+@functools.cache
+def _slots(kind: Any) -> list[str]:
+    found: list[str] = []
+    for each in kind.__mro__:
+        names = vars(each).get("__slots__", ())
+        for name in (names,) if isinstance(names, str) else names:
+            mangled = f"_{each.__name__.lstrip('_')}{name}" if name[:2] == "__" != name[-2:] else name
+            if isinstance(vars(each).get(mangled), types.MemberDescriptorType):
+                found.append(mangled)
+    return found
+
+
+def _reduced(iterator: Any) -> tuple[Any, ...]:
+    """Return what an iterator of the standard library goes through, and where it stands."""
+    if type(iterator) is count:
+        return (repr(iterator),)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            parts = iterator.__reduce__()
+    except TypeError:
+        return ()
+    return tuple(parts[1:]) if isinstance(parts, tuple) else ()
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is cell  # never
+    except ValueError:
+        return True

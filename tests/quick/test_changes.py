@@ -1,0 +1,105 @@
+"""State that a step reaches without an attribute: seen by two looks, and refused with shards."""
+
+import signal
+
+import pytest
+import torch
+
+from labtrain.changes import look, unlike
+from labtrain.errors import EXIT_STOPPED
+from labtrain.undo import Undo
+from tests.support.exact import Runner
+from tests.support.reaching_models import Reaching
+from tests.support.steps import model, one_and_two
+
+NAMES = {
+    "slots": "kept.calls",
+    "closure": "counter.count.calls",
+    "subclass": "kept.calls",
+    "method": "kept.__self__.calls",
+    "numpy generator": "kept",
+    "random": "kept",
+    "torch generator": "kept",
+    "bytes": "kept",
+    "array": "kept",
+    "count": "kept",
+    "iterator": "kept",
+    "local": "kept.calls",
+    "partial": "kept.args.0",
+    "default": "default.defaults.0",
+    "global": "tests.support.reaching_models.table.calls",
+    "class": "Reaching.total",
+    "hyperparameters": "hparams.calls",
+    "tag": "inp.weight.calls",
+    "module": "kept.net.weight",
+    "view": "view",
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_two_looks_show_what_a_step_has_changed(kind: str) -> None:
+    """Wherever it lies, it is named; and it is put back, but for where an iterator stands."""
+    step, images = Reaching(kind), torch.ones(2, 6, 6)
+    step.inp.weight.calls = 0  # type: ignore[attr-defined]
+    before, undo = look(step), Undo([step])
+    assert before is not None
+    step.value(images)
+    after = look(step)
+    assert after is not None
+    assert NAMES[kind] in unlike(before, after)
+    undo()
+    again = look(step)
+    assert again is not None
+    assert (unlike(before, again) == []) is (kind not in ("count", "iterator"))
+
+
+def test_a_list_that_grows_has_not_changed() -> None:
+    """It may hold numbers or anything else, and be longer than what has one fingerprint."""
+    step = Reaching("cache")
+    for values in ([1.0] * 60, [step.inp], [1.0] * 130):
+        step.kept = values
+        before = look(step)
+        values += [2.0] * 70  # type: ignore[list-item]
+        after = look(step)
+        assert before is not None
+        assert after is not None
+        assert unlike(before, after) == []
+        values[10 if len(values) > 100 else 0] = 5.0
+        changed = look(step)
+        assert changed is not None
+        assert unlike(before, changed)
+
+
+@pytest.mark.parametrize(("kind", "world"), [("closure", 1), ("numpy generator", 1), ("global", 2)])
+def test_it_is_refused_before_the_first_update(kind: str, world: int, runner: Runner) -> None:
+    """By name; without this it counted four, two or one a step, with exit code 0."""
+    runner.run(model("Reaching", kind, module="reaching_models"), world=world, code=None if world > 1 else 2)
+    assert f"training_step changes {NAMES[kind]}" in runner.said().replace("tests.support.reaching_models.calls, ", "")
+    assert "hint: change it in on_train_batch_end" in runner.said()
+    assert not any(path.read_text() for path in runner.folder.glob("runs/*/*/trail.jsonl"))
+
+
+def test_what_is_computed_once_is_no_change(runner: Runner, other: Runner) -> None:
+    """A table that the first step fills, and the next ones read, trains to the same bits on two devices."""
+    one_and_two(runner, other, model("Reaching", "cache", module="reaching_models"))
+
+
+def test_what_no_checkpoint_holds_is_named_when_it_is_saved_and_when_a_training_goes_on(runner: Runner) -> None:
+    """A replaced activation and loss, a forward hook, a closure: each was forgotten by a resume without a word."""
+    config = model("Replacing", "replaces", module="reaching_models")
+    names = "block.1, counter.count.calls, inp._forward_hooks, loss"
+    runner.run(config, code=EXIT_STOPPED, signal_at=f"5 {int(signal.SIGTERM)} 0")
+    assert f"warning: the training changes {names}, which no checkpoint holds" in runner.said()
+    run_dir = runner.run(config)
+    assert run_dir is not None
+    said = f"the training that saved this checkpoint had changed {names}, which no"
+    assert f"warning: {said}" in runner.said()
+    assert said in (run_dir / "receipt.json").read_text()
+
+
+def test_a_training_that_changes_nothing_of_the_kind_says_nothing(runner: Runner) -> None:
+    """Weights, statistics, attributes and what Lightning keeps for itself are held, so nothing is named."""
+    config = model("Replacing", "plain", module="reaching_models")
+    runner.run(config, code=EXIT_STOPPED, signal_at=f"5 {int(signal.SIGTERM)} 0")
+    assert runner.run(config) is not None
+    assert all("no checkpoint holds" not in log.read_text() for log in runner.logs)
