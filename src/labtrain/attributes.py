@@ -207,6 +207,17 @@ def fingerprint(value: Any) -> str | None:
     return digest_tree(Encoder()(value), algorithm=xxhash.xxh3_128)
 
 
+def items_of_lists(value: Any, depth: int = 0) -> int:
+    """Return the number of items in a list, and in the lists inside of it, or of a dict or tuple; three levels deep."""
+    kind = type(value)
+    if kind is list and SIMPLE.issuperset(map(type, value)):
+        return len(value)
+    if depth < 3 and (kind in DICTS or kind in (list, tuple)):
+        inner = sum(items_of_lists(item, depth + 1) for item in (value.values() if kind in DICTS else value))
+        return inner + (len(value) if kind is list else 0)
+    return 0
+
+
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 

@@ -1,6 +1,7 @@
 """Plain values come back as they were from a checkpoint, and on every rank; what is not plain is said."""
 
 import io
+import json
 import signal
 import sys
 from collections import defaultdict
@@ -135,3 +136,18 @@ def test_what_a_step_sets_and_nobody_can_compare_is_said(runner: Runner) -> None
     """Once, by name and kind."""
     runner.run(config("Sets", determinism={"shards": 2}))
     assert runner.said().count("training_step sets distribution to a torch.distributions.categorical.Categorical") == 1
+
+
+@pytest.mark.parametrize(("kind", "name"), [("number", "factor"), ("in a dict", "table"), ("alike", "")])
+def test_an_attribute_that_hooks_set_on_some_ranks_is_said(kind: str, name: str, runner: Runner) -> None:
+    """Once, with its name. Grown lists, clocks, and what differed when the training began, are not."""
+    options = config("OnOneRank", determinism={"shards": 2}, checkpoint={"every_n_steps": 2})
+    options["model"]["kind"] = kind
+    run_dir = runner.run(options, world=2)
+    said = [line for line in runner.said().splitlines() if "the same on all ranks" in line]
+    notes = [
+        note for note in json.loads((run_dir / "receipt.json").read_text())["determinism"]["notes"] if "same on" in note
+    ]  # type: ignore[operator]
+    assert len(said) == len(notes) == bool(name)
+    if name:
+        assert said[0].startswith(f"warning: {name} was the same on all ranks when the training began, and differs")

@@ -1,6 +1,8 @@
 """Models that keep values of many kinds in plain attributes, alone or shared, and train by them."""
 
 import enum
+import os
+import time
 import types
 from collections import defaultdict, deque
 from dataclasses import dataclass, replace
@@ -165,3 +167,30 @@ class Sets(Small):
         scores = self.head(self.backbone(batch[0]))
         self.distribution = torch.distributions.Categorical(logits=scores.detach())
         return nn.functional.cross_entropy(scores, batch[1])
+
+
+class OnOneRank(Small):
+    """Changes attributes in hooks, on one rank alone or on each.
+
+    Args:
+        kind: which.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.which, self.folder, self.begun = kind, "", 0.0
+        self.norms: list[float] = []
+        self.table: Any = {"values": [0.0]}
+        self.device_of_rank = f"device {os.environ['LOCAL_RANK']}"
+
+    def on_train_epoch_start(self) -> None:
+        self.begun = time.perf_counter()
+        if self.which == "number" and self.global_rank == 0:
+            self.factor *= 1.1
+        elif self.which == "in a dict" and self.global_rank == 1:
+            self.table["values"][0] += 1.0
+        elif self.which == "alike":
+            self.factor *= 1.1
+
+    def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
+        self.norms.append(outputs["loss"].item() + self.global_rank)
