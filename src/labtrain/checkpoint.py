@@ -310,12 +310,13 @@ class Alike:
             )
 
     def _texts(self) -> dict[str, str]:
-        left_out = self.known | self.strategy.grown()
-        return {
-            name: fingerprint(value) or ""
-            for name, value in plain_attributes(self.module).items()
-            if name not in left_out and items_of_lists(value) <= self.items.get(name, 0) and not self._is_time(value)
+        found, grown = plain_attributes(self.module), self.strategy.grown()
+        left_out = self.known | {
+            name
+            for name, value in found.items()
+            if name in grown or items_of_lists(value) > self.items.get(name, 0) or self._is_time(value)
         }
+        return {name: "" if name in left_out else fingerprint(value) or "" for name, value in found.items()}
 
     def _is_time(self, value: Any) -> bool:
         spans_s = zip(self.begun_s, (clock() for clock in CLOCKS), strict=True)

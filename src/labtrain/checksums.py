@@ -77,7 +77,7 @@ def unlike_names(values: Mapping[str, str], device: torch.device) -> list[str]:
     One number is exchanged; the rest only where that differs.
 
     Args:
-        values: a text by name.
+        values: a text by name; a name that has an empty one on any rank is left out.
         device: of the exchange.
     """
     digest = xxhash.xxh3_64_intdigest(repr(sorted(values.items())).encode(errors="surrogateescape"))
@@ -89,7 +89,8 @@ def unlike_names(values: Mapping[str, str], device: torch.device) -> list[str]:
     ranks: list[Mapping[str, str]] = [{}] * dist.get_world_size()
     dist.all_gather_object(ranks, dict(values))
     names = sorted(set().union(*ranks))
-    return [name for name in names if len({each.get(name) for each in ranks}) > 1]
+    found = {name: {each.get(name) for each in ranks} for name in names}
+    return [name for name, texts in found.items() if len(texts) > 1 and "" not in texts]
 
 
 def device_hash(tensor: torch.Tensor) -> torch.Tensor:

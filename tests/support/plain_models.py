@@ -193,4 +193,5 @@ class OnOneRank(Small):
             self.factor *= 1.1
 
     def on_train_batch_end(self, outputs: Any, *_: Any) -> None:
-        self.norms.append(outputs["loss"].item() + self.global_rank)
+        if self.global_rank == 0:
+            self.norms.append(outputs["loss"].item())
