@@ -88,6 +88,7 @@ class Guard(pl.Callback):
         self._judge(compiled(pl_module))
         self._judge(changed_flags(self.threads))
         self._judge(clocks(trainer))
+        self._say_device_reads(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -98,10 +99,25 @@ class Guard(pl.Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._judge(evaluation_loaders("test", trainer.test_loop._combined_loader))
+        self._say_device_reads(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._say_device_reads(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch:
             self._judge(changed_flags(self.threads))
+
+    def _say_device_reads(self, trainer: pl.Trainer) -> None:
+        """Say which code makes something of the number of devices; each line once."""
+        for (file, line), name in getattr(trainer.strategy, "device_reads", {}).items():
+            path = Path(file)
+            shown = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+            self.say(
+                f"{shown}:{line} reads trainer.{name}: a batch is the whole batch of all devices, so a learning rate or"
+                " a batch size that is computed from the number of devices makes the result depend on it (leave it"
+                " out: data.batch_size and the learning rate are those of the whole batch)"
+            )
 
     def judge(self, what: str, hint: str) -> None:
         """Refuse what cannot be exact in strict mode, and say it in warn."""

@@ -386,6 +386,12 @@ def is_experiments(kind: type[Any]) -> bool:
     return kind.__module__ == "__main__" if file is None else is_experiments_file(file)
 
 
+def is_experiments_code(frame: types.FrameType) -> bool:
+    """Return whether a frame runs the experiment's code, and not that of a library."""
+    module = str(frame.f_globals.get("__name__", ""))
+    return module.partition(".")[0] != "labtrain" and is_experiments_file(frame.f_code.co_filename)
+
+
 @cache
 def is_experiments_file(file: str) -> bool:
     """Return whether a file of code is none of a library."""
