@@ -117,7 +117,9 @@ class Exact:
         self._buffers = Buffers(module, **place, judge=guard.judge if guard else _no_judge)
         self._watch: Watch | None = None
         if guard is not None and guard.mode != "off" and self.shards > 1:
-            self._watch = Watch(module, **place, judge=guard.judge, say=guard.say)
+            schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
+            made: dict[str, Any] = {"optimizers": trainer.optimizers, "schedulers": schedulers}
+            self._watch = Watch(module, **made, **place, judge=guard.judge, say=guard.say)
         # Lightning runs this before the strategy gets the batch: put it off until a shard is at hand.
         transfer = type(module)._on_before_batch_transfer
         module._on_before_batch_transfer = (  # type: ignore[method-assign]
@@ -436,6 +438,8 @@ class Exact:
     def _note_reader(self, name: str) -> None:
         """Note code of the experiment that asks for the number of devices, to make something of it."""
         frame: types.FrameType | None = sys._getframe(2)
+        if frame is None or frame.f_code.co_filename == __file__:
+            return
         while frame is not None and frame.f_code.co_filename == TRAINER and frame.f_code.co_name in OF_TRAINER:
             name, frame = frame.f_code.co_name, frame.f_back
         if frame is None or not is_experiments_code(frame) or run_mode() == "off":

@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from labtrain.attributes import PRIVATE, fingerprint, hidden_weights, holders, own_objects
 from labtrain.checksums import device_hash
@@ -45,6 +46,8 @@ class Watch:
 
     Args:
         module: the model.
+        optimizers: of the training.
+        schedulers: of the training; those that are attributes of the model are found.
         device: of the training.
         rank: this process.
         world: the number of processes.
@@ -58,6 +61,8 @@ class Watch:
         self,
         module: nn.Module,
         *,
+        optimizers: Sequence[Any] = (),
+        schedulers: Sequence[Any] = (),
         device: torch.device,
         rank: int,
         world: int,
@@ -66,6 +71,7 @@ class Watch:
     ) -> None:
         self.device, self.rank, self.world, self.judge, self.say = device, rank, world, judge, say
         self._weights = Weights(module)
+        self._rates = Rates(module, optimizers, schedulers)
         self._attributes = Attributes(module)
         self._left: dict[Key, Any] = {}  # what this rank's last shard changed
         self._unknown: set[str] = set()  # names of attributes with values that are not plain
@@ -77,6 +83,7 @@ class Watch:
         """Begin a step."""
         self._left, self._prints, self.numbers = {}, {}, []
         self._weights.begin()
+        self._rates.begin()
         self._attributes.begin()
 
     def grown(self) -> set[str]:
@@ -96,11 +103,13 @@ class Watch:
             last: of this rank, in this step: only then are the parameters looked at.
 
         Returns:
-            Three numbers: 0.0, or the first changed parameter's number and one; 0.0, or a number of the changed
+            Three numbers: 0.0, or the first changed parameter's number from 1, or that of an option of the optimizers
+            or a scheduler, below 0; 0.0, or a number of the changed
             attributes' names; one of their values.
         """
         self._left = self._attributes.changes()
-        self.numbers.append(self._numbers(shard, float(self._weights.changed()) if last else 0.0))
+        changed = (self._weights.changed() or -self._rates.changed()) if last else 0
+        self.numbers.append(self._numbers(shard, float(changed)))
         return self.numbers[-1]
 
     def _numbers(self, shard: int, parameter: float) -> list[float]:
@@ -132,11 +141,16 @@ class Watch:
         """
         parameters, names, values = zip(*numbers_S3, strict=True)
         if any(parameters):
-            what = self._weights.names[int(next(filter(None, parameters))) - 1]
+            number = int(next(filter(None, parameters)))
+            if number > 0:
+                what, then = f"changes {self._weights.names[number - 1]}", "and ranks would end with different weights"
+                hint = "change it in on_train_batch_end, which runs once a step, or determinism.shards=1"
+            else:
+                what, then = self._rates.names()[-number - 1], "and on each rank as often as it has shards"
+                hint = "do it in on_train_batch_end, which runs once a step, or determinism.shards=1"
             self.judge(
-                f"training_step changes {what}: with determinism.shards={len(numbers_S3)} it runs that often in a step,"
-                " and ranks would end with different weights",
-                "change it in on_train_batch_end, which runs once a step, or determinism.shards=1",
+                f"training_step {what}: with determinism.shards={len(numbers_S3)} it runs that often in a step, {then}",
+                hint,
             )
         if not any(names):
             return
@@ -235,6 +249,55 @@ class Weights:
         """Return whether a module has other parameters or submodules than it had."""
         members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
         return len(members) != len(self._members) or not all(map(is_, members, self._members))
+
+
+class Rates:
+    """Whether a shard's step changed an option of an optimizer, such as its learning rate, or stepped a scheduler."""
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
+        self.module, self.optimizers, self.schedulers = module, optimizers, list(schedulers)
+        self._then: list[Any] = []
+        self._step = 0
+
+    def begin(self) -> None:
+        """Remember how they are now."""
+        if self._step % EVERY_STEPS == 0:
+            for holder in holders(self.module).values():
+                for value in vars(holder).values():
+                    if isinstance(value, LRScheduler) and not any(value is each for each in self.schedulers):
+                        self.schedulers.append(value)
+        self._step += 1
+        self._then = self._now()
+
+    def changed(self) -> int:
+        """Return 0, or the number of the first that has changed since `begin`, from 1."""
+        now = self._now()
+        if now == self._then:
+            return 0
+        alike = list(map(operator.eq, now, self._then))
+        return 1 + [*alike[: len(self.names())], False].index(False)
+
+    def names(self) -> list[str]:
+        """Return what is done to each where it changes."""
+        return [
+            *(
+                f"sets {option} of {type(optimizer).__name__}, param group {number}"
+                for optimizer in self.optimizers
+                for number, group in enumerate(optimizer.param_groups)
+                for option in group
+            ),
+            *(f"steps {type(scheduler).__name__}" for scheduler in self.schedulers),
+            "adds a param group to an optimizer",
+        ]
+
+    def _now(self) -> list[Any]:
+        options = [
+            (id(value), value._version) if isinstance(value, Tensor) else len(value) if option == "params" else value
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for option, value in group.items()
+        ]
+        return options + [vars(scheduler).get("last_epoch") for scheduler in self.schedulers]
 
 
 class Memory:
