@@ -96,6 +96,7 @@ class Guard(pl.Callback):
         if self.code is not None:
             code, self.code = self.code, None
             self._judge(unnamed(code, self.there, self.root))
+            self._say_counts(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._judge(evaluation_loaders("test", trainer.test_loop._combined_loader))
@@ -107,6 +108,15 @@ class Guard(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch:
             self._judge(changed_flags(self.threads))
+
+    def _say_counts(self, trainer: pl.Trainer) -> None:
+        """Say which attributes of the training data count how often a sample was loaded."""
+        for loader in loaders_of(trainer.fit_loop._combined_loader):
+            for name in dict.fromkeys(getattr(loader, "counts", ())):
+                self.say(
+                    f"{name} changes each time a sample is loaded, in each worker and on each device by itself: samples"
+                    " that are computed from it depend on their number (compute them from the index and random numbers)"
+                )
 
     def _say_device_reads(self, trainer: pl.Trainer) -> None:
         """Say which code makes something of the number of devices; each line once."""
