@@ -1,25 +1,19 @@
 """A model's plain attributes: what its code keeps beside parameters and buffers.
 
 A counter in `training_step`, a list of losses, the shadow weights of an average that is no buffer: torch and Lightning
-save none of it. Plain are numbers, strings, bytes, None, tensors, numpy's arrays, and lists, tuples, dicts, sets and
-deques of those. They are looked for in the model, in each of its submodules, and in the objects of the experiment's own
-classes that these hold: `self.average.decay` as well as `self.steps`.
+save none of it. They are looked for in the model, in each of its submodules, and in the objects of the experiment's own
+classes that these hold: `self.average.decay` as well as `self.steps`. plain.py says which values are plain.
 
 Left out: what torch, Lightning and torchmetrics keep for themselves, tensors that share their memory with a parameter
 or a buffer, and attributes that hold anything else, such as a function, a dataset or a logger.
 """
 
-import argparse
-import functools
 import io
-import pickle
 import random
 import sys
-import sysconfig
 import types
-from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Container, Iterator
-from pathlib import Path
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -28,14 +22,18 @@ import xxhash
 from torch import nn
 
 from labtrain.digests import digest_tree
-
-SCALARS = (type(None), bool, int, float, complex, str, bytes)
-SIMPLE = frozenset(SCALARS) - {complex}
-LEAVES = frozenset({*SCALARS, torch.Tensor, nn.Parameter, np.ndarray})
-DICTS: tuple[type[Any], ...] = (dict, OrderedDict, Counter, defaultdict)
-SEQUENCES: tuple[type[Any], ...] = (list, tuple, set, frozenset, deque)
-CONTAINERS = {kind.__name__: kind for kind in (*DICTS, *SEQUENCES)}
-FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (list, dict, set, int, float, str, tuple, deque)}
+from labtrain.plain import (
+    DICTS,
+    LEAVES,
+    SCALARS,
+    SEQUENCES,
+    SIMPLE,
+    Decoder,
+    Encoder,
+    is_experiments,
+    is_own,
+    is_plain,
+)
 
 # What a fresh module has is torch's; the rest of these is Lightning's.
 PRIVATE = frozenset(nn.Module().__dict__) | {
@@ -59,13 +57,11 @@ PRIVATE = frozenset(nn.Module().__dict__) | {
     "_strict_loading",
     "_trainer",
 }
-LIBRARIES = tuple(Path(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib", "purelib", "platlib"))
-BAGS = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap)
 MOST_OBJECTS = 10_000  # that are looked through for hidden weights
 NO_WEIGHTS = ("hydra", "lightning", "logging", "omegaconf", "threading", "torch", "torchmetrics")
 RANDOM = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, torch.Generator)
 
-Snapshot = dict[str, dict[str, Any]]  # of the holder's path, the attributes' names: their values as `_Encoder` has them
+Snapshot = dict[str, dict[str, Any]]  # of the holder's path, the attributes' names: their values as `Encoder` has them
 
 
 def holders(module: nn.Module) -> dict[str, Any]:
@@ -79,7 +75,7 @@ def holders(module: nn.Module) -> dict[str, Any]:
     while waiting:
         path, holder = waiting.pop(0)
         for name, value in attributes_of(holder):
-            for inner, item in _own_objects(value, f"{path}.{name}" if path else name):
+            for inner, item in own_objects(value, f"{path}.{name}" if path else name):
                 if id(item) not in seen:
                     seen.add(id(item))
                     found[inner] = item
@@ -106,7 +102,7 @@ def kept_by(module: nn.Module) -> list[tuple[Any, str]]:
 
 def fingerprints(module: nn.Module) -> dict[str, str]:
     """Return a digest of each plain attribute, by dotted name: what has another one has changed."""
-    return {_joined(path, name): fingerprint(value) for path, name, value in _plain(module)}
+    return {_joined(path, name): fingerprint(value) or "" for path, name, value in _plain(module)}
 
 
 def snapshot(module: nn.Module, *, unlike: dict[str, str] | None = None) -> Snapshot:
@@ -118,7 +114,7 @@ def snapshot(module: nn.Module, *, unlike: dict[str, str] | None = None) -> Snap
         module: the model.
         unlike: fingerprints; an attribute that still has its own is left out.
     """
-    encode, found = _Encoder(), Snapshot()
+    encode, found = Encoder(), Snapshot()
     for path, name, value in _plain(module):
         if unlike is None or unlike.get(_joined(path, name)) != fingerprint(value):
             found.setdefault(path, {})[name] = encode(value)
@@ -136,7 +132,7 @@ def restore(module: nn.Module, saved: Snapshot, *, device: torch.device) -> list
     Returns:
         the dotted names of those whose holder this model lacks: an object that was made during the training.
     """
-    decode, now, missing = _Decoder(device), holders(module), list[str]()
+    decode, now, missing = Decoder(device), holders(module), list[str]()
     for path, values in saved.items():
         for name, value in values.items():  # decoded all, since a later one may be the same object
             holder = now.get(path)
@@ -198,63 +194,34 @@ def unkept(module: nn.Module) -> Iterator[tuple[str, Any]]:
     storages = _Storages(module)
     for path, holder in holders(module).items():
         for name, value in attributes_of(holder):
-            if not _is_plain(value, storages):
+            if not is_plain(value, storages):
                 yield from _stateful(value, _joined(path, name), set())
 
 
-def fingerprint(value: Any) -> str:
+def fingerprint(value: Any) -> str | None:
     """Return what tells a value from any other; of a scalar the text itself, since a model has thousands.
 
-    Of a value that is neither plain nor can be pickled it is the type.
+    An object of the experiment's is told by its attributes. None if the value is not plain.
     """
     kind = type(value)
     if kind in SCALARS:
         return f"{kind.__name__} {value!r}"
-    if not _is_plain(value, ()):
-        return f"{kind.__qualname__} {xxhash.xxh3_128_hexdigest(_pickled(value) or b'')}"
+    if not is_plain(value, objects=True):
+        return None
     if kind is list and SIMPLE.issuperset(map(type, value)):  # losses of a million steps
         return f"list {xxhash.xxh3_128_hexdigest(repr(value).encode(errors='surrogateescape'))}"
-    return digest_tree(_Encoder()(value), algorithm=xxhash.xxh3_128)
+    return digest_tree(Encoder()(value), algorithm=xxhash.xxh3_128)
 
 
-def encode(values: dict[Any, Any]) -> list[tuple[Any, Any, bytes | None]]:
-    """Return values as one rank can send them to another: plain ones, and what can be pickled, such as an Enum."""
-    found: list[tuple[Any, Any, bytes | None]] = []
-    for key, value in values.items():
-        if _is_plain(value, ()):
-            found.append((key, _on_cpu(_Encoder()(value)), None))
-        elif (pickled := _pickled(value)) is not None:
-            found.append((key, None, pickled))
-    return found
-
-
-def decode(sent: list[tuple[Any, Any, bytes | None]], *, device: torch.device) -> dict[Any, Any]:
-    """Return what `encode` was given, with tensors on the device if they were on one."""
-    return {key: _Decoder(device)(node) if pickled is None else pickle.loads(pickled) for key, node, pickled in sent}
-
-
-class _Pickler(pickle.Pickler):
-    """Refuses tensors: one of a GPU would come out on the sender's."""
-
-    def persistent_id(self, value: Any) -> None:
-        if isinstance(value, torch.Tensor | nn.Module):
-            raise pickle.PicklingError
-
-
-def _pickled(value: Any) -> bytes | None:
-    """Return a value pickled; None if it cannot be, or holds a tensor or a module."""
-    file = io.BytesIO()
-    try:
-        _Pickler(file).dump(value)
-    except Exception:  # whatever a class's own reduction raises
-        return None
-    return file.getvalue()
-
-
-def _on_cpu(node: Any) -> Any:
-    if isinstance(node, tuple | list):
-        return type(node)(map(_on_cpu, node))
-    return node.cpu() if isinstance(node, torch.Tensor) else node
+def items_of_lists(value: Any, depth: int = 0) -> int:
+    """Return the number of items in a list, and in the lists inside of it, or of a dict or tuple; three levels deep."""
+    kind = type(value)
+    if kind is list and SIMPLE.issuperset(map(type, value)):
+        return len(value)
+    if depth < 3 and (kind in DICTS or kind in (list, tuple)):
+        inner = sum(items_of_lists(item, depth + 1) for item in (value.values() if kind in DICTS else value))
+        return inner + (len(value) if kind is list else 0)
+    return 0
 
 
 def _joined(path: str, name: str) -> str:
@@ -265,7 +232,7 @@ def _plain(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
     storages = _Storages(module)
     for path, holder in holders(module).items():
         for name, value in attributes_of(holder):
-            if type(value) in SCALARS or _is_plain(value, storages):
+            if type(value) in SCALARS or is_plain(value, storages):
                 yield path, name, value
 
 
@@ -288,161 +255,21 @@ def _pointer(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout == torch.strided else 0
 
 
-def _is_plain(value: Any, storages: Container[torch.Tensor], inside: tuple[int, ...] = ()) -> bool:
-    kind = type(value)
-    if kind in SCALARS:
-        return True
-    if kind is torch.Tensor:
-        return value.layout in (torch.strided, torch.sparse_coo) and not value.is_meta and value not in storages
-    if isinstance(value, np.ndarray | np.generic):
-        return value.dtype.kind in "biufc" and value.dtype.itemsize <= 8
-    if kind is list and SIMPLE.issuperset(map(type, value)):
-        return True
-    if id(value) in inside:
-        return True  # a list that holds itself
-    inside = (*inside, id(value))
-    if kind in DICTS:
-        factory = getattr(value, "default_factory", None)
-        if factory is not None and FACTORIES.get(getattr(factory, "__name__", "")) is not factory:
-            return False
-        return all(_is_key(key) and _is_plain(item, storages, inside) for key, item in value.items())
-    return kind in SEQUENCES and all(_is_plain(item, storages, inside) for item in value)
-
-
-def _is_key(key: Any) -> bool:
-    return type(key) in SCALARS or (type(key) is tuple and all(map(_is_key, key)))
-
-
-class _Encoder:
-    """Turns plain values into scalars, tensors, tuples and lists. What comes a second time is named by its number."""
-
-    def __init__(self) -> None:
-        self.numbers: dict[int, int] = {}
-
-    def __call__(self, value: Any) -> Any:
-        kind = type(value)
-        if kind is complex:
-            return "complex", value.real, value.imag
-        if kind in SCALARS:
-            return value
-        if kind not in (tuple, frozenset):
-            if id(value) in self.numbers:
-                return "same", self.numbers[id(value)]
-            self.numbers[id(value)] = len(self.numbers)
-        if kind is torch.Tensor:
-            return "tensor", value.detach(), value.is_cpu, value.requires_grad and value.is_leaf
-        if isinstance(value, np.ndarray):
-            return (
-                "array",
-                torch.from_numpy(np.ascontiguousarray(value).reshape(-1)),
-                list(value.shape),
-                str(value.dtype),
-            )
-        if isinstance(value, np.generic):
-            return "number", torch.from_numpy(np.array(value).reshape(1)), str(value.dtype)
-        if kind in DICTS:
-            items = [(self(key), self(item)) for key, item in value.items()]
-            factory = getattr(value, "default_factory", None)
-            return kind.__name__, items, factory.__name__ if factory else None
-        simple = kind is list and SIMPLE.issuperset(map(type, value))
-        items = list(value) if simple else [self(item) for item in value]
-        return (kind.__name__, items, value.maxlen) if kind is deque else (kind.__name__, items)
-
-
-class _Decoder:
-    """Turns them back; each number is the same object again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.made = device, list[Any]()
-
-    def __call__(self, node: Any, current: Any = None) -> Any:
-        """Return the value; `current` itself, changed, where it is a tensor that an optimizer may hold."""
-        if not isinstance(node, tuple):
-            return node
-        kind, content, *more = node
-        if kind == "complex":
-            return complex(content, *more)
-        if kind == "same":
-            return self.made[content]
-        if kind == "tensor":
-            return self._noted(self._tensor(content, current, *more))
-        if kind == "array":
-            return self._noted(content.numpy().astype(more[1]).reshape(more[0]))
-        if kind == "number":
-            return self._noted(content.numpy().astype(more[0])[0])
-        made: Any = defaultdict(FACTORIES.get(more[0])) if kind == "defaultdict" else None
-        if CONTAINERS[kind] in DICTS:
-            made = self._noted(CONTAINERS[kind]() if made is None else made)
-            for key, item in content:
-                made[self(key)] = self(item)
-            return made
-        if kind in ("tuple", "frozenset"):
-            return CONTAINERS[kind](self(item) for item in content)
-        made = self._noted(deque(maxlen=more[0]) if kind == "deque" else CONTAINERS[kind]())
-        now = current if type(current) is type(made) and kind == "list" and len(current) == len(content) else None
-        for index, item in enumerate(content):
-            decoded = self(item, now[index] if now is not None else None)
-            made.add(decoded) if kind == "set" else made.append(decoded)
-        return made
-
-    def _noted(self, made: Any) -> Any:
-        self.made.append(made)
-        return made
-
-    def _tensor(self, saved: torch.Tensor, current: Any, on_cpu: bool, trained: bool) -> torch.Tensor:
-        if trained and isinstance(current, torch.Tensor) and current.is_leaf and current.shape == saved.shape:
-            with torch.no_grad():
-                return current.copy_(saved)
-        device = torch.device("cpu") if on_cpu else self.device
-        return saved.to(device, copy=True).requires_grad_(trained)
-
-
 def _is_metric(part: nn.Module) -> bool:
     torchmetrics: Any = sys.modules.get("torchmetrics")
     return torchmetrics is not None and isinstance(part, torchmetrics.Metric | torchmetrics.MetricCollection)
 
 
-def _own_objects(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def own_objects(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
     """Yield the path and the object of each instance of the experiment's classes that a value is, or contains."""
     kind = type(value)
     if kind in DICTS or kind in (list, tuple, deque):
         items = value.items() if kind in DICTS else enumerate(value)
         if depth < 3 and not LEAVES.issuperset(map(type, value.values() if kind in DICTS else value)):
             for key, item in items:
-                yield from _own_objects(item, f"{path}.{key}", depth + 1)
+                yield from own_objects(item, f"{path}.{key}", depth + 1)
     elif is_own(kind) and hasattr(value, "__dict__"):
         yield path, value
-
-
-_own_classes: dict[type[Any], bool] = {}
-
-
-def is_own(kind: type[Any]) -> bool:
-    """Return whether a class and all that it derives from are the experiment's, or just hold what one gives them."""
-    if kind in BAGS:
-        return True
-    if kind not in _own_classes:
-        bases = [base for base in kind.__mro__ if base.__module__ not in ("builtins", "abc", "typing")]
-        builtin = [base for base in kind.__mro__ if base.__module__ == "builtins" and base is not object]
-        _own_classes[kind] = bool(bases) and not builtin and all(map(is_experiments, bases))
-    return _own_classes[kind]
-
-
-def is_experiments(kind: type[Any]) -> bool:
-    """Return whether a class is defined in the experiment's code, and not in a library."""
-    return is_experiments_module(kind.__module__)
-
-
-@functools.cache
-def is_experiments_module(name: str) -> bool:
-    """Return whether a module is the experiment's code."""
-    if name.partition(".")[0] == "labtrain":
-        return False
-    file = getattr(sys.modules.get(name), "__file__", None)
-    if file is None:
-        return name == "__main__"
-    path = Path(file)
-    return not ({"site-packages", "dist-packages"} & set(path.parts) or any(map(path.is_relative_to, LIBRARIES)))
 
 
 def _stateful(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:

@@ -23,8 +23,9 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from labtrain.attributes import PRIVATE, RANDOM, SCALARS, SIMPLE, fingerprint
+from labtrain.attributes import PRIVATE, RANDOM, fingerprint
 from labtrain.digests import tensor_bytes
+from labtrain.plain import SCALARS, SIMPLE
 from labtrain.reach import label, reach
 
 MOST_OBJECTS = 300_000
@@ -121,7 +122,7 @@ def _prints(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif hasattr(value, "__dict__") or hasattr(value, "__slots__"):
         yield path, kind.__qualname__
     else:
-        yield path, fingerprint(value)
+        yield path, fingerprint(value) or kind.__qualname__
 
 
 def _of_tensor(tensor: Tensor) -> str:

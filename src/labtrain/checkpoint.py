@@ -1,11 +1,12 @@
 """Checkpoints of a training: what is saved where `EpochLoop` says, what is kept, and how it is read."""
 
 import json
+import time
 import types
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -13,8 +14,9 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
+from labtrain.attributes import fingerprint, items_of_lists, plain_attributes
 from labtrain.catalog import kept
-from labtrain.checksums import first_unlike
+from labtrain.checksums import first_unlike, unlike_names
 from labtrain.determinism import run_mode
 from labtrain.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
 from labtrain.errors import ConfigError, LabtrainError
@@ -33,6 +35,7 @@ HYPERPARAMETERS = {  # their keys in Lightning's checkpoint dictionary, and whos
     pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY: "lightning_module",
     pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY: "datamodule",
 }
+CLOCKS = (time.time, time.monotonic, time.perf_counter)
 WEIGHT_DTYPES = frozenset(getattr(torch, name) for name in WEIGHT_DTYPE_NAMES)
 
 
@@ -72,6 +75,7 @@ class Checkpoints(pl.Callback):
         self.saver = Saver(run_dir, place, keep=keep, spool_bytes=options["spool_bytes"])
         self.newest = (resumed[0], int(resumed[1]["step"])) if resumed else None
         self.validated = False  # in this process
+        self.alike: Alike | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop, before anything is loaded together, where ranks would go on from different checkpoints."""
@@ -99,8 +103,12 @@ class Checkpoints(pl.Callback):
         if (loaded := loop_of(trainer).loaded) is not None:
             adopt(loaded, trainer, self.initial, say=self.say)
         unsaved = loop_of(trainer).unsaved = Unsaved(pl_module, looks=run_mode() != "off")
-        for sentence in unsaved.unkept() if run_mode() != "off" else ():
+        if run_mode() == "off":
+            return
+        for sentence in unsaved.unkept():
             self.say(sentence)
+        if trainer.world_size > 1 and isinstance(trainer.strategy, Exact):
+            self.alike = Alike(trainer.strategy, pl_module, say=self.say)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check_savable(trainer)
@@ -158,7 +166,7 @@ class Checkpoints(pl.Callback):
         if not required and not self.keep_best and trainer.strategy.broadcast(self.saver.busy):
             wishes.owed = trainer.is_global_zero
             return
-        check_ranks(trainer)
+        self._compare_ranks(trainer)
         state = dump(trainer)
         unsaved = loop_of(trainer).unsaved
         if unsaved is not None and (lost := unsaved.newly_lost()):
@@ -247,7 +255,7 @@ class Checkpoints(pl.Callback):
         Returns:
             the digest of the state that is saved last; None where nothing is, or it is spread over the ranks.
         """
-        check_ranks(trainer)
+        self._compare_ranks(trainer)
         saver, spread = self.saver, self.saver.group is not None
 
         def agreed(rank_zeros: bool) -> bool:
@@ -269,12 +277,66 @@ class Checkpoints(pl.Callback):
             saver.wait()
         return None if spread else state_digest(state)
 
+    def _compare_ranks(self, trainer: pl.Trainer) -> None:
+        check_ranks(trainer)
+        if self.alike is not None:
+            self.alike.compare(trainer.global_step)
+
     def score(self, trainer: pl.Trainer) -> None:
         """Note the monitored metric for the checkpoint that was saved before the validation."""
         if self.newest is None or self.newest[1] != trainer.global_step or not trainer.is_global_zero:
             return
         if self.keep_best and self.monitor in trainer.callback_metrics:
             self.saver.score(self.newest[0], float(trainer.callback_metrics[self.monitor]))
+
+
+class Alike:
+    """Compares the plain attributes of all ranks that were equal when the training began; made on every rank.
+
+    Left out are lists that have grown, which are a rank's own, and readings of a clock.
+
+    Args:
+        strategy: of the training.
+        module: its model.
+        say: called with what people should know.
+    """
+
+    def __init__(self, strategy: Exact, module: pl.LightningModule, *, say: Callable[[str], None]) -> None:
+        self.strategy, self.module, self.say = strategy, module, say
+        self.begun_s = [clock() for clock in CLOCKS]
+        self.items = {name: items_of_lists(value) for name, value in plain_attributes(module).items()}
+        self.known: set[str] = set()
+        self.known |= set(unlike_names(self._texts(), self._device))
+
+    def compare(self, step: int) -> None:
+        """Say once which attributes differ between the ranks; called on every rank."""
+        unlike = unlike_names(self._texts(), self._device)
+        self.known |= set(unlike)
+        if unlike:
+            one = len(unlike) == 1
+            self.say(
+                f"{', '.join(unlike)} {'was' if one else 'were'} the same on all ranks when the training began, and"
+                f" {'differs' if one else 'differ'} between them at step {step}: what is computed from"
+                f" {'it' if one else 'them'} depends on the number of devices (set attributes on every rank alike: look"
+                " for global_rank, and for what a hook computes from this rank's batch or outputs)"
+            )
+
+    def _texts(self) -> dict[str, str]:
+        found, grown = plain_attributes(self.module), self.strategy.grown()
+        left_out = self.known | {
+            name
+            for name, value in found.items()
+            if name in grown or items_of_lists(value) > self.items.get(name, 0) or self._is_time(value)
+        }
+        return {name: "" if name in left_out else fingerprint(value) or "" for name, value in found.items()}
+
+    def _is_time(self, value: Any) -> bool:
+        spans_s = zip(self.begun_s, (clock() for clock in CLOCKS), strict=True)
+        return type(value) is float and any(begun_s <= value <= now_s for begun_s, now_s in spans_s)
+
+    @property
+    def _device(self) -> torch.device:
+        return cast(torch.device, cast(Any, self.strategy).root_device)
 
 
 def check_ranks(trainer: pl.Trainer) -> None:

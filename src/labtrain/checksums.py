@@ -10,7 +10,7 @@ On the CPU a hash is xxh3_64; on a GPU an integer sum that is computed there and
 
 import functools
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -69,6 +69,28 @@ def first_unlike(named: Sequence[tuple[str, torch.Tensor]]) -> str | None:
     hashes: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(hashes, [int(two_sums([(0, tensor)])[0]) for _, tensor in named])
     return next(name for (name, _), each in zip(named, zip(*hashes, strict=True), strict=True) if len(set(each)) > 1)
+
+
+def unlike_names(values: Mapping[str, str], device: torch.device) -> list[str]:
+    """Return the names whose texts are not the same on all ranks, or are on some alone; called on all of them at once.
+
+    One number is exchanged; the rest only where that differs.
+
+    Args:
+        values: a text by name; a name that has an empty one on any rank is left out.
+        device: of the exchange.
+    """
+    digest = xxhash.xxh3_64_intdigest(repr(sorted(values.items())).encode(errors="surrogateescape"))
+    number = torch.tensor([_signed(digest)], device=device)
+    gathered = [torch.empty_like(number) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, number)
+    if len({int(each) for each in gathered}) == 1:
+        return []
+    ranks: list[Mapping[str, str]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(ranks, dict(values))
+    names = sorted(set().union(*ranks))
+    found = {name: {each.get(name) for each in ranks} for name in names}
+    return [name for name, texts in found.items() if len(texts) > 1 and "" not in texts]
 
 
 def device_hash(tensor: torch.Tensor) -> torch.Tensor:

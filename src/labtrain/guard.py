@@ -88,6 +88,7 @@ class Guard(pl.Callback):
         self._judge(compiled(pl_module))
         self._judge(changed_flags(self.threads))
         self._judge(clocks(trainer))
+        self._say_device_reads(trainer)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -95,13 +96,38 @@ class Guard(pl.Callback):
         if self.code is not None:
             code, self.code = self.code, None
             self._judge(unnamed(code, self.there, self.root))
+            self._say_counts(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._judge(evaluation_loaders("test", trainer.test_loop._combined_loader))
+        self._say_device_reads(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._say_device_reads(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch:
             self._judge(changed_flags(self.threads))
+
+    def _say_counts(self, trainer: pl.Trainer) -> None:
+        """Say which attributes of the training data count how often a sample was loaded."""
+        for loader in loaders_of(trainer.fit_loop._combined_loader):
+            for name in dict.fromkeys(getattr(loader, "counts", ())):
+                self.say(
+                    f"{name} changes each time a sample is loaded, in each worker and on each device by itself: samples"
+                    " that are computed from it depend on their number (compute them from the index and random numbers)"
+                )
+
+    def _say_device_reads(self, trainer: pl.Trainer) -> None:
+        """Say which code makes something of the number of devices; each line once."""
+        for (file, line), name in getattr(trainer.strategy, "device_reads", {}).items():
+            path = Path(file)
+            shown = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+            self.say(
+                f"{shown}:{line} reads trainer.{name}: a batch is the whole batch of all devices, so a learning rate or"
+                " a batch size that is computed from the number of devices makes the result depend on it (leave it"
+                " out: data.batch_size and the learning rate are those of the whole batch)"
+            )
 
     def judge(self, what: str, hint: str) -> None:
         """Refuse what cannot be exact in strict mode, and say it in warn."""

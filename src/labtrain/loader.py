@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import getitem
 from typing import Any
@@ -35,8 +36,11 @@ from labtrain.determinism import STRICT_MODES, run_device, run_mode, run_seed, s
 from labtrain.digests import digest_content
 from labtrain.errors import ConfigError
 from labtrain.order import Indices, Order
+from labtrain.plain import is_experiments
 from labtrain.reduction import shard_range
 from labtrain.signals import NUMBERS, end_with_parent
+
+MOST_OBJECTS = 100  # of a dataset that are looked through for numbers
 
 Parts = list[tuple[int, Indices]]  # (shard, indices)
 Plan = tuple[Indices, Parts, list[Indices]]
@@ -129,6 +133,7 @@ class DataLoader:
         self._shards: int | None = None
         self._place = (0, 1)
         self._loaded_before = self._transformed_before = False
+        self.counts: list[str] = []  # attributes of the dataset that count loads
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -241,14 +246,22 @@ class DataLoader:
                     generator=torch.Generator().manual_seed(0),  # or torch draws its workers' seed from the global one
                 )
             )
-            results = map(_or_raised, results)
         elif self.pin_memory:
             results = map(pinned, results)
+        results = map(self._received, results)
         for indices, parts, loads in plan:
             if self.transforms:
                 yield indices, parts, [(next(results), torch.from_numpy(load)) for load in loads]
             else:
                 yield indices, parts, [next(results) for _ in loads]
+
+    def _received(self, result: Any) -> Any:
+        if isinstance(result, ConfigError):
+            raise result
+        if not isinstance(result, Noted):
+            return result
+        self.counts += result.counts
+        return pinned(result.batch) if self.pin_memory else result.batch
 
     def _on_device(self, loaded: Iterator[Any]) -> Iterator[Any]:
         device = self.device
@@ -314,6 +327,7 @@ class _Fetch(Dataset[Any]):
         self.seed = run_seed() if run_mode() != "off" else None
         self.mode, self.twice = run_mode(), twice and run_mode() != "off"
         self.draws, self.epoch, self.held_to_it = loader.draws, epoch, False
+        self.after: list[Any] = []  # the generators' states after each sample of the first part
         self.collated = False
 
     def __getitem__(self, indices: Any) -> Any:
@@ -321,8 +335,9 @@ class _Fetch(Dataset[Any]):
             return self.rows(indices)
         try:
             if self.twice:
+                compared = self._compared(indices)
                 self.twice = False
-                return self._compared(indices)
+                return compared
             return self._collated(self._samples(indices))
         except ConfigError as error:
             if torch.utils.data.get_worker_info() is None:
@@ -330,20 +345,32 @@ class _Fetch(Dataset[Any]):
             return error  # torch would raise it again as another exception, with this process's traceback as its text
 
     def _compared(self, indices: Any) -> Any:
-        """Load a part twice, and refuse what is not the same: generators that are not global are not seeded."""
-        digests = []
+        """Load a part twice, and refuse what is not the same: generators that are not global are not seeded.
+
+        What drew the first time and not the second keeps what it drew: the same in each epoch, until another worker
+        loads that sample. A number that the second load has changed again counts the loads; that is told, no more.
+        """
+        digests, drawn, numbers = [], [], []
         for _ in range(2):
+            self.after = []
             samples = self._samples(indices)
+            drawn.append(self.after)
             each = [digest_content(sample) for sample in samples]  # before collate_fn, which may change them
             batch = self._collated(samples)
             digests.append((each, digest_content(batch)))
+            numbers.append(_numbers_of(self.dataset))
         (first, one), (again, other) = digests
+        name = type(self.dataset).__name__
         if first != again:
             index = next(index for index, a, b in zip(indices, first, again, strict=True) if a != b)
-            refuse_other(type(self.dataset).__name__, f"sample {index}, loaded twice under one seed", self.mode)
+            refuse_other(name, f"sample {index}, loaded twice under one seed", self.mode)
+        elif drawn[0] != drawn[1]:
+            index = next(index for index, a, b in zip(indices, *drawn, strict=False) if a != b)
+            refuse_other(name, f"what it draws for sample {index}, loaded twice under one seed", self.mode, kept=True)
         elif one != other:
             refuse_other("collate_fn", "the first batch, collated twice under one seed", self.mode)
-        return batch
+        counts = sorted(key for key, value in numbers[1].items() if numbers[0].get(key, value) != value)
+        return Noted(batch, counts) if counts else batch
 
     def _samples(self, indices: Any) -> list[Any]:
         if hasattr(self.dataset, "__getitems__"):
@@ -368,7 +395,10 @@ class _Fetch(Dataset[Any]):
             return load()
         seed_all(self.seed, kind, self.epoch, index)
         if self.draws:
-            return load()
+            sample = load()
+            if self.twice:
+                self.after.append(_generators())
+            return sample
         self.held_to_it, before, sample = True, _generators(), load()
         if _generators() != before:
             raise ConfigError(
@@ -376,6 +406,14 @@ class _Fetch(Dataset[Any]):
                 hint="leave draws out: each sample is then seeded",
             )
         return sample
+
+
+@dataclass(frozen=True, slots=True)
+class Noted:
+    """A batch, and the names of the dataset's attributes that count loads."""
+
+    batch: Any
+    counts: list[str]
 
 
 class StatefulLoader:
@@ -464,26 +502,49 @@ def is_stateful(loader: Any) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
-def refuse_other(who: str, what: str, mode: str | None = None) -> None:
+def refuse_other(who: str, what: str, mode: str | None = None, *, kept: bool = False) -> None:
     """Refuse, in strict, what came out otherwise the second time; in warn say it.
+
+    Args:
+        who: does it.
+        what: is not the same.
+        mode: of the run, where this process does not know it.
+        kept: the second time it drew other numbers, or none.
 
     Raises:
         ConfigError: in strict and portable.
     """
-    text = f"{who}: {what}, is not the same: it draws from a generator of its own, or depends on something that changes"
-    if (mode or run_mode()) in STRICT_MODES:
-        raise ConfigError(
-            text,
-            hint="draw from torch, random or numpy.random, which labtrain seeds for each sample; or make the generator"
-            " in __getitem__: numpy.random.default_rng(torch.randint(2**62, ()).item()); or determinism.mode=warn",
+    if kept:
+        why = "it keeps what it drew the first time, so samples depend on workers, devices and kills"
+        hint = "keep the sample as it is before anything is drawn for it, and augment it each time"
+    else:
+        why = "it draws from a generator of its own, or depends on something that changes"
+        hint = (
+            "draw from torch, random or numpy.random, which labtrain seeds for each sample; or make the generator in"
+            " __getitem__: numpy.random.default_rng(torch.randint(2**62, ()).item())"
         )
+    text = f"{who}: {what}, is not the same: {why}"
+    if (mode or run_mode()) in STRICT_MODES:
+        raise ConfigError(text, hint=f"{hint}; or determinism.mode=warn")
     sys.stderr.write(f"warning: {text}\n")
 
 
-def _or_raised(result: Any) -> Any:
-    if isinstance(result, ConfigError):
-        raise result
-    return result
+def _numbers_of(dataset: Any) -> dict[str, int | float]:
+    """Return the numbers that a dataset, and the experiment's objects in it, have as attributes, by name."""
+    found: dict[str, int | float] = {}
+    waiting, seen = [(type(dataset).__name__, dataset)], set[int]()
+    for path, each in waiting:
+        if id(each) in seen or len(seen) > MOST_OBJECTS:
+            continue
+        seen.add(id(each))
+        for name, value in getattr(each, "__dict__", {}).items():
+            if type(value) in (int, float):
+                found[f"{path}.{name}"] = value
+            parts = value if isinstance(value, list | tuple) and len(value) < MOST_OBJECTS else [value]
+            waiting += [
+                (f"{path}.{name}", part) for part in parts if isinstance(part, Dataset) or is_experiments(type(part))
+            ]
+    return found
 
 
 def _generators() -> tuple[Any, ...]:

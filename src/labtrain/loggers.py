@@ -22,6 +22,13 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from labtrain.errors import ConfigError
 from labtrain.run import Job
 
+# What each logger can be told. labtrain itself says where it writes, and under which name.
+OPTIONS = {
+    "tensorboard": {"log_graph", "default_hp_metric", "prefix", "comment", "purge_step", "max_queue", "flush_secs"}
+    | {"filename_suffix"},
+    "csv": {"prefix", "flush_logs_every_n_steps"},
+}
+OURS = {"_target_", "save_dir", "dir", "name", "id", "version", "sub_dir", "resume", "offline"}
 WANDB_HOST = "https://api.wandb.ai"
 
 
@@ -33,12 +40,13 @@ def make_loggers(job: Job, *, resumed: dict[str, Any] | None) -> list[Logger]:
         resumed: how far each had come at the checkpoint that the training goes on from, as `log_positions` returned it.
 
     Raises:
-        ConfigError: a logger that labtrain does not know, or that is not installed.
+        ConfigError: a logger or an option that labtrain does not know, or a logger that is not installed.
     """
     loggers: list[Logger] = []
     position = resumed or {}
     for name, options in job.config["logger"].items():
         options = dict(options or {})
+        refuse_unknown(name, options)
         if name == "tensorboard":
             loggers.append(
                 ContinuedTensorBoardLogger(
@@ -46,8 +54,7 @@ def make_loggers(job: Job, *, resumed: dict[str, Any] | None) -> list[Logger]:
                     position=position.get(name, {}),
                     name=name,
                     version="",
-                    default_hp_metric=False,
-                    **options,
+                    **({"default_hp_metric": False} | options),
                 )
             )
         elif name == "csv":
@@ -57,6 +64,26 @@ def make_loggers(job: Job, *, resumed: dict[str, Any] | None) -> list[Logger]:
         else:
             raise ConfigError(f"unknown logger {name}", hint="logger=tensorboard, csv, wandb, many or none")
     return loggers
+
+
+def refuse_unknown(name: str, options: dict[str, Any]) -> None:
+    """Refuse an option that a logger does not have, or that labtrain sets.
+
+    Raises:
+        ConfigError: names it.
+    """
+    takes = OPTIONS.get(name)
+    for key in options:
+        if key in OURS or (takes is not None and key not in takes):
+            why = (
+                "labtrain makes this logger, and has it write into the run's folder"
+                if key in OURS
+                else "no such option"
+            )
+            taken = ", ".join(sorted(takes)) if takes else "project, entity, group, tags, notes, mode"
+            raise ConfigError(
+                f"logger.{name}.{key}={options[key]}: {why}", hint=f"leave {key} out; logger.{name} takes {taken}"
+            )
 
 
 def log_positions(loggers: list[Logger]) -> dict[str, Any]:

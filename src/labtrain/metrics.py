@@ -9,6 +9,8 @@ from torchmetrics.utilities.data import dim_zero_max, dim_zero_mean, dim_zero_mi
 
 REDUCTIONS: dict[Any, str] = {dim_zero_sum: "sum", dim_zero_mean: "mean", dim_zero_min: "min", dim_zero_max: "max"}
 
+KEPT = frozenset({*vars(torchmetrics.SumMetric()), "_update_count"})  # torchmetrics' own attributes
+
 Held = dict[str, Any]
 
 
@@ -74,3 +76,21 @@ def reduction(metric: torchmetrics.Metric, state: str) -> str:
     """Return how a state is reduced over ranks: sum, mean, min, max; empty for another way."""
     function: Any = metric._reductions[state]
     return REDUCTIONS.get(function, "")
+
+
+def beside_states(metric: torchmetrics.Metric) -> dict[str, Any]:
+    """Return what a metric keeps beside its states, so that two of these are equal if nothing was changed.
+
+    Numbers and texts; of a tensor its version, of a container its length.
+    """
+    found: dict[str, Any] = {"_update_count": metric._update_count}
+    for name, value in vars(metric).items():
+        if name in metric._defaults or name in KEPT:
+            continue
+        if isinstance(value, Tensor):
+            found[name] = id(value), value._version
+        elif isinstance(value, list | dict | set):
+            found[name] = len(value)
+        elif type(value) in (int, float, str):
+            found[name] = value
+    return found

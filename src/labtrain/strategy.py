@@ -13,6 +13,8 @@ weight: objective.py.
 Lightning 2.6: strategies/strategy.py and strategies/ddp.py.
 """
 
+import sys
+import types
 from collections.abc import Callable
 from contextlib import contextmanager
 from functools import partial
@@ -27,16 +29,26 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from labtrain.buffers import Buffers
-from labtrain.determinism import seed_place
+from labtrain.determinism import run_mode, seed_place
 from labtrain.errors import ConfigError
 from labtrain.guard import Guard, explain_backward
 from labtrain.hooks import Handed, Takers, joined_outputs, of_no_shard
 from labtrain.loader import DataLoader, Sharded
 from labtrain.objective import weight_of, weighted_mean, weighted_row
+from labtrain.plain import is_experiments_code
 from labtrain.reduction import ShardSum, alone, shard_ranges
 from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
 from labtrain.watch import Watch
+
+# Where people make what decides about the result. A step that asks whether there are several devices does not.
+MAKERS = frozenset(
+    {"__init__", "setup", "prepare_data", "configure_model", "configure_callbacks", "configure_optimizers"}
+    | {"train_dataloader", "val_dataloader", "test_dataloader", "on_fit_start", "on_train_start"}
+    | {"optimizer_step", "lr_scheduler_step"}
+)
+TRAINER = sys.modules[pl.Trainer.__module__].__file__
+OF_TRAINER = ("world_size", "num_devices", "device_ids")  # its properties that ask the strategy
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -54,6 +66,9 @@ class Exact:
     def __init__(self, *arguments: Any, shards: int, wishes: Wishes, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.shards, self.wishes = shards, wishes
+        self.device_reads: dict[
+            tuple[str, int], str
+        ] = {}  # file and line of code that reads their number: what it reads
         self._sum: ShardSum | None = None
         self._parameters: list[torch.nn.Parameter] = []
         self._hooks: list[Any] = []
@@ -102,7 +117,9 @@ class Exact:
         self._buffers = Buffers(module, **place, judge=guard.judge if guard else _no_judge)
         self._watch: Watch | None = None
         if guard is not None and guard.mode != "off" and self.shards > 1:
-            self._watch = Watch(module, **place, judge=guard.judge, say=guard.say)
+            schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
+            made: dict[str, Any] = {"optimizers": trainer.optimizers, "schedulers": schedulers}
+            self._watch = Watch(module, **made, **place, judge=guard.judge, say=guard.say)
         # Lightning runs this before the strategy gets the batch: put it off until a shard is at hand.
         transfer = type(module)._on_before_batch_transfer
         module._on_before_batch_transfer = (  # type: ignore[method-assign]
@@ -418,6 +435,22 @@ class Exact:
         self._uses = [max(pair) for pair in zip(self._uses, self._added, strict=True)]
         return present
 
+    def _note_reader(self, name: str) -> None:
+        """Note code of the experiment that asks for the number of devices, to make something of it."""
+        frame: types.FrameType | None = sys._getframe(2)
+        if frame is None or frame.f_code.co_filename == __file__:
+            return
+        while frame is not None and frame.f_code.co_filename == TRAINER and frame.f_code.co_name in OF_TRAINER:
+            name, frame = frame.f_code.co_name, frame.f_back
+        if frame is None or not is_experiments_code(frame) or run_mode() == "off":
+            return
+        place = frame.f_code.co_filename, frame.f_lineno
+        while frame is not None and frame.f_code.co_filename != TRAINER:
+            if frame.f_code.co_name in MAKERS and is_experiments_code(frame):
+                self.device_reads.setdefault(place, name)
+                return
+            frame = frame.f_back
+
     @property
     def _module(self) -> pl.LightningModule:
         return cast(pl.LightningModule, cast(Any, self).lightning_module)
@@ -438,9 +471,38 @@ class Exact:
 class ExactSingleDevice(Exact, SingleDeviceStrategy):
     """One process."""
 
+    @property
+    def world_size(self) -> int:
+        self._note_reader("world_size")
+        return 1
+
+    @world_size.setter
+    def world_size(self, world: int) -> None:
+        """Do nothing: Lightning sets 1."""
+
+    @property
+    def root_device(self) -> torch.device:
+        if sys._getframe(1).f_code.co_name == "device_ids":
+            self._note_reader("num_devices")
+        return self._root_device
+
 
 class ExactDDP(Exact, DDPStrategy):
     """Several processes, over gloo on CPUs and NCCL on GPUs."""
+
+    @property
+    def world_size(self) -> int:
+        self._note_reader("world_size")
+        return super().world_size
+
+    @property
+    def parallel_devices(self) -> list[torch.device] | None:
+        self._note_reader("num_devices")
+        return self._parallel_devices
+
+    @parallel_devices.setter
+    def parallel_devices(self, devices: list[torch.device] | None) -> None:
+        self._parallel_devices = devices
 
 
 def _no_judge(what: str, hint: str) -> None:

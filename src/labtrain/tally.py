@@ -10,8 +10,10 @@ Lightning 2.6: trainer/connectors/logger_connector/result.py.
 
 import copy
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from operator import is_
 from typing import Any, cast
 
 import torch
@@ -26,7 +28,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 from torch import Tensor
 
 from labtrain.errors import ConfigError
-from labtrain.metrics import Held, fresh, hold, merged, metrics_of, reduced, reduction, release
+from labtrain.metrics import Held, beside_states, fresh, hold, merged, metrics_of, reduced, reduction, release
 
 # Rows are padded, so that ranks that disagree about a row's length still exchange equally long ones, and can say so.
 ROW_MULTIPLE = 64
@@ -117,13 +119,37 @@ class Tally:
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self.metrics = metrics_of(module)
         self._module = module
+        self.metrics: dict[str, torchmetrics.Metric] = {}
+        self._new: dict[str, torchmetrics.Metric] = {}  # those that no step has updated yet
+        self._beside: dict[str, dict[str, Any]] = {}  # what they keep beside their states
+        self._tables: list[dict[str, Any]] = []  # the submodules of each module
+        self._members: list[Any] = []
+        self._find_metrics()
         self._entries: dict[str, Entry] = {}
-        for part in module.modules():
+        self._scratch: dict[bool, Results] = {}
+        self._held: dict[str, Held] = {}
+        self._rows: list[Tensor] = []
+        self._lists: list[dict[str, list[Any]]] = []
+        self._template: Template | None = None
+        self._logs = Results(training=True)
+
+    def _find_metrics(self) -> None:
+        """Find the model's metrics, again where it has other submodules: a hook may make one for each epoch."""
+        members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
+        if self._tables and len(members) == len(self._members) and all(map(is_, members, self._members)):
+            return
+        parts, known = dict(self._module.named_modules()), list(map(id, self.metrics.values()))
+        self._tables = [part._modules for part in parts.values()]
+        self._members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
+        self._new = {name: part for name, part in parts.items() if isinstance(part, torchmetrics.Metric)}
+        self.metrics = metrics_of(self._module)
+        for part in parts.values():
             if isinstance(part, torchmetrics.MetricCollection):
                 part._enable_compute_groups = False  # or some of them would not be updated but share others' states
         for name, metric in self.metrics.items():
+            if id(metric) in known:
+                continue
             metric.sync_on_compute = metric._to_sync = metric.dist_sync_on_step = (
                 False  # their states are global already
             )
@@ -134,15 +160,10 @@ class Tally:
                         " and not by sum, mean, min, max or concatenation",
                         hint="another metric, or determinism.shards=null",
                     )
-        self._scratch: dict[bool, Results] = {}
-        self._held: dict[str, Held] = {}
-        self._rows: list[Tensor] = []
-        self._lists: list[dict[str, list[Any]]] = []
-        self._template: Template | None = None
-        self._logs = Results(training=True)
 
     def begin(self, *, training: bool) -> None:
         """Begin a step: put the metrics' states aside."""
+        self._find_metrics()
         self._logs = self._scratch.setdefault(training, Results(training=training))
         self._held = {name: hold(metric) for name, metric in self.metrics.items() if metric._update_count}
         self._rows, self._lists, self._template = [], [], None
@@ -152,6 +173,7 @@ class Tally:
         for metric in self.metrics.values():
             if metric._update_count:
                 metric.reset()
+        self._beside = {name: beside_states(metric) for name, metric in self._new.items()}
         for entry in self._logs.values():
             _empty(entry)
         self._logs.batch, self._logs.batch_size, self._logs.dataloader_idx = data, samples, dataloader_idx
@@ -165,6 +187,8 @@ class Tally:
             samples: of the shard.
             weighted: its loss and the weight that came with it: where that loss is logged, it counts by the weight.
         """
+        for name, before in self._beside.items():
+            self._check_new(name, before)
         logged = [(key, entry) for key, entry in self._logs.items() if not entry.has_reset]
         touched = tuple(name for name, metric in self.metrics.items() if metric._update_count)
         entries = tuple(self._entry(key, entry) for key, entry in logged)
@@ -180,6 +204,21 @@ class Tally:
         self._rows.append(torch.cat([part.to(front.device) for part in parts]) if len(parts) > 1 else front)
         lists = {f"{name}.{state}": getattr(self.metrics[name], state) for name, state in self._list_states(touched)}
         self._lists.append({name: [_detached(item) for item in items] for name, items in lists.items()})
+
+    def _check_new(self, name: str, before: dict[str, Any]) -> None:
+        """Raise ConfigError where a step has changed what a metric keeps beside its states: it can't be combined."""
+        metric = self._new[name]
+        now = beside_states(metric)  # a wrapper may not count its updates
+        for attribute, value in before.items():
+            if attribute != "_update_count" and now.get(attribute, value) != value:
+                raise ConfigError(
+                    f"{name} ({type(metric).__name__}): an update changes its {attribute}, which is no state of it, so"
+                    " the updates of several shards cannot be combined",
+                    hint="add_state in the metric for all that an update changes, another metric, or"
+                    " determinism.shards=null",
+                )
+        if now["_update_count"] != before["_update_count"]:
+            del self._new[name]
 
     def _entry(self, key: str, logged: _ResultMetric) -> Entry:
         if key not in self._entries:

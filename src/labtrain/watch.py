@@ -14,7 +14,7 @@ import itertools
 import operator
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_
 from typing import Any, cast
 
@@ -23,19 +23,11 @@ import torch
 import torch.distributed as dist
 import xxhash
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
-from labtrain.attributes import (
-    DICTS,
-    PRIVATE,
-    SCALARS,
-    decode,
-    encode,
-    fingerprint,
-    hidden_weights,
-    holders,
-    is_experiments,
-)
+from labtrain.attributes import PRIVATE, fingerprint, hidden_weights, holders, own_objects
 from labtrain.checksums import device_hash
+from labtrain.plain import DICTS, LEAVES, SCALARS, Decoder, Encoder, Place, is_experiments
 
 WINDOW_BYTES = 1 << 17  # of the weights, in each step
 PIECE_BYTES = 1 << 14
@@ -54,6 +46,8 @@ class Watch:
 
     Args:
         module: the model.
+        optimizers: of the training.
+        schedulers: of the training; those that are attributes of the model are found.
         device: of the training.
         rank: this process.
         world: the number of processes.
@@ -67,6 +61,8 @@ class Watch:
         self,
         module: nn.Module,
         *,
+        optimizers: Sequence[Any] = (),
+        schedulers: Sequence[Any] = (),
         device: torch.device,
         rank: int,
         world: int,
@@ -75,9 +71,11 @@ class Watch:
     ) -> None:
         self.device, self.rank, self.world, self.judge, self.say = device, rank, world, judge, say
         self._weights = Weights(module)
+        self._rates = Rates(module, optimizers, schedulers)
         self._attributes = Attributes(module)
         self._left: dict[Key, Any] = {}  # what this rank's last shard changed
-        self._prints: dict[int, dict[str, str]] = {}  # by shard: a checksum of each attribute that it changed
+        self._unknown: set[str] = set()  # names of attributes with values that are not plain
+        self._prints: dict[int, dict[str, str | None]] = {}  # by shard: a checksum of each attribute that it changed
         self._said: set[float] = set()
         self.numbers: list[list[float]] = []  # of this rank's shards
 
@@ -85,6 +83,7 @@ class Watch:
         """Begin a step."""
         self._left, self._prints, self.numbers = {}, {}, []
         self._weights.begin()
+        self._rates.begin()
         self._attributes.begin()
 
     def grown(self) -> set[str]:
@@ -104,17 +103,26 @@ class Watch:
             last: of this rank, in this step: only then are the parameters looked at.
 
         Returns:
-            Three numbers: 0.0, or the first changed parameter's number and one; 0.0, or a number of the changed
+            Three numbers: 0.0, or the first changed parameter's number from 1, or that of an option of the optimizers
+            or a scheduler, below 0; 0.0, or a number of the changed
             attributes' names; one of their values.
         """
         self._left = self._attributes.changes()
-        self.numbers.append(self._numbers(shard, float(self._weights.changed()) if last else 0.0))
+        changed = (self._weights.changed() or -self._rates.changed()) if last else 0
+        self.numbers.append(self._numbers(shard, float(changed)))
         return self.numbers[-1]
 
     def _numbers(self, shard: int, parameter: float) -> list[float]:
         if not self._left:
             return [parameter, 0.0, 0.0]
         prints = {".".join(filter(None, key)): fingerprint(value) for key, value in self._left.items()}
+        for (name, found), value in zip(prints.items(), self._left.values(), strict=True):
+            if found is None and name not in self._unknown:
+                self._unknown.add(name)
+                self.say(
+                    f"training_step sets {name} to a {type(value).__module__}.{type(value).__qualname__}: labtrain can"
+                    " neither compare nor keep it; after a step each rank has that of its own last shard"
+                )
         self._prints[shard] = prints
         return [
             parameter,
@@ -133,11 +141,16 @@ class Watch:
         """
         parameters, names, values = zip(*numbers_S3, strict=True)
         if any(parameters):
-            what = self._weights.names[int(next(filter(None, parameters))) - 1]
+            number = int(next(filter(None, parameters)))
+            if number > 0:
+                what, then = f"changes {self._weights.names[number - 1]}", "and ranks would end with different weights"
+                hint = "change it in on_train_batch_end, which runs once a step, or determinism.shards=1"
+            else:
+                what, then = self._rates.names()[-number - 1], "and on each rank as often as it has shards"
+                hint = "do it in on_train_batch_end, which runs once a step, or determinism.shards=1"
             self.judge(
-                f"training_step changes {what}: with determinism.shards={len(numbers_S3)} it runs that often in a step,"
-                " and ranks would end with different weights",
-                "change it in on_train_batch_end, which runs once a step, or determinism.shards=1",
+                f"training_step {what}: with determinism.shards={len(numbers_S3)} it runs that often in a step, {then}",
+                hint,
             )
         if not any(names):
             return
@@ -153,16 +166,21 @@ class Watch:
             self._tell({shard: found for part in prints for shard, found in part.items()}, len(numbers_S3))
 
     def _take(self, ranges: list[range]) -> None:
-        """Take what the last shard left from its rank."""
+        """Take what the last shard left from its rank: what was one object there is one here."""
         source = max(rank for rank, shards in enumerate(ranges) if shards)
-        sent = [(list(self._left), encode(self._left)) if self.rank == source else ([], [])]
+        sent: list[Any] = [None]
+        if self.rank == source:
+            encode = Encoder({id(value): place for place, value in reversed([*self._attributes.objects()])})
+            known = [key for key, value in self._left.items() if fingerprint(value) is not None]
+            sent = [(list(self._left), [(key, _on_cpu(encode(self._left[key]))) for key in known])]
         dist.broadcast_object_list(sent, src=source)
         if self.rank != source:
-            changed, values = sent[0]
-            self._attributes.restore(self._left.keys() - changed)
-            self._attributes.put(decode(values, device=self.device))
+            changed, nodes = sent[0]
+            unknown = set(changed) - {key for key, _ in nodes}
+            self._attributes.restore(self._left.keys() - unknown)
+            self._attributes.put(nodes, self.device)
 
-    def _tell(self, prints: dict[int, dict[str, str]], shards: int) -> None:
+    def _tell(self, prints: dict[int, dict[str, str | None]], shards: int) -> None:
         everything = {name for found in prints.values() for name in found}
         unlike = sorted(
             name for name in everything if len({prints.get(shard, {}).get(name) for shard in range(shards)}) > 1
@@ -233,6 +251,55 @@ class Weights:
         return len(members) != len(self._members) or not all(map(is_, members, self._members))
 
 
+class Rates:
+    """Whether a shard's step changed an option of an optimizer, such as its learning rate, or stepped a scheduler."""
+
+    def __init__(self, module: nn.Module, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
+        self.module, self.optimizers, self.schedulers = module, optimizers, list(schedulers)
+        self._then: list[Any] = []
+        self._step = 0
+
+    def begin(self) -> None:
+        """Remember how they are now."""
+        if self._step % EVERY_STEPS == 0:
+            for holder in holders(self.module).values():
+                for value in vars(holder).values():
+                    if isinstance(value, LRScheduler) and not any(value is each for each in self.schedulers):
+                        self.schedulers.append(value)
+        self._step += 1
+        self._then = self._now()
+
+    def changed(self) -> int:
+        """Return 0, or the number of the first that has changed since `begin`, from 1."""
+        now = self._now()
+        if now == self._then:
+            return 0
+        alike = list(map(operator.eq, now, self._then))
+        return 1 + [*alike[: len(self.names())], False].index(False)
+
+    def names(self) -> list[str]:
+        """Return what is done to each where it changes."""
+        return [
+            *(
+                f"sets {option} of {type(optimizer).__name__}, param group {number}"
+                for optimizer in self.optimizers
+                for number, group in enumerate(optimizer.param_groups)
+                for option in group
+            ),
+            *(f"steps {type(scheduler).__name__}" for scheduler in self.schedulers),
+            "adds a param group to an optimizer",
+        ]
+
+    def _now(self) -> list[Any]:
+        options = [
+            (id(value), value._version) if isinstance(value, Tensor) else len(value) if option == "params" else value
+            for optimizer in self.optimizers
+            for group in optimizer.param_groups
+            for option, value in group.items()
+        ]
+        return options + [vars(scheduler).get("last_epoch") for scheduler in self.schedulers]
+
+
 class Memory:
     """Checksums of the parameters' memory: all of it in the first step, later a window of WINDOW_BYTES.
 
@@ -295,7 +362,7 @@ class Attributes:
 
     def begin(self) -> None:
         """Remember how the attributes are now."""
-        if self._step % EVERY_STEPS == 0:
+        if any(table.renew() for table in self._hot) or self._step % EVERY_STEPS == 0:
             hot = {table.path for table in self._hot}
             self._grown = self.grown()
             self._tables = [Table(path, holder) for path, holder in holders(self.module).items()]
@@ -303,8 +370,6 @@ class Attributes:
             self._looked = self._tables
         else:
             self._looked = self._hot
-            for table in self._hot:
-                table.renew()
         self._step += 1
 
     def changes(self) -> dict[Key, Any]:
@@ -323,14 +388,32 @@ class Attributes:
         for path, name in keys:
             tables[path].put_back(name)
 
-    def put(self, values: dict[Key, Any]) -> None:
-        """Set attributes."""
-        now = {table.path: table.holder for table in self._looked}
-        for (path, name), value in values.items():
-            if path in now and type(value) is str and value == ABSENT:
-                vars(now[path]).pop(name, None)
-            elif path in now:
-                vars(now[path])[name] = value
+    def objects(self) -> Iterator[tuple[Place, Any]]:
+        """Yield what can change in place, as the step began, with places that are the same on every rank."""
+        waiting: list[tuple[Place, Any, Any]] = [((table.path,), table.holder, None) for table in self._tables]
+        waiting += [item for table in self._tables for item in table.objects()]
+        seen = set()
+        for place, value, copy in waiting:
+            yield place, value
+            if id(value) not in seen:
+                seen.add(id(value))
+                waiting += [
+                    ((*place, number), item, inner)
+                    for number, (item, inner) in enumerate(items_of(value, copy))
+                    if inner is not None
+                ]
+
+    def put(self, nodes: list[tuple[Key, Any]], device: torch.device) -> None:
+        """Set attributes to what another rank has encoded."""
+        tables = {table.path: table for table in self._tables}
+        decode = Decoder(device, dict(self.objects()))
+        for (path, name), node in nodes:
+            values = tables[path].now
+            value = decode(node, values.get(name))
+            if type(value) is str and value == ABSENT:
+                values.pop(name, None)
+            else:
+                values[name] = value
 
 
 class Table:
@@ -343,17 +426,23 @@ class Table:
         self._then: dict[str, Any] = {}
         self._copies: dict[str, Any] = {}
         self._values: list[Any] = []
+        self._objects: list[Any] = []  # of the experiment's classes
         self._note()
 
     def _note(self) -> None:
         self._then = {name: value for name, value in self.now.items() if name not in PRIVATE}
         self._copies = {name: copied(value) for name, value in self._then.items() if type(value) in MUTABLE}
         self._values = list(self.now.values())
+        large = [value for value in self._then.values() if type(value) not in LEAVES]
+        self._objects = [item for value in large for _, item in own_objects(value, "")]
 
-    def renew(self) -> None:
-        """Take the attributes as they are now for what they were."""
-        if not self._is_same() or any(compared(self._then[name], copy) for name, copy in self._copies.items()):
-            self._note()
+    def renew(self) -> bool:
+        """Take the attributes as they are now for what they were; return whether they hold other objects."""
+        if self._is_same() and not any(compared(self._then[name], copy) for name, copy in self._copies.items()):
+            return False
+        before = self._objects
+        self._note()
+        return len(before) != len(self._objects) or not all(map(is_, before, self._objects))
 
     def changes(self) -> dict[str, Any]:
         """Return the values of those that have changed; lists that have grown have not."""
@@ -372,6 +461,12 @@ class Table:
                 else:
                     self.grown.add(name)
         return found
+
+    def objects(self) -> Iterator[tuple[Place, Any, Any]]:
+        """Yield the place of each that can change in place, what it was, and its copy."""
+        for name, copy in self._copies.items():
+            if copy is not None:
+                yield (self.path, name), self._then[name], copy
 
     def put_back(self, name: str) -> None:
         """Give an attribute the value that it had, with its content."""
@@ -438,6 +533,20 @@ def _each(values: Iterable[Any], items: Iterable[tuple[Any, Any]]) -> int:
     return worst
 
 
+def items_of(value: Any, copy: Any) -> list[tuple[Any, Any]]:
+    """Return what a container held when it was copied, with the copies."""
+    kind = type(value)
+    if kind in (list, tuple):
+        return list(copy[1])
+    return list(copy.values()) if kind in DICTS else list(copy) if kind is deque else []
+
+
+def _on_cpu(node: Any) -> Any:
+    if isinstance(node, tuple | list):
+        return type(node)(map(_on_cpu, node))
+    return node.cpu() if isinstance(node, Tensor) else node
+
+
 def put_back(value: Any, copy: Any) -> None:
     """Make a value what it was when it was copied."""
     kind = type(value)
@@ -455,7 +564,7 @@ def put_back(value: Any, copy: Any) -> None:
         value.clear()
         value.update(copy)
         return
-    items = list(copy.values()) if kind in DICTS else copy[1] if kind in (list, tuple) else copy
+    items = items_of(value, copy)
     for item, inner in items:
         put_back(item, inner)
     if kind in DICTS:

@@ -64,9 +64,10 @@ def through_a_file(state: Any) -> Any:
 
 
 def test_plain_attributes_are_those_of_the_experiment() -> None:
-    """Numbers, strings, None and containers count; parameters, metrics, functions and Lightning's fields do not."""
+    """Numbers, strings, None, Enums and containers count; parameters, metrics, functions and Lightning's fields do not."""
     found = names(Model())
-    assert found == {"steps", "phase", "best", "losses", "average.decay", "average.updates", "average.shadow"}
+    average = {"average.decay", "average.updates", "average.shadow"}
+    assert found == {"steps", "phase", "best", "losses", "colour", *average}
     assert plain_attributes(Model())["net.1.p"] == 0.1
 
 

@@ -13,7 +13,7 @@ from labtrain import determinism
 from labtrain.digests import digest_content, digest_tree
 from labtrain.errors import ConfigError
 from labtrain.loader import DataLoader
-from tests.support.exact import configure
+from tests.support.exact import Runner, configure
 
 
 class Plain(torch.utils.data.Dataset):
@@ -46,6 +46,46 @@ class Seeded(Plain):
         return np.random.default_rng(torch.randint(2**62, ()).item()).standard_normal(2)
 
 
+class Keeps(Plain):
+    """Keeps each sample as it was augmented, by itself or all that are asked for at once."""
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.kept: dict[int, Any] = {}
+        if at_once:
+            self.__class__ = type(
+                "KeepsAll", (Keeps,), {"__getitems__": lambda self, indices: [*map(self.get, indices)]}
+            )
+
+    def get(self, index: int) -> Any:
+        if index not in self.kept:
+            self.kept[index] = super().__getitem__(index)
+        return self.kept[index]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.get(index)
+
+
+class KeepsRaw(Keeps):
+    """Keeps each sample before it is augmented, as people do to spare the disk."""
+
+    def __getitem__(self, index: int) -> Any:
+        raw = self.kept.setdefault(index, torch.tensor([index]))
+        return raw + torch.rand(1)
+
+
+class Counts(Plain):
+    """Counts its calls, by which it would change its samples later, in a part of it; and notes which was the last."""
+
+    def __init__(self) -> None:
+        self.inner, self.last = [Plain()], -1
+        self.inner[0].calls = 0  # type: ignore[attr-defined]
+
+    def __getitem__(self, index: int) -> Any:
+        self.inner[0].calls += 1  # type: ignore[attr-defined]
+        self.last = index
+        return self.inner[0][index]
+
+
 @pytest.fixture(autouse=True)
 def run() -> Iterator[None]:
     determinism.set_run(seed=7, mode="strict")
@@ -60,6 +100,39 @@ def test_a_generator_held_by_a_dataset_is_refused(dataset: Any, draws: bool, wor
     with pytest.raises(ConfigError, match=r"^\w+: sample 0, loaded twice under one seed, is not the same") as raised:
         list(DataLoader(dataset(), 4, num_workers=workers, draws=draws))
     assert "Traceback" not in str(raised.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("at_once", [False, True])
+def test_a_dataset_that_keeps_what_it_drew_is_refused(at_once: bool, workers: int) -> None:
+    """It gives the same sample twice, and draws once: each worker and each device would keep one of its own."""
+    with pytest.raises(
+        ConfigError, match=r"^Keeps\w*: what it draws for sample 0, loaded twice under one seed"
+    ) as raised:
+        list(DataLoader(Keeps(at_once), 4, num_workers=workers))
+    assert "hint: keep the sample as it is before anything is drawn for it" in str(raised.value)
+    assert len(list(DataLoader(KeepsRaw(), 4, num_workers=workers))) == 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_attribute_that_counts_loads_is_known(workers: int) -> None:
+    """By name, from a worker too; one that says which sample was the last is not a count."""
+    loader = DataLoader(Counts(), 4, num_workers=workers)
+    batches = list(loader)
+    assert set(loader.counts) == {"Counts.inner.calls"}
+    assert digest_content(batches) == digest_content(list(DataLoader(Plain(), 4)))
+
+
+def test_it_is_said(runner: Runner) -> None:
+    """As a warning, and in the receipt."""
+    config = configure("mlp", trainer={"max_epochs": 1})
+    config["model"] = {"_target_": "tests.support.resume_models.Small"}
+    config["data"]["_target_"] = "tests.support.data_models.Counted"
+    run_dir = runner.run(config, world=2)
+    said = "CountedImages.calls changes each time a sample is loaded"
+    assert runner.said().count(f"warning: {said}") == 1
+    assert run_dir is not None
+    assert said in (run_dir / "receipt.json").read_text()
 
 
 def test_a_collate_fn_with_one_is_refused() -> None:

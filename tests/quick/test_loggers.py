@@ -3,6 +3,8 @@
 import signal
 from pathlib import Path
 
+import pytest
+
 from tests.support.exact import Runner, configure
 from tests.support.loggers import check_each_step_once
 
@@ -23,3 +25,30 @@ def test_a_crash_between_the_rows_loses_none(tmp_path: Path) -> None:
     runner.run(config)
     assert (run_dir / "metrics.csv").read_text().splitlines()[: len(whole.splitlines())] == whole.splitlines()
     assert not (run_dir / ".metrics.csv").exists()
+
+
+REFUSED = {
+    "csv._target_": "labtrain makes this logger, and has it write into the run's folder",
+    "csv.save_dir": "labtrain makes this logger, and has it write into the run's folder",
+    "tensorboard.name": "labtrain makes this logger, and has it write into the run's folder",
+    "tensorboard.flush": "no such option",
+    "wandb.save_dir": "labtrain makes this logger, and has it write into the run's folder",
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_an_option_that_a_logger_does_not_have_is_refused(key: str, tmp_path: Path) -> None:
+    """Lightning's _target_ and save_dir, and a misspelt name, are named before the run's folder is made."""
+    name, _, option = key.partition(".")
+    runner = Runner(tmp_path)
+    runner.run(configure("mlp", "even", logger={name: {option: "x"}}), code=2)
+    assert f"error: logger.{key}=x: {REFUSED[key]}" in runner.said()
+    assert f"hint: leave {option} out; " in runner.said()
+    assert list(tmp_path.glob("runs/*/*")) == []
+
+
+def test_an_option_that_it_has_is_used(tmp_path: Path) -> None:
+    config = configure("mlp", "even", logger={"csv": {"prefix": "mine"}}, trainer={"max_epochs": 1})
+    run_dir = Runner(tmp_path).run(config)
+    assert run_dir is not None
+    assert "mine-val/loss" in (run_dir / "metrics.csv").read_text().partition("\n")[0]
