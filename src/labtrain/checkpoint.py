@@ -22,6 +22,7 @@ from labtrain.files import is_spread, load_folder
 from labtrain.loggers import log_positions
 from labtrain.loop import EpochLoop
 from labtrain.options import adopt, beginnings, beginnings_of_callbacks
+from labtrain.rebuild import KEY, can_differ, lacks, made_of
 from labtrain.saver import Saver
 from labtrain.staging import described, unsavable
 from labtrain.store import Manifest
@@ -61,6 +62,7 @@ class Checkpoints(pl.Callback):
         self.run_id, self.say = run_id, say
         self.stepped = False
         self.initial: dict[str, Any] = {}  # how optimizers, schedulers and callbacks began
+        self.made: dict[str, Any] = {}  # what the training is made of, as the configuration makes it
         self.monitor, self.keep_best = options["monitor"], options["keep_best"]
         keep = partial(
             kept,
@@ -96,6 +98,7 @@ class Checkpoints(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.initial |= beginnings(trainer)
+        self.made = made_of(trainer)
         if (loaded := loop_of(trainer).loaded) is not None:
             adopt(loaded, trainer, self.initial, say=self.say)
         unsaved = loop_of(trainer).unsaved = Unsaved(pl_module)
@@ -155,6 +158,11 @@ class Checkpoints(pl.Callback):
         check_ranks(trainer)
         state = dump(trainer)
         state[PLACE] = loop_of(trainer).place() | {"initial": self.initial}
+        if (made := made_of(trainer)) != self.made:
+            state[PLACE][KEY] = made
+            lacking = None if can_differ(trainer.lightning_module) else lacks(self.made, made)
+            if lacking is not None:
+                self.say(f"from now on no training can go on from here: code has changed {lacking[0]}; {lacking[1]}")
         unsaved = loop_of(trainer).unsaved
         for name in unsaved.new_objects() if unsaved is not None else ():
             self.say(
