@@ -22,6 +22,7 @@ from labtrain.files import is_spread, load_folder
 from labtrain.loggers import log_positions
 from labtrain.loop import EpochLoop
 from labtrain.options import adopt, beginnings, beginnings_of_callbacks
+from labtrain.outside import Outside
 from labtrain.rebuild import KEY, can_differ, lacks, made_of
 from labtrain.saver import Saver
 from labtrain.staging import described, unsavable
@@ -107,6 +108,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check_savable(trainer)
+        loop_of(trainer).outside = Outside(trainer)
         if loop_of(trainer).loaded is not None:
             loop_of(trainer).restore()
         if is_spread(pl_module.state_dict()):
@@ -163,6 +165,9 @@ class Checkpoints(pl.Callback):
             lacking = None if can_differ(trainer.lightning_module) else lacks(self.made, made)
             if lacking is not None:
                 self.say(f"from now on no training can go on from here: code has changed {lacking[0]}; {lacking[1]}")
+        outside = loop_of(trainer).outside
+        for sentence in outside.unkept() if outside is not None and run_mode() != "off" else ():
+            self.say(sentence)
         unsaved = loop_of(trainer).unsaved
         for name in unsaved.new_objects() if unsaved is not None else ():
             self.say(
