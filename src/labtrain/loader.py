@@ -441,15 +441,15 @@ class StatefulLoader:
 
         Its state was taken before the end. torchdata's loader then has the rest of that epoch to give, which is
         nothing, before it begins the next one. Lightning asks for a batch beyond the one that it trains if the loader
-        has no length, and only then.
+        has no length, and only then; under `limit_train_batches` it does not ask, and the next epoch begins there.
 
         Returns:
             whether that gave a batch of the next epoch: the loader is of a kind that begins it at once.
         """
         rest, nothing = iter(self.loader), object()
-        if _length(self.loader) is not None:
+        if _length(self.loader) is not None or not self.exhausted:
             return False
-        return next(rest, nothing) is not nothing and self.exhausted
+        return next(rest, nothing) is not nothing
 
 
 def _length(loader: Any) -> int | None:
