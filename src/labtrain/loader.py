@@ -14,12 +14,11 @@ import itertools
 import os
 import random
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from operator import getitem
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +30,7 @@ from torch.utils.data._utils.pin_memory import pin_memory as pinned
 from labtrain.arrays import Arrays, Rows, is_arrays
 from labtrain.augment import Draws, Own, Transform, apply, with_partners
 from labtrain.copies import Copies, in_thread, on_tensors
-from labtrain.determinism import STRICT_MODES, run_device, run_mode, run_seed, seed_all
+from labtrain.determinism import STRICT_MODES, run_device, run_mode, run_say, run_seed, seed_all
 from labtrain.digests import digest_content
 from labtrain.errors import ConfigError
 from labtrain.order import Indices, Order
@@ -241,7 +240,7 @@ class DataLoader:
                     generator=torch.Generator().manual_seed(0),  # or torch draws its workers' seed from the global one
                 )
             )
-            results = map(_or_raised, results)
+            results = map(_received, results)
         elif self.pin_memory:
             results = map(pinned, results)
         for indices, parts, loads in plan:
@@ -270,7 +269,7 @@ class DataLoader:
             seed_all(*place)
             made = apply(self.transforms, raw, draws)
             if digest_content(made) != first:
-                refuse_other("transform", "the first batch, transformed twice under one seed")
+                run_say(refuse_other("transform", "the first batch, transformed twice under one seed"))
             return made
         seed_all(*place)
         return apply(self.transforms, raw, draws)
@@ -340,9 +339,15 @@ class _Fetch(Dataset[Any]):
         (first, one), (again, other) = digests
         if first != again:
             index = next(index for index, a, b in zip(indices, first, again, strict=True) if a != b)
-            refuse_other(type(self.dataset).__name__, f"sample {index}, loaded twice under one seed", self.mode)
+            who, what = type(self.dataset).__name__, f"sample {index}, loaded twice under one seed"
         elif one != other:
-            refuse_other("collate_fn", "the first batch, collated twice under one seed", self.mode)
+            who, what = "collate_fn", "the first batch, collated twice under one seed"
+        else:
+            return batch
+        text = refuse_other(who, what, self.mode)
+        if torch.utils.data.get_worker_info() is not None:
+            return _Told(text, batch)  # the receipt is the main process's
+        run_say(text)
         return batch
 
     def _samples(self, indices: Any) -> list[Any]:
@@ -464,8 +469,8 @@ def is_stateful(loader: Any) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
-def refuse_other(who: str, what: str, mode: str | None = None) -> None:
-    """Refuse, in strict, what came out otherwise the second time; in warn say it.
+def refuse_other(who: str, what: str, mode: str | None = None) -> str:
+    """Refuse, in strict, what came out otherwise the second time; in warn return what is to be said.
 
     Raises:
         ConfigError: in strict and portable.
@@ -477,12 +482,23 @@ def refuse_other(who: str, what: str, mode: str | None = None) -> None:
             hint="draw from torch, random or numpy.random, which labtrain seeds for each sample; or make the generator"
             " in __getitem__: numpy.random.default_rng(torch.randint(2**62, ()).item()); or determinism.mode=warn",
         )
-    sys.stderr.write(f"warning: {text}\n")
+    return text
 
 
-def _or_raised(result: Any) -> Any:
+class _Told(NamedTuple):
+    """What a worker has loaded, and what is to be said of it."""
+
+    text: str
+    batch: Any
+
+
+def _received(result: Any) -> Any:
+    """Return what a worker has loaded; raise what it could not raise itself, and say what it could not say."""
     if isinstance(result, ConfigError):
         raise result
+    if isinstance(result, _Told):
+        run_say(result.text)
+        return result.batch
     return result
 
 

@@ -162,6 +162,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
         places=places,
         origin=origin,
     )
+    determinism.set_say(recorder.say)
     guard = Guard(
         mode=config["determinism"]["mode"],
         shards=shards_in_use(config),
