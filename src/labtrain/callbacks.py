@@ -194,9 +194,11 @@ class Trail(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.flush()  # a training that goes on from it needs this step's line
+        if not self.numbers:
+            return
         numbered = [(name, self.numbers.get(id(parameter))) for name, parameter in pl_module.named_parameters()]
         places = {name: number for name, number in numbered if number is not None}
-        if self.numbers and places != parameter_places(pl_module):
+        if places != parameter_places(pl_module):  # code has changed the model
             checkpoint[TRAIL] = places
 
     def on_load_checkpoint(

@@ -23,7 +23,7 @@ from labtrain.loggers import log_positions
 from labtrain.loop import EpochLoop
 from labtrain.options import adopt, beginnings, beginnings_of_callbacks
 from labtrain.outside import Outside
-from labtrain.rebuild import KEY, can_differ, lacks, made_of
+from labtrain.rebuild import KEY, can_differ, cure, lacks, made_of
 from labtrain.saver import Saver
 from labtrain.staging import described, unsavable
 from labtrain.store import Manifest
@@ -164,7 +164,8 @@ class Checkpoints(pl.Callback):
             state[PLACE][KEY] = made
             lacking = None if can_differ(trainer.lightning_module) else lacks(self.made, made)
             if lacking is not None:
-                self.say(f"from now on no training can go on from here: code has changed {lacking[0]}; {lacking[1]}")
+                hint = cure(lacking[1], made, state["state_dict"])
+                self.say(f"from now on no training can go on from here: code has changed {lacking[0]}; {hint}")
         outside = loop_of(trainer).outside
         for sentence in outside.unkept() if outside is not None and run_mode() != "off" else ():
             self.say(sentence)

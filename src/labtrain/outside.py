@@ -77,7 +77,8 @@ class Outside:
             ConfigError: an attribute is of an object that this process does not have.
         """
         for name, value in kept.get("trainer", {}).items():
-            setattr(_owner(self.trainer, name), name, value)
+            if entering or name in LOOPS:  # GradientAccumulationScheduler looks at the others when the training starts
+                setattr(_owner(self.trainer, name), name, value)
         for label, part in _parts(self.trainer):
             shell = _shell(part, self.trainer)
             missing = restore(shell, kept.get(label, {}), device=self.trainer.strategy.root_device)

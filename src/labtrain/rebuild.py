@@ -84,6 +84,12 @@ def lacks(before: State, now: State) -> tuple[str, str] | None:
     return None
 
 
+def cure(hint: str, made: State, state_dict: dict[str, Any]) -> str:
+    """Return what to do, as `lacks` says; where a hook took parameters out of what is saved, that they are gone."""
+    gone = [name for name in made["parameters"] if name not in state_dict]
+    return f"an on_save_checkpoint has left out {few(gone)}" if gone else hint
+
+
 def can_differ(module: pl.LightningModule) -> bool:
     """Return whether the model makes what it is made of when it is loaded, or says that weights may be missing."""
     return is_overridden("on_load_checkpoint", module) or not module.strict_loading
@@ -100,7 +106,7 @@ class Connector(_CheckpointConnector):
         made = self._loaded_checkpoint.get(PLACE, {}).get(KEY)
         if made is not None:
             now = {**made_of(self.trainer), "optimizers": made["optimizers"]}  # they are made later
-            _refuse(lacks(now, made))
+            _refuse(lacks(now, made), made, self._loaded_checkpoint["state_dict"])
             _put_buffers(module, made["buffers"], self._loaded_checkpoint["state_dict"])
         try:
             self.trainer.strategy.load_model_state_dict(self._loaded_checkpoint, strict=module.strict_loading)
@@ -117,19 +123,18 @@ class Connector(_CheckpointConnector):
     def restore_optimizers(self) -> None:
         made = self._loaded_checkpoint.get(PLACE, {}).get(KEY) if self._loaded_checkpoint else None
         if made is not None:
-            _refuse(lacks(made_of(self.trainer), made))
+            _refuse(lacks(made_of(self.trainer), made), made, self._loaded_checkpoint["state_dict"])
             parameters = dict(self.trainer.lightning_module.named_parameters())
             for optimizer, saved in zip(self.trainer.optimizers, made["optimizers"], strict=True):
                 _regroup(optimizer, saved["groups"], parameters)
         super().restore_optimizers()
 
 
-def _refuse(lacking: tuple[str, str] | None) -> None:
+def _refuse(lacking: tuple[str, str] | None, made: State, state_dict: dict[str, Any]) -> None:
     if lacking is not None:
-        what, hint = lacking
         raise ConfigError(
-            f"the checkpoint cannot be loaded: before it was saved, code had changed {what}; here it has not",
-            hint=f"{hint}; or resume=never",
+            f"the checkpoint cannot be loaded: before it was saved, code had changed {lacking[0]}; here it has not",
+            hint=f"resume=never; for the next one: {cure(lacking[1], made, state_dict)}",
         )
 
 
