@@ -19,7 +19,7 @@ from labtrain.determinism import fill_new_memory, seed_place
 from labtrain.digests import tensor_bytes
 from labtrain.files import is_spread
 from labtrain.loader import DataLoader
-from labtrain.trail import cut_trail
+from labtrain.trail import TRAIL, cut_trail
 
 
 class Seeding(pl.Callback):
@@ -106,7 +106,8 @@ class Trail(pl.Callback):
         self.say, self.said = say, False
         self.is_cut = False
         self.spread = False
-        self.numbers: dict[int, int] = {}  # of each parameter, by id: its place in `tensor_names`
+        self.numbers: dict[int, int] = {}  # of each parameter, by id: its place in `tensor_names` as the run began
+        self.loaded: dict[str, int] = {}  # the same by name, where code has changed the model since
         self.gradients: torch.Tensor | None = None  # their sums, of the step that is being done
         self.loss: torch.Tensor | None = None  # of its batches so far; Lightning has divided each by their number
         self.pending: tuple[dict[str, Any], torch.Tensor] | None = None
@@ -114,8 +115,8 @@ class Trail(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.spread = is_spread(pl_module.state_dict())
-        places = {name: number for number, name in enumerate(tensor_names(pl_module))}
-        self.numbers = {id(parameter): places[name] for name, parameter in pl_module.named_parameters()}
+        places = self.loaded or parameter_places(pl_module)
+        self.numbers = {id(each): places[name] for name, each in pl_module.named_parameters() if name in places}
         if trainer.is_global_zero:
             self.file = self.path.open("a", buffering=1)
 
@@ -193,6 +194,17 @@ class Trail(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         self.flush()  # a training that goes on from it needs this step's line
+        if not self.numbers:
+            return
+        numbered = [(name, self.numbers.get(id(parameter))) for name, parameter in pl_module.named_parameters()]
+        places = {name: number for name, number in numbered if number is not None}
+        if places != parameter_places(pl_module):  # code has changed the model
+            checkpoint[TRAIL] = places
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        self.loaded = checkpoint.get(TRAIL, {})
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self.flush()
@@ -233,6 +245,12 @@ def dense_parts(gradient: torch.Tensor) -> list[torch.Tensor]:
 def tensor_names(module: torch.nn.Module) -> list[str]:
     """Return the names of the tensors that the trail's digests are of, by number: weights, then other parameters."""
     return list(dict.fromkeys([*module.state_dict(), *(name for name, _ in module.named_parameters())]))
+
+
+def parameter_places(module: torch.nn.Module) -> dict[str, int]:
+    """Return the number of each parameter, by name."""
+    places = {name: number for number, name in enumerate(tensor_names(module))}
+    return {name: places[name] for name, _ in module.named_parameters()}
 
 
 class Progress(ProgressBar):

@@ -107,7 +107,7 @@ def _prints(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, np.ndarray | bytearray | array.array):
         yield path, f"{getattr(value, 'shape', '')} {xxhash.xxh3_128_hexdigest(bytes(value))}"
     elif isinstance(value, RANDOM):
-        yield path, _of_generator(value)
+        yield path, of_generator(value)
     elif isinstance(value, dict):
         yield path, f"{kind.__qualname__} of {len(value)}"
     elif isinstance(value, list | tuple | deque):
@@ -131,7 +131,8 @@ def _of_tensor(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(tensor_bytes(tensor))}"
 
 
-def _of_generator(generator: Any) -> str:
+def of_generator(generator: Any) -> str:
+    """Return what tells the state of a generator of random numbers from any other."""
     if isinstance(generator, torch.Generator):
         return _of_tensor(generator.get_state())
     if isinstance(generator, random.Random):

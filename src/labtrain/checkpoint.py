@@ -24,6 +24,8 @@ from labtrain.files import is_spread, load_folder
 from labtrain.loggers import log_positions
 from labtrain.loop import EpochLoop
 from labtrain.options import adopt, beginnings, beginnings_of_callbacks
+from labtrain.outside import Outside
+from labtrain.rebuild import KEY, can_differ, cure, lacks, made_of
 from labtrain.saver import Saver
 from labtrain.staging import described, unsavable
 from labtrain.store import Manifest
@@ -64,6 +66,7 @@ class Checkpoints(pl.Callback):
         self.run_id, self.say = run_id, say
         self.stepped = False
         self.initial: dict[str, Any] = {}  # how optimizers, schedulers and callbacks began
+        self.made: dict[str, Any] = {}  # what the training is made of, as the configuration makes it
         self.monitor, self.keep_best = options["monitor"], options["keep_best"]
         keep = partial(
             kept,
@@ -100,6 +103,7 @@ class Checkpoints(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.initial |= beginnings(trainer)
+        self.made = made_of(trainer)
         if (loaded := loop_of(trainer).loaded) is not None:
             adopt(loaded, trainer, self.initial, say=self.say)
         unsaved = loop_of(trainer).unsaved = Unsaved(pl_module, looks=run_mode() != "off")
@@ -112,6 +116,7 @@ class Checkpoints(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.check_savable(trainer)
+        loop_of(trainer).outside = Outside(trainer)
         if loop_of(trainer).loaded is not None:
             loop_of(trainer).restore()
             unsaved = loop_of(trainer).unsaved
@@ -176,6 +181,15 @@ class Checkpoints(pl.Callback):
                 " load it in on_save_checkpoint and on_load_checkpoint)"
             )
         state[PLACE] = loop_of(trainer).place() | {"initial": self.initial}
+        if (made := made_of(trainer)) != self.made:
+            state[PLACE][KEY] = made
+            lacking = None if can_differ(trainer.lightning_module) else lacks(self.made, made)
+            if lacking is not None:
+                hint = cure(lacking[1], made, state["state_dict"])
+                self.say(f"from now on no training can go on from here: code has changed {lacking[0]}; {hint}")
+        outside = loop_of(trainer).outside
+        for sentence in outside.unkept() if outside is not None and run_mode() != "off" else ():
+            self.say(sentence)
         for name in unsaved.new_objects() if unsaved is not None else ():
             self.say(
                 f"{name} was made during the training: a training that goes on does not have it when it begins, so the"

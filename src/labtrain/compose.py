@@ -72,9 +72,6 @@ def print_error(error: LabtrainError, rank: int = 0) -> None:
 def _run_hydra(root: Path, config_path: str, config_name: str, wants_trace: bool) -> None:
     gc.disable()  # importing Hydra makes no garbage, and none of it becomes garbage later
     import hydra
-    from hydra.core.plugins import Plugins
-
-    from labtrain.searchpath import LabtrainSearchPath
 
     gc.freeze()
     gc.enable()
@@ -83,7 +80,6 @@ def _run_hydra(root: Path, config_path: str, config_name: str, wants_trace: bool
         raise ConfigError(
             f"{shown(folder)}/{config_name}.yaml: no such file", hint="labtrain new DIR makes an experiment with one"
         )
-    Plugins.instance().register(LabtrainSearchPath)
     start = Start(root=str(root), command=sys.argv, wants_trace=wants_trace)
     hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(start)()
 

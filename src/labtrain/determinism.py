@@ -183,10 +183,28 @@ _run_mode = "off"
 _run_accelerator = "cpu"
 
 
+def _warn(text: str) -> None:
+    sys.stderr.write(f"warning: {text}\n")
+
+
+_run_say: Callable[[str], None] = _warn
+
+
 def set_run(*, seed: int, mode: str, accelerator: str = "cpu") -> None:
     """Remember the seed, the mode and the accelerator of the run that this process trains."""
     global _run_seed, _run_mode, _run_accelerator
     _run_seed, _run_mode, _run_accelerator = seed, mode, accelerator
+
+
+def set_say(say: Callable[[str], None]) -> None:
+    """Remember what tells the person, and the receipt, of what is not exact in this run; until the run's end."""
+    global _run_say
+    _run_say = say
+
+
+def run_say(text: str) -> None:
+    """Say of the run what its person and its receipt are to have; outside of a run, on standard error."""
+    _run_say(text)
 
 
 @contextmanager
@@ -210,6 +228,7 @@ def run(*, seed: int, mode: str, accelerator: str, threads: int, tf32: bool) -> 
         if tf32:
             torch.set_float32_matmul_precision(precision)
         set_run(seed=run_before[0], mode=run_before[1], accelerator=run_before[2])
+        set_say(_warn)
 
 
 def _remembered() -> Callable[[], None]:

@@ -78,14 +78,14 @@ def digest_folder(folder: Path) -> str:
 def state_digest(state: Mapping[str, Any]) -> str:
     """Return the sha256 over a whole training state: tensors, plain values, and the weights by their digest.
 
-    A model's plain attributes are left out: a time that it took, say, is another in each training. And so is how
-    optimizers began, which the configuration says.
+    Plain attributes are left out, the model's and those outside of it: a time that it took, say, is another in each
+    training. And so are how optimizers began, which the configuration says, and the names of what code has changed.
     """
     state = {**state, "state_dict": digest(state["state_dict"])}
     if PLACE in state:
         left = "attributes", "outputs"
         ranks = [{key: value for key, value in rank.items() if key not in left} for rank in state[PLACE]["ranks"]]
-        place = {key: value for key, value in state[PLACE].items() if key != "initial"}
+        place = {key: value for key, value in state[PLACE].items() if key not in ("initial", "made", "outside")}
         state[PLACE] = {**place, "ranks": ranks}
     return digest_tree(state)
 

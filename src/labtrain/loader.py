@@ -14,7 +14,6 @@ import itertools
 import os
 import random
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from torch.utils.data._utils.pin_memory import pin_memory as pinned
 from labtrain.arrays import Arrays, Rows, is_arrays
 from labtrain.augment import Draws, Own, Transform, apply, with_partners
 from labtrain.copies import Copies, in_thread, on_tensors
-from labtrain.determinism import STRICT_MODES, run_device, run_mode, run_seed, seed_all
+from labtrain.determinism import STRICT_MODES, run_device, run_mode, run_say, run_seed, seed_all
 from labtrain.digests import digest_content
 from labtrain.errors import ConfigError
 from labtrain.order import Indices, Order
@@ -261,6 +260,8 @@ class DataLoader:
         if not isinstance(result, Noted):
             return result
         self.counts += result.counts
+        if result.said:
+            run_say(result.said)  # here, and not in a worker: the receipt is this process's
         return pinned(result.batch) if self.pin_memory else result.batch
 
     def _on_device(self, loaded: Iterator[Any]) -> Iterator[Any]:
@@ -283,7 +284,7 @@ class DataLoader:
             seed_all(*place)
             made = apply(self.transforms, raw, draws)
             if digest_content(made) != first:
-                refuse_other("transform", "the first batch, transformed twice under one seed")
+                run_say(refuse_other("transform", "the first batch, transformed twice under one seed"))
             return made
         seed_all(*place)
         return apply(self.transforms, raw, draws)
@@ -360,17 +361,19 @@ class _Fetch(Dataset[Any]):
             digests.append((each, digest_content(batch)))
             numbers.append(_numbers_of(self.dataset))
         (first, one), (again, other) = digests
-        name = type(self.dataset).__name__
+        name, said = type(self.dataset).__name__, ""
         if first != again:
             index = next(index for index, a, b in zip(indices, first, again, strict=True) if a != b)
-            refuse_other(name, f"sample {index}, loaded twice under one seed", self.mode)
+            said = refuse_other(name, f"sample {index}, loaded twice under one seed", self.mode)
         elif drawn[0] != drawn[1]:
             index = next(index for index, a, b in zip(indices, *drawn, strict=False) if a != b)
-            refuse_other(name, f"what it draws for sample {index}, loaded twice under one seed", self.mode, kept=True)
+            said = refuse_other(
+                name, f"what it draws for sample {index}, loaded twice under one seed", self.mode, kept=True
+            )
         elif one != other:
-            refuse_other("collate_fn", "the first batch, collated twice under one seed", self.mode)
+            said = refuse_other("collate_fn", "the first batch, collated twice under one seed", self.mode)
         counts = sorted(key for key, value in numbers[1].items() if numbers[0].get(key, value) != value)
-        return Noted(batch, counts) if counts else batch
+        return Noted(batch, counts, said) if counts or said else batch
 
     def _samples(self, indices: Any) -> list[Any]:
         if hasattr(self.dataset, "__getitems__"):
@@ -410,10 +413,11 @@ class _Fetch(Dataset[Any]):
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """A batch, and the names of the dataset's attributes that count loads."""
+    """A batch, the names of the dataset's attributes that count loads, and what else is to be said."""
 
     batch: Any
     counts: list[str]
+    said: str = ""
 
 
 class StatefulLoader:
@@ -479,15 +483,15 @@ class StatefulLoader:
 
         Its state was taken before the end. torchdata's loader then has the rest of that epoch to give, which is
         nothing, before it begins the next one. Lightning asks for a batch beyond the one that it trains if the loader
-        has no length, and only then.
+        has no length, and only then; under `limit_train_batches` it does not ask, and the next epoch begins there.
 
         Returns:
             whether that gave a batch of the next epoch: the loader is of a kind that begins it at once.
         """
         rest, nothing = iter(self.loader), object()
-        if _length(self.loader) is not None:
+        if _length(self.loader) is not None or not self.exhausted:
             return False
-        return next(rest, nothing) is not nothing and self.exhausted
+        return next(rest, nothing) is not nothing
 
 
 def _length(loader: Any) -> int | None:
@@ -502,8 +506,8 @@ def is_stateful(loader: Any) -> bool:
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
-def refuse_other(who: str, what: str, mode: str | None = None, *, kept: bool = False) -> None:
-    """Refuse, in strict, what came out otherwise the second time; in warn say it.
+def refuse_other(who: str, what: str, mode: str | None = None, *, kept: bool = False) -> str:
+    """Refuse, in strict, what came out otherwise the second time; in warn return what is to be said.
 
     Args:
         who: does it.
@@ -526,7 +530,7 @@ def refuse_other(who: str, what: str, mode: str | None = None, *, kept: bool = F
     text = f"{who}: {what}, is not the same: {why}"
     if (mode or run_mode()) in STRICT_MODES:
         raise ConfigError(text, hint=f"{hint}; or determinism.mode=warn")
-    sys.stderr.write(f"warning: {text}\n")
+    return text
 
 
 def _numbers_of(dataset: Any) -> dict[str, int | float]:

@@ -30,6 +30,7 @@ from labtrain.files import is_spread
 from labtrain.gathering import leave_own, made_whole
 from labtrain.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
 from labtrain.metrics import hold, metrics_of, release
+from labtrain.outside import KEY, Outside
 from labtrain.signals import Stopped, Wishes
 from labtrain.strategy import Exact
 from labtrain.tally import Results, global_already, is_global
@@ -65,6 +66,7 @@ class EpochLoop(_TrainingEpochLoop):
         self.save, self.every_n_steps, self.wishes, self.stop_at = save, every_n_steps, wishes, stop_at
         self.loaded: State | None = None  # the checkpoint that is taken up, until it is
         self.unsaved: Unsaved | None = None  # from the start of the training on
+        self.outside: Outside | None = None
         self.epoch_without_outputs: int | None = None  # one that was resumed, without what its steps gathered in lists
         self._entering = False
 
@@ -120,7 +122,7 @@ class EpochLoop(_TrainingEpochLoop):
                 mine |= self.unsaved.state() | {"outputs": outputs}
         elif self.unsaved is not None:
             mine |= self.unsaved.state()
-        ranks = [mine]
+        ranks, outside = [mine], self.outside.state() if self.outside is not None else {}
         if trainer.world_size > 1 and not isinstance(trainer.strategy, Exact):
             kept = trainer.lightning_module.state_dict(keep_vars=True)
             buffers = trainer.lightning_module.named_buffers()
@@ -138,6 +140,7 @@ class EpochLoop(_TrainingEpochLoop):
             "callback_metrics": {name: value.cpu() for name, value in trainer.callback_metrics.items()},
             "exact": isinstance(trainer.strategy, Exact),
             "ranks": ranks,
+            **({KEY: outside} if outside else {}),
         }
 
     def _logged(self) -> list[State]:
@@ -242,7 +245,9 @@ class EpochLoop(_TrainingEpochLoop):
                 hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
             )
         assert self.unsaved is not None
+        assert self.outside is not None
         self.unsaved.restore(kept, device=device, entering=entering)
+        self.outside.restore(at.get(KEY, {}), entering=entering)
         leave_own(self.trainer, kept.get("outputs", []))
         self.epoch_without_outputs = None if kept.get("outputs") else at["epoch"]
 

@@ -13,6 +13,7 @@ from labtrain.assets import LOCKS, SOURCES, asset
 from labtrain.bootstrap import WHEEL_LOCK
 from labtrain.errors import ConfigError, LabtrainError
 
+PLUGIN = "hydra_plugins/labtrain_searchpath.py"  # beside labtrain, in a folder that other distributions share
 ZIP_EPOCH = "315532800"  # 1980-01-01, the first day that a zip file can name: the same wheel from the same files
 SKIPPED = ("__pycache__", "*.pyc")
 
@@ -98,6 +99,8 @@ def build_wheel(folder: Path) -> Path:
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
         shutil.copytree(Path(__file__).parent, tree / "labtrain", ignore=shutil.ignore_patterns("assets", *SKIPPED))
+        (tree / "hydra_plugins").mkdir()
+        shutil.copyfile(Path(__file__).parents[1] / PLUGIN, tree / PLUGIN)
         for name in SOURCES:
             copy_asset(name, tree / "labtrain" / "assets" / name)
         info = tree / f"labtrain-{distribution.version}.dist-info"

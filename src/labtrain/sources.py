@@ -146,8 +146,8 @@ def installed_folders() -> tuple[str, ...]:
 
 @cache
 def environment_folders() -> tuple[str, ...]:
-    """Return those, the folders of the standard library, and labtrain's own."""
-    found = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(OWN)}
+    """Return those, the folders of the standard library, and labtrain's own: its plugin for Hydra lies beside it."""
+    found = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(OWN), f"{OWN.parent}/hydra_plugins"}
     return (*installed_folders(), *(f"{place}/" for folder in found for place in (folder, os.path.realpath(folder))))
 
 

@@ -45,6 +45,7 @@ from labtrain.loggers import log_config, make_loggers
 from labtrain.loop import EpochLoop
 from labtrain.objective import Objective
 from labtrain.ranks import adopt, find_ranks, restarted
+from labtrain.rebuild import Connector
 from labtrain.recorder import Recorder
 from labtrain.remote import is_local
 from labtrain.resume import changed_data, checkpoint_digest, make_job
@@ -161,6 +162,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
         places=places,
         origin=origin,
     )
+    determinism.set_say(recorder.say)
     guard = Guard(
         mode=config["determinism"]["mode"],
         shards=shards_in_use(config),
@@ -179,6 +181,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
         wishes=wishes,
         stop_at=job.stop_at,
     )
+    trainer._checkpoint_connector = Connector(trainer)
     # Lightning's own handlers would end with exit code 0 after SIGTERM, and requeue a Slurm job by themselves.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     make_loader, set_up = datamodule.train_dataloader, datamodule.setup

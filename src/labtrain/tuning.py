@@ -57,15 +57,11 @@ def composed(root: Path, overrides: list[str]) -> Config:
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
-    from hydra.core.plugins import Plugins
     from omegaconf import OmegaConf
-
-    from labtrain.searchpath import LabtrainSearchPath
 
     if not (root / "conf" / "config.yaml").exists():
         raise ConfigError("conf/config.yaml: no such file", hint="cd to an experiment; labtrain new DIR makes one")
     os.environ["LABTRAIN_ROOT"] = str(root)
-    Plugins.instance().register(LabtrainSearchPath)
     try:
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
             whole = compose("config", overrides=overrides, return_hydra_config=True)

@@ -1,5 +1,6 @@
 """What draws from a generator of its own is found before the first step: the first batch is loaded twice."""
 
+import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -213,3 +214,17 @@ def test_a_dataset_that_makes_its_batches_is_refused() -> None:
     """batch_size=None is torch's way to say it; here the batch is what is cut and ordered."""
     with pytest.raises(ConfigError, match="batch_size=None: at least 1 is wanted"):
         DataLoader(Plain(), batch_size=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_warn_writes_it_in_the_receipt(runner: Runner, workers: int) -> None:
+    """Found by the main process or by a worker, which has no receipt."""
+    config = configure("mlp", "even", "32-true", workers, trainer={"max_epochs": 1}, determinism={"mode": "warn"})
+    config["data"]["_target_"] = "tests.support.names_models.OwnGenerator"
+    run_dir = runner.run(config)
+    assert run_dir is not None
+    notes = json.loads((run_dir / "receipt.json").read_text())["determinism"]["notes"]
+    said = [line for line in runner.said().splitlines() if "loaded twice under one seed, is not the same" in line]
+    assert said
+    assert {f"warning: {note}" for note in notes} >= set(said)
+    assert len(said) == len(set(said))

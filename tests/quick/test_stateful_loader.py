@@ -33,6 +33,19 @@ def test_an_epoch_that_has_ended_is_not_skipped(runner: Runner, loader: str, lim
     assert whole["steps"] == 3 * batches
 
 
+@pytest.mark.parametrize("loader", ["torchdata stream", "counted"])
+@pytest.mark.parametrize("limit", [3, 5])
+def test_a_stream_goes_on_behind_a_limit(runner: Runner, loader: str, limit: int) -> None:
+    """`limit_train_batches` ends an epoch before the stream does, or with it: the next epoch begins where it stood."""
+    config = stream(loader, trainer={"limit_train_batches": limit})
+    folder = runner.folder / "whole"
+    folder.mkdir()
+    whole = outcome(Runner(folder).run(config))
+    for step in (limit, limit + 1):
+        runner.run(config, code=EXIT_STOPPED, signal_at=f"{step} {signal.SIGTERM} 0")
+    assert outcome(runner.run(config)) == whole
+
+
 def test_on_two_devices_it_is_refused(runner: Runner) -> None:
     """Both would train on the same samples."""
     runner.run(stream("torchdata"), world=2, code=2)

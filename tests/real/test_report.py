@@ -580,3 +580,23 @@ def test_what_cannot_be_reported_is_refused(run_dir: Path, tmp_path: Path) -> No
 
 def test_runs_are_called_by_letters() -> None:
     assert [label_of(place) for place in (0, 25, 26, 27, 701, 702)] == ["A", "Z", "AA", "AB", "ZZ", "AAA"]
+
+
+def test_the_run_that_it_began_from_is_named(run_dir: Path, tmp_path: Path) -> None:
+    """A new run that goes on from another's checkpoint says which, in a row; beside it a run that began by itself."""
+    origin = {
+        "run_id": "0123456789ab",
+        "checkpoint": "step-0000000015",
+        "step": 15,
+        "digest": "d" * 64,
+        "url": "runs/x",
+    }
+    begun = crafted(run_dir, tmp_path / "begun", segments=[{"from_step": 15, "origin": origin}, {"from_step": 20}])
+    write_report([begun, run_dir], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    (row,) = [line for line in page.splitlines() if "Begins from" in line]
+    assert "step-0000000015 of the run 0123456789ab" in row
+    assert "d" * 64 in row
+    assert "nothing" in row
+    write_report([run_dir], tmp_path / "page.html")
+    assert "Begins from" not in (tmp_path / "page.html").read_text()

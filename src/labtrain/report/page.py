@@ -37,7 +37,7 @@ class Cell:
         text: as a person reads it.
         code: it is to be copied as it is.
         number: it is not to be broken into two lines.
-        full: a digest whose beginning `text` is.
+        full: a digest whose beginning, or whose name, `text` is.
         mark: status or verdict whose sign stands before it.
     """
 
@@ -130,6 +130,8 @@ def facts_of(runs: list[Run]) -> list[tuple[str, list[Cell]]]:
         ("Training data", [_digest(receipt["data"].get("train", {}).get("digest")) for receipt in receipts]),
         ("Weights", [_digest(receipt["results"].get("weights_digest")) for receipt in receipts]),
     ]
+    if any(origins := [_origin(receipt) for receipt in receipts]):
+        rows.insert(3, ("Begins from", [cell or Cell(text="nothing") for cell in origins]))
     if any(receipt["determinism"]["notes"] for receipt in receipts):
         notes = [Cell(text="; ".join(receipt["determinism"]["notes"]) or "nothing") for receipt in receipts]
         rows.append(("Not exact", notes))
@@ -188,6 +190,14 @@ def _status(run: Run) -> Cell:
     if status == "running":  # so says a killed one too, until it is started again
         return Cell(text="running, or killed and not started again", mark=status)
     return Cell(text=f"{status}: {last['why']}" if last["why"] else status, mark=status)
+
+
+def _origin(receipt: dict[str, Any]) -> Cell | None:
+    """Say from which checkpoint of another run a run began; None where it began by itself."""
+    found = next((segment["origin"] for segment in receipt["segments"] if segment.get("origin")), None)
+    if found is None:
+        return None
+    return Cell(text=f"{found['checkpoint']} of the run {found['run_id']}", full=found["digest"])
 
 
 def _steps(run: Run) -> str:

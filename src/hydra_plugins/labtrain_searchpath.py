@@ -1,6 +1,7 @@
-"""Puts the library's configuration on every experiment's search path.
+"""Puts labtrain's configuration on Hydra's search path: of a train.py, of a notebook's `compose`, of any application.
 
-A plugin rather than `hydra.searchpath` in the experiment: that would hide the groups from `--help`.
+A plugin rather than `hydra.searchpath` in the experiment: that would hide the groups from `--help`. Hydra finds it by
+the name of its folder, which has no `__init__.py`: other distributions have theirs there too.
 https://hydra.cc/docs/1.3/advanced/search_path/
 """
 

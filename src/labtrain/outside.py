@@ -1,0 +1,180 @@
+"""What code changes outside of the model while it trains, kept in a checkpoint.
+
+================= ====================================================================================================
+the Trainer       numbers and texts: `accumulate_grad_batches`, `gradient_clip_val`, `max_epochs`
+the data module   plain attributes, as the model's (attributes.py); more than a mebibyte is not kept
+optimizers        the same, of any size; torch's own keep everything in their state
+================= ====================================================================================================
+
+Kept in a checkpoint is what differs from how the training began: so what the configuration or the machine says is each
+process's own. What has changed and cannot be kept is said.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from labtrain.attributes import (
+    RANDOM,
+    attributes_of,
+    fingerprints,
+    plain_attributes,
+    restore,
+    snapshot,
+)
+from labtrain.changes import of_generator
+from labtrain.errors import ConfigError
+from labtrain.plain import SCALARS, is_own
+
+State = dict[str, Any]
+
+KEY = "outside"  # of the place in a checkpoint
+MOST_BYTES = 2**20
+LOOPS = {"max_epochs": "fit_loop", "min_epochs": "fit_loop", "max_steps": "epoch_loop", "min_steps": "epoch_loop"}
+BY_ITSELF = frozenset({"should_stop"})  # what Lightning changes
+TORCHS = frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=1.0))) | {"_opt_called"}
+
+
+class Outside:
+    """Remembers how a training began; to be made in each process when its loaders are there.
+
+    Args:
+        trainer: of the training.
+    """
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        self.trainer = trainer
+        self.settings = _settings(trainer)
+        self.parts = {name: fingerprints(_shell(part, trainer)) for name, part in _parts(trainer)}
+        self.marks = dict(_marks(trainer))
+
+    def state(self) -> State:
+        """Return what is to be kept, without the keys of which there is nothing; tensors are the training's own."""
+        before = self.settings
+        found: State = {
+            name: snapshot(_shell(part, self.trainer), unlike=self.parts[name])
+            for name, part in _parts(self.trainer)
+            if name in self.parts
+        }
+        now = _settings(self.trainer)
+        found["trainer"] = {name: value for name, value in now.items() if name not in before or before[name] != value}
+        return {name: values for name, values in found.items() if values}
+
+    def restore(self, kept: State, *, entering: bool) -> None:
+        """Put back what `state` returned.
+
+        Args:
+            kept: of this training, by this process or one before.
+            entering: the next step comes right after: all objects must be there.
+
+        Raises:
+            ConfigError: an attribute is of an object that this process does not have.
+        """
+        for name, value in kept.get("trainer", {}).items():
+            if entering or name in LOOPS:  # GradientAccumulationScheduler looks at the others when the training starts
+                setattr(_owner(self.trainer, name), name, value)
+        for label, part in _parts(self.trainer):
+            shell = _shell(part, self.trainer)
+            missing = restore(shell, kept.get(label, {}), device=self.trainer.strategy.root_device)
+            vars(part).update({name: vars(shell)[name] for name in kept.get(label, {}).get("", {})})
+            if missing and entering:
+                raise ConfigError(
+                    f"{label}.{missing[0]} cannot be put back: the object that it is an attribute of is made during the"
+                    " training, and this process does not have it yet",
+                    hint="make it in __init__ or setup; or resume=never",
+                )
+
+    def unkept(self) -> Iterator[str]:
+        """Yield a sentence for each attribute that has changed, and is in no checkpoint."""
+        for name, mark in _marks(self.trainer):
+            if mark != self.marks.get(name, mark):
+                yield (
+                    f"{name} was changed during the training, and no checkpoint holds it: a training that goes on has"
+                    " what it began with (save it in the state_dict of the data module or optimizer)"
+                )
+        for label, part in _parts(self.trainer):
+            for name, inner in vars(part).items() if isinstance(part, Optimizer) else ():
+                if isinstance(inner, Optimizer) and not _tensors(inner.state) <= _tensors(part.state_dict()):
+                    yield (
+                        f"{label}.{name} is an optimizer whose state the state_dict of {type(part).__name__} does not"
+                        " hold: a training that goes on begins with a new one (put it there)"
+                    )
+
+
+def _settings(trainer: pl.Trainer) -> State:
+    settings = {
+        name: value
+        for name, value in vars(trainer).items()
+        if type(value) in SCALARS and not name.startswith("_") and name not in BY_ITSELF
+    }
+    return settings | {name: getattr(_owner(trainer, name), name) for name in LOOPS}
+
+
+def _owner(trainer: pl.Trainer, name: str) -> Any:
+    return {"fit_loop": trainer.fit_loop, "epoch_loop": trainer.fit_loop.epoch_loop}.get(LOOPS.get(name, ""), trainer)
+
+
+def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
+    """Yield the data module, and each optimizer that is not torch's, with what they are called here."""
+    if (data := getattr(trainer, "datamodule", None)) is not None:
+        yield "data", data
+    for index, optimizer in enumerate(trainer.optimizers):
+        if type(optimizer).__module__.partition(".")[0] != "torch":
+            yield f"{type(optimizer).__name__}" if index == 0 else f"{type(optimizer).__name__}-{index}", optimizer
+
+
+def _shell(part: Any, trainer: pl.Trainer) -> nn.Module:
+    """Return a module with the attributes of an object that is none; tensors of the model are left out as its own."""
+    shell, model = nn.Module(), trainer.lightning_module
+    vars(shell).update({name: value for name, value in _own(part) if _is_kept(part, value)})
+    vars(shell).update(parameters=model.parameters, buffers=model.buffers)
+    return shell
+
+
+def _own(part: Any) -> list[tuple[str, Any]]:
+    left_out = TORCHS if isinstance(part, Optimizer) else {"trainer"}
+    return [(name, value) for name, value in vars(part).items() if name not in left_out]
+
+
+def _is_kept(part: Any, value: Any) -> bool:
+    return isinstance(part, Optimizer) or _size(value) <= MOST_BYTES
+
+
+def _marks(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
+    """Yield what tells whether an attribute that is not kept is another one, by name."""
+    for label, part in _parts(trainer):
+        plain = plain_attributes(_shell(part, trainer))
+        for name, value in _own(part):
+            if name in plain or is_own(type(value)) or callable(value):
+                continue
+            if isinstance(value, torch.Tensor):
+                yield f"{label}.{name}", (value.data_ptr(), value._version, value.shape)
+            else:
+                yield f"{label}.{name}", of_generator(value) if isinstance(value, RANDOM) else id(value)
+
+
+def _size(value: Any, depth: int = 0) -> int:
+    """Return about how many bytes a value holds; of what is no container and no object of the experiment, none."""
+    if isinstance(value, torch.Tensor | np.ndarray):
+        return int(value.nbytes)
+    if isinstance(value, str | bytes):
+        return len(value)
+    if depth > 4:
+        return 0
+    if isinstance(value, list | tuple | set | frozenset | dict):
+        items = list(value.values()) if isinstance(value, dict) else list(value)
+        return 8 * len(items) + sum(_size(item, depth + 1) for item in items[: MOST_BYTES // 8])
+    return sum(_size(item, depth + 1) for _, item in attributes_of(value)) if is_own(type(value)) else 0
+
+
+def _tensors(node: Any) -> set[int]:
+    """Return the addresses of the tensors of a state."""
+    if isinstance(node, torch.Tensor):
+        return {node.data_ptr()}
+    items = node.values() if isinstance(node, dict) else node if isinstance(node, list | tuple) else ()
+    return set().union(*map(_tensors, items))

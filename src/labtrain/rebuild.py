@@ -1,0 +1,172 @@
+"""What code changes of a training while it runs: its model's tensors, its optimizers, and their groups of parameters.
+
+A process that goes on has them as the configuration makes them, before anything is loaded:
+
+========================== ===========================================================================================
+groups of parameters       are made as they were saved: a backbone that was unfrozen and added to the optimizer
+buffers                    that are new, None or of another shape are made as they were saved
+parameters, other modules  as after pruning: no checkpoint holds the code that made them. Said when it is saved, and
+                           refused by the process that goes on, unless `on_load_checkpoint` makes them there
+another optimizer          the same: it belongs in configure_optimizers
+========================== ===========================================================================================
+
+Lightning 2.6: trainer/connectors/checkpoint_connector.py loads what is loaded.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.call import _call_lightning_module_hook
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.utilities.model_helpers import is_overridden
+
+from labtrain.digests import PLACE
+from labtrain.doctor.report import few
+from labtrain.errors import ConfigError
+
+State = dict[str, Any]
+
+KEY = "made"  # of the place in a checkpoint: what a training is made of, where that is not as it began
+IN_THE_MODEL = (
+    "make it in __init__ or setup of the model; or in its on_load_checkpoint too, before the weights are loaded"
+)
+IN_OPTIMIZERS = "make it in configure_optimizers"
+
+
+def made_of(trainer: pl.Trainer) -> State:
+    """Return what a training is made of: shapes of the model's tensors by name, and the optimizers' groups by names."""
+    module = trainer.lightning_module
+    named = dict(module.named_parameters())
+    names = {id(parameter): name for name, parameter in named.items()}
+    return {
+        "parameters": {name: list(parameter.shape) for name, parameter in named.items()},
+        "buffers": {name: list(buffer.shape) for name, buffer in _buffers(module)},
+        "optimizers": [
+            {
+                "class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+                "groups": [[names.get(id(each), "") for each in group["params"]] for group in optimizer.param_groups],
+            }
+            for optimizer in trainer.optimizers
+        ],
+    }
+
+
+def lacks(before: State, now: State) -> tuple[str, str] | None:
+    """Say what a training is made of now that a process which goes on would not have, and what to do.
+
+    Args:
+        before: as the configuration makes it.
+        now: as it is saved.
+    """
+    old, new = before["parameters"], now["parameters"]
+    modules = {""}
+    for name in (*old, *before["buffers"]):
+        path = name.rpartition(".")[0]
+        while path not in modules:
+            modules.add(path)
+            path = path.rpartition(".")[0]
+    parts = [
+        ("new parameters", [name for name in new if name not in old]),
+        ("no more", [name for name in old if name not in new]),
+        ("of another shape", [name for name in new if name in old and new[name] != old[name]]),
+        ("buffers of new modules", [name for name in now["buffers"] if name.rpartition(".")[0] not in modules]),
+    ]
+    if changed := [f"{what}: {few(names)}" for what, names in parts if names]:
+        return f"the model ({'; '.join(changed)})", IN_THE_MODEL
+    kinds, others = ([each["class"] for each in made["optimizers"]] for made in (now, before))
+    if kinds != others:
+        return f"the optimizers ({few(kinds) or 'none'} instead of {few(others) or 'none'})", IN_OPTIMIZERS
+    for made, began in zip(now["optimizers"], before["optimizers"], strict=True):
+        if made["groups"] != began["groups"] and any("" in group for group in made["groups"]):
+            return f"the groups of {made['class']} (a parameter that is none of the model's)", IN_OPTIMIZERS
+    return None
+
+
+def cure(hint: str, made: State, state_dict: dict[str, Any]) -> str:
+    """Return what to do, as `lacks` says; where a hook took parameters out of what is saved, that they are gone."""
+    gone = [name for name in made["parameters"] if name not in state_dict]
+    return f"an on_save_checkpoint has left out {few(gone)}" if gone else hint
+
+
+def can_differ(module: pl.LightningModule) -> bool:
+    """Return whether the model makes what it is made of when it is loaded, or says that weights may be missing."""
+    return is_overridden("on_load_checkpoint", module) or not module.strict_loading
+
+
+class Connector(_CheckpointConnector):
+    """Lightning's, which first makes what it loads into as it was when it was saved, or refuses to."""
+
+    def restore_model(self) -> None:
+        if not self._loaded_checkpoint:
+            return
+        module = self.trainer.lightning_module
+        _call_lightning_module_hook(self.trainer, "on_load_checkpoint", self._loaded_checkpoint)
+        made = self._loaded_checkpoint.get(PLACE, {}).get(KEY)
+        if made is not None:
+            now = {**made_of(self.trainer), "optimizers": made["optimizers"]}  # they are made later
+            _refuse(lacks(now, made), made, self._loaded_checkpoint["state_dict"])
+            _put_buffers(module, made["buffers"], self._loaded_checkpoint["state_dict"])
+        try:
+            self.trainer.strategy.load_model_state_dict(self._loaded_checkpoint, strict=module.strict_loading)
+        except RuntimeError as error:
+            first, _, rest = str(error).partition("\n")
+            if "loading state_dict" not in first:
+                raise
+            raise ConfigError(
+                f"the checkpoint's weights do not fit into {type(module).__name__}: {' '.join(rest.split())}",
+                hint="the model as it was; or resume=never, and labtrain.load_weights in the model to begin with what"
+                " fits of its weights",
+            ) from error
+
+    def restore_optimizers(self) -> None:
+        made = self._loaded_checkpoint.get(PLACE, {}).get(KEY) if self._loaded_checkpoint else None
+        if made is not None:
+            _refuse(lacks(made_of(self.trainer), made), made, self._loaded_checkpoint["state_dict"])
+            parameters = dict(self.trainer.lightning_module.named_parameters())
+            for optimizer, saved in zip(self.trainer.optimizers, made["optimizers"], strict=True):
+                _regroup(optimizer, saved["groups"], parameters)
+        super().restore_optimizers()
+
+
+def _refuse(lacking: tuple[str, str] | None, made: State, state_dict: dict[str, Any]) -> None:
+    if lacking is not None:
+        raise ConfigError(
+            f"the checkpoint cannot be loaded: before it was saved, code had changed {lacking[0]}; here it has not",
+            hint=f"resume=never; for the next one: {cure(lacking[1], made, state_dict)}",
+        )
+
+
+def _regroup(optimizer: Any, names: list[list[str]], parameters: dict[str, Any]) -> None:
+    """Give an optimizer the groups of parameters that it had; their options are loaded after that."""
+    groups = optimizer.param_groups
+    wanted = [[parameters[name] for name in group if name in parameters] for group in names]
+    if [len(group) for group in wanted] != [len(group) for group in names]:
+        return  # parameters of other modules, as from the beginning
+    if [[*map(id, group["params"])] for group in groups] == [[*map(id, group)] for group in wanted]:
+        return
+    options = [dict(group) for group in groups[: len(wanted)]]
+    options += [dict(optimizer.defaults) for _ in wanted[len(options) :]]
+    groups[:] = [{**option, "params": group} for option, group in zip(options, wanted, strict=True)]
+
+
+def _buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the buffers that a state dict holds, by name."""
+    for path, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and name not in part._non_persistent_buffers_set:
+                yield f"{path}.{name}" if path else name, buffer
+
+
+def _put_buffers(module: torch.nn.Module, shapes: dict[str, list[int]], saved: dict[str, Any]) -> None:
+    """Make the model's buffers as they were saved, where they are not of one shape already."""
+    modules, now = dict(module.named_modules()), dict(_buffers(module))
+    device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    for name in now.keys() - shapes.keys():
+        path, _, last = name.rpartition(".")
+        modules[path]._buffers[last] = None
+    for name, shape in shapes.items():
+        path, _, last = name.rpartition(".")
+        if path in modules and name in saved and (name not in now or list(now[name].shape) != shape):
+            modules[path].register_buffer(last, saved[name].to(device, copy=True))

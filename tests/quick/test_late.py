@@ -1,0 +1,95 @@
+"""What code makes after some steps: a resume has it again, or it is said when it is saved, and a resume is refused."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from labtrain.errors import EXIT_STOPPED
+from tests.support.exact import Runner, configure, outcome
+
+PRUNING = {"_target_": "lightning.pytorch.callbacks.ModelPruning", "pruning_fn": "l1_unstructured", "amount": 0.5}
+
+
+def config(model: str, **more: Any) -> Any:
+    found = configure("mlp", "even", determinism={"shards": 2}, **more)
+    found["model"] = {"_target_": f"tests.support.late_models.{model}"}
+    return found
+
+
+def stop(runner: Runner, config: Any, step: int = 7) -> None:
+    runner.run(config, code=EXIT_STOPPED, signal_at=f"{step} {signal.SIGTERM} 0")
+
+
+def uninterrupted(runner: Runner, config: Any) -> dict[str, Any]:
+    folder = runner.folder / "whole"
+    folder.mkdir()
+    return outcome(Runner(folder).run(config))
+
+
+def files(runner: Runner) -> dict[Path, bytes]:
+    found = (path for path in runner.folder.glob("runs/exact/*/**/*") if path.is_file())
+    return {path: path.read_bytes() for path in found if path.name != ".lock"}
+
+
+@pytest.mark.parametrize("model", ["Groups", "Registers"])
+def test_groups_and_buffers_are_made_as_they_were(runner: Runner, model: str) -> None:
+    """A group that is added after step 3; buffers that are new, larger, or None: stopped before, after and again."""
+    options = config(model)
+    whole = uninterrupted(runner, options)
+    for step in (2, 7, 10):
+        stop(runner, options, step)
+    assert outcome(runner.run(options)) == whole
+
+
+@pytest.mark.parametrize("model", ["GrowsAgain", "PrunesAgain"])
+def test_what_on_load_checkpoint_makes_is_loaded(runner: Runner, model: str) -> None:
+    """A layer with a group of its own, and masks: the cure that the hint names gives the same weights and trail."""
+    options = config(model)
+    whole = uninterrupted(runner, options)
+    stop(runner, options)
+    assert "no training can go on" not in runner.said()
+    found = outcome(runner.run(options))
+    assert found | {"state_digest": ""} == whole | {"state_digest": ""}  # which flags are new is another thing there
+
+
+@pytest.mark.parametrize(
+    ("model", "changed"),
+    [
+        ("Grows", "the model (new parameters: extra.weight; extra.bias)"),
+        ("Prunes", "the model (new parameters: head.weight_orig; no more: head.weight)"),
+        ("Replaces", "the optimizers (torch.optim.adam.Adam instead of torch.optim.sgd.SGD)"),
+        ("Strange", "the groups of torch.optim.sgd.SGD (a parameter that is none of the model's)"),
+        ("Pruning", "the model (new parameters: backbone.1.weight_orig; backbone.1.bias_orig;"),
+    ],
+)
+def test_what_no_process_could_load_is_said_when_it_is_saved(runner: Runner, model: str, changed: str) -> None:
+    """On stderr and in the receipt; a resume is refused with a hint, and changes no file of the run."""
+    options = config(model if model != "Pruning" else "Small")
+    if model == "Pruning":
+        options["callbacks"]["pruning"] = PRUNING
+    stop(runner, options)
+    (path,) = runner.folder.glob("runs/exact/*/receipt.json")
+    for text in (runner.said(), " ".join(json.loads(path.read_text())["determinism"]["notes"])):
+        assert f"from now on no training can go on from here: code has changed {changed}" in text
+    before = files(runner)
+    runner.run(options, code=2)
+    assert f"error: the checkpoint cannot be loaded: before it was saved, code had changed {changed}" in runner.said()
+    hint = "an on_save_checkpoint has left out backbone.1.weight_orig;" if model == "Pruning" else "make it in "
+    assert f"hint: resume=never; for the next one: {hint}" in runner.said()
+    assert "Traceback" not in runner.said()
+    assert files(runner) == before
+
+
+def test_weights_of_another_model_are_refused(runner: Runner) -> None:
+    """`resume=RUN` with a model that has other parameters."""
+    options = config("Small")
+    stop(runner, options)
+    (run,) = runner.folder.glob("runs/exact/*")
+    before = files(runner)
+    runner.run(config("Wider", resume=run.name), code=2)
+    assert "error: the checkpoint's weights do not fit into Wider: Missing key(s) in state_dict: " in runner.said()
+    assert "hint: the model as it was; or resume=never" in runner.said()
+    assert files(runner) == before

@@ -1,0 +1,73 @@
+"""What code changes outside of the model is kept by a checkpoint, or said when one is saved."""
+
+import signal
+from typing import Any
+
+import pytest
+import torch
+
+from labtrain.errors import EXIT_STOPPED
+from tests.support.exact import Runner, configure, outcome
+
+HERE = "tests.support.outside_models"
+
+
+def config(model: str, **options: Any) -> Any:
+    found = configure("mlp", "even", determinism={"shards": 2})
+    found["model"] = {"_target_": f"{HERE}.{model}", **options}
+    return found
+
+
+def stopped_and_gone_on(runner: Runner, config: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the outcome of a run, and of the same that was stopped in the middle of an epoch and at its end."""
+    folder = runner.folder / "whole"
+    folder.mkdir()
+    whole = outcome(Runner(folder).run(config))
+    for step in (7, 10):
+        runner.run(config, code=EXIT_STOPPED, signal_at=f"{step} {signal.SIGTERM} 0")
+    return whole, outcome(runner.run(config))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"accumulate_grad_batches": 2},
+        {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+        {"max_epochs": 4, "check_val_every_n_epoch": 2},
+    ],
+)
+def test_settings_of_the_trainer_are_kept(runner: Runner, settings: dict[str, Any]) -> None:
+    """Changed in a hook at step 3: a run that was stopped later ends as one that was not."""
+    options = config("Sets", settings=settings)
+    whole = outcome(Runner(_made(runner, "whole")).run(options))
+    runner.run(options, code=EXIT_STOPPED, signal_at=f"6 {signal.SIGTERM} 0")
+    assert outcome(runner.run(options)) == whole
+
+
+def _made(runner: Runner, name: str) -> Any:
+    (folder := runner.folder / name).mkdir()
+    return folder
+
+
+def test_what_a_data_module_counts_is_kept(runner: Runner) -> None:
+    """Numbers, a list of tensors and an object's attributes; what is too large, and a generator, are said by name."""
+    options = config("Pulls")
+    options["data"]["_target_"] = f"{HERE}.Counting"
+    whole, found = stopped_and_gone_on(runner, options)
+    assert found == whole
+    for name in ("data.large", "data.noise"):
+        assert f"warning: {name} was changed during the training, and no checkpoint" in runner.logs[0].read_text()
+    (path,) = runner.folder.glob("runs/exact/*/checkpoints/step-0000000015/state.pt")
+    assert set(torch.load(path, weights_only=True)["labtrain"]["outside"]["data"][""]) == {"steps", "seen"}
+
+
+def test_what_an_optimizer_keeps_is_kept(runner: Runner) -> None:
+    """Slow weights in a list, counters; a list of the weights themselves stays one."""
+    whole, found = stopped_and_gone_on(runner, config("Optimized", optimizer="Lookahead"))
+    assert found == whole
+
+
+def test_an_optimizer_inside_of_an_optimizer_is_named(runner: Runner) -> None:
+    """Where the outer one's state_dict does not hold the inner one's state."""
+    runner.run(config("Optimized", optimizer="Wraps"), code=EXIT_STOPPED, signal_at=f"3 {signal.SIGTERM} 0")
+    assert "warning: Wraps.base is an optimizer whose state the state_dict of Wraps does not hold" in runner.said()
