@@ -343,8 +343,9 @@ class _Bench:
         self.undo()
         strategy = cast(Any, self.trainer.strategy)
         place: dict[str, Any] = {"device": strategy._device, "rank": 0, "world": 1, "judge": _no_judge}
-        buffers, watch = Buffers(self.module, **place), Watch(self.module, **place, say=_no_judge)
-        known = [*self.trainer.optimizers, *(each.scheduler for each in self.trainer.lr_scheduler_configs)]
+        optimizers, schedulers = self.trainer.optimizers, [each.scheduler for each in self.trainer.lr_scheduler_configs]
+        buffers = Buffers(self.module, **place)
+        watch = Watch(self.module, **place, optimizers=optimizers, schedulers=schedulers, say=_no_judge)
         buffers.begin()
         watch.begin()
         looks: list[Look | None] = []
@@ -356,7 +357,7 @@ class _Bench:
             watch.restore()
             for parameter in self.parameters:
                 parameter.grad = None
-            looks.append(look(self.module, known=known))
+            looks.append(look(self.module, known=[*optimizers, *watch.schedulers]))
         self.gradients = [None] * len(self.parameters)
         return unlike(looks[0], looks[1]) if looks[0] is not None and looks[1] is not None else []
 

@@ -120,6 +120,14 @@ class Exact:
             schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
             made: dict[str, Any] = {"optimizers": trainer.optimizers, "schedulers": schedulers}
             self._watch = Watch(module, **made, **place, judge=guard.judge, say=guard.say)
+        if self._watch is not None and guard is not None:
+            for each in (module, *trainer.callbacks):  # type: ignore[attr-defined]
+                if is_overridden("on_before_backward", each):
+                    guard.judge(
+                        f"{type(each).__name__}.on_before_backward runs once a shard, so as often in a step as this"
+                        " rank has shards",
+                        "on_after_backward or on_before_optimizer_step, which run once a step; or determinism.shards=1",
+                    )
         # Lightning runs this before the strategy gets the batch: put it off until a shard is at hand.
         transfer = type(module)._on_before_batch_transfer
         module._on_before_batch_transfer = (  # type: ignore[method-assign]

@@ -79,6 +79,11 @@ class Watch:
         self._said: set[float] = set()
         self.numbers: list[list[float]] = []  # of this rank's shards
 
+    @property
+    def schedulers(self) -> list[Any]:
+        """The training's, and those that are attributes of the model."""
+        return self._rates.schedulers
+
     def begin(self) -> None:
         """Begin a step."""
         self._left, self._prints, self.numbers = {}, {}, []
