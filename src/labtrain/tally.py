@@ -27,6 +27,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 )
 from torch import Tensor
 
+from labtrain.determinism import run_mode
 from labtrain.errors import ConfigError
 from labtrain.metrics import Held, beside_states, fresh, hold, merged, metrics_of, reduced, reduction, release
 
@@ -142,7 +143,8 @@ class Tally:
         parts, known = dict(self._module.named_modules()), list(map(id, self.metrics.values()))
         self._tables = [part._modules for part in parts.values()]
         self._members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
-        self._new = {name: part for name, part in parts.items() if isinstance(part, torchmetrics.Metric)}
+        if run_mode() != "off":
+            self._new = {name: part for name, part in parts.items() if isinstance(part, torchmetrics.Metric)}
         self.metrics = metrics_of(self._module)
         for part in parts.values():
             if isinstance(part, torchmetrics.MetricCollection):

@@ -34,6 +34,7 @@ PIECE_BYTES = 1 << 14
 EVERY_STEPS = 100  # how often a checksum is taken of weights on a GPU, and rarely changed attributes are looked at
 FEW = 64  # items of a list that are compared one by one
 MUTABLE = {Tensor, np.ndarray, list, tuple, set, deque, *DICTS}
+COUNTED = (Tensor, list)
 SAME, GROWN, CHANGED = range(3)
 ABSENT = "attribute that is absent"  # a text, so that ranks can send it
 
@@ -261,7 +262,8 @@ class Rates:
 
     def __init__(self, module: nn.Module, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
         self.module, self.optimizers, self.schedulers = module, optimizers, list(schedulers)
-        self._then: list[Any] = []
+        self._values: list[Any] = []
+        self._counts: list[int] = []
         self._step = 0
 
     def begin(self) -> None:
@@ -272,15 +274,24 @@ class Rates:
                     if isinstance(value, LRScheduler) and not any(value is each for each in self.schedulers):
                         self.schedulers.append(value)
         self._step += 1
-        self._then = self._now()
+        self._values = self._now()
+        self._counts = [_count(value) for value in self._values if type(value) in COUNTED]
 
     def changed(self) -> int:
         """Return 0, or the number of the first that has changed since `begin`, from 1."""
         now = self._now()
-        if now == self._then:
+        counts = [_count(value) for value in now if type(value) in COUNTED]
+        if len(now) == len(self._values) and counts == self._counts and all(map(is_, now, self._values)):
             return 0
-        alike = list(map(operator.eq, now, self._then))
-        return 1 + [*alike[: len(self.names())], False].index(False)
+        if len(now) != len(self._values):
+            return len(self.names())
+        before = iter(self._counts)
+        for number, (value, then) in enumerate(zip(now, self._values, strict=True), 1):
+            count = next(before) if type(then) in COUNTED else 0
+            same = value is then or (type(value) in SCALARS and value == then)
+            if not same or (type(value) in COUNTED and _count(value) != count):
+                return number
+        return 0
 
     def names(self) -> list[str]:
         """Return what is done to each where it changes."""
@@ -296,13 +307,14 @@ class Rates:
         ]
 
     def _now(self) -> list[Any]:
-        options = [
-            (id(value), value._version) if isinstance(value, Tensor) else len(value) if option == "params" else value
-            for optimizer in self.optimizers
-            for group in optimizer.param_groups
-            for option, value in group.items()
-        ]
-        return options + [vars(scheduler).get("last_epoch") for scheduler in self.schedulers]
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        options = itertools.chain.from_iterable(map(dict.values, groups))
+        return [*options, *[vars(scheduler).get("last_epoch") for scheduler in self.schedulers]]
+
+
+def _count(value: Any) -> int:
+    """Return what changes when a tensor, or a list of parameters, is changed in place."""
+    return value._version if isinstance(value, Tensor) else len(value)
 
 
 class Memory:

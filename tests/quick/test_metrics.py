@@ -25,6 +25,12 @@ def test_what_a_metric_keeps_beside_its_states_is_refused(kind: str, runner: Run
     assert not any(path.read_text() for path in runner.folder.glob("runs/*/*/trail.jsonl"))
 
 
+def test_mode_off_does_not_look(runner: Runner) -> None:
+    options = config("own")
+    options["determinism"]["mode"] = "off"
+    assert runner.run(options) is not None
+
+
 @pytest.mark.parametrize("kind", ["outputs", "mean", "tracker"])
 def test_other_metrics_are_exact(kind: str, runner: Runner, other: Runner) -> None:
     """A wrapper whose metrics have all in their states; a metric that a hook makes for each epoch; a MetricTracker."""
