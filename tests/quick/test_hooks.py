@@ -109,3 +109,11 @@ def test_nothing_is_joined_where_no_hook_takes_a_batch() -> None:
         trainer.state.stage = RunningStage.TRAINING
         takers = Takers(trainer)
         assert (takers.batch, takers.outputs) == expected
+
+
+def test_a_hook_that_runs_once_a_shard_is_refused(runner: Runner) -> None:
+    """A callback that counted in on_before_backward came to 4 or 2 a step, by devices."""
+    config = configure("mlp", "even", callbacks={"count": {"_target_": "tests.support.hook_models.Backwards"}})
+    runner.run(config, code=2)
+    assert "error: Backwards.on_before_backward runs once a shard" in runner.said()
+    assert "hint: on_after_backward or on_before_optimizer_step" in runner.said()

@@ -270,3 +270,13 @@ class Outside(pl.Callback):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         labtrain.gather_outputs(self.losses)
+
+
+class Backwards(pl.Callback):
+    """Counts backward passes."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: torch.Tensor) -> None:
+        self.count += 1
