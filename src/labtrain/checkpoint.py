@@ -84,6 +84,9 @@ class Checkpoints(pl.Callback):
         """Stop, before anything is loaded together, where ranks would go on from different checkpoints."""
         if stage != "fit":
             return
+        # Lightning puts finders first, which change what is looked at here.
+        trainer.callbacks = [self, *(each for each in trainer.callbacks if each is not self)]  # type: ignore[attr-defined]
+        _leave_rates(trainer)
         self.initial = {"callbacks": beginnings_of_callbacks(trainer)}
         step = self.newest[1] if self.newest else 0
         if (first := trainer.strategy.broadcast(step)) != step:
@@ -97,6 +100,8 @@ class Checkpoints(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         loop = loop_of(trainer)
+        if PLACE not in checkpoint:  # what a finder puts back after its search: Lightning's, and no place of a training
+            return
         if "optimizers" in self.initial and loop.loaded is None:  # as it is spread over the ranks, it is loaded late
             adopt(checkpoint, trainer, self.initial, say=self.say)
         loop.loaded = checkpoint
@@ -302,6 +307,18 @@ class Checkpoints(pl.Callback):
             return
         if self.keep_best and self.monitor in trainer.callback_metrics:
             self.saver.score(self.newest[0], float(trainer.callback_metrics[self.monitor]))
+
+
+def _leave_rates(trainer: pl.Trainer) -> None:
+    """Have no learning rate searched until the training stands where it was saved: what was found then is loaded."""
+
+    def find(search: Callable[..., None], *arguments: Any) -> None:
+        if loop_of(trainer).loaded is None:
+            search(*arguments)
+
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, pl.callbacks.LearningRateFinder):
+            callback.lr_find = partial(find, callback.lr_find)  # type: ignore[method-assign]
 
 
 class Alike:

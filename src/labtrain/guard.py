@@ -12,6 +12,7 @@ times                       a validation or an end by the clock comes at another
 modules without a digest    imported by a computed name or from a file on no path: the run's name is without them
 modules unlike their files  edited since they were imported, in a notebook; or while the training started
 reloaded loaders            what a new loader is may depend on the epoch in which a process began
+BatchSizeFinder             the batch size is then that of a machine's memory, and not the one in the run's name
 fused, mixed and clipped    in mixed precision Lightning clips no fused optimizer's gradients
 =========================== ============================================================================================
 
@@ -73,6 +74,9 @@ class Guard(pl.Callback):
     ) -> None:
         self.mode, self.shards, self.threads, self.say = mode, shards, threads, say
         self.code, self.there, self.root = code, there, root
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._refuse(batch_size_finders(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.code is not None:
@@ -232,6 +236,15 @@ def training_loaders(trainer: pl.Trainer) -> Iterator[Finding]:
                 " cuts its samples by rank itself, each of them trains on the same",
                 "trainer.devices=1; or determinism.mode=warn, if each rank gets samples of its own",
             )
+
+
+def batch_size_finders(trainer: pl.Trainer) -> Iterator[Finding]:
+    """Find what sets the batch size to the largest that the machine's memory holds, in any mode."""
+    if any(isinstance(callback, pl.callbacks.BatchSizeFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        yield (
+            "a BatchSizeFinder would set another batch size than data.batch_size, by the memory of this machine",
+            "leave it out of callbacks; labtrain batch-size prints the largest data.batch_size that fits",
+        )
 
 
 def evaluation_loaders(stage: str, combined: Any) -> Iterator[Finding]:

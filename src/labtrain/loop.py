@@ -28,6 +28,7 @@ from labtrain.digests import PLACE
 from labtrain.errors import ConfigError
 from labtrain.files import is_spread
 from labtrain.gathering import leave_own, made_whole
+from labtrain.guard import Guard
 from labtrain.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
 from labtrain.metrics import hold, metrics_of, release
 from labtrain.outside import KEY, Outside
@@ -73,7 +74,11 @@ class EpochLoop(_TrainingEpochLoop):
     # ------------------------------------------------------------------------------------------------------ saving
 
     def on_advance_end(self, data_fetcher: Any) -> None:
-        if not self._entering and not self._should_accumulate():
+        if not self._entering and not self._should_accumulate() and is_searched(self.trainer):
+            self._exchange()
+            if self.wishes.agreed_stop:
+                raise Stopped(self.wishes.agreed_stop, saved=False)
+        elif not self._entering and not self._should_accumulate():
             self._agree()
             if self.wishes.agreed_stop or self._ends():
                 self.save(True)
@@ -321,6 +326,14 @@ class EpochLoop(_TrainingEpochLoop):
         manual = self.manual_optimization.optim_step_progress.total
         for progress in (optimizer.step.total, optimizer.zero_grad.total, manual):
             _put(progress, done)
+
+
+def is_searched(trainer: pl.Trainer) -> bool:
+    """Return whether Lightning's finder of a learning rate or batch size trains, and puts everything back after it.
+
+    It takes the callbacks away meanwhile (tuner/lr_finder.py).
+    """
+    return not any(isinstance(callback, Guard) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def _put(progress: Any, done: int) -> None:

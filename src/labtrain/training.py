@@ -173,7 +173,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
         root=Path(job.root),
     )
     callbacks = make_callbacks(job, checkpoints, recorder, guard, own)
-    trainer = make_trainer(config, accelerator, devices, environment, loggers, callbacks, wishes)
+    trainer = make_trainer(config, accelerator, devices, environment, loggers, callbacks, wishes, root=job.run_dir)
     loop = trainer.fit_loop.epoch_loop = EpochLoop(
         trainer,
         save=lambda required: checkpoints.save(trainer, required=required),
@@ -426,7 +426,7 @@ def make_trainer(
     callbacks: list[pl.Callback],
     wishes: Wishes,
     *,
-    root: str = "runs",
+    root: str,
 ) -> pl.Trainer:
     """Return Lightning's Trainer with the keys of `trainer`; those that are null take its defaults.
 
