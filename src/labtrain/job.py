@@ -46,7 +46,7 @@ def main() -> None:
     elif ranks and ranks.launcher == "torchrun":
         end_with_parent(os.getppid(), signal.SIGTERM)  # its SIGUSR1, say, ends torchrun alone
     out = _take_stdout()
-    sys.path[0] = job.root  # as if train.py ran: python -m puts the working directory here
+    job.enter_path()
     if job.config["determinism"]["mode"] != "off":
         load_from_source()
     gc.disable()  # importing torch and Lightning makes no garbage: half a second of looking for it

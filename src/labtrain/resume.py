@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import sys
 from pathlib import Path
 
 from labtrain import receipt
@@ -12,7 +13,7 @@ from labtrain.fingerprints import changed_files
 from labtrain.ranks import find_ranks, restarted
 from labtrain.remote import is_local
 from labtrain.run import Config, Job, first_free, lock_digest, name, shown, what_counts
-from labtrain.sources import read_code
+from labtrain.sources import read_code, search_path
 from labtrain.store import Manifest, Store
 
 
@@ -48,6 +49,7 @@ def make_job(config: Config, *, root: Path, command: list[str], supervisor: int 
         supervisor=supervisor,
         origin=origin,
         origin_digest=digest,
+        path=os.pathsep.join(os.path.abspath(entry) for entry in search_path(root, sys.path)[1:]),  # noqa: PTH100
     )
 
 

@@ -7,6 +7,7 @@ executed, the code, and the environment's lock. The name is the first 12 hex dig
 import copy
 import dataclasses
 import hashlib
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,8 @@ class Job:
         origin: with resume=RUN, the folder of the checkpoints that it goes on from; else empty.
         origin_digest: of the checkpoint there that it begins from, as a run of its own; empty where RUN itself goes on.
         stop_at: the step after which it saves and stops, as after a SIGTERM; 0: none.
+        path: where modules are looked for after `root`, as PYTHONPATH is written: what train.py put into sys.path is
+            there too. Empty: as a process of its own has it.
     """
 
     run_id: str
@@ -75,6 +78,13 @@ class Job:
     origin: str = ""
     origin_digest: str = ""
     stop_at: int = 0
+    path: str = ""
+
+    def enter_path(self) -> None:
+        """Look for modules where stage 1 did: first beside train.py, as if that ran."""
+        sys.path[:1] = [self.root]  # python -m puts the working directory there
+        if self.path:
+            sys.path[1:] = self.path.split(os.pathsep)
 
     def to_json(self) -> str:
         """Return it as text, without what is as by default: an older labtrain may not know of it."""

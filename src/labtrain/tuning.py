@@ -82,7 +82,7 @@ def main() -> None:
     job = Job.from_json(os.environ[JOB_VARIABLE])
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what people's code prints
-    sys.path[0] = job.root
+    job.enter_path()
     try:
         size = largest(job.config, mode=mode, max_trials=int(max_trials), steps=int(steps))
     except LabtrainError as error:

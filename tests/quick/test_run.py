@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -161,3 +163,25 @@ def test_the_lock_is_that_of_the_route(tmp_path: Path, monkeypatch: pytest.Monke
     assert route() == "nix"
     assert lock_digest(tmp_path) == wheels
     assert lock_digest(tmp_path / "nothing") == ""
+
+
+def test_what_train_py_adds_to_its_path_is_there_when_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the environment, and a relative one too: hashed by stage 1, and found by the process that trains."""
+    (tmp_path / "lib").mkdir()
+    (tmp_path / "lib" / "mylabutils.py").write_text("")
+    (tmp_path / "lib" / "torchmetrics.py").write_text("")  # comes after the environment's, and so is none of the code
+    root = tmp_path / "exp"
+    root.mkdir()
+    (root / "model.py").write_text("from mylabutils import K\nimport torchmetrics\n")
+    monkeypatch.chdir(root)
+    monkeypatch.setattr(sys, "path", [str(root), *sys.path[1:], "../lib"])
+    job = make_job(CONFIG, root=root, command=["train.py"])
+    code = (
+        "from pathlib import Path\nfrom labtrain.run import Job\nfrom labtrain.sources import read_code\n"
+        f"job = Job.from_json({job.to_json()!r})\njob.enter_path()\nfound = read_code(Path(job.root), job.config)\n"
+        "print(found.digest == job.code_digest, *found.outside)\nimport mylabutils\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "True mylabutils.py\n"
