@@ -4,9 +4,11 @@ Hydra refuses an unknown key on the command line, but a misspelt one in the expe
 key, and no type is checked anywhere: both are done here, before torch is imported.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from labtrain.errors import ConfigError, LabtrainError
+from labtrain.errors import ConfigError, LabtrainError, not_readable
 from labtrain.remote import check_url
 from labtrain.run import SHARDED_STRATEGY, Config, get, shards_in_use, world_size
 
@@ -280,6 +282,10 @@ def explain(error: BaseException) -> LabtrainError | None:
     for link in chain:
         if isinstance(link, LabtrainError):
             return link
+    for link in chain:
+        if isinstance(link, PermissionError) and link.filename and not os.access(link.filename, os.R_OK):
+            with suppress(FileNotFoundError):  # it could not be made
+                return not_readable(Path(os.fsdecode(link.filename)))
     for link in chain:
         if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.parent_node is not None:
             tree = OmegaConf.to_container(link.parent_node._get_root(), resolve=False)

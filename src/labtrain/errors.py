@@ -14,6 +14,8 @@ Each ends a command with exit code 2, a CallbackError with 1. Anything else that
 own exception, and keeps its traceback.
 """
 
+import os
+import pwd
 import traceback
 import types
 from collections.abc import Mapping
@@ -76,6 +78,22 @@ class JobFailedError(LabtrainError):
         super().__init__(message)
         self.args = (message, exit_code)  # pickled so: it may come from another machine
         self.exit_code = exit_code
+
+
+def not_readable(path: Path) -> ConfigError:
+    """Return the error for what this user may not read: which folder is closed, whose it is, how to open it."""
+    path = path.absolute()
+    way = [*reversed(path.parents), path]
+    place = next((each for each in way if not os.access(each, os.X_OK)), path)
+    uid = place.stat().st_uid
+    try:
+        owner = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        owner = f"user {uid}"
+    command = "chmod -R a+rX" if place == path else "chmod a+x"  # never all of a home
+    return ConfigError(
+        f"{place}: no permission to read it; it belongs to {owner}", hint=f"{owner} types: {command} {place}"
+    )
 
 
 def explain_callback(error: BaseException, callbacks: Mapping[str, object]) -> CallbackError | None:

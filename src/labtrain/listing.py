@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from labtrain import receipt
-from labtrain.errors import ConfigError, DamagedError
+from labtrain.errors import ConfigError, LabtrainError
 from labtrain.provenance import time_of
 from labtrain.run import shown
 from labtrain.trail import HISTORY
@@ -77,20 +77,22 @@ def list_runs(folders: Iterable[str | Path], *, metric: str | None = None) -> li
 
 
 def runs_below(folder: Path) -> Iterator[Path]:
-    """Yield each folder that holds a receipt; not those in a run, nor hidden ones."""
-    for here, folders, files in os.walk(folder):
+    """Yield each folder that holds a receipt, or that is closed to this user; none in a run, and no hidden ones."""
+    closed: list[OSError] = []
+    for here, folders, files in os.walk(folder, onerror=closed.append):
         if receipt.FILE in files:
             folders.clear()
             yield Path(here).resolve()
         folders[:] = [name for name in folders if not name.startswith(".")]
+    yield from (Path(error.filename).resolve() for error in closed if isinstance(error, PermissionError))
 
 
 def row_of(run_dir: Path, metric: str | None = None) -> Row:
     """Return how the run in a folder stands."""
     try:
         found = receipt.read(run_dir)
-    except (DamagedError, OSError, ValueError) as error:
-        why = error.args[0] if isinstance(error, DamagedError) else error
+    except (LabtrainError, OSError, ValueError) as error:
+        why = error.args[0] if isinstance(error, LabtrainError) else error
         return Row(run=shown(run_dir), status="broken", error=str(why))
     assert found is not None
     segments, results, status = found["segments"], found["results"], found["status"]

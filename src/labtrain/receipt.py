@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from labtrain import exact_json
-from labtrain.errors import DamagedError
+from labtrain.errors import DamagedError, not_readable
 
 SCHEMA = "labtrain/receipt/1"
 FILE = "receipt.json"
@@ -132,12 +132,15 @@ def read(run_dir: Path) -> Receipt | None:
 
     Raises:
         DamagedError: it is there and cannot be trusted: broken JSON, another schema, a field missing.
+        ConfigError: this user may not read it.
     """
     path = run_dir / FILE
     try:
         text = path.read_text()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except PermissionError:
+        raise not_readable(run_dir) from None
     hint = f"mv {run_dir} {run_dir}.broken   # or start anew beside it: resume=never"
     try:
         receipt = exact_json.loads(text)

@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -17,13 +18,15 @@ from typing import Any
 import pytest
 
 from labtrain import receipt, training
+from labtrain.config import explain
 from labtrain.errors import EXIT_STOPPED, LabtrainError
+from labtrain.listing import list_runs
 from labtrain.prune import leftovers
 from labtrain.recorder import Recorder
-from labtrain.run import Job, shown
+from labtrain.run import Job, first_free, shown
 from labtrain.store import Store, identity
 from labtrain.training import alone_in, refuse_outdated
-from tests.conftest import LABTRAIN
+from tests.conftest import LABTRAIN, ROOT
 from tests.support.exact import Runner, configure, outcome
 from tests.support.servers import wait_until
 
@@ -105,6 +108,34 @@ def test_a_second_user_of_the_group_can_lock_a_run_and_one_who_may_not_is_told_w
             assert "hint: umask 002" in said
         finally:
             os.umask(before)
+
+
+@pytest.mark.parametrize("closed", ["runs/lab/one", "runs/lab", "runs/lab/one/receipt.json"])
+def test_a_second_user_is_told_what_is_closed_and_whose_it_is(closed: str) -> None:
+    """Of a run that was made under umask 077: by a start of its command, and by labtrain ls."""
+    if os.getuid():
+        pytest.skip("only root can become another user: run the tests as root to see this one")
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        Path(folder).chmod(0o755)
+        run_dir, place = Path(folder, "runs/lab/one"), Path(folder, closed)
+        run_dir.mkdir(parents=True)
+        shutil.copy(ROOT / "tests/golden/receipt.json", run_dir)
+        place.chmod(0o700 if place.is_dir() else 0o600)
+        place = min(place, run_dir)  # of a file, the run: its others are closed as well
+        said = as_second_user(lambda: receipt.read(run_dir) and None)
+        assert said.startswith(f"{place}: no permission to read it; it belongs to root\n\nhint: root types: chmod ")
+        assert said.endswith(f"chmod -R a+rX {run_dir}" if place == run_dir else f"chmod a+x {place}")
+        listed = as_second_user(lambda: sys.exit(str(list_runs([Path(folder, "runs")]))))
+        assert f"run='{place}', status='broken'" in listed
+        assert f"error='{place}: no permission to read it; it belongs to root'" in listed
+
+        def start() -> None:
+            try:
+                first_free(run_dir)
+            except PermissionError as error:
+                raise (explain(error) or error) from None
+
+        assert (as_second_user(start) == said) == (place != run_dir)
 
 
 # ------------------------------------------------------------------------------------------------------ two starts
