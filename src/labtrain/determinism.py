@@ -39,15 +39,19 @@ PORTABLE_VARIABLES = {
 # What can change bits and is written in the receipt, whoever set it: every variable of the libraries that compute ...
 RECORDED_PREFIXES = (
     "ATEN_", "BLIS_", "CUBLAS", "CUDNN_", "DNNL_", "GOMP_", "GOTO_", "KMP_", "MKL_", "NCCL_", "NPY_", "OMP_", "ONEDNN_",
-    "OPENBLAS_", "PYTORCH_", "TORCH_", "TORCHINDUCTOR_", "TRITON_",
+    "OPENBLAS_", "PYTORCH_", "TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TRITON_",
 )  # fmt: skip
 RECORDED_VARIABLES = (
     "CUDA_DISABLE_PTX_JIT",
     "CUDA_FORCE_PTX_JIT",
+    "DISABLE_ADDMM_CUDA_LT",
     "GLIBC_TUNABLES",
+    "LD_LIBRARY_PATH",
     "LD_PRELOAD",
+    "MKL_DEBUG_CPU_TYPE",
     "NVIDIA_TF32_OVERRIDE",
     "PYTHONHASHSEED",
+    "PYTHONOPTIMIZE",
 )
 # ... but those that say where files lie, what is printed, how long to wait and by which network. sklearn and Lightning
 # set some of these themselves.

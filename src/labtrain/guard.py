@@ -7,6 +7,7 @@ another loader              its order and draws are no function of (seed, epoch)
 several training loaders    where each stands in its cycle is not known after a resume
 torch.compile in code       kernels are chosen by timing, and by the shapes that this process has seen so far
 flags that code has changed cudnn.benchmark chooses kernels by timing; other threads are another order of addition
+asserts left out            by python -O: code without its asserts is other code, and the run has the same name
 TF32 set from outside       NVIDIA_TF32_OVERRIDE and its like change bits, and are not part of the run's name
 times                       a validation or an end by the clock comes at another step each time
 modules without a digest    imported by a computed name or from a file on no path: the run's name is without them
@@ -23,6 +24,7 @@ without a deterministic kernel is stopped by torch itself; here its module is fo
 
 import os
 import re
+import sys
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +86,7 @@ class Guard(pl.Callback):
             if self.code.shadows:
                 names = ", ".join(self.code.shadows)
                 self.say(f"imported instead of the environment's: {names} (unset PYTHONPATH, or give them other names)")
+        self._judge(left_out_asserts())
         self._refuse(uncuttable_loaders(trainer, self.shards))
         self._refuse(unclippable(trainer))
         self._judge(single_samples(trainer, pl_module, self.shards))
@@ -289,6 +292,15 @@ def changed_flags(threads: int) -> Iterator[Finding]:
                 f"the environment has {name}={os.environ[name]}: it changes bits, and is no part of the run's name",
                 f"unset {name}; TF32 is had by speed.tf32=true",
             )
+
+
+def left_out_asserts() -> Iterator[Finding]:
+    """Find Python's option that leaves asserts out, and with them what they call."""
+    if sys.flags.optimize:
+        yield (
+            "Python leaves out asserts (-O, PYTHONOPTIMIZE): what they do is then not done, in a run of the same name",
+            "unset PYTHONOPTIMIZE, and start python without -O",
+        )
 
 
 def clocks(trainer: pl.Trainer) -> Iterator[Finding]:

@@ -1,11 +1,15 @@
 """Never silent: each thing that cannot be exact is refused in strict mode, said and recorded in warn, left alone in off."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from labtrain.errors import ConfigError
+from labtrain.guard import Guard, left_out_asserts
 from tests.quick.test_strategy import faulty
 from tests.support.exact import Runner, configure
 
@@ -52,6 +56,22 @@ def test_tf32_from_outside_is_refused(runner: Runner, monkeypatch: pytest.Monkey
     config = configure("mlp", "even")
     runner.run(config, code=2, environment={"NVIDIA_TF32_OVERRIDE": "1"})
     assert "the environment has NVIDIA_TF32_OVERRIDE=1: it changes bits" in runner.said()
+
+
+@pytest.mark.parametrize("mode", ["strict", "portable", "warn", "off"])
+def test_code_without_its_asserts_is_refused(mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PYTHONOPTIMIZE leaves them out, and what they call: another result under the same name."""
+    said: list[str] = []
+    guard = Guard(mode=mode, shards=4, threads=1, say=said.append, code=None, there=set(), root=tmp_path)
+    guard._judge(left_out_asserts())
+    assert said == []
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=1))
+    if mode in ("strict", "portable"):
+        with pytest.raises(ConfigError, match=r"Python leaves out asserts .*\n\nhint: unset PYTHONOPTIMIZE"):
+            guard._judge(left_out_asserts())
+    else:
+        guard._judge(left_out_asserts())
+    assert len(said) == (mode == "warn")
 
 
 @pytest.mark.parametrize(
