@@ -153,7 +153,7 @@ def noting_opened(found: set[Path]) -> Iterator[None]:
         opened = real(file, mode, *arguments, **options)
         if isinstance(file, str | Path) and not {*"wax+"} & {*mode}:
             place = os.path.abspath(file)  # noqa: PTH100
-            if not place.startswith(SYSTEM) and not in_environment(place):
+            if not place.startswith(_systems_own()) and not in_environment(place):
                 found.add(Path(place))
         return opened
 
@@ -162,6 +162,19 @@ def noting_opened(found: set[Path]) -> Iterator[None]:
         yield
     finally:
         builtins.open = io.open = real
+
+
+@functools.cache
+def _systems_own() -> tuple[str, ...]:
+    """Return how the names of files begin that the standard library reads of the system, and are no data.
+
+    Zones of time, kinds of files, the system's name. Not /usr/share: Debian puts datasets there.
+    """
+    import mimetypes
+    import zoneinfo
+
+    zones = (f"{folder}/" for folder in zoneinfo.TZPATH)
+    return (*SYSTEM, *zones, *mimetypes.knownfiles, "/etc/localtime", "/etc/os-release", "/usr/lib/os-release")
 
 
 def _walk(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryview]:

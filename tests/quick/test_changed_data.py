@@ -1,15 +1,19 @@
 """A complete run, and a data file that was changed since: the next start says it."""
 
 import json
+import struct
+import zoneinfo
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from labtrain import receipt
+from labtrain import fingerprints, receipt
 from labtrain.fingerprints import changed_files, files_now, files_read, noting_opened, places_in
 from labtrain.inspection import state_differences
 from tests.support.exact import configure
+
+UTC = struct.pack(">4s16x6liBB4s", b"TZif", 0, 0, 0, 0, 1, 4, 0, 0, 0, b"UTC")  # the smallest file of a zone, RFC 8536
 
 
 def test_a_changed_data_file_is_said_at_the_next_start(runner: Any, tmp_path: Path) -> None:
@@ -58,3 +62,23 @@ def test_what_a_training_read_is_named_by_its_place(tmp_path: Path, monkeypatch:
     assert changed_files(found, root) == [f"{other}/c.npy"]
     monkeypatch.setattr("labtrain.fingerprints.MOST_PLACES", 1)
     assert set(files_read([other / "c.npy", other / "d.npy"], root)) == {f"file {other}"}
+
+
+def test_the_systems_zones_are_no_data(tmp_path: Path) -> None:
+    """An update of them is no change of data; beside them /usr/share holds datasets, which are."""
+    zones = tmp_path / "share" / "zoneinfo"
+    zones.mkdir(parents=True)
+    data = tmp_path / "share" / "zoneinfo-dataset.csv"
+    for path in (zones / "Mine", data):
+        path.write_bytes(UTC)
+    zoneinfo.reset_tzpath([str(zones)])
+    fingerprints._systems_own.cache_clear()
+    places: set[Path] = set()
+    try:
+        with noting_opened(places):
+            assert zoneinfo.ZoneInfo.no_cache("Mine").key == "Mine"
+            data.read_bytes()
+    finally:
+        zoneinfo.reset_tzpath()
+        fingerprints._systems_own.cache_clear()
+    assert places == {data}
