@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -532,7 +532,10 @@ def _job(cfg: Any) -> Job:
     import __main__
     from labtrain import config as configuration
 
-    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else copy.deepcopy(dict(cfg))
+    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"labtrain.train({cfg!r}): must be a configuration, a mapping", hint=configuration.COMPOSE)
+    plain = copy.deepcopy(dict(plain))
     config = configuration.completed(cast(Config, plain))
     configuration.check_whole(config)
     adopt(config, find_ranks())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 import labtrain
 from labtrain.doctor.environment import unlike_lock
@@ -24,6 +25,10 @@ from tests.support.exact import Runner, configure, outcome
 @pytest.mark.parametrize(
     ("config", "says"),
     [
+        (None, "labtrain.train(None): must be a configuration, a mapping"),
+        (3, "labtrain.train(3): must be a configuration, a mapping"),
+        ("x", "labtrain.train('x'): must be a configuration, a mapping"),
+        (OmegaConf.create([1]), "labtrain.train([1]): must be a configuration, a mapping"),
         ({}, "the configuration lacks experiment, logger, seed, resume, model and "),
         ({"trainer": 3}, "trainer=3: must be a mapping"),
         (configure() | {"trainer": {"devices": 1}}, "the configuration lacks trainer.accelerator, trainer.strategy, "),
@@ -31,7 +36,7 @@ from tests.support.exact import Runner, configure, outcome
         (configure() | {"data": {"_target_": "x"}}, "the configuration lacks data.batch_size, data.num_workers"),
     ],
 )
-def test_a_configuration_that_was_not_composed_is_refused_by_name(config: dict[str, Any], says: str) -> None:
+def test_a_configuration_that_was_not_composed_is_refused_by_name(config: Any, says: str) -> None:
     """labtrain.train takes a dict: it names the keys that it lacks, and how they are had."""
     with pytest.raises(ConfigError, match=re.escape(says)) as found:
         labtrain.train(config)
