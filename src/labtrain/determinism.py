@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from labtrain.errors import ConfigError
+from labtrain.sources import FROM_SOURCE
 
 STRICT_MODES = ("strict", "portable")
 
@@ -60,6 +61,8 @@ NO_BITS = re.compile(
     r"|ADDR2LINE\w*|CHECK|DISPLAY_\w+|BLOCKTIME|SETTINGS|WARNINGS|WAIT_POLICY|INIT_AT_FORK|DUPLICATE_LIB_OK)"
     r"|TORCH_(?:NCCL|FR|SHOW|DISTRIBUTED)_\w+|NCCL_(?:ASYNC|COMM|CONF|HOSTID|IB|NET|OOB|SOCKET)\w*"
 )
+# What a training sets in the environment of its process where it is not set, until its end.
+SET_BY_LABTRAIN = ("CUBLAS_WORKSPACE_CONFIG", "GLOO_SOCKET_IFNAME", FROM_SOURCE)
 
 
 def variables(mode: str, *, threads: int) -> dict[str, str]:
@@ -215,8 +218,9 @@ def run_say(text: str) -> None:
 def run(*, seed: int, mode: str, accelerator: str, threads: int, tf32: bool) -> Iterator[None]:
     """Do `set_run` and `apply` for the time of one training.
 
-    Afterwards this process is outside of a run again. torch's flags and the global generators are as they were: what
-    a notebook does next does not depend on what it trained. In mode off both are as the training leaves them.
+    Afterwards this process is outside of a run again. torch's flags, the global generators and labtrain's variables are
+    as they were: what a notebook does next does not depend on what it trained. In mode off they are as the training
+    leaves them.
     """
     import torch
 
@@ -244,7 +248,7 @@ def _remembered() -> Callable[[], None]:
     modes = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # a property of the module
-    workspace = os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+    absent = [name for name in SET_BY_LABTRAIN if name not in os.environ]
     generators = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
@@ -255,8 +259,8 @@ def _remembered() -> Callable[[], None]:
         torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
         cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
-        if workspace is None:
-            os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+        for name in absent:
+            os.environ.pop(name, None)
         random.setstate(generators[0])
         np.random.set_state(generators[1])
         torch.default_generator.set_state(generators[2])

@@ -174,7 +174,14 @@ def _systems_own() -> tuple[str, ...]:
     import zoneinfo
 
     zones = (f"{folder}/" for folder in zoneinfo.TZPATH)
-    return (*SYSTEM, *zones, *map(str, mimetypes.knownfiles), "/etc/localtime", "/etc/os-release", "/usr/lib/os-release")
+    return (
+        *SYSTEM,
+        *zones,
+        *map(str, mimetypes.knownfiles),
+        "/etc/localtime",
+        "/etc/os-release",
+        "/usr/lib/os-release",
+    )
 
 
 def _walk(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryview]:

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 STORY = """
-import random, tempfile
+import os, random, tempfile
 import numpy as np, torch
 import labtrain
 from labtrain import determinism
@@ -17,6 +17,7 @@ def state():
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, torch.get_num_threads(),
         torch.utils.deterministic.fill_uninitialized_memory, torch.get_float32_matmul_precision(),
         torch.backends.mkldnn.enabled, determinism.run_seed(), determinism.run_mode(),
+        sorted(os.environ.keys() - {"PYTORCH_NVML_BASED_CUDA_CHECK"}),  # Lightning's
         random.getstate(), np.random.get_state()[1].tolist(), torch.default_generator.get_state().tolist(),
     ])
 
@@ -49,7 +50,7 @@ ALONE = "import labtrain; print(list(labtrain.DataLoader(list(range(8)), 4, shuf
 
 
 def test_a_notebook_is_after_a_training_as_it_was_before(tmp_path: Path) -> None:
-    """Flags and generators are as found; a loader of one's own is outside of any run; a second training is itself."""
+    """Flags, generators, variables: as found; a loader of one's own is outside of any run; a second training is itself."""
     here, alone = (
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
         for code in (STORY, ALONE)
