@@ -538,10 +538,10 @@ def _job(cfg: Any) -> Job:
     configuration.check_whole(config)
     adopt(config, find_ranks())
     configuration.check(config)
-    file = getattr(__main__, "__file__", None)
-    if file is None and config["determinism"]["mode"] != "off":
+    file = Path(getattr(__main__, "__file__", "notebook.py"))
+    if not file.exists() and config["determinism"]["mode"] != "off":
         _refuse_classes_of_no_file(config)
-    root = Path(file or "notebook.py").resolve().parent
+    root = file.resolve().parent
     return make_job(config, root=root, command=[])
 
 
