@@ -21,7 +21,7 @@ import xxhash
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from labtrain.attributes import PRIVATE, RANDOM, fingerprint
 from labtrain.digests import tensor_bytes
@@ -55,7 +55,7 @@ def look(module: nn.Module, *, known: Iterable[Any] = (), kept: Iterable[tuple[A
     left_out = {id(each) for each in known}
     attributes = {(id(holder), name) for holder, name in kept}
     parts = {id(part) for part in module.modules()}
-    left_out |= {id(part) for part in module.modules() if isinstance(part, Metric)}
+    left_out |= {id(part) for part in module.modules() if isinstance(part, Metric | MetricCollection)}
     weights = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
 
     def enter(holder: Any, name: Any, value: Any) -> bool:
