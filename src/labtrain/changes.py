@@ -21,7 +21,7 @@ import xxhash
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 
 from labtrain.attributes import PRIVATE, RANDOM, fingerprint
 from labtrain.digests import tensor_bytes
@@ -29,6 +29,7 @@ from labtrain.plain import SCALARS, SIMPLE
 from labtrain.reach import label, reach
 
 MOST_OBJECTS = 300_000
+MOST_BYTES, PIECES = 1 << 24, 1 << 10  # of a tensor or an array; of a larger one so much, in so many pieces
 # Of a module of the model: what torch and Lightning keep in it beside these is their own.
 LOOKED_INTO = {"_parameters", "_buffers", "_modules", "_hparams", "_forward_hooks", "_forward_pre_hooks"}
 NOT_LOOKED_INTO = (
@@ -55,7 +56,7 @@ def look(module: nn.Module, *, known: Iterable[Any] = (), kept: Iterable[tuple[A
     left_out = {id(each) for each in known}
     attributes = {(id(holder), name) for holder, name in kept}
     parts = {id(part) for part in module.modules()}
-    left_out |= {id(part) for part in module.modules() if isinstance(part, Metric)}
+    left_out |= {id(part) for part in module.modules() if isinstance(part, Metric | MetricCollection)}
     weights = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
 
     def enter(holder: Any, name: Any, value: Any) -> bool:
@@ -105,7 +106,7 @@ def _prints(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, Tensor):
         yield path, _of_tensor(value)
     elif isinstance(value, np.ndarray | bytearray | array.array):
-        yield path, f"{getattr(value, 'shape', '')} {xxhash.xxh3_128_hexdigest(bytes(value))}"
+        yield path, _of_array(value if isinstance(value, np.ndarray) else np.frombuffer(value, np.uint8))
     elif isinstance(value, RANDOM):
         yield path, of_generator(value)
     elif isinstance(value, dict):
@@ -128,7 +129,30 @@ def _prints(path: str, value: Any) -> Iterator[tuple[str, Any]]:
 def _of_tensor(tensor: Tensor) -> str:
     if tensor.layout != torch.strided or tensor.is_meta:
         return str(tensor.shape)
-    return f"{tensor.dtype} {tuple(tensor.shape)} {xxhash.xxh3_128_hexdigest(tensor_bytes(tensor))}"
+    pieces = [tensor_bytes(piece) for piece in _pieces(tensor.detach())]
+    return f"{tensor.dtype} {tuple(tensor.shape)} {_hash(pieces)}"
+
+
+def _of_array(values: Any) -> str:
+    if values.dtype.hasobject:
+        return str(fingerprint(values.tolist()))
+    return f"{values.dtype} {values.shape} {_hash([piece.tobytes() for piece in _pieces(values)])}"
+
+
+def _pieces(values: Any) -> list[Any]:
+    """Return what is looked at of a tensor or an array: all of it, or parts that are spread evenly."""
+    if values.nbytes <= MOST_BYTES:
+        return [values]
+    flat = values.reshape(-1)
+    length = MOST_BYTES // PIECES // (values.nbytes // len(flat))
+    return [flat[at : at + length] for at in range(0, len(flat), -(-len(flat) // PIECES))]
+
+
+def _hash(pieces: Iterable[bytes | memoryview]) -> str:
+    state = xxhash.xxh3_128()
+    for piece in pieces:
+        state.update(piece)
+    return state.hexdigest()
 
 
 def of_generator(generator: Any) -> str:
@@ -142,4 +166,4 @@ def of_generator(generator: Any) -> str:
     else:
         bits: Any = getattr(generator, "bit_generator", generator)
         state = bits.state
-    return xxhash.xxh3_128_hexdigest(repr(state).encode())
+    return _hash([repr(state).encode()])

@@ -1,7 +1,7 @@
 """JSON that gives back what went in: keys that are no texts, and NaN and infinity, which JSON does not have.
 
 A mapping with other keys than texts is written as ``{"(items)": [[3, 10.0], [7, 2.0]]}``, a number that JSON lacks as
-``{"(float)": "nan"}``. Everything else is ordinary JSON.
+``{"(float)": "nan"}``. Everything else is ordinary JSON. Keys keep their order.
 """
 
 import json
@@ -26,8 +26,7 @@ def plain(node: Any) -> Any:
     if isinstance(node, dict):
         if all(isinstance(key, str) for key in node) and not node.keys() & {ITEMS, FLOAT}:
             return {key: plain(value) for key, value in node.items()}
-        items = sorted(node.items(), key=lambda item: (type(item[0]).__name__, item[0]))
-        return {ITEMS: [[plain(key), plain(value)] for key, value in items]}
+        return {ITEMS: [[plain(key), plain(value)] for key, value in node.items()]}
     if isinstance(node, list | tuple):
         return [plain(value) for value in node]
     if isinstance(node, float) and not math.isfinite(node):

@@ -38,7 +38,7 @@ from torch.overrides import TorchFunctionMode
 from labtrain.determinism import STRICT_MODES
 from labtrain.errors import ConfigError
 from labtrain.loader import DataLoader, StatefulLoader, loaders_of
-from labtrain.sources import Code, can_be_found, stale_modules, unnamed_modules
+from labtrain.sources import Code, can_be_found, count_of_code, stale_modules, unnamed_modules
 
 TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
@@ -76,6 +76,7 @@ class Guard(pl.Callback):
     ) -> None:
         self.mode, self.shards, self.threads, self.say = mode, shards, threads, say
         self.code, self.there, self.root = code, there, root
+        self.stepped, self.count = False, 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._refuse(batch_size_finders(trainer))
@@ -100,21 +101,35 @@ class Guard(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if self.code is not None:
-            code, self.code = self.code, None
-            self._judge(unnamed(code, self.there, self.root))
-            self._say_counts(trainer)
+        if not self.stepped:
+            self.stepped = True
+            self._judge_code()
+            if self.code is not None:
+                self._say_counts(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._judge(evaluation_loaders("test", trainer.test_loop._combined_loader))
         self._say_device_reads(trainer)
 
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._judge_code()
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._judge_code()
         self._say_device_reads(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch:
             self._judge(changed_flags(self.threads))
+
+    def _judge_code(self) -> None:
+        """Look for code that has run and is no part of the run's name; again only if there is more than last time."""
+        if self.code is None or self.count == count_of_code():
+            return
+        self.count = count_of_code()
+        for name, finding in unnamed(self.code, self.there, self.root):
+            self.there.add(name)
+            self.judge(*finding)
 
     def _say_counts(self, trainer: pl.Trainer) -> None:
         """Say which attributes of the training data count how often a sample was loaded."""
@@ -163,16 +178,17 @@ def stale(code: Code) -> Iterator[Finding]:
         )
 
 
-def unnamed(code: Code, there: set[str], root: Path) -> Iterator[Finding]:
-    """Find modules that were imported for the first step and are no part of the run's name."""
+def unnamed(code: Code, there: set[str], root: Path) -> Iterator[tuple[str, Finding]]:
+    """Find code that has run and is no part of the run's name, with its module's name."""
     for name, file in unnamed_modules(code, there):
         found = can_be_found(name, file, root)
-        yield (
-            f"{name} was imported from {file}: it is neither in the environment nor in the run's name",
+        hint = (
             f"write `import {name}` in the module that uses it"
             if found
-            else f"put {file} into {root} and import it by its name",
+            else f"put {file} into {root} and import it by its name"
         )
+        what = f"{name} was imported from {file}: it is neither in the environment nor in the run's name"
+        yield name, (what, hint)
 
 
 def uncuttable_loaders(trainer: pl.Trainer, shards: int | None) -> Iterator[Finding]:

@@ -16,7 +16,7 @@ import random
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from operator import getitem
 from typing import Any
@@ -38,6 +38,7 @@ from labtrain.order import Indices, Order
 from labtrain.plain import is_experiments
 from labtrain.reduction import shard_range
 from labtrain.signals import NUMBERS, end_with_parent
+from labtrain.sources import add_executed, newly_executed
 
 MOST_OBJECTS = 100  # of a dataset that are looked through for numbers
 
@@ -259,6 +260,7 @@ class DataLoader:
             raise result
         if not isinstance(result, Noted):
             return result
+        add_executed(result.executed)
         self.counts += result.counts
         if result.said:
             run_say(result.said)  # here, and not in a worker: the receipt is this process's
@@ -336,10 +338,14 @@ class _Fetch(Dataset[Any]):
             return self.rows(indices)
         try:
             if self.twice:
-                compared = self._compared(indices)
+                loaded = self._compared(indices)
                 self.twice = False
-                return compared
-            return self._collated(self._samples(indices))
+            else:
+                loaded = self._collated(self._samples(indices))
+            if torch.utils.data.get_worker_info() is not None and (files := newly_executed()):
+                noted = loaded if isinstance(loaded, Noted) else Noted(loaded)
+                return replace(noted, executed=files)
+            return loaded
         except ConfigError as error:
             if torch.utils.data.get_worker_info() is None:
                 raise
@@ -413,11 +419,19 @@ class _Fetch(Dataset[Any]):
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """A batch, the names of the dataset's attributes that count loads, and what else is to be said."""
+    """A batch, and what the training's process is to know of its loading.
+
+    Attributes:
+        batch: as it was loaded.
+        counts: the names of the dataset's attributes that count loads.
+        said: what is to be said.
+        executed: files of code that a worker has executed.
+    """
 
     batch: Any
-    counts: list[str]
+    counts: Sequence[str] = ()
     said: str = ""
+    executed: Sequence[str] = ()
 
 
 class StatefulLoader:

@@ -104,6 +104,10 @@ def get(tree: Any, key: str) -> Any:
     return tree
 
 
+# What code gets as it is written: the order of its keys may count, as that of layers or of callbacks does.
+ORDERED = ("model", "data", "callbacks")
+
+
 def world_size(config: Config, devices: Any) -> int:
     """Return the number of processes over all nodes; `auto` counts as one a node."""
     per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
@@ -126,7 +130,10 @@ def name(config: Config, *, code: str, lock: str, origin: str = "") -> str:
         lock: the digest of the environment's lock.
         origin: the digest of the checkpoint that it begins from; empty for a run that begins anew.
     """
-    parts = (exact_json.dumps(what_counts(config), sort_keys=True), code, lock, *([origin] if origin else []))
+    counts = what_counts(config)
+    ordered = {key: counts.pop(key) for key in ORDERED if key in counts}
+    text = exact_json.dumps(counts, sort_keys=True) + exact_json.dumps(ordered)
+    parts = (text, code, lock, *([origin] if origin else []))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 

@@ -346,21 +346,59 @@ def _from_source(self: SourceFileLoader, fullname: str) -> types.CodeType | None
     return code
 
 
+_executed: dict[str, bool] = {}  # files of code that ran: whether `newly_executed` has told it
+_is_hooked = False
+
+
+def note_executed() -> None:
+    """Note from now on the files of all code that this process executes: as a module, by its path, or in exec."""
+    global _is_hooked
+    _executed.clear()
+    if not _is_hooked:  # it stays, and forked processes inherit it
+        _is_hooked = True
+        sys.addaudithook(_note)
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "exec" and type(arguments[0]) is types.CodeType:
+        _executed.setdefault(arguments[0].co_filename, False)
+
+
+def newly_executed() -> list[str]:
+    """Return the files of code that this process has executed since it was last asked."""
+    found = [file for file, told in _executed.items() if not told]
+    _executed.update(dict.fromkeys(found, True))
+    return found
+
+
+def add_executed(files: Iterable[str]) -> None:
+    """Note files of code that another process has executed: a loader's worker."""
+    for file in files:
+        _executed.setdefault(file, False)
+
+
+def count_of_code() -> int:
+    """Return a number that grows where a module is imported or other code executed."""
+    return len(sys.modules) + len(_executed)
+
+
 def unnamed_modules(code: Code, before: set[str]) -> list[tuple[str, str]]:
-    """Return (name, file) of each module that was imported and is in no digest: neither the environment's nor hashed.
+    """Return (name, file) of code that ran and is in no digest: neither the environment's nor hashed.
 
     Args:
         code: what was hashed.
-        before: the names of the modules that were there before the training: of a notebook's.
+        before: names that are left out: of the modules that were there before the training, in a notebook.
     """
-    found = []
+    found: list[tuple[str, str]] = []
     # What torch.compile has compiled: triton/knobs.py and torch/_inductor/runtime/cache_dir_utils.py.
     compiled = (
         os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.environ.get("TRITON_HOME") or Path.home(), ".triton/"),  # noqa: PTH118
         os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_",
     )
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
+    ran = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
+    modules = {file for _, file in ran}
+    ran += [(Path(file).stem, file) for file in list(_executed) if file not in modules and Path(file).is_file()]
+    for name, file in ran:
         if not isinstance(file, str) or name in before or name in ("__main__", "__mp_main__"):
             continue
         if file.startswith(compiled):

@@ -49,9 +49,9 @@ from labtrain.rebuild import Connector
 from labtrain.recorder import Recorder
 from labtrain.remote import is_local
 from labtrain.resume import changed_data, checkpoint_digest, make_job
-from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, route, shards_in_use, shown
+from labtrain.run import EXACT_STRATEGIES, ORDERED, SHARDED_STRATEGY, Config, Job, route, shards_in_use, shown
 from labtrain.signals import Stopped, Wishes
-from labtrain.sources import Code, load_from_source, read_code
+from labtrain.sources import Code, load_from_source, note_executed, read_code, texts_in
 from labtrain.speed import Speed, check_compiler, explain_compile
 from labtrain.store import Manifest
 from labtrain.trail import TRAIL
@@ -261,6 +261,7 @@ def named_code(job: Job) -> Code | None:
     if job.config["determinism"]["mode"] == "off":
         return None
     load_from_source()
+    note_executed()
     code = read_code(Path(job.root), job.config)
     if job.code_digest not in ("", code.digest):
         raise ConfigError("the code was changed while the training started", hint="start it again")
@@ -540,8 +541,22 @@ def _job(cfg: Any) -> Job:
     configuration.check_whole(config)
     adopt(config, find_ranks())
     configuration.check(config)
-    root = Path(getattr(__main__, "__file__", "notebook.py")).resolve().parent
+    file = Path(getattr(__main__, "__file__", "notebook.py"))
+    if not file.exists() and config["determinism"]["mode"] != "off":
+        _refuse_classes_of_no_file(config)
+    root = file.resolve().parent
     return make_job(config, root=root, command=[])
+
+
+def _refuse_classes_of_no_file(config: Config) -> None:
+    """Raise ConfigError for a class of a notebook's cell: a run cannot be named by code that is in no file."""
+    for text in texts_in([config[group] for group in ORDERED]):
+        if text.startswith("__main__."):
+            name = text.removeprefix("__main__.")
+            raise ConfigError(
+                f"{text} is defined in the notebook, so no file holds its code, and no run can be named by it",
+                hint=f"%%writefile own.py in the first line of its cell, and _target_: own.{name}",
+            )
 
 
 def _quiet_lightning() -> None:

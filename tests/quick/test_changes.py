@@ -1,7 +1,9 @@
 """State that a step reaches without an attribute: seen by two looks, and refused with shards."""
 
 import signal
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +70,20 @@ def test_a_list_that_grows_has_not_changed() -> None:
         changed = look(step)
         assert changed is not None
         assert unlike(before, changed)
+
+
+@pytest.mark.parametrize("make", [lambda size: torch.zeros(size, 64), lambda size: np.zeros((size, 64))])
+def test_of_a_large_tensor_or_array_a_part_is_looked_at(make: Any) -> None:
+    """A change of most of it is seen; a map of a file larger than memory is not read as a whole."""
+    step = Reaching("cache")
+    for size in (1, 1 << 17):
+        step.kept = (make(size),)
+        before = look(step)
+        step.kept[0][:] = 1
+        after = look(step)
+        assert before is not None
+        assert after is not None
+        assert unlike(before, after) == ["kept.0"]
 
 
 @pytest.mark.parametrize(("kind", "world"), [("closure", 1), ("numpy generator", 1), ("global", 2)])

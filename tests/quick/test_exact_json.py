@@ -50,6 +50,21 @@ def test_integer_keys_and_texts_are_two_runs() -> None:
     assert run_id(CONFIG) == run_id(json.loads(json.dumps(CONFIG)))
 
 
+def test_the_order_of_keys_reaches_the_code_and_counts(tmp_path: Path) -> None:
+    """Layers in a mapping: written the other way round they are another model. labtrain's own groups have no order."""
+    layers = {"second": 0.1, 3: 1.0, "first": {7: 1, 5: 2}}
+    turned = {key: layers[key] for key in reversed(layers)}
+    config = configure()
+    config["model"]["width"] = layers
+    config["paths"] = {"runs": str(tmp_path / "runs")}
+    job = Job.from_json(make_job(config, root=tmp_path, command=[]).to_json())
+    assert list(job.config["model"]["width"]) == ["second", 3, "first"]
+    assert list(job.config["model"]["width"]["first"]) == [7, 5]
+    assert run_id(changed("model.width", layers)) != run_id(changed("model.width", turned))
+    trainer = CONFIG["trainer"]
+    assert run_id({**CONFIG, "trainer": {key: trainer[key] for key in reversed(trainer)}}) == run_id(CONFIG)
+
+
 def test_what_json_cannot_carry_is_refused(tmp_path: Path) -> None:
     config = configure()
     config["model"]["file"] = [tmp_path]

@@ -246,6 +246,44 @@ def test_a_module_in_no_digest_is_refused_after_the_first_step(
         assert len(trail.read_text().splitlines()) <= 1
 
 
+@pytest.mark.parametrize("who", ["a later step", "a worker"])
+def test_code_that_is_run_later_or_elsewhere_is_refused(who: str, runner: Any, tmp_path: Path) -> None:
+    """Without a module that would show it: in the fourth step, or in a process that loads samples."""
+    from tests.support.exact import configure
+
+    (tmp_path / "elsewhere.py").write_text("SCALE = 1.0\n")
+    config = configure("mlp", "even", "32-true", 1 if who == "a worker" else 0, trainer={"max_epochs": 2})
+    if who == "a worker":
+        config["data"] |= {"_target_": "tests.support.names_models.ExecutingData", "file": f"{tmp_path}/elsewhere.py"}
+    else:
+        config["model"] = {"_target_": "tests.support.names_models.ExecutesLate", "file": f"{tmp_path}/elsewhere.py"}
+    runner.run(config, code=2)
+    assert f"error: elsewhere was imported from {tmp_path}/elsewhere.py: it is neither in the env" in runner.said()
+
+
+def test_a_class_of_a_notebooks_cell_is_refused(tmp_path: Path) -> None:
+    """Its code is in no file: defined anew, it came to the old result under the same run id."""
+    code = """
+import labtrain
+from tests.support.exact import configure
+from tests.support.names_models import Tiny
+class Net(Tiny):
+    pass
+config = configure("mlp")
+config["model"] = {"_target_": "__main__.Net"}
+config["paths"] = {"runs": "runs"}
+labtrain.train(config)
+"""
+    root = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
+    assert "labtrain.errors.ConfigError: __main__.Net is defined in the notebook" in done.stderr
+    assert "_target_: own.Net" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "file", "found"),
     [

@@ -92,3 +92,52 @@ class FromFile(Data):
 
     def setup(self, stage: str) -> None:
         self.train.images = self.train.images + float((Path(self.folder).parent / "noise.txt").read_text())
+
+
+def execute(file: str) -> float:
+    """Run a file and return its SCALE; no module is left."""
+    spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return float(module.SCALE)
+
+
+class ExecutesLate(Tiny):
+    """Runs a file from its fourth step on."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__()
+        self.file = file
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        scale = execute(self.file) if self.trainer.global_step >= 3 else 1.0
+        return super().training_step(batch, batch_idx) * scale
+
+
+class Executing(torch.utils.data.Dataset[Any]):
+    """Runs a file for each sample."""
+
+    def __init__(self, dataset: Any, file: str) -> None:
+        self.dataset, self.file = dataset, file
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        image, label = self.dataset[index]
+        return image * execute(self.file), label
+
+
+class ExecutingData(Data):
+    """Its workers run a file."""
+
+    def __init__(self, file: str, **options: Any) -> None:
+        super().__init__(**options)
+        self.file = file
+
+    def train_dataloader(self) -> Any:
+        loader = super().train_dataloader()
+        loader.dataset = Executing(loader.dataset, self.file)
+        return loader
