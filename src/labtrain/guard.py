@@ -181,12 +181,15 @@ def stale(code: Code) -> Iterator[Finding]:
 def unnamed(code: Code, there: set[str], root: Path) -> Iterator[tuple[str, Finding]]:
     """Find code that has run and is no part of the run's name, with its module's name."""
     for name, file in unnamed_modules(code, there):
-        found = can_be_found(name, file, root)
-        hint = (
-            f"write `import {name}` in the module that uses it"
-            if found
-            else f"put {file} into {root} and import it by its name"
-        )
+        late = [entry for entry in sys.path if entry not in code.path and can_be_found(name, file, [entry])]
+        if can_be_found(name, file, code.path):
+            hint = f"write `import {name}` in the module that uses it"
+        elif late:  # code that ran has changed sys.path
+            before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
+            path = os.pathsep.join([os.path.abspath(late[0]), *before])  # noqa: PTH100
+            hint = f"PYTHONPATH={path} python train.py; code is looked for before model and data are imported"
+        else:
+            hint = f"put {file} into {root} and import it by its name"
         what = f"{name} was imported from {file}: it is neither in the environment nor in the run's name"
         yield name, (what, hint)
 

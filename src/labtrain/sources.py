@@ -19,7 +19,7 @@ import sysconfig
 import tempfile
 import types
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
@@ -46,12 +46,14 @@ class Code:
         outside: of each file outside of experiment and environment, by its path in the folder that it is imported from.
         shadows: names of modules that come before those of the environment.
         files: sha256 of all these, by their real paths on this machine.
+        path: where modules were looked for.
     """
 
     sources: dict[str, str]
     outside: dict[str, str]
     shadows: list[str]
     files: dict[str, str]
+    path: list[str] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
@@ -103,7 +105,7 @@ def read_code(root: Path, config: dict[str, Any], *, path: Iterable[str] | None 
                     hint="unset PYTHONPATH; labtrain doctor names what comes before the locked packages",
                 )
         queue += _mention(named, (file for _, file in unit))
-    return Code(sources=sources, outside=dict(sorted(outside.items())), shadows=shadows, files=files)
+    return Code(sources=sources, outside=dict(sorted(outside.items())), shadows=shadows, files=files, path=path)
 
 
 def source_digests(root: Path) -> dict[str, str]:
@@ -412,9 +414,9 @@ def unnamed_modules(code: Code, before: set[str]) -> list[tuple[str, str]]:
     return found
 
 
-def can_be_found(name: str, file: str, root: Path) -> bool:
-    """Return whether `import NAME` in a source of the experiment would have the file hashed."""
-    unit = _unit(name.partition(".")[0], search_path(root, sys.path))
+def can_be_found(name: str, file: str, path: list[str]) -> bool:
+    """Return whether `import NAME` in a source of the experiment would have the file hashed, found on `path`."""
+    unit = _unit(name.partition(".")[0], path)
     return os.path.realpath(file) in {os.path.realpath(each) for _, each in unit}
 
 

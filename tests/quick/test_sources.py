@@ -1,5 +1,6 @@
 """The code that names a run: what is found outside of the experiment's folder, and that what was hashed is what runs."""
 
+import importlib
 import os
 import py_compile
 import shutil
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from labtrain import sources
+from labtrain.guard import unnamed
 from labtrain.sources import Code, read_code
 
 CONFIG = {"model": {"_target_": "model.Net"}, "data": {"_target_": "data.Data"}, "callbacks": {}}
@@ -282,6 +284,22 @@ labtrain.train(config)
     assert "labtrain.errors.ConfigError: __main__.Net is defined in the notebook" in done.stderr
     assert "_target_: own.Net" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_hint_for_a_folder_that_came_too_late_into_the_path_works(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """model.py itself changes sys.path: an import stands there already, and PYTHONPATH is what helps."""
+    lib = write(tmp_path / "lib", insmod="SCALE = 1.0\n")
+    write(root, model=f"import sys\nsys.path.insert(0, {str(lib)!r})\nimport insmod\n")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    code, there = read(root), set(sys.modules)
+    monkeypatch.syspath_prepend(str(lib))
+    monkeypatch.setitem(sys.modules, "insmod", importlib.import_module("insmod"))
+    [(name, (_, hint))] = unnamed(code, there, root)
+    assert (name, hint.partition(" python train.py;")[0]) == ("insmod", f"PYTHONPATH={lib}")
+    assert not list(unnamed(read(root, lib), there, root))
 
 
 @pytest.mark.parametrize(
