@@ -3,10 +3,14 @@
 import json
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from labtrain.errors import DamagedError
+from labtrain.errors import ConfigError, DamagedError
+
+if TYPE_CHECKING:
+    from labtrain.store import Store
 
 
 @click.group()
@@ -22,24 +26,20 @@ def store_ls(url: str, as_json: bool) -> None:
 
     With --json, a manifest that cannot be read is null, and error says why.
     """
-    from labtrain.store import Store
-
-    place = Store(url)
-    found = place.checkpoints()
+    place, rows = _existing(url), []
+    for each in place.checkpoints():
+        try:
+            manifest, error = place.manifest(each), None
+        except DamagedError as damaged:
+            manifest, error = None, str(damaged.args[0])
+            click.echo(f"warning: {error}", err=True)
+        rows.append({"path": each.url, "sizes": each.sizes, "manifest": manifest, "error": error})
+        if not as_json:
+            end = "  end" if each.finished else ""
+            wrong = f"  {error.removeprefix(f'{each.url}/')}" if error else ""
+            click.echo(f"{each.url}  step {each.step}  {sum(each.sizes.values()) / 1e6:,.1f} MB{end}{wrong}")
     if as_json:
-        rows = []
-        for each in found:
-            try:
-                manifest, error = place.manifest(each), None
-            except DamagedError as damaged:
-                manifest, error = None, str(damaged.args[0])
-                click.echo(f"warning: {error}", err=True)
-            rows.append({"path": each.url, "sizes": each.sizes, "manifest": manifest, "error": error})
         click.echo(json.dumps(rows, indent=1))
-        return
-    for each in found:
-        end = "  end" if each.finished else ""
-        click.echo(f"{each.url}  step {each.step}  {sum(each.sizes.values()) / 1e6:,.1f} MB{end}")
 
 
 @store.command("check")
@@ -47,10 +47,9 @@ def store_ls(url: str, as_json: bool) -> None:
 def store_check(url: str) -> None:
     """Read every checkpoint below URL and compare it with its manifest; exit code 1 if one is damaged."""
     from labtrain.prune import check
-    from labtrain.store import Store
 
     damaged = False
-    for each in Store(url).checkpoints():
+    for each in _existing(url).checkpoints():
         wrong = check(each)
         damaged |= wrong is not None
         click.echo(f"{each.url}  {'whole' if wrong is None else wrong}")
@@ -66,9 +65,8 @@ def store_check(url: str) -> None:
 def store_prune(url: str, keep_last: int | None, older_than: float, dry_run: bool) -> None:
     """Remove what crashes left below URL, and no upload in progress."""
     from labtrain.prune import clear, leftovers, superseded
-    from labtrain.store import Store
 
-    place = Store(url)
+    place = _existing(url)
     for left in leftovers(place, older_than_s=older_than * 3600):
         what = "in progress, kept" if left.in_progress else "left by a crash, removed"
         click.echo(f"{place.url}/{left.path}  {left.size_bytes / 1e6:,.1f} MB, {left.age_s / 3600:.1f} h old: {what}")
@@ -78,6 +76,20 @@ def store_prune(url: str, keep_last: int | None, older_than: float, dry_run: boo
         click.echo(f"{each.url}  step {each.step}: removed")
         if not dry_run:
             place.discard(each.path)
+
+
+def _existing(url: str) -> "Store":
+    """Return the store at a URL.
+
+    Raises:
+        ConfigError: it is a folder of this machine that does not exist.
+    """
+    from labtrain.store import Store
+
+    place = Store(url)
+    if place.local and not Path(place.root).is_dir():
+        raise ConfigError(f"{url}: no such folder", hint="labtrain ls; a run has its checkpoints in RUN/checkpoints")
+    return place
 
 
 @store.command("export")

@@ -1,0 +1,31 @@
+"""`labtrain store` of what is not there, and of what is broken."""
+
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from labtrain.cli import main
+
+
+@pytest.mark.parametrize("command", ["ls", "check", "prune"])
+def test_a_folder_that_does_not_exist_is_no_empty_store(command: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["store", command, str(tmp_path / "chekpoints")])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith(f"error: {tmp_path}/chekpoints: no such folder\n\nhint: labtrain ls")
+    assert CliRunner().invoke(main, ["store", command, str(tmp_path)]).exit_code == 0
+
+
+def test_the_table_shows_a_broken_manifest() -> None:
+    """In its line, as --json does; standard error has the sentence."""
+    runner = CliRunner()
+    with runner.isolated_filesystem():
+        folder = Path("store/step-0000000003")
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text("{")
+        done = runner.invoke(main, ["store", "ls", "store"])
+    assert done.exit_code == 0
+    assert done.stdout == (
+        "store/step-0000000003  step 3  0.0 MB  manifest.json is no manifest of labtrain/checkpoint/1\n"
+    )
+    assert done.stderr == "warning: store/step-0000000003/manifest.json is no manifest of labtrain/checkpoint/1\n"
