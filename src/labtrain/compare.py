@@ -148,7 +148,7 @@ def compare(one: Path, other: Path) -> Comparison:
 
 def lines_of(found: Comparison) -> Iterator[str]:
     """Yield what a person reads of a comparison."""
-    for matters, title in ((True, "causes"), (False, "not the same, and no cause")):
+    for matters, title in ((True, "causes"), (False, "differs, and cannot change bits")):
         rows = [
             (each.key, shown_value(each.a), shown_value(each.b))
             for each in found.differences

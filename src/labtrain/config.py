@@ -76,6 +76,12 @@ def check(config: Config) -> None:
         if key not in allowed:
             raise unknown_key(key, allowed, where=" in conf/")
 
+    for key in ("model", "data", "callbacks", "trail", "paths"):
+        if not isinstance(config[key], dict):  # as data=NAME leaves it where conf/ has no options of it
+            raise ConfigError(
+                f"{key}={config[key]}: must be a mapping; conf/{key}/ has no options to choose from",
+                hint=f"python train.py {key}.KEY=VALUE; python train.py --cfg job shows the keys",
+            )
     for name, options in config["callbacks"].items():
         described = isinstance(options, dict) and isinstance(options.get("_target_"), str)
         _want(f"callbacks.{name}", options, described or not options, "a mapping with _target_, or null")
@@ -274,7 +280,7 @@ def explain(error: BaseException) -> LabtrainError | None:
     """Turn what Hydra and OmegaConf raise into an error for people; None if it is something else."""
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, KeyValidationError, OmegaConfBaseException
 
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
@@ -308,6 +314,11 @@ def explain(error: BaseException) -> LabtrainError | None:
     for link in chain:
         if isinstance(link, OmegaConfBaseException):
             first = str(link.msg or link).splitlines()[0]
+            if isinstance(link, KeyValidationError):
+                return ConfigError(
+                    f"{link.full_key}: {first}, which OmegaConf does not take",
+                    hint="write that key in quotes, as a text",
+                )
             return ConfigError(f"{link.full_key or 'configuration'}: {first}", hint="python train.py --cfg job")
     for link in chain:
         if isinstance(link, yaml.YAMLError):

@@ -129,6 +129,13 @@ class ContinuedTensorBoardLogger(TensorBoardLogger):
         return sorted(Path(self.log_dir).glob("events.out.tfevents.*"))
 
 
+class _Writer(ExperimentWriter):
+    """Lightning's, which would warn that it deletes what lies in the run's folder: it begins its own file anew."""
+
+    def _check_log_dir_exists(self) -> None:
+        Path(self.metrics_file_path).unlink(missing_ok=True)
+
+
 class ContinuedCSVLogger(CSVLogger):
     """Lightning's, which would delete the metrics.csv it finds; its position is the number of rows."""
 
@@ -150,7 +157,7 @@ class ContinuedCSVLogger(CSVLogger):
             if aside.exists():
                 with aside.open(newline="") as file:
                     rows = list(csv.DictReader(file))[: self.resumed]
-            self._experiment = ExperimentWriter(log_dir=self.log_dir)
+            self._experiment = _Writer(log_dir=self.log_dir)
             self._experiment.metrics = [{key: value for key, value in row.items() if value} for row in rows]
             self._experiment.save()
             aside.unlink(missing_ok=True)

@@ -132,10 +132,11 @@ def find_origin(resume: str, experiment_runs: Path) -> tuple[Path, str]:
         checkpoints = list_checkpoints(place)
         if checkpoints:
             return experiment_runs / checkpoints[-1][1]["run_id"], str(place)
+    here = f"labtrain ls {shown(experiment_runs)}" if experiment_runs.is_dir() else "labtrain ls DIR lists runs"
     looked = ", ".join(f"{shown(place)}/{name}" for place in places for name in (receipt.FILE, "step-*"))
     raise ConfigError(
         f"resume={resume}: no run is there: looked for {looked}",
-        hint=f"ls {shown(experiment_runs)}; auto goes on with the run of the same id, never starts anew",
+        hint=f"{here}; auto goes on with the run of the same id, never starts anew",
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
+from omegaconf.errors import KeyValidationError
 
 from labtrain import config as configuration
 from labtrain.config import CONF, check, unknown_key
@@ -209,7 +210,10 @@ def test_a_stranger_is_not_explained() -> None:
             ["trainer.accelerator=cpu", "trainer.devices=4", "data.batch_size=3", "determinism.shards=null"],
             r"data.batch_size=3 is the samples of one step over all 4 devices",
         ),
-        (["resume=runs/digits/0123456789ab"], r"no run is there: looked for [\s\S]*receipt.json[\s\S]*\n\nhint: ls "),
+        (
+            ["resume=runs/digits/0123456789ab"],
+            r"no run is there: looked for [\s\S]*receipt.json[\s\S]*\n\nhint: labtrain ls ",
+        ),
         (["trainer.gradient_clip_algorithm=cut"], r"Lightning's Trainer: [\s\S]*\n\nhint: "),
         (["+logger.tensorbord={}"], r"unknown logger tensorbord\n\nhint: "),
     ],
@@ -223,6 +227,24 @@ def test_bad_input_ends_with_two_a_hint_and_nothing_written(
     assert re.search(says, run.err), run.err
     assert run.out == ""
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("override", ["model=foo", "data=foo", "callbacks=null", "trail=3"])
+def test_a_group_without_options_takes_none(override: str) -> None:
+    """Hydra then takes the name for a value: the error says so, and not that _target_ is missing."""
+    key = override.partition("=")[0]
+    with pytest.raises(ConfigError, match=rf": must be a mapping; conf/{key}/ has no options to choose from"):
+        check(composed(override))
+
+
+def test_a_key_that_is_null_is_refused_with_a_hint_that_works() -> None:
+    with pytest.raises(KeyValidationError) as found:
+        OmegaConf.create("model: {cw: {null: 3}}")
+    assert str(configuration.explain(found.value)) == (
+        "model.cw: Incompatible key type 'NoneType', which OmegaConf does not take\n\nhint: write that key in quotes,"
+        " as a text"
+    )
+    assert OmegaConf.create('model: {cw: {"null": 3}}').model.cw == {"null": 3}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,12 @@
 """The curves of a run that was killed and went on are those of one that was not: each step once, the same numbers."""
 
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
 
+from labtrain.loggers import ContinuedCSVLogger
 from tests.support.exact import Runner, configure
 from tests.support.loggers import check_each_step_once
 
@@ -25,6 +27,17 @@ def test_a_crash_between_the_rows_loses_none(tmp_path: Path) -> None:
     runner.run(config)
     assert (run_dir / "metrics.csv").read_text().splitlines()[: len(whole.splitlines())] == whole.splitlines()
     assert not (run_dir / ".metrics.csv").exists()
+
+
+def test_a_first_start_says_nothing_of_what_lies_in_its_own_folder(tmp_path: Path) -> None:
+    """Lightning would warn that it deletes the log files there; what is no metrics.csv stays."""
+    (tmp_path / "receipt.json").write_text("{}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logger = ContinuedCSVLogger(str(tmp_path), position=0)
+        logger.log_metrics({"loss": 1.0}, step=0)
+        logger.save()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "receipt.json"]
 
 
 REFUSED = {
