@@ -270,6 +270,9 @@ class Progress(ProgressBar):
     def disable(self) -> None:  # Lightning's protocol: on every rank but 0
         self.enabled = False
 
+    def enable(self) -> None:  # and after a finder's search, on every rank
+        self.enabled = self.trainer.is_global_zero
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.started = self.printed = time.monotonic()
         self.first_step, self.samples = trainer.global_step, 0

@@ -8,7 +8,7 @@ from tests.support.exact import Runner, configure, outcome
 
 
 def config(finder: str, **options: Any) -> Any:
-    found = configure("mlp", "even", determinism={"shards": 4}, trainer={"max_epochs": 3})
+    found = configure("mlp", "even", determinism={"shards": 4}, trainer={"max_epochs": 3, "enable_progress_bar": True})
     found["model"] = {"_target_": "tests.support.finder_models.WithRate"}
     found["callbacks"]["finder"] = {"_target_": f"lightning.pytorch.callbacks.{finder}", **options}
     return found
