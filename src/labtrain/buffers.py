@@ -82,8 +82,12 @@ class Buffers:
     def restore(self) -> None:
         """Begin another shard of the step."""
         for index in self._changed():
-            now = _get(self.owned[index])
-            now.copy_(self._before[index])
+            now, before = _get(self.owned[index]), self._before[index]
+            if (now.shape, now.dtype) == (before.shape, before.dtype):
+                now.copy_(before)
+            else:  # a table that is made anew for a longer sequence
+                part, name = self.owned[index]
+                part._buffers[name] = now = before.clone()
             self._seen[index] = now, now._version
         if self._has_new():
             parts = dict(self.module.named_modules())

@@ -11,7 +11,7 @@ import random
 import re
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -37,24 +37,34 @@ NOT_LOOKED_INTO = (
     pl.LightningDataModule,
 )  # fmt: skip
 # Objects of these libraries change for reasons of their own, or have nothing that training depends on.
-NO_STATE = ("hydra", "lightning", "logging", "queue", "tensorboard", "torch", "tqdm", "wandb", "wrapt")
-STATE = (
-    nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, torch.Generator, Tensor, dict, list,
-)  # fmt: skip
+NO_STATE = re.compile(
+    r"(hydra|lightning|logging|matplotlib|queue|rich|tensorboard|tqdm|wandb|wrapt)(\.|_|$)"
+    r"|torch\.(_|(amp|cuda|distributed|fx|jit|profiler|utils\.tensorboard)(\.|$))"
+)
+# What fills when it is first asked for, and holds nothing else.
+CACHES = {"_flags_cache", "_value2member_map_", "_clear_cache"}
+STATE = (nn.Module, torch.Generator, Tensor, dict, list)
 
-Look = dict[str, Any]  # of a path, a fingerprint; of a list of numbers and texts they themselves
+Look = dict[str, Any]  # of a path, a fingerprint; of a list of numbers and texts they themselves, of a dict its keys
 
 
-def look(module: nn.Module, *, known: Iterable[Any] = (), kept: Iterable[tuple[Any, str]] = ()) -> Look | None:
+def look(
+    module: nn.Module,
+    *,
+    beside: Mapping[str, Any] | None = None,
+    known: Iterable[Any] = (),
+    kept: Iterable[tuple[Any, str]] = (),
+) -> Look | None:
     """Return a fingerprint of everything that a model and its code can reach, by path; None if it is too much.
 
     Args:
         module: the model. The content of its parameters and buffers is left out.
+        beside: other objects, by name; of these numbers with a fraction are left out: mostly times.
         known: objects that are left out, such as the training's optimizers.
         kept: attributes that are left out: their holder and name.
     """
     left_out = {id(each) for each in known}
-    attributes = {(id(holder), name) for holder, name in kept}
+    attributes, others = {(id(holder), name) for holder, name in kept}, set(map(id, (beside or {}).values()))
     parts = {id(part) for part in module.modules()}
     left_out |= {id(part) for part in module.modules() if isinstance(part, Metric | MetricCollection)}
     weights = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
@@ -66,10 +76,12 @@ def look(module: nn.Module, *, known: Iterable[Any] = (), kept: Iterable[tuple[A
             return False
         if isinstance(holder, nn.Module) and name in PRIVATE:
             return name in LOOKED_INTO
-        return isinstance(value, STATE) or type(value).__module__.partition(".")[0] not in NO_STATE
+        if (type(name) is str and name in CACHES) or (type(value) is float and id(holder) in others):
+            return False
+        return isinstance(value, STATE) or NO_STATE.match(type(value).__module__) is None
 
     found: Look = {}
-    for path, value, _ in reach({"": module}, enter):
+    for path, value, _ in reach({"": module, **(beside or {})}, enter):
         if id(value) in parts or id(value) in weights:
             found[path] = type(value).__qualname__
             continue
@@ -83,7 +95,7 @@ def look(module: nn.Module, *, known: Iterable[Any] = (), kept: Iterable[tuple[A
 
 
 def unlike(then: Look, now: Look) -> list[str]:
-    """Return the names of what has changed from one look to another. A list that has grown has not."""
+    """Return the names of what has changed from one look to another. What has only grown has not, nor what is new."""
     found = [path for path in then if path in now and not _is_same(then[path], now[path])]
     names = dict.fromkeys(re.sub(r"(^|\.)_(modules|parameters|buffers)\.", r"\1", path).rstrip("' ") for path in found)
     return [
@@ -96,6 +108,8 @@ def unlike(then: Look, now: Look) -> list[str]:
 def _is_same(then: Any, now: Any) -> bool:
     if isinstance(then, tuple) and isinstance(now, tuple):
         now = now[: len(then)]
+    if isinstance(then, frozenset) and isinstance(now, frozenset):
+        return then <= now
     return bool(then == now)
 
 
@@ -110,7 +124,7 @@ def _prints(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, RANDOM):
         yield path, of_generator(value)
     elif isinstance(value, dict):
-        yield path, f"{kind.__qualname__} of {len(value)}"
+        yield path, len(value) if path.endswith("_hooks") else frozenset(map(label, value))
     elif isinstance(value, list | tuple | deque):
         simple = isinstance(value, list) and SIMPLE.issuperset(map(type, value))
         yield path, tuple(value) if simple else kind.__qualname__

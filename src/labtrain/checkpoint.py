@@ -19,6 +19,7 @@ from labtrain.catalog import kept
 from labtrain.checksums import first_unlike, unlike_names
 from labtrain.determinism import run_mode
 from labtrain.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
+from labtrain.doctor.report import few
 from labtrain.errors import ConfigError, LabtrainError
 from labtrain.files import is_spread, load_folder
 from labtrain.loggers import log_positions
@@ -127,7 +128,7 @@ class Checkpoints(pl.Callback):
             unsaved = loop_of(trainer).unsaved
             if unsaved is not None and unsaved.lost:
                 self.say(
-                    f"the training that saved this checkpoint had changed {', '.join(sorted(unsaved.lost))}, which no"
+                    f"the training that saved this checkpoint had changed {few(sorted(unsaved.lost))}, which no"
                     " checkpoint holds: this one goes on with what __init__ makes"
                 )
         if is_spread(pl_module.state_dict()):
@@ -181,9 +182,9 @@ class Checkpoints(pl.Callback):
         unsaved = loop_of(trainer).unsaved
         if unsaved is not None and (lost := unsaved.newly_lost()):
             self.say(
-                f"the training changes {', '.join(lost)}, which no checkpoint holds: a training that is resumed goes on"
+                f"the training changes {few(lost)}, which no checkpoint holds: a training that is resumed goes on"
                 " with what __init__ makes (keep a number, a tensor or a list in an attribute of the model, or save and"
-                " load it in on_save_checkpoint and on_load_checkpoint)"
+                " load it in on_save_checkpoint and on_load_checkpoint; a callback in state_dict and load_state_dict)"
             )
         state[PLACE] = loop_of(trainer).place() | {"initial": self.initial}
         if (made := made_of(trainer)) != self.made:

@@ -85,7 +85,7 @@ def state_digest(state: Mapping[str, Any]) -> str:
     if PLACE in state:
         left = "attributes", "outputs"
         ranks = [{key: value for key, value in rank.items() if key not in left} for rank in state[PLACE]["ranks"]]
-        place = {key: value for key, value in state[PLACE].items() if key not in ("initial", "made", "outside")}
+        place = {key: value for key, value in state[PLACE].items() if key not in ("initial", "lost", "made", "outside")}
         state[PLACE] = {**place, "ranks": ranks}
     return digest_tree(state)
 

@@ -146,6 +146,7 @@ class EpochLoop(_TrainingEpochLoop):
             "exact": isinstance(trainer.strategy, Exact),
             "ranks": ranks,
             **({KEY: outside} if outside else {}),
+            **({"lost": sorted(self.unsaved.lost)} if self.unsaved is not None and self.unsaved.lost else {}),
         }
 
     def _logged(self) -> list[State]:
@@ -252,6 +253,7 @@ class EpochLoop(_TrainingEpochLoop):
         assert self.unsaved is not None
         assert self.outside is not None
         self.unsaved.restore(kept, device=device, entering=entering)
+        self.unsaved.lost |= set(at.get("lost", []))
         self.outside.restore(at.get(KEY, {}), entering=entering)
         leave_own(self.trainer, kept.get("outputs", []))
         self.epoch_without_outputs = None if kept.get("outputs") else at["epoch"]

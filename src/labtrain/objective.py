@@ -26,6 +26,7 @@ from labtrain.buffers import Buffers
 from labtrain.changes import Look, look, unlike
 from labtrain.copies import on_tensors
 from labtrain.determinism import seed_place
+from labtrain.doctor.report import few
 from labtrain.errors import ConfigError
 from labtrain.loader import DataLoader
 from labtrain.metrics import add_rows
@@ -154,27 +155,32 @@ class Objective(pl.Callback):
                 f"BatchNorm normalises over the {_sizes(size, self.shards)} samples of a shard, not over the batch's"
                 f" {size} (determinism.shards={self.shards})"
             )
-        changed: list[str] = []
+        changed, read = list[str](), list[str]()
         found: tuple[bool, str] | None = None
         if trainer.is_global_zero:
             try:
-                changed = left_by_shards(trainer, pl_module, loader, shards=self.shards)
+                changed, read = left_by_shards(trainer, pl_module, loader, shards=self.shards, strict=self.strict)
                 difference = compare(trainer, pl_module, loader, shards=self.shards, strict=self.strict)
                 if difference is not None:
                     found = True, self._sentence(difference, size)
             except NotComparedError as error:
                 found = False, f"{NOT_COMPARED}: {error}"
-        changed, found = trainer.strategy.broadcast((changed, found), src=0)
+        changed, read, found = trainer.strategy.broadcast((changed, read, found), src=0)
         if changed:
             self.judge(*self._uncounted(changed))
+        elif read:
+            self.judge(
+                f"training_step's loss of a shard depends on what the shard before it left in {few(read)}: with"
+                f" determinism.shards={self.shards} that depends on the number of devices",
+                "append to it in on_train_batch_end, which runs once a step; or determinism.shards=1",
+            )
         if found is not None:
             (self.say if found[0] else self.note)(found[1])
 
     def _uncounted(self, names: list[str]) -> tuple[str, str]:
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         return (
-            f"training_step changes {shown}: with determinism.shards={self.shards} it runs that often in a step, so"
-            " what it leaves there depends on the number of devices",
+            f"training_step changes {few(names)}: with determinism.shards={self.shards} it runs that often in a step,"
+            " so what it leaves there depends on the number of devices",
             "change it in on_train_batch_end, which runs once a step; or keep a number, a tensor or a list in an"
             " attribute of the model; or draw from torch's own generator, which is seeded for each shard; or"
             " determinism.shards=1",
@@ -193,8 +199,10 @@ class Objective(pl.Callback):
         )
 
 
-def left_by_shards(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, *, shards: int) -> list[str]:
-    """Return the names of what two shards of a step, run one after the other, leave changed.
+def left_by_shards(
+    trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, *, shards: int, strict: bool
+) -> tuple[list[str], list[str]]:
+    """Return the names of what two shards of a step, run one after the other, leave changed; and of what they read.
 
     Though all is put back in between that a step puts back. Afterwards everything is as it was.
 
@@ -204,8 +212,8 @@ def left_by_shards(trainer: pl.Trainer, module: pl.LightningModule, loader: Data
     with _bench(trainer, module, loader) as bench:
         parts = _first_shards(trainer, loader, shards)[:2]
         if not all(map(len, parts)):
-            return []
-        return bench.left(*next(loader.load([parts], trainer.current_epoch)))
+            return [], []
+        return bench.left(*next(loader.load([parts], trainer.current_epoch)), strict=strict)
 
 
 def compare(
@@ -335,12 +343,14 @@ class _Bench:
             return None
         return Difference(samples=sum(sizes), whole=loss, parts=mean, gradients=gradients, rounding=rounding)
 
-    def left(self, first: Any, second: Any) -> list[str]:
+    def left(self, first: Any, second: Any, *, strict: bool) -> tuple[list[str], list[str]]:
         """Return the names of what changes from one shard to the next, though all that is watched is put back.
 
-        What the first shard alone changes, such as a table that is computed when it is first used, does not count.
+        What the first shard alone changes, such as a table that is computed when it is first used, does not count. And
+        the names of lists that grow, where the second shard's loss is another one without the first.
         """
         self.undo()
+        self.trainer._loggers = [DummyLogger() for _ in self.trainer._loggers]
         strategy = cast(Any, self.trainer.strategy)
         place: dict[str, Any] = {"device": strategy._device, "rank": 0, "world": 1, "judge": _no_judge}
         optimizers, schedulers = self.trainer.optimizers, [each.scheduler for each in self.trainer.lr_scheduler_configs]
@@ -350,16 +360,24 @@ class _Bench:
         watch.begin()
         looks: list[Look | None] = []
         for shard, data in enumerate((first, second)):
-            self.run(data, backward=1.0, fresh=False)
+            loss, _ = self.run(data, backward=1.0, fresh=False)
             buffers.leave(shard, 0.5)
-            watch.leave(shard, last=False)
+            changes_weights = watch.leave(shard, last=True)[0] != 0  # which the watcher itself refuses, by name
             buffers.restore()
             watch.restore()
             for parameter in self.parameters:
                 parameter.grad = None
             looks.append(look(self.module, known=[*optimizers, *watch.schedulers]))
         self.gradients = [None] * len(self.parameters)
-        return unlike(looks[0], looks[1]) if looks[0] is not None and looks[1] is not None else []
+        found = unlike(looks[0], looks[1]) if looks[0] is not None and looks[1] is not None else []
+        if changes_weights:
+            return found, []
+        grown = sorted(watch.grown())
+        self.undo()
+        self.trainer._loggers = [DummyLogger() for _ in self.trainer._loggers]
+        alone, _ = self.run(second, fresh=False)
+        same = alone == loss if strict else math.isclose(alone, loss, rel_tol=1e-3)
+        return found, [] if same or math.isnan(loss) else grown or ["something that labtrain does not see"]
 
     @property
     def rounding(self) -> float:

@@ -17,7 +17,7 @@ only says where a process runs, a path or a number of devices, is each process's
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -29,6 +29,7 @@ from labtrain.attributes import fingerprints, hidden_weights, holders, kept_by, 
 from labtrain.changes import Look, look, unlike
 from labtrain.checksums import two_sums
 from labtrain.errors import ConfigError
+from labtrain.plain import is_experiments
 
 State = dict[str, Any]
 
@@ -78,7 +79,6 @@ class Unsaved:
             }
             if gradients_wait(self.module)
             else {},
-            "lost": sorted(self.lost),
         }
         return {key: values for key, values in found.items() if values}
 
@@ -86,6 +86,8 @@ class Unsaved:
         """Note which objects with attributes there are before the first step of this process."""
         if self.holders is None:
             self.holders = set(holders(self.module))
+            if self.first_look is not None and (now := self._look()) is not None:
+                self.first_look = now | self.first_look  # and what the first hooks made, which a new process makes too
 
     def restore(self, kept: State, *, device: torch.device, entering: bool) -> None:
         """Put back what `state` returned.
@@ -98,7 +100,6 @@ class Unsaved:
         Raises:
             ConfigError: an attribute is of an object that this process does not have.
         """
-        self.lost |= set(kept.get("lost", []))
         parameters, modules = dict(self.module.named_parameters()), dict(self.module.named_modules())
         for name, flag in kept.get("trainable", {}).items():
             if name in parameters:
@@ -134,13 +135,23 @@ class Unsaved:
         if self.first_look is None or now is None:
             return []
         found = sorted(set(unlike(self.first_look, now)) - self.lost)
+        self.first_look = now | self.first_look
         self.lost |= set(found)
         return found
 
     def _look(self) -> Look | None:
         trainer = self.module.trainer
         known = [*trainer.optimizers, *(each.scheduler for each in trainer.lr_scheduler_configs)]
-        return look(self.module, known=[*known, *hidden_weights(self.module).values()], kept=kept_by(self.module))
+        return look(
+            self.module,
+            beside={
+                type(each).__name__: each
+                for each in cast(list[pl.Callback], trainer.callbacks)  # type: ignore[attr-defined]
+                if is_experiments(type(each)) and not is_overridden("state_dict", each)
+            },
+            known=[*known, *hidden_weights(self.module).values()],
+            kept=kept_by(self.module),
+        )
 
     def new_objects(self) -> list[str]:
         """Return the names of objects with attributes that were made during the training."""

@@ -502,7 +502,8 @@ def copied(value: Any) -> Any:
     """Return what `compared` and `put_back` need to know of a value that can change in place; None of any other."""
     kind = type(value)
     if kind is Tensor:
-        can = value.layout == torch.strided and value.grad_fn is None and value._base is None
+        base = value if value._base is None else value._base
+        can = value.layout == torch.strided and value.grad_fn is None and not base.requires_grad
         return value._version, value.detach().clone() if can else None
     if kind is np.ndarray:
         return value.copy()

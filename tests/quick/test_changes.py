@@ -90,7 +90,7 @@ def test_of_a_large_tensor_or_array_a_part_is_looked_at(make: Any) -> None:
 def test_it_is_refused_before_the_first_update(kind: str, world: int, runner: Runner) -> None:
     """By name; without this it counted four, two or one a step, with exit code 0."""
     runner.run(model("Reaching", kind, module="reaching_models"), world=world, code=None if world > 1 else 2)
-    assert f"training_step changes {NAMES[kind]}" in runner.said().replace("tests.support.reaching_models.calls, ", "")
+    assert f"training_step changes {NAMES[kind]}" in runner.said().replace("tests.support.reaching_models.calls; ", "")
     assert "hint: change it in on_train_batch_end" in runner.said()
     assert not any(path.read_text() for path in runner.folder.glob("runs/*/*/trail.jsonl"))
 
@@ -103,7 +103,7 @@ def test_what_is_computed_once_is_no_change(runner: Runner, other: Runner) -> No
 def test_what_no_checkpoint_holds_is_named_when_it_is_saved_and_when_a_training_goes_on(runner: Runner) -> None:
     """A replaced activation and loss, a forward hook, a closure: each was forgotten by a resume without a word."""
     config = model("Replacing", "replaces", module="reaching_models")
-    names = "block.1, counter.count.calls, inp._forward_hooks, loss"
+    names = "block.1; counter.count.calls; inp._forward_hooks; loss"
     runner.run(config, code=EXIT_STOPPED, signal_at=f"5 {int(signal.SIGTERM)} 0")
     assert f"warning: the training changes {names}, which no checkpoint holds" in runner.said()
     run_dir = runner.run(config)
@@ -119,3 +119,32 @@ def test_a_training_that_changes_nothing_of_the_kind_says_nothing(runner: Runner
     runner.run(config, code=EXIT_STOPPED, signal_at=f"5 {int(signal.SIGTERM)} 0")
     assert runner.run(config) is not None
     assert all("no checkpoint holds" not in log.read_text() for log in runner.logs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        ("history", "loss of a shard depends on what the shard before it left in history"),
+        ("bank", "loss of a shard depends on what the shard before it left in history"),
+        ("engine", "changes engine."),
+        ("loader", "changes others._num_yielded"),
+    ],
+)
+def test_what_a_later_shard_reads_of_one_before_is_refused(kind: str, what: str, runner: Runner) -> None:
+    """A list that grows and is read, a sequence of torch's, an iterator over another loader: silent before."""
+    runner.run(model("Reading", kind, module="reaching_models"), code=2)
+    assert f"error: training_step's {what}" in runner.said() or f"error: training_step {what}" in runner.said()
+
+
+@pytest.mark.parametrize("kind", ["view", "table", "appends"])
+def test_what_each_shard_leaves_alike_is_exact(kind: str, runner: Runner, other: Runner) -> None:
+    """A view that is changed in place from the third step on; a buffer that is made anew, longer; a list."""
+    one_and_two(runner, other, model("Reading", kind, module="reaching_models"))
+
+
+def test_a_callback_without_a_state_is_named(runner: Runner) -> None:
+    """Its average of the weights began anew in a resume, with exit code 0."""
+    config = model("Reading", "appends", module="reaching_models")
+    config["callbacks"]["shadow"] = {"_target_": "tests.support.reaching_models.Shadow"}
+    runner.run(config, code=EXIT_STOPPED, signal_at=f"5 {int(signal.SIGTERM)} 0")
+    assert "warning: the training changes Shadow.shadow.block.0.bias; Shadow.shadow.block.0.weight" in runner.said()

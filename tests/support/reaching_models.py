@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import nn
@@ -171,3 +172,60 @@ def smooth(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def halve(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
     """Halve what a module returns."""
     return output / 2
+
+
+class Reading(Step):
+    """Its steps keep what later ones read; "appends": it is not read, but at the epoch's end."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.history: list[Any] = []
+        self.register_buffer("table", torch.zeros(1), persistent=False)
+        if kind == "engine":
+            self.engine = torch.quasirandom.SobolEngine(2)
+        if kind == "view":
+            self.center = torch.zeros(3).unsqueeze(0)
+
+    def on_train_start(self) -> None:
+        if self.kind == "loader":
+            images = torch.utils.data.TensorDataset(torch.rand(400, 36))
+            self.others = iter(torch.utils.data.DataLoader(images, 2))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        images, labels = batch
+        outputs = self(images)
+        loss = nn.functional.cross_entropy(outputs, labels)
+        match self.kind:
+            case "history":
+                self.history.append(loss.item())
+                loss = loss / (1 + sum(self.history[-20:]) / len(self.history[-20:]))
+            case "bank":
+                self.history.append(outputs.detach())
+                loss = loss + 0.01 * (outputs[:, None] - torch.cat(self.history[-8:])).square().mean()
+            case "appends":
+                self.history.append(loss.item())
+            case "engine":
+                loss = loss + 0.01 * self.engine.draw(4).sum()
+            case "loader":
+                loss = loss + 0.01 * self(next(self.others)[0]).square().mean()
+            case "view":  # it is the same for all shards, and begins late
+                loss = loss + 0.01 * (outputs - self.center).square().mean()
+                if self.global_step >= 2:
+                    self.center.mul_(0.9).add_(0.1)
+            case "table":
+                length = 1 + self.global_step + len(self.table)
+                if length > 3:
+                    self.table = torch.arange(float(length))
+                loss = loss + 0.01 * self.table[:1].sum()
+        return loss
+
+
+class Shadow(pl.Callback):
+    """An average of the weights that no state_dict holds."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.shadow = {name: weight.detach().clone() for name, weight in pl_module.named_parameters()}
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        for name, weight in pl_module.named_parameters():
+            self.shadow[name].lerp_(weight.detach(), 0.1)
