@@ -22,9 +22,9 @@ demo: setup ## train one experiment in four ways and compare the bits
 test: setup ## the test suite: five minutes on two cores; needs nothing beside the environment
 	@$(VENV)/python -m pytest -n 2 --dist loadfile tests/quick
 
-# Three on two cores: half of the time is waiting for servers, schedulers and processes that are killed.
+# Four on two cores: much of the time is waiting for servers, schedulers and processes that are killed.
 test-real: servers ## tests with real servers and schedulers, many starts and kills: CI runs them; half an hour
-	@$(VENV)/python -m pytest -n 3 --dist loadfile tests/real
+	@$(VENV)/python -m pytest -n 4 --dist loadfile tests/real
 
 test-full: servers ## the whole matrix, an emulated CPU, all of Nix, more kills: before a release; hours
 	@$(VENV)/python -m pytest -n 2 --dist load tests/full

@@ -76,6 +76,8 @@ def look(
             return False
         if isinstance(holder, nn.Module) and name in PRIVATE:
             return name in LOOKED_INTO
+        if isinstance(holder, Tensor) and str(name).startswith("_"):  # a DTensor's local part
+            return False
         if (type(name) is str and name in CACHES) or (type(value) is float and id(holder) in others):
             return False
         return isinstance(value, STATE) or NO_STATE.match(type(value).__module__) is None
