@@ -349,8 +349,7 @@ class _Bench:
         What the first shard alone changes, such as a table that is computed when it is first used, does not count. And
         the names of lists that grow, where the second shard's loss is another one without the first.
         """
-        self.undo()
-        self.trainer._loggers = [DummyLogger() for _ in self.trainer._loggers]
+        self._reset()
         strategy = cast(Any, self.trainer.strategy)
         place: dict[str, Any] = {"device": strategy._device, "rank": 0, "world": 1, "judge": _no_judge}
         optimizers, schedulers = self.trainer.optimizers, [each.scheduler for each in self.trainer.lr_scheduler_configs]
@@ -373,8 +372,7 @@ class _Bench:
         if changes_weights:
             return found, []
         grown = sorted(watch.grown())
-        self.undo()
-        self.trainer._loggers = [DummyLogger() for _ in self.trainer._loggers]
+        self._reset()
         alone, _ = self.run(second, fresh=False)
         same = alone == loss if strict else math.isclose(alone, loss, rel_tol=1e-3)
         return found, [] if same or math.isnan(loss) else grown or ["something that labtrain does not see"]
@@ -430,12 +428,15 @@ class _Bench:
             self.gradients = [parameter.grad for parameter in self.parameters]
         return float(loss.detach()), weight
 
-    def _begin(self) -> None:
+    def _reset(self) -> None:
         self.undo()
+        self.trainer._loggers = [DummyLogger() for _ in self.trainer._loggers]
+
+    def _begin(self) -> None:
+        self._reset()
         module = self.module
         module.eval()
         module._current_fx_name = "training_step"
-        self.trainer._loggers = [DummyLogger() for _ in self.trainer._loggers]
         for part in module.modules():
             if isinstance(part, nn.RNNBase):  # cuDNN has no backward of one in eval mode
                 part.training, part.dropout = True, 0.0
