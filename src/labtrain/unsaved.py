@@ -142,13 +142,14 @@ class Unsaved:
     def _look(self) -> Look | None:
         trainer = self.module.trainer
         known = [*trainer.optimizers, *(each.scheduler for each in trainer.lr_scheduler_configs)]
+        beside: dict[str, Any] = {}
+        for each in cast(list[pl.Callback], trainer.callbacks):  # type: ignore[attr-defined]
+            if is_experiments(type(each)) and not is_overridden("state_dict", each):
+                name = type(each).__name__
+                beside[f"{name}#{len(beside)}" if name in beside else name] = each  # there may be two of a class
         return look(
             self.module,
-            beside={
-                type(each).__name__: each
-                for each in cast(list[pl.Callback], trainer.callbacks)  # type: ignore[attr-defined]
-                if is_experiments(type(each)) and not is_overridden("state_dict", each)
-            },
+            beside=beside,
             known=[*known, *hidden_weights(self.module).values()],
             kept=kept_by(self.module),
         )

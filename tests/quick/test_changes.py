@@ -145,6 +145,8 @@ def test_what_each_shard_leaves_alike_is_exact(kind: str, runner: Runner, other:
 def test_a_callback_without_a_state_is_named(runner: Runner) -> None:
     """Its average of the weights began anew in a resume, with exit code 0."""
     config = model("Reading", "appends", module="reaching_models")
-    config["callbacks"]["shadow"] = {"_target_": "tests.support.reaching_models.Shadow"}
+    for name in ("shadow", "another"):
+        config["callbacks"][name] = {"_target_": "tests.support.reaching_models.Shadow"}
     runner.run(config, code=EXIT_STOPPED, signal_at=f"5 {int(signal.SIGTERM)} 0")
-    assert "warning: the training changes Shadow.shadow.block.0.bias; Shadow.shadow.block.0.weight" in runner.said()
+    assert "warning: the training changes Shadow#1.shadow.block.0.bias; Shadow#1.shadow.block.0.weight" in runner.said()
+    assert "; Shadow.shadow.block.0.bias; Shadow.shadow.block.0.weight; and 4 more" in runner.said()
