@@ -22,9 +22,12 @@ demo: setup ## train one experiment in four ways and compare the bits
 test: setup ## the test suite: five minutes on two cores; needs nothing beside the environment
 	@$(VENV)/python -m pytest -n 2 --dist loadfile tests/quick
 
-# Four on two cores: much of the time is waiting for servers, schedulers and processes that are killed.
+# Five on two cores: much of the time is waiting for servers, schedulers and processes that are killed. The files that
+# take longest come first, so that none of them is left for the end.
+LONG := $(patsubst %,tests/real/test_%.py,training slurm containers verification exact template torchrun)
 test-real: servers ## tests with real servers and schedulers, many starts and kills: CI runs them; half an hour
-	@$(VENV)/python -m pytest -n 4 --dist loadfile tests/real
+	@$(VENV)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder \
+		$(LONG) $(filter-out $(LONG),$(wildcard tests/real/test_*.py))
 
 test-full: servers ## the whole matrix, an emulated CPU, all of Nix, more kills: before a release; hours
 	@$(VENV)/python -m pytest -n 2 --dist load tests/full

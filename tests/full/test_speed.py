@@ -13,6 +13,17 @@ from tests.support.exact import Runner, configure, outcome, tell
 pytest_plugins = ["tests.support.compiled"]
 
 
+def test_compiled_it_ends_the_same_where_a_resume_meets_the_smaller_batch_first(
+    runner: Runner, other: Runner, cache: dict[str, str]
+) -> None:
+    """And on two processes, of which the first then begins with 2 samples and the second with 16."""
+    whole = runner.run(compiled(), environment=cache)
+    reference = outcome(whole)
+    assert gone_on_before_the_last_batch(whole, other, compiled(), cache, world=2) == reference
+    eager = {**compiled(), "speed": configure()["speed"]}
+    assert outcome(runner.run(eager))["weights_digest"] != reference["weights_digest"]
+
+
 def test_as_torch_compiles_by_itself_it_would_not(runner: Runner, other: Runner, cache: dict[str, str]) -> None:
     """The same with sizes that become dynamic, which warn leaves to torch: what the test above must be able to find."""
     config = compiled(determinism={"mode": "warn"})

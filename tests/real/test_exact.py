@@ -70,32 +70,6 @@ def test_a_checkpoint_gets_the_metrics_of_a_validation_that_was_killed(runner: R
 # ----------------------------------------------------------------------------------------- other ways to train one step
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        pytest.param({"trainer": {"accumulate_grad_batches": 2, "max_epochs": 5}}, id="accumulated"),
-        pytest.param({"model": {"channels_last": True}, "trainer": {"gradient_clip_val": 0.1}}, id="channels last"),
-        pytest.param(
-            {"determinism": {"shards": 6}, "data": {"batch_size": 13}, "trainer": {"max_epochs": 5}},
-            id="six shards of thirteen",
-        ),
-        pytest.param(
-            {"determinism": {"shards": 8}, "data": {"batch_size": 17}, "trainer": {"max_epochs": 5}},
-            id="eight shards of seventeen",
-        ),
-        pytest.param({"trainer": {"limit_train_batches": 3, "limit_val_batches": 1, "max_epochs": 5}}, id="limited"),
-        pytest.param({"trainer": {"check_val_every_n_epoch": 2}}, id="validated every second epoch"),
-    ],
-)
-def test_trained_otherwise(more: dict[str, Any], runner: Runner, other: Runner) -> None:
-    config = configure("cnn", **more)
-    reference = outcome(runner.run(config))
-    for world, story in ((3, "whole"), (2, "moved"), (4, "killed")):
-        folder = other.folder / f"{world}"
-        folder.mkdir()
-        assert tell(Runner(folder), configure("cnn", **more), world=world, story=story, seed=world) == reference
-
-
 @pytest.mark.parametrize(("world", "workers", "story"), [(1, 2, "killed"), (2, 0, "moved"), (3, 2, "killed twice")])
 def test_transformed_in_batches(world: int, workers: int, story: str, runner: Runner, other: Runner) -> None:
     """Arrays of bytes, shifted, flipped, noisy and mixed with partners; and a transform that draws from torch."""

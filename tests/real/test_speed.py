@@ -20,7 +20,6 @@ from labtrain.errors import ConfigError
 from labtrain.replay import _config_of
 from labtrain.speed import called, put_channels_last, recompute_blocks
 from tests.conftest import QUICK, Experiment
-from tests.support.compiled import compiled, gone_on_before_the_last_batch
 from tests.support.exact import Runner, configure, outcome, tell
 from tests.support.exact_worker import CNN, GPT
 from tests.support.speed_models import Counting, Drawn, Normed, Stack
@@ -34,17 +33,6 @@ def bits(found: dict[str, Any]) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------------------------------- compile
-
-
-def test_compiled_it_ends_the_same_where_a_resume_meets_the_smaller_batch_first(
-    runner: Runner, other: Runner, cache: dict[str, str]
-) -> None:
-    """And on two processes, of which the first then begins with 2 samples and the second with 16."""
-    whole = runner.run(compiled(), environment=cache)
-    reference = outcome(whole)
-    assert gone_on_before_the_last_batch(whole, other, compiled(), cache, world=2) == reference
-    eager = {**compiled(), "speed": configure()["speed"]}
-    assert outcome(runner.run(eager))["weights_digest"] != reference["weights_digest"]
 
 
 def test_metrics_and_lists_are_not_compiled_and_their_elements_are() -> None:

@@ -7,7 +7,6 @@ import multiprocessing
 import multiprocessing.forkserver
 import os
 import random
-import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from unittest.mock import patch
 
 from labtrain.errors import EXIT_STOPPED
 from tests.support import exact_worker
+from tests.support.servers import free_ports
 
 VARIABLES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
              "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # fmt: skip
@@ -64,8 +64,7 @@ class Runner:
         config["paths"] = {"runs": str(self.folder / "runs")}
         log = self.folder / f"log-{len(self.logs)}.txt"
         self.logs.append(log)
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = free_ports()
         receiver, sender = context.Pipe(duplex=False)
         ranks = [
             context.Process(

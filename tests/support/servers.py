@@ -3,6 +3,7 @@
 import getpass
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -24,17 +25,19 @@ READ_KEY, READ_SECRET = "labtrain-read-key", "labtrain-read-secret"
 PATIENCE_S = 300  # what never comes is a failure; a busy machine is none
 
 
-def free_ports(count: int) -> int:
-    """Return the first of `count` ports in a row on which nobody listens."""
+def free_ports(count: int = 1) -> int:
+    """Return the first of `count` ports in a row on which nobody listens, and which no outgoing connection is given.
+
+    Those of the kernel's own range (ip(7)) are given to any connection that a test opens: a server that starts a second
+    later, or again, finds its own taken then, and SeaweedFS takes another without a word.
+    """
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
     for _ in range(100):
-        with socket.create_server(("127.0.0.1", 0)) as probe:
-            first = probe.getsockname()[1]
-        if first + count > 32767 and first > 32768 + 20000:
-            continue
+        first = random.SystemRandom().randrange(10_000, lowest - count)
         with suppress(OSError):
             for port in range(first, first + count):
                 socket.create_server(("127.0.0.1", port)).close()
-            return int(first)
+            return first
     raise RuntimeError("no free ports")
 
 
@@ -45,14 +48,23 @@ def short_folder() -> Path:
     return folder
 
 
-def wait_until(answers: Callable[[], Any], seconds: float = PATIENCE_S) -> None:
+def wait_until(
+    answers: Callable[[], Any],
+    seconds: float = PATIENCE_S,
+    *,
+    process: subprocess.Popen[bytes] | None = None,
+    log: Path | None = None,
+) -> None:
+    """Wait for an answer; no longer where the process that is to give it has ended. The end of its log says why."""
     deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and (process is None or process.poll() is None):
         with suppress(OSError):
             if answers():
                 return
         time.sleep(0.05)
-    raise TimeoutError(f"nothing after {seconds} s")
+    code = None if process is None else process.poll()
+    text = "" if log is None or not log.exists() else "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+    raise TimeoutError((f"nothing after {seconds} s" if code is None else f"it ended with {code}") + f"\n{text}")
 
 
 def end(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGKILL) -> None:
@@ -115,7 +127,11 @@ class S3(Server):
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, "GOMEMLIMIT": "400MiB"}
             )
-        wait_until(lambda: urllib.request.urlopen(f"{self.endpoint}/healthz", timeout=1).status == 200)
+        wait_until(
+            lambda: urllib.request.urlopen(f"{self.endpoint}/healthz", timeout=1).status == 200,
+            process=self.process,
+            log=self.folder / "log.txt",
+        )
 
     def kill(self) -> None:
         super().kill()
@@ -241,7 +257,11 @@ class SFTP(Server):
         self.process = subprocess.Popen(
             [program, "-D", "-f", str(self.folder / "sshd_config"), "-E", str(self.folder / "log.txt")]
         )
-        wait_until(lambda: socket.create_connection(("127.0.0.1", self.port), 1))
+        wait_until(
+            lambda: socket.create_connection(("127.0.0.1", self.port), 1),
+            process=self.process,
+            log=self.folder / "log.txt",
+        )
 
     def refuses(self) -> str:
         """Return why the server lets this user in under no circumstances; empty where it does let them in."""
