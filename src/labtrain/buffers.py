@@ -21,6 +21,11 @@ from labtrain.reduction import ShardSum
 
 # Of BatchNorm, InstanceNorm, and of what people write beside them.
 STATISTICS = ("running_", "moving_")
+# The dtypes that gloo and NCCL both send: neither int16, nor unsigned ones of more than 8 bits, nor float8.
+SENT = {
+    torch.bool, torch.uint8, torch.int8, torch.int32, torch.int64, torch.float16, torch.bfloat16, torch.float32,
+    torch.float64, torch.complex64, torch.complex128,
+}  # fmt: skip
 
 Owned = tuple[nn.Module, str]  # a module, and the name of a buffer of its own
 New = dict[tuple[str, str], Tensor]  # by the module's path and the buffer's name
@@ -135,7 +140,7 @@ class Buffers:
             if differs:
                 self.judge(*_differs(name, type(part).__name__, buffer))
             if any(columns[index]) and self.world > 1 and (differs or not all(ranges)):
-                dist.broadcast(buffer, src=last)  # which raises no version
+                broadcast(buffer, src=last)  # which raises no version
                 self._seen[index] = buffer, -1
         changed = [index for index, column in enumerate(columns[: self.num_means]) if any(column)]
         if changed:
@@ -203,6 +208,16 @@ class Buffers:
             for name, buffer in part._buffers.items()
             if buffer is not None and (id(part), name) not in self._known
         }
+
+
+def broadcast(tensor: Tensor, *, src: int) -> None:
+    """Give every rank a tensor of one of them, of any dtype, in place; called on every rank."""
+    if tensor.dtype in SENT:
+        dist.broadcast(tensor, src=src)
+        return
+    content = tensor.detach().reshape(-1).view(torch.uint8).contiguous()
+    dist.broadcast(content, src=src)
+    tensor.detach().copy_(content.view(tensor.dtype).view(tensor.shape))
 
 
 def _differs(name: str, kind: str, buffer: Tensor) -> tuple[str, str]:

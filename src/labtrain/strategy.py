@@ -28,7 +28,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from labtrain.buffers import Buffers
+from labtrain.buffers import SENT, Buffers, broadcast
 from labtrain.determinism import run_mode, seed_place
 from labtrain.errors import ConfigError
 from labtrain.guard import Guard, explain_backward
@@ -70,6 +70,7 @@ class Exact:
             tuple[str, int], str
         ] = {}  # file and line of code that reads their number: what it reads
         self._sum: ShardSum | None = None
+        self._watch: Watch | None = None
         self._parameters: list[torch.nn.Parameter] = []
         self._hooks: list[Any] = []
         self._uses: list[int] = []  # how often a backward has added to each gradient, at most
@@ -87,9 +88,14 @@ class Exact:
 
     def configure_ddp(self) -> None:
         module = cast(Any, self).model  # torch broadcasts no sparse buffer; every rank makes or loads the same
-        sparse = [name for name, buffer in module.named_buffers() if buffer.layout != torch.strided]
-        module._ddp_params_and_buffers_to_ignore = [*getattr(module, "_ddp_params_and_buffers_to_ignore", []), *sparse]
+        dense = {name: buffer for name, buffer in module.named_buffers() if buffer.layout == torch.strided}
+        sparse = [name for name, _ in module.named_buffers() if name not in dense]
+        other = [name for name, buffer in dense.items() if buffer.dtype not in SENT]
+        left_out = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
+        module._ddp_params_and_buffers_to_ignore = [*left_out, *sparse, *other]
         _sync_module_states(cast(Any, self).model)  # instead of a DistributedDataParallel around it
+        for name in other:
+            broadcast(dense[name], src=0)
 
     def setup(self, trainer: pl.Trainer) -> None:
         super().setup(trainer)  # type: ignore[misc]
@@ -115,11 +121,11 @@ class Exact:
         guard = next((each for each in trainer.callbacks if isinstance(each, Guard)), None)  # type: ignore[attr-defined]
         place: dict[str, Any] = {"device": self._device, "rank": self._rank, "world": self._world}
         self._buffers = Buffers(module, **place, judge=guard.judge if guard else _no_judge)
-        self._watch: Watch | None = None
         if guard is not None and guard.mode != "off" and self.shards > 1:
             schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
             made: dict[str, Any] = {"optimizers": trainer.optimizers, "schedulers": schedulers}
             self._watch = Watch(module, **made, **place, judge=guard.judge, say=guard.say)
+            self._watch.listen()
         if self._watch is not None and guard is not None:
             for each in (module, *trainer.callbacks):  # type: ignore[attr-defined]
                 if is_overridden("on_before_backward", each):
@@ -141,6 +147,8 @@ class Exact:
             hook.remove()
         if self._module is not None:
             vars(self._module).pop("_on_before_batch_transfer", None)
+        if self._watch is not None:
+            self._watch.close()
         super().teardown()  # type: ignore[misc]
 
     def grown(self) -> set[str]:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_
 from typing import Any, cast
 
+import lightning.pytorch as pl
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -29,7 +30,7 @@ from labtrain.attributes import PRIVATE, fingerprint, hidden_weights, holders, o
 from labtrain.checksums import device_hash
 from labtrain.plain import DICTS, LEAVES, SCALARS, Decoder, Encoder, Place, is_experiments
 
-WINDOW_BYTES = 1 << 17  # of the weights, in each step
+WINDOW_BYTES = 3 << 15  # of the weights, in each step
 PIECE_BYTES = 1 << 14
 EVERY_STEPS = 100  # how often a checksum is taken of weights on a GPU, and rarely changed attributes are looked at
 FEW = 64  # items of a list that are compared one by one
@@ -77,7 +78,10 @@ class Watch:
         self._left: dict[Key, Any] = {}  # what this rank's last shard changed
         self._unknown: set[str] = set()  # names of attributes with values that are not plain
         self._prints: dict[int, dict[str, str | None]] = {}  # by shard: a checksum of each attribute that it changed
-        self._said: set[float] = set()
+        self._said: set[float] = set()  # numbers of sets of names
+        self._named: set[str] = set()
+        self._told: list[Callable[[nn.Module], None]] = []  # in a step, what is told of attributes that are set
+        self._setattr: Any = None
         self.numbers: list[list[float]] = []  # of this rank's shards
 
     @property
@@ -85,12 +89,32 @@ class Watch:
         """The training's, and those that are attributes of the model."""
         return self._rates.schedulers
 
+    def listen(self) -> None:
+        """Be told where code sets an attribute of a module, until `close`: not all are looked at in each step."""
+        told, self._setattr = self._told, nn.Module.__setattr__
+
+        def __setattr__(self: nn.Module, name: str, value: Any, *, usual: Any = self._setattr) -> None:  # noqa: N807
+            for each in told:
+                each(self)
+            usual(self, name, value)
+
+        nn.Module.__setattr__ = __setattr__  # type: ignore[method-assign]
+        # Lightning sets the name of each hook: the model itself is looked at in each step, and need not pay for it.
+        pl.LightningModule.__setattr__ = self._setattr  # type: ignore[method-assign]
+
+    def close(self) -> None:
+        """End what `listen` began."""
+        if self._setattr is not None:
+            nn.Module.__setattr__ = self._setattr  # type: ignore[method-assign]
+            del pl.LightningModule.__setattr__
+
     def begin(self) -> None:
         """Begin a step."""
         self._left, self._prints, self.numbers = {}, {}, []
         self._weights.begin()
         self._rates.begin()
         self._attributes.begin()
+        self._told[:] = [self._attributes.written]
 
     def grown(self) -> set[str]:
         """Return the dotted names of the attributes with lists that a step has appended to."""
@@ -114,6 +138,8 @@ class Watch:
             attributes' names; one of their values.
         """
         self._left = self._attributes.changes()
+        if last:
+            self._told.clear()
         changed = (self._weights.changed() or -self._rates.changed()) if last else 0
         self.numbers.append(self._numbers(shard, float(changed)))
         return self.numbers[-1]
@@ -189,8 +215,11 @@ class Watch:
     def _tell(self, prints: dict[int, dict[str, str | None]], shards: int) -> None:
         everything = {name for found in prints.values() for name in found}
         unlike = sorted(
-            name for name in everything if len({prints.get(shard, {}).get(name) for shard in range(shards)}) > 1
+            name
+            for name in everything - self._named
+            if len({prints.get(shard, {}).get(name) for shard in range(shards)}) > 1
         )
+        self._named |= set(unlike)
         if unlike:
             one = len(unlike) == 1
             self.say(
@@ -368,6 +397,8 @@ class Attributes:
         self.module = module
         self._tables: list[Table] = []
         self._hot: list[Table] = []  # those looked at in each step: the experiment's classes, and what has changed
+        self._cold: dict[int, Table] = {}  # the others', by the id of their object: looked at where one is set
+        self._set: list[Table] = []  # and of which one was set in this step
         self._looked: list[Table] = []
         self._grown: set[str] = set()
         self._step = 0
@@ -383,11 +414,24 @@ class Attributes:
             hot = {table.path for table in self._hot}
             self._grown = self.grown()
             self._tables = [Table(path, holder) for path, holder in holders(self.module).items()]
+            hot.add("")  # the model
             self._hot = [table for table in self._tables if table.path in hot or is_experiments(type(table.holder))]
-            self._looked = self._tables
+            self._cold = {id(table.holder): table for table in self._tables}
+            for table in self._hot:
+                del self._cold[id(table.holder)]
+            self._looked = [*self._tables]
         else:
-            self._looked = self._hot
+            self._looked = [*self._hot]
+        self._set = []
         self._step += 1
+
+    def written(self, module: nn.Module) -> None:
+        """Look at a module too, such as a torch layer, of which an attribute is about to be set."""
+        table = self._cold.get(id(module))
+        if table is not None and table not in self._set:
+            table.renew()
+            self._set.append(table)
+            self._looked.append(table)
 
     def changes(self) -> dict[Key, Any]:
         """Return the attributes that are not as they were, with their values; ABSENT if one is gone."""
@@ -396,6 +440,7 @@ class Attributes:
             changed = table.changes()
             if changed and table not in self._hot:
                 self._hot.append(table)
+                self._cold.pop(id(table.holder), None)
             found |= {(table.path, name): value for name, value in changed.items()}
         return found
 

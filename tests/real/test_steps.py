@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.support.exact import Runner, exchanges
+from tests.support.exact import Runner, exchanges, outcome
 from tests.support.steps import CHANGES, model, one_and_two, refused
 
 
@@ -22,3 +22,14 @@ def test_ranks_begin_their_exchanges_in_one_order(world: int, last: int, runner:
 @pytest.mark.parametrize("size", [35, 36, 38, 39])
 def test_a_smaller_last_batch_trains_with_batchnorm(size: int, runner: Runner, other: Runner) -> None:
     one_and_two(runner, other, model("Normed", data={"size": size, "batch_size": 8}))
+
+
+def test_buffers_of_dtypes_that_are_not_sent(runner: Runner, other: Runner) -> None:
+    """Three ranks, of which one has no shard of the last batch."""
+    config = model("Typed")
+    assert outcome(other.run(config, world=3)) == outcome(runner.run(config))
+
+
+def test_a_layers_attribute_that_is_first_set_after_some_steps(runner: Runner, other: Runner) -> None:
+    """It counts once a step, on any number of devices."""
+    one_and_two(runner, other, model("Anneals"))

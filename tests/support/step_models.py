@@ -296,3 +296,30 @@ class Drift(pl.Callback):
         if trainer.global_rank == 1 and trainer.global_step == 2:
             with torch.no_grad():
                 pl_module.block[0].weight[0, 0] += 1e-3
+
+
+class Typed(Step):
+    """Has buffers of dtypes that gloo does not send, and trains by them; a step changes them, in each shard alike."""
+
+    def __init__(self, kind: str = "plain") -> None:
+        super().__init__(kind)
+        self.register_buffer("count", torch.ones((), dtype=torch.int16))
+        self.register_buffer("mask", torch.ones(2, 3, dtype=torch.uint16))
+        self.register_buffer("scale", torch.ones(3).to(torch.float8_e4m3fn))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.count += 1
+        return super().training_step(batch, batch_idx) * self.scale.float().mean() / self.count
+
+
+class Anneals(Step):
+    """Makes dropout weaker from the third step on: a torch layer's attribute, which none has changed before."""
+
+    def __init__(self, kind: str = "plain") -> None:
+        super().__init__(kind)
+        self.block.append(nn.Dropout(0.5))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.global_step >= 2:
+            self.block[2].p *= 0.95
+        return super().training_step(batch, batch_idx)
