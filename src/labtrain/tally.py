@@ -146,6 +146,8 @@ class Tally:
         if run_mode() != "off":
             self._new = {name: part for name, part in parts.items() if isinstance(part, torchmetrics.Metric)}
         self.metrics = metrics_of(self._module)
+        inner = (f"{path}." for path, part in parts.items() if isinstance(part, torchmetrics.Metric))
+        self._inner = {name for name in self.metrics if name.startswith(tuple(inner))}  # a wrapper computes them itself
         for part in parts.values():
             if isinstance(part, torchmetrics.MetricCollection):
                 part._enable_compute_groups = False  # or some of them would not be updated but share others' states
@@ -193,6 +195,13 @@ class Tally:
             self._check_new(name, before)
         logged = [(key, entry) for key, entry in self._logs.items() if not entry.has_reset]
         touched = tuple(name for name, metric in self.metrics.items() if metric._update_count)
+        for name in touched if run_mode() != "off" else ():
+            if self.metrics[name]._computed is not None and name not in self._inner:
+                raise ConfigError(
+                    f"a step calls {name}.compute(): it would be of one shard, not of all that was seen so far",
+                    hint=f"self.log({name.rpartition('.')[2]!r}, self.{name}), which computes it at the epoch's end;"
+                    f" or {name}.compute() in on_train_epoch_end",
+                )
         entries = tuple(self._entry(key, entry) for key, entry in logged)
         template = Template(len(front), entries, touched, weighted is not None)
         if self._template is not None and template != self._template:

@@ -35,3 +35,11 @@ def test_mode_off_does_not_look(runner: Runner) -> None:
 def test_other_metrics_are_exact(kind: str, runner: Runner, other: Runner) -> None:
     """A wrapper whose metrics have all in their states; a metric that a hook makes for each epoch; a MetricTracker."""
     assert outcome(runner.run(config(kind))) == outcome(other.run(config(kind), world=2))
+
+
+@pytest.mark.parametrize(("kind", "step"), [("computed", "training"), ("validated", "validation")])
+def test_a_metric_that_is_computed_in_a_step_is_refused(kind: str, step: str, runner: Runner) -> None:
+    """It would be the mean of the shards' values, not of all that was seen."""
+    runner.run(config(kind), code=2)
+    assert "error: a step calls metric.compute(): it would be of one shard" in runner.said()
+    assert "hint: self.log('metric', self.metric)" in runner.said()

@@ -29,6 +29,8 @@ class Counting(torchmetrics.Metric):
 
 METRICS: dict[str, Any] = {
     "mean": lambda: torchmetrics.MeanMetric(),
+    "computed": lambda: torchmetrics.MeanMetric(),
+    "validated": lambda: torchmetrics.MeanMetric(),
     "running": lambda: Running(torchmetrics.MeanMetric(), 3),
     "own": Counting,
     "tracker": lambda: MetricTracker(torchmetrics.MeanMetric(), maximize=True),
@@ -54,9 +56,16 @@ class Measures(Small):
             self.metric(loss.detach().view(1, 1), torch.zeros(1, 1))
         else:
             self.metric(loss.detach())
+        if self.kind == "computed":
+            self.log("measured", self.metric.compute())
         if self.kind in ("running", "own", "outputs"):
             self.log("measured", self.metric, on_step=False, on_epoch=True)
         return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.kind == "validated":
+            self.metric.update(batch[0].mean())
+            self.log("measured", self.metric.compute())
 
     def on_train_epoch_start(self) -> None:
         if self.kind == "tracker":
