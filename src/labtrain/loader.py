@@ -35,7 +35,7 @@ from labtrain.determinism import STRICT_MODES, run_device, run_mode, run_say, ru
 from labtrain.digests import digest_content
 from labtrain.errors import ConfigError
 from labtrain.order import Indices, Order
-from labtrain.plain import is_experiments
+from labtrain.plain import SCALARS, is_experiments
 from labtrain.reduction import shard_range
 from labtrain.signals import NUMBERS, end_with_parent
 from labtrain.sources import add_executed, newly_executed
@@ -134,6 +134,7 @@ class DataLoader:
         self._place = (0, 1)
         self._loaded_before = self._transformed_before = False
         self.counts: list[str] = []  # attributes of the dataset that count loads
+        self.begun: dict[str, Any] = {}  # its numbers and texts when the epoch began
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -171,6 +172,8 @@ class DataLoader:
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing below runs before the first next(), which comes after set_epoch.
         epoch = self.epoch
+        attributes = getattr(self.dataset, "__dict__", {})
+        self.begun = {name: value for name, value in attributes.items() if type(value) in SCALARS}
         order = Order(len(self.dataset), seed=run_seed(), epoch=epoch, shuffle=self.shuffle)
         first = self._start[1] if self._start[0] == epoch else 0
         plan = self._plan(order, range(first, len(self)), epoch)

@@ -3,6 +3,7 @@
 ================= ====================================================================================================
 the Trainer       numbers and texts: `accumulate_grad_batches`, `gradient_clip_val`, `max_epochs`
 the data module   plain attributes, as the model's (attributes.py); more than a mebibyte is not kept
+its datasets      numbers and texts, such as the difficulty of a curriculum, but for what counts the loads
 optimizers        the same, of any size; torch's own keep everything in their state
 ================= ====================================================================================================
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils.data import Dataset
 
 from labtrain.attributes import (
     RANDOM,
@@ -29,7 +31,8 @@ from labtrain.attributes import (
 )
 from labtrain.changes import of_generator
 from labtrain.errors import ConfigError
-from labtrain.plain import SCALARS, is_own
+from labtrain.loader import loaders_of
+from labtrain.plain import SCALARS, is_experiments, is_own
 
 State = dict[str, Any]
 
@@ -97,6 +100,17 @@ class Outside:
                     f"{name} was changed during the training, and no checkpoint holds it: a training that goes on has"
                     " what it began with (save it in the state_dict of the data module or optimizer)"
                 )
+        for loader in loaders_of(self.trainer.fit_loop._combined_loader):
+            if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+                break
+            begun, counts = getattr(loader, "begun", {}), _counts(self.trainer)
+            for name, value in begun.items():
+                if name not in counts and vars(loader.dataset).get(name) != value:
+                    yield (
+                        f"{name} of {type(loader.dataset).__name__} was changed in mid-epoch, when a batch had been"
+                        " loaded ahead and workers have a copy: a training that goes on loads otherwise (change it in"
+                        " on_train_epoch_end)"
+                    )
         for label, part in _parts(self.trainer):
             for name, inner in vars(part).items() if isinstance(part, Optimizer) else ():
                 if isinstance(inner, Optimizer) and not _tensors(inner.state) <= _tensors(part.state_dict()):
@@ -120,9 +134,15 @@ def _owner(trainer: pl.Trainer, name: str) -> Any:
 
 
 def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
-    """Yield the data module, and each optimizer that is not torch's, with what they are called here."""
+    """Yield the data module, its datasets, and each optimizer that is not torch's, with what they are called here."""
     if (data := getattr(trainer, "datamodule", None)) is not None:
         yield "data", data
+    for loader in loaders_of(trainer.fit_loop._combined_loader):
+        dataset, name = getattr(loader, "dataset", None), "dataset"
+        while isinstance(dataset, Dataset) and not hasattr(dataset, "state_dict"):
+            if is_experiments(type(dataset)):
+                yield name, dataset
+            dataset, name = getattr(dataset, "dataset", None), f"{name}.dataset"  # a Subset's, or of one's own wrapper
     for index, optimizer in enumerate(trainer.optimizers):
         if type(optimizer).__module__.partition(".")[0] != "torch":
             yield f"{type(optimizer).__name__}" if index == 0 else f"{type(optimizer).__name__}-{index}", optimizer
@@ -131,7 +151,8 @@ def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
 def _shell(part: Any, trainer: pl.Trainer) -> nn.Module:
     """Return a module with the attributes of an object that is none; tensors of the model are left out as its own."""
     shell, model = nn.Module(), trainer.lightning_module
-    vars(shell).update({name: value for name, value in _own(part) if _is_kept(part, value)})
+    left_out = _counts(trainer) if isinstance(part, Dataset) else ()
+    vars(shell).update({name: value for name, value in _own(part) if name not in left_out and _is_kept(part, value)})
     vars(shell).update(parameters=model.parameters, buffers=model.buffers)
     return shell
 
@@ -142,12 +163,22 @@ def _own(part: Any) -> list[tuple[str, Any]]:
 
 
 def _is_kept(part: Any, value: Any) -> bool:
+    if isinstance(part, Dataset):
+        return type(value) in SCALARS
     return isinstance(part, Optimizer) or _size(value) <= MOST_BYTES
+
+
+def _counts(trainer: pl.Trainer) -> set[str]:
+    """Return the names of the attributes of datasets that count what was loaded: in each process another number."""
+    loaders = loaders_of(trainer.fit_loop._combined_loader)
+    return {name.rpartition(".")[2] for loader in loaders for name in getattr(loader, "counts", ())}
 
 
 def _marks(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
     """Yield what tells whether an attribute that is not kept is another one, by name."""
     for label, part in _parts(trainer):
+        if isinstance(part, Dataset):
+            continue
         plain = plain_attributes(_shell(part, trainer))
         for name, value in _own(part):
             if name in plain or is_own(type(value)) or callable(value):

@@ -71,3 +71,22 @@ def test_an_optimizer_inside_of_an_optimizer_is_named(runner: Runner) -> None:
     """Where the outer one's state_dict does not hold the inner one's state."""
     runner.run(config("Optimized", optimizer="Wraps"), code=EXIT_STOPPED, signal_at=f"3 {signal.SIGTERM} 0")
     assert "warning: Wraps.base is an optimizer whose state the state_dict of Wraps does not hold" in runner.said()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_curriculum_in_a_dataset_is_kept(runner: Runner, workers: int) -> None:
+    """Its numbers and texts; not what counts the loads, which another number of workers counts otherwise."""
+    options = config("Teaches", each="epoch")
+    options["data"] |= {"_target_": f"{HERE}.Curriculum", "num_workers": workers}
+    whole, found = stopped_and_gone_on(runner, options)
+    assert found == whole
+    assert "was changed in mid-epoch" not in runner.logs[-1].read_text()
+
+
+def test_a_dataset_that_is_changed_in_mid_epoch_is_said(runner: Runner) -> None:
+    options = config("Teaches", each="batch")
+    options["data"]["_target_"] = f"{HERE}.Curriculum"
+    runner.run(options, code=EXIT_STOPPED, signal_at=f"7 {signal.SIGTERM} 0")
+    text = runner.logs[0].read_text()
+    assert "warning: level of Grows was changed in mid-epoch" in text
+    assert "loads of Grows was changed" not in text

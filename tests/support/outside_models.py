@@ -90,3 +90,47 @@ class Optimized(Small):
 
     def configure_optimizers(self) -> Any:
         return globals()[self.optimizer](self.parameters(), lr=0.05)
+
+
+class Grows(torch.utils.data.Dataset):
+    """Noise that hooks make harder; counts its loads."""
+
+    def __init__(self, size: int) -> None:
+        self.images, self.level, self.blur, self.loads = exact_worker.Images(size), 0, "none", 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Any:
+        self.loads += 1
+        image, label = self.images[index]
+        return image * 0.5**self.level, label
+
+
+class Curriculum(exact_worker.Data):
+    """Its training data are of the kind above."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.train = Grows(len(self.train))
+
+
+class Teaches(Small):
+    """Makes the data harder after each epoch; or after each batch."""
+
+    def __init__(self, each: str) -> None:
+        super().__init__()
+        self.each = each
+
+    def on_train_epoch_end(self) -> None:
+        if self.each == "epoch":
+            self._harder()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.each == "batch":
+            self._harder()
+
+    def _harder(self) -> None:
+        data: Any = self.trainer.datamodule
+        data.train.level += 1
+        data.train.blur = f"{data.train.level} pixels"
