@@ -33,7 +33,7 @@ from labtrain.metrics import add_rows
 from labtrain.reduction import alone
 from labtrain.tally import Results
 from labtrain.undo import LARGEST_BYTES, TooLargeError, Undo, keep_draws
-from labtrain.watch import Watch
+from labtrain.watch import Watch, let_pass
 
 WEIGHT_HINT = (
     'return {"loss": loss, "weight": n} with the sum that the loss is divided by: valid tokens, or the class weights of'
@@ -351,10 +351,10 @@ class _Bench:
         """
         self._reset()
         strategy = cast(Any, self.trainer.strategy)
-        place: dict[str, Any] = {"device": strategy._device, "rank": 0, "world": 1, "judge": _no_judge}
+        place: dict[str, Any] = {"device": strategy._device, "rank": 0, "world": 1, "judge": let_pass}
         optimizers, schedulers = self.trainer.optimizers, [each.scheduler for each in self.trainer.lr_scheduler_configs]
         buffers = Buffers(self.module, **place)
-        watch = Watch(self.module, **place, optimizers=optimizers, schedulers=schedulers, say=_no_judge)
+        watch = Watch(self.module, **place, optimizers=optimizers, schedulers=schedulers, say=let_pass)
         buffers.begin()
         watch.begin()
         looks: list[Look | None] = []
@@ -513,10 +513,6 @@ def _datasets(dataset: Any) -> Iterator[Any]:
         found.append(dataset)
         yield dataset
         dataset = vars(dataset).get("dataset")
-
-
-def _no_judge(*_: str) -> None:
-    """Let everything pass: the training's own watcher will say it."""
 
 
 def _is_half(tensor: Tensor) -> bool:

@@ -39,7 +39,7 @@ from labtrain.plain import is_experiments_code
 from labtrain.reduction import ShardSum, alone, shard_ranges
 from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
-from labtrain.watch import Watch
+from labtrain.watch import Watch, let_pass
 
 # Where people make what decides about the result. A step that asks whether there are several devices does not.
 MAKERS = frozenset(
@@ -120,7 +120,7 @@ class Exact:
         self._tally = Tally(module)
         guard = next((each for each in trainer.callbacks if isinstance(each, Guard)), None)  # type: ignore[attr-defined]
         place: dict[str, Any] = {"device": self._device, "rank": self._rank, "world": self._world}
-        self._buffers = Buffers(module, **place, judge=guard.judge if guard else _no_judge)
+        self._buffers = Buffers(module, **place, judge=guard.judge if guard else let_pass)
         if guard is not None and guard.mode != "off" and self.shards > 1:
             schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
             made: dict[str, Any] = {"optimizers": trainer.optimizers, "schedulers": schedulers}
@@ -519,10 +519,6 @@ class ExactDDP(Exact, DDPStrategy):
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
         self._parallel_devices = devices
-
-
-def _no_judge(what: str, hint: str) -> None:
-    """Let everything pass: there is no Guard, as in a search for the batch size."""
 
 
 def _name_of(parameter: Tensor, module: torch.nn.Module) -> str:
