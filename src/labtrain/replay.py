@@ -60,7 +60,9 @@ class Replay:
     ) -> None:
         self.config = _config_of(receipt, scratch, changes or {}, every_n_steps)
         self.recorded, self.root, self.home, self.python = receipt, root, home.resolve(), python
-        self.code_digest = read_code(root, self.config, path=moved(sys.path, home, root)).digest
+        code = read_code(root, self.config, path=moved(sys.path, home, root))
+        self.code_digest = code.digest
+        self.absent = [path for path in receipt["code"].get("outside", {}) if path not in code.outside]
         self.lock_digest = lock_digest(root)
         self.run_id = name(self.config, code=self.code_digest, lock=self.lock_digest)
         self.run_dir = scratch / "runs" / str(self.config["experiment"]) / self.run_id
@@ -126,7 +128,9 @@ class Replay:
         if self.code not in (0, EXIT_STOPPED):
             raise LabtrainError(
                 f"the run, trained again, ended with exit code {self.code}:\n{self.said()}",
-                hint="labtrain doctor; the code and data of the receipt are needed",
+                hint=f"PYTHONPATH=FOLDER before the same command, with the folder that holds {self.absent[0]}"
+                if self.absent
+                else "labtrain doctor; the code and data of the receipt are needed",
             )
 
     def said(self) -> str:

@@ -298,3 +298,16 @@ def test_who_verified_is_told_of_this_machine(copy: Path) -> None:
     told = json.loads((copy / "verified.jsonl").read_text())
     assert told["gpus"] == []
     assert told["cpu"] == machine()["cpu"]
+
+
+def test_code_that_only_train_py_finds_is_asked_for(own_experiment: Experiment, tmp_path: Path) -> None:
+    """It puts a folder into sys.path; verify does not run it, and names the file; what the hint says works."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "lab_utils.py").write_text("WIDTH = 1\n")
+    for name, line in (("train.py", "import sys; sys.path.append('../shared')"), ("model.py", "import lab_utils")):
+        file = own_experiment.root / name
+        file.write_text(file.read_text().replace("\nimport ", f"\n{line}\nimport ", 1))
+    run_dir = own_experiment.train("trainer.max_epochs=1", *QUICK, cwd=own_experiment.root).folder
+    refused = verify(run_dir, "--steps", "2", code=2, cwd=own_experiment.root).err
+    assert "hint: PYTHONPATH=FOLDER before the same command, with the folder that holds lab_utils.py" in refused
+    verify(run_dir, "--steps", "2", cwd=own_experiment.root, PYTHONPATH="../shared")
