@@ -132,7 +132,7 @@ class DataLoader:
         self._start = (0, 0)
         self._shards: int | None = None
         self._place = (0, 1)
-        self._loaded_before = self._transformed_before = False
+        self._loaded_before = self._transformed_before = self._said = False
         self.counts: list[str] = []  # attributes of the dataset that count loads
         self.begun: dict[str, Any] = {}  # its numbers and texts when the epoch began
 
@@ -265,7 +265,8 @@ class DataLoader:
             return result
         add_executed(result.executed)
         self.counts += result.counts
-        if result.said:
+        if result.said and not self._said:  # once, though each worker has a sample of its own to name
+            self._said = True
             run_say(result.said)  # here, and not in a worker: the receipt is this process's
         return pinned(result.batch) if self.pin_memory else result.batch
 

@@ -225,6 +225,5 @@ def test_warn_writes_it_in_the_receipt(runner: Runner, workers: int) -> None:
     assert run_dir is not None
     notes = json.loads((run_dir / "receipt.json").read_text())["determinism"]["notes"]
     said = [line for line in runner.said().splitlines() if "loaded twice under one seed, is not the same" in line]
-    assert said
-    assert {f"warning: {note}" for note in notes} >= set(said)
-    assert len(said) == len(set(said))
+    assert len(said) == 1
+    assert said[0].removeprefix("warning: ") in notes
