@@ -109,7 +109,7 @@ class Watch:
     def close(self) -> None:
         """End what `listen` began."""
         if self._setattr is not None:
-            nn.Module.__setattr__ = self._setattr  # type: ignore[method-assign]
+            nn.Module.__setattr__, self._setattr = self._setattr, None  # type: ignore[method-assign]
             del pl.LightningModule.__setattr__
 
     def begin(self) -> None:

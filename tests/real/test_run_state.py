@@ -6,7 +6,7 @@ from pathlib import Path
 
 STORY = """
 import os, random, tempfile
-import numpy as np, torch
+import numpy as np, lightning.pytorch, torch
 import labtrain
 from labtrain import determinism
 from tests.support.exact import configure
@@ -17,6 +17,7 @@ def state():
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, torch.get_num_threads(),
         torch.utils.deterministic.fill_uninitialized_memory, torch.get_float32_matmul_precision(),
         torch.backends.mkldnn.enabled, determinism.run_seed(), determinism.run_mode(),
+        torch.nn.Module.__setattr__, "__setattr__" in vars(lightning.pytorch.LightningModule),
         sorted(os.environ.keys() - {"PYTORCH_NVML_BASED_CUDA_CHECK"}),  # Lightning's
         random.getstate(), np.random.get_state()[1].tolist(), torch.default_generator.get_state().tolist(),
     ])
