@@ -145,6 +145,13 @@ class Guard(pl.Callback):
         for (file, line), name in getattr(trainer.strategy, "device_reads", {}).items():
             path = Path(file)
             shown = path.relative_to(self.root) if path.is_relative_to(self.root) else path
+            if name == "global_rank":
+                self.say(
+                    f"{shown}:{line} reads trainer.global_rank: what is computed from it differs between the devices,"
+                    " so the result depends on their number (leave it out; trainer.is_global_zero says who prints and"
+                    " writes)"
+                )
+                continue
             self.say(
                 f"{shown}:{line} reads trainer.{name}: a batch is the whole batch of all devices, so a learning rate or"
                 " a batch size that is computed from the number of devices makes the result depend on it (leave it"

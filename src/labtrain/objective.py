@@ -155,17 +155,18 @@ class Objective(pl.Callback):
                 f"BatchNorm normalises over the {_sizes(size, self.shards)} samples of a shard, not over the batch's"
                 f" {size} (determinism.shards={self.shards})"
             )
-        changed, read = list[str](), list[str]()
+        changed, read, asked = list[str](), list[str](), list[str]()
         found: tuple[bool, str] | None = None
         if trainer.is_global_zero:
             try:
-                changed, read = left_by_shards(trainer, pl_module, loader, shards=self.shards, strict=self.strict)
+                tried = left_by_shards(trainer, pl_module, loader, shards=self.shards, strict=self.strict)
+                changed, read, asked = tried
                 difference = compare(trainer, pl_module, loader, shards=self.shards, strict=self.strict)
                 if difference is not None:
                     found = True, self._sentence(difference, size)
             except NotComparedError as error:
                 found = False, f"{NOT_COMPARED}: {error}"
-        changed, read, found = trainer.strategy.broadcast((changed, read, found), src=0)
+        changed, read, asked, found = trainer.strategy.broadcast((changed, read, asked, found), src=0)
         if changed:
             self.judge(*self._uncounted(changed))
         elif read:
@@ -173,6 +174,13 @@ class Objective(pl.Callback):
                 f"training_step's loss of a shard depends on what the shard before it left in {few(read)}: with"
                 f" determinism.shards={self.shards} that depends on the number of devices",
                 "append to it in on_train_batch_end, which runs once a step; or determinism.shards=1",
+            )
+        if asked:
+            self.judge(
+                f"training_step's loss depends on the process that computes it, by {few(asked)}: which shards are in"
+                " which process depends on the number of devices",
+                "leave it out of the loss: a step sees a shard of the batch, and the gradient is the mean over all"
+                " shards, on any number of devices; or determinism.shards=null determinism.mode=warn",
             )
         if found is not None:
             (self.say if found[0] else self.note)(found[1])
@@ -201,10 +209,11 @@ class Objective(pl.Callback):
 
 def left_by_shards(
     trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, *, shards: int, strict: bool
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[str], list[str], list[str]]:
     """Return the names of what two shards of a step, run one after the other, leave changed; and of what they read.
 
-    Though all is put back in between that a step puts back. Afterwards everything is as it was.
+    Though all is put back in between that a step puts back. Afterwards everything is as it was. And what the step asks
+    of its process, such as its rank, where its loss depends on it.
 
     Raises:
         NotComparedError: the step cannot be tried.
@@ -212,8 +221,9 @@ def left_by_shards(
     with _bench(trainer, module, loader) as bench:
         parts = _first_shards(trainer, loader, shards)[:2]
         if not all(map(len, parts)):
-            return [], []
-        return bench.left(*next(loader.load([parts], trainer.current_epoch)), strict=strict)
+            return [], [], []
+        first, second = next(loader.load([parts], trainer.current_epoch))
+        return *bench.left(first, second, strict=strict), bench.asked(second, strict=strict)
 
 
 def compare(
@@ -376,6 +386,18 @@ class _Bench:
         alone, _ = self.run(second, fresh=False)
         same = alone == loss if strict else math.isclose(alone, loss, rel_tol=1e-3)
         return found, [] if same or math.isnan(loss) else grown or ["something that labtrain does not see"]
+
+    def asked(self, data: Any, *, strict: bool) -> list[str]:
+        """Return what the step asks of the process that runs it, where its loss is another one in another process."""
+        strategy, losses = cast(Any, self.trainer.strategy), list[float]()
+        for rank, world in ((0, 1), (1, 2)):
+            self._reset()
+            with strategy.pretending(rank, world) as asked:
+                losses.append(self.run(data, fresh=False)[0])
+        same = losses[0] == losses[1] if strict else math.isclose(*losses, rel_tol=1e-3)
+        if same or any(map(math.isnan, losses)):
+            return []
+        return sorted(asked) or ["RANK, LOCAL_RANK or WORLD_SIZE of the environment"]
 
     @property
     def rounding(self) -> float:

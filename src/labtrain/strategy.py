@@ -13,11 +13,13 @@ weight: objective.py.
 Lightning 2.6: strategies/strategy.py and strategies/ddp.py.
 """
 
+import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -41,14 +43,20 @@ from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
 from labtrain.watch import Watch, let_pass
 
-# Where people make what decides about the result. A step that asks whether there are several devices does not.
+# Where people make what decides about the result. Whether a step's loss depends on it is tried (objective.py).
 MAKERS = frozenset(
     {"__init__", "setup", "prepare_data", "configure_model", "configure_callbacks", "configure_optimizers"}
     | {"train_dataloader", "val_dataloader", "test_dataloader", "on_fit_start", "on_train_start"}
-    | {"optimizer_step", "lr_scheduler_step"}
+    | {"on_train_epoch_start", "on_train_batch_start", "on_after_backward", "on_before_optimizer_step"}
+    | {"optimizer_step", "configure_gradient_clipping", "lr_scheduler_step"}
 )
 TRAINER = sys.modules[pl.Trainer.__module__].__file__
-OF_TRAINER = ("world_size", "num_devices", "device_ids")  # its properties that ask the strategy
+# Properties of the Trainer, and of the model, that ask the strategy; and those of them that are noted where people make
+# something: who asks whether it is the first process prints or writes, and a local rank names a device.
+PASSING = (TRAINER, sys.modules[pl.LightningModule.__module__].__file__)
+OF_TRAINER = ("world_size", "num_devices", "device_ids", "global_rank", "local_rank", "is_global_zero")
+NOTED = ("world_size", "num_devices", "device_ids", "global_rank")
+OF_PROCESSES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # variables of the environment
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -63,12 +71,15 @@ class Exact:
         options: of Lightning's strategy.
     """
 
+    _pretended: dict[str, Any] | None = None  # what the experiment's code is told of its process, in a trial
+
     def __init__(self, *arguments: Any, shards: int, wishes: Wishes, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.shards, self.wishes = shards, wishes
         self.device_reads: dict[
             tuple[str, int], str
         ] = {}  # file and line of code that reads their number: what it reads
+        self._asked: set[str] = set()  # in a trial
         self._sum: ShardSum | None = None
         self._watch: Watch | None = None
         self._parameters: list[torch.nn.Parameter] = []
@@ -451,21 +462,51 @@ class Exact:
         self._uses = [max(pair) for pair in zip(self._uses, self._added, strict=True)]
         return present
 
-    def _note_reader(self, name: str) -> None:
-        """Note code of the experiment that asks for the number of devices, to make something of it."""
+    @contextmanager
+    def pretending(self, rank: int, world: int) -> Iterator[set[str]]:
+        """Tell the experiment's code that it runs in another process; yield what it has asked for, with file and line.
+
+        Args:
+            rank: of that process.
+            world: how many there are.
+        """
+        before = {name: os.environ.get(name) for name in OF_PROCESSES}
+        os.environ |= {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}"}
+        values = {"world_size": world, "global_rank": rank, "local_rank": rank, "is_global_zero": rank == 0}
+        self._pretended, asked = values, self._asked
+        asked.clear()
+        try:
+            yield asked
+        finally:
+            self._pretended = None
+            for name, value in before.items():
+                os.environ.pop(name)
+                if value is not None:
+                    os.environ[name] = value
+
+    def _told(self, name: str, value: Any) -> Any:
+        """Return a property of the process; note code of the experiment that asks for it, to make something of it."""
         frame: types.FrameType | None = sys._getframe(2)
         if frame is None or frame.f_code.co_filename == __file__:
-            return
-        while frame is not None and frame.f_code.co_filename == TRAINER and frame.f_code.co_name in OF_TRAINER:
+            return value
+        while frame is not None and frame.f_code.co_filename in PASSING and frame.f_code.co_name in OF_TRAINER:
             name, frame = frame.f_code.co_name, frame.f_back
         if frame is None or not is_experiments_code(frame) or run_mode() == "off":
-            return
-        place = frame.f_code.co_filename, frame.f_lineno
-        while frame is not None and frame.f_code.co_filename != TRAINER:
+            return value
+        file, line = frame.f_code.co_filename, frame.f_lineno
+        if self._pretended is not None:
+            self._asked.add(f"trainer.{name} ({Path(file).name}:{line})")
+            return self._pretended.get(name, value)
+        while frame is not None and name in NOTED and frame.f_code.co_filename != TRAINER:
             if frame.f_code.co_name in MAKERS and is_experiments_code(frame):
-                self.device_reads.setdefault(place, name)
-                return
+                self.device_reads.setdefault((file, line), name)
+                break
             frame = frame.f_back
+        return value
+
+    @property
+    def is_global_zero(self) -> bool:
+        return bool(self._told("is_global_zero", super().is_global_zero))  # type: ignore[misc]
 
     @property
     def _module(self) -> pl.LightningModule:
@@ -489,17 +530,32 @@ class ExactSingleDevice(Exact, SingleDeviceStrategy):
 
     @property
     def world_size(self) -> int:
-        self._note_reader("world_size")
-        return 1
+        return int(self._told("world_size", 1))
 
     @world_size.setter
     def world_size(self, world: int) -> None:
         """Do nothing: Lightning sets 1."""
 
     @property
+    def global_rank(self) -> int:
+        return int(self._told("global_rank", 0))
+
+    @global_rank.setter
+    def global_rank(self, rank: int) -> None:
+        """Do nothing: Lightning sets 0."""
+
+    @property
+    def local_rank(self) -> int:
+        return int(self._told("local_rank", 0))
+
+    @local_rank.setter
+    def local_rank(self, rank: int) -> None:
+        """Do nothing: Lightning sets 0."""
+
+    @property
     def root_device(self) -> torch.device:
         if sys._getframe(1).f_code.co_name == "device_ids":
-            self._note_reader("num_devices")
+            self._told("num_devices", 1)
         return self._root_device
 
 
@@ -508,12 +564,19 @@ class ExactDDP(Exact, DDPStrategy):
 
     @property
     def world_size(self) -> int:
-        self._note_reader("world_size")
-        return super().world_size
+        return int(self._told("world_size", super().world_size))
+
+    @property
+    def global_rank(self) -> int:
+        return int(self._told("global_rank", super().global_rank))
+
+    @property
+    def local_rank(self) -> int:
+        return int(self._told("local_rank", super().local_rank))
 
     @property
     def parallel_devices(self) -> list[torch.device] | None:
-        self._note_reader("num_devices")
+        self._told("num_devices", 0)
         return self._parallel_devices
 
     @parallel_devices.setter

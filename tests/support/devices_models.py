@@ -1,5 +1,6 @@
 """Models and data that ask for the number of devices, and do something with it or not."""
 
+import os
 from typing import Any
 
 import torch
@@ -27,8 +28,25 @@ class Asks(Small):
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = super().training_step(batch, batch_idx)
-        self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
-        return loss
+        if self.kind != "environment":
+            self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
+        if self.kind == "penalty" and self.trainer.is_global_zero:
+            return loss + sum(weight.square().sum() for weight in self.parameters())
+        factors: dict[str, Any] = {
+            "global rank": lambda: 1 + self.global_rank,
+            "local rank": lambda: 1 + self.trainer.local_rank,
+            "a division": lambda: 1 / self.trainer.world_size,
+            "environment": lambda: 1 + int(os.environ.get("LOCAL_RANK", 0)),
+        }
+        return loss * factors[self.kind]() if self.kind in factors else loss
+
+    def setup(self, stage: str) -> None:
+        if self.kind == "setup":
+            self.factor = 1.0 + self.trainer.global_rank  # the line that is named
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        if self.kind == "hook":
+            optimizer.param_groups[0]["lr"] = 0.02 * self.trainer.world_size  # the line that is named
 
     def on_validation_epoch_end(self) -> None:
         self.log("zero", 0.0, sync_dist=self.trainer.world_size > 1)
