@@ -132,8 +132,8 @@ def _prints(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield path, tuple(value) if simple else kind.__qualname__
     elif isinstance(value, set | frozenset):
         yield path, repr(sorted(f"{label(item)}" for item in value))
-    elif isinstance(value, types.FunctionType | type):
-        yield path, f"{value.__module__}.{value.__qualname__}"
+    elif isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodDescriptorType | type):
+        yield path, f"{value.__module__ if hasattr(value, '__module__') else ''}.{value.__qualname__}"
     elif isinstance(value, types.GeneratorType):
         yield path, str(value.gi_frame.f_lasti if value.gi_frame else None)
     elif hasattr(value, "__dict__") or hasattr(value, "__slots__"):

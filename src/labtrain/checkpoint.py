@@ -1,8 +1,6 @@
 """Checkpoints of a training: what is saved where `EpochLoop` says, what is kept, and how it is read."""
 
 import json
-import time
-import types
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -31,14 +29,12 @@ from labtrain.saver import Saver
 from labtrain.staging import described, unsavable
 from labtrain.store import Manifest
 from labtrain.strategy import Exact
-from labtrain.unsaved import Unsaved
+from labtrain.unsaved import CLOCKS, CODE, Unsaved
 
-CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial)
 HYPERPARAMETERS = {  # their keys in Lightning's checkpoint dictionary, and whose they are
     pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY: "lightning_module",
     pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY: "datamodule",
 }
-CLOCKS = (time.time, time.monotonic, time.perf_counter)
 WEIGHT_DTYPES = frozenset(getattr(torch, name) for name in WEIGHT_DTYPE_NAMES)
 
 
@@ -130,6 +126,11 @@ class Checkpoints(pl.Callback):
                 self.say(
                     f"the training that saved this checkpoint had changed {few(sorted(unsaved.lost))}, which no"
                     " checkpoint holds: this one goes on with what __init__ makes"
+                )
+            for name, text in unsaved.overruled.items() if unsaved is not None else ():
+                self.say(
+                    f"{name} begins as {text.partition(' ')[2]} here; the training had changed it, and goes on with"
+                    " what it was when the checkpoint was saved (to begin with the new value: resume=never)"
                 )
         if is_spread(pl_module.state_dict()):
             self.saver.group = dist.new_group(backend="gloo")  # the writers', beside what the loop exchanges
@@ -385,7 +386,8 @@ def check_ranks(trainer: pl.Trainer) -> None:
     if (name := first_unlike(named)) is not None:
         raise LabtrainError(
             f"{name} differs between the ranks after step {trainer.global_step}: code changed it on some of them",
-            hint="change weights on every rank alike: look for global_rank, rank_zero_only and random numbers in hooks",
+            hint="change weights on every rank alike: look for global_rank, rank_zero_only, random numbers and this"
+            " rank's batch, outputs or part of a loader in hooks",
         )
 
 

@@ -132,7 +132,7 @@ class DataLoader:
         self._start = (0, 0)
         self._shards: int | None = None
         self._place = (0, 1)
-        self._loaded_before = self._transformed_before = self._said = False
+        self._loaded_before = self._transformed_before = self._said = self._said_changed = False
         self.counts: list[str] = []  # attributes of the dataset that count loads
         self.begun: dict[str, Any] = {}  # its numbers and texts when the epoch began
 
@@ -172,18 +172,30 @@ class DataLoader:
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing below runs before the first next(), which comes after set_epoch.
         epoch = self.epoch
-        attributes = getattr(self.dataset, "__dict__", {})
-        self.begun = {name: value for name, value in attributes.items() if type(value) in SCALARS}
+        self.begun = scalars_of(self.dataset)
         order = Order(len(self.dataset), seed=run_seed(), epoch=epoch, shuffle=self.shuffle)
         first = self._start[1] if self._start[0] == epoch else 0
         plan = self._plan(order, range(first, len(self)), epoch)
         for indices, parts, data in self._made(plan, epoch, self.num_workers):
             self.indices = torch.from_numpy(indices)
+            if not self._said_changed and run_mode() != "off" and (changed := self.changed()):
+                self._said_changed = True
+                run_say(
+                    f"{changed[0]} of {type(self.dataset).__name__} was changed in mid-epoch, when a batch had been"
+                    " loaded ahead and workers had a copy: the result depends on data.num_workers (change it in"
+                    " on_train_epoch_end)"
+                )
             if self._shards is None:
                 yield data[0]
             else:
                 each = [(shard, len(part), mine) for (shard, part), mine in zip(parts, data, strict=True)]
                 yield Sharded(each, samples=len(indices), shards=len(self._cuts(len(indices))) - 1)
+
+    def changed(self) -> list[str]:
+        """Return the names of the dataset's numbers and texts that code has changed since the epoch began."""
+        counts = {name.rpartition(".")[2] for name in self.counts}
+        now = scalars_of(self.dataset)
+        return [name for name, value in self.begun.items() if name not in counts and now.get(name) != value]
 
     def first_batch(self, epoch: int) -> Indices:
         """Return the indices of the first batch of an epoch."""
@@ -567,6 +579,12 @@ def _numbers_of(dataset: Any) -> dict[str, int | float]:
                 (f"{path}.{name}", part) for part in parts if isinstance(part, Dataset) or is_experiments(type(part))
             ]
     return found
+
+
+def scalars_of(dataset: Any) -> dict[str, Any]:
+    """Return the numbers and texts that a dataset has as attributes, by name."""
+    attributes = getattr(dataset, "__dict__", {})
+    return {name: value for name, value in attributes.items() if type(value) in SCALARS}
 
 
 def _generators() -> tuple[Any, ...]:

@@ -4,7 +4,7 @@
 the Trainer       numbers and texts: `accumulate_grad_batches`, `gradient_clip_val`, `max_epochs`
 the data module   plain attributes, as the model's (attributes.py); more than a mebibyte is not kept
 its datasets      numbers and texts, such as the difficulty of a curriculum, but for what counts the loads
-optimizers        the same, of any size; torch's own keep everything in their state
+optimizers        the same, of any size; of torch's own what code has set there
 ================= ====================================================================================================
 
 Kept in a checkpoint is what differs from how the training began: so what the configuration or the machine says is each
@@ -31,7 +31,7 @@ from labtrain.attributes import (
 )
 from labtrain.changes import of_generator
 from labtrain.errors import ConfigError
-from labtrain.loader import loaders_of
+from labtrain.loader import DataLoader, loaders_of
 from labtrain.plain import SCALARS, is_experiments, is_own
 
 State = dict[str, Any]
@@ -103,14 +103,12 @@ class Outside:
         for loader in loaders_of(self.trainer.fit_loop._combined_loader):
             if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
                 break
-            begun, counts = getattr(loader, "begun", {}), _counts(self.trainer)
-            for name, value in begun.items():
-                if name not in counts and vars(loader.dataset).get(name) != value:
-                    yield (
-                        f"{name} of {type(loader.dataset).__name__} was changed in mid-epoch, when a batch had been"
-                        " loaded ahead and workers have a copy: a training that goes on loads otherwise (change it in"
-                        " on_train_epoch_end)"
-                    )
+            for name in loader.changed() if isinstance(loader, DataLoader) else ():
+                yield (
+                    f"{name} of {type(loader.dataset).__name__} was changed in mid-epoch, when a batch had been loaded"
+                    " ahead and workers had a copy: a training that goes on loads otherwise (change it in"
+                    " on_train_epoch_end)"
+                )
         for label, part in _parts(self.trainer):
             for name, inner in vars(part).items() if isinstance(part, Optimizer) else ():
                 if isinstance(inner, Optimizer) and not _tensors(inner.state) <= _tensors(part.state_dict()):
@@ -134,7 +132,7 @@ def _owner(trainer: pl.Trainer, name: str) -> Any:
 
 
 def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
-    """Yield the data module, its datasets, and each optimizer that is not torch's, with what they are called here."""
+    """Yield the data module, its datasets, and each optimizer, with what they are called here."""
     if (data := getattr(trainer, "datamodule", None)) is not None:
         yield "data", data
     for loader in loaders_of(trainer.fit_loop._combined_loader):
@@ -144,8 +142,7 @@ def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
                 yield name, dataset
             dataset, name = getattr(dataset, "dataset", None), f"{name}.dataset"  # a Subset's, or of one's own wrapper
     for index, optimizer in enumerate(trainer.optimizers):
-        if type(optimizer).__module__.partition(".")[0] != "torch":
-            yield f"{type(optimizer).__name__}" if index == 0 else f"{type(optimizer).__name__}-{index}", optimizer
+        yield f"{type(optimizer).__name__}" if index == 0 else f"{type(optimizer).__name__}-{index}", optimizer
 
 
 def _shell(part: Any, trainer: pl.Trainer) -> nn.Module:
@@ -159,7 +156,12 @@ def _shell(part: Any, trainer: pl.Trainer) -> nn.Module:
 
 def _own(part: Any) -> list[tuple[str, Any]]:
     left_out = TORCHS if isinstance(part, Optimizer) else {"trainer"}
-    return [(name, value) for name, value in vars(part).items() if name not in left_out]
+    torchs = type(part).__module__.partition(".")[0] == "torch"
+    return [
+        (name, value)
+        for name, value in vars(part).items()
+        if name not in left_out and not (torchs and name.startswith("_"))
+    ]
 
 
 def _is_kept(part: Any, value: Any) -> bool:

@@ -109,6 +109,13 @@ class Exact:
             broadcast(dense[name], src=0)
 
     def setup(self, trainer: pl.Trainer) -> None:
+        for name, parameter in self._module.named_parameters():
+            if isinstance(parameter, torch.nn.UninitializedParameter):
+                raise ConfigError(
+                    f"{name} has no shape before a first batch: it is a lazy layer's, and the optimizer and the other"
+                    " ranks need it now",
+                    hint="run a sample of zeros through the model at the end of its __init__; or name the sizes",
+                )
         super().setup(trainer)  # type: ignore[misc]
         module = self._module
         if not module.automatic_optimization:
@@ -225,6 +232,7 @@ class Exact:
         outputs: list[tuple[int, Any]] = []  # samples, and what the step returned, where hooks take it
         taken = self._takers.outputs
         missing = not batch.parts  # a gradient, on this rank: then only the others know whether there is one
+        stopping = self._trainer.should_stop
         with self._scratch(loop) as results:
             tally.begin(training=True)
             for number, (shard, samples, data) in enumerate(batch.parts):
@@ -268,6 +276,11 @@ class Exact:
                 row = weighted_row(loss.detach(), share, returned=given is not None)
                 front = torch.cat([numbers.to(loss.device), row])
                 tally.close(front, samples, None if given is None else (loss.detach(), given))
+            if self._trainer.should_stop and not stopping:
+                raise ConfigError(
+                    "training_step sets trainer.should_stop: one shard, on one of the devices, would decide",
+                    hint="set it in on_train_batch_end, by self.trainer.callback_metrics: these are of the whole batch",
+                )
             total.send()
             rows_SK = self._combined(batch, results, ranges)
         sizes = len(parameters), len(buffers.owned) + 1, Watch.NUMBERS if watch is not None else 0

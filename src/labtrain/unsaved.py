@@ -16,7 +16,10 @@ Kept is what differs from the model as it was when the training began, before it
 only says where a process runs, a path or a number of devices, is each process's own.
 """
 
+import time
+import types
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -25,13 +28,16 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from labtrain.attributes import fingerprints, hidden_weights, holders, kept_by, restore, snapshot, unkept
+from labtrain.attributes import Snapshot, fingerprints, hidden_weights, holders, kept_by, restore, snapshot, unkept
 from labtrain.changes import Look, look, unlike
 from labtrain.checksums import two_sums
 from labtrain.errors import ConfigError
 from labtrain.plain import is_experiments
 
 State = dict[str, Any]
+
+CLOCKS, HOUR_S = (time.time, time.monotonic, time.perf_counter), 3600.0
+CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial)
 
 
 class Unsaved:
@@ -45,6 +51,7 @@ class Unsaved:
     def __init__(self, module: pl.LightningModule, *, looks: bool) -> None:
         self.module = module
         self.lost: set[str] = set()  # names of what has changed and is not kept
+        self.overruled: dict[str, str] = {}  # attributes that begin otherwise here, and keep what the training made
         self.first_look = self._look() if looks else None
         self.trainable = _trainable(module)
         self.modes = _modes(module)
@@ -71,7 +78,8 @@ class Unsaved:
                 for name, tensor in hidden_weights(self.module).items()
                 if self.weights.get(name) != _sums(tensor)
             },
-            "attributes": snapshot(self.module, unlike=self.attributes),
+            "attributes": (attributes := snapshot(self.module, unlike=self.attributes)),
+            "began": {name: text for name in _names(attributes) if (text := self.attributes.get(name, ""))},
             "gradients": {
                 name: _local(parameter.grad)
                 for name, parameter in self.module.named_parameters()
@@ -114,6 +122,10 @@ class Unsaved:
             if name in weights and weights[name].shape == saved.shape:
                 with torch.no_grad():
                     weights[name].copy_(saved)
+        began = kept.get("began", {})
+        self.overruled = {
+            name: now for name, now in self.attributes.items() if began.get(name, now) != now and not _is_time(now)
+        }
         missing = [name for name in kept.get("hidden_weights", {}) if name not in weights]
         missing += restore(self.module, kept.get("attributes", {}), device=device)
         if missing and entering:
@@ -147,6 +159,9 @@ class Unsaved:
             if is_experiments(type(each)) and not is_overridden("state_dict", each):
                 name = type(each).__name__
                 beside[f"{name}#{len(beside)}" if name in beside else name] = each  # there may be two of a class
+        for config in trainer.lr_scheduler_configs:  # torch saves no function of a scheduler, nor what it has in it
+            functions = {name: _functions(value) for name, value in vars(config.scheduler).items()}
+            beside[type(config.scheduler).__name__] = {name: found for name, found in functions.items() if found}
         return look(
             self.module,
             beside=beside,
@@ -166,6 +181,21 @@ class Unsaved:
                 f"{name} is a {kind.__module__}.{kind.__qualname__}: no checkpoint holds its state, so a resumed"
                 " training begins with a new one (save and load it in on_save_checkpoint and on_load_checkpoint)"
             )
+
+
+def _names(attributes: Snapshot) -> list[str]:
+    return [f"{path}.{name}" if path else name for path, found in attributes.items() for name in found]
+
+
+def _is_time(text: str) -> bool:
+    """Return whether the fingerprint of a number is that of a clock, which no two processes have alike."""
+    kind, _, number = text.partition(" ")
+    return kind == "float" and any(0 <= clock() - float(number) < HOUR_S for clock in CLOCKS)
+
+
+def _functions(value: Any) -> list[Any]:
+    """Return the functions of a scheduler's attribute: a rate's lambdas."""
+    return [each for each in (value if type(value) is list else [value]) if isinstance(each, CODE)]
 
 
 def gradients_wait(module: pl.LightningModule) -> bool:

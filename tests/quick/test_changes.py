@@ -101,9 +101,14 @@ def test_what_is_computed_once_is_no_change(runner: Runner, other: Runner) -> No
 
 
 def test_what_no_checkpoint_holds_is_named_when_it_is_saved_and_when_a_training_goes_on(runner: Runner) -> None:
-    """A replaced activation and loss, a forward hook, a closure: each was forgotten by a resume without a word."""
+    """A replaced activation and loss, a function of torch's, a forward hook, closures of the model and of a scheduler.
+
+    A resume forgot each without a word.
+    """
     config = model("Replacing", "replaces", module="reaching_models")
-    names = "block.1; counter.count.calls; inp._forward_hooks; loss"
+    names = (
+        "Replacing.configure_optimizers.falls.factor; block.1; counter.count.calls; inp._forward_hooks; loss; squash"
+    )
     runner.run(config, code=EXIT_STOPPED, signal_at=f"5 {int(signal.SIGTERM)} 0")
     assert f"warning: the training changes {names}, which no checkpoint holds" in runner.said()
     run_dir = runner.run(config)

@@ -124,3 +124,17 @@ def test_the_patience_of_early_stopping_is_the_commands(runner: Runner) -> None:
     runner.run(with_patience(1, str(run_dir)))
     assert "EarlyStopping: patience is 1, and was 9" in runner.said()
     assert max(used(runner)) == 10
+
+
+def test_an_attribute_that_the_training_changes_keeps_its_value_and_that_is_said(runner: Runner) -> None:
+    """The receipt holds the new configuration: without a word it was not what trained."""
+    options = config()
+    options["model"] = {"_target_": "tests.support.resume_models.Anneals", "smoothing": 0.2}
+    runner.run(options, code=EXIT_STOPPED, signal_at=f"7 {signal.SIGTERM} 0")
+    (run_dir,) = runner.folder.glob("runs/exact/*")
+    options["model"]["smoothing"] = 0.9
+    runner.run(options | {"resume": str(run_dir)})
+    said = "smoothing begins as 0.9 here; the training had changed it, and goes on with what it was when"
+    assert f"warning: {said}" in runner.said()
+    assert said in (run_dir / "receipt.json").read_text()
+    assert "started begins" not in runner.said()

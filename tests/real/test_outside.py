@@ -90,3 +90,18 @@ def test_a_dataset_that_is_changed_in_mid_epoch_is_said(runner: Runner) -> None:
     text = runner.logs[0].read_text()
     assert "warning: level of Grows was changed in mid-epoch" in text
     assert "loads of Grows was changed" not in text
+
+
+def test_it_is_said_at_the_end_of_the_epoch_too(runner: Runner) -> None:
+    """Its weights depend on the number of workers, though nothing is saved in between."""
+    options = config("Teaches", each="batch")
+    options["data"]["_target_"] = f"{HERE}.Curriculum"
+    options["trainer"]["max_epochs"] = 1
+    runner.run(options)
+    said = "warning: level of Grows was changed in mid-epoch, when a batch had been loaded ahead and workers had a copy"
+    assert f"{said}: the result depends on data.num_workers" in runner.said()
+
+
+def test_what_code_sets_on_an_optimizer_of_torchs_is_kept(runner: Runner) -> None:
+    whole, found = stopped_and_gone_on(runner, config("Scales"))
+    assert found == whole

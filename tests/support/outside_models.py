@@ -134,3 +134,16 @@ class Teaches(Small):
         data: Any = self.trainer.datamodule
         data.train.level += 1
         data.train.blur = f"{data.train.level} pixels"
+
+
+class Scales(Small):
+    """Has a hook of its optimizer keep a factor of the learning rate in it."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        optimizer.register_step_pre_hook(self.scale)
+        return optimizer
+
+    def scale(self, optimizer: Any, *_: Any) -> None:
+        optimizer.scale = getattr(optimizer, "scale", 1.0) * 0.97
+        optimizer.param_groups[0]["lr"] = 0.1 * optimizer.scale

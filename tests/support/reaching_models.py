@@ -145,11 +145,26 @@ class Reaching(Step):
 
 
 class Replacing(Step):
-    """In its third batch a hook replaces an activation and the loss, adds a forward hook, and counts in a closure."""
+    """In its third batch a hook replaces an activation, a function of torch's and the loss, adds a forward hook, and
+    counts in a closure. Its learning rate is computed in another one."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = super().configure_optimizers()
+        if self.kind != "replaces":
+            return optimizer
+        factor = 1.0
+
+        def falls(step: int) -> float:
+            nonlocal factor
+            factor *= 0.99
+            return factor
+
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, falls)]
 
     def __init__(self, kind: str) -> None:
         super().__init__(kind)
         self.loss: Callable[..., torch.Tensor] = nn.functional.cross_entropy
+        self.squash = torch.relu
         self.count = counter()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -160,6 +175,7 @@ class Replacing(Step):
         if self.kind == "replaces" and batch_idx == 2:
             self.block[1] = nn.ReLU()
             self.loss = smooth
+            self.squash = torch.tanh
             self.inp.register_forward_hook(halve)
             self.count()
 

@@ -1,6 +1,7 @@
 """Models with a state that torch and Lightning do not save, for test_unsaved.py: a kind a model."""
 
 import copy
+import time
 from collections import deque
 from typing import Any
 
@@ -330,3 +331,19 @@ class FailsAtOnce(pl.Callback):
 
     def on_train_batch_start(self, *_: Any) -> None:
         1 / 0  # noqa: B018
+
+
+class Anneals(Small):
+    """Smooths its labels less and less; notes when it has made its last step."""
+
+    def __init__(self, smoothing: float) -> None:
+        super().__init__()
+        self.smoothing, self.started = smoothing, time.time()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        scores = self.head(self.backbone(batch[0]))
+        return nn.functional.cross_entropy(scores, batch[1], label_smoothing=self.smoothing)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.smoothing *= 0.95
+        self.started = time.time()

@@ -323,3 +323,26 @@ class Anneals(Step):
         if self.global_step >= 2:
             self.block[2].p *= 0.95
         return super().training_step(batch, batch_idx)
+
+
+class Lazy(Step):
+    """Learns the size of its input from the first batch."""
+
+    def __init__(self, kind: str = "plain") -> None:
+        super().__init__(kind)
+        self.inp = nn.LazyLinear(12)
+
+
+class Stops(Step):
+    """Ends its training: a shard does, or a hook by what the whole batch logs."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss, on_step=True)
+        if self.kind == "step" and self.global_step == 2:
+            self.trainer.should_stop = True
+        return loss
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.kind == "hook" and self.trainer.callback_metrics["loss"] < 1.1:
+            self.trainer.should_stop = True
