@@ -136,3 +136,43 @@ def test_code_below_pythonpath_is_that_of_the_commit(copy: Path) -> None:
     done = subprocess.run([LABTRAIN, "diff", run.folder, diff], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "  code.sources.src/slopes.py  " in done.stdout
+
+
+def test_where_all_tensors_differ_the_first_and_their_number_come_from_the_next_checkpoint(copy: Path) -> None:
+    found = json.loads(verify(copy, "--json", code=1, FAULT="7 all 3").out)
+    assert found["divergence"] == {"step": 7, "phase": "update", "tensor": "net.0.weight"}
+    assert "tensors differ at step 10" in found["found"]
+
+
+def test_a_machine_that_does_not_repeat_itself_is_said_so(copy: Path) -> None:
+    """From the last checkpoint the fault's own count of steps begins anew: it does not come again."""
+    found = json.loads(verify(copy, "--json", code=1, FAULT="8 weight:net.9.bias 4 counted").out)
+    assert found["divergence"] == {"step": 8, "phase": "update", "tensor": "net.9.bias"}
+    assert "not when trained again from step 5: this machine does not give the same bits twice" in found["found"]
+
+
+def test_each_wrong_result_is_named(copy: Path) -> None:
+    (copy / "trail.jsonl").unlink()
+    wrong = {
+        "results/weights_digest": "0" * 64,
+        "results/state_digest": "1" * 64,
+        "results/steps": 21,
+        "trail/sha256": "2" * 64,
+    }
+    for key, value in wrong.items():
+        changed(copy, key, value)
+    found = json.loads(verify(copy, "--json", code=1).out)
+    assert "the results are not as the receipt says" in found["found"]
+    assert list(found["results"]) == ["steps", "weights_digest", "state_digest", "trail's sha256"]
+    changed(copy, "results/steps", 20)
+    changed(copy, "results/weights_digest", found["results"]["weights_digest"][1])
+    changed(copy, "results/state_digest", found["results"]["state_digest"][1])
+    assert "trail's sha256 2222" in verify(copy, code=1).out
+
+
+def test_a_seed_that_is_not_the_runs_parts_in_the_first_batch(copy: Path) -> None:
+    changed(copy, "config/seed", 7)
+    found = json.loads(verify(copy, "--steps", "3", "--json", code=1).out)
+    assert found["divergence"]["step"] == 1
+    assert found["divergence"]["phase"] == "batch"
+    assert {"key": "config", "a": "this", "b": "seed=42", "matters": False} in found["differences"]

@@ -21,19 +21,9 @@ from labtrain.run import shown
 from labtrain.trail import read_trail
 from labtrain.training import explain
 from tests.conftest import QUICK, Experiment, Run
+from tests.support.training import SHORT, folders, same
 
-SHORT = (*QUICK, "paths.runs=runs", "trainer.max_epochs=4", "checkpoint.keep_last=9")
-
-
-@pytest.fixture(scope="module")
-def reference(shared_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Four epochs, uninterrupted."""
-    runs = tmp_path_factory.mktemp("reference")
-    return shared_experiment.train(*SHORT, f"paths.runs={runs}")
-
-
-def folders(runs: Path) -> list[Path]:
-    return sorted(path for path in runs.glob("*/*") if path.is_dir())
+pytest_plugins = ["tests.support.training"]
 
 
 def kill_when(
@@ -50,14 +40,6 @@ def kill_when(
         time.sleep(0.005)
     os.killpg(child.pid, number) if group else child.send_signal(number)
     return child.wait(timeout=300)
-
-
-def same(run: Run, reference: Run) -> None:
-    """The same weights, the same whole training state, the same trail."""
-    assert run.digest == reference.digest
-    assert run.receipt["results"]["state_digest"] == reference.receipt["results"]["state_digest"]
-    assert run.receipt["results"]["metrics"] == reference.receipt["results"]["metrics"]
-    assert run.trail() == reference.trail()
 
 
 # ----------------------------------------------------------------------------------------------------------- one run
@@ -101,42 +83,6 @@ def test_a_complete_run_says_so_and_trains_nothing(experiment: Experiment, refer
     assert "is complete: nothing to train" in run.err
     assert run.digest == reference.digest
     assert (reference.folder / "receipt.json").read_bytes() == before
-
-
-def test_the_same_bits_with_workers_and_with_each_logger(experiment: Experiment, reference: Run) -> None:
-    """How a run is executed and watched does not reach its weights, nor its name."""
-    run = experiment.train(*SHORT, "data.num_workers=2", "logger=csv", "trainer.enable_progress_bar=true")
-    same(run, reference)
-    assert run.folder.name == reference.folder.name
-    rows = (run.folder / "metrics.csv").read_text().splitlines()
-    assert "val/acc" in rows[0]
-    assert len(rows) > 4
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "seed=43",
-        "determinism.mode=portable",
-        "model.width=8",
-        "data.batch_size=63",
-        "data.max_shift=0",
-    ],
-)
-def test_what_determines_the_bits_changes_name_and_digest(
-    override: str, experiment: Experiment, reference: Run
-) -> None:
-    run = experiment.train(*SHORT, override)
-    assert run.digest != reference.digest
-    assert run.folder.name != reference.folder.name
-
-
-def test_edited_code_is_a_new_run(own_experiment: Experiment, reference: Run) -> None:
-    model = own_experiment.root / "model.py"
-    model.write_text(model.read_text().replace("nn.MaxPool2d(2)", "nn.AvgPool2d(2)"))
-    run = own_experiment.train(*SHORT, cwd=own_experiment.root)
-    assert Path(run.out.split()[0]).name != reference.folder.name
-    assert run.digest != reference.digest
 
 
 def test_never_starts_anew_beside(experiment: Experiment) -> None:
@@ -198,19 +144,6 @@ def test_bf16_trains_and_gives_other_bits(experiment: Experiment, reference: Run
     assert run.receipt["results"]["metrics"]["train/loss"] < 1
 
 
-def test_four_processes_leave_one_folder(experiment: Experiment, tmp_path: Path) -> None:
-    """gloo on the CPU; each rank runs its parent's job. The validation sees each sample once: acc * 270 is a whole number."""
-    run = experiment.train(*SHORT, "trainer.accelerator=cpu", "trainer.devices=4")
-    assert folders(tmp_path / "runs") == [tmp_path / run.folder]
-    assert run.receipt["segments"][0]["devices"] == 4
-    assert len(run.out.splitlines()) == 1
-    accuracy = run.receipt["results"]["metrics"]["val/acc"]
-    assert abs(accuracy * 270 - round(accuracy * 270)) < 1e-4
-    assert accuracy > 0.9
-    again = experiment.train(*SHORT, "trainer.accelerator=cpu", "trainer.devices=4", "resume=never")
-    assert again.digest == run.digest
-
-
 def test_a_sweep_on_two_processes_leaves_a_folder_a_run(experiment: Experiment, tmp_path: Path) -> None:
     """The known trap: ranks re-run the command line, and with it the sweep. The bits are those of one process."""
     sweep = ("-m", *SHORT, "trainer.max_epochs=1", "seed=1,2", "trainer.accelerator=cpu")
@@ -221,14 +154,6 @@ def test_a_sweep_on_two_processes_leaves_a_folder_a_run(experiment: Experiment, 
     assert len(lines) == 2
     alone = experiment.train(*sweep, "paths.runs=alone")
     assert alone.out.replace("alone/", "runs/") == run.out
-
-
-def test_a_sweep_goes_on_after_a_failing_job_and_ends_badly(experiment: Experiment, tmp_path: Path) -> None:
-    """The second job fails in its training; the third is trained; the exit code is not 0."""
-    run = experiment.train("-m", *SHORT, "trainer.max_steps=2", "model.dropout=0.1,7,0.2", code=None)
-    assert run.code == 1
-    assert len(run.out.splitlines()) == 2
-    assert "dropout probability has to be between 0 and 1" in run.err
 
 
 def test_out_of_memory_names_the_numbers_and_the_knobs() -> None:
