@@ -127,9 +127,9 @@ class Checkpoints(pl.Callback):
                     f"the training that saved this checkpoint had changed {few(sorted(unsaved.lost))}, which no"
                     " checkpoint holds: this one goes on with what __init__ makes"
                 )
-            for name, text in unsaved.overruled.items() if unsaved is not None else ():
+            for name, value in unsaved.overruled.items() if unsaved is not None else ():
                 self.say(
-                    f"{name} begins as {text.partition(' ')[2]} here; the training had changed it, and goes on with"
+                    f"{name} begins as {value} here; the training had changed it, and goes on with"
                     " what it was when the checkpoint was saved (to begin with the new value: resume=never)"
                 )
         if is_spread(pl_module.state_dict()):

@@ -232,7 +232,7 @@ class Exact:
         outputs: list[tuple[int, Any]] = []  # samples, and what the step returned, where hooks take it
         taken = self._takers.outputs
         missing = not batch.parts  # a gradient, on this rank: then only the others know whether there is one
-        stopping = self._trainer.should_stop
+        stopping = self._trainer.should_stop or run_mode() == "off"
         with self._scratch(loop) as results:
             tally.begin(training=True)
             for number, (shard, samples, data) in enumerate(batch.parts):

@@ -32,11 +32,13 @@ from labtrain.attributes import Snapshot, fingerprints, hidden_weights, holders,
 from labtrain.changes import Look, look, unlike
 from labtrain.checksums import two_sums
 from labtrain.errors import ConfigError
-from labtrain.plain import is_experiments
+from labtrain.plain import SCALARS, is_experiments
 
 State = dict[str, Any]
 
-CLOCKS, HOUR_S = (time.time, time.monotonic, time.perf_counter), 3600.0
+CLOCKS = (time.time, time.monotonic, time.perf_counter)
+NUMBERS_AND_TEXTS = {kind.__name__ for kind in SCALARS}
+BEGUN_S = [clock() for clock in CLOCKS]
 CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial)
 
 
@@ -124,7 +126,9 @@ class Unsaved:
                     weights[name].copy_(saved)
         began = kept.get("began", {})
         self.overruled = {
-            name: now for name, now in self.attributes.items() if began.get(name, now) != now and not _is_time(now)
+            name: now.partition(" ")[2] if now.partition(" ")[0] in NUMBERS_AND_TEXTS else "another value"
+            for name, now in self.attributes.items()
+            if began.get(name, now) != now and not _is_time(now)
         }
         missing = [name for name in kept.get("hidden_weights", {}) if name not in weights]
         missing += restore(self.module, kept.get("attributes", {}), device=device)
@@ -188,9 +192,10 @@ def _names(attributes: Snapshot) -> list[str]:
 
 
 def _is_time(text: str) -> bool:
-    """Return whether the fingerprint of a number is that of a clock, which no two processes have alike."""
+    """Return whether the fingerprint of a number is what a clock has shown in this process."""
     kind, _, number = text.partition(" ")
-    return kind == "float" and any(0 <= clock() - float(number) < HOUR_S for clock in CLOCKS)
+    spans_s = zip(BEGUN_S, (clock() for clock in CLOCKS), strict=True)
+    return kind == "float" and any(begun_s <= float(number) <= now_s for begun_s, now_s in spans_s)
 
 
 def _functions(value: Any) -> list[Any]:
