@@ -180,11 +180,7 @@ class DataLoader:
             self.indices = torch.from_numpy(indices)
             if not self._said_changed and run_mode() != "off" and (changed := self.changed()):
                 self._said_changed = True
-                run_say(
-                    f"{changed[0]} of {type(self.dataset).__name__} was changed in mid-epoch, when a batch had been"
-                    " loaded ahead and workers had a copy: the result depends on data.num_workers (change it in"
-                    " on_train_epoch_end)"
-                )
+                run_say(changed[0])
             if self._shards is None:
                 yield data[0]
             else:
@@ -192,10 +188,16 @@ class DataLoader:
                 yield Sharded(each, samples=len(indices), shards=len(self._cuts(len(indices))) - 1)
 
     def changed(self) -> list[str]:
-        """Return the names of the dataset's numbers and texts that code has changed since the epoch began."""
+        """Return a sentence for each number and text of the dataset that code has changed since the epoch began."""
         counts = {name.rpartition(".")[2] for name in self.counts}
         now = scalars_of(self.dataset)
-        return [name for name, value in self.begun.items() if name not in counts and now.get(name) != value]
+        return [
+            f"{name} of {type(self.dataset).__name__} was changed in mid-epoch, when a batch had been loaded ahead and"
+            " workers had a copy: the result depends on data.num_workers, and a training that goes on loads otherwise"
+            " (change it in on_train_epoch_end)"
+            for name, value in self.begun.items()
+            if name not in counts and now.get(name) != value
+        ]
 
     def first_batch(self, epoch: int) -> Indices:
         """Return the indices of the first batch of an epoch."""

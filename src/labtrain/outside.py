@@ -103,12 +103,7 @@ class Outside:
         for loader in loaders_of(self.trainer.fit_loop._combined_loader):
             if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
                 break
-            for name in loader.changed() if isinstance(loader, DataLoader) else ():
-                yield (
-                    f"{name} of {type(loader.dataset).__name__} was changed in mid-epoch, when a batch had been loaded"
-                    " ahead and workers had a copy: a training that goes on loads otherwise (change it in"
-                    " on_train_epoch_end)"
-                )
+            yield from loader.changed() if isinstance(loader, DataLoader) else ()
         for label, part in _parts(self.trainer):
             for name, inner in vars(part).items() if isinstance(part, Optimizer) else ():
                 if isinstance(inner, Optimizer) and not _tensors(inner.state) <= _tensors(part.state_dict()):

@@ -163,9 +163,13 @@ class Unsaved:
             if is_experiments(type(each)) and not is_overridden("state_dict", each):
                 name = type(each).__name__
                 beside[f"{name}#{len(beside)}" if name in beside else name] = each  # there may be two of a class
-        for config in trainer.lr_scheduler_configs:  # torch saves no function of a scheduler, nor what it has in it
-            functions = {name: _functions(value) for name, value in vars(config.scheduler).items()}
-            beside[type(config.scheduler).__name__] = {name: found for name, found in functions.items() if found}
+        # torch saves no function of a scheduler, nor what it has in it.
+        for number, config in enumerate(trainer.lr_scheduler_configs):
+            functions = {key: _functions(value) for key, value in vars(config.scheduler).items()}
+            name = type(config.scheduler).__name__
+            beside[f"{name}#{number}" if name in beside else name] = {
+                key: each for key, each in functions.items() if each
+            }
         return look(
             self.module,
             beside=beside,
