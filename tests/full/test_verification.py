@@ -9,7 +9,7 @@ from pathlib import Path
 
 from labtrain.trail import read_trail
 from tests.conftest import LABTRAIN, QUICK, Experiment, changed
-from tests.support.verification import STEPS, TWO_EPOCHS, git, started, verify
+from tests.support.verification import STEPS, TWO_EPOCHS, git, name_a_flipped_bit, started, verify
 
 pytest_plugins = ["tests.support.verification"]
 
@@ -176,3 +176,52 @@ def test_a_seed_that_is_not_the_runs_parts_in_the_first_batch(copy: Path) -> Non
     assert found["divergence"]["step"] == 1
     assert found["divergence"]["phase"] == "batch"
     assert {"key": "config", "a": "this", "b": "seed=42", "matters": False} in found["differences"]
+
+
+def test_killed_and_moved_runs_come_out_in_their_own_segments_and_in_one_go(copy: Path) -> None:
+    experiment = Experiment(copy.parents[2])
+    command = (*TWO_EPOCHS, "seed=5", "checkpoint.every_n_steps=4", "checkpoint.keep_last=9")
+    first = subprocess.Popen(
+        experiment.command(*command, "trainer.devices=2"), cwd=experiment.root, stderr=subprocess.DEVNULL
+    )
+    folders = lambda: [path for path in copy.parent.glob("*") if path != copy]  # noqa: E731
+    while not any(len(read_trail(folder)) >= 10 for folder in folders()):
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    run = experiment.train(*command, cwd=experiment.root)
+    segments = run.receipt["segments"]
+    assert [(each["devices"], each["status"]) for each in segments] == [(2, "killed"), (1, "complete")]
+    assert 0 < segments[1]["from_step"] < STEPS
+    for options in ((), ("--segments",)):
+        assert "yes          the same bits, to its end" in verify(run.folder, *options).out
+
+
+def test_what_was_found_stands_where_the_store_is_away(copy: Path) -> None:
+    """The step, phase and tensor are known from the trail; that the checkpoints cannot be read is said beside it."""
+    changed(copy, "config/checkpoint/url", "sftp://127.0.0.1:1/gone")
+    found = json.loads(verify(copy, "--json", code=1, FAULT="7 weight:net.9.bias 3").out)
+    assert found["divergence"] == {"step": 7, "phase": "update", "tensor": "net.9.bias"}
+    assert "the same bits again when trained again from step 0" in found["found"]
+    assert "its checkpoints cannot be read: sftp://127.0.0.1:1/gone/" in found["found"]
+
+
+def test_what_went_on_after_a_change_is_verified_from_there(copy: Path) -> None:
+    experiment = Experiment(copy.parents[2])
+    command = (*QUICK, "trainer.max_epochs=6", "seed=8", "checkpoint.every_n_steps=1", "checkpoint.keep_last=999")
+    training = subprocess.Popen(experiment.command(*command), cwd=experiment.root, stderr=subprocess.DEVNULL)
+    while not (there := [path for path in copy.parent.glob("*") if path != copy and len(read_trail(path)) > 5]):
+        assert training.poll() is None
+        time.sleep(0.005)
+    training.send_signal(signal.SIGTERM)
+    assert training.wait(timeout=300) == 75
+    run = experiment.train(*command, "model.dropout=0.1", f"resume={there[0]}", cwd=experiment.root)
+    (after,) = [segment["from_step"] for segment in run.receipt["segments"] if segment["changed"]]
+    assert f"went on after changes at step {after}" in verify(run.folder, code=2).err
+    assert f"the same bits, from step {after + 1} to its end" in verify(run.folder, "--from", str(after)).out
+
+
+def test_one_flipped_bit_is_named_by_step_and_tensor(copy: Path) -> None:
+    """In a gradient before the step, when run again."""
+    name_a_flipped_bit(copy, "gradient")

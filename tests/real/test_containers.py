@@ -1,14 +1,10 @@
 """The image, built and run by a real Docker on a base made here; the files for Compose, Kubernetes and Apptainer."""
 
-import base64
-import http.server
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +17,10 @@ import yaml
 
 from labtrain.bootstrap import locked_block
 from tests.conftest import ROOT, Experiment, need
-from tests.support.containers import Docker
+from tests.support.containers import Docker, build_with_a_password
 from tests.support.servers import wait_until
+
+pytest_plugins = ["tests.support.containers"]
 
 CONTAINERS = ROOT / "containers"
 GOLDEN = json.loads((ROOT / "tests/golden/receipt.json").read_text())["results"]["weights_digest"]
@@ -30,16 +28,6 @@ PORTABLE = ("determinism.mode=portable", "trainer.accelerator=cpu", "trainer.ena
 # As hard as compose.yaml and run.yaml have it.
 HARD = ("--read-only", "--tmpfs=/tmp:exec", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--shm-size=1g")
 SOMEBODY = "--user=1234:1234"  # who is not in the image's passwd
-
-
-@pytest.fixture(scope="module")
-def docker() -> Iterator[Docker]:
-    docker = Docker()
-    try:
-        docker.start()
-        yield docker
-    finally:
-        docker.end()
 
 
 @pytest.fixture(scope="module")
@@ -97,63 +85,12 @@ def listening(docker: Docker, container: str) -> bool:
     return docker("exec", container, "python", "-c", code).stdout.strip() == "True"
 
 
-class Index(http.server.BaseHTTPRequestHandler):
-    """A mirror that wants a password, and sends who has it to the index that this machine uses."""
+def test_a_mirrors_password_is_in_no_layer_and_no_history(docker: Docker, own_experiment: Experiment) -> None:
+    """pip and uv reach the mirror with it; the saved image, all its bytes, does not know it; nor do they know the user's files.
 
-    password = "labtrain-canary-8c1f"
-    served: list[str]  # user agents
-
-    def do_GET(self) -> None:
-        if self.headers["Authorization"] != "Basic " + base64.b64encode(f"lab:{self.password}".encode()).decode():
-            self.send_response(401)
-        else:
-            from pip._internal.models.index import PyPI
-
-            self.served.append(self.headers["User-Agent"])
-            self.send_response(307)
-            index = os.environ.get("PIP_INDEX_URL", PyPI.simple_url).rstrip("/")
-            self.send_header("Location", index + self.path.removeprefix("/simple"))
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_arguments: Any) -> None:
-        pass
-
-
-@pytest.mark.parametrize("buildkit", ["0", "1"], ids=["the classic builder", "BuildKit"])
-def test_a_mirrors_password_is_in_no_layer_and_no_history(
-    docker: Docker, own_experiment: Experiment, buildkit: str
-) -> None:
-    """pip and uv reach the mirror with it; the saved image, all its bytes, does not know it; nor do they know the user's files."""
-    root = own_experiment.root
-    lock = (root / "requirements.lock").read_text()
-    (root / "requirements.lock").write_text(locked_block(lock, "uv") + locked_block(lock, "click"))
-    for name in (".env", "containers/.env", "containers/secrets/jupyter_token", "runs/data.csv"):
-        (root / name).parent.mkdir(exist_ok=True)
-        (root / name).write_text(Index.password * 1_000_000)
-    Index.served = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    mirror = f"http://lab:{Index.password}@127.0.0.1:{server.server_port}/simple"
-    built = docker.build("small", root, "--build-arg", f"PIP_INDEX_URL={mirror}", env={"DOCKER_BUILDKIT": buildkit})
-    server.shutdown()
-    assert {agent.partition("/")[0] for agent in Index.served} == {"pip", "uv"}, built.stderr
-    assert docker("run", "--rm", "--network=none", "small", "labtrain", "--version").stdout.startswith("labtrain")
-    if buildkit == "0":
-        assert re.search(r"Sending build context to Docker daemon +[\d.]+kB", built.stdout), (
-            "files of the user's went to it"
-        )
-    told = docker("history", "--no-trunc", "small").stdout + docker("inspect", "small").stdout
-    assert "start.sh" in told
-    assert "PIP_INDEX_URL" not in told
-    saved = docker.folder / "small.tar"
-    docker("save", "-o", str(saved), "small")
-    data = saved.read_bytes()
-    saved.unlink()
-    docker("rmi", "-f", "small")
-    assert b"containers/start.sh" in data
-    assert Index.password.encode() not in data
-    assert f"127.0.0.1:{server.server_port}".encode() not in data
+    By BuildKit; tests/full has the classic builder.
+    """
+    build_with_a_password(docker, own_experiment, buildkit=True)
 
 
 def test_it_trains_is_stopped_and_goes_on_to_the_golden_digest(docker: Docker, image: str, work: Path) -> None:

@@ -1,6 +1,5 @@
 """A state that is spread over the ranks: trained, killed, gone on with, moved, read whole. With gloo, on the CPU."""
 
-import random
 import shutil
 import signal
 import subprocess
@@ -49,19 +48,6 @@ def test_a_run_goes_on_with_the_same_bits(runner: Runner, model: str, shape: str
     reference.folder.mkdir()
     whole = tell(reference, fsdp(model, shape), world=world, story="whole", seed=0)
     assert tell(runner, fsdp(model, shape), world=world, story=story, seed=len(story)) == whole
-
-
-def test_killed_in_saves(runner: Runner) -> None:
-    """SIGKILL of either rank at a seeded random moment of a save, a dozen times in one run."""
-    config = fsdp("gpt", trainer={"max_epochs": 12}, checkpoint={"every_n_steps": 1})
-    reference = Runner(runner.folder / "reference")
-    reference.folder.mkdir()
-    whole = outcome(reference.run(config, world=2))
-    draw = random.Random(0)
-    for _ in range(12):
-        moment = f"{draw.randint(2, 4)} {draw.uniform(0, 0.05)} {draw.randrange(2)}"
-        assert runner.run(config, world=2, code=None, environment={"KILL_IN_SAVE": moment}) is None
-    assert outcome(runner.run(config, world=2)) == whole
 
 
 @pytest.mark.parametrize("name", ["write_data", "file_sha256"])

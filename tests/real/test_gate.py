@@ -2,57 +2,14 @@
 
 import json
 import shutil
-import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from labtrain import receipt as receipts
-from tests.conftest import LABTRAIN, QUICK, Experiment, Run, changed
+from tests.conftest import changed
+from tests.support.gate import gate
 
-# What an upgrade does: OTHER_BITS=1 changes a layer a little at the start, 2 makes the training worse, 3 ends it.
-UPGRADE = """
-
-_init = DigitsNet.__init__
-
-
-def _other_bits(self, *arguments, **options):
-    import os
-
-    _init(self, *arguments, **options)
-    if os.environ.get("OTHER_BITS") == "1":
-        self.net[0].weight.data.mul_(1.02)
-    if os.environ.get("OTHER_BITS") == "2":
-        self.learning_rate /= 100
-    if os.environ.get("OTHER_BITS") == "3":
-        raise RuntimeError("this release is broken")
-
-
-DigitsNet.__init__ = _other_bits
-"""
-SHORT = (*QUICK, "trainer.max_epochs=3", "data.batch_size=128")
-
-
-def gate(*arguments: Path | str, code: int, **env: str) -> Run:
-    import os
-
-    done = subprocess.run([LABTRAIN, "gate", *map(str, arguments)], capture_output=True, text=True, check=False,
-                          timeout=500, env=os.environ | env)  # fmt: skip
-    assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    return Run(done.returncode, done.stdout, done.stderr, Path.cwd())
-
-
-@pytest.fixture(scope="module")
-def recorded(shared_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Runs of one experiment with three seeds."""
-    root = tmp_path_factory.mktemp("gate") / "digits"
-    shutil.copytree(shared_experiment.root, root, ignore=shutil.ignore_patterns("runs", "__pycache__"))
-    (root / "model.py").write_text((root / "model.py").read_text() + UPGRADE)
-    experiment = Experiment(root)
-    return [experiment.train(*SHORT, f"seed={seed}", cwd=root).folder for seed in (1, 2, 3)]
+pytest_plugins = ["tests.support.gate"]
 
 
 def test_the_same_bits_are_a_yes_and_the_runs_are_kept_as_the_next_baselines(
@@ -108,24 +65,6 @@ def test_other_bits_of_the_same_quality_are_equivalent_within_a_margin_and_not_w
     narrow = json.loads(gate(*command, "--margin", "0.0001", code=1, OTHER_BITS="1").out)[0]
     assert narrow["test"]["power"] < 0.8
     assert "too few runs or too large a spread" in narrow["found"]
-
-
-def test_a_worse_training_is_not_equivalent(recorded: list[Path]) -> None:
-    found = gate(*recorded, "--seeds", "3", "--metric", "test/acc", "--margin", "0.05", code=1, OTHER_BITS="2")
-    assert "no: not shown to be the same: test/acc changes by -0." in found.out
-
-
-def test_seeds_that_were_not_recorded_are_trained_by_the_old_interpreter(recorded: list[Path], tmp_path: Path) -> None:
-    """The old side is another environment: here, one in which the variable of the upgrade is unset."""
-    old = tmp_path / "python"
-    old.write_text(f'#!/bin/sh\nunset OTHER_BITS\nexec {sys.executable} "$@"\n')
-    old.chmod(old.stat().st_mode | stat.S_IXUSR)
-    command = (recorded[0], "--seeds", "2", "--metric", "test/loss", "--margin", "0.2", "--old-python", old, "--json")
-    found = json.loads(gate(*command, code=0, OTHER_BITS="1").out)[0]
-    (seed,) = [each["seed"] for each in found["values"] if each["seed"] != 1]
-    assert seed == 2
-    recorded_two = (receipts.read(recorded[1]) or {})["results"]["metrics"]["test/loss"]
-    assert next(each["before"] for each in found["values"] if each["seed"] == 2) == recorded_two
 
 
 def refused(recorded: list[Path], tmp_path: Path) -> list[tuple[tuple[Any, ...], str]]:

@@ -7,33 +7,6 @@ import pytest
 import torch
 
 from labtrain.determinism import variables
-from tests.conftest import ROOT, need
-
-OPERATIONS = ROOT / "tests/support/portable_operations.py"
-
-
-def digests(*prefix: str) -> list[str]:
-    done = subprocess.run(
-        [*prefix, sys.executable, str(OPERATIONS)],
-        env={**os.environ, **variables("portable", threads=1)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def test_an_older_cpu_computes_the_same_bits() -> None:
-    """Nehalem (2008) has neither AVX nor FMA, and the emulator rounds RSQRTPS otherwise than any silicon does.
-
-    What it can't show: a CPU whose compliant instructions are wrong, and another glibc.
-    """
-    need("qemu-x86_64", "qemu-user")
-    here, there = digests(), digests("qemu-x86_64", "-cpu", "Nehalem")
-    assert len(here) > 100
-    assert [line for line in there if line not in here] == []
 
 
 def run_portable(code: str) -> str:

@@ -14,30 +14,15 @@ from typing import Any
 import pytest
 import torch
 
-from labtrain.catalog import kept, newest_whole
+from labtrain.catalog import newest_whole
 from labtrain.digests import digest
 from labtrain.errors import LabtrainError, StoreError
 from labtrain.files import load_folder
 from labtrain.prune import check
-from labtrain.saver import Saver
 from labtrain.staging import Staging
 from labtrain.store import Store, TakenOverError
 from tests.real.test_store import names
-
-keep_two = partial(kept, last=2)
-
-
-def state(step: int, size: int = 1000) -> dict[str, Any]:
-    return {"state_dict": {"w": torch.full((size,), float(step))}, "optimizer_states": [{"m": torch.ones(3) * step}]}
-
-
-def save(saver: Saver, step: int, size: int = 1000) -> str:
-    return saver.save(state(step, size), {"run_id": "abc", "step": step, "epoch": 0, "metrics": {}, "logs": {}})
-
-
-def saver_of(folder: Path, place: str | None = None, **options: Any) -> Saver:
-    return Saver(folder, place or str(folder / "checkpoints"), keep=keep_two, **{"spool_bytes": 1 << 40, **options})
-
+from tests.support.saver import judge, save, saver_of, saves_in_a_child
 
 # --------------------------------------------------------------------------------------------------------- the copy
 
@@ -251,88 +236,6 @@ def crash_at(number: int, folder: Path) -> None:
     sys.addaudithook(hook)
 
 
-class Torn(Store):
-    """A store that ends the process before its so many-th change, or, of an upload, in its middle."""
-
-    left = 0
-
-    def _step(self, middle: Callable[[], Any] = lambda: None) -> None:
-        Torn.left -= 1
-        if Torn.left == 0:
-            middle()
-            os._exit(9)
-
-    def create(self, path: str, data: bytes) -> None:
-        self._step()
-        super().create(path, data)
-
-    def replace(self, path: str, data: bytes) -> None:
-        self._step()
-        super().replace(path, data)
-
-    def put(self, local: Path, path: str, callback: Any = None) -> None:
-        half, full = local.read_bytes()[: local.stat().st_size // 2], f"{self.root}/{path}"
-        self._step(lambda: (self.fs.makedirs(self.fs._parent(full), exist_ok=True), self.fs.pipe_file(full, half)))
-        super().put(local, path, callback)
-
-    def remove(self, path: str) -> None:
-        self._step()
-        super().remove(path)
-
-
-def saves_in_a_child(run_dir: Path, place: str, *, arm: Callable[[], None], remote: bool) -> list[int]:
-    """Save steps 1 to 3 in a process that may end at any moment; return the steps that it reported as durable."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            if remote:
-                import labtrain.delivery
-                import labtrain.saver
-
-                labtrain.saver.Store = labtrain.delivery.Store = Torn  # type: ignore[attr-defined,misc]
-            saver = saver_of(run_dir, place)
-            arm()
-            saver.open()
-            for step in range(1, 4):
-                save(saver, step)
-                saver.wait()
-                if saver.delivery is not None:
-                    assert saver.delivery.wait(60)
-                os.write(write, bytes([step]))
-            saver.close(seconds=60, wanted=True)
-            os._exit(0)
-        except BaseException as error:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-            os._exit(1)
-    os.close(write)
-    durable = list(os.read(read, 100))
-    while more := os.read(read, 100):
-        durable += more
-    os.close(read)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9)
-    return [*durable, 0] if code == 9 else []
-
-
-def judge(run_dir: Path, place: str, durable: list[int]) -> None:
-    """What was reported durable is there, whole; and the next process goes on."""
-    remote = Store(place)
-    found = newest_whole([remote], into=run_dir / "into")
-    last = max(durable)
-    assert (found[0].step if found else 0) >= last
-    for checkpoint in remote.checkpoints():
-        folder, manifest = remote.fetch(checkpoint, run_dir / "into" / checkpoint.name)
-        assert manifest["weights_digest"] == digest(state(checkpoint.step)["state_dict"])
-        assert load_folder(folder)["optimizer_states"][0]["m"].tolist() == [float(checkpoint.step)] * 3
-    after = saver_of(run_dir, place)
-    after.open()
-    save(after, 9)
-    after.close(seconds=60, wanted=True)
-    assert remote.checkpoints()[-1].step == 9
-    assert all("manifest.json" in left.sizes for left in remote.find())  # what the crash left is cleaned
-
-
 def test_a_crash_between_any_two_writes(tmp_path: Path) -> None:
     number = 0
     while True:
@@ -345,26 +248,6 @@ def test_a_crash_between_any_two_writes(tmp_path: Path) -> None:
             break
         judge(run_dir, place, durable)
     assert number > 30
-
-
-@pytest.mark.parametrize("url", ["s3", "sftp"], indirect=True)
-def test_a_crash_in_a_delivery(url: str, tmp_path: Path) -> None:
-    """Between any two changes of the spool or the store, and with half a file uploaded."""
-    number = 0
-    while True:
-        number += 1
-        run_dir = tmp_path / str(number)
-        run_dir.mkdir()
-        place = f"{url}/{number}"
-
-        def arm(at: int = number) -> None:
-            Torn.left = at
-
-        durable = saves_in_a_child(run_dir, place, arm=arm, remote=True)
-        if not durable:
-            break
-        judge(run_dir, place, durable)
-    assert number > 20
 
 
 # ------------------------------------------------------------------------------------------------------ what is hostile

@@ -9,18 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from labtrain.listing import is_trained
 from tests.conftest import QUICK, Experiment
+from tests.support.sweep import OPTUNA, SHORT, results
 
-OPTUNA = ("-m", "hydra/sweeper=optuna", *QUICK, "checkpoint.monitor=val/acc")
 SPACE = ("model.width=choice(2,4)", "model.learning_rate=interval(0.001,0.1)")
-SHORT = ("trainer.max_epochs=1", "data.batch_size=512", "paths.runs=runs")
-
-
-def results(runs: str) -> dict[str, object]:
-    return dict(yaml.safe_load(Path(runs, ".sweep", "optimization_results.yaml").read_text()))
 
 
 def wait_for(done: object, process: subprocess.Popen[bytes]) -> None:
@@ -86,34 +80,6 @@ def test_what_a_sweep_cannot_use_is_refused_before_it(
     assert hint in run.err.partition("\n\nhint: ")[2]
     assert run.out == ""
     assert list(tmp_path.iterdir()) == []
-
-
-def test_trials_that_fail_end_the_sweep_unless_it_may_lose_them(experiment: Experiment) -> None:
-    """A loss that is no number is a failed trial too; its run is complete, and stays. A metric that no run logs is none."""
-    sweep = (
-        *OPTUNA,
-        *SHORT,
-        "hydra.sweeper.n_trials=2",
-        "checkpoint.monitor=val/loss",
-        "checkpoint.mode=min",
-        "seed=0",
-    )
-    space = "model.learning_rate=choice(0.01,1e30)"
-    lossy = experiment.train(*sweep, space, "hydra.sweeper.max_failure_rate=0.5")
-    assert "ended with val/loss nan" in lossy.err
-    assert results("runs")["best_params"] == {"model.learning_rate": 0.01}
-    strict = experiment.train(*sweep, space, code=1)
-    assert "hydra.sweeper.max_failure_rate=0.5 goes on" in strict.err
-    assert strict.err.count("is complete: nothing to train") == 2
-    typo = experiment.train(*sweep, space, "checkpoint.monitor=val/typo", code=2)
-    assert (
-        "logged no such metric\n\nhint: one of these: test/acc, test/loss, train/acc, train/loss, val/acc" in typo.err
-    )
-    assert typo.err.count("is complete: nothing to train") == 1  # at the first trial
-    none = experiment.train(
-        *sweep, "model.dropout=choice(7)", "hydra.sweeper.n_trials=1", "hydra.sweeper.max_failure_rate=1", code=1
-    )
-    assert "error: every trial of this sweep failed" in none.err
 
 
 def test_a_sweep_that_is_asked_for_by_hydra_mode_is_recorded_as_one(experiment: Experiment, tmp_path: Path) -> None:

@@ -1,11 +1,9 @@
-"""The generated experiment: its files, the two ways to make it, and that it stands alone."""
+"""The generated experiment: its files, the two ways to make it, and its gate."""
 
 import fnmatch
 import hashlib
 import json
-import os
 import shutil
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -13,12 +11,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from labtrain import __version__, receipt
+from labtrain import receipt
 from labtrain.assets import LOCKS, SOURCES, asset
 from labtrain.new import build_wheel
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment
+from tests.support.template import WHEEL, files, run
 
-WHEEL = f"vendor/labtrain-{__version__}-py3-none-any.whl"
 OWN = {
     ".github/workflows/ci.yml",
     ".github/workflows/gate.yml",
@@ -40,21 +38,6 @@ OWN = {
 COPIED = {"labtrain.lock", WHEEL} | {
     str(path.relative_to(ROOT)) for name in LOCKS for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()
 }
-
-
-def files(root: Path) -> dict[str, str]:
-    paths = (path for path in root.rglob("*") if path.is_file())
-    return {
-        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in paths
-        if "__pycache__" not in path.parts
-    }
-
-
-def run(*command: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command, cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, check=False, timeout=900
-    )
 
 
 def test_both_ways_make_the_same_files_and_only_these(tmp_path: Path) -> None:
@@ -155,27 +138,6 @@ def test_a_number_is_no_name_of_an_experiment(shared_experiment: Experiment) -> 
     assert "hint: quote a number that is a name: 'experiment=\"7\"'" in done.err
 
 
-def test_its_notebook_shows_a_run(own_experiment: Experiment, tmp_path: Path) -> None:
-    """Executed as it stands, on a real run: two figures, and the weights are those that the receipt names."""
-    notebook = own_experiment.root / "notebooks" / "start.ipynb"
-    cells = json.loads(notebook.read_text())["cells"]
-    assert all(cell["id"] and not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
-    jupyter = [str(Path(LABTRAIN).with_name("jupyter")), "nbconvert", "--to", "notebook", "--execute"]
-    command = [*jupyter, "notebooks/start.ipynb", "--output-dir", str(tmp_path)]
-    empty = run(*command, cwd=own_experiment.root)
-    assert empty.returncode != 0
-    assert "no such folder" in empty.stderr
-    trained = own_experiment.train(*QUICK, "trainer.max_epochs=1", cwd=own_experiment.root)
-    done = run(*command, cwd=own_experiment.root)
-    assert done.returncode == 0, done.stderr
-    outputs = [output for cell in json.loads((tmp_path / "start.ipynb").read_text())["cells"]
-               for output in cell.get("outputs", [])]  # fmt: skip
-    text = "".join("".join(output.get("text", output.get("data", {}).get("text/plain", ""))) for output in outputs)
-    assert trained.digest in text
-    assert f"{trained.receipt['results']['metrics']['test/acc']:.4f} of 270 test images" in text
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
-
-
 def test_the_lock_names_the_wheel_that_made_it(shared_experiment: Experiment) -> None:
     wheel = shared_experiment.root / WHEEL
     assert (
@@ -250,47 +212,3 @@ def test_a_bad_name_is_refused_by_cookiecutter_too(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "'two words' is no identifier" in done.stderr
     assert not (tmp_path / "out" / "two words").exists()
-
-
-def test_it_stands_alone_and_passes_its_ci(own_experiment: Experiment) -> None:
-    """`make setup` in the experiment makes an environment from its own locks and wheel; the steps of its workflow pass
-    there as they stand, and the regression fails once the model is another; it makes another experiment.
-    """
-    root = own_experiment.root
-    setup = run("make", "setup", cwd=root)
-    assert setup.returncode == 0, setup.stderr
-    assert run("make", "setup", cwd=root).stderr == "", "the second make setup had something to do"
-    python = str(root / ".venv" / "bin" / "python")
-    where = run(python, "-c", "import labtrain; print(labtrain.__file__)", cwd=root)
-    assert where.stdout.startswith(str(root / ".venv"))
-    doctor = run(str(root / ".venv/bin/labtrain"), "doctor", "--json", cwd=root)
-    assert doctor.returncode == 0, doctor.stdout
-
-    workflow = yaml.safe_load((root / ".github/workflows/ci.yml").read_text())
-    steps = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
-    outputs = {}
-    for step in steps:
-        done = run("bash", "-e", "-c", step, cwd=root)
-        assert done.returncode == 0, f"{step}\n{done.stdout}\n{done.stderr}"
-        outputs[step] = done.stdout
-    assert "4 passed" in outputs["make test"]
-    assert "runs/regression/" in outputs["make regression"]
-    golden = root / "tests" / "golden" / "regression.txt"
-    assert golden.read_text().strip() in outputs["make regression"]
-
-    model = root / "model.py"
-    model.write_text(model.read_text().replace("nn.ReLU()", "nn.SiLU()"))
-    failed = run("make", "regression", cwd=root)
-    assert failed.returncode != 0
-    assert f"tests/golden/regression.txt says {golden.read_text().strip()}: it trains otherwise" in failed.stderr
-    assert "\n\nhint: " in failed.stderr
-    assert "make golden" in failed.stderr
-    assert run("make", "golden", cwd=root).returncode == 0
-    again = run("make", "regression", cwd=root)
-    assert again.returncode == 0, again.stderr
-
-    child = run(str(root / ".venv/bin/labtrain"), "new", "child", cwd=root)
-    assert child.returncode == 0, child.stderr
-    assert files(root / "child")["vendor/" + Path(WHEEL).name] == files(root)[WHEEL], (
-        "an installed labtrain packs another wheel"
-    )

@@ -90,18 +90,6 @@ def test_a_worker_that_fails_is_heard_alone(own_experiment: Experiment, tmp_path
     assert err.count("Traceback (most recent call last):") == 2, "its own, and torchrun's"
 
 
-def test_a_fresh_start_needs_a_name_that_all_ranks_know(experiment: Experiment) -> None:
-    """resume=never: all ranks are to write into one new folder, whichever looks first."""
-    line = [part for part in command(experiment) if part != "--standalone"]
-    done = subprocess.run([*line, "resume=never"], capture_output=True, text=True, check=False, timeout=300)
-    assert "error: resume=never in 2 processes that agree on no name for a new folder" in done.stderr
-    out, err = subprocess.Popen(
-        [*command(experiment), "resume=never"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ).communicate(timeout=300)
-    (run,) = Path("runs/digits").iterdir()
-    assert out.split()[0] == str(run), err
-
-
 def test_a_sweep_in_each_worker_is_refused(experiment: Experiment) -> None:
     done = subprocess.run([*command(experiment), "-m"], capture_output=True, text=True, check=False, timeout=300)
     assert "error: -m in each of 2 copies of one job" in done.stderr

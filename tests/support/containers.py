@@ -3,15 +3,23 @@
 As root, on a Debian machine: dockerd in a folder with a socket there, without a bridge and without iptables.
 """
 
+import base64
+import http.server
 import os
+import re
 import shutil
 import signal
 import subprocess
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tests.conftest import need, skip_or_fail
+import pytest
+
+from labtrain.bootstrap import locked_block
+from tests.conftest import Experiment, need, skip_or_fail
 from tests.support.servers import end, wait_until
 
 # What the Containerfile would else get with apt, which needs more of a Debian than files: so that it skips them.
@@ -131,3 +139,71 @@ class Docker:
         subprocess.run(["ldconfig", "-r", str(root)], check=True)
         subprocess.run(["sh", "-c", f"tar -C {root} -c . | {CLIENT} import - base"], env=self.environment, check=True)
         shutil.rmtree(root)
+
+
+@pytest.fixture(scope="module")
+def docker() -> Iterator[Docker]:
+    docker = Docker()
+    try:
+        docker.start()
+        yield docker
+    finally:
+        docker.end()
+
+
+class Index(http.server.BaseHTTPRequestHandler):
+    """A mirror that wants a password, and sends who has it to the index that this machine uses."""
+
+    password = "labtrain-canary-8c1f"
+    served: list[str]  # user agents
+
+    def do_GET(self) -> None:
+        if self.headers["Authorization"] != "Basic " + base64.b64encode(f"lab:{self.password}".encode()).decode():
+            self.send_response(401)
+        else:
+            from pip._internal.models.index import PyPI
+
+            self.served.append(self.headers["User-Agent"])
+            self.send_response(307)
+            index = os.environ.get("PIP_INDEX_URL", PyPI.simple_url).rstrip("/")
+            self.send_header("Location", index + self.path.removeprefix("/simple"))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_arguments: Any) -> None:
+        pass
+
+
+def build_with_a_password(docker: Docker, experiment: Experiment, *, buildkit: bool) -> None:
+    """Build an image by a mirror that wants a password, and look for it in all that is left."""
+    root = experiment.root
+    lock = (root / "requirements.lock").read_text()
+    (root / "requirements.lock").write_text(locked_block(lock, "uv") + locked_block(lock, "click"))
+    for name in (".env", "containers/.env", "containers/secrets/jupyter_token", "runs/data.csv"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_text(Index.password * 1_000_000)
+    Index.served = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Index)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    mirror = f"http://lab:{Index.password}@127.0.0.1:{server.server_port}/simple"
+    built = docker.build(
+        "small", root, "--build-arg", f"PIP_INDEX_URL={mirror}", env={"DOCKER_BUILDKIT": str(int(buildkit))}
+    )
+    server.shutdown()
+    assert {agent.partition("/")[0] for agent in Index.served} == {"pip", "uv"}, built.stderr
+    assert docker("run", "--rm", "--network=none", "small", "labtrain", "--version").stdout.startswith("labtrain")
+    if not buildkit:
+        assert re.search(r"Sending build context to Docker daemon +[\d.]+kB", built.stdout), (
+            "files of the user's went to it"
+        )
+    told = docker("history", "--no-trunc", "small").stdout + docker("inspect", "small").stdout
+    assert "start.sh" in told
+    assert "PIP_INDEX_URL" not in told
+    saved = docker.folder / "small.tar"
+    docker("save", "-o", str(saved), "small")
+    data = saved.read_bytes()
+    saved.unlink()
+    docker("rmi", "-f", "small")
+    assert b"containers/start.sh" in data
+    assert Index.password.encode() not in data
+    assert f"127.0.0.1:{server.server_port}".encode() not in data

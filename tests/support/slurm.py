@@ -1,21 +1,28 @@
-"""A real Slurm on 127.0.0.1: two nodes of two slots. As any user."""
+"""A real Slurm on 127.0.0.1: two nodes of two slots, and the experiment on it. As any user."""
 
 import getpass
+import json
 import os
 import re
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
-from tests.conftest import Experiment, need
+from tests.conftest import Experiment, Run, need
 from tests.support.servers import PATIENCE_S, free_ports, short_folder, wait_until
 
 NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve everywhere
+# Some ten seconds of steps on two cores, so that there is a middle.
+PORTABLE = ("determinism.mode=portable", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "logger=none")
+EPOCHS = "trainer.max_epochs=4"
+TWO_NODES = ("--nodes=2", "--ntasks-per-node=2")
 
 
 class Slurm:
@@ -220,3 +227,47 @@ def break_rank(experiment: Experiment, rank: int) -> None:
     assert line in model.read_text()
     bad = f"        if self.global_step == 3 and self.global_rank == {rank}:\n            raise ArithmeticError('of rank {rank}')\n"
     model.write_text(model.read_text().replace(line, line + bad))
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    server = Slurm(tmp_path_factory.mktemp("slurm"))
+    try:
+        server.start()
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def cleared(slurm: Slurm) -> Iterator[None]:
+    yield
+    slurm.clear()
+
+
+@pytest.fixture(scope="module")
+def alone(shared_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run in one process, without Slurm."""
+    return shared_experiment.train(*PORTABLE, EPOCHS, f"paths.runs={tmp_path_factory.mktemp('alone')}")
+
+
+class Cluster:
+    """The experiment on the cluster; what it prints is in `out`."""
+
+    def __init__(self, slurm: Slurm, experiment: Experiment, folder: Path) -> None:
+        self.slurm, self.root, self.runs, self.out = slurm, experiment.root, folder / "runs", folder / "out.txt"
+
+    def submit(self, *overrides: str, options: tuple[str, ...] = TWO_NODES, **variables: str) -> int:
+        script = (*options, f"--output={self.out}", "train.sbatch", *PORTABLE, f"paths.runs={self.runs}", *overrides)
+        return self.slurm.submit(*script, cwd=self.root, PYTHON=sys.executable, **variables)
+
+    def result(self) -> tuple[dict, str]:
+        """Return the only run's receipt, and the digest that was printed."""
+        (line,) = [line for line in self.out.read_text().splitlines() if line.startswith(str(self.runs))]
+        folder, digest = line.split()
+        return json.loads((Path(folder) / "receipt.json").read_text()), digest
+
+
+@pytest.fixture
+def cluster(slurm: Slurm, shared_experiment: Experiment, tmp_path: Path) -> Cluster:
+    return Cluster(slurm, shared_experiment, tmp_path)

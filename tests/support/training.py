@@ -1,9 +1,16 @@
-"""Runs of a generated experiment by its train.py, of four epochs, and what they are compared with."""
+"""Runs of a generated experiment by its train.py, of four epochs, ways to end them, and what they are compared with."""
 
+import json
+import os
+import signal
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from labtrain.catalog import list_checkpoints
+from labtrain.trail import read_trail
 from tests.conftest import QUICK, Experiment, Run
 
 SHORT = (*QUICK, "paths.runs=runs", "trainer.max_epochs=4", "checkpoint.keep_last=9")
@@ -26,3 +33,47 @@ def same(run: Run, reference: Run) -> None:
     assert run.receipt["results"]["state_digest"] == reference.receipt["results"]["state_digest"]
     assert run.receipt["results"]["metrics"] == reference.receipt["results"]["metrics"]
     assert run.trail() == reference.trail()
+
+
+def kill_when(
+    experiment: Experiment, *overrides: str, checkpoints: int, number: int = signal.SIGKILL, group: bool = False
+) -> int:
+    """Start train.py, send it a signal once it has that many checkpoints, and return its exit code."""
+    child = subprocess.Popen(
+        experiment.command(*overrides), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    )
+    deadline = time.monotonic() + 300
+    while sum(len(list_checkpoints(run / "checkpoints")) for run in folders(Path("runs"))) < checkpoints:
+        assert child.poll() is None, "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.killpg(child.pid, number) if group else child.send_signal(number)
+    return child.wait(timeout=300)
+
+
+def wait_for_step(step: int) -> None:
+    """Wait until the one run below runs/ has trained so far."""
+    deadline = time.monotonic() + 300
+    while not any(len(read_trail(folder)) >= step for folder in folders(Path("runs"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def kill_and_go_on(experiment: Experiment, reference: Run, *, checkpoints: int) -> None:
+    """Kill a run once it has that many checkpoints, give the same command, and compare with the reference."""
+    assert kill_when(experiment, *SHORT, checkpoints=checkpoints) == -signal.SIGKILL
+    (folder,) = folders(Path("runs"))
+    assert json.loads((folder / "receipt.json").read_text())["status"] == "running"
+    run = experiment.train(*SHORT)
+    assert "goes on from step-" in run.err
+    assert len(run.receipt["segments"]) == 2
+    same(run, reference)
+
+
+def stop_and_go_on(experiment: Experiment, reference: Run, number: int) -> None:
+    """Send a run a signal, read of it in the receipt, give the same command, and compare with the reference."""
+    assert kill_when(experiment, *SHORT, checkpoints=2, number=number, group=number == signal.SIGINT) == 75
+    (folder,) = folders(Path("runs"))
+    receipt = json.loads((folder / "receipt.json").read_text())
+    assert receipt["status"] == receipt["segments"][0]["status"] == "interrupted"
+    same(experiment.train(*SHORT), reference)

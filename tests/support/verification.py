@@ -1,6 +1,8 @@
 """A run to verify, and ways to verify it."""
 
+import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -117,3 +119,21 @@ def started(run_dir: Path, *options: str, **env: str) -> tuple[subprocess.Popen[
                 if "labtrain.job" in child.cmdline() and read_trail(Path(child.cmdline()[-1])):
                     return process, child
         time.sleep(0.005)
+
+
+def name_a_flipped_bit(copy: Path, kind: str) -> None:
+    """Flip a bit, drawn by `kind`, of a weight in a training or of a gradient in its verification: which is found."""
+    draw = random.Random(kind)
+    step, bit = draw.randrange(2, STEPS), draw.randrange(32)
+    tensor = draw.choice(["net.0.weight", "net.1.weight", "net.4.bias", "net.9.weight", "net.9.bias"])
+    fault = {"FAULT": f"{step} {kind}:{tensor} {bit}"}
+    if kind == "weight":
+        experiment = Experiment(copy.parents[2])
+        run = experiment.train(*TWO_EPOCHS, "seed=3", env=fault, cwd=experiment.root)
+        found = json.loads(verify(run.folder, "--json", code=1).out)
+    else:
+        found = json.loads(verify(copy, "--json", code=1, **fault).out)
+    phase = {"weight": "update", "gradient": "gradient"}[kind]
+    assert found["divergence"] == {"step": step, "phase": phase, "tensor": tensor}
+    assert "this machine agrees with itself" in found["found"]
+    assert found["to_step"] == step - 1

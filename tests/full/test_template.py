@@ -1,0 +1,74 @@
+"""The generated experiment as it is used: its notebook, and its own CI in an environment of its own."""
+
+import json
+from pathlib import Path
+
+import yaml
+
+from tests.conftest import LABTRAIN, QUICK, Experiment
+from tests.support.template import WHEEL, files, run
+
+
+def test_its_notebook_shows_a_run(own_experiment: Experiment, tmp_path: Path) -> None:
+    """Executed as it stands, on a real run: two figures, and the weights are those that the receipt names."""
+    notebook = own_experiment.root / "notebooks" / "start.ipynb"
+    cells = json.loads(notebook.read_text())["cells"]
+    assert all(cell["id"] and not cell.get("outputs") and not cell.get("execution_count") for cell in cells)
+    jupyter = [str(Path(LABTRAIN).with_name("jupyter")), "nbconvert", "--to", "notebook", "--execute"]
+    command = [*jupyter, "notebooks/start.ipynb", "--output-dir", str(tmp_path)]
+    empty = run(*command, cwd=own_experiment.root)
+    assert empty.returncode != 0
+    assert "no such folder" in empty.stderr
+    trained = own_experiment.train(*QUICK, "trainer.max_epochs=1", cwd=own_experiment.root)
+    done = run(*command, cwd=own_experiment.root)
+    assert done.returncode == 0, done.stderr
+    outputs = [output for cell in json.loads((tmp_path / "start.ipynb").read_text())["cells"]
+               for output in cell.get("outputs", [])]  # fmt: skip
+    text = "".join("".join(output.get("text", output.get("data", {}).get("text/plain", ""))) for output in outputs)
+    assert trained.digest in text
+    assert f"{trained.receipt['results']['metrics']['test/acc']:.4f} of 270 test images" in text
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+
+
+def test_it_stands_alone_and_passes_its_ci(own_experiment: Experiment) -> None:
+    """`make setup` in the experiment makes an environment from its own locks and wheel; the steps of its workflow pass
+    there as they stand, and the regression fails once the model is another; it makes another experiment.
+    """
+    root = own_experiment.root
+    setup = run("make", "setup", cwd=root)
+    assert setup.returncode == 0, setup.stderr
+    assert run("make", "setup", cwd=root).stderr == "", "the second make setup had something to do"
+    python = str(root / ".venv" / "bin" / "python")
+    where = run(python, "-c", "import labtrain; print(labtrain.__file__)", cwd=root)
+    assert where.stdout.startswith(str(root / ".venv"))
+    doctor = run(str(root / ".venv/bin/labtrain"), "doctor", "--json", cwd=root)
+    assert doctor.returncode == 0, doctor.stdout
+
+    workflow = yaml.safe_load((root / ".github/workflows/ci.yml").read_text())
+    steps = [step["run"] for step in workflow["jobs"]["test"]["steps"] if "run" in step]
+    outputs = {}
+    for step in steps:
+        done = run("bash", "-e", "-c", step, cwd=root)
+        assert done.returncode == 0, f"{step}\n{done.stdout}\n{done.stderr}"
+        outputs[step] = done.stdout
+    assert "4 passed" in outputs["make test"]
+    assert "runs/regression/" in outputs["make regression"]
+    golden = root / "tests" / "golden" / "regression.txt"
+    assert golden.read_text().strip() in outputs["make regression"]
+
+    model = root / "model.py"
+    model.write_text(model.read_text().replace("nn.ReLU()", "nn.SiLU()"))
+    failed = run("make", "regression", cwd=root)
+    assert failed.returncode != 0
+    assert f"tests/golden/regression.txt says {golden.read_text().strip()}: it trains otherwise" in failed.stderr
+    assert "\n\nhint: " in failed.stderr
+    assert "make golden" in failed.stderr
+    assert run("make", "golden", cwd=root).returncode == 0
+    again = run("make", "regression", cwd=root)
+    assert again.returncode == 0, again.stderr
+
+    child = run(str(root / ".venv/bin/labtrain"), "new", "child", cwd=root)
+    assert child.returncode == 0, child.stderr
+    assert files(root / "child")["vendor/" + Path(WHEEL).name] == files(root)[WHEEL], (
+        "an installed labtrain packs another wheel"
+    )
