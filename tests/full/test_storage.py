@@ -5,7 +5,3 @@ from tests.support.exact import Runner, kill_in_saves
 
 def test_a_hundred_kills_in_saves(runner: Runner, other: Runner) -> None:
     kill_in_saves(runner, other, 100)
-
-
-def test_many_kills_in_saves(runner: Runner, other: Runner) -> None:
-    kill_in_saves(runner, other, 25)

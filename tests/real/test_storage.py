@@ -16,7 +16,7 @@ from labtrain.errors import EXIT_STOPPED, DamagedError, LabtrainError
 from labtrain.store import Store
 from tests.conftest import LABTRAIN, Experiment
 from tests.real.test_store import names
-from tests.support.exact import Runner, configure, outcome
+from tests.support.exact import Runner, configure, kill_in_saves, outcome
 from tests.support.servers import KEY, S3, SECRET, Proxy
 
 BEST = {"keep_last": 1, "keep_best": 1, "monitor": "val/loss", "mode": "min"}
@@ -81,6 +81,10 @@ def test_resume_names_a_url(runner: Runner, s3: S3, monkeypatch: pytest.MonkeyPa
     whole = outcome(Runner(tmp_path).run(configure("mlp", "even", trainer={"max_epochs": 5}, resume="never")))
     assert {**found, "run_id": 0, "trail": 0} == {**whole, "run_id": 0, "trail": 0}
     runner.run(configure("mlp", "even", resume=f"{url}/nothing"), code=2, environment=variables())
+
+
+def test_many_kills_in_saves(runner: Runner, other: Runner) -> None:
+    kill_in_saves(runner, other, 25)
 
 
 def test_a_store_that_is_away_at_the_start_is_refused(runner: Runner, tmp_path: Path) -> None:
