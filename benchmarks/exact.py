@@ -30,12 +30,12 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
 from labtrain import determinism
+from labtrain.base.signals import Wishes
 from labtrain.callbacks import BatchSizes, Seeding
 from labtrain.checkpoint import FolderIO
 from labtrain.loader import DataLoader
 from labtrain.loop import EpochLoop
 from labtrain.provenance import machine
-from labtrain.signals import Wishes
 from labtrain.strategy import ExactDDP, ExactSingleDevice
 from labtrain.watch import Watch
 

@@ -32,7 +32,7 @@ __all__ = [
 
 _HOMES = {
     "DataLoader": "labtrain.loader",
-    "LabtrainError": "labtrain.errors",
+    "LabtrainError": "labtrain.base.errors",
     "Result": "labtrain.training",
     "digest": "labtrain.digests",
     "fingerprint": "labtrain.fingerprints",
@@ -47,9 +47,9 @@ if os.environ.get("LABTRAIN_FROM_SOURCE") == "1":  # a training started this pro
 
 if TYPE_CHECKING:
     from labtrain import augment as augment
+    from labtrain.base.errors import LabtrainError
     from labtrain.compose import main
     from labtrain.digests import digest
-    from labtrain.errors import LabtrainError
     from labtrain.fingerprints import fingerprint
     from labtrain.gathering import gather_outputs
     from labtrain.loader import DataLoader

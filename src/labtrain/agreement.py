@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 
 from labtrain import gathering
+from labtrain.base.errors import ConfigError
 from labtrain.determinism import STRICT_MODES
-from labtrain.errors import ConfigError
 from labtrain.strategy import Exact
 from labtrain.tally import being_logged, is_global
 

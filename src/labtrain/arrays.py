@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
-from labtrain.errors import ConfigError
+from labtrain.base.errors import ConfigError
 from labtrain.order import Indices
 from labtrain.provenance import memory_bytes
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from labtrain.base.errors import ConfigError
 from labtrain.draws import Draws
-from labtrain.errors import ConfigError
 
 __all__ = ["Crop", "Draws", "Flip", "Mixup", "Noise", "Scale", "Shift", "Transform", "apply"]
 

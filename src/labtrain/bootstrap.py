@@ -18,7 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from labtrain.errors import LabtrainError
+from labtrain.base.errors import LabtrainError
 from labtrain.installed import NEEDED, changes, names
 
 PYTHONS = ((3, 11), (3, 14))  # from, below

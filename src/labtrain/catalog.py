@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from labtrain.errors import DamagedError
+from labtrain.base.errors import DamagedError
 from labtrain.run import shown
 from labtrain.store import Checkpoint, Manifest, Store
 

@@ -18,9 +18,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from labtrain import receipt as receipts
+from labtrain.base.errors import ConfigError, DamagedError, StoreError
 from labtrain.catalog import checkpoint_place, stores_of
 from labtrain.digests import read_weights
-from labtrain.errors import ConfigError, DamagedError, StoreError
 from labtrain.fingerprints import OF_A_FILE
 from labtrain.run import get, shown, what_counts
 from labtrain.store import Checkpoint, Manifest, file_sha256

@@ -18,11 +18,11 @@ from typing import Any, cast
 
 from labtrain import config as configuration
 from labtrain import determinism, receipt
-from labtrain.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError
+from labtrain.base.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError
+from labtrain.base.signals import NUMBERS, block, unblock
 from labtrain.ranks import adopt, find_ranks, own_rank
 from labtrain.resume import changed_data, make_job, near_run
 from labtrain.run import JOB_VARIABLE, Config, Job, shown
-from labtrain.signals import NUMBERS, block, unblock
 
 # Linux takes one variable of at most 128 KiB (MAX_ARG_STRLEN).
 MAX_JOB_BYTES = 120_000

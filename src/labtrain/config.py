@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from labtrain.errors import ConfigError, LabtrainError, not_readable
+from labtrain.base.errors import ConfigError, LabtrainError, not_readable
 from labtrain.remote import check_url
 from labtrain.run import SHARDED_STRATEGY, Config, get, shards_in_use, world_size
 

@@ -18,10 +18,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from labtrain import receipt as receipts
+from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.compare import open_run
 from labtrain.crate_metadata import FILES, MAIN, WEIGHTS, describe
-from labtrain.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.run import shown
 from labtrain.sources import source_digests, sources
 

@@ -13,8 +13,8 @@ from urllib.parse import quote
 
 from labtrain import receipt as receipts
 from labtrain import signature
+from labtrain.base.errors import ConfigError
 from labtrain.compare import flat
-from labtrain.errors import ConfigError
 from labtrain.provenance import PATCH
 from labtrain.receipt import Receipt
 from labtrain.run import what_counts

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from fsspec.callbacks import Callback
 
-from labtrain.errors import LabtrainError, StoreError
+from labtrain.base.errors import LabtrainError, StoreError
 from labtrain.remote import explained, without_secrets
 from labtrain.store import MANIFEST, Manifest, Store, TakenOverError
 

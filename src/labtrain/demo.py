@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labtrain.assets import asset
+from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.compare import first_difference
-from labtrain.errors import ConfigError, LabtrainError
 from labtrain.new import make_experiment
 from labtrain.ranks import alone
 from labtrain.receipt import read

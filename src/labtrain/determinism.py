@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from labtrain.errors import ConfigError
+from labtrain.base.errors import ConfigError
 from labtrain.sources import FROM_SOURCE
 
 STRICT_MODES = ("strict", "portable")

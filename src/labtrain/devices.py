@@ -6,11 +6,11 @@ from typing import Any
 import torch
 from lightning.pytorch.strategies import Strategy
 
+from labtrain.base.errors import ConfigError, DeviceError
+from labtrain.base.signals import Wishes
 from labtrain.config import too_many_devices
-from labtrain.errors import ConfigError, DeviceError
 from labtrain.fsdp import FullySharded
 from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, shards_in_use, world_size
-from labtrain.signals import Wishes
 from labtrain.strategy import ExactDDP, ExactSingleDevice
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labtrain.errors import DamagedError, LabtrainError
+from labtrain.base.errors import DamagedError, LabtrainError
 
 # safetensors' dtype names; https://github.com/huggingface/safetensors#format
 _DTYPES = {

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from labtrain.errors import ConfigError
+from labtrain.base.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

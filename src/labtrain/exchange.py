@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from labtrain.base.errors import ConfigError, DamagedError
 from labtrain.catalog import free_name
-from labtrain.errors import ConfigError, DamagedError
 from labtrain.files import load_folder, write_files
 from labtrain.staging import Staging
 from labtrain.store import SCHEMA, Store

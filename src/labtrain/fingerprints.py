@@ -30,8 +30,8 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.errors import ConfigError
 from labtrain.digests import tensor_bytes
-from labtrain.errors import ConfigError
 from labtrain.sources import in_environment, texts_in
 
 SETTLED_NS = 2_000_000_000  # a file that was written since may be written again within the same tick of its clock

@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
-from labtrain.errors import ConfigError
+from labtrain.base.errors import ConfigError
 from labtrain.files import in_parts, load_folder
 
 BLOCK_PARAMETERS = 1_000_000  # fewer are not worth an exchange of their own

@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.compare import differences, first_difference, open_run
 from labtrain.equivalence import Equivalence, check_levels, compare_pairs
-from labtrain.errors import ConfigError, LabtrainError
 from labtrain.receipt import Receipt
 from labtrain.replay import Replay, code_of, home_of
 from labtrain.report.page import Verdict

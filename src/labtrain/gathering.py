@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from labtrain.attributes import plain_attributes
-from labtrain.errors import ConfigError
+from labtrain.base.errors import ConfigError
 from labtrain.joining import received, to_send
 from labtrain.loader import DataLoader, loaders_of
 

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from labtrain.errors import ConfigError
+from labtrain.base.errors import ConfigError
 from labtrain.joining import emptied, is_changed, joined, marks, received, to_send
 from labtrain.loader import Sharded
 

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from labtrain import receipt
+from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError
+from labtrain.base.signals import Stopped, end_with_parent
 from labtrain.compose import print_error
-from labtrain.errors import EXIT_STOPPED, LabtrainError, LostError
 from labtrain.ranks import find_ranks, in_slurm_step, requeue, wants_requeue
 from labtrain.run import JOB_VARIABLE, Job, shown
-from labtrain.signals import Stopped, end_with_parent
 from labtrain.sources import load_from_source
 
 if TYPE_CHECKING:

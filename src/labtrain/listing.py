@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from labtrain import receipt
-from labtrain.errors import ConfigError, LabtrainError
+from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.provenance import time_of
 from labtrain.run import shown
 from labtrain.trail import HISTORY

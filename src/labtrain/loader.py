@@ -30,14 +30,14 @@ from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
 from labtrain.arrays import Arrays, Rows, is_arrays
 from labtrain.augment import Draws, Own, Transform, apply, with_partners
+from labtrain.base.errors import ConfigError
+from labtrain.base.signals import NUMBERS, end_with_parent
 from labtrain.copies import Copies, in_thread, on_tensors
 from labtrain.determinism import STRICT_MODES, run_device, run_mode, run_say, run_seed, seed_all
 from labtrain.digests import digest_content
-from labtrain.errors import ConfigError
 from labtrain.order import Indices, Order
 from labtrain.plain import SCALARS, is_experiments
 from labtrain.reduction import shard_range
-from labtrain.signals import NUMBERS, end_with_parent
 from labtrain.sources import add_executed, newly_executed
 
 MOST_OBJECTS = 100  # of a dataset that are looked through for numbers

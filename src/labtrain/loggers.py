@@ -19,7 +19,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from labtrain.errors import ConfigError
+from labtrain.base.errors import ConfigError
 from labtrain.run import Job
 
 # What each logger can be told. labtrain itself says where it writes, and under which name.

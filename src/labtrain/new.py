@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 from labtrain.assets import LOCKS, SOURCES, asset
+from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.bootstrap import WHEEL_LOCK
-from labtrain.errors import ConfigError, LabtrainError
 
 PLUGIN = "hydra_plugins/labtrain_searchpath.py"  # beside labtrain, in a folder that other distributions share
 ZIP_EPOCH = "315532800"  # 1980-01-01, the first day that a zip file can name: the same wheel from the same files

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from labtrain.base.errors import ConfigError
 from labtrain.buffers import Buffers
 from labtrain.changes import Look, look, unlike
 from labtrain.copies import on_tensors
 from labtrain.determinism import seed_place
 from labtrain.doctor.report import few
-from labtrain.errors import ConfigError
 from labtrain.loader import DataLoader
 from labtrain.metrics import add_rows
 from labtrain.reduction import alone

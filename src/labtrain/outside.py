@@ -29,8 +29,8 @@ from labtrain.attributes import (
     restore,
     snapshot,
 )
+from labtrain.base.errors import ConfigError
 from labtrain.changes import of_generator
-from labtrain.errors import ConfigError
 from labtrain.loader import DataLoader, loaders_of
 from labtrain.plain import SCALARS, is_experiments, is_own
 

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from labtrain.errors import ConfigError
+from labtrain.base.errors import ConfigError
 
 SCALARS = (type(None), bool, int, float, complex, str, bytes)
 SIMPLE = frozenset(SCALARS) - {complex}

@@ -8,8 +8,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.catalog import kept
-from labtrain.errors import DamagedError, LabtrainError
 from labtrain.remote import explained
 from labtrain.store import MANIFEST, Checkpoint, Store, identity
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from labtrain.errors import ConfigError
+from labtrain.base.errors import ConfigError
 from labtrain.run import Config
 
 FIRST_PORT, PORTS = 15000, 10000  # by the job's number, as Lightning chooses, and the step's

@@ -22,9 +22,9 @@ from lightning.pytorch.trainer.call import _call_lightning_module_hook
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from labtrain.base.errors import ConfigError
 from labtrain.digests import PLACE
 from labtrain.doctor.report import few
-from labtrain.errors import ConfigError
 
 State = dict[str, Any]
 

@@ -16,8 +16,8 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from labtrain import exact_json
-from labtrain.errors import DamagedError, not_readable
+from labtrain.base import exact_json
+from labtrain.base.errors import DamagedError, not_readable
 
 SCHEMA = "labtrain/receipt/1"
 FILE = "receipt.json"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from labtrain.errors import ConfigError, StoreError
+from labtrain.base.errors import ConfigError, StoreError
 from labtrain.receipt import names_a_secret
 
 if TYPE_CHECKING:

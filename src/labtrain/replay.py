@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from labtrain import receipt as receipts
+from labtrain.base.errors import EXIT_STOPPED, ConfigError, LabtrainError
 from labtrain.compose import process_of
 from labtrain.config import completed
-from labtrain.errors import EXIT_STOPPED, ConfigError, LabtrainError
 from labtrain.provenance import PATCH, git
 from labtrain.ranks import alone
 from labtrain.receipt import NOT_RECORDED, Receipt

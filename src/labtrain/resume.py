@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from labtrain import receipt
+from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.catalog import checkpoint_place, list_checkpoints
-from labtrain.errors import ConfigError, LabtrainError
 from labtrain.fingerprints import changed_files
 from labtrain.ranks import find_ranks, restarted
 from labtrain.remote import is_local

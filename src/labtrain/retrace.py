@@ -10,10 +10,10 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.errors import ConfigError, LabtrainError, StoreError
 from labtrain.catalog import checkpoint_place, list_checkpoints, stores_of
 from labtrain.compare import Difference, Divergence, shown_value
 from labtrain.digests import read_weights
-from labtrain.errors import ConfigError, LabtrainError, StoreError
 from labtrain.inspection import told_differences
 from labtrain.provenance import machine
 from labtrain.receipt import Receipt

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labtrain import exact_json
+from labtrain.base import exact_json
 
 Config = dict[str, Any]
 

@@ -18,9 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.catalog import free_name, spool_of
 from labtrain.delivery import Delivery
-from labtrain.errors import DamagedError, LabtrainError, StoreError
 from labtrain.files import together, write_files
 from labtrain.remote import is_local
 from labtrain.staging import Staging

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from labtrain import receipt
-from labtrain.errors import ConfigError, DamagedError, LabtrainError
+from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.provenance import git
 from labtrain.run import shown
 

@@ -25,7 +25,7 @@ from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder, Sour
 from pathlib import Path
 from typing import Any
 
-from labtrain.errors import ConfigError
+from labtrain.base.errors import ConfigError
 
 SUFFIXES = (".py", ".pyc", ".so")  # bytecode that has no source beside it, and extension modules
 OWN = Path(__file__).parent

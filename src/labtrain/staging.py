@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from labtrain.errors import LabtrainError
+from labtrain.base.errors import LabtrainError
 
 PLAIN = (type(None), bool, int, float, str, bytes)
 MAPPINGS: tuple[type[Any], ...] = (dict, OrderedDict, Counter)

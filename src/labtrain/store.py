@@ -28,8 +28,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from labtrain import exact_json
-from labtrain.errors import DamagedError, StoreError
+from labtrain.base import exact_json
+from labtrain.base.errors import DamagedError, StoreError
 from labtrain.remote import explained, is_local, open_url
 from labtrain.run import shown
 

@@ -30,16 +30,16 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from labtrain.base.errors import ConfigError
+from labtrain.base.signals import Stopped, Wishes
 from labtrain.buffers import SENT, Buffers, broadcast
 from labtrain.determinism import run_mode, seed_place
-from labtrain.errors import ConfigError
 from labtrain.guard import Guard, explain_backward
 from labtrain.hooks import Handed, Takers, joined_outputs, of_no_shard
 from labtrain.loader import DataLoader, Sharded
 from labtrain.objective import weight_of, weighted_mean, weighted_row
 from labtrain.plain import is_experiments_code
 from labtrain.reduction import ShardSum, alone, shard_ranges
-from labtrain.signals import Stopped, Wishes
 from labtrain.tally import Tally
 from labtrain.watch import Watch, let_pass
 

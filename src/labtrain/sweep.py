@@ -15,7 +15,7 @@ from typing import Any
 from hydra.experimental.callback import Callback
 
 from labtrain import receipt
-from labtrain.errors import ConfigError, JobFailedError
+from labtrain.base.errors import ConfigError, JobFailedError
 from labtrain.ranks import find_ranks, own_rank
 from labtrain.run import Job, shown
 

@@ -7,9 +7,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from labtrain import receipt
+from labtrain.base.errors import LabtrainError
 from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.digests import digest_file, digest_folder, state_digest
-from labtrain.errors import LabtrainError
 from labtrain.remote import is_local
 from labtrain.store import MANIFEST, NAME, Checkpoint, Manifest, Store
 

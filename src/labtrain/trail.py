@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from labtrain.errors import DamagedError
+from labtrain.base.errors import DamagedError
 
 TRAIL = "trail.jsonl"
 HISTORY = "history.jsonl"  # its companion, of one machine and its time of day (history.py)

@@ -29,6 +29,16 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain import determinism, receipt
 from labtrain.agreement import Agreement
+from labtrain.base.errors import (
+    ConfigError,
+    DeviceError,
+    LabtrainError,
+    NotThereYetError,
+    explain_callback,
+    in_words,
+    where,
+)
+from labtrain.base.signals import Stopped, Wishes
 from labtrain.callbacks import BatchSizes, Progress, Seeding, Trail, warn
 from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
@@ -36,7 +46,6 @@ from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
 from labtrain.doctor.environment import REPAIR, unlike_lock
 from labtrain.doctor.report import few
-from labtrain.errors import ConfigError, DeviceError, LabtrainError, NotThereYetError, explain_callback, in_words, where
 from labtrain.fingerprints import noting_opened, places_in
 from labtrain.gpu_stats import GpuStats
 from labtrain.guard import Guard, explain_operation
@@ -50,7 +59,6 @@ from labtrain.recorder import Recorder
 from labtrain.remote import is_local
 from labtrain.resume import changed_data, checkpoint_digest, make_job
 from labtrain.run import EXACT_STRATEGIES, ORDERED, SHARDED_STRATEGY, Config, Job, route, shards_in_use, shown
-from labtrain.signals import Stopped, Wishes
 from labtrain.sources import Code, load_from_source, note_executed, read_code, texts_in
 from labtrain.speed import Speed, check_compiler, explain_compile
 from labtrain.store import Manifest

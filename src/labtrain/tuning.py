@@ -14,8 +14,8 @@ from typing import NoReturn, cast
 
 from labtrain import config as configuration
 from labtrain import determinism
+from labtrain.base.errors import ConfigError, DeviceError, LabtrainError
 from labtrain.compose import print_error, process_of
-from labtrain.errors import ConfigError, DeviceError, LabtrainError
 from labtrain.resume import make_job
 from labtrain.run import JOB_VARIABLE, SHARDED_STRATEGY, Config, Job, shards_in_use
 
@@ -101,8 +101,8 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     import lightning.pytorch as pl
     from lightning.pytorch.tuner.tuning import Tuner
 
+    from labtrain.base.signals import Wishes
     from labtrain.devices import choose_accelerator
-    from labtrain.signals import Wishes
     from labtrain.speed import check_compiler, hasten
     from labtrain.training import instantiate, make_trainer
     from labtrain.wiring import make_environment

@@ -29,9 +29,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from labtrain.attributes import Snapshot, fingerprints, hidden_weights, holders, kept_by, restore, snapshot, unkept
+from labtrain.base.errors import ConfigError
 from labtrain.changes import Look, look, unlike
 from labtrain.checksums import two_sums
-from labtrain.errors import ConfigError
 from labtrain.plain import SCALARS, is_experiments
 
 State = dict[str, Any]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from labtrain import __version__
-from labtrain.errors import DamagedError
+from labtrain.base.errors import DamagedError
 from labtrain.provenance import time_of, timestamp
 from labtrain.receipt import Receipt
 from labtrain.run import shown

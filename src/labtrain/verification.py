@@ -14,8 +14,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.compare import Difference, Divergence, open_run, shown_value
-from labtrain.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.inspection import check_checkpoints, composed_differently, state_differences
 from labtrain.receipt import Receipt
 from labtrain.replay import code_of, home_of

@@ -16,9 +16,9 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from labtrain.errors import DeviceError, LostError
+from labtrain.base.errors import DeviceError, LostError
+from labtrain.base.signals import Stopped, Wishes
 from labtrain.ranks import Ranks
-from labtrain.signals import Stopped, Wishes
 
 ELSEWHERE = "192.0.2.1"  # an address of nobody (RFC 5737): the way to it is the way out of this machine
 # What gloo, TCPStore and NCCL say of a peer that is gone.

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from labtrain.base.errors import LabtrainError
 from labtrain.bootstrap import check_disk, check_memory, check_python, fingerprint, locked_block
-from labtrain.errors import LabtrainError
 from tests.conftest import ROOT
 
 

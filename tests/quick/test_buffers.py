@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
+from labtrain.base.errors import ConfigError
 from labtrain.buffers import Buffers
-from labtrain.errors import ConfigError
 from labtrain.reduction import shard_ranges
 
 

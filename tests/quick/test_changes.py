@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from labtrain.base.errors import EXIT_STOPPED
 from labtrain.changes import look, unlike
-from labtrain.errors import EXIT_STOPPED
 from labtrain.undo import Undo
 from tests.support.exact import Runner
 from tests.support.reaching_models import Reaching

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.catalog import list_checkpoints, newest_whole
 from labtrain.checkpoint import FolderIO
 from labtrain.digests import digest, digest_file
-from labtrain.errors import DamagedError, LabtrainError
 from labtrain.files import load_folder, write_files
 from labtrain.staging import Staging
 from labtrain.store import SCHEMA, Checkpoint, Store

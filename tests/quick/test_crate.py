@@ -18,8 +18,8 @@ import pytest
 from rocrate.rocrate import ROCrate
 
 from labtrain import receipt
+from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.crate import write_crate
-from labtrain.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.run import what_counts
 from labtrain.sources import source_digests
 from tests.conftest import LABTRAIN

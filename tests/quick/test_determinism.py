@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from labtrain import determinism, receipt
-from labtrain.errors import ConfigError
+from labtrain.base.errors import ConfigError
 from labtrain.inspection import state_differences
 
 GOLDEN = Path(__file__).parents[1] / "golden"

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.digests import digest, digest_file, digest_folder, digest_tree, read_safetensors
-from labtrain.errors import DamagedError, LabtrainError
 
 
 def test_the_digest_is_what_the_design_says() -> None:

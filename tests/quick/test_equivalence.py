@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from labtrain.base.errors import ConfigError
 from labtrain.equivalence import compare_pairs
-from labtrain.errors import ConfigError
 
 
 def decided(*, difference: float, spread: float, pairs: int, trials: int = 3000) -> tuple[float, float]:

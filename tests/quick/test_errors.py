@@ -1,4 +1,4 @@
-from labtrain.errors import ConfigError, DamagedError, DeviceError, LabtrainError, NotThereYetError
+from labtrain.base.errors import ConfigError, DamagedError, DeviceError, LabtrainError, NotThereYetError
 
 
 def test_an_error_shows_what_and_then_a_hint() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from labtrain.errors import EXIT_STOPPED
+from labtrain.base.errors import EXIT_STOPPED
 from tests.support.exact import Runner, configure, newest_manifest, outcome
 from tests.support.exactness import Case, cover, each
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from labtrain import config as configuration
-from labtrain import exact_json, receipt
-from labtrain.errors import ConfigError
+from labtrain import receipt
+from labtrain.base import exact_json
+from labtrain.base.errors import ConfigError
 from labtrain.resume import make_job
 from labtrain.run import Job
 from tests.quick.test_run import CONFIG, changed, run_id

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from labtrain import fingerprint as public
-from labtrain.errors import ConfigError
+from labtrain.base.errors import ConfigError
 from labtrain.fingerprints import fingerprint
 
 

@@ -14,9 +14,9 @@ import torch
 import labtrain
 from labtrain import augment, determinism
 from labtrain.arrays import Rows
+from labtrain.base.errors import ConfigError
 from labtrain.copies import ahead, in_thread, on_tensors
 from labtrain.digests import digest_tree
-from labtrain.errors import ConfigError
 from labtrain.loader import DataLoader, Sharded
 from labtrain.reduction import shard_range
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.errors import DamagedError
+from labtrain.base.errors import DamagedError
 from labtrain.lock import read_lock
 from tests.conftest import ROOT
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from labtrain import receipt
-from labtrain.errors import DamagedError
+from labtrain.base.errors import DamagedError
 
 
 def whole(**changes: object) -> dict:

@@ -9,7 +9,7 @@ import jsonschema
 import pytest
 
 from labtrain import receipt
-from labtrain.errors import EXIT_STOPPED
+from labtrain.base.errors import EXIT_STOPPED
 from labtrain.store import file_sha256
 from tests.support.exact import Runner, configure
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from labtrain import receipt as receipts
-from labtrain.errors import EXIT_STOPPED, ConfigError
+from labtrain.base.errors import EXIT_STOPPED, ConfigError
 from labtrain.resume import checkpoint_digest, find_origin, make_job, near_run
 from tests.support.exact import Runner, configure, outcome
 

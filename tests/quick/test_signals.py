@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from labtrain.signals import NUMBERS, Stopped, Wishes
+from labtrain.base.signals import NUMBERS, Stopped, Wishes
 from tests.support.servers import wait_until
 
 
@@ -52,7 +52,7 @@ def test_before_the_first_step_it_stops_at_once_but_on_other_ranks() -> None:
 def test_one_that_has_waited_leaves_nothing_behind_where_it_stops_a_training() -> None:
     """In a process of its own: this one's other threads have it not blocked."""
     code = (
-        "import os, signal; from labtrain.signals import NUMBERS, Stopped, Wishes, block\n"
+        "import os, signal; from labtrain.base.signals import NUMBERS, Stopped, Wishes, block\n"
         "block(); os.kill(os.getpid(), signal.SIGUSR1)\n"
         "state = lambda: ([signal.getsignal(each) for each in NUMBERS], signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
         "before = state()\n"
@@ -68,7 +68,7 @@ def test_one_that_has_waited_leaves_nothing_behind_where_it_stops_a_training() -
 def test_a_signal_that_comes_before_anybody_listens_waits() -> None:
     """Over execve too; and what is started in the meantime has it blocked and lives."""
     listens = (
-        "import subprocess, sys, time; from labtrain.signals import Wishes\n"
+        "import subprocess, sys, time; from labtrain.base.signals import Wishes\n"
         "wishes = Wishes()\n"
         "with wishes.listening(leads=False):\n"
         "    child = subprocess.Popen(['sleep', '0.2'])\n"
@@ -77,7 +77,7 @@ def test_a_signal_that_comes_before_anybody_listens_waits() -> None:
         "    print(wishes.signum, child.wait())\n"
     )
     starts = (
-        "import os, sys; from labtrain.signals import block\n"
+        "import os, sys; from labtrain.base.signals import block\n"
         f"block(); os.kill(os.getpid(), 10); os.execv(sys.executable, [sys.executable, '-c', {listens!r}])"
     )
     done = subprocess.run([sys.executable, "-c", starts], capture_output=True, text=True, check=False, timeout=30)
@@ -98,7 +98,7 @@ def test_a_stop_is_no_exception_that_code_swallows() -> None:
 
 def test_a_process_ends_with_its_parent() -> None:
     """The parent is killed; the kernel ends the child, which would say in a while that it is alive."""
-    child = "import os, signal, time; from labtrain.signals import end_with_parent; "
+    child = "import os, signal, time; from labtrain.base.signals import end_with_parent; "
     child += "end_with_parent(os.getppid(), signal.SIGKILL); print('here', flush=True); time.sleep(20); print('alive')"
     parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
@@ -111,7 +111,7 @@ def test_a_process_ends_with_its_parent() -> None:
 
 def test_a_killed_parent_asks_once_however_many_threads_it_had() -> None:
     """The kernel sends its signal for each thread that a child is handed on to: a sweep's has those of Optuna's numpy."""
-    child = "import os, signal, time; from labtrain.signals import Wishes, end_with_parent; "
+    child = "import os, signal, time; from labtrain.base.signals import Wishes, end_with_parent; "
     child += "wishes = Wishes(); end_with_parent(os.getppid(), signal.SIGTERM)\n"
     child += (
         "with wishes.listening(leads=False):\n os.write(1, b'here\\n')\n while not wishes.signum: time.sleep(0.001)\n"

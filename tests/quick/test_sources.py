@@ -281,7 +281,7 @@ labtrain.train(config)
         [sys.executable, "-c", code], cwd=tmp_path, env={**os.environ, "PYTHONPATH": root}, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
-    assert "labtrain.errors.ConfigError: __main__.Net is defined in the notebook" in done.stderr
+    assert "labtrain.base.errors.ConfigError: __main__.Net is defined in the notebook" in done.stderr
     assert "_target_: own.Net" in done.stderr
     assert not (tmp_path / "runs").exists()
 

@@ -14,8 +14,8 @@ import pytest
 from omegaconf import OmegaConf
 
 import labtrain
+from labtrain.base.errors import EXIT_STOPPED, ConfigError
 from labtrain.doctor.environment import unlike_lock
-from labtrain.errors import EXIT_STOPPED, ConfigError
 from labtrain.lock.conda import read_conda_lock
 from labtrain.replay import _git
 from tests.conftest import QUICK, ROOT, Experiment

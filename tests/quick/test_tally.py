@@ -8,8 +8,8 @@ import torchmetrics
 from lightning.pytorch.trainer.connectors.logger_connector.result import _ResultCollection
 from torch import nn
 
+from labtrain.base.errors import ConfigError
 from labtrain.digests import digest_tree
-from labtrain.errors import ConfigError
 from labtrain.tally import Tally
 
 KINDS: dict[str, Any] = {

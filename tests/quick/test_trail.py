@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from labtrain.base.errors import DamagedError
 from labtrain.checksums import shown_sums, two_sums
-from labtrain.errors import DamagedError
 from labtrain.trail import TRAIL, cut_trail, differing_tensor, first_step, phase_of, read_trail
 
 

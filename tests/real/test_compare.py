@@ -12,8 +12,8 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from labtrain import receipt
+from labtrain.base.errors import ConfigError, DamagedError
 from labtrain.compare import compare, first_difference, overrides
-from labtrain.errors import ConfigError, DamagedError
 from labtrain.trail import TRAIL
 from tests.conftest import LABTRAIN
 from tests.conftest import changed as change

@@ -368,7 +368,7 @@ def test_a_pod_has_no_privilege_a_gpu_limit_and_the_claim(name: str) -> None:
 
 def test_a_jobs_pod_that_stopped_after_saving_is_replaced() -> None:
     """By the policy's first rule that matches, as the Job controller reads it; one of another node's death as well."""
-    from labtrain.errors import EXIT_STOPPED, EXIT_USAGE
+    from labtrain.base.errors import EXIT_STOPPED, EXIT_USAGE
 
     job = yaml.safe_load((CONTAINERS / "k8s/run.yaml").read_text())["spec"]
     (container,) = pod("run.yaml")["containers"]

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from labtrain.base.errors import StoreError
 from labtrain.delivery import Delivery
-from labtrain.errors import StoreError
 from labtrain.prune import check
 from labtrain.store import Store, TakenOverError
 from tests.real.test_store import made, names

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from labtrain.errors import EXIT_STOPPED
+from labtrain.base.errors import EXIT_STOPPED
 from tests.support.exact import Runner, configure, newest_manifest, outcome, tell
 from tests.support.exactness import FACTORS, Case, cover, each
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from labtrain.errors import EXIT_STOPPED
+from labtrain.base.errors import EXIT_STOPPED
 from labtrain.files import load_folder
 from tests.support.exact import Runner, configure, outcome
 

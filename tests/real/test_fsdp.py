@@ -15,9 +15,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import labtrain
+from labtrain.base.errors import EXIT_STOPPED, DamagedError
 from labtrain.catalog import list_checkpoints
 from labtrain.digests import digest
-from labtrain.errors import EXIT_STOPPED, DamagedError
 from labtrain.files import PARTS, _load_parts, in_parts, load_folder
 from labtrain.fsdp import shard
 from labtrain.store import STATE, Store

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from labtrain.errors import EXIT_STOPPED
+from labtrain.base.errors import EXIT_STOPPED
 from tests.quick.test_hooks import numbered
 from tests.support.exact import Runner, outcome
 

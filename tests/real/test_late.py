@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from labtrain.errors import EXIT_STOPPED
+from labtrain.base.errors import EXIT_STOPPED
 from tests.support.exact import Runner, configure, outcome
 
 PRUNING = {"_target_": "lightning.pytorch.callbacks.ModelPruning", "pruning_fn": "l1_unstructured", "amount": 0.5}

@@ -11,8 +11,8 @@ import torch
 from torch.utils.data import default_collate
 
 from labtrain import determinism
+from labtrain.base.errors import ConfigError
 from labtrain.digests import digest_content, digest_tree
-from labtrain.errors import ConfigError
 from labtrain.loader import DataLoader
 from tests.support.exact import Runner, configure
 

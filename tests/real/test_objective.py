@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 import labtrain
 from labtrain import determinism
+from labtrain.base.signals import Wishes
 from labtrain.objective import Difference, NotComparedError, compare
-from labtrain.signals import Wishes
 from labtrain.strategy import ExactSingleDevice
 from tests.support import exact_worker
 from tests.support.exact import Runner, configure, outcome

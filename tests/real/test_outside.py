@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from labtrain.errors import EXIT_STOPPED
+from labtrain.base.errors import EXIT_STOPPED
 from tests.support.exact import Runner, configure, outcome
 
 HERE = "tests.support.outside_models"

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from labtrain.errors import EXIT_STOPPED, ConfigError
+from labtrain.base.errors import EXIT_STOPPED, ConfigError
 from labtrain.plain import Decoder, Encoder, is_plain
 from tests.support.exact import Runner, configure, outcome
 from tests.support.plain_models import Meter, Options, Phase, Point, State

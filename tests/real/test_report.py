@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from labtrain import receipt
-from labtrain.errors import DamagedError
+from labtrain.base.errors import DamagedError
 from labtrain.report import write_report
 from labtrain.report.charts import AROUND, AT_MOST, curves_of, machine_of, reduced
 from labtrain.report.data import label_of, read_history, read_runs

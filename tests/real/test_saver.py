@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from labtrain.base.errors import LabtrainError, StoreError
 from labtrain.catalog import newest_whole
 from labtrain.digests import digest
-from labtrain.errors import LabtrainError, StoreError
 from labtrain.files import load_folder
 from labtrain.prune import check
 from labtrain.staging import Staging

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from labtrain import receipt, training
+from labtrain.base.errors import EXIT_STOPPED, LabtrainError
 from labtrain.config import explain
-from labtrain.errors import EXIT_STOPPED, LabtrainError
 from labtrain.listing import list_runs
 from labtrain.prune import leftovers
 from labtrain.recorder import Recorder

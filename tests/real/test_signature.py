@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from labtrain import receipt
-from labtrain.errors import DamagedError, LabtrainError
+from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.signature import FILE, NAMESPACE, Signature, check_signature, sign
 from tests.conftest import LABTRAIN, need
 from tests.quick.test_receipt import whole

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 import labtrain
+from labtrain.base.errors import EXIT_STOPPED, DamagedError, LabtrainError
 from labtrain.digests import digest
-from labtrain.errors import EXIT_STOPPED, DamagedError, LabtrainError
 from labtrain.store import Store
 from tests.conftest import LABTRAIN, Experiment
 from tests.real.test_store import names

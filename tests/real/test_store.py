@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from labtrain.base.errors import ConfigError, DamagedError, LabtrainError, StoreError
 from labtrain.catalog import kept, newest_whole
-from labtrain.errors import ConfigError, DamagedError, LabtrainError, StoreError
 from labtrain.prune import Leftover, check, clear, leftovers, superseded
 from labtrain.remote import without_secrets
 from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, TakenOverError, file_sha256, identity

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from labtrain.base.errors import EXIT_STOPPED, ConfigError
 from labtrain.config import check
-from labtrain.errors import EXIT_STOPPED, ConfigError
 from labtrain.trail import read_history_lines
 from tests.support.exact import Runner, configure, outcome
 

@@ -25,11 +25,11 @@ from torch import nn
 
 import labtrain
 from labtrain import augment, files, reduction, training
+from labtrain.base.errors import EXIT_STOPPED, LabtrainError
+from labtrain.base.signals import Stopped
 from labtrain.config import CONF
-from labtrain.errors import EXIT_STOPPED, LabtrainError
 from labtrain.resume import make_job
 from labtrain.saver import Saver
-from labtrain.signals import Stopped
 
 VOCABULARY, CONTEXT = 11, 8
 

@@ -13,8 +13,8 @@ from typing import Any
 import click
 
 from labtrain import __version__
+from labtrain.base.errors import LabtrainError
 from labtrain.cli import locks, receipts, stores
-from labtrain.errors import LabtrainError
 
 
 class Group(click.Group):

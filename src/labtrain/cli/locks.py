@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from labtrain.errors import LabtrainError
+from labtrain.base.errors import LabtrainError
 
 
 @click.group()

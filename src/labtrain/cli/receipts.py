@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from labtrain import exact_json
-from labtrain.errors import ConfigError
+from labtrain.base import exact_json
+from labtrain.base.errors import ConfigError
 
 SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds")
 

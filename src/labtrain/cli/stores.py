@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from labtrain.errors import ConfigError, DamagedError
+from labtrain.base.errors import ConfigError, DamagedError
 
 if TYPE_CHECKING:
     from labtrain.store import Store

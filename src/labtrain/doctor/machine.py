@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from labtrain.base.errors import LabtrainError
 from labtrain.catalog import list_checkpoints
 from labtrain.doctor.report import Check, judged
-from labtrain.errors import LabtrainError
 from labtrain.remote import is_local
 from labtrain.run import shown
 from labtrain.store import Store

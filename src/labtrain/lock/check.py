@@ -14,7 +14,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from labtrain.errors import DamagedError
+from labtrain.base.errors import DamagedError
 from labtrain.lock import conda, derive
 from labtrain.lock.pins import PYTHON_312_LINUX, Pin, parse_pins, read_lock, read_pins
 from labtrain.provenance import normalised

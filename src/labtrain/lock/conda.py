@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from labtrain.errors import DamagedError
+from labtrain.base.errors import DamagedError
 from labtrain.provenance import normalised
 
 SPEC = "environment.yml"

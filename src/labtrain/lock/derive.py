@@ -9,7 +9,7 @@ from typing import Any
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import parse_wheel_filename
 
-from labtrain.errors import DamagedError
+from labtrain.base.errors import DamagedError
 from labtrain.lock import conda
 from labtrain.lock.pins import PYTHON_312_LINUX, Pin, read_lock, read_pins
 from labtrain.run import LOCK_FILE

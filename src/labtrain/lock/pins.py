@@ -7,7 +7,7 @@ from pathlib import Path
 from packaging.markers import Marker
 
 from labtrain.assets import asset
-from labtrain.errors import DamagedError
+from labtrain.base.errors import DamagedError
 from labtrain.provenance import normalised
 from labtrain.run import LOCK_FILE
 

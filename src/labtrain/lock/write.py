@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from labtrain.errors import ConfigError, LabtrainError
+from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.lock import conda, derive
 from labtrain.lock.pins import PYTHON_312_LINUX, read_lock, read_pins
 from labtrain.receipt import write_atomically

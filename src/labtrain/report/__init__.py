@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from labtrain import receipt
-from labtrain.errors import ConfigError, LabtrainError
+from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.report.data import read_runs
 from labtrain.report.page import Verdict, render
 

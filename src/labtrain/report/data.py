@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from labtrain import receipt as receipts
+from labtrain.base.errors import ConfigError, DamagedError
 from labtrain.compare import Comparison, compare, open_run
-from labtrain.errors import ConfigError, DamagedError
 from labtrain.provenance import time_of
 from labtrain.run import shown
 from labtrain.trail import HISTORY, TRAIL, read_history_lines, read_trail

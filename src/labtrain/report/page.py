@@ -17,7 +17,8 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
-from labtrain import __version__, exact_json
+from labtrain import __version__
+from labtrain.base import exact_json
 from labtrain.report.charts import DIGITS, curves_of, machine_of, timeline_of
 from labtrain.report.data import Run, seconds_of
 from labtrain.run import get, shown

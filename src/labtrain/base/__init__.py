@@ -1,0 +1,1 @@
+"""What everything else stands on: errors, text for terminals, credentials, files of other people. No torch."""
