@@ -29,10 +29,10 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import nn
 
-from labtrain import determinism
 from labtrain.base.signals import Wishes
 from labtrain.callbacks import BatchSizes, Seeding
 from labtrain.checkpoint import FolderIO
+from labtrain.exact import determinism
 from labtrain.loader import DataLoader
 from labtrain.loop import EpochLoop
 from labtrain.provenance import machine

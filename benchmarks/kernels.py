@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from labtrain import determinism
+from labtrain.exact import determinism
 from labtrain.provenance import machine
 
 HERE = Path(__file__).resolve().parent

@@ -19,9 +19,9 @@ import torch
 
 from labtrain import receipt
 from labtrain.assets import asset
-from labtrain.checksums import two_sums
 from labtrain.compare import compare
 from labtrain.doctor.environment import files_state
+from labtrain.exact.checksums import two_sums
 from labtrain.provenance import code_state, environment_state, machine
 from labtrain.run import Job
 from labtrain.trail import HISTORY, TRAIL, read_trail

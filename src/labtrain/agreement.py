@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from labtrain import gathering
 from labtrain.base.errors import ConfigError
-from labtrain.determinism import STRICT_MODES
+from labtrain.exact.determinism import STRICT_MODES
 from labtrain.strategy import Exact
 from labtrain.tally import being_logged, is_global
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 
 from labtrain.base.errors import ConfigError
-from labtrain.order import Indices
+from labtrain.exact.permutation import Indices
 from labtrain.provenance import memory_bytes
 
 ADVISED_SHARE = 0.5  # of the memory: a larger map does not stay in it, beside what trains

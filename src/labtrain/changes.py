@@ -23,9 +23,9 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
-from labtrain.attributes import PRIVATE, RANDOM, fingerprint
 from labtrain.digests import tensor_bytes
-from labtrain.plain import SCALARS, SIMPLE
+from labtrain.exact.attributes import PRIVATE, RANDOM, fingerprint
+from labtrain.exact.plain_values import SCALARS, SIMPLE
 from labtrain.reach import label, reach
 
 MOST_OBJECTS = 300_000

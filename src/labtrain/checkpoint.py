@@ -12,13 +12,13 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
-from labtrain.attributes import fingerprint, items_of_lists, plain_attributes
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.catalog import kept
-from labtrain.checksums import first_unlike, unlike_names
-from labtrain.determinism import run_mode
 from labtrain.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
 from labtrain.doctor.report import few
+from labtrain.exact.attributes import fingerprint, items_of_lists, plain_attributes
+from labtrain.exact.checksums import first_unlike, unlike_names
+from labtrain.exact.determinism import run_mode
 from labtrain.files import is_spread, load_folder
 from labtrain.loggers import log_positions
 from labtrain.loop import EpochLoop

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from labtrain import config as configuration
-from labtrain import determinism, receipt
+from labtrain import receipt
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError
 from labtrain.base.signals import NUMBERS, block, unblock
+from labtrain.exact import determinism
 from labtrain.ranks import adopt, find_ranks, own_rank
 from labtrain.resume import changed_data, make_job, near_run
 from labtrain.run import JOB_VARIABLE, Config, Job, shown

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from labtrain.base.errors import ConfigError
-from labtrain.determinism import derive_seed
+from labtrain.exact.determinism import derive_seed
 
 GOLDEN_GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)  # as int64, which wraps as uint64 does
 QUANTILES = 1 << 16

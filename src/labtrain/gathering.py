@@ -16,9 +16,9 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from labtrain.attributes import plain_attributes
 from labtrain.base.errors import ConfigError
-from labtrain.joining import received, to_send
+from labtrain.exact.attributes import plain_attributes
+from labtrain.exact.collate import received, to_send
 from labtrain.loader import DataLoader, loaders_of
 
 Path = tuple[Any, ...]  # an attribute's dotted name, and the keys from there to a list

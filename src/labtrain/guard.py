@@ -36,7 +36,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.overrides import TorchFunctionMode
 
 from labtrain.base.errors import ConfigError
-from labtrain.determinism import STRICT_MODES
+from labtrain.exact.determinism import STRICT_MODES
 from labtrain.loader import DataLoader, StatefulLoader, loaders_of
 from labtrain.sources import Code, can_be_found, count_of_code, stale_modules, unnamed_modules
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from labtrain.base.errors import ConfigError
-from labtrain.joining import emptied, is_changed, joined, marks, received, to_send
+from labtrain.exact.collate import emptied, is_changed, joined, marks, received, to_send
 from labtrain.loader import Sharded
 
 PREFIXES = {"train": "train", "sanity_check": "validation", "validate": "validation", "test": "test",

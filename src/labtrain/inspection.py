@@ -12,9 +12,9 @@ import yaml
 from labtrain.base.errors import DamagedError
 from labtrain.catalog import checkpoint_place
 from labtrain.compare import Difference, differences, overrides
-from labtrain.determinism import is_recorded, variables
 from labtrain.digests import digest_folder
 from labtrain.doctor.environment import files_state
+from labtrain.exact.determinism import is_recorded, variables
 from labtrain.fingerprints import files_now
 from labtrain.provenance import code_state, environment_state, machine
 from labtrain.receipt import Receipt, without_secrets

@@ -33,11 +33,11 @@ from labtrain.augment import Draws, Own, Transform, apply, with_partners
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import NUMBERS, end_with_parent
 from labtrain.copies import Copies, in_thread, on_tensors
-from labtrain.determinism import STRICT_MODES, run_device, run_mode, run_say, run_seed, seed_all
 from labtrain.digests import digest_content
-from labtrain.order import Indices, Order
-from labtrain.plain import SCALARS, is_experiments
-from labtrain.reduction import shard_range
+from labtrain.exact.determinism import STRICT_MODES, run_device, run_mode, run_say, run_seed, seed_all
+from labtrain.exact.permutation import Indices, Order
+from labtrain.exact.plain_values import SCALARS, is_experiments
+from labtrain.exact.tree_sum import shard_range
 from labtrain.sources import add_executed, newly_executed
 
 MOST_OBJECTS = 100  # of a dataset that are looked through for numbers

@@ -21,7 +21,9 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
-from labtrain.attributes import (
+from labtrain.base.errors import ConfigError
+from labtrain.changes import of_generator
+from labtrain.exact.attributes import (
     RANDOM,
     attributes_of,
     fingerprints,
@@ -29,10 +31,8 @@ from labtrain.attributes import (
     restore,
     snapshot,
 )
-from labtrain.base.errors import ConfigError
-from labtrain.changes import of_generator
+from labtrain.exact.plain_values import SCALARS, is_experiments, is_own
 from labtrain.loader import DataLoader, loaders_of
-from labtrain.plain import SCALARS, is_experiments, is_own
 
 State = dict[str, Any]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any, cast
 
-from labtrain.plain import SCALARS, SIMPLE, is_experiments, is_experiments_module
+from labtrain.exact.plain_values import SCALARS, SIMPLE, is_experiments, is_experiments_module
 
 Items = list[tuple[Any, Any]]  # a name or a key or an index, and what is there
 Enter = Callable[[Any, Any, Any], bool]  # an object, a name in it, and what is there: whether it is looked into

@@ -14,12 +14,13 @@ import torch
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from labtrain import determinism, receipt
+from labtrain import receipt
 from labtrain.augment import described
 from labtrain.base.errors import LabtrainError
 from labtrain.callbacks import tensor_names
 from labtrain.compare import changes
 from labtrain.doctor.environment import files_state
+from labtrain.exact import determinism
 from labtrain.fingerprints import files_read, fingerprint_and_places
 from labtrain.loader import DataLoader, loaders_of
 from labtrain.provenance import PATCH, code_state, environment_state, machine, timestamp

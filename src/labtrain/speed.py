@@ -29,7 +29,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from labtrain.base.errors import ConfigError, DeviceError
-from labtrain.determinism import STRICT_MODES
+from labtrain.exact.determinism import STRICT_MODES
 
 # Of one function: torch's 8 are soon used up by a model whose parts share nn.Module's own.
 COMPILED_SIZES = 64

@@ -28,8 +28,18 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 from torch import Tensor
 
 from labtrain.base.errors import ConfigError
-from labtrain.determinism import run_mode
-from labtrain.metrics import Held, beside_states, fresh, hold, merged, metrics_of, reduced, reduction, release
+from labtrain.exact.determinism import run_mode
+from labtrain.exact.metric_states import (
+    Held,
+    beside_states,
+    fresh,
+    hold,
+    merged,
+    metrics_of,
+    reduced,
+    reduction,
+    release,
+)
 
 # Rows are padded, so that ranks that disagree about a row's length still exchange equally long ones, and can say so.
 ROW_MULTIPLE = 64

@@ -27,7 +27,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from labtrain import determinism, receipt
+from labtrain import receipt
 from labtrain.agreement import Agreement
 from labtrain.base.errors import (
     ConfigError,
@@ -46,6 +46,7 @@ from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
 from labtrain.doctor.environment import REPAIR, unlike_lock
 from labtrain.doctor.report import few
+from labtrain.exact import determinism
 from labtrain.fingerprints import noting_opened, places_in
 from labtrain.gpu_stats import GpuStats
 from labtrain.guard import Guard, explain_operation

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 from labtrain import config as configuration
-from labtrain import determinism
 from labtrain.base.errors import ConfigError, DeviceError, LabtrainError
 from labtrain.compose import print_error, process_of
+from labtrain.exact import determinism
 from labtrain.resume import make_job
 from labtrain.run import JOB_VARIABLE, SHARDED_STRATEGY, Config, Job, shards_in_use
 

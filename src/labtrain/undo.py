@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
-from labtrain.attributes import RANDOM
+from labtrain.exact.attributes import RANDOM
 from labtrain.reach import Items, View, reach
 
 LARGEST_BYTES = 1 << 30  # of what is kept beside the tensors that are free of charge

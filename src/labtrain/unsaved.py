@@ -28,11 +28,20 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from labtrain.attributes import Snapshot, fingerprints, hidden_weights, holders, kept_by, restore, snapshot, unkept
 from labtrain.base.errors import ConfigError
 from labtrain.changes import Look, look, unlike
-from labtrain.checksums import two_sums
-from labtrain.plain import SCALARS, is_experiments
+from labtrain.exact.attributes import (
+    Snapshot,
+    fingerprints,
+    hidden_weights,
+    holders,
+    kept_by,
+    restore,
+    snapshot,
+    unkept,
+)
+from labtrain.exact.checksums import two_sums
+from labtrain.exact.plain_values import SCALARS, is_experiments
 
 State = dict[str, Any]
 

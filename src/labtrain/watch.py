@@ -26,9 +26,9 @@ import xxhash
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from labtrain.attributes import PRIVATE, fingerprint, hidden_weights, holders, own_objects
-from labtrain.checksums import device_hash
-from labtrain.plain import DICTS, LEAVES, SCALARS, Decoder, Encoder, Place, is_experiments
+from labtrain.exact.attributes import PRIVATE, fingerprint, hidden_weights, holders, own_objects
+from labtrain.exact.checksums import device_hash
+from labtrain.exact.plain_values import DICTS, LEAVES, SCALARS, Decoder, Encoder, Place, is_experiments
 
 WINDOW_BYTES = 3 << 15  # of the weights, in each step
 PIECE_BYTES = 1 << 14

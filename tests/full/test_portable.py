@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from labtrain.determinism import variables
+from labtrain.exact.determinism import variables
 from labtrain.resume import make_job
 from labtrain.run import JOB_VARIABLE
 from tests.conftest import ROOT, Experiment, need

@@ -16,7 +16,7 @@ import torch
 import torchmetrics
 from torch import nn
 
-from labtrain.attributes import fingerprints, plain_attributes, restore, snapshot, unkept
+from labtrain.exact.attributes import fingerprints, plain_attributes, restore, snapshot, unkept
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from labtrain.base.errors import ConfigError
-from labtrain.buffers import Buffers
-from labtrain.reduction import shard_ranges
+from labtrain.exact.buffers import Buffers
+from labtrain.exact.tree_sum import shard_ranges
 
 
 def refuse(what: str, hint: str) -> None:

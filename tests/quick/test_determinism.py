@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from labtrain import determinism, receipt
+from labtrain import receipt
 from labtrain.base.errors import ConfigError
+from labtrain.exact import determinism
 from labtrain.inspection import state_differences
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -65,7 +66,7 @@ def test_portable_is_refused_where_its_variables_came_too_late() -> None:
 def test_an_operation_without_a_deterministic_kernel(mode: str, outcome: str) -> None:
     code = f"""
 import torch
-from labtrain import determinism
+from labtrain.exact import determinism
 determinism.apply({mode!r}, threads=1)
 try:
     torch.empty(2).put_(torch.tensor([0]), torch.tensor([1.0]), accumulate=False)
@@ -89,7 +90,7 @@ def test_the_flags_that_can_change_bits_are_recorded() -> None:
 def test_the_fill_of_new_memory_is_left_alone_in_off(mode: str, flag: bool) -> None:
     code = f"""
 import torch
-from labtrain import determinism
+from labtrain.exact import determinism
 determinism.set_run(seed=1, mode={mode!r})
 determinism.apply({mode!r}, threads=1)
 assert torch.utils.deterministic.fill_uninitialized_memory

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, arange
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from labtrain.joining import emptied, is_changed, joined, marks, received, to_send
+from labtrain.exact.collate import emptied, is_changed, joined, marks, received, to_send
 
 
 class Pair(NamedTuple):

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 import labtrain
-from labtrain import augment, determinism
+from labtrain import augment
 from labtrain.arrays import Rows
 from labtrain.base.errors import ConfigError
 from labtrain.copies import ahead, in_thread, on_tensors
 from labtrain.digests import digest_tree
+from labtrain.exact import determinism
+from labtrain.exact.tree_sum import shard_range
 from labtrain.loader import DataLoader, Sharded
-from labtrain.reduction import shard_range
 
 
 class Drawing(torch.utils.data.Dataset):

@@ -5,8 +5,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from labtrain import order
-from labtrain.order import LARGEST, SORTED, Order
+from labtrain.exact import permutation as order
+from labtrain.exact.permutation import LARGEST, SORTED, Order
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from labtrain.base.errors import DamagedError
-from labtrain.checksums import shown_sums, two_sums
+from labtrain.exact.checksums import shown_sums, two_sums
 from labtrain.trail import TRAIL, cut_trail, differing_tensor, first_step, phase_of, read_trail
 
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.data import default_collate
 
-from labtrain import determinism
 from labtrain.base.errors import ConfigError
 from labtrain.digests import digest_content, digest_tree
+from labtrain.exact import determinism
 from labtrain.loader import DataLoader
 from tests.support.exact import Runner, configure
 

@@ -16,8 +16,8 @@ from lightning.pytorch.strategies import Strategy
 from safetensors.torch import load_file
 
 import labtrain
-from labtrain import determinism
 from labtrain.base.signals import Wishes
+from labtrain.exact import determinism
 from labtrain.objective import Difference, NotComparedError, compare
 from labtrain.strategy import ExactSingleDevice
 from tests.support import exact_worker

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from labtrain.base.errors import EXIT_STOPPED, ConfigError
-from labtrain.plain import Decoder, Encoder, is_plain
+from labtrain.exact.plain_values import Decoder, Encoder, is_plain
 from tests.support.exact import Runner, configure, outcome
 from tests.support.plain_models import Meter, Options, Phase, Point, State
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from labtrain.determinism import variables
+from labtrain.exact.determinism import variables
 
 
 def run_portable(code: str) -> str:
@@ -99,7 +99,7 @@ print([round(v, 3) for v in x.grad.flatten().tolist()])
 def test_what_is_replaced_can_be_put_back() -> None:
     """A notebook's process is, after a training in portable, as it was."""
     code = """
-from labtrain import portable
+from labtrain.exact import portable
 x = torch.rand(100_000, generator=torch.Generator().manual_seed(0)) * 3
 own = x.sqrt(), x ** 0.5
 portable.uninstall()

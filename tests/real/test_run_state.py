@@ -8,7 +8,7 @@ STORY = """
 import os, random, tempfile
 import numpy as np, lightning.pytorch, torch
 import labtrain
-from labtrain import determinism
+from labtrain.exact import determinism
 from tests.support.exact import configure
 
 def state():

@@ -24,10 +24,11 @@ import yaml
 from torch import nn
 
 import labtrain
-from labtrain import augment, files, reduction, training
+from labtrain import augment, files, training
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError
 from labtrain.base.signals import Stopped
 from labtrain.config import CONF
+from labtrain.exact import tree_sum as reduction
 from labtrain.resume import make_job
 from labtrain.saver import Saver
 

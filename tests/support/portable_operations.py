@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from labtrain import determinism
+from labtrain.exact import determinism
 
 determinism.apply("portable", threads=1)
 functional = nn.functional

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from labtrain.digests import tensor_bytes
-from labtrain.metrics import add_rows
-from labtrain.reduction import ShardSum
+from labtrain.exact.metric_states import add_rows
+from labtrain.exact.tree_sum import ShardSum
 
 # Of BatchNorm, InstanceNorm, and of what people write beside them.
 STATISTICS = ("running_", "moving_")

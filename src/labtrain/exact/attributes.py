@@ -22,7 +22,7 @@ import xxhash
 from torch import nn
 
 from labtrain.digests import digest_tree
-from labtrain.plain import (
+from labtrain.exact.plain_values import (
     DICTS,
     LEAVES,
     SCALARS,

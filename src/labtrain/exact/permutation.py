@@ -13,7 +13,7 @@ by a bit at most covers 2^b with 2^(b-1) < N <= 2^b, so that a walk takes less t
 import numpy as np
 import numpy.typing as npt
 
-from labtrain.determinism import derive_seed
+from labtrain.exact.determinism import derive_seed
 
 Indices = npt.NDArray[np.int64]
 

@@ -120,7 +120,7 @@ def apply(mode: str, *, threads: int, tf32: bool = False) -> None:
                 f"portable, but this process was started without {' '.join(absent)}",
                 hint="start it with train.py, which sets them before torch is imported",
             )
-        from labtrain import portable
+        from labtrain.exact import portable
 
         portable.install()
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS makes its first handle
@@ -253,8 +253,8 @@ def _remembered() -> Callable[[], None]:
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 
     def put_back() -> None:
-        if "labtrain.portable" in sys.modules:
-            sys.modules["labtrain.portable"].uninstall()
+        if "labtrain.exact.portable" in sys.modules:
+            sys.modules["labtrain.exact.portable"].uninstall()
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(modes[0], warn_only=modes[1])
         cudnn.deterministic, cudnn.benchmark = deterministic, benchmark

@@ -1,0 +1,1 @@
+"""The arithmetic that gives the same bits on any number of devices. Torch, and no Lightning."""
