@@ -32,8 +32,8 @@ from torch import nn
 from labtrain.base.signals import Wishes
 from labtrain.callbacks import BatchSizes, Seeding
 from labtrain.checkpoint import FolderIO
+from labtrain.data.loader import DataLoader
 from labtrain.exact import determinism
-from labtrain.loader import DataLoader
 from labtrain.loop import EpochLoop
 from labtrain.provenance import machine
 from labtrain.strategy import ExactDDP, ExactSingleDevice

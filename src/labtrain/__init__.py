@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "DataLoader": "labtrain.loader",
+    "DataLoader": "labtrain.data.loader",
     "LabtrainError": "labtrain.base.errors",
     "Result": "labtrain.training",
     "digest": "labtrain.digests",
@@ -49,10 +49,10 @@ if TYPE_CHECKING:
     from labtrain import augment as augment
     from labtrain.base.errors import LabtrainError
     from labtrain.compose import main
+    from labtrain.data.loader import DataLoader
     from labtrain.digests import digest
     from labtrain.fingerprints import fingerprint
     from labtrain.gathering import gather_outputs
-    from labtrain.loader import DataLoader
     from labtrain.target import load_weights
     from labtrain.training import Result, train
 

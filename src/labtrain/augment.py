@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from labtrain.base.errors import ConfigError
-from labtrain.draws import Draws
+from labtrain.data.draws import Draws
 
 __all__ = ["Crop", "Draws", "Flip", "Mixup", "Noise", "Scale", "Shift", "Transform", "apply"]
 

@@ -17,9 +17,9 @@ import torch
 import torch.distributed as dist
 
 from labtrain.base.errors import ConfigError
+from labtrain.data.loader import DataLoader, loaders_of
 from labtrain.exact.attributes import plain_attributes
 from labtrain.exact.collate import received, to_send
-from labtrain.loader import DataLoader, loaders_of
 
 Path = tuple[Any, ...]  # an attribute's dotted name, and the keys from there to a list
 Calls = list[list[int]]  # of each loader: of each batch, how often this rank's step was called

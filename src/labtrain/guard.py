@@ -36,8 +36,8 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.overrides import TorchFunctionMode
 
 from labtrain.base.errors import ConfigError
+from labtrain.data.loader import DataLoader, StatefulLoader, loaders_of
 from labtrain.exact.determinism import STRICT_MODES
-from labtrain.loader import DataLoader, StatefulLoader, loaders_of
 from labtrain.sources import Code, can_be_found, count_of_code, stale_modules, unnamed_modules
 
 TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")

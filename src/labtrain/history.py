@@ -15,7 +15,7 @@ import lightning.pytorch as pl
 import psutil
 import torch
 
-from labtrain.loader import DataLoader
+from labtrain.data.loader import DataLoader
 from labtrain.trail import HISTORY, read_history_lines
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from labtrain.base.errors import ConfigError
+from labtrain.data.loader import Sharded
 from labtrain.exact.collate import emptied, is_changed, joined, marks, received, to_send
-from labtrain.loader import Sharded
 
 PREFIXES = {"train": "train", "sanity_check": "validation", "validate": "validation", "test": "test",
             "predict": "predict"}  # fmt: skip

@@ -24,13 +24,13 @@ from torch.utils._pytree import tree_leaves
 
 from labtrain.base.errors import ConfigError
 from labtrain.changes import Look, look, unlike
-from labtrain.copies import on_tensors
+from labtrain.data.loader import DataLoader
+from labtrain.data.prefetch import on_tensors
 from labtrain.doctor.report import few
 from labtrain.exact.buffers import Buffers
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import add_rows
 from labtrain.exact.tree_sum import alone
-from labtrain.loader import DataLoader
 from labtrain.tally import Results
 from labtrain.undo import LARGEST_BYTES, TooLargeError, Undo, keep_draws
 from labtrain.watch import Watch, let_pass

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 
 from labtrain.base.errors import ConfigError
 from labtrain.changes import of_generator
+from labtrain.data.loader import DataLoader, loaders_of
 from labtrain.exact.attributes import (
     RANDOM,
     attributes_of,
@@ -32,7 +33,6 @@ from labtrain.exact.attributes import (
     snapshot,
 )
 from labtrain.exact.plain_values import SCALARS, is_experiments, is_own
-from labtrain.loader import DataLoader, loaders_of
 
 State = dict[str, Any]
 

@@ -19,10 +19,10 @@ from labtrain.augment import described
 from labtrain.base.errors import LabtrainError
 from labtrain.callbacks import tensor_names
 from labtrain.compare import changes
+from labtrain.data.loader import DataLoader, loaders_of
 from labtrain.doctor.environment import files_state
 from labtrain.exact import determinism
 from labtrain.fingerprints import files_read, fingerprint_and_places
-from labtrain.loader import DataLoader, loaders_of
 from labtrain.provenance import PATCH, code_state, environment_state, machine, timestamp
 from labtrain.run import Job, shards_in_use, shown
 from labtrain.store import file_sha256

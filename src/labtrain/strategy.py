@@ -32,13 +32,13 @@ from torch import Tensor
 
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
+from labtrain.data.loader import DataLoader, Sharded
 from labtrain.exact.buffers import SENT, Buffers, broadcast
 from labtrain.exact.determinism import run_mode, seed_place
 from labtrain.exact.plain_values import is_experiments_code
 from labtrain.exact.tree_sum import ShardSum, alone, shard_ranges
 from labtrain.guard import Guard, explain_backward
 from labtrain.hooks import Handed, Takers, joined_outputs, of_no_shard
-from labtrain.loader import DataLoader, Sharded
 from labtrain.objective import weight_of, weighted_mean, weighted_row
 from labtrain.tally import Tally
 from labtrain.watch import Watch, let_pass

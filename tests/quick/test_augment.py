@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import labtrain
-from labtrain import draws as draws_module
 from labtrain.augment import Crop, Flip, Mixup, Noise, Scale, Shift, apply, described, with_partners
 from labtrain.base.errors import ConfigError
+from labtrain.data import draws as draws_module
+from labtrain.data.draws import QUANTILES, Draws
 from labtrain.digests import digest_tree
-from labtrain.draws import QUANTILES, Draws
 from labtrain.exact.determinism import derive_seed
 
 # https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64: the first outputs of two seeds.

@@ -13,13 +13,13 @@ import torch
 
 import labtrain
 from labtrain import augment
-from labtrain.arrays import Rows
 from labtrain.base.errors import ConfigError
-from labtrain.copies import ahead, in_thread, on_tensors
+from labtrain.data.arrays import Rows
+from labtrain.data.loader import DataLoader, Sharded
+from labtrain.data.prefetch import ahead, in_thread, on_tensors
 from labtrain.digests import digest_tree
 from labtrain.exact import determinism
 from labtrain.exact.tree_sum import shard_range
-from labtrain.loader import DataLoader, Sharded
 
 
 class Drawing(torch.utils.data.Dataset):
@@ -349,7 +349,7 @@ def test_a_map_that_is_larger_than_memory_is_read_by_the_page(tmp_path: Path, mo
         file.write(content)
         os.fsync(file.fileno())
     fits, expected = bytes_read(path, 3)
-    monkeypatch.setattr("labtrain.arrays.memory_bytes", lambda: 100 << 20)
+    monkeypatch.setattr("labtrain.data.arrays.memory_bytes", lambda: 100 << 20)
     large, found = bytes_read(path, 3)
     assert expected == found
     assert large <= 5 * 32 * 4096  # four batches' pages: one was asked for ahead
@@ -360,7 +360,7 @@ def test_a_map_that_is_larger_than_memory_is_read_by_the_page(tmp_path: Path, mo
 def test_the_pages_that_are_asked_for_are_those_of_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a file with a header, and of a part of one."""
     np.save(tmp_path / "rows.npy", np.arange(3_000_000, dtype=np.int32).reshape(-1, 3))
-    monkeypatch.setattr("labtrain.arrays.memory_bytes", lambda: 1)
+    monkeypatch.setattr("labtrain.data.arrays.memory_bytes", lambda: 1)
     rows = np.load(tmp_path / "rows.npy", mmap_mode="r")
     for view, first in ((rows, 0), (rows[500_000:], 500_000)):
         taker = Rows([view], single=True)

@@ -28,11 +28,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
-from labtrain.arrays import Arrays, Rows, is_arrays
 from labtrain.augment import Draws, Own, Transform, apply, with_partners
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import NUMBERS, end_with_parent
-from labtrain.copies import Copies, in_thread, on_tensors
+from labtrain.data.arrays import Arrays, Rows, is_arrays
+from labtrain.data.prefetch import Copies, in_thread, on_tensors
 from labtrain.digests import digest_content
 from labtrain.exact.determinism import STRICT_MODES, run_device, run_mode, run_say, run_seed, seed_all
 from labtrain.exact.permutation import Indices, Order

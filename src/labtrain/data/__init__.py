@@ -1,0 +1,1 @@
+"""The loader: samples that are a function of seed, epoch and index."""
