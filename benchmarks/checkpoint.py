@@ -23,11 +23,11 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from labtrain.catalog import kept
-from labtrain.delivery import Delivery
 from labtrain.saver import Saver
 from labtrain.staging import Staging
-from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, sync
+from labtrain.stores.delivery import Delivery
+from labtrain.stores.layout import kept
+from labtrain.stores.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, sync
 
 ROUNDS = 15
 MANIFEST_OF_A_SAVE = {"run_id": "bench", "step": 0, "epoch": 0, "metrics": {}, "logs": {}}

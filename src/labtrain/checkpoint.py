@@ -13,7 +13,6 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.catalog import kept
 from labtrain.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
 from labtrain.doctor.report import few
 from labtrain.exact.attributes import fingerprint, items_of_lists, plain_attributes
@@ -27,7 +26,8 @@ from labtrain.outside import Outside
 from labtrain.rebuild import KEY, can_differ, cure, lacks, made_of
 from labtrain.saver import Saver
 from labtrain.staging import described, unsavable
-from labtrain.store import Manifest
+from labtrain.stores.layout import kept
+from labtrain.stores.store import Manifest
 from labtrain.strategy import Exact
 from labtrain.unsaved import CLOCKS, CODE, Unsaved
 

@@ -19,11 +19,11 @@ from typing import Any
 
 from labtrain import receipt as receipts
 from labtrain.base.errors import ConfigError, DamagedError, StoreError
-from labtrain.catalog import checkpoint_place, stores_of
 from labtrain.digests import read_weights
 from labtrain.fingerprints import OF_A_FILE
 from labtrain.run import get, shown, what_counts
-from labtrain.store import Checkpoint, Manifest, file_sha256
+from labtrain.stores.layout import checkpoint_place, stores_of
+from labtrain.stores.store import Checkpoint, Manifest, file_sha256
 from labtrain.trail import TRAIL, first_step
 
 KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table

@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 
 from labtrain.base.errors import ConfigError, LabtrainError, not_readable
-from labtrain.remote import check_url
 from labtrain.run import SHARDED_STRATEGY, Config, get, shards_in_use, world_size
+from labtrain.stores.backends import check_url
 
 CONF = Path(__file__).parent / "conf"
 

@@ -19,11 +19,11 @@ from typing import Any
 
 from labtrain import receipt as receipts
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
-from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.compare import open_run
 from labtrain.crate_metadata import FILES, MAIN, WEIGHTS, describe
 from labtrain.run import shown
 from labtrain.sources import source_digests, sources
+from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold
 

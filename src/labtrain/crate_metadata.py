@@ -18,7 +18,7 @@ from labtrain.compare import flat
 from labtrain.provenance import PATCH
 from labtrain.receipt import Receipt
 from labtrain.run import what_counts
-from labtrain.store import file_sha256
+from labtrain.stores.store import file_sha256
 from labtrain.trail import HISTORY, TRAIL
 from labtrain.verdicts import VERIFIED
 

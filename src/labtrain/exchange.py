@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from labtrain.base.errors import ConfigError, DamagedError
-from labtrain.catalog import free_name
 from labtrain.files import load_folder, write_files
 from labtrain.staging import Staging
-from labtrain.store import SCHEMA, Store
+from labtrain.stores.layout import free_name
+from labtrain.stores.store import SCHEMA, Store
 from labtrain.target import found_checkpoint
 
 

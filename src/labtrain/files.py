@@ -32,7 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.digests import SPREAD_WEIGHTS, dense_entries, digest, digest_folder
-from labtrain.store import STATE, WEIGHTS, Manifest, file_sha256, sync
+from labtrain.stores.store import STATE, WEIGHTS, Manifest, file_sha256, sync
 
 HASHED_BYTES = 1 << 20
 PARTS = "parts"  # in state.pt: the paths of the tensors that lie in the parts

@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from labtrain.base.errors import DamagedError
-from labtrain.catalog import checkpoint_place
 from labtrain.compare import Difference, differences, overrides
 from labtrain.digests import digest_folder
 from labtrain.doctor.environment import files_state
@@ -18,10 +17,11 @@ from labtrain.exact.determinism import is_recorded, variables
 from labtrain.fingerprints import files_now
 from labtrain.provenance import code_state, environment_state, machine
 from labtrain.receipt import Receipt, without_secrets
-from labtrain.remote import is_local
 from labtrain.run import Job, lock_digest, shown, what_counts
 from labtrain.sources import moved
-from labtrain.store import Store
+from labtrain.stores.backends import is_local
+from labtrain.stores.layout import checkpoint_place
+from labtrain.stores.store import Store
 
 COMPOSE_TIMEOUT_S = 120
 

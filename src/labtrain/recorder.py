@@ -25,7 +25,7 @@ from labtrain.exact import determinism
 from labtrain.fingerprints import files_read, fingerprint_and_places
 from labtrain.provenance import PATCH, code_state, environment_state, machine, timestamp
 from labtrain.run import Job, shards_in_use, shown
-from labtrain.store import file_sha256
+from labtrain.stores.store import file_sha256
 from labtrain.trail import TRAIL, read_trail
 
 LONGEST_PATCH = 1_000_000  # characters; of a longer one the receipt has none, code.patch has it

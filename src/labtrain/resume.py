@@ -8,13 +8,13 @@ from pathlib import Path
 
 from labtrain import receipt
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.catalog import checkpoint_place, list_checkpoints
 from labtrain.fingerprints import changed_files
 from labtrain.ranks import find_ranks, restarted
-from labtrain.remote import is_local
 from labtrain.run import Config, Job, first_free, lock_digest, name, shown, what_counts
 from labtrain.sources import read_code, search_path
-from labtrain.store import Manifest, Store
+from labtrain.stores.backends import is_local
+from labtrain.stores.layout import checkpoint_place, list_checkpoints
+from labtrain.stores.store import Manifest, Store
 
 
 def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0) -> Job:

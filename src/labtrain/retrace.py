@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import ConfigError, LabtrainError, StoreError
-from labtrain.catalog import checkpoint_place, list_checkpoints, stores_of
 from labtrain.compare import Difference, Divergence, shown_value
 from labtrain.digests import read_weights
 from labtrain.inspection import told_differences
@@ -20,7 +19,8 @@ from labtrain.receipt import Receipt
 from labtrain.replay import Replay
 from labtrain.resume import checkpoint_digest
 from labtrain.run import shown
-from labtrain.store import Checkpoint, Store
+from labtrain.stores.layout import checkpoint_place, list_checkpoints, stores_of
+from labtrain.stores.store import Checkpoint, Store
 from labtrain.trail import Line, differing_tensor, phase_of
 
 Say = Callable[[str], None]

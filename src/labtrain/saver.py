@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
-from labtrain.catalog import free_name, spool_of
-from labtrain.delivery import Delivery
 from labtrain.files import together, write_files
-from labtrain.remote import is_local
 from labtrain.staging import Staging
-from labtrain.store import MANIFEST, SCHEMA, Manifest, Store, TakenOverError
+from labtrain.stores.backends import is_local
+from labtrain.stores.delivery import Delivery
+from labtrain.stores.layout import free_name, spool_of
+from labtrain.stores.store import MANIFEST, SCHEMA, Manifest, Store, TakenOverError
 
 Keep = Callable[[dict[str, int], dict[str, float]], set[str]]
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from labtrain import receipt
 from labtrain.base.errors import LabtrainError
-from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.digests import digest_file, digest_folder, state_digest
-from labtrain.remote import is_local
-from labtrain.store import MANIFEST, NAME, Checkpoint, Manifest, Store
+from labtrain.stores.backends import is_local
+from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
+from labtrain.stores.store import MANIFEST, NAME, Checkpoint, Manifest, Store
 
 
 def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]:

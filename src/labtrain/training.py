@@ -40,7 +40,6 @@ from labtrain.base.errors import (
 )
 from labtrain.base.signals import Stopped, Wishes
 from labtrain.callbacks import BatchSizes, Progress, Seeding, Trail, warn
-from labtrain.catalog import checkpoint_place, newest_whole, stores_of
 from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.digests import digest
@@ -57,12 +56,13 @@ from labtrain.objective import Objective
 from labtrain.ranks import adopt, find_ranks, restarted
 from labtrain.rebuild import Connector
 from labtrain.recorder import Recorder
-from labtrain.remote import is_local
 from labtrain.resume import changed_data, checkpoint_digest, make_job
 from labtrain.run import EXACT_STRATEGIES, ORDERED, SHARDED_STRATEGY, Config, Job, route, shards_in_use, shown
 from labtrain.sources import Code, load_from_source, note_executed, read_code, texts_in
 from labtrain.speed import Speed, check_compiler, explain_compile
-from labtrain.store import Manifest
+from labtrain.stores.backends import is_local
+from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
+from labtrain.stores.store import Manifest
 from labtrain.trail import TRAIL
 from labtrain.wiring import explain_loss, make_environment
 

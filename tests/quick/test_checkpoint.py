@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from labtrain.base.errors import DamagedError, LabtrainError
-from labtrain.catalog import list_checkpoints, newest_whole
 from labtrain.checkpoint import FolderIO
 from labtrain.digests import digest, digest_file
 from labtrain.files import load_folder, write_files
 from labtrain.staging import Staging
-from labtrain.store import SCHEMA, Checkpoint, Store
+from labtrain.stores.layout import list_checkpoints, newest_whole
+from labtrain.stores.store import SCHEMA, Checkpoint, Store
 
 
 def state(value: float = 1.0, **more: object) -> dict:

@@ -10,7 +10,7 @@ import pytest
 
 from labtrain import receipt
 from labtrain.base.errors import EXIT_STOPPED
-from labtrain.store import file_sha256
+from labtrain.stores.store import file_sha256
 from tests.support.exact import Runner, configure
 
 SCHEMA = json.loads(Path(receipt.__file__).with_name("receipt.schema.json").read_text())

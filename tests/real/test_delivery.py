@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from labtrain.base.errors import StoreError
-from labtrain.delivery import Delivery
-from labtrain.prune import check
-from labtrain.store import Store, TakenOverError
+from labtrain.stores.delivery import Delivery
+from labtrain.stores.prune import check
+from labtrain.stores.store import Store, TakenOverError
 from tests.real.test_store import made, names
 from tests.support.servers import S3, Proxy, wait_until
 

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from labtrain.base.errors import LabtrainError, StoreError
-from labtrain.catalog import newest_whole
 from labtrain.digests import digest
 from labtrain.files import load_folder
-from labtrain.prune import check
 from labtrain.staging import Staging
-from labtrain.store import Store, TakenOverError
+from labtrain.stores.layout import newest_whole
+from labtrain.stores.prune import check
+from labtrain.stores.store import Store, TakenOverError
 from tests.real.test_store import names
 from tests.support.saver import judge, save, saver_of, saves_in_a_child
 

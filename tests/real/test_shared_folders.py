@@ -21,10 +21,10 @@ from labtrain import receipt, training
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError
 from labtrain.config import explain
 from labtrain.listing import list_runs
-from labtrain.prune import leftovers
 from labtrain.recorder import Recorder
 from labtrain.run import Job, first_free, shown
-from labtrain.store import Store, identity
+from labtrain.stores.prune import leftovers
+from labtrain.stores.store import Store, identity
 from labtrain.training import alone_in, refuse_outdated
 from tests.conftest import LABTRAIN, ROOT
 from tests.support.exact import Runner, configure, outcome

@@ -13,7 +13,7 @@ import pytest
 import labtrain
 from labtrain.base.errors import EXIT_STOPPED, DamagedError, LabtrainError
 from labtrain.digests import digest
-from labtrain.store import Store
+from labtrain.stores.store import Store
 from tests.conftest import LABTRAIN, Experiment
 from tests.real.test_store import names
 from tests.support.exact import Runner, configure, kill_in_saves, outcome

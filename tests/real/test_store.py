@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError, StoreError
-from labtrain.catalog import kept, newest_whole
-from labtrain.prune import Leftover, check, clear, leftovers, superseded
-from labtrain.remote import without_secrets
-from labtrain.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, TakenOverError, file_sha256, identity
+from labtrain.stores.backends import without_secrets
+from labtrain.stores.layout import kept, newest_whole
+from labtrain.stores.prune import Leftover, check, clear, leftovers, superseded
+from labtrain.stores.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, TakenOverError, file_sha256, identity
 from tests.conftest import LABTRAIN, need
 from tests.support.servers import KEY, READ_KEY, READ_SECRET, SECRET, SFTP
 

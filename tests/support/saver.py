@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from labtrain.catalog import kept, newest_whole
 from labtrain.digests import digest
 from labtrain.files import load_folder
 from labtrain.saver import Saver
-from labtrain.store import Store
+from labtrain.stores.layout import kept, newest_whole
+from labtrain.stores.store import Store
 
 keep_two = partial(kept, last=2)
 
@@ -66,10 +66,10 @@ def saves_in_a_child(run_dir: Path, place: str, *, arm: Callable[[], None], remo
     if child == 0:
         try:
             if remote:
-                import labtrain.delivery
                 import labtrain.saver
+                import labtrain.stores.delivery
 
-                labtrain.saver.Store = labtrain.delivery.Store = Torn  # type: ignore[attr-defined,misc]
+                labtrain.saver.Store = labtrain.stores.delivery.Store = Torn  # type: ignore[attr-defined,misc]
             saver = saver_of(run_dir, place)
             arm()
             saver.open()

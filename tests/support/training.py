@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.catalog import list_checkpoints
+from labtrain.stores.layout import list_checkpoints
 from labtrain.trail import read_trail
 from tests.conftest import QUICK, Experiment, Run
 

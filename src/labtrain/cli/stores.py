@@ -10,7 +10,7 @@ import click
 from labtrain.base.errors import ConfigError, DamagedError
 
 if TYPE_CHECKING:
-    from labtrain.store import Store
+    from labtrain.stores.store import Store
 
 
 @click.group()
@@ -46,7 +46,7 @@ def store_ls(url: str, as_json: bool) -> None:
 @click.argument("url")
 def store_check(url: str) -> None:
     """Read every checkpoint below URL and compare it with its manifest; exit code 1 if one is damaged."""
-    from labtrain.prune import check
+    from labtrain.stores.prune import check
 
     damaged = False
     for each in _existing(url).checkpoints():
@@ -64,7 +64,7 @@ def store_check(url: str) -> None:
 @click.option("--dry-run", is_flag=True, help="Print what would be removed.")
 def store_prune(url: str, keep_last: int | None, older_than: float, dry_run: bool) -> None:
     """Remove what crashes left below URL, and no upload in progress."""
-    from labtrain.prune import clear, leftovers, superseded
+    from labtrain.stores.prune import clear, leftovers, superseded
 
     place = _existing(url)
     for left in leftovers(place, older_than_s=older_than * 3600):
@@ -84,7 +84,7 @@ def _existing(url: str) -> "Store":
     Raises:
         ConfigError: it is a folder of this machine that does not exist.
     """
-    from labtrain.store import Store
+    from labtrain.stores.store import Store
 
     place = Store(url)
     if place.local and not Path(place.root).is_dir():

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from labtrain.base.errors import LabtrainError
-from labtrain.catalog import list_checkpoints
 from labtrain.doctor.report import Check, judged
-from labtrain.remote import is_local
 from labtrain.run import shown
-from labtrain.store import Store
+from labtrain.stores.backends import is_local
+from labtrain.stores.layout import list_checkpoints
+from labtrain.stores.store import Store
 
 GROUP = "machine"
 SHM = Path("/dev/shm")

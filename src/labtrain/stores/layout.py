@@ -10,7 +10,7 @@ from pathlib import Path
 
 from labtrain.base.errors import DamagedError
 from labtrain.run import shown
-from labtrain.store import Checkpoint, Manifest, Store
+from labtrain.stores.store import Checkpoint, Manifest, Store
 
 
 def checkpoint_place(run_dir: Path, url: str | None) -> str:

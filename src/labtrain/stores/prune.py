@@ -9,9 +9,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from labtrain.base.errors import DamagedError, LabtrainError
-from labtrain.catalog import kept
-from labtrain.remote import explained
-from labtrain.store import MANIFEST, Checkpoint, Store, identity
+from labtrain.stores.backends import explained
+from labtrain.stores.layout import kept
+from labtrain.stores.store import MANIFEST, Checkpoint, Store, identity
 
 
 @dataclass(frozen=True, slots=True)

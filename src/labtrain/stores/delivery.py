@@ -13,8 +13,8 @@ from pathlib import Path
 from fsspec.callbacks import Callback
 
 from labtrain.base.errors import LabtrainError, StoreError
-from labtrain.remote import explained, without_secrets
-from labtrain.store import MANIFEST, Manifest, Store, TakenOverError
+from labtrain.stores.backends import explained, without_secrets
+from labtrain.stores.store import MANIFEST, Manifest, Store, TakenOverError
 
 LONGEST_PAUSE_S = 60.0
 

@@ -30,8 +30,8 @@ from typing import Any
 
 from labtrain.base import exact_json
 from labtrain.base.errors import DamagedError, StoreError
-from labtrain.remote import explained, is_local, open_url
 from labtrain.run import shown
+from labtrain.stores.backends import explained, is_local, open_url
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
