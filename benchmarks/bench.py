@@ -20,7 +20,7 @@ from pathlib import Path
 
 import start
 
-from labtrain.provenance import machine
+from labtrain.record.provenance import machine
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "fashion"))

@@ -35,7 +35,7 @@ from labtrain.checkpoint import FolderIO
 from labtrain.data.loader import DataLoader
 from labtrain.exact import determinism
 from labtrain.loop import EpochLoop
-from labtrain.provenance import machine
+from labtrain.record.provenance import machine
 from labtrain.strategy import ExactDDP, ExactSingleDevice
 from labtrain.watch import Watch
 

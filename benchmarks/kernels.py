@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from labtrain.exact import determinism
-from labtrain.provenance import machine
+from labtrain.record.provenance import machine
 
 HERE = Path(__file__).resolve().parent
 ROUNDS, SECONDS = 15, 0.02  # of each side in a round, at least

@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 
-from labtrain import receipt
 from labtrain.assets import asset
-from labtrain.compare import compare
 from labtrain.doctor.environment import files_state
 from labtrain.exact.checksums import two_sums
-from labtrain.provenance import code_state, environment_state, machine
-from labtrain.run import Job
-from labtrain.trail import HISTORY, TRAIL, read_trail
+from labtrain.record import receipt
+from labtrain.record.differences import compare
+from labtrain.record.identity import Job
+from labtrain.record.provenance import code_state, environment_state, machine
+from labtrain.record.trail import HISTORY, TRAIL, read_trail
 
 ROUNDS = 15
 STEPS = 1_000_000

@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 import labtrain
-from labtrain.provenance import machine
+from labtrain.record.provenance import machine
 
 REPEATS = 5
 HERE = Path(__file__).resolve().parent

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from labtrain import receipt
 from labtrain.new import make_experiment
+from labtrain.record import receipt
 
 pytest.register_assert_rewrite("tests.support")
 

@@ -34,8 +34,8 @@ _HOMES = {
     "DataLoader": "labtrain.data.loader",
     "LabtrainError": "labtrain.base.errors",
     "Result": "labtrain.training",
-    "digest": "labtrain.digests",
-    "fingerprint": "labtrain.fingerprints",
+    "digest": "labtrain.record.digests",
+    "fingerprint": "labtrain.record.fingerprints",
     "gather_outputs": "labtrain.gathering",
     "load_weights": "labtrain.target",
     "main": "labtrain.compose",
@@ -43,16 +43,16 @@ _HOMES = {
 }
 
 if os.environ.get("LABTRAIN_FROM_SOURCE") == "1":  # a training started this process: a loader's worker, say
-    importlib.import_module("labtrain.sources").load_from_source()
+    importlib.import_module("labtrain.record.sources").load_from_source()
 
 if TYPE_CHECKING:
     from labtrain import augment as augment
     from labtrain.base.errors import LabtrainError
     from labtrain.compose import main
     from labtrain.data.loader import DataLoader
-    from labtrain.digests import digest
-    from labtrain.fingerprints import fingerprint
     from labtrain.gathering import gather_outputs
+    from labtrain.record.digests import digest
+    from labtrain.record.fingerprints import fingerprint
     from labtrain.target import load_weights
     from labtrain.training import Result, train
 

@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from labtrain.base.errors import LabtrainError
-from labtrain.installed import NEEDED, changes, names
+from labtrain.record.installed import NEEDED, changes, names
 
 PYTHONS = ((3, 11), (3, 14))  # from, below
 DISK_BYTES = 8_000_000_000  # torch and its CUDA libraries are 7.1 GB; the rest is byte code and room to unpack

@@ -15,11 +15,11 @@ import xxhash
 from lightning.pytorch.callbacks import ProgressBar
 
 from labtrain.data.loader import DataLoader
-from labtrain.digests import tensor_bytes
 from labtrain.exact.checksums import shown_sums, two_sums
 from labtrain.exact.determinism import fill_new_memory, seed_place
 from labtrain.files import is_spread
-from labtrain.trail import TRAIL, cut_trail
+from labtrain.record.digests import tensor_bytes
+from labtrain.record.trail import TRAIL, cut_trail
 
 
 class Seeding(pl.Callback):

@@ -13,7 +13,6 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
 from labtrain.doctor.report import few
 from labtrain.exact.attributes import fingerprint, items_of_lists, plain_attributes
 from labtrain.exact.checksums import first_unlike, unlike_names
@@ -24,6 +23,7 @@ from labtrain.loop import EpochLoop
 from labtrain.options import adopt, beginnings, beginnings_of_callbacks
 from labtrain.outside import Outside
 from labtrain.rebuild import KEY, can_differ, cure, lacks, made_of
+from labtrain.record.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
 from labtrain.saver import Saver
 from labtrain.staging import described, unsavable
 from labtrain.stores.layout import kept

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from labtrain import config as configuration
-from labtrain import receipt
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError
 from labtrain.base.signals import NUMBERS, block, unblock
 from labtrain.exact import determinism
-from labtrain.ranks import adopt, find_ranks, own_rank
-from labtrain.resume import changed_data, make_job, near_run
-from labtrain.run import JOB_VARIABLE, Config, Job, shown
+from labtrain.record import config as configuration
+from labtrain.record import receipt
+from labtrain.record.identity import JOB_VARIABLE, Config, Job, shown
+from labtrain.record.ranks import adopt, find_ranks, own_rank
+from labtrain.record.resume import changed_data, make_job, near_run
 
 # Linux takes one variable of at most 128 KiB (MAX_ARG_STRLEN).
 MAX_JOB_BYTES = 120_000

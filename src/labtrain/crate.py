@@ -17,12 +17,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from labtrain import receipt as receipts
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
-from labtrain.compare import open_run
 from labtrain.crate_metadata import FILES, MAIN, WEIGHTS, describe
-from labtrain.run import shown
-from labtrain.sources import source_digests, sources
+from labtrain.record import receipt as receipts
+from labtrain.record.differences import open_run
+from labtrain.record.identity import shown
+from labtrain.record.sources import source_digests, sources
 from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold

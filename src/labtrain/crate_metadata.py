@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from labtrain import receipt as receipts
 from labtrain import signature
 from labtrain.base.errors import ConfigError
-from labtrain.compare import flat
-from labtrain.provenance import PATCH
-from labtrain.receipt import Receipt
-from labtrain.run import what_counts
+from labtrain.record import receipt as receipts
+from labtrain.record.differences import flat
+from labtrain.record.identity import what_counts
+from labtrain.record.provenance import PATCH
+from labtrain.record.receipt import Receipt
+from labtrain.record.trail import HISTORY, TRAIL
 from labtrain.stores.store import file_sha256
-from labtrain.trail import HISTORY, TRAIL
 from labtrain.verdicts import VERIFIED
 
 MAIN = "train.py"

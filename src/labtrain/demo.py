@@ -17,14 +17,14 @@ from pathlib import Path
 
 from labtrain.assets import asset
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.compare import first_difference
 from labtrain.new import make_experiment
-from labtrain.ranks import alone
-from labtrain.receipt import read
+from labtrain.record.differences import first_difference
+from labtrain.record.identity import shown
+from labtrain.record.ranks import alone
+from labtrain.record.receipt import read
+from labtrain.record.trail import read_trail
 from labtrain.report import write_report
 from labtrain.report.data import label_of
-from labtrain.run import shown
-from labtrain.trail import read_trail
 from labtrain.verification import verify_run
 
 # What the dispatch of MKL, oneDNN, torch, glibc and numpy would choose on a CPU from before AVX (2008).

@@ -8,9 +8,9 @@ from lightning.pytorch.strategies import Strategy
 
 from labtrain.base.errors import ConfigError, DeviceError
 from labtrain.base.signals import Wishes
-from labtrain.config import too_many_devices
 from labtrain.fsdp import FullySharded
-from labtrain.run import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, shards_in_use, world_size
+from labtrain.record.config import too_many_devices
+from labtrain.record.identity import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, shards_in_use, world_size
 from labtrain.strategy import ExactDDP, ExactSingleDevice
 
 

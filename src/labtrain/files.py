@@ -31,7 +31,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
-from labtrain.digests import SPREAD_WEIGHTS, dense_entries, digest, digest_folder
+from labtrain.record.digests import SPREAD_WEIGHTS, dense_entries, digest, digest_folder
 from labtrain.stores.store import STATE, WEIGHTS, Manifest, file_sha256, sync
 
 HASHED_BYTES = 1 << 20

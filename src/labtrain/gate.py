@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.compare import differences, first_difference, open_run
 from labtrain.equivalence import Equivalence, check_levels, compare_pairs
-from labtrain.receipt import Receipt
+from labtrain.record.differences import differences, first_difference, open_run
+from labtrain.record.identity import first_free, shown, what_counts
+from labtrain.record.receipt import Receipt
 from labtrain.replay import Replay, code_of, home_of
 from labtrain.report.page import Verdict
 from labtrain.retrace import Say
-from labtrain.run import first_free, shown, what_counts
 from labtrain.verification import results_differently, soft_results
 
 
@@ -198,7 +198,7 @@ def distributions_of(python: Path) -> dict[str, str]:
     Raises:
         ConfigError: it is no Python, or has no labtrain.
     """
-    code = "import json; from labtrain.provenance import distributions; print(json.dumps(distributions()))"
+    code = "import json; from labtrain.record.provenance import distributions; print(json.dumps(distributions()))"
     try:
         done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:

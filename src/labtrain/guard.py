@@ -38,7 +38,7 @@ from torch.overrides import TorchFunctionMode
 from labtrain.base.errors import ConfigError
 from labtrain.data.loader import DataLoader, StatefulLoader, loaders_of
 from labtrain.exact.determinism import STRICT_MODES
-from labtrain.sources import Code, can_be_found, count_of_code, stale_modules, unnamed_modules
+from labtrain.record.sources import Code, can_be_found, count_of_code, stale_modules, unnamed_modules
 
 TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")

@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from labtrain.data.loader import DataLoader
-from labtrain.trail import HISTORY, read_history_lines
+from labtrain.record.trail import HISTORY, read_history_lines
 
 
 class History(pl.Callback):

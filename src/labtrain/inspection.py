@@ -10,15 +10,15 @@ from typing import Any
 import yaml
 
 from labtrain.base.errors import DamagedError
-from labtrain.compare import Difference, differences, overrides
-from labtrain.digests import digest_folder
 from labtrain.doctor.environment import files_state
 from labtrain.exact.determinism import is_recorded, variables
-from labtrain.fingerprints import files_now
-from labtrain.provenance import code_state, environment_state, machine
-from labtrain.receipt import Receipt, without_secrets
-from labtrain.run import Job, lock_digest, shown, what_counts
-from labtrain.sources import moved
+from labtrain.record.differences import Difference, differences, overrides
+from labtrain.record.digests import digest_folder
+from labtrain.record.fingerprints import files_now
+from labtrain.record.identity import Job, lock_digest, shown, what_counts
+from labtrain.record.provenance import code_state, environment_state, machine
+from labtrain.record.receipt import Receipt, without_secrets
+from labtrain.record.sources import moved
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import checkpoint_place
 from labtrain.stores.store import Store

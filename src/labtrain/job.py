@@ -14,13 +14,13 @@ import traceback
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from labtrain import receipt
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError
 from labtrain.base.signals import Stopped, end_with_parent
 from labtrain.compose import print_error
-from labtrain.ranks import find_ranks, in_slurm_step, requeue, wants_requeue
-from labtrain.run import JOB_VARIABLE, Job, shown
-from labtrain.sources import load_from_source
+from labtrain.record import receipt
+from labtrain.record.identity import JOB_VARIABLE, Job, shown
+from labtrain.record.ranks import find_ranks, in_slurm_step, requeue, wants_requeue
+from labtrain.record.sources import load_from_source
 
 if TYPE_CHECKING:
     from labtrain.training import Result

@@ -11,11 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from labtrain import receipt
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.provenance import time_of
-from labtrain.run import shown
-from labtrain.trail import HISTORY
+from labtrain.record import receipt
+from labtrain.record.identity import shown
+from labtrain.record.provenance import time_of
+from labtrain.record.trail import HISTORY
 
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
 TAIL_BYTES = 1 << 16  # of a history: more than its last lines

@@ -20,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from labtrain.base.errors import ConfigError
-from labtrain.run import Job
+from labtrain.record.identity import Job
 
 # What each logger can be told. labtrain itself says where it writes, and under which name.
 OPTIONS = {

@@ -26,13 +26,13 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Metada
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
 from labtrain.data.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
-from labtrain.digests import PLACE
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import hold, metrics_of, release
 from labtrain.files import is_spread
 from labtrain.gathering import leave_own, made_whole
 from labtrain.guard import Guard
 from labtrain.outside import KEY, Outside
+from labtrain.record.digests import PLACE
 from labtrain.strategy import Exact
 from labtrain.tally import Results, global_already, is_global
 from labtrain.unsaved import Unsaved

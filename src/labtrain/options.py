@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from labtrain.base.errors import ConfigError
-from labtrain.digests import PLACE, digest_tree
+from labtrain.record.digests import PLACE, digest_tree
 from labtrain.staging import unsavable
 
 State = dict[str, Any]

@@ -14,19 +14,19 @@ import torch
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from labtrain import receipt
 from labtrain.augment import described
 from labtrain.base.errors import LabtrainError
 from labtrain.callbacks import tensor_names
-from labtrain.compare import changes
 from labtrain.data.loader import DataLoader, loaders_of
 from labtrain.doctor.environment import files_state
 from labtrain.exact import determinism
-from labtrain.fingerprints import files_read, fingerprint_and_places
-from labtrain.provenance import PATCH, code_state, environment_state, machine, timestamp
-from labtrain.run import Job, shards_in_use, shown
+from labtrain.record import receipt
+from labtrain.record.differences import changes
+from labtrain.record.fingerprints import files_read, fingerprint_and_places
+from labtrain.record.identity import Job, shards_in_use, shown
+from labtrain.record.provenance import PATCH, code_state, environment_state, machine, timestamp
+from labtrain.record.trail import TRAIL, read_trail
 from labtrain.stores.store import file_sha256
-from labtrain.trail import TRAIL, read_trail
 
 LONGEST_PATCH = 1_000_000  # characters; of a longer one the receipt has none, code.patch has it
 

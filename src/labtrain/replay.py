@@ -15,16 +15,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from labtrain import receipt as receipts
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, LabtrainError
 from labtrain.compose import process_of
-from labtrain.config import completed
-from labtrain.provenance import PATCH, git
-from labtrain.ranks import alone
-from labtrain.receipt import NOT_RECORDED, Receipt
-from labtrain.run import Config, Job, lock_digest, name, shown, what_counts
-from labtrain.sources import moved, read_code, source_digests
-from labtrain.trail import TRAIL, Line, parse_trail
+from labtrain.record import receipt as receipts
+from labtrain.record.config import completed
+from labtrain.record.identity import Config, Job, lock_digest, name, shown, what_counts
+from labtrain.record.provenance import PATCH, git
+from labtrain.record.ranks import alone
+from labtrain.record.receipt import NOT_RECORDED, Receipt
+from labtrain.record.sources import moved, read_code, source_digests
+from labtrain.record.trail import TRAIL, Line, parse_trail
 
 POLL_S = 0.02
 GIT_TIMEOUT_S = 600  # a checkout of a large repository on a slow disk

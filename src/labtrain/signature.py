@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from labtrain import receipt
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
-from labtrain.provenance import git
-from labtrain.run import shown
+from labtrain.record import receipt
+from labtrain.record.identity import shown
+from labtrain.record.provenance import git
 
 FILE = f"{receipt.FILE}.sig"
 NAMESPACE = "labtrain-receipt"  # a signature for another purpose is none of a receipt

@@ -14,10 +14,10 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
-from labtrain import receipt
 from labtrain.base.errors import ConfigError, JobFailedError
-from labtrain.ranks import find_ranks, own_rank
-from labtrain.run import Job, shown
+from labtrain.record import receipt
+from labtrain.record.identity import Job, shown
+from labtrain.record.ranks import find_ranks, own_rank
 
 PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
 SQLITE = "sqlite:///"

@@ -6,9 +6,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from labtrain import receipt
 from labtrain.base.errors import LabtrainError
-from labtrain.digests import digest_file, digest_folder, state_digest
+from labtrain.record import receipt
+from labtrain.record.digests import digest_file, digest_folder, state_digest
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
 from labtrain.stores.store import MANIFEST, NAME, Checkpoint, Manifest, Store

@@ -27,7 +27,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from labtrain import receipt
 from labtrain.agreement import Agreement
 from labtrain.base.errors import (
     ConfigError,
@@ -42,28 +41,38 @@ from labtrain.base.signals import Stopped, Wishes
 from labtrain.callbacks import BatchSizes, Progress, Seeding, Trail, warn
 from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
-from labtrain.digests import digest
 from labtrain.doctor.environment import REPAIR, unlike_lock
 from labtrain.doctor.report import few
 from labtrain.exact import determinism
-from labtrain.fingerprints import noting_opened, places_in
 from labtrain.gpu_stats import GpuStats
 from labtrain.guard import Guard, explain_operation
 from labtrain.history import History, best_of
 from labtrain.loggers import log_config, make_loggers
 from labtrain.loop import EpochLoop
 from labtrain.objective import Objective
-from labtrain.ranks import adopt, find_ranks, restarted
 from labtrain.rebuild import Connector
+from labtrain.record import receipt
+from labtrain.record.digests import digest
+from labtrain.record.fingerprints import noting_opened, places_in
+from labtrain.record.identity import (
+    EXACT_STRATEGIES,
+    ORDERED,
+    SHARDED_STRATEGY,
+    Config,
+    Job,
+    route,
+    shards_in_use,
+    shown,
+)
+from labtrain.record.ranks import adopt, find_ranks, restarted
+from labtrain.record.resume import changed_data, checkpoint_digest, make_job
+from labtrain.record.sources import Code, load_from_source, note_executed, read_code, texts_in
+from labtrain.record.trail import TRAIL
 from labtrain.recorder import Recorder
-from labtrain.resume import changed_data, checkpoint_digest, make_job
-from labtrain.run import EXACT_STRATEGIES, ORDERED, SHARDED_STRATEGY, Config, Job, route, shards_in_use, shown
-from labtrain.sources import Code, load_from_source, note_executed, read_code, texts_in
 from labtrain.speed import Speed, check_compiler, explain_compile
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
 from labtrain.stores.store import Manifest
-from labtrain.trail import TRAIL
 from labtrain.wiring import explain_loss, make_environment
 
 PATIENCE_S = 5  # in which one start waits for another in silence
@@ -540,7 +549,7 @@ def _job(cfg: Any) -> Job:
     from omegaconf import DictConfig, OmegaConf
 
     import __main__
-    from labtrain import config as configuration
+    from labtrain.record import config as configuration
 
     plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
     if not isinstance(plain, Mapping):

@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 from typing import NoReturn, cast
 
-from labtrain import config as configuration
 from labtrain.base.errors import ConfigError, DeviceError, LabtrainError
 from labtrain.compose import print_error, process_of
 from labtrain.exact import determinism
-from labtrain.resume import make_job
-from labtrain.run import JOB_VARIABLE, SHARDED_STRATEGY, Config, Job, shards_in_use
+from labtrain.record import config as configuration
+from labtrain.record.identity import JOB_VARIABLE, SHARDED_STRATEGY, Config, Job, shards_in_use
+from labtrain.record.resume import make_job
 
 SAID = ("Batch size", "The batch size", "Reached", "Applying")  # of what Lightning says, how the search goes
 

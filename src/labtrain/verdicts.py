@@ -11,9 +11,9 @@ from typing import Any
 
 from labtrain import __version__
 from labtrain.base.errors import DamagedError
-from labtrain.provenance import time_of, timestamp
-from labtrain.receipt import Receipt
-from labtrain.run import shown
+from labtrain.record.identity import shown
+from labtrain.record.provenance import time_of, timestamp
+from labtrain.record.receipt import Receipt
 
 VERIFIED = "verified.jsonl"
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
-from labtrain.compare import Difference, Divergence, open_run, shown_value
 from labtrain.inspection import check_checkpoints, composed_differently, state_differences
-from labtrain.receipt import Receipt
+from labtrain.record.differences import Difference, Divergence, open_run, shown_value
+from labtrain.record.identity import shown
+from labtrain.record.receipt import Receipt
+from labtrain.record.trail import TRAIL, Line, read_trail
 from labtrain.replay import code_of, home_of
 from labtrain.retrace import Case, Say, follow, narrow
-from labtrain.run import shown
 from labtrain.signature import check_signature
-from labtrain.trail import TRAIL, Line, read_trail
 from labtrain.verdicts import note
 
 

@@ -18,7 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from labtrain.base.errors import DeviceError, LostError
 from labtrain.base.signals import Stopped, Wishes
-from labtrain.ranks import Ranks
+from labtrain.record.ranks import Ranks
 
 ELSEWHERE = "192.0.2.1"  # an address of nobody (RFC 5737): the way to it is the way out of this machine
 # What gloo, TCPStore and NCCL say of a peer that is gone.

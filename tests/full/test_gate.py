@@ -5,7 +5,7 @@ import stat
 import sys
 from pathlib import Path
 
-from labtrain import receipt as receipts
+from labtrain.record import receipt as receipts
 from tests.support.gate import gate
 
 pytest_plugins = ["tests.support.gate"]

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from labtrain.exact.determinism import variables
-from labtrain.resume import make_job
-from labtrain.run import JOB_VARIABLE
+from labtrain.record.identity import JOB_VARIABLE
+from labtrain.record.resume import make_job
 from tests.conftest import ROOT, Experiment, need
 
 

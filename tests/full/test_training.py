@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.run import shown
+from labtrain.record.identity import shown
 from labtrain.stores.layout import list_checkpoints
 from tests.conftest import Experiment, Run
 from tests.support.training import SHORT, folders, kill_and_go_on, kill_when, same, stop_and_go_on, wait_for_step

@@ -7,7 +7,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from labtrain.trail import read_trail
+from labtrain.record.trail import read_trail
 from tests.conftest import LABTRAIN, QUICK, Experiment, changed
 from tests.support.verification import STEPS, TWO_EPOCHS, git, name_a_flipped_bit, started, verify
 

@@ -13,8 +13,8 @@ from labtrain.augment import Crop, Flip, Mixup, Noise, Scale, Shift, apply, desc
 from labtrain.base.errors import ConfigError
 from labtrain.data import draws as draws_module
 from labtrain.data.draws import QUANTILES, Draws
-from labtrain.digests import digest_tree
 from labtrain.exact.determinism import derive_seed
+from labtrain.record.digests import digest_tree
 
 # https://rosettacode.org/wiki/Pseudo-random_numbers/Splitmix64: the first outputs of two seeds.
 PUBLISHED = {

@@ -3,7 +3,7 @@ from pathlib import Path
 import torch
 
 from labtrain.callbacks import Trail, clock, tensor_names
-from labtrain.trail import read_trail
+from labtrain.record.trail import read_trail
 
 
 def test_a_clock_reads_as_people_write_it() -> None:

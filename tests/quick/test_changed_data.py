@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from labtrain import fingerprints, receipt
-from labtrain.fingerprints import changed_files, files_now, files_read, noting_opened, places_in
 from labtrain.inspection import state_differences
+from labtrain.record import fingerprints, receipt
+from labtrain.record.fingerprints import changed_files, files_now, files_read, noting_opened, places_in
 from tests.support.exact import configure
 
 UTC = struct.pack(">4s16x6liBB4s", b"TZif", 0, 0, 0, 0, 1, 4, 0, 0, 0, b"UTC")  # the smallest file of a zone, RFC 8536
@@ -60,7 +60,7 @@ def test_what_a_training_read_is_named_by_its_place(tmp_path: Path, monkeypatch:
     (other / "c.npy").write_text("other")
     (root / "a.csv").unlink()
     assert changed_files(found, root) == [f"{other}/c.npy"]
-    monkeypatch.setattr("labtrain.fingerprints.MOST_PLACES", 1)
+    monkeypatch.setattr("labtrain.record.fingerprints.MOST_PLACES", 1)
     assert set(files_read([other / "c.npy", other / "d.npy"], root)) == {f"file {other}"}
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from labtrain.digests import tensor_bytes
 from labtrain.exact import checksums
 from labtrain.exact.checksums import device_hash, shown_sums, two_sums
+from labtrain.record.digests import tensor_bytes
 
 
 def digest(*tensors: torch.Tensor) -> str:

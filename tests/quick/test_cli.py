@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from labtrain import __version__, receipt
+from labtrain import __version__
+from labtrain.record import receipt
 from tests.conftest import LABTRAIN, QUICK, Experiment
 
 

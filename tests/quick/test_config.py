@@ -8,9 +8,9 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 from omegaconf.errors import KeyValidationError
 
-from labtrain import config as configuration
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.config import CONF, check, unknown_key
+from labtrain.record import config as configuration
+from labtrain.record.config import CONF, check, unknown_key
 from tests.conftest import Experiment
 from tests.quick.test_ranks import STEP
 

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 from rocrate.rocrate import ROCrate
 
-from labtrain import receipt
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.crate import write_crate
-from labtrain.run import what_counts
-from labtrain.sources import source_digests
+from labtrain.record import receipt
+from labtrain.record.identity import what_counts
+from labtrain.record.sources import source_digests
 from tests.conftest import LABTRAIN
 from tests.quick.test_receipt import CREDENTIALS
 from tests.support.exact import Runner, configure

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from labtrain import receipt
 from labtrain.base.errors import ConfigError
 from labtrain.exact import determinism
 from labtrain.inspection import state_differences
+from labtrain.record import receipt
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

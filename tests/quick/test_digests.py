@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from labtrain.base.errors import DamagedError, LabtrainError
-from labtrain.digests import digest, digest_file, digest_folder, digest_tree, read_safetensors
+from labtrain.record.digests import digest, digest_file, digest_folder, digest_tree, read_safetensors
 
 
 def test_the_digest_is_what_the_design_says() -> None:

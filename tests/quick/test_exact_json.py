@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from labtrain import config as configuration
-from labtrain import receipt
 from labtrain.base import exact_json
 from labtrain.base.errors import ConfigError
-from labtrain.resume import make_job
-from labtrain.run import Job
+from labtrain.record import config as configuration
+from labtrain.record import receipt
+from labtrain.record.identity import Job
+from labtrain.record.resume import make_job
 from tests.quick.test_run import CONFIG, changed, run_id
 from tests.support.exact import configure, outcome
 

@@ -19,7 +19,7 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset
 
 from labtrain import fingerprint as public
 from labtrain.base.errors import ConfigError
-from labtrain.fingerprints import fingerprint
+from labtrain.record.fingerprints import fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -192,7 +192,7 @@ def test_what_cannot_be_told_is_listed(tmp_path: Path, monkeypatch: pytest.Monke
 
     holder = Holder()
     holder.generator, holder.folder = torch.Generator(), "/"
-    monkeypatch.setattr("labtrain.fingerprints.MOST_FILES", 1)
+    monkeypatch.setattr("labtrain.record.fingerprints.MOST_FILES", 1)
     many = Images(images(tmp_path / "data" / "x"))
     assert fingerprint(holder)["opaque"] == ["folder /", "torch._C.Generator"]
     assert fingerprint(many)["opaque"] == [f"folder {tmp_path}/data/x"]
@@ -204,7 +204,7 @@ def test_files_are_hashed_once(tmp_path: Path, own_cache: Path, monkeypatch: pyt
     new = digest_of(dataset)
     with sqlite3.connect(own_cache) as database:
         assert database.execute("select count(*) from files").fetchone() == (0,)
-    monkeypatch.setattr("labtrain.fingerprints.SETTLED_NS", 0)
+    monkeypatch.setattr("labtrain.record.fingerprints.SETTLED_NS", 0)
     assert digest_of(dataset) == new
     with sqlite3.connect(own_cache) as database:
         assert database.execute("select count(*) from files").fetchone() == (2,)
@@ -222,7 +222,7 @@ def test_an_edit_in_place_is_seen_whatever_its_time_says(
     tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`rsync -t`, `cp -p` and `touch -r` leave size, inode and time of the content as they were."""
-    monkeypatch.setattr("labtrain.fingerprints.SETTLED_NS", 0)
+    monkeypatch.setattr("labtrain.record.fingerprints.SETTLED_NS", 0)
     dataset = Images(images(tmp_path / "data" / "x"))
     path = Path(dataset.root, "a.png")
     before, status = digest_of(dataset), path.stat()

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from labtrain.history import best_of
-from labtrain.trail import HISTORY
+from labtrain.record.trail import HISTORY
 from tests.conftest import QUICK, Experiment
 
 

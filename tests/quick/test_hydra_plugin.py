@@ -6,7 +6,7 @@ import zipfile
 from pathlib import Path
 
 from labtrain.new import build_wheel
-from labtrain.sources import in_environment
+from labtrain.record.sources import in_environment
 
 ROOT = Path(__file__).parents[2]
 # As in a notebook: no train.py, and labtrain itself is not imported. `sys.path` has no clone.

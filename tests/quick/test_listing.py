@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from labtrain import listing, receipt
+from labtrain import listing
+from labtrain.record import receipt
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, changed
 
 GOLDEN = ROOT / "tests" / "golden"

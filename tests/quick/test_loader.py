@@ -17,9 +17,9 @@ from labtrain.base.errors import ConfigError
 from labtrain.data.arrays import Rows
 from labtrain.data.loader import DataLoader, Sharded
 from labtrain.data.prefetch import ahead, in_thread, on_tensors
-from labtrain.digests import digest_tree
 from labtrain.exact import determinism
 from labtrain.exact.tree_sum import shard_range
+from labtrain.record.digests import digest_tree
 
 
 class Drawing(torch.utils.data.Dataset):

@@ -3,7 +3,7 @@
 import pytest
 
 from labtrain.base.errors import ConfigError
-from labtrain.ranks import adopt, alone, find_ranks, first_node
+from labtrain.record.ranks import adopt, alone, find_ranks, first_node
 
 # As Slurm 22.05 set them for the third of `srun -N2 --ntasks-per-node=2` in a job of four nodes.
 STEP = {

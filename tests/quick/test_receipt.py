@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from labtrain import receipt
 from labtrain.base.errors import DamagedError
+from labtrain.record import receipt
 
 
 def whole(**changes: object) -> dict:

@@ -8,8 +8,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from labtrain import receipt
 from labtrain.base.errors import EXIT_STOPPED
+from labtrain.record import receipt
 from labtrain.stores.store import file_sha256
 from tests.support.exact import Runner, configure
 

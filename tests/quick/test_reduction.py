@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from labtrain.digests import digest_tree
 from labtrain.exact import tree_sum as reduction
 from labtrain.exact.tree_sum import ShardSum, Tree, _assign, _Bucket, shard_range, shard_ranges, subtrees
+from labtrain.record.digests import digest_tree
 from tests.support.exact import forkserver
 
 SHAPES = [(3, 5), (7,), (), (2, 3, 4, 4), (11, 2)]

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from labtrain import receipt as receipts
 from labtrain.base.errors import EXIT_STOPPED, ConfigError
-from labtrain.resume import checkpoint_digest, find_origin, make_job, near_run
+from labtrain.record import receipt as receipts
+from labtrain.record.resume import checkpoint_digest, find_origin, make_job, near_run
 from tests.support.exact import Runner, configure, outcome
 
 

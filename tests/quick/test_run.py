@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.resume import make_job
-from labtrain.run import Job, first_free, lock_digest, name, route
-from labtrain.sources import read_code
+from labtrain.record.identity import Job, first_free, lock_digest, name, route
+from labtrain.record.resume import make_job
+from labtrain.record.sources import read_code
 
 CONFIG = {
     "experiment": "digits",
@@ -179,7 +179,7 @@ def test_what_train_py_adds_to_its_path_is_there_when_it_trains(
     monkeypatch.setattr(sys, "path", [str(root), *sys.path[1:], "../lib"])
     job = make_job(CONFIG, root=root, command=["train.py"])
     code = (
-        "from pathlib import Path\nfrom labtrain.run import Job\nfrom labtrain.sources import read_code\n"
+        "from pathlib import Path\nfrom labtrain.record.identity import Job\nfrom labtrain.record.sources import read_code\n"
         f"job = Job.from_json({job.to_json()!r})\njob.enter_path()\nfound = read_code(Path(job.root), job.config)\n"
         "print(found.digest == job.code_digest, *found.outside)\nimport mylabutils\n"
     )

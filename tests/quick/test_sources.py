@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from labtrain import sources
 from labtrain.guard import unnamed
-from labtrain.sources import Code, read_code
+from labtrain.record import sources
+from labtrain.record.sources import Code, read_code
 
 CONFIG = {"model": {"_target_": "model.Net"}, "data": {"_target_": "data.Data"}, "callbacks": {}}
 
@@ -153,7 +153,7 @@ CHEAT = "VALUE = 'bytecode'\ndef f(): return 2\n"
 LOOK = """
 import sys
 sys.path.insert(0, {root!r})
-from labtrain.sources import load_from_source
+from labtrain.record.sources import load_from_source
 load_from_source()
 import multiprocessing, importlib.util
 import model, parts.layer, lib_module, json
@@ -202,7 +202,7 @@ import sys
 sys.path.insert(0, {str(tmp_path)!r})
 import model, other
 from pathlib import Path
-from labtrain.sources import read_code, stale_modules
+from labtrain.record.sources import read_code, stale_modules
 def stale():
     return stale_modules(read_code(Path({str(tmp_path)!r}), {CONFIG!r}))
 print(stale())
@@ -326,7 +326,7 @@ def test_what_the_environments_compilers_wrote_is_the_environments(
 
 def test_a_start_says_what_shadows_and_the_receipt_names_it(runner: Any, tmp_path: Path) -> None:
     """Here a module of the experiment's own folder, which Python looks into first."""
-    from labtrain import receipt
+    from labtrain.record import receipt
     from tests.support.exact import configure
 
     write(tmp_path / "none", antigravity="")

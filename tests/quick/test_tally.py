@@ -9,7 +9,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Result
 from torch import nn
 
 from labtrain.base.errors import ConfigError
-from labtrain.digests import digest_tree
+from labtrain.record.digests import digest_tree
 from labtrain.tally import Tally
 
 KINDS: dict[str, Any] = {

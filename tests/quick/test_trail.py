@@ -11,7 +11,7 @@ import torch
 
 from labtrain.base.errors import DamagedError
 from labtrain.exact.checksums import shown_sums, two_sums
-from labtrain.trail import TRAIL, cut_trail, differing_tensor, first_step, phase_of, read_trail
+from labtrain.record.trail import TRAIL, cut_trail, differing_tensor, first_step, phase_of, read_trail
 
 
 def write(path: Path, steps: int, tail: str = "") -> None:

@@ -11,10 +11,10 @@ import fsspec
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from labtrain import receipt
 from labtrain.base.errors import ConfigError, DamagedError
-from labtrain.compare import compare, first_difference, overrides
-from labtrain.trail import TRAIL
+from labtrain.record import receipt
+from labtrain.record.differences import compare, first_difference, overrides
+from labtrain.record.trail import TRAIL
 from tests.conftest import LABTRAIN
 from tests.conftest import changed as change
 from tests.support.exact import Runner, configure
@@ -86,7 +86,7 @@ def test_what_cannot_matter_is_no_cause(run_dir: Path, tmp_path: Path, key: str,
 
 
 def test_devices_are_a_cause_without_shards_and_the_processor_none_in_portable_mode(run_dir: Path) -> None:
-    from labtrain.compare import differences
+    from labtrain.record.differences import differences
 
     a = receipt.read(run_dir)
     assert a is not None

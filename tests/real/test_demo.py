@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from labtrain.base.errors import ConfigError
-from labtrain.compare import first_difference
 from labtrain.demo import WAYS, judge, make_empty, read_outcome
+from labtrain.record.differences import first_difference
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment
 
 GOLDEN = json.loads((ROOT / "tests/golden/receipt.json").read_text())["results"]["weights_digest"]

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from labtrain import receipt as receipts
+from labtrain.record import receipt as receipts
 from tests.conftest import changed
 from tests.support.gate import gate
 

@@ -6,7 +6,7 @@ import subprocess
 import time
 from pathlib import Path
 
-from labtrain.trail import HISTORY, read_trail
+from labtrain.record.trail import HISTORY, read_trail
 from tests.conftest import QUICK, Experiment
 
 

@@ -12,8 +12,8 @@ from torch.utils.data import default_collate
 
 from labtrain.base.errors import ConfigError
 from labtrain.data.loader import DataLoader
-from labtrain.digests import digest_content, digest_tree
 from labtrain.exact import determinism
+from labtrain.record.digests import digest_content, digest_tree
 from tests.support.exact import Runner, configure
 
 

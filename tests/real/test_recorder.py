@@ -5,8 +5,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from labtrain import receipt
-from labtrain.provenance import uncommitted_change
+from labtrain.record import receipt
+from labtrain.record.provenance import uncommitted_change
 from tests.conftest import Experiment
 
 

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from labtrain.base.errors import LabtrainError, StoreError
-from labtrain.digests import digest
 from labtrain.files import load_folder
+from labtrain.record.digests import digest
 from labtrain.staging import Staging
 from labtrain.stores.layout import newest_whole
 from labtrain.stores.prune import check

@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 
-from labtrain import receipt, training
+from labtrain import training
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError
-from labtrain.config import explain
 from labtrain.listing import list_runs
+from labtrain.record import receipt
+from labtrain.record.config import explain
+from labtrain.record.identity import Job, first_free, shown
 from labtrain.recorder import Recorder
-from labtrain.run import Job, first_free, shown
 from labtrain.stores.prune import leftovers
 from labtrain.stores.store import Store, identity
 from labtrain.training import alone_in, refuse_outdated

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from labtrain import receipt
 from labtrain.base.errors import DamagedError, LabtrainError
+from labtrain.record import receipt
 from labtrain.signature import FILE, NAMESPACE, Signature, check_signature, sign
 from tests.conftest import LABTRAIN, need
 from tests.quick.test_receipt import whole

@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import nn
 
-from labtrain import receipt
 from labtrain.base.errors import ConfigError
-from labtrain.config import check
-from labtrain.digests import digest
+from labtrain.record import receipt
+from labtrain.record.config import check
+from labtrain.record.digests import digest
 from labtrain.replay import _config_of
 from labtrain.speed import called, put_channels_last, recompute_blocks
 from tests.conftest import QUICK, Experiment

@@ -12,7 +12,7 @@ import pytest
 
 import labtrain
 from labtrain.base.errors import EXIT_STOPPED, DamagedError, LabtrainError
-from labtrain.digests import digest
+from labtrain.record.digests import digest
 from labtrain.stores.store import Store
 from tests.conftest import LABTRAIN, Experiment
 from tests.real.test_store import names

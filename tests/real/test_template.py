@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from labtrain import receipt
 from labtrain.assets import LOCKS, SOURCES, asset
 from labtrain.new import build_wheel
+from labtrain.record import receipt
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment
 from tests.support.template import WHEEL, files, run
 

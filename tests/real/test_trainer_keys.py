@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from labtrain.base.errors import EXIT_STOPPED, ConfigError
-from labtrain.config import check
-from labtrain.trail import read_history_lines
+from labtrain.record.config import check
+from labtrain.record.trail import read_history_lines
 from tests.support.exact import Runner, configure, outcome
 
 

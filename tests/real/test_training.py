@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from labtrain.base.errors import DeviceError
-from labtrain.digests import digest_file
+from labtrain.record.digests import digest_file
 from labtrain.stores.layout import list_checkpoints
 from labtrain.training import explain
 from tests.conftest import QUICK, Experiment, Run

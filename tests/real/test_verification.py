@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from labtrain import receipt as receipts
 from labtrain.demo import OLDER_CPU
-from labtrain.provenance import machine
-from labtrain.trail import read_trail
+from labtrain.record import receipt as receipts
+from labtrain.record.provenance import machine
+from labtrain.record.trail import read_trail
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, changed, need
 from tests.support.verification import STEPS, TWO_EPOCHS, git, name_a_flipped_bit, verify
 

@@ -27,9 +27,9 @@ import labtrain
 from labtrain import augment, files, training
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError
 from labtrain.base.signals import Stopped
-from labtrain.config import CONF
 from labtrain.exact import tree_sum as reduction
-from labtrain.resume import make_job
+from labtrain.record.config import CONF
+from labtrain.record.resume import make_job
 from labtrain.saver import Saver
 
 VOCABULARY, CONTEXT = 11, 8

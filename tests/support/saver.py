@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from labtrain.digests import digest
 from labtrain.files import load_folder
+from labtrain.record.digests import digest
 from labtrain.saver import Saver
 from labtrain.stores.layout import kept, newest_whole
 from labtrain.stores.store import Store

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from labtrain.record.trail import read_trail
 from labtrain.stores.layout import list_checkpoints
-from labtrain.trail import read_trail
 from tests.conftest import QUICK, Experiment, Run
 
 SHORT = (*QUICK, "paths.runs=runs", "trainer.max_epochs=4", "checkpoint.keep_last=9")

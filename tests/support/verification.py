@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from labtrain.trail import read_trail
+from labtrain.record.trail import read_trail
 from tests.conftest import LABTRAIN, QUICK, Experiment, Run
 
 # A fault of the machine, told by a variable that no receipt knows: one bit of a weight, a gradient or a loss at a step.

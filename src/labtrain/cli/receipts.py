@@ -88,7 +88,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from labtrain.compare import compare, lines_of
+    from labtrain.record.differences import compare, lines_of
 
     found = compare(a, b)
     if as_json:

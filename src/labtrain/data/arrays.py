@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 from labtrain.base.errors import ConfigError
 from labtrain.exact.permutation import Indices
-from labtrain.provenance import memory_bytes
+from labtrain.record.provenance import memory_bytes
 
 ADVISED_SHARE = 0.5  # of the memory: a larger map does not stay in it, beside what trains
 

@@ -33,12 +33,12 @@ from labtrain.base.errors import ConfigError
 from labtrain.base.signals import NUMBERS, end_with_parent
 from labtrain.data.arrays import Arrays, Rows, is_arrays
 from labtrain.data.prefetch import Copies, in_thread, on_tensors
-from labtrain.digests import digest_content
 from labtrain.exact.determinism import STRICT_MODES, run_device, run_mode, run_say, run_seed, seed_all
 from labtrain.exact.permutation import Indices, Order
 from labtrain.exact.plain_values import SCALARS, is_experiments
 from labtrain.exact.tree_sum import shard_range
-from labtrain.sources import add_executed, newly_executed
+from labtrain.record.digests import digest_content
+from labtrain.record.sources import add_executed, newly_executed
 
 MOST_OBJECTS = 100  # of a dataset that are looked through for numbers
 

@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from labtrain import installed
 from labtrain.doctor.report import Check, few, judged, skipped
 from labtrain.lock import Pin, read_lock
-from labtrain.provenance import distributions
-from labtrain.run import LOCK_FILE, ROUTES, route, shown
-from labtrain.sources import shadowing
+from labtrain.record import installed
+from labtrain.record.identity import LOCK_FILE, ROUTES, route, shown
+from labtrain.record.provenance import distributions
+from labtrain.record.sources import shadowing
 
 GROUP = "environment"
 GLIBC = (2, 28)

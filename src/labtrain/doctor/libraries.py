@@ -11,7 +11,7 @@ from typing import Any
 from labtrain.doctor.environment import REPAIR
 from labtrain.doctor.report import Check, few, judged, skipped
 from labtrain.lock import Pin
-from labtrain.run import route
+from labtrain.record.identity import route
 
 GROUP = "libraries"
 TIMEOUT_S = 120.0

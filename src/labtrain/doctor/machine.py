@@ -10,7 +10,7 @@ from pathlib import Path
 
 from labtrain.base.errors import LabtrainError
 from labtrain.doctor.report import Check, judged
-from labtrain.run import shown
+from labtrain.record.identity import shown
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import list_checkpoints
 from labtrain.stores.store import Store

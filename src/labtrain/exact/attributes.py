@@ -21,7 +21,6 @@ import torch
 import xxhash
 from torch import nn
 
-from labtrain.digests import digest_tree
 from labtrain.exact.plain_values import (
     DICTS,
     LEAVES,
@@ -34,6 +33,7 @@ from labtrain.exact.plain_values import (
     is_own,
     is_plain,
 )
+from labtrain.record.digests import digest_tree
 
 # What a fresh module has is torch's; the rest of these is Lightning's.
 PRIVATE = frozenset(nn.Module().__dict__) | {

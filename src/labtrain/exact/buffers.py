@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from labtrain.digests import tensor_bytes
 from labtrain.exact.metric_states import add_rows
 from labtrain.exact.tree_sum import ShardSum
+from labtrain.record.digests import tensor_bytes
 
 # Of BatchNorm, InstanceNorm, and of what people write beside them.
 STATISTICS = ("running_", "moving_")

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from labtrain.digests import components, tensor_bytes
+from labtrain.record.digests import components, tensor_bytes
 
 MASK = (1 << 64) - 1
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}  # by size in bytes

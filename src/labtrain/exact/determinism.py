@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from labtrain.base.errors import ConfigError
-from labtrain.sources import FROM_SOURCE
+from labtrain.record.sources import FROM_SOURCE
 
 STRICT_MODES = ("strict", "portable")
 

@@ -17,8 +17,8 @@ from packaging.specifiers import SpecifierSet
 from labtrain.base.errors import DamagedError
 from labtrain.lock import conda, derive
 from labtrain.lock.pins import PYTHON_312_LINUX, Pin, parse_pins, read_lock, read_pins
-from labtrain.provenance import normalised
-from labtrain.run import LOCK_FILE
+from labtrain.record.identity import LOCK_FILE
+from labtrain.record.provenance import normalised
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

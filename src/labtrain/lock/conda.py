@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from labtrain.base.errors import DamagedError
-from labtrain.provenance import normalised
+from labtrain.record.provenance import normalised
 
 SPEC = "environment.yml"
 VIRTUAL = "virtual-packages.yml"

@@ -12,7 +12,7 @@ from packaging.utils import parse_wheel_filename
 from labtrain.base.errors import DamagedError
 from labtrain.lock import conda
 from labtrain.lock.pins import PYTHON_312_LINUX, Pin, read_lock, read_pins
-from labtrain.run import LOCK_FILE
+from labtrain.record.identity import LOCK_FILE
 
 CONDA_REQUIREMENTS = "requirements-conda.lock"
 WHEELS = "nix/wheels.json"

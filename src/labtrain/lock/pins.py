@@ -8,8 +8,8 @@ from packaging.markers import Marker
 
 from labtrain.assets import asset
 from labtrain.base.errors import DamagedError
-from labtrain.provenance import normalised
-from labtrain.run import LOCK_FILE
+from labtrain.record.identity import LOCK_FILE
+from labtrain.record.provenance import normalised
 
 # The markers' values in the conda and Nix environments, which are locked for one Python and one platform.
 PYTHON_312_LINUX = {

@@ -14,8 +14,8 @@ from typing import Any
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.lock import conda, derive
 from labtrain.lock.pins import PYTHON_312_LINUX, read_lock, read_pins
-from labtrain.receipt import write_atomically
-from labtrain.run import LOCK_FILE
+from labtrain.record.identity import LOCK_FILE
+from labtrain.record.receipt import write_atomically
 
 COMPILE = ("--universal", "--generate-hashes", "--no-emit-index-url", "--no-header", "--quiet")
 EXTRAS = ("--extra", "lab", "--extra", "dev")

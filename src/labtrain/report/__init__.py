@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from labtrain import receipt
 from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.record import receipt
 from labtrain.report.data import read_runs
 from labtrain.report.page import Verdict, render
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from labtrain import receipt as receipts
 from labtrain.base.errors import ConfigError, DamagedError
-from labtrain.compare import Comparison, compare, open_run
-from labtrain.provenance import time_of
-from labtrain.run import shown
-from labtrain.trail import HISTORY, TRAIL, read_history_lines, read_trail
+from labtrain.record import receipt as receipts
+from labtrain.record.differences import Comparison, compare, open_run
+from labtrain.record.identity import shown
+from labtrain.record.provenance import time_of
+from labtrain.record.trail import HISTORY, TRAIL, read_history_lines, read_trail
 from labtrain.verdicts import Verification, read_verifications
 
 Numbers = npt.NDArray[np.float64]

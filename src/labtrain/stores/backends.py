@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from labtrain.base.errors import ConfigError, StoreError
-from labtrain.receipt import names_a_secret
+from labtrain.record.receipt import names_a_secret
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from labtrain.base.errors import DamagedError
-from labtrain.run import shown
+from labtrain.record.identity import shown
 from labtrain.stores.store import Checkpoint, Manifest, Store
 
 

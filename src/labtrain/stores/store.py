@@ -30,7 +30,7 @@ from typing import Any
 
 from labtrain.base import exact_json
 from labtrain.base.errors import DamagedError, StoreError
-from labtrain.run import shown
+from labtrain.record.identity import shown
 from labtrain.stores.backends import explained, is_local, open_url
 
 MANIFEST = "manifest.json"

@@ -28,7 +28,7 @@ from typing import Any
 from labtrain.base.errors import ConfigError
 
 SUFFIXES = (".py", ".pyc", ".so")  # bytecode that has no source beside it, and extension modules
-OWN = Path(__file__).parent
+OWN = Path(__file__).parents[1]
 FROM_SOURCE = "LABTRAIN_FROM_SOURCE"  # tells processes that are started from here to load from source too
 STARTS_WITH_PYTHON = ("sitecustomize", "usercustomize")  # which the interpreter imports by itself
 MOST_FILES, MOST_BYTES = 20_000, 1_000_000_000  # outside of the environment: more is an environment of its own

@@ -17,10 +17,10 @@ from typing import Any
 import yaml
 
 from labtrain.base.errors import ConfigError, LabtrainError, not_readable
-from labtrain.run import SHARDED_STRATEGY, Config, get, shards_in_use, world_size
+from labtrain.record.identity import SHARDED_STRATEGY, Config, get, shards_in_use, world_size
 from labtrain.stores.backends import check_url
 
-CONF = Path(__file__).parent / "conf"
+CONF = Path(__file__).parents[1] / "conf"
 
 # Groups whose keys labtrain defines; in `model`, `data` and `callbacks` the keys are the person's own.
 GROUPS = ("trainer", "determinism", "checkpoint", "speed")

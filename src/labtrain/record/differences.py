@@ -17,14 +17,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from labtrain import receipt as receipts
 from labtrain.base.errors import ConfigError, DamagedError, StoreError
-from labtrain.digests import read_weights
-from labtrain.fingerprints import OF_A_FILE
-from labtrain.run import get, shown, what_counts
+from labtrain.record import receipt as receipts
+from labtrain.record.digests import read_weights
+from labtrain.record.fingerprints import OF_A_FILE
+from labtrain.record.identity import get, shown, what_counts
+from labtrain.record.trail import TRAIL, first_step
 from labtrain.stores.layout import checkpoint_place, stores_of
 from labtrain.stores.store import Checkpoint, Manifest, file_sha256
-from labtrain.trail import TRAIL, first_step
 
 KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table
 

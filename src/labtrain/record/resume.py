@@ -6,12 +6,12 @@ import os
 import sys
 from pathlib import Path
 
-from labtrain import receipt
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.fingerprints import changed_files
-from labtrain.ranks import find_ranks, restarted
-from labtrain.run import Config, Job, first_free, lock_digest, name, shown, what_counts
-from labtrain.sources import read_code, search_path
+from labtrain.record import receipt
+from labtrain.record.fingerprints import changed_files
+from labtrain.record.identity import Config, Job, first_free, lock_digest, name, shown, what_counts
+from labtrain.record.ranks import find_ranks, restarted
+from labtrain.record.sources import read_code, search_path
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import checkpoint_place, list_checkpoints
 from labtrain.stores.store import Manifest, Store

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from labtrain.base.errors import ConfigError
-from labtrain.run import Config
+from labtrain.record.identity import Config
 
 FIRST_PORT, PORTS = 15000, 10000  # by the job's number, as Lightning chooses, and the step's
 FRUITLESS_RESTARTS = 3

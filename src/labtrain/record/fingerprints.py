@@ -31,8 +31,8 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import ConfigError
-from labtrain.digests import tensor_bytes
-from labtrain.sources import in_environment, texts_in
+from labtrain.record.digests import tensor_bytes
+from labtrain.record.sources import in_environment, texts_in
 
 SETTLED_NS = 2_000_000_000  # a file that was written since may be written again within the same tick of its clock
 SAID_BYTES = 5_000_000_000

@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from labtrain.run import Job, route
-from labtrain.sources import labtrain_sources, read_code, sources
+from labtrain.record.identity import Job, route
+from labtrain.record.sources import labtrain_sources, read_code, sources
 
 PATCH = "code.patch"  # of a run's folder
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile")
