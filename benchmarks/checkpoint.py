@@ -23,8 +23,8 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from labtrain.saver import Saver
-from labtrain.staging import Staging
+from labtrain.checkpoints.saver import Saver
+from labtrain.checkpoints.staging import Staging
 from labtrain.stores.delivery import Delivery
 from labtrain.stores.layout import kept
 from labtrain.stores.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, sync

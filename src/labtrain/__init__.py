@@ -37,7 +37,7 @@ _HOMES = {
     "digest": "labtrain.record.digests",
     "fingerprint": "labtrain.record.fingerprints",
     "gather_outputs": "labtrain.gathering",
-    "load_weights": "labtrain.target",
+    "load_weights": "labtrain.checkpoints.locate",
     "main": "labtrain.compose",
     "train": "labtrain.training",
 }
@@ -48,12 +48,12 @@ if os.environ.get("LABTRAIN_FROM_SOURCE") == "1":  # a training started this pro
 if TYPE_CHECKING:
     from labtrain import augment as augment
     from labtrain.base.errors import LabtrainError
+    from labtrain.checkpoints.locate import load_weights
     from labtrain.compose import main
     from labtrain.data.loader import DataLoader
     from labtrain.gathering import gather_outputs
     from labtrain.record.digests import digest
     from labtrain.record.fingerprints import fingerprint
-    from labtrain.target import load_weights
     from labtrain.training import Result, train
 
 

@@ -14,10 +14,10 @@ import torch
 import xxhash
 from lightning.pytorch.callbacks import ProgressBar
 
+from labtrain.checkpoints.format import is_spread
 from labtrain.data.loader import DataLoader
 from labtrain.exact.checksums import shown_sums, two_sums
 from labtrain.exact.determinism import fill_new_memory, seed_place
-from labtrain.files import is_spread
 from labtrain.record.digests import tensor_bytes
 from labtrain.record.trail import TRAIL, cut_trail
 

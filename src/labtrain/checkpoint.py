@@ -13,19 +13,19 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
 from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.checkpoints.format import is_spread, load_folder
+from labtrain.checkpoints.saver import Saver
+from labtrain.checkpoints.staging import described, unsavable
 from labtrain.doctor.report import few
 from labtrain.exact.attributes import fingerprint, items_of_lists, plain_attributes
 from labtrain.exact.checksums import first_unlike, unlike_names
 from labtrain.exact.determinism import run_mode
-from labtrain.files import is_spread, load_folder
 from labtrain.loggers import log_positions
 from labtrain.loop import EpochLoop
 from labtrain.options import adopt, beginnings, beginnings_of_callbacks
 from labtrain.outside import Outside
 from labtrain.rebuild import KEY, can_differ, cure, lacks, made_of
 from labtrain.record.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
-from labtrain.saver import Saver
-from labtrain.staging import described, unsavable
 from labtrain.stores.layout import kept
 from labtrain.stores.store import Manifest
 from labtrain.strategy import Exact

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
 from labtrain.base.errors import ConfigError
-from labtrain.files import in_parts, load_folder
+from labtrain.checkpoints.format import in_parts, load_folder
 
 BLOCK_PARAMETERS = 1_000_000  # fewer are not worth an exchange of their own
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")

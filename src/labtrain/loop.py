@@ -25,10 +25,10 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import _Metada
 
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
+from labtrain.checkpoints.format import is_spread
 from labtrain.data.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import hold, metrics_of, release
-from labtrain.files import is_spread
 from labtrain.gathering import leave_own, made_whole
 from labtrain.guard import Guard
 from labtrain.outside import KEY, Outside

@@ -26,8 +26,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from labtrain.base.errors import ConfigError
+from labtrain.checkpoints.staging import unsavable
 from labtrain.record.digests import PLACE, digest_tree
-from labtrain.staging import unsavable
 
 State = dict[str, Any]
 Say = Callable[[str], None]

@@ -9,9 +9,9 @@ import torch
 
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.checkpoint import FolderIO
-from labtrain.files import load_folder, write_files
+from labtrain.checkpoints.format import load_folder, write_files
+from labtrain.checkpoints.staging import Staging
 from labtrain.record.digests import digest, digest_file
-from labtrain.staging import Staging
 from labtrain.stores.layout import list_checkpoints, newest_whole
 from labtrain.stores.store import SCHEMA, Checkpoint, Store
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from labtrain.base.errors import EXIT_STOPPED
-from labtrain.files import load_folder
+from labtrain.checkpoints.format import load_folder
 from tests.support.exact import Runner, configure, outcome
 
 

@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import labtrain
 from labtrain.base.errors import EXIT_STOPPED, DamagedError
-from labtrain.files import PARTS, _load_parts, in_parts, load_folder
+from labtrain.checkpoints.format import PARTS, _load_parts, in_parts, load_folder
 from labtrain.fsdp import shard
 from labtrain.record.digests import digest
 from labtrain.stores.layout import list_checkpoints

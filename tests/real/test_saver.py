@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from labtrain.base.errors import LabtrainError, StoreError
-from labtrain.files import load_folder
+from labtrain.checkpoints.format import load_folder
+from labtrain.checkpoints.staging import Staging
 from labtrain.record.digests import digest
-from labtrain.staging import Staging
 from labtrain.stores.layout import newest_whole
 from labtrain.stores.prune import check
 from labtrain.stores.store import Store, TakenOverError
@@ -79,7 +79,7 @@ def test_one_is_in_flight_and_its_failure_reaches_the_next_check(
         gate.wait()
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("labtrain.saver.write_files", stuck)
+    monkeypatch.setattr("labtrain.checkpoints.saver.write_files", stuck)
     save(saver, 1)
     assert saver.busy
     saver.check()

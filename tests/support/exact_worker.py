@@ -24,13 +24,14 @@ import yaml
 from torch import nn
 
 import labtrain
-from labtrain import augment, files, training
+from labtrain import augment, training
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError
 from labtrain.base.signals import Stopped
+from labtrain.checkpoints import format as files
+from labtrain.checkpoints.saver import Saver
 from labtrain.exact import tree_sum as reduction
 from labtrain.record.config import CONF
 from labtrain.record.resume import make_job
-from labtrain.saver import Saver
 
 VOCABULARY, CONTEXT = 11, 8
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from labtrain.files import load_folder
+from labtrain.checkpoints.format import load_folder
+from labtrain.checkpoints.saver import Saver
 from labtrain.record.digests import digest
-from labtrain.saver import Saver
 from labtrain.stores.layout import kept, newest_whole
 from labtrain.stores.store import Store
 
@@ -66,10 +66,10 @@ def saves_in_a_child(run_dir: Path, place: str, *, arm: Callable[[], None], remo
     if child == 0:
         try:
             if remote:
-                import labtrain.saver
+                import labtrain.checkpoints.saver
                 import labtrain.stores.delivery
 
-                labtrain.saver.Store = labtrain.stores.delivery.Store = Torn  # type: ignore[attr-defined,misc]
+                labtrain.checkpoints.saver.Store = labtrain.stores.delivery.Store = Torn  # type: ignore[attr-defined,misc]
             saver = saver_of(run_dir, place)
             arm()
             saver.open()

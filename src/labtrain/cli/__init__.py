@@ -59,7 +59,7 @@ def digest(target: str, whole: bool) -> None:
 
     Computed from the files, not read from the receipt; exit code 1 if the receipt or manifest says another.
     """
-    from labtrain.target import digest_target
+    from labtrain.checkpoints.locate import digest_target
 
     found, claimed = digest_target(target, whole=whole)
     click.echo(found)

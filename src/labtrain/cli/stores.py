@@ -97,7 +97,7 @@ def _existing(url: str) -> "Store":
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def store_export(target: str, file: Path) -> None:
     """Write a checkpoint, or the newest of a run, as a Lightning .ckpt."""
-    from labtrain.exchange import export_checkpoint
+    from labtrain.checkpoints.lightning_ckpt import export_checkpoint
 
     export_checkpoint(target, file)
 
@@ -107,6 +107,6 @@ def store_export(target: str, file: Path) -> None:
 @click.argument("url")
 def store_import(file: Path, url: str) -> None:
     """Write a Lightning .ckpt as a checkpoint below URL; its weights can then be loaded, and no code is run."""
-    from labtrain.exchange import import_checkpoint
+    from labtrain.checkpoints.lightning_ckpt import import_checkpoint
 
     click.echo(import_checkpoint(file, url))

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from labtrain.base.errors import ConfigError, DamagedError
-from labtrain.files import load_folder, write_files
-from labtrain.staging import Staging
+from labtrain.checkpoints.format import load_folder, write_files
+from labtrain.checkpoints.locate import found_checkpoint
+from labtrain.checkpoints.staging import Staging
 from labtrain.stores.layout import free_name
 from labtrain.stores.store import SCHEMA, Store
-from labtrain.target import found_checkpoint
 
 
 def export_checkpoint(target: str, file: Path) -> None:

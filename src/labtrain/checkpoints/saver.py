@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
-from labtrain.files import together, write_files
-from labtrain.staging import Staging
+from labtrain.checkpoints.format import together, write_files
+from labtrain.checkpoints.staging import Staging
 from labtrain.stores.backends import is_local
 from labtrain.stores.delivery import Delivery
 from labtrain.stores.layout import free_name, spool_of

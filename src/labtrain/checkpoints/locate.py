@@ -34,7 +34,7 @@ def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]
         claimed = claimed or manifest.get(key)
         if not whole:
             return digest_folder(folder), claimed
-        from labtrain.files import load_folder
+        from labtrain.checkpoints.format import load_folder
 
         return state_digest(load_folder(folder)), claimed
 
@@ -53,7 +53,7 @@ def load_weights(target: str | Path) -> dict[str, Any]:
     """
     from safetensors.torch import load_file
 
-    from labtrain.files import load_weights_of
+    from labtrain.checkpoints.format import load_weights_of
 
     if str(target).endswith(".safetensors") and is_local(str(target)):
         return dict(load_file(str(target).removeprefix("file://")))

@@ -1,0 +1,1 @@
+"""A checkpoint's files: how they are written, read, converted and found."""
