@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from labtrain.assets import asset
-from labtrain.doctor.environment import files_state
+from labtrain.environment.doctor.environment import files_state
 from labtrain.exact.checksums import two_sums
 from labtrain.record import receipt
 from labtrain.record.differences import compare

@@ -25,7 +25,7 @@ PYTHONS = ((3, 11), (3, 14))  # from, below
 DISK_BYTES = 8_000_000_000  # torch and its CUDA libraries are 7.1 GB; the rest is byte code and room to unpack
 MEMORY_BYTES = 1_500_000_000
 LOCK = "requirements.lock"
-WHEEL_LOCK = "labtrain.lock"
+WHEEL_LOCK = "labtrain.environment.lock"
 STAMP = "labtrain-setup"
 
 

@@ -16,7 +16,7 @@ from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.checkpoints.format import is_spread, load_folder
 from labtrain.checkpoints.saver import Saver
 from labtrain.checkpoints.staging import described, unsavable
-from labtrain.doctor.report import few
+from labtrain.environment.doctor.report import few
 from labtrain.exact.attributes import fingerprint, items_of_lists, plain_attributes
 from labtrain.exact.checksums import first_unlike, unlike_names
 from labtrain.exact.determinism import run_mode

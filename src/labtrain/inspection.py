@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from labtrain.base.errors import DamagedError
-from labtrain.doctor.environment import files_state
+from labtrain.environment.doctor.environment import files_state
 from labtrain.exact.determinism import is_recorded, variables
 from labtrain.record.differences import Difference, differences, overrides
 from labtrain.record.digests import digest_folder

@@ -26,7 +26,7 @@ from labtrain.base.errors import ConfigError
 from labtrain.changes import Look, look, unlike
 from labtrain.data.loader import DataLoader
 from labtrain.data.prefetch import on_tensors
-from labtrain.doctor.report import few
+from labtrain.environment.doctor.report import few
 from labtrain.exact.buffers import Buffers
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import add_rows

@@ -23,7 +23,7 @@ from lightning.pytorch.trainer.connectors.checkpoint_connector import _Checkpoin
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain.base.errors import ConfigError
-from labtrain.doctor.report import few
+from labtrain.environment.doctor.report import few
 from labtrain.record.digests import PLACE
 
 State = dict[str, Any]

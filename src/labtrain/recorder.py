@@ -18,7 +18,7 @@ from labtrain.augment import described
 from labtrain.base.errors import LabtrainError
 from labtrain.callbacks import tensor_names
 from labtrain.data.loader import DataLoader, loaders_of
-from labtrain.doctor.environment import files_state
+from labtrain.environment.doctor.environment import files_state
 from labtrain.exact import determinism
 from labtrain.record import receipt
 from labtrain.record.differences import changes

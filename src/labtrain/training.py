@@ -41,8 +41,8 @@ from labtrain.base.signals import Stopped, Wishes
 from labtrain.callbacks import BatchSizes, Progress, Seeding, Trail, warn
 from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.devices import choose_accelerator, make_strategy, plain_because
-from labtrain.doctor.environment import REPAIR, unlike_lock
-from labtrain.doctor.report import few
+from labtrain.environment.doctor.environment import REPAIR, unlike_lock
+from labtrain.environment.doctor.report import few
 from labtrain.exact import determinism
 from labtrain.gpu_stats import GpuStats
 from labtrain.guard import Guard, explain_operation

@@ -39,7 +39,7 @@ def test_uv_is_installed_by_the_hashes_of_the_lock() -> None:
 def test_an_environment_follows_its_locks(tmp_path: Path) -> None:
     (tmp_path / "requirements.lock").write_text("a==1 --hash=sha256:aa\n")
     first = fingerprint(tmp_path, editable=False)
-    (tmp_path / "labtrain.lock").write_text("./vendor/labtrain.whl --hash=sha256:bb\n")
+    (tmp_path / "labtrain.environment.lock").write_text("./vendor/labtrain.whl --hash=sha256:bb\n")
     second = fingerprint(tmp_path, editable=False)
     (tmp_path / "requirements.lock").write_text("a==2 --hash=sha256:aa\n")
     assert len({first, second, fingerprint(tmp_path, editable=False)}) == 3

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.doctor import environment, examine, libraries, machine
-from labtrain.lock import read_lock
+from labtrain.environment.doctor import environment, examine, libraries, machine
+from labtrain.environment.lock import read_lock
 from tests.conftest import ROOT
 from tests.support.doctor import doctor
 
@@ -52,7 +52,9 @@ def test_the_locked_environment_passes(healthy: tuple[int, dict[str, dict]]) -> 
 
 
 def test_the_doctor_itself_does_not_import_torch() -> None:
-    code = "import sys; from labtrain.doctor import examine; list(examine()); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from labtrain.environment.doctor import examine; list(examine()); sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
@@ -97,7 +99,7 @@ def test_a_file_that_was_changed_by_hand_is_named(how: str, tmp_path: Path) -> N
         path.write_text("x = 1  # changed\n" if how == "longer" else "x = 2\n")
         later = installed if how == "same size and time" else installed + 60
         os.utime(path, (later, later))
-    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from labtrain.doctor.environment import check_files; print(check_files(deep={how == 'same size and time'}))"
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from labtrain.environment.doctor.environment import check_files; print(check_files(deep={how == 'same size and time'}))"
     if how == "same size and time":
         # A deep look at seven gigabytes is for people; here at the doctored folder alone.
         code = code.replace("print(", f"sys.path[:] = [{str(tmp_path)!r}]; print(")
@@ -112,7 +114,7 @@ def test_a_user_site_that_is_searched_fails(tmp_path: Path) -> None:
     user = tmp_path / "user"
     user.mkdir()
     code = f"import site, sys; site.USER_SITE = {str(user)!r}; site.ENABLE_USER_SITE = True; sys.path.append({str(user)!r})\n"
-    code += "from labtrain.doctor.environment import check_strays; print([check for check in check_strays() if check.name == 'user site'])"
+    code += "from labtrain.environment.doctor.environment import check_strays; print([check for check in check_strays() if check.name == 'user site'])"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "status='failed'" in printed
     assert "export PYTHONNOUSERSITE=1" in printed

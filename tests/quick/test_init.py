@@ -26,7 +26,14 @@ def test_another_name_is_an_attribute_error() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["labtrain", "labtrain.cli", "labtrain.compose", "labtrain.doctor", "labtrain.new", "labtrain.checkpoints.locate"],
+    [
+        "labtrain",
+        "labtrain.cli",
+        "labtrain.compose",
+        "labtrain.environment.doctor",
+        "labtrain.new",
+        "labtrain.checkpoints.locate",
+    ],
 )
 def test_torch_is_imported_only_where_it_is_needed(module: str) -> None:
     """Seconds of import are not paid by `--help`, by errors in the configuration, or by the doctor."""

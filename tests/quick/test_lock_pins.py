@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from labtrain.base.errors import DamagedError
-from labtrain.lock import read_lock
+from labtrain.environment.lock import read_lock
 from tests.conftest import ROOT
 
 A, B, C = "a" * 64, "b" * 64, "c" * 64

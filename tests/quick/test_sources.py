@@ -217,7 +217,7 @@ print(stale())
 def test_the_doctor_fails_on_a_copy_that_shadows(tmp_path: Path) -> None:
     """Without a .dist-info: the versions are those of the lock."""
     lib = package(tmp_path / "lib", "torchmetrics")
-    code = "from labtrain.doctor.environment import check_strays; print(next(check_strays()))"
+    code = "from labtrain.environment.doctor.environment import check_strays; print(next(check_strays()))"
     for path, expected in ((lib, "failed"), (package(tmp_path / "other", "labutils"), "ok")):
         environment = {**os.environ, "PYTHONPATH": str(path)}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 
 import labtrain
 from labtrain.base.errors import EXIT_STOPPED, ConfigError
-from labtrain.doctor.environment import unlike_lock
-from labtrain.lock.conda import read_conda_lock
+from labtrain.environment.doctor.environment import unlike_lock
+from labtrain.environment.lock.conda import read_conda_lock
 from labtrain.replay import _git
 from tests.conftest import QUICK, ROOT, Experiment
 from tests.support.exact import Runner, configure, outcome

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.doctor import machine
+from labtrain.environment.doctor import machine
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, need
 from tests.support.doctor import doctor, driver, library
 

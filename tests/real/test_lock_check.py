@@ -12,11 +12,11 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from labtrain.lock import read_lock
-from labtrain.lock.check import check_locks
-from labtrain.lock.conda import content_hash
-from labtrain.lock.derive import choose_file, conda_requirements, hex_digest, sri, wheel_entry
-from labtrain.lock.pins import PYTHON_312_LINUX
+from labtrain.environment.lock import read_lock
+from labtrain.environment.lock.check import check_locks
+from labtrain.environment.lock.conda import content_hash
+from labtrain.environment.lock.derive import choose_file, conda_requirements, hex_digest, sri, wheel_entry
+from labtrain.environment.lock.pins import PYTHON_312_LINUX
 from tests.conftest import LABTRAIN, ROOT
 from tests.support.locks import FILES, change
 

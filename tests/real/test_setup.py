@@ -22,7 +22,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("project")
     lock = (ROOT / "requirements.lock").read_text()
     (root / "requirements.lock").write_text("".join(locked_block(lock, name) for name in PACKAGES))
-    (root / "labtrain.lock").write_text(locked_block(lock, WITH_THE_WHEEL))
+    (root / "labtrain.environment.lock").write_text(locked_block(lock, WITH_THE_WHEEL))
     set_up(root)
     return root
 

@@ -35,7 +35,7 @@ OWN = {
     "train.py",
     "train.sbatch",
 }
-COPIED = {"labtrain.lock", WHEEL} | {
+COPIED = {"labtrain.environment.lock", WHEEL} | {
     str(path.relative_to(ROOT)) for name in LOCKS for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()
 }
 
@@ -80,7 +80,7 @@ def test_its_gate_runs_where_a_lock_changes(own_experiment: Experiment, tmp_path
     """The workflow's own command, on a baseline that is a receipt and its trail in the experiment's repository."""
     workflow = yaml.safe_load((own_experiment.root / ".github/workflows/gate.yml").read_text())
     paths = workflow[True]["pull_request"]["paths"]  # YAML 1.1 reads `on` as true
-    for name in ("requirements.lock", "labtrain.lock", "conda-lock.yml", "flake.lock", "nix/wheels.json"):
+    for name in ("requirements.lock", "labtrain.environment.lock", "conda-lock.yml", "flake.lock", "nix/wheels.json"):
         assert any(fnmatch.fnmatch(name, pattern) for pattern in paths), name
     (command,) = [step["run"] for step in workflow["jobs"]["gate"]["steps"] if "labtrain gate" in step.get("run", "")]
     done = own_experiment.train(*QUICK, "trainer.max_steps=4", f"paths.runs={tmp_path / 'runs'}")
@@ -141,7 +141,7 @@ def test_a_number_is_no_name_of_an_experiment(shared_experiment: Experiment) -> 
 def test_the_lock_names_the_wheel_that_made_it(shared_experiment: Experiment) -> None:
     wheel = shared_experiment.root / WHEEL
     assert (
-        shared_experiment.root / "labtrain.lock"
+        shared_experiment.root / "labtrain.environment.lock"
     ).read_text() == f"./{WHEEL} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
     assert (shared_experiment.root / "requirements.lock").read_bytes() == (ROOT / "requirements.lock").read_bytes()
     with zipfile.ZipFile(wheel) as archive:

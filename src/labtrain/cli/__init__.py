@@ -83,7 +83,7 @@ def doctor(as_json: bool, gpu: str, deep: bool, checkpoints: str | None) -> None
     """Judge this machine and environment against the lock."""
     from dataclasses import asdict
 
-    from labtrain.doctor import Check, examine
+    from labtrain.environment.doctor import Check, examine
 
     checks: list[Check] = list(examine(gpu_required=gpu == "required", deep=deep, checkpoints=checkpoints))
     if as_json:

@@ -21,8 +21,8 @@ def lock_check(as_json: bool) -> None:
     """Compare the locks with what they come from and with each other, offline."""
     from dataclasses import asdict, astuple
 
-    from labtrain.lock.check import check_locks
-    from labtrain.lock.derive import stack
+    from labtrain.environment.lock.check import check_locks
+    from labtrain.environment.lock.derive import stack
 
     found = check_locks(Path.cwd())
     if as_json:
@@ -46,7 +46,7 @@ def lock_check(as_json: bool) -> None:
 @click.option("--upgrade", is_flag=True, help="Take the newest releases that pyproject.toml allows.")
 def lock_write(upgrade: bool) -> None:
     """Make the locks anew: what is derived always, conda's where its spec changed."""
-    from labtrain.lock.write import write_locks
+    from labtrain.environment.lock.write import write_locks
 
     for line in write_locks(Path.cwd(), upgrade=upgrade):
         click.echo(line)

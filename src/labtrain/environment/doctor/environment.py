@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from labtrain.doctor.report import Check, few, judged, skipped
-from labtrain.lock import Pin, read_lock
+from labtrain.environment.doctor.report import Check, few, judged, skipped
+from labtrain.environment.lock import Pin, read_lock
 from labtrain.record import installed
 from labtrain.record.identity import LOCK_FILE, ROUTES, route, shown
 from labtrain.record.provenance import distributions

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.lock import conda, derive
-from labtrain.lock.pins import PYTHON_312_LINUX, read_lock, read_pins
+from labtrain.environment.lock import conda, derive
+from labtrain.environment.lock.pins import PYTHON_312_LINUX, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
 from labtrain.record.receipt import write_atomically
 

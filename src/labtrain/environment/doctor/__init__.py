@@ -8,9 +8,9 @@ take the doctor with it.
 from collections.abc import Iterator
 from pathlib import Path
 
-from labtrain.doctor import environment, libraries, machine, nvidia
-from labtrain.doctor.report import Check
-from labtrain.lock import find_lock, read_lock
+from labtrain.environment.doctor import environment, libraries, machine, nvidia
+from labtrain.environment.doctor.report import Check
+from labtrain.environment.lock import find_lock, read_lock
 
 __all__ = ["Check", "examine"]
 

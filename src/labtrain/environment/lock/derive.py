@@ -10,8 +10,8 @@ from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import parse_wheel_filename
 
 from labtrain.base.errors import DamagedError
-from labtrain.lock import conda
-from labtrain.lock.pins import PYTHON_312_LINUX, Pin, read_lock, read_pins
+from labtrain.environment.lock import conda
+from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
 
 CONDA_REQUIREMENTS = "requirements-conda.lock"

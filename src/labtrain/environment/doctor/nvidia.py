@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from labtrain.doctor.report import Check, few, judged, skipped
+from labtrain.environment.doctor.report import Check, few, judged, skipped
 
 GROUP = "NVIDIA"
 DRIVER_FLOOR = (12, 1)  # the CUDA version of the oldest driver that every environment is locked for

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from labtrain.base.errors import LabtrainError
-from labtrain.doctor.report import Check, judged
+from labtrain.environment.doctor.report import Check, judged
 from labtrain.record.identity import shown
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import list_checkpoints

@@ -13,6 +13,6 @@
 `pins` reads the wheels' lock, `derive` computes what follows from it, `check` compares, `write` makes them anew.
 """
 
-from labtrain.lock.pins import PYTHON_312_LINUX, Pin, find_lock, read_lock
+from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, find_lock, read_lock
 
 __all__ = ["PYTHON_312_LINUX", "Pin", "find_lock", "read_lock"]

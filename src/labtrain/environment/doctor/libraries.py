@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from labtrain.doctor.environment import REPAIR
-from labtrain.doctor.report import Check, few, judged, skipped
-from labtrain.lock import Pin
+from labtrain.environment.doctor.environment import REPAIR
+from labtrain.environment.doctor.report import Check, few, judged, skipped
+from labtrain.environment.lock import Pin
 from labtrain.record.identity import route
 
 GROUP = "libraries"

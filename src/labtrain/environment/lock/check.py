@@ -15,8 +15,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from labtrain.base.errors import DamagedError
-from labtrain.lock import conda, derive
-from labtrain.lock.pins import PYTHON_312_LINUX, Pin, parse_pins, read_lock, read_pins
+from labtrain.environment.lock import conda, derive
+from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, parse_pins, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
 from labtrain.record.provenance import normalised
 

@@ -1,0 +1,1 @@
+"""The locked environment: `labtrain lock` and `labtrain doctor`. No torch."""
