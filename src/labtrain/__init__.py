@@ -33,13 +33,13 @@ __all__ = [
 _HOMES = {
     "DataLoader": "labtrain.data.loader",
     "LabtrainError": "labtrain.base.errors",
-    "Result": "labtrain.training",
+    "Result": "labtrain.training.fit",
     "digest": "labtrain.record.digests",
     "fingerprint": "labtrain.record.fingerprints",
-    "gather_outputs": "labtrain.gathering",
+    "gather_outputs": "labtrain.training.gathering",
     "load_weights": "labtrain.checkpoints.locate",
     "main": "labtrain.compose",
-    "train": "labtrain.training",
+    "train": "labtrain.training.fit",
 }
 
 if os.environ.get("LABTRAIN_FROM_SOURCE") == "1":  # a training started this process: a loader's worker, say
@@ -51,10 +51,10 @@ if TYPE_CHECKING:
     from labtrain.checkpoints.locate import load_weights
     from labtrain.compose import main
     from labtrain.data.loader import DataLoader
-    from labtrain.gathering import gather_outputs
     from labtrain.record.digests import digest
     from labtrain.record.fingerprints import fingerprint
-    from labtrain.training import Result, train
+    from labtrain.training.fit import Result, train
+    from labtrain.training.gathering import gather_outputs
 
 
 def __getattr__(name: str) -> Any:

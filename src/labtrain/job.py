@@ -23,7 +23,7 @@ from labtrain.record.ranks import find_ranks, in_slurm_step, requeue, wants_requ
 from labtrain.record.sources import load_from_source
 
 if TYPE_CHECKING:
-    from labtrain.training import Result
+    from labtrain.training.fit import Result
 
 LOST_SECONDS = 600  # Slurm takes a node for dead after 300 (SlurmdTimeout)
 FIRST_RANK = "LABTRAIN_FIRST_RANK"  # the process that started this one as a rank of its own
@@ -50,7 +50,7 @@ def main() -> None:
     if job.config["determinism"]["mode"] != "off":
         load_from_source()
     gc.disable()  # importing torch and Lightning makes no garbage: half a second of looking for it
-    from labtrain.training import train
+    from labtrain.training.fit import train
 
     gc.freeze()
     gc.enable()

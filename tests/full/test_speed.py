@@ -57,7 +57,7 @@ def test_more_sizes_than_are_compiled_end_in_an_error(cache: dict[str, str]) -> 
     """Torch would go on without, and what a process has met would decide. The nn.Sequential is one of torch's own modules."""
     code = """if True:
         import torch
-        from labtrain import speed
+        from labtrain.training import speed
         from tests.support.speed_models import Normed
         speed.COMPILED_SIZES = 1
         model = Normed().eval()

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import torch
 
-from labtrain.callbacks import Trail, clock, tensor_names
 from labtrain.record.trail import read_trail
+from labtrain.training.callbacks.steps import Trail, clock, tensor_names
 
 
 def test_a_clock_reads_as_people_write_it() -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from labtrain.base.errors import EXIT_STOPPED
-from labtrain.changes import look, unlike
-from labtrain.undo import Undo
+from labtrain.training.state.changes import look, unlike
+from labtrain.training.state.undo import Undo
 from tests.support.exact import Runner
 from tests.support.reaching_models import Reaching
 from tests.support.steps import model, one_and_two

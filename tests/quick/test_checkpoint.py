@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from labtrain.base.errors import DamagedError, LabtrainError
-from labtrain.checkpoint import FolderIO
 from labtrain.checkpoints.format import load_folder, write_files
 from labtrain.checkpoints.staging import Staging
 from labtrain.record.digests import digest, digest_file
 from labtrain.stores.layout import list_checkpoints, newest_whole
 from labtrain.stores.store import SCHEMA, Checkpoint, Store
+from labtrain.training.callbacks.checkpoint import FolderIO
 
 
 def state(value: float = 1.0, **more: object) -> dict:

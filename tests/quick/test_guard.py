@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from labtrain.base.errors import ConfigError
-from labtrain.guard import Guard, left_out_asserts
+from labtrain.training.guard import Guard, left_out_asserts
 from tests.quick.test_strategy import faulty
 from tests.support.exact import Runner, configure
 

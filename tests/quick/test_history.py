@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from labtrain.history import best_of
 from labtrain.record.trail import HISTORY
+from labtrain.training.callbacks.history import best_of
 from tests.conftest import QUICK, Experiment
 
 

@@ -10,8 +10,8 @@ import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.states import RunningStage
 
-from labtrain.callbacks import BatchSizes, Progress, Seeding
-from labtrain.hooks import Takers
+from labtrain.training.callbacks.steps import BatchSizes, Progress, Seeding
+from labtrain.training.hooks import Takers
 from tests.support.exact import Runner, configure, outcome
 from tests.support.hook_models import Changing, Idle, Numbered, Plain
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.loggers import ContinuedCSVLogger
+from labtrain.training.loggers import ContinuedCSVLogger
 from tests.support.exact import Runner, configure
 from tests.support.loggers import check_each_step_once
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from labtrain.guard import unnamed
 from labtrain.record import sources
 from labtrain.record.sources import Code, read_code
+from labtrain.training.guard import unnamed
 
 CONFIG = {"model": {"_target_": "model.Net"}, "data": {"_target_": "data.Data"}, "callbacks": {}}
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from labtrain.undo import Undo
+from labtrain.training.state.undo import Undo
 
 
 @pytest.mark.parametrize(

@@ -17,10 +17,10 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 import labtrain
 from labtrain.base.errors import EXIT_STOPPED, DamagedError
 from labtrain.checkpoints.format import PARTS, _load_parts, in_parts, load_folder
-from labtrain.fsdp import shard
 from labtrain.record.digests import digest
 from labtrain.stores.layout import list_checkpoints
 from labtrain.stores.store import STATE, Store
+from labtrain.training.fsdp import shard
 from tests.conftest import LABTRAIN, Experiment
 from tests.real.test_storage import variables
 from tests.support.exact import Runner, configure, forkserver, outcome, tell

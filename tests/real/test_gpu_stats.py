@@ -13,7 +13,7 @@ from tests.support.doctor import driver
 TRAIN = """if True:
     import json, sys
     import lightning.pytorch as pl
-    from labtrain.gpu_stats import GpuStats, cards_of
+    from labtrain.training.callbacks.gpu_stats import GpuStats, cards_of
     from lightning.pytorch.demos.boring_classes import BoringModel
     cards = {0: "whole", 1: "slice", 5: "another"}
     trainer = pl.Trainer(

@@ -145,7 +145,7 @@ def test_the_lock_names_the_wheel_that_made_it(shared_experiment: Experiment) ->
     ).read_text() == f"./{WHEEL} --hash=sha256:{hashlib.sha256(wheel.read_bytes()).hexdigest()}\n"
     assert (shared_experiment.root / "requirements.lock").read_bytes() == (ROOT / "requirements.lock").read_bytes()
     with zipfile.ZipFile(wheel) as archive:
-        assert archive.read("labtrain/training.py") == (ROOT / "src/labtrain/training.py").read_bytes()
+        assert archive.read("labtrain/training/fit.py") == (ROOT / "src/labtrain/training/fit.py").read_bytes()
         assert archive.read("labtrain/assets/requirements.lock") == (ROOT / "requirements.lock").read_bytes()
         assert "labtrain/conf/labtrain.yaml" in archive.namelist()
         assert not [name for name in archive.namelist() if name.endswith(".pyc")]

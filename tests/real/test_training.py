@@ -16,7 +16,7 @@ import torch
 from labtrain.base.errors import DeviceError
 from labtrain.record.digests import digest_file
 from labtrain.stores.layout import list_checkpoints
-from labtrain.training import explain
+from labtrain.training.fit import explain
 from tests.conftest import QUICK, Experiment, Run
 from tests.support.training import SHORT, folders, kill_and_go_on, kill_when, same, stop_and_go_on, wait_for_step
 

@@ -24,7 +24,7 @@ import yaml
 from torch import nn
 
 import labtrain
-from labtrain import augment, training
+from labtrain import augment
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError
 from labtrain.base.signals import Stopped
 from labtrain.checkpoints import format as files
@@ -32,6 +32,7 @@ from labtrain.checkpoints.saver import Saver
 from labtrain.exact import tree_sum as reduction
 from labtrain.record.config import CONF
 from labtrain.record.resume import make_job
+from labtrain.training import fit as training
 
 VOCABULARY, CONTEXT = 11, 8
 

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 import labtrain
-from labtrain.callbacks import Progress
+from labtrain.training.callbacks.steps import Progress
 from tests.support.exact_worker import MLP, Images
 
 

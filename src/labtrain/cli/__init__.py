@@ -123,7 +123,7 @@ def batch_size(overrides: tuple[str, ...], mode: str, max_trials: int, steps: in
 
     Lightning's search: power doubles until the memory is full, binsearch then goes between, and takes 5 % off.
     """
-    from labtrain.tuning import search
+    from labtrain.training.largest_batch import search
 
     search(Path.cwd(), list(overrides), mode=mode, max_trials=max_trials, steps=steps)
 

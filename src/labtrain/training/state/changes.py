@@ -25,8 +25,8 @@ from torchmetrics import Metric, MetricCollection
 
 from labtrain.exact.attributes import PRIVATE, RANDOM, fingerprint
 from labtrain.exact.plain_values import SCALARS, SIMPLE
-from labtrain.reach import label, reach
 from labtrain.record.digests import tensor_bytes
+from labtrain.training.state.reach import label, reach
 
 MOST_OBJECTS = 300_000
 MOST_BYTES, PIECES = 1 << 24, 1 << 10  # of a tensor or an array; of a larger one so much, in so many pieces

@@ -22,7 +22,6 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from labtrain.base.errors import ConfigError
-from labtrain.changes import of_generator
 from labtrain.data.loader import DataLoader, loaders_of
 from labtrain.exact.attributes import (
     RANDOM,
@@ -33,6 +32,7 @@ from labtrain.exact.attributes import (
     snapshot,
 )
 from labtrain.exact.plain_values import SCALARS, is_experiments, is_own
+from labtrain.training.state.changes import of_generator
 
 State = dict[str, Any]
 

@@ -29,13 +29,13 @@ from labtrain.checkpoints.format import is_spread
 from labtrain.data.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import hold, metrics_of, release
-from labtrain.gathering import leave_own, made_whole
-from labtrain.guard import Guard
-from labtrain.outside import KEY, Outside
 from labtrain.record.digests import PLACE
-from labtrain.strategy import Exact
-from labtrain.tally import Results, global_already, is_global
-from labtrain.unsaved import Unsaved
+from labtrain.training.gathering import leave_own, made_whole
+from labtrain.training.guard import Guard
+from labtrain.training.state.outside import KEY, Outside
+from labtrain.training.state.unsaved import Unsaved
+from labtrain.training.step_log import Results, global_already, is_global
+from labtrain.training.strategy import Exact
 
 State = dict[str, Any]
 

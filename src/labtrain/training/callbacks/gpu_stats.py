@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import pynvml
 import torch
 
-from labtrain.callbacks import warn
+from labtrain.training.callbacks.steps import warn
 
 EVERY_SECONDS = 1.0
 FULL = 0.95  # of a card's memory

@@ -23,7 +23,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from labtrain.base.errors import ConfigError
-from labtrain.changes import Look, look, unlike
 from labtrain.data.loader import DataLoader
 from labtrain.data.prefetch import on_tensors
 from labtrain.environment.doctor.report import few
@@ -31,9 +30,10 @@ from labtrain.exact.buffers import Buffers
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import add_rows
 from labtrain.exact.tree_sum import alone
-from labtrain.tally import Results
-from labtrain.undo import LARGEST_BYTES, TooLargeError, Undo, keep_draws
-from labtrain.watch import Watch, let_pass
+from labtrain.training.state.changes import Look, look, unlike
+from labtrain.training.state.undo import LARGEST_BYTES, TooLargeError, Undo, keep_draws
+from labtrain.training.state.watch import Watch, let_pass
+from labtrain.training.step_log import Results
 
 WEIGHT_HINT = (
     'return {"loss": loss, "weight": n} with the sum that the loss is divided by: valid tokens, or the class weights of'

@@ -16,7 +16,6 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from labtrain.augment import described
 from labtrain.base.errors import LabtrainError
-from labtrain.callbacks import tensor_names
 from labtrain.data.loader import DataLoader, loaders_of
 from labtrain.environment.doctor.environment import files_state
 from labtrain.exact import determinism
@@ -27,6 +26,7 @@ from labtrain.record.identity import Job, shards_in_use, shown
 from labtrain.record.provenance import PATCH, code_state, environment_state, machine, timestamp
 from labtrain.record.trail import TRAIL, read_trail
 from labtrain.stores.store import file_sha256
+from labtrain.training.callbacks.steps import tensor_names
 
 LONGEST_PATCH = 1_000_000  # characters; of a longer one the receipt has none, code.patch has it
 

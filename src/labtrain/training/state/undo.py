@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from labtrain.exact.attributes import RANDOM
-from labtrain.reach import Items, View, reach
+from labtrain.training.state.reach import Items, View, reach
 
 LARGEST_BYTES = 1 << 30  # of what is kept beside the tensors that are free of charge
 OBJECT_BYTES = 1 << 10  # that an object or a container counts for

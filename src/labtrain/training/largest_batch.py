@@ -44,7 +44,7 @@ def search(root: Path, overrides: list[str], *, mode: str, max_trials: int, step
     config["trainer"] |= {"devices": 1, "num_nodes": 1, "fast_dev_run": False, "enable_progress_bar": False}
     config |= {"resume": "never", "logger": {}, "callbacks": {}}
     command, environment = process_of(make_job(config, root=root, command=sys.argv))
-    command = [command[0], "-m", "labtrain.tuning", mode, str(max_trials), str(steps)]
+    command = [command[0], "-m", "labtrain.training.largest_batch", mode, str(max_trials), str(steps)]
     sys.stdout.flush()
     os.execve(command[0], command, environment)
 
@@ -102,10 +102,10 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     from lightning.pytorch.tuner.tuning import Tuner
 
     from labtrain.base.signals import Wishes
-    from labtrain.devices import choose_accelerator
-    from labtrain.speed import check_compiler, hasten
-    from labtrain.training import instantiate, make_trainer
-    from labtrain.wiring import make_environment
+    from labtrain.training.cluster import make_environment
+    from labtrain.training.devices import choose_accelerator
+    from labtrain.training.fit import instantiate, make_trainer
+    from labtrain.training.speed import check_compiler, hasten
 
     shards, seed, determined = shards_in_use(config), config["seed"], config["determinism"]
     smallest = max(2, shards or 1)

@@ -20,16 +20,16 @@ from labtrain.environment.doctor.report import few
 from labtrain.exact.attributes import fingerprint, items_of_lists, plain_attributes
 from labtrain.exact.checksums import first_unlike, unlike_names
 from labtrain.exact.determinism import run_mode
-from labtrain.loggers import log_positions
-from labtrain.loop import EpochLoop
-from labtrain.options import adopt, beginnings, beginnings_of_callbacks
-from labtrain.outside import Outside
-from labtrain.rebuild import KEY, can_differ, cure, lacks, made_of
 from labtrain.record.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
 from labtrain.stores.layout import kept
 from labtrain.stores.store import Manifest
-from labtrain.strategy import Exact
-from labtrain.unsaved import CLOCKS, CODE, Unsaved
+from labtrain.training.epoch_loop import EpochLoop
+from labtrain.training.loggers import log_positions
+from labtrain.training.state.options import adopt, beginnings, beginnings_of_callbacks
+from labtrain.training.state.outside import Outside
+from labtrain.training.state.rebuild import KEY, can_differ, cure, lacks, made_of
+from labtrain.training.state.unsaved import CLOCKS, CODE, Unsaved
+from labtrain.training.strategy import Exact
 
 HYPERPARAMETERS = {  # their keys in Lightning's checkpoint dictionary, and whose they are
     pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY: "lightning_module",
@@ -216,7 +216,9 @@ class Checkpoints(pl.Callback):
         wishes.keep_time()
         if wishes.agreed_stop:
             self.saver.wait()
-            trainer.strategy.barrier("labtrain.checkpoint")  # else others end, and what started them ends rank 0
+            trainer.strategy.barrier(
+                "labtrain.training.callbacks.checkpoint"
+            )  # else others end, and what started them ends rank 0
 
     def check_savable(self, trainer: pl.Trainer, *, stepped: bool = False) -> None:
         """Make the state that a save would begin with, and look whether a checkpoint can hold it.

@@ -27,7 +27,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from labtrain.agreement import Agreement
 from labtrain.base.errors import (
     ConfigError,
     DeviceError,
@@ -38,19 +37,9 @@ from labtrain.base.errors import (
     where,
 )
 from labtrain.base.signals import Stopped, Wishes
-from labtrain.callbacks import BatchSizes, Progress, Seeding, Trail, warn
-from labtrain.checkpoint import Checkpoints, FolderIO, as_floats
-from labtrain.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.environment.doctor.environment import REPAIR, unlike_lock
 from labtrain.environment.doctor.report import few
 from labtrain.exact import determinism
-from labtrain.gpu_stats import GpuStats
-from labtrain.guard import Guard, explain_operation
-from labtrain.history import History, best_of
-from labtrain.loggers import log_config, make_loggers
-from labtrain.loop import EpochLoop
-from labtrain.objective import Objective
-from labtrain.rebuild import Connector
 from labtrain.record import receipt
 from labtrain.record.digests import digest
 from labtrain.record.fingerprints import noting_opened, places_in
@@ -68,12 +57,23 @@ from labtrain.record.ranks import adopt, find_ranks, restarted
 from labtrain.record.resume import changed_data, checkpoint_digest, make_job
 from labtrain.record.sources import Code, load_from_source, note_executed, read_code, texts_in
 from labtrain.record.trail import TRAIL
-from labtrain.recorder import Recorder
-from labtrain.speed import Speed, check_compiler, explain_compile
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
 from labtrain.stores.store import Manifest
-from labtrain.wiring import explain_loss, make_environment
+from labtrain.training.callbacks.agreement import Agreement
+from labtrain.training.callbacks.checkpoint import Checkpoints, FolderIO, as_floats
+from labtrain.training.callbacks.gpu_stats import GpuStats
+from labtrain.training.callbacks.history import History, best_of
+from labtrain.training.callbacks.recorder import Recorder
+from labtrain.training.callbacks.steps import BatchSizes, Progress, Seeding, Trail, warn
+from labtrain.training.cluster import explain_loss, make_environment
+from labtrain.training.devices import choose_accelerator, make_strategy, plain_because
+from labtrain.training.epoch_loop import EpochLoop
+from labtrain.training.guard import Guard, explain_operation
+from labtrain.training.loggers import log_config, make_loggers
+from labtrain.training.objective import Objective
+from labtrain.training.speed import Speed, check_compiler, explain_compile
+from labtrain.training.state.rebuild import Connector
 
 PATIENCE_S = 5  # in which one start waits for another in silence
 

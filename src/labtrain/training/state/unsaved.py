@@ -29,7 +29,6 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from labtrain.base.errors import ConfigError
-from labtrain.changes import Look, look, unlike
 from labtrain.exact.attributes import (
     Snapshot,
     fingerprints,
@@ -42,6 +41,7 @@ from labtrain.exact.attributes import (
 )
 from labtrain.exact.checksums import two_sums
 from labtrain.exact.plain_values import SCALARS, is_experiments
+from labtrain.training.state.changes import Look, look, unlike
 
 State = dict[str, Any]
 

@@ -15,11 +15,11 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
-from labtrain import gathering
 from labtrain.base.errors import ConfigError
 from labtrain.exact.determinism import STRICT_MODES
-from labtrain.strategy import Exact
-from labtrain.tally import being_logged, is_global
+from labtrain.training import gathering
+from labtrain.training.step_log import being_logged, is_global
+from labtrain.training.strategy import Exact
 
 HINT = (
     "compute it from labtrain.gather_outputs(list), the outputs of all ranks, without sync_dist (docs/data.md);"

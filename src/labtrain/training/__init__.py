@@ -1,0 +1,1 @@
+"""Trains one run. The only package that imports Lightning."""

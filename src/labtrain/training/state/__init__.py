@@ -1,0 +1,1 @@
+"""What a step or a training changes, beside weights: found, undone, kept and put back."""
