@@ -38,7 +38,7 @@ _HOMES = {
     "fingerprint": "labtrain.record.fingerprints",
     "gather_outputs": "labtrain.training.gathering",
     "load_weights": "labtrain.checkpoints.locate",
-    "main": "labtrain.compose",
+    "main": "labtrain.launch.compose",
     "train": "labtrain.training.fit",
 }
 
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
     from labtrain import augment as augment
     from labtrain.base.errors import LabtrainError
     from labtrain.checkpoints.locate import load_weights
-    from labtrain.compose import main
     from labtrain.data.loader import DataLoader
+    from labtrain.launch.compose import main
     from labtrain.record.digests import digest
     from labtrain.record.fingerprints import fingerprint
     from labtrain.training.fit import Result, train

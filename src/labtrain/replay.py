@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, LabtrainError
-from labtrain.compose import process_of
+from labtrain.launch.compose import process_of
 from labtrain.record import receipt as receipts
 from labtrain.record.config import completed
 from labtrain.record.identity import Config, Job, lock_digest, name, shown, what_counts

@@ -26,7 +26,7 @@ def test_the_golden_run_is_golden_on_an_older_cpu(shared_experiment: Experiment,
     config["trainer"]["max_steps"] = -1
     job = make_job(config, root=shared_experiment.root, command=["test"])
     done = subprocess.run(
-        ["qemu-x86_64", "-cpu", "Nehalem", sys.executable, "-m", "labtrain.job", job.run_dir],
+        ["qemu-x86_64", "-cpu", "Nehalem", sys.executable, "-m", "labtrain.launch.job", job.run_dir],
         env={**os.environ, **variables("portable", threads=1), JOB_VARIABLE: job.to_json()},
         capture_output=True,
         text=True,

@@ -135,7 +135,9 @@ def test_two_processes_stop_together_and_one_goes_on(experiment: Experiment, ref
     assert child.stderr is not None
     assert "stopped by SIGTERM, saved: the same command goes on with runs/digits/" in child.stderr.read()
     (folder,) = folders(Path("runs"))
-    assert subprocess.run(["pgrep", "-f", f"labtrain.job {folder}"], check=False, stdout=subprocess.DEVNULL).returncode
+    assert subprocess.run(
+        ["pgrep", "-f", f"labtrain.launch.job {folder}"], check=False, stdout=subprocess.DEVNULL
+    ).returncode
     at = list_checkpoints(folder / "checkpoints")[-1][1]["step"]
     assert at >= 30
     run = experiment.train(*one)

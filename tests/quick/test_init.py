@@ -29,7 +29,7 @@ def test_another_name_is_an_attribute_error() -> None:
     [
         "labtrain",
         "labtrain.cli",
-        "labtrain.compose",
+        "labtrain.launch.compose",
         "labtrain.environment.doctor",
         "labtrain.new",
         "labtrain.checkpoints.locate",

@@ -26,7 +26,7 @@ NEVER = {
     "submitit": "a sweep of submitit's",
     "sqlalchemy": "a sweep of Optuna's",
     "IPython": "notebooks",
-    "labtrain.sweep": "stage 1",
+    "labtrain.launch.sweep": "stage 1",
     "labtrain.report": "labtrain report",
 }
 # Of stage 1, which composes: what is beyond the standard library and Hydra's own.

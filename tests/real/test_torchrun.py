@@ -50,7 +50,7 @@ def test_a_killed_worker_is_started_again_and_goes_on(experiment: Experiment, al
     """torchrun's own --max-restarts: it starts all workers again, with the variables of a new round."""
     process = start(experiment, "--max-restarts=1")
     wait_for_steps(Path("runs/digits"), 25)
-    workers = [child for child in psutil.Process(process.pid).children() if "labtrain.job" in child.cmdline()]
+    workers = [child for child in psutil.Process(process.pid).children() if "labtrain.launch.job" in child.cmdline()]
     assert len(workers) == 2
     workers[1].kill()
     out, err = process.communicate(timeout=300)

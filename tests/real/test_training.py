@@ -124,7 +124,10 @@ def test_killed_ranks_resume_as_one_run(experiment: Experiment, tmp_path: Path) 
     assert kill_when(experiment, *two, checkpoints=1) == -signal.SIGKILL
     (folder,) = folders(Path("runs"))
     deadline = time.monotonic() + 300
-    while subprocess.run(["pgrep", "-f", f"labtrain.job {folder}"], capture_output=True, check=False).returncode == 0:
+    while (
+        subprocess.run(["pgrep", "-f", f"labtrain.launch.job {folder}"], capture_output=True, check=False).returncode
+        == 0
+    ):
         assert time.monotonic() < deadline, "a rank stayed behind"
         time.sleep(0.1)
     same(experiment.train(*two), whole)

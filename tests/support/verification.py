@@ -116,7 +116,7 @@ def started(run_dir: Path, *options: str, **env: str) -> tuple[subprocess.Popen[
         assert process.poll() is None
         for child in psutil.Process(process.pid).children():
             with suppress(psutil.Error):
-                if "labtrain.job" in child.cmdline() and read_trail(Path(child.cmdline()[-1])):
+                if "labtrain.launch.job" in child.cmdline() and read_trail(Path(child.cmdline()[-1])):
                     return process, child
         time.sleep(0.005)
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NoReturn, cast
 
 from labtrain.base.errors import ConfigError, DeviceError, LabtrainError
-from labtrain.compose import print_error, process_of
 from labtrain.exact import determinism
+from labtrain.launch.compose import print_error, process_of
 from labtrain.record import config as configuration
 from labtrain.record.identity import JOB_VARIABLE, SHARDED_STRATEGY, Config, Job, shards_in_use
 from labtrain.record.resume import make_job

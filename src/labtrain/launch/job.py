@@ -1,4 +1,4 @@
-"""Stage 2 of a start: `python -m labtrain.job RUN_DIR` trains the job that stage 1 put in the environment.
+"""Stage 2 of a start: `python -m labtrain.launch.job RUN_DIR` trains the job that stage 1 put in the environment.
 
 No Hydra application runs here, so Lightning's launcher starts this very command again for every local rank: each rank
 runs its parent's job, never the command line, and a sweep is never run by its ranks. RUN_DIR is for people who look at
@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING
 
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError
 from labtrain.base.signals import Stopped, end_with_parent
-from labtrain.compose import print_error
+from labtrain.launch.compose import print_error
 from labtrain.record import receipt
 from labtrain.record.identity import JOB_VARIABLE, Job, shown
 from labtrain.record.ranks import find_ranks, in_slurm_step, requeue, wants_requeue
@@ -32,7 +32,7 @@ FIRST_RANK = "LABTRAIN_FIRST_RANK"  # the process that started this one as a ran
 def main() -> None:
     """Train the job of this process; on rank 0, print its folder and its weights digest to standard output."""
     if JOB_VARIABLE not in os.environ:
-        print_error(LabtrainError("labtrain.job is started by train.py", hint="python train.py"))
+        print_error(LabtrainError("labtrain.launch.job is started by train.py", hint="python train.py"))
         sys.exit(2)
     job = Job.from_json(os.environ[JOB_VARIABLE])
     ranks = find_ranks()

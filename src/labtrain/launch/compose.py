@@ -51,7 +51,7 @@ def main(config_path: str = "conf", config_name: str = "config") -> None:
     try:
         _run_hydra(root, config_path, config_name, wants_trace)
     except Exception as error:
-        from labtrain.sweep import explain
+        from labtrain.launch.sweep import explain
 
         end_if_known(explain(error), wants_trace=wants_trace)
         raise
@@ -112,7 +112,7 @@ class Start:
         from hydra.types import RunMode
         from omegaconf import OmegaConf
 
-        from labtrain.sweep import value_of
+        from labtrain.launch.sweep import value_of
 
         if missing := sorted(OmegaConf.missing_keys(cfg)):
             raise ConfigError(
@@ -160,7 +160,7 @@ def process_of(job: Job) -> tuple[list[str], dict[str, str]]:
             f"the resolved configuration is larger than {MAX_JOB_BYTES} bytes",
             hint="keep data in a file and name the file",
         )
-    return [sys.executable, "-m", "labtrain.job", shown(job.run_dir)], environment
+    return [sys.executable, "-m", "labtrain.launch.job", shown(job.run_dir)], environment
 
 
 def finished(job: Job) -> bool:

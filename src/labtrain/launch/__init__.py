@@ -1,0 +1,1 @@
+"""From a command line to a named job in a process of its own."""
