@@ -23,9 +23,9 @@ from labtrain.record.identity import shown
 from labtrain.record.ranks import alone
 from labtrain.record.receipt import read
 from labtrain.record.trail import read_trail
-from labtrain.report import write_report
-from labtrain.report.data import label_of
-from labtrain.verification import verify_run
+from labtrain.review.report import write_report
+from labtrain.review.report.data import label_of
+from labtrain.review.verification import verify_run
 
 # What the dispatch of MKL, oneDNN, torch, glibc and numpy would choose on a CPU from before AVX (2008).
 OLDER_CPU = {

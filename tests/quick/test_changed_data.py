@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from labtrain.inspection import state_differences
 from labtrain.record import fingerprints, receipt
 from labtrain.record.fingerprints import changed_files, files_now, files_read, noting_opened, places_in
+from labtrain.review.inspection import state_differences
 from tests.support.exact import configure
 
 UTC = struct.pack(">4s16x6liBB4s", b"TZif", 0, 0, 0, 0, 1, 4, 0, 0, 0, b"UTC")  # the smallest file of a zone, RFC 8536

@@ -18,10 +18,10 @@ import pytest
 from rocrate.rocrate import ROCrate
 
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
-from labtrain.crate import write_crate
 from labtrain.record import receipt
 from labtrain.record.identity import what_counts
 from labtrain.record.sources import source_digests
+from labtrain.review.crate import write_crate
 from tests.conftest import LABTRAIN
 from tests.quick.test_receipt import CREDENTIALS
 from tests.support.exact import Runner, configure
@@ -354,7 +354,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run_dir: Path, tm
 
 def test_neither_torch_nor_rocrate_is_imported_before_it_is_needed(run_dir: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; import labtrain.cli, labtrain.signature; from labtrain.crate import *\n"
+        "import sys; from pathlib import Path; import labtrain.cli, labtrain.review.signature; from labtrain.review.crate import *\n"
         "assert not {'torch', 'lightning', 'rocrate', 'requests'} & set(sys.modules)\n"
         "write_crate(Path(sys.argv[1]), Path(sys.argv[2]), weights=True, author=None, licence=None)\n"
         "assert 'rocrate' in sys.modules and not {'torch', 'lightning'} & set(sys.modules)\n"

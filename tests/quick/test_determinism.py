@@ -9,8 +9,8 @@ import torch
 
 from labtrain.base.errors import ConfigError
 from labtrain.exact import determinism
-from labtrain.inspection import state_differences
 from labtrain.record import receipt
+from labtrain.review.inspection import state_differences
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -5,7 +5,7 @@ import pytest
 from scipy import stats
 
 from labtrain.base.errors import ConfigError
-from labtrain.equivalence import compare_pairs
+from labtrain.review.equivalence import compare_pairs
 
 
 def decided(*, difference: float, spread: float, pairs: int, trials: int = 3000) -> tuple[float, float]:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from labtrain import listing
 from labtrain.record import receipt
+from labtrain.review import listing
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, changed
 
 GOLDEN = ROOT / "tests" / "golden"

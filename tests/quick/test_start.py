@@ -27,7 +27,7 @@ NEVER = {
     "sqlalchemy": "a sweep of Optuna's",
     "IPython": "notebooks",
     "labtrain.launch.sweep": "stage 1",
-    "labtrain.report": "labtrain report",
+    "labtrain.review.report": "labtrain report",
 }
 # Of stage 1, which composes: what is beyond the standard library and Hydra's own.
 NOT_BEFORE = {

@@ -17,7 +17,7 @@ import labtrain
 from labtrain.base.errors import EXIT_STOPPED, ConfigError
 from labtrain.environment.doctor.environment import unlike_lock
 from labtrain.environment.lock.conda import read_conda_lock
-from labtrain.replay import _git
+from labtrain.review.replay import _git
 from tests.conftest import QUICK, ROOT, Experiment
 from tests.support.exact import Runner, configure, outcome
 
@@ -82,7 +82,7 @@ def test_git_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     program.write_text("#!/bin/sh\nexec sleep 600\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr("labtrain.replay.GIT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("labtrain.review.replay.GIT_TIMEOUT_S", 0.5)
     with pytest.raises(ConfigError, match=r"git clone here there: no end in 0\.5 seconds"):
         _git("clone", "here", "there")
 

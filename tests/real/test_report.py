@@ -17,11 +17,11 @@ import pytest
 from labtrain.base.errors import DamagedError
 from labtrain.record import receipt
 from labtrain.record.trail import HISTORY, TRAIL
-from labtrain.report import write_report
-from labtrain.report.charts import AROUND, AT_MOST, curves_of, machine_of, reduced
-from labtrain.report.data import label_of, read_history, read_runs
-from labtrain.report.page import verdict_of
-from labtrain.verdicts import VERIFIED
+from labtrain.review.report import write_report
+from labtrain.review.report.charts import AROUND, AT_MOST, curves_of, machine_of, reduced
+from labtrain.review.report.data import label_of, read_history, read_runs
+from labtrain.review.report.page import verdict_of
+from labtrain.review.verdicts import VERIFIED
 from tests.conftest import LABTRAIN, ROOT, need, skip_or_fail
 from tests.support.exact import Runner, configure
 

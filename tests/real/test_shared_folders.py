@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError
-from labtrain.listing import list_runs
 from labtrain.record import receipt
 from labtrain.record.config import explain
 from labtrain.record.identity import Job, first_free, shown
+from labtrain.review.listing import list_runs
 from labtrain.stores.prune import leftovers
 from labtrain.stores.store import Store, identity
 from labtrain.training import fit as training

@@ -12,7 +12,7 @@ import pytest
 
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.record import receipt
-from labtrain.signature import FILE, NAMESPACE, Signature, check_signature, sign
+from labtrain.review.signature import FILE, NAMESPACE, Signature, check_signature, sign
 from tests.conftest import LABTRAIN, need
 from tests.quick.test_receipt import whole
 

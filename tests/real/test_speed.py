@@ -17,7 +17,7 @@ from labtrain.base.errors import ConfigError
 from labtrain.record import receipt
 from labtrain.record.config import check
 from labtrain.record.digests import digest
-from labtrain.replay import _config_of
+from labtrain.review.replay import _config_of
 from labtrain.training.speed import called, put_channels_last, recompute_blocks
 from tests.conftest import QUICK, Experiment
 from tests.support.exact import Runner, configure, outcome, tell

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.listing import is_trained
+from labtrain.review.listing import is_trained
 from tests.conftest import QUICK, Experiment
 from tests.support.sweep import OPTUNA, SHORT, results
 

@@ -21,7 +21,7 @@ SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds")
 )
 def sign(run: Path, key: Path | None) -> None:
     """Sign a run's receipt with an SSH key, as git signs commits, and print the signature's file."""
-    from labtrain.signature import sign as sign_receipt
+    from labtrain.review.signature import sign as sign_receipt
 
     click.echo(sign_receipt(run, key=key))
 
@@ -41,7 +41,7 @@ def sign(run: Path, key: Path | None) -> None:
 @click.option("--license", "licence", metavar="ID", help="An SPDX identifier, CC-BY-4.0 for one, or a URL.")
 def crate(run: Path, output: Path, weights: bool, author: str | None, licence: str | None) -> None:
     """Export a run for an archive or a journal, as an RO-Crate of the profile Workflow Run Crate."""
-    from labtrain.crate import write_crate
+    from labtrain.review.crate import write_crate
 
     click.echo(write_crate(run, output, weights=weights, author=author, licence=licence))
 
@@ -63,7 +63,7 @@ def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) 
 
     A run that no process trains, and that no process ended, is shown as killed; start it again and it goes on.
     """
-    from labtrain import listing
+    from labtrain.review import listing
 
     rows = listing.sort_rows(listing.list_runs(folders or [Path("runs")], metric=metric), sort)
     if as_json:
@@ -126,7 +126,7 @@ def verify(
     """
     from dataclasses import asdict
 
-    from labtrain.verification import verify_run
+    from labtrain.review.verification import verify_run
 
     end_in_order()
     verdict = verify_run(
@@ -197,8 +197,8 @@ def gate(
     The same bits are a yes. Other bits can be one with --seeds and --margin: where an equivalence test shows that the
     metric's mean moved by less than the margin. BASELINEs that differ in nothing but the seed are one experiment.
     """
-    from labtrain.gate import judge_upgrade, keep_runs, summary_of, verdicts_of, words_of
-    from labtrain.report import check_page, write_report
+    from labtrain.review.gate import judge_upgrade, keep_runs, summary_of, verdicts_of, words_of
+    from labtrain.review.report import check_page, write_report
 
     end_in_order()
     if page is not None:
@@ -246,7 +246,7 @@ def report(runs: tuple[Path, ...], output: Path) -> None:
 
     RUN is a run's folder, or its receipt; the others are held against the first.
     """
-    from labtrain.report import write_report
+    from labtrain.review.report import write_report
 
     write_report(list(runs), output)
     click.echo(output)

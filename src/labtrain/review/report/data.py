@@ -14,7 +14,7 @@ from labtrain.record.differences import Comparison, compare, open_run
 from labtrain.record.identity import shown
 from labtrain.record.provenance import time_of
 from labtrain.record.trail import HISTORY, TRAIL, read_history_lines, read_trail
-from labtrain.verdicts import Verification, read_verifications
+from labtrain.review.verdicts import Verification, read_verifications
 
 Numbers = npt.NDArray[np.float64]
 

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
-from labtrain.inspection import check_checkpoints, composed_differently, state_differences
 from labtrain.record.differences import Difference, Divergence, open_run, shown_value
 from labtrain.record.identity import shown
 from labtrain.record.receipt import Receipt
 from labtrain.record.trail import TRAIL, Line, read_trail
-from labtrain.replay import code_of, home_of
-from labtrain.retrace import Case, Say, follow, narrow
-from labtrain.signature import check_signature
-from labtrain.verdicts import note
+from labtrain.review.inspection import check_checkpoints, composed_differently, state_differences
+from labtrain.review.replay import code_of, home_of
+from labtrain.review.retrace import Case, Say, follow, narrow
+from labtrain.review.signature import check_signature
+from labtrain.review.verdicts import note
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

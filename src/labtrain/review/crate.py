@@ -18,11 +18,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
-from labtrain.crate_metadata import FILES, MAIN, WEIGHTS, describe
 from labtrain.record import receipt as receipts
 from labtrain.record.differences import open_run
 from labtrain.record.identity import shown
 from labtrain.record.sources import source_digests, sources
+from labtrain.review.crate_metadata import FILES, MAIN, WEIGHTS, describe
 from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from labtrain.report.data import Numbers, Run, Series, seconds_of
+from labtrain.review.report.data import Numbers, Run, Series, seconds_of
 
 AT_MOST = 4_000  # points of a reduced curve, but for those around a step at which runs part
 AROUND = 100  # steps before and after it

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.equivalence import Equivalence, check_levels, compare_pairs
 from labtrain.record.differences import differences, first_difference, open_run
 from labtrain.record.identity import first_free, shown, what_counts
 from labtrain.record.receipt import Receipt
-from labtrain.replay import Replay, code_of, home_of
-from labtrain.report.page import Verdict
-from labtrain.retrace import Say
-from labtrain.verification import results_differently, soft_results
+from labtrain.review.equivalence import Equivalence, check_levels, compare_pairs
+from labtrain.review.replay import Replay, code_of, home_of
+from labtrain.review.report.page import Verdict
+from labtrain.review.retrace import Say
+from labtrain.review.verification import results_differently, soft_results
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from labtrain import signature
 from labtrain.base.errors import ConfigError
 from labtrain.record import receipt as receipts
 from labtrain.record.differences import flat
@@ -19,8 +18,9 @@ from labtrain.record.identity import what_counts
 from labtrain.record.provenance import PATCH
 from labtrain.record.receipt import Receipt
 from labtrain.record.trail import HISTORY, TRAIL
+from labtrain.review import signature
+from labtrain.review.verdicts import VERIFIED
 from labtrain.stores.store import file_sha256
-from labtrain.verdicts import VERIFIED
 
 MAIN = "train.py"
 WEIGHTS = "weights.safetensors"

@@ -13,8 +13,8 @@ from types import MappingProxyType
 
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.record import receipt
-from labtrain.report.data import read_runs
-from labtrain.report.page import Verdict, render
+from labtrain.review.report.data import read_runs
+from labtrain.review.report.page import Verdict, render
 
 
 def write_report(

@@ -20,9 +20,9 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from labtrain import __version__
 from labtrain.base import exact_json
 from labtrain.record.identity import get, shown
-from labtrain.report.charts import DIGITS, curves_of, machine_of, timeline_of
-from labtrain.report.data import Run, seconds_of
-from labtrain.verdicts import VERIFIED, Verification
+from labtrain.review.report.charts import DIGITS, curves_of, machine_of, timeline_of
+from labtrain.review.report.data import Run, seconds_of
+from labtrain.review.verdicts import VERIFIED, Verification
 
 HERE = Path(__file__).parent
 SHORT = 12  # characters of a digest that is shown whole when it is opened

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import ConfigError, LabtrainError, StoreError
-from labtrain.inspection import told_differences
 from labtrain.record.differences import Difference, Divergence, shown_value
 from labtrain.record.digests import read_weights
 from labtrain.record.identity import shown
@@ -19,7 +18,8 @@ from labtrain.record.provenance import machine
 from labtrain.record.receipt import Receipt
 from labtrain.record.resume import checkpoint_digest
 from labtrain.record.trail import Line, differing_tensor, phase_of
-from labtrain.replay import Replay
+from labtrain.review.inspection import told_differences
+from labtrain.review.replay import Replay
 from labtrain.stores.layout import checkpoint_place, list_checkpoints, stores_of
 from labtrain.stores.store import Checkpoint, Store
 

@@ -1,0 +1,1 @@
+"""Questions about finished runs: verify, gate, ls, report, crate, sign."""
