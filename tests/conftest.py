@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from labtrain.new import make_experiment
+from labtrain.project.new import make_experiment
 from labtrain.record import receipt
 
 pytest.register_assert_rewrite("tests.support")

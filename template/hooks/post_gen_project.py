@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 try:
-    from labtrain.new import furnish
+    from labtrain.project.new import furnish
 except ModuleNotFoundError:
     sys.stderr.write("error: this cookiecutter runs without labtrain\n\nhint: use the one of labtrain's environment: .venv/bin/cookiecutter template/\n")
     sys.exit(2)

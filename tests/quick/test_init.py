@@ -31,7 +31,7 @@ def test_another_name_is_an_attribute_error() -> None:
         "labtrain.cli",
         "labtrain.launch.compose",
         "labtrain.environment.doctor",
-        "labtrain.new",
+        "labtrain.project.new",
         "labtrain.checkpoints.locate",
     ],
 )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from labtrain.base.errors import ConfigError
-from labtrain.demo import WAYS, judge, make_empty, read_outcome
+from labtrain.project.demo import WAYS, judge, make_empty, read_outcome
 from labtrain.record.differences import first_difference
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment
 

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from labtrain.assets import LOCKS, SOURCES, asset
-from labtrain.new import build_wheel
+from labtrain.project.new import build_wheel
 from labtrain.record import receipt
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment
 from tests.support.template import WHEEL, files, run

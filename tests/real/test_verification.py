@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.demo import OLDER_CPU
+from labtrain.project.demo import OLDER_CPU
 from labtrain.record import receipt as receipts
 from labtrain.record.provenance import machine
 from labtrain.record.trail import read_trail

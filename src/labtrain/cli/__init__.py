@@ -44,7 +44,7 @@ def main(ctx: click.Context) -> None:
 @click.option("--author", default="Anonymous", help="Your name, for its README.")
 def new(target: Path, author: str) -> None:
     """Make a new experiment in DIR."""
-    from labtrain.new import make_experiment
+    from labtrain.project.new import make_experiment
 
     make_experiment(target, author=author)
     click.echo(target)
@@ -108,7 +108,7 @@ def doctor(as_json: bool, gpu: str, deep: bool, checkpoints: str | None) -> None
 )
 def demo(folder: Path | None) -> None:
     """Train one experiment in several ways and compare the bits: the golden run."""
-    from labtrain.demo import run_demo
+    from labtrain.project.demo import run_demo
 
     sys.exit(0 if run_demo(folder) else 1)
 

@@ -98,9 +98,9 @@ def build_wheel(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         tree = Path(scratch) / "tree"
-        shutil.copytree(Path(__file__).parent, tree / "labtrain", ignore=shutil.ignore_patterns("assets", *SKIPPED))
+        shutil.copytree(Path(__file__).parents[1], tree / "labtrain", ignore=shutil.ignore_patterns("assets", *SKIPPED))
         (tree / "hydra_plugins").mkdir()
-        shutil.copyfile(Path(__file__).parents[1] / PLUGIN, tree / PLUGIN)
+        shutil.copyfile(Path(__file__).parents[2] / PLUGIN, tree / PLUGIN)
         for name in SOURCES:
             copy_asset(name, tree / "labtrain" / "assets" / name)
         info = tree / f"labtrain-{distribution.version}.dist-info"

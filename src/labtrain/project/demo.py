@@ -17,7 +17,7 @@ from pathlib import Path
 
 from labtrain.assets import asset
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.new import make_experiment
+from labtrain.project.new import make_experiment
 from labtrain.record.differences import first_difference
 from labtrain.record.identity import shown
 from labtrain.record.ranks import alone
