@@ -1,0 +1,102 @@
+"""Folders that others can reach: what is made there, and what is opened of what they may have made there. No torch."""
+
+import fcntl
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from labtrain.base.console import quoted
+from labtrain.base.errors import DamagedError
+
+
+def close_umask() -> int:
+    """Have this process, and what it starts, make no file that everybody can write; return its umask. umask(2)."""
+    before = os.umask(0o077)  # what another thread makes meanwhile is closed rather than open
+    os.umask(before | 0o002)
+    return before | 0o002
+
+
+def open_lock(path: Path) -> int:
+    """Open the file of a record lock, made where it is not there, and return its descriptor.
+
+    Only who may write it can open it, so nobody else can hold a lock on it: fcntl(2) asks for no right to write where
+    a lock is shared. That is its owner; and its group, where the umask lets that write.
+
+    Raises:
+        OSError: this user may not write it, or it is a link.
+    """
+    mode = 0o600 if close_umask() & stat.S_IWGRP else 0o660
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, mode)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise FileExistsError(f"{path} is no file")
+    shared = found.st_mode & 0o060 == 0o060
+    with suppress(OSError):  # another's of the group
+        os.fchmod(descriptor, 0o660 if shared else 0o600)  # an older labtrain's, or what was copied
+    return descriptor
+
+
+def make_sign(path: Path) -> int:
+    """Make a file that shows everybody that this process lives, by a record lock, and return its descriptor.
+
+    Each time a new file, locked before anybody else can open it. Only where one process at a time can do so.
+    """
+    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    scratch.unlink(missing_ok=True)
+    descriptor = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.fchmod(descriptor, 0o666 & ~close_umask())
+    scratch.replace(path)
+    return descriptor
+
+
+def open_inside(folder: Path, name: str, *, flags: int = os.O_RDONLY) -> BinaryIO:
+    """Open a file of a folder that somebody else may have made: a regular one, through no link.
+
+    Args:
+        folder: as a person named it; it may be a link itself.
+        name: of the file, relative to it.
+        flags: of open(2).
+
+    Raises:
+        DamagedError: a link, a folder, a pipe or a device is in the way; names it.
+        OSError: it cannot be opened.
+    """
+    place = folder
+    above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        *parents, last = Path(name).parts
+        for part in parents:
+            place = _not_a_link(place / part, above)
+            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+            os.close(above)
+            above = below
+        place = _not_a_link(place / last, above)
+        # A pipe that nobody writes to would be waited for.
+        opened = os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=above)
+    finally:
+        os.close(above)
+    if not stat.S_ISREG(os.fstat(opened).st_mode):
+        os.close(opened)
+        raise _refused(place, "not a regular file")
+    return os.fdopen(opened, "rb" if flags == os.O_RDONLY else "ab")
+
+
+def _not_a_link(path: Path, folder: int) -> Path:
+    """Return a path whose last part is no link; what becomes one later, open(2) refuses."""
+    if path.name == "..":
+        raise _refused(path, "outside of its folder")
+    with suppress(FileNotFoundError):
+        mode = os.lstat(path.name, dir_fd=folder).st_mode
+        if stat.S_ISLNK(mode):
+            raise _refused(path, f"a link to {os.readlink(path.name, dir_fd=folder)}")
+        if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+            raise _refused(path, "not a regular file")
+    return path
+
+
+def _refused(path: Path, what: str) -> DamagedError:
+    return DamagedError(f"{path} is {what}; expected a file of the run itself", hint=f"ls -l {quoted(path)}")
