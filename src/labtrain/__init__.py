@@ -1,13 +1,20 @@
 """labtrain: training whose result is a function of what you wrote, not of how it ran.
 
-The floors; an import points down only (import-linter holds it, `make check`)::
+Eleven packages; an import points down only, and `make check` holds that::
 
-    4  compose  job  cli  demo  new  target  conf/               thin: parse, call, print
-    3  training  loop  strategy  fsdp  tally  guard  wiring ...  Lightning
-    2  determinism  order  loader  augment  reduction  saver ... torch
-    1  run  ranks  resume  receipt  lock  doctor  compare        no torch
-       store  remote  catalog  delivery  prune  digests
-    0  errors  signals                                           standard library only
+    cli                               each command parses, calls one function, prints
+    project                           a new experiment, the demo
+    review                            questions about finished runs: verify, gate, ls, report, crate, sign
+    launch                            from a command line to a named job in a process of its own
+    training                          trains one run; the only package that imports Lightning
+    data  checkpoints  environment    the loader; a checkpoint's files; lock and doctor
+    exact                             arithmetic with the same bits on any number of devices: torch, no Lightning
+    record                            what names a run and what it leaves: sources, receipt, trail, digests. No torch
+    stores                            where checkpoints lie: folders and object stores. No torch
+    base                              errors, text for terminals, credentials, files of other people. No torch
+
+Beside them: `conf/`, the configuration that every experiment begins from; `bootstrap`, which makes the environment
+and so needs none; `augment`, a public module; `assets`.
 
 `import labtrain` imports none of them: the public names below are loaded when first used, so that `labtrain --help`
 and the composition of a configuration never pay for torch. So is the module `labtrain.augment`.

@@ -1,9 +1,9 @@
 """Make the environment: a `.venv` with exactly what `requirements.lock` names, every file checked against its hash.
 
 Standard library only, and run before anything is installed: in the repository as `PYTHONPATH=src python3 -m
-labtrain.bootstrap --editable`, in an experiment straight from the wheel it carries, as
-`PYTHONPATH=vendor/labtrain-....whl python3 -m labtrain.bootstrap`. Does nothing where the environment is up to date: it
-was made from these locks, has the same distributions, and no file of theirs is missing or changed. Else it repairs.
+labtrain.bootstrap --editable`, in an experiment straight from the wheel it carries, by `setup.sh`, which holds the
+wheel against labtrain.lock first. Does nothing where the environment is up to date: it was made from these locks, has
+the same distributions, and no file of theirs is missing or changed. Else it repairs.
 
 pip, from Python's own ensurepip, installs uv at the hash that the lock names; uv installs the rest.
 """
@@ -19,13 +19,14 @@ import tempfile
 from pathlib import Path
 
 from labtrain.base.errors import LabtrainError
+from labtrain.base.permissions import close_umask
 from labtrain.record.installed import NEEDED, changes, names
 
 PYTHONS = ((3, 11), (3, 14))  # from, below
 DISK_BYTES = 8_000_000_000  # torch and its CUDA libraries are 7.1 GB; the rest is byte code and room to unpack
 MEMORY_BYTES = 1_500_000_000
 LOCK = "requirements.lock"
-WHEEL_LOCK = "labtrain.environment.lock"
+WHEEL_LOCK = "labtrain.lock"
 STAMP = "labtrain-setup"
 
 
@@ -38,6 +39,7 @@ def main() -> None:
         "--editable", action="store_true", help="install labtrain from this source tree instead of the wheel in vendor/"
     )
     arguments = parser.parse_args()
+    close_umask()
     try:
         set_up(Path.cwd(), editable=arguments.editable)
     except LabtrainError as error:

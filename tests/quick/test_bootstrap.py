@@ -1,5 +1,9 @@
+import hashlib
+import os
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -39,7 +43,7 @@ def test_uv_is_installed_by_the_hashes_of_the_lock() -> None:
 def test_an_environment_follows_its_locks(tmp_path: Path) -> None:
     (tmp_path / "requirements.lock").write_text("a==1 --hash=sha256:aa\n")
     first = fingerprint(tmp_path, editable=False)
-    (tmp_path / "labtrain.environment.lock").write_text("./vendor/labtrain.whl --hash=sha256:bb\n")
+    (tmp_path / "labtrain.lock").write_text("./vendor/labtrain.whl --hash=sha256:bb\n")
     second = fingerprint(tmp_path, editable=False)
     (tmp_path / "requirements.lock").write_text("a==2 --hash=sha256:aa\n")
     assert len({first, second, fingerprint(tmp_path, editable=False)}) == 3
@@ -54,6 +58,88 @@ def test_a_missing_python_is_said_in_one_line() -> None:
         done.stderr.splitlines()[0]
         == "error: no-such-python not found, Python 3.11 to 3.13 wanted. hint: apt-get install python3 python3-venv"
     )
+
+
+@pytest.fixture
+def furnished(tmp_path: Path) -> Path:
+    """An experiment's setup: its Makefile, its script, and in vendor/ a wheel whose bootstrap leaves a file."""
+    for name in ("Makefile", "setup.sh"):
+        shutil.copy(next(ROOT.glob(f"template/*/{name}")), tmp_path)
+    put_wheel(tmp_path, "labtrain-0.1.0-py3-none-any.whl")
+    digest = hashlib.sha256((tmp_path / "vendor/labtrain-0.1.0-py3-none-any.whl").read_bytes()).hexdigest()
+    (tmp_path / "labtrain.lock").write_text(f"./vendor/labtrain-0.1.0-py3-none-any.whl --hash=sha256:{digest}\n")
+    return tmp_path
+
+
+def put_wheel(root: Path, name: str, mark: str = "ran") -> None:
+    (root / "vendor").mkdir(exist_ok=True)
+    with zipfile.ZipFile(root / "vendor" / name, "w") as wheel:
+        wheel.writestr("labtrain/__init__.py", f"open({mark!r}, 'w')")
+        wheel.writestr("labtrain/bootstrap.py", "")
+
+
+def make_setup(root: Path, *more: str, path: str | None = None) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PATH": path or os.environ["PATH"]}
+    environment.pop("MAKEFLAGS", None)
+    command = ["make", "setup", f"PYTHON={sys.executable}", *more]
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=environment)
+
+
+def test_setup_runs_the_wheel_that_the_lock_names(furnished: Path) -> None:
+    """With a second one beside it, which is not looked at; and where sha256sum is called shasum."""
+    put_wheel(furnished, "labtrain-0.0.0-py3-none-any.whl", mark="evil")
+    assert make_setup(furnished).returncode == 0
+    assert (furnished / "ran").exists()
+    (furnished / "ran").unlink()
+    programs = furnished / "bin"
+    programs.mkdir()
+    for name in ("make", "sh", "sed", "grep", "perl", "shasum"):
+        found = shutil.which(name)
+        if found is None:
+            pytest.skip(f"{name} is not installed")
+        (programs / name).symlink_to(found)
+    assert make_setup(furnished, path=str(programs)).returncode == 0
+    assert (furnished / "ran").exists()
+    assert not (furnished / "evil").exists()
+
+
+WHEEL = "vendor/labtrain-0.1.0-py3-none-any.whl"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (f"printf x >> {WHEEL}", f"the sha256 of {WHEEL} is not the one in labtrain.lock"),
+        (f"cp evil {WHEEL}", f"the sha256 of {WHEEL} is not the one in labtrain.lock"),
+        (f"ln -sf ../evil {WHEEL}", f"the sha256 of {WHEEL} is not the one in labtrain.lock"),
+        (f"rm {WHEEL}", f"{WHEEL} is missing"),
+        (f"rm {WHEEL}; cp evil vendor/labtrain-0.2.0-py3-none-any.whl", f"{WHEEL} is missing"),
+        ("rm labtrain.lock", "no labtrain.lock in "),
+        (": > labtrain.lock", "labtrain.lock does not name one wheel"),
+        ("cat labtrain.lock labtrain.lock > x; mv x labtrain.lock", "labtrain.lock does not name one wheel"),
+        ("echo -e '--index-url x' >> labtrain.lock", "labtrain.lock does not name one wheel"),
+        ("sed -i 's/ --hash.*//' labtrain.lock", "labtrain.lock does not name one wheel"),
+        ("sed -i 's|./vendor/|./|' labtrain.lock", "labtrain.lock does not name one wheel"),
+        ("sed -i 's|vendor/|vendor/../|' labtrain.lock", "labtrain.lock does not name one wheel"),
+        ("sed -i 's|$|0|' labtrain.lock", "labtrain.lock does not name one wheel"),
+    ],
+)
+def test_setup_runs_nothing_of_a_wheel_that_the_lock_does_not_name(furnished: Path, spoil: str, says: str) -> None:
+    put_wheel(furnished, "../evil", mark="./ran")
+    subprocess.run(["bash", "-c", spoil], cwd=furnished, check=True)
+    done = make_setup(furnished)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {says}")
+    assert "\n\nhint: git checkout " in done.stderr
+    assert not (furnished / "ran").exists()
+    assert {path.name for path in furnished.iterdir()} <= {"Makefile", "setup.sh", "vendor", "labtrain.lock", "evil"}
+
+
+def test_nothing_runs_a_wheel_but_by_its_hash() -> None:
+    """Each file of an experiment that starts labtrain.bootstrap does so by setup.sh."""
+    texts = {path: path.read_text(errors="replace") for folder in ("template", "containers", "nix")
+             for path in (ROOT / folder).rglob("*") if path.is_file()}  # fmt: skip
+    assert [path.name for path, text in texts.items() if "labtrain.bootstrap" in text] == ["setup.sh"]
 
 
 def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:

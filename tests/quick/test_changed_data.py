@@ -82,3 +82,21 @@ def test_the_systems_zones_are_no_data(tmp_path: Path) -> None:
         zoneinfo.reset_tzpath()
         fingerprints._systems_own.cache_clear()
     assert places == {data}
+
+
+def test_of_a_receipt_of_somebody_else_nothing_outside_of_the_experiment_is_read(tmp_path: Path) -> None:
+    """It may name a private key, by a path or through a link, and its digest would be shown."""
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "key").write_text("private")
+    (tmp_path / "lab" / "data.csv").write_text("1,2")
+    (tmp_path / "lab" / "link").symlink_to(tmp_path / "key")
+    data: dict[str, Any] = {f"file {tmp_path / 'key'}": {}, "file ../key": {}, "file link": {}, "file data.csv": {}}
+    assert list(files_now(data, tmp_path / "lab", outside=False)) == ["file data.csv"]
+    assert list(files_now(data, tmp_path / "lab")) == list(data)
+
+
+def test_what_a_receipt_names_and_cannot_be_read_is_not_here(tmp_path: Path) -> None:
+    """Memory of a process, a name that is too long, a name with a NUL."""
+    (tmp_path / "there").write_text("x")
+    names = ["file /proc/self/mem", "file /proc/kmsg", f"file {'a' * 5000}", "file a\0b", "file there"]
+    assert list(files_now({name: {} for name in names}, tmp_path)) == ["file there"]

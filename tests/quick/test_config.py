@@ -83,6 +83,13 @@ def test_the_logger_many_is_all_three() -> None:
     assert composed("logger=none")["logger"] == {}
 
 
+@pytest.mark.parametrize("name", ["a" * 200, "\u4e00" * 66, "caf\u00e9-2"])
+def test_a_name_of_a_folder_may_have_any_letters(name: str, tmp_path: Path) -> None:
+    """And with what labtrain adds a file system takes it: `gate` calls a baseline NAME-RUN-2."""
+    check(composed(f"experiment='{name}'"))
+    (tmp_path / f"{name}-0123456789ab-2").mkdir()
+
+
 @pytest.mark.parametrize(
     ("overrides", "says", "hint"),
     [
@@ -104,6 +111,8 @@ def test_the_logger_many_is_all_three() -> None:
         (["checkpoint.keep_best=1"], "needs a metric", "checkpoint.monitor"),
         (["experiment=../up"], "experiment=../up", "experiment"),
         (["experiment=.hidden"], "experiment=.hidden", "experiment"),
+        (["experiment='" + "\u4e00" * 67 + "'"], "at most 200 bytes of letters", "experiment"),
+        ([f"experiment={'a' * 201}"], "at most 200 bytes of letters", "experiment"),
         (["resume=null"], "auto, never or a run is wanted", "resume"),
         (["determinism.shards=0"], "a number of shards, or null", "determinism.shards"),
         (
@@ -133,6 +142,8 @@ def test_a_bad_value_is_named_with_what_is_wanted(overrides: list[str], says: st
     [
         ("checkpoint.url=s3://key:s3cret@bucket/runs", "a password stands in the URL of s3://bucket"),
         ("resume='sftp://me:s3cret@host/runs'", "a password stands in the URL of sftp://host"),
+        ("checkpoint.url='reference::file:///tmp/x'", "reference::file is no store for checkpoints"),
+        ("checkpoint.url=http://host/x", "http is no store for checkpoints"),
         ("checkpoint.url='https://host/runs?token=s3cret'", "without \\? and # is wanted"),
         ("checkpoint.url=3", "a path or a URL is wanted"),
         ("checkpoint.spool_bytes=0", "an integer of at least 1"),

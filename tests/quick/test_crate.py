@@ -6,7 +6,9 @@ https://w3id.org/workflowhub/workflow-ro-crate/1.0 and https://w3id.org/ro/crate
 
 import hashlib
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 from rocrate.rocrate import ROCrate
 
+from labtrain.base.credentials import SECRET_VALUE, without_secrets
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.record import receipt
 from labtrain.record.identity import what_counts
@@ -50,6 +53,9 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
     day = {"started": "2025-01-02T03:04:05+00:00", "ended": "2025-01-02T04:00:00+00:00"}
     changed(found, lambda found: found["segments"][-1].update(day))
     return found
+
+
+COMMIT = "c0ffee" + "0" * 34
 
 
 def changed(run_dir: Path, change: Any) -> receipt.Receipt:
@@ -214,7 +220,7 @@ def test_no_credential_and_no_path_of_a_machine_is_in_the_metadata(run_dir: Path
     """Of how it was executed nothing is there; a path that counts is named as one."""
 
     def change(found: receipt.Receipt) -> None:
-        found["config"] = receipt.without_secrets({
+        found["config"] = without_secrets({
             **found["config"],
             "data": {**found["config"]["data"], "root": "/srv/ada/images", "also": ["/srv/x", "s3://lab/1/2"],
                      "url": "file:///srv/y", "api_key": "hunter2hunter2", "odd": float("nan"), "nothing": None},
@@ -230,7 +236,7 @@ def test_no_credential_and_no_path_of_a_machine_is_in_the_metadata(run_dir: Path
     assert "/srv" not in text
     assert "hunter2" not in text
     assert "keys.py" not in files
-    assert not any(receipt.SECRET_VALUE.search(json.dumps(entity)) for entity in entities.values())
+    assert not any(SECRET_VALUE.search(json.dumps(entity)) for entity in entities.values())
     given = {name: each.get("value") for name, each in entities.items() if name.startswith("#config-")}
     assert given["#config-data.root"] == "(local path)"
     assert given["#config-data.also"] == '["(local path)", "s3://lab/1/2"]'
@@ -247,14 +253,14 @@ def test_without_the_sources_that_ran_it_is_a_process_run_crate(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Changed since, or not beside the run: what else lies there is not passed off as them, and it is said."""
-    changed(run_dir, lambda found: found["code"].update(commit="c0ffee", ignored=[]))
+    changed(run_dir, lambda found: found["code"].update(commit=COMMIT, ignored=[]))
     shutil.copytree(run_dir, tmp_path / "alone")
     (run_dir.parents[2] / "train.py").write_text("import another\n")
     for folder, why in ((run_dir, "are not those that ran"), (tmp_path / "alone", "lies in no experiment's folder")):
         _, entities, files = export(folder, tmp_path / "a.zip")
         said = capsys.readouterr().err
         assert why in said
-        assert "commit c0ffee alone" in said
+        assert f"commit {COMMIT} alone" in said
         assert not any(name.endswith(".py") for name in files)
         assert entities["./"]["conformsTo"] == {"@id": PROCESS}
         assert "mainEntity" not in entities["./"]
@@ -262,7 +268,7 @@ def test_without_the_sources_that_ran_it_is_a_process_run_crate(
         action = next(entity for entity in entities.values() if entity["@type"] == "CreateAction")
         tool = entities[action["instrument"]["@id"]]
         assert tool["@type"] == "SoftwareSourceCode"
-        assert tool["version"] == "c0ffee"
+        assert tool["version"] == COMMIT
         assert tool["softwareRequirements"]
         assert not any(entity["@type"] == "FormalParameter" for entity in entities.values())
         assert not any("exampleOfWork" in entity for entity in entities.values())
@@ -330,7 +336,7 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run_dir: Path, tm
     shutil.copytree(run_dir, damaged)
     found = receipt.read(running)
     assert found is not None
-    receipt.write(running, {**found, "status": "running"})
+    receipt.write(running, {**found, "status": "running", "results": {}})
     (damaged / "trail.jsonl").write_text("{}\n")
     cases = [
         (tmp_path, "out/a.zip", "is no run: looked for receipt.json"),
@@ -350,6 +356,85 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run_dir: Path, tm
     assert receipt.read(run_dir) is not None
     export(run_dir, tmp_path / "out" / "a.zip")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["a.zip"]
+
+
+KINDS = ("link", "link to a folder", "hanging link", "pipe", "socket", "folder")
+
+
+def put_in_place(path: Path, kind: str, secret: Path) -> None:
+    """Put something that is no file in the place of a file."""
+    path.unlink(missing_ok=True)
+    match kind:
+        case "link":
+            path.symlink_to(secret)
+        case "link to a folder":
+            path.symlink_to(secret.parent)
+        case "hanging link":
+            path.symlink_to(secret.with_name("none"))
+        case "pipe":
+            os.mkfifo(path)
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as server:
+                os.chdir(path.parent)
+                server.bind(path.name)
+        case "folder":
+            path.mkdir()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["receipt.json", "code.patch", "verified.jsonl", "history.jsonl", "receipt.json.sig"])
+def test_what_is_no_file_of_the_run_is_in_no_crate(
+    run_dir: Path, tmp_path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that came by mail has a private key of whoever publishes it in no zip, and waits for no pipe; named."""
+    secret = tmp_path / "home" / "id_ed25519"
+    secret.parent.mkdir()
+    secret.write_text("PRIVATE KEY")
+    monkeypatch.chdir(tmp_path)
+    put_in_place(run_dir / name, kind, secret)
+    with pytest.raises(DamagedError, match=f"{name} is (a link to|not a regular file)") as error:
+        export(run_dir, tmp_path / "a.zip")
+    assert error.value.hint == f"ls -l {run_dir / name}"
+    assert list(tmp_path.glob("*a.zip*")) == []
+
+
+@pytest.mark.parametrize("place", ["checkpoints", "checkpoints/step", "checkpoints/step/weights.safetensors"])
+def test_weights_behind_a_link_are_in_no_crate(run_dir: Path, tmp_path: Path, place: str) -> None:
+    """The folder of the checkpoints, a checkpoint's, or the file: though it holds the very bytes."""
+    step = max((run_dir / "checkpoints").glob("step-*"))
+    path = run_dir / place.replace("step", step.name)
+    path.rename(tmp_path / "moved")
+    path.symlink_to(tmp_path / "moved")
+    with pytest.raises(
+        LabtrainError, match=r"is a link to|is a symbolic link|has no checkpoint that is whole|the receipt says"
+    ):
+        export(run_dir, tmp_path / "a.zip", weights=True)
+    assert not (tmp_path / "a.zip").exists()
+
+
+@pytest.mark.parametrize("above", [False, True])
+def test_a_receipt_chooses_no_weights_of_another_place(run_dir: Path, tmp_path: Path, above: bool) -> None:
+    """It may name any folder or server that this user can read: what lies there is enclosed where it knows the digest."""
+    here, there = run_dir / "checkpoints", tmp_path / "elsewhere" / run_dir.name
+    url = str(run_dir / "../../../../elsewhere") if above else str(there.parent)
+    there.parent.mkdir()
+    here.rename(there)
+    changed(run_dir, lambda found: found["config"]["checkpoint"].update(url=url))
+    if not above:
+        assert "weights.safetensors" in export(run_dir, tmp_path / "a.zip", weights=True)[2]
+    changed(run_dir, lambda found: found.update(results={}, checkpoints=[], status="interrupted"))
+    with pytest.raises(DamagedError, match=r"names the digest of no weights there|outside of its folder"):
+        export(run_dir, tmp_path / "b.zip", weights=True)
+    assert not (tmp_path / "b.zip").exists()
+
+
+def test_a_source_that_is_a_link_is_refused(run_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "helper.py").write_text("WIDTH = 8\n")
+    root = run_dir.parents[2]
+    (root / "helper.py").symlink_to(tmp_path / "helper.py")
+    changed(run_dir, lambda _: None)
+    with pytest.raises(DamagedError, match=r"helper\.py is a link to"):
+        export(run_dir, tmp_path / "a.zip")
 
 
 def test_neither_torch_nor_rocrate_is_imported_before_it_is_needed(run_dir: Path, tmp_path: Path) -> None:

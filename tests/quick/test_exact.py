@@ -16,7 +16,7 @@ pytest_plugins = ["tests.support.exactness"]
 
 @each(cover(1))
 def test_however_it_ran(case: Case, is_exact: Callable[[Case], None]) -> None:
-    """Each number of processes, precision, shape and story occurs; tests/real has each two of them together."""
+    """Each number of processes, precision, shape and story occurs; tests/real has most pairs of them."""
     is_exact(case)
 
 

@@ -42,8 +42,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     found["segments"][0] |= {"started": "2030-01-01T10:00:00+00:00", "ended": "2030-01-01T11:02:03+00:00"}
     receipt.write(folder / "worse", found)
     for name, status in (("stopped", "interrupted"), ("failed", "failed")):
-        changed(folder / name, "status", status)
-        changed(folder / name, "results", {})
+        stopped = receipt.read(folder / name)
+        assert stopped is not None
+        receipt.write(folder / name, stopped | {"status": status, "results": {}})
         changed(folder / name, "segments", [found["segments"][0] | {"status": status, "to_step": 7}])
     line = {"step": 5, "metrics": {"val/acc": 0.25, "val/loss": 2.0}}
     (folder / "stopped" / "history.jsonl").write_text(json.dumps(line) + '\n{"step": 6, "met')
@@ -126,3 +127,13 @@ def test_a_run_is_running_only_while_a_process_trains_it(experiment: Experiment)
     assert row.steps is not None
     assert row.steps >= 20
     assert Path(row.run).samefile(found[0].parent)
+
+
+@pytest.mark.parametrize("started", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "x"])
+def test_a_time_that_is_none_is_one_line_of_the_table(started: str, tmp_path: Path) -> None:
+    found = json.loads((ROOT / "tests/golden/receipt.json").read_text())
+    found["segments"][0]["started"] = started
+    receipt.write(tmp_path, found)
+    row = listing.row_of(tmp_path)
+    assert row.status == "broken"
+    assert row.error

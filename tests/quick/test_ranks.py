@@ -43,7 +43,7 @@ def test_a_step_counts_and_not_its_job() -> None:
     assert (ranks.address, ranks.port, ranks.name) == ("gpu08", 15123, "70123")
     second = find_ranks(STEP | {"SLURM_STEP_ID": "1"})
     assert second is not None
-    assert (second.port, second.name) == (15454, "70123.1")
+    assert (second.port, second.name) == (15454, "70123-1")
     there = find_ranks(STEP | {"MASTER_ADDR": "10.1.1.1", "MASTER_PORT": "5000"})
     assert there is not None
     assert (there.address, there.port) == ("10.1.1.1", 5000)

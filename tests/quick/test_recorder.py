@@ -8,6 +8,7 @@ from typing import Any
 import jsonschema
 import pytest
 
+from labtrain.base.credentials import NOT_RECORDED
 from labtrain.base.errors import EXIT_STOPPED
 from labtrain.record import receipt
 from labtrain.stores.store import file_sha256
@@ -87,4 +88,4 @@ def test_no_credential_is_in_what_a_run_leaves(runner: Runner) -> None:
     assert run_dir is not None
     for path in run_dir.rglob("*"):
         assert not path.is_file() or value.encode() not in path.read_bytes(), path
-    assert read(runner)["config"]["callbacks"]["hub"]["hub_token"] == receipt.NOT_RECORDED
+    assert read(runner)["config"]["callbacks"]["hub"]["hub_token"] == NOT_RECORDED

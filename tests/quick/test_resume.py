@@ -11,6 +11,7 @@ import pytest
 from labtrain.base.errors import EXIT_STOPPED, ConfigError
 from labtrain.record import receipt as receipts
 from labtrain.record.resume import checkpoint_digest, find_origin, make_job, near_run
+from labtrain.stores.store import sealed
 from tests.support.exact import Runner, configure, outcome
 
 
@@ -67,6 +68,25 @@ def test_beyond_a_complete_run_is_a_new_one(runner: Runner) -> None:
     again = runner.run(longer)  # the same command is the same run, and that is complete
     assert again == new
     assert len(receipt(new)["segments"]) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("limit", "longer"),
+    [({"max_epochs": 3}, "trainer.max_epochs=4"), ({"max_epochs": None, "max_steps": 15}, "trainer.max_steps=16")],
+)
+def test_a_new_run_without_a_step_of_its_own_is_refused(limit: dict[str, Any], longer: str, runner: Runner) -> None:
+    """Another option alone trains no further than the complete run did: nothing is left of it, and the hint works."""
+    run_dir = runner.run(configure("mlp", "even", trainer=limit))
+    assert run_dir is not None
+    before = sorted(runner.folder.rglob("*"))
+    other = configure("mlp", "even", trainer=limit, resume=run_dir.name, seed=7)
+    runner.run(other, code=2)
+    assert f"resume={run_dir.name}: that run ended at step 15, and this command trains no further" in runner.said()
+    assert f"hint: the same command with {longer}" in runner.said()
+    assert "Traceback" not in runner.said()
+    assert set(runner.folder.rglob("*")) - {*before, *runner.logs} == set()
+    key, _, value = longer.removeprefix("trainer.").partition("=")
+    assert receipt(runner.run(configure("mlp", "even", trainer=limit | {key: int(value)}, resume=run_dir.name, seed=7)))
 
 
 def test_a_new_run_that_was_stopped_goes_on_itself(runner: Runner) -> None:
@@ -236,3 +256,35 @@ def test_ranks_that_see_other_checkpoints_do_not_go_on(runner: Runner) -> None:
     runner.run(config, world=2, code=None, environment={"BLIND_RANK": "1"})
     assert "rank 1 goes on from step 0, rank 0 from 7: they do not see the same checkpoints" in runner.said()
     assert "hint: paths.runs on a folder that all nodes share" in runner.said()
+
+
+def test_a_trail_that_does_not_reach_is_said_and_recorded(runner: Runner) -> None:
+    """Which steps, on standard error and in the receipt; also by each start after it. test_trail.py has the ways."""
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    lines = (run_dir / "trail.jsonl").read_bytes().splitlines(keepends=True)
+    (run_dir / "trail.jsonl").write_bytes(b"".join(lines[:3]))
+    said = (
+        "warning: trail.jsonl is not what it was when step-0000000007 was saved: the lines of these steps are missing"
+    )
+    runner.run(config, code=EXIT_STOPPED, signal_at=f"9 {signal.SIGTERM} 0")
+    assert said in runner.said()
+    assert receipt(run_dir)["trail"]["missing"] == [[4, 7]]
+    runner.run(config)
+    assert "changed: 4 to 7" in runner.said()
+    assert receipt(run_dir)["trail"]["missing"] == [[4, 7]]
+    receipts.hold_against_schema(receipt(run_dir), run_dir)
+
+
+def test_another_runs_checkpoint_is_not_adopted(runner: Runner) -> None:
+    """The start ends with exit code 2 and both names, and what is there stays."""
+    config = configure("mlp", "even")
+    run_dir = stop(runner, config)
+    put = run_dir / "checkpoints" / "step-0000000009"
+    shutil.copytree(run_dir / "checkpoints" / "step-0000000007", put)
+    manifest = json.loads((put / "manifest.json").read_text()) | {"run_id": "0123456789ab", "step": 9}
+    (put / "manifest.json").write_text(json.dumps(sealed(manifest)))
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    runner.run(config, code=2)
+    assert f"is a checkpoint of the run 0123456789ab, it lies among those of {run_dir.name}" in runner.said()
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before

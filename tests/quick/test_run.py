@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import subprocess
 import sys
@@ -5,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.record.identity import Job, first_free, lock_digest, name, route
-from labtrain.record.resume import make_job
+from labtrain.record.resume import fresh, make_job
 from labtrain.record.sources import read_code
 
 CONFIG = {
@@ -139,6 +141,32 @@ def test_the_code_is_the_experiments_own_sources(tmp_path: Path) -> None:
 def test_a_job_goes_to_stage_two_whole(tmp_path: Path) -> None:
     job = make_job(CONFIG, root=tmp_path, command=["train.py", "seed=42"])
     assert Job.from_json(job.to_json()) == job
+
+
+def test_a_job_of_a_replay_writes_below_its_own_folder_alone(tmp_path: Path) -> None:
+    """Whatever path the job was given: through `..`, through a link, or beside a folder of the same beginning."""
+    job = make_job(CONFIG | {"paths": {"runs": str(tmp_path / "runs")}}, root=tmp_path, command=[])
+    job.hold("/anywhere")
+    held = dataclasses.replace(job, within=str(tmp_path / "scratch"))
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "link").symlink_to(tmp_path)
+    held.hold(tmp_path / "scratch" / "runs" / "digits")
+    for place in ("", "../scratch2/x", "scratch2", "scratch/../x", "scratch/link/x"):
+        with pytest.raises(LabtrainError, match="the only folder that this training may write in"):
+            held.hold(tmp_path / place)
+
+
+@pytest.mark.parametrize(("name", "good"), [("70123-1", True), ("night_2", True), ("../x", False), ("a b", False)])
+def test_a_launchers_name_is_part_of_a_folders_name(name: str, good: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With resume=never all ranks begin in RUN-NAME; a name with a slash would be a folder elsewhere."""
+    for key, value in {"TORCHELASTIC_RUN_ID": name, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0",
+                       "LOCAL_RANK": "0", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    if good:
+        assert fresh(Path("runs/0123456789ab")).name == f"0123456789ab-{name}"
+    else:
+        with pytest.raises(ConfigError, match="expected letters, digits, _ and -"):
+            fresh(Path("runs/0123456789ab"))
 
 
 def test_never_starts_beside(tmp_path: Path) -> None:

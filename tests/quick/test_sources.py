@@ -1,9 +1,12 @@
 """The code that names a run: what is found outside of the experiment's folder, and that what was hashed is what runs."""
 
+import contextlib
 import importlib
 import os
 import py_compile
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import types
@@ -13,7 +16,9 @@ from typing import Any
 import pytest
 import torch
 
+from labtrain.base.errors import ConfigError
 from labtrain.record import sources
+from labtrain.record.identity import lock_digest
 from labtrain.record.sources import Code, read_code
 from labtrain.training.guard import unnamed
 
@@ -91,6 +96,35 @@ def test_code_outside_of_the_folder_is_in_the_name(
     if how == "zip":
         path = [Path(shutil.make_archive(str(tmp_path / "lib"), "zip", lib))]
     assert read(root, *path).digest != first.digest
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "socket", "link to a device", "link to nothing", "outside", "lock"])  # fmt: skip
+def test_a_source_that_is_no_plain_file_is_refused(kind: str, root: Path, tmp_path: Path) -> None:
+    """In a line, at once: a pipe is read for ever."""
+    path, target = root / "zz.py", tmp_path / "target"
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "socket":
+            with socket.socket(socket.AF_UNIX) as made, contextlib.chdir(root):  # its name has at most 107 bytes
+                made.bind("zz.py")
+        case "outside":
+            path = package(tmp_path / "lib", "labutils") / "labutils" / "pipe.py"
+            os.mkfifo(path)
+        case "lock":
+            path = root / "requirements.lock"
+            os.mkfifo(path)
+        case _:
+            if kind == "link to a pipe":
+                os.mkfifo(target)
+            path.symlink_to("/dev/zero" if kind == "link to a device" else target)
+    signal.alarm(60)
+    try:
+        with pytest.raises(ConfigError, match=r"^[^\n]*is (no plain file|a link to nothing)\n\nhint: ls -l") as raised:
+            lock_digest(root) if kind == "lock" else read(root, tmp_path / "lib")
+    finally:
+        signal.alarm(0)
+    assert str(raised.value).startswith(f"{path} is ")
 
 
 def test_what_lies_there_and_is_not_imported_is_not_in_it(root: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ NEVER = {
     "s3fs": "checkpoint.url=s3://; Lightning would import it to write hparams.yaml",
     "boto3": "tensorboard's, for event files on S3",
     "paramiko": "checkpoint.url=sftp://",
-    "jsonschema": "labtrain verify, sign and crate",
+    "fastjsonschema": "a run that has a receipt",
     "rocrate": "labtrain crate",
     "plotly": "labtrain report",
     "jinja2": "labtrain new and report",

@@ -1,17 +1,29 @@
 """The trail: cut at the step that is gone on from, and the first step, phase and tensor that differ."""
 
+import hashlib
 import json
 import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from labtrain.base.errors import DamagedError
 from labtrain.exact.checksums import shown_sums, two_sums
-from labtrain.record.trail import TRAIL, cut_trail, differing_tensor, first_step, phase_of, read_trail
+from labtrain.record.trail import (
+    TRAIL,
+    Record,
+    cut_trail,
+    differing_tensor,
+    first_step,
+    is_as_recorded,
+    missing_steps,
+    phase_of,
+    read_trail,
+)
 
 
 def write(path: Path, steps: int, tail: str = "") -> None:
@@ -137,3 +149,66 @@ def test_one_tensor_that_differs_is_told_from_any_number_of_them(seed: int) -> N
     flip(other)
     assert differing_tensor(before, line(), names) is None
     assert differing_tensor(before, {**before, "loss": 1}, names) is None
+
+
+def test_the_steps_that_a_trail_lacks(tmp_path: Path) -> None:
+    """Held against what a checkpoint's manifest says of it; what had been lost before stays lost."""
+    path = tmp_path / "trail.jsonl"
+    lines = [b'{"step": %d, "loss": 0.5}\n' % step for step in range(1, 10)]
+
+    def missing(now: list[bytes] | None, *, first: int = 1, known: Any = (), every_n_steps: int = 1) -> list[list[int]]:
+        path.write_bytes(b"".join(lines))
+        said = Record(path).up_to(sum(len(line) for line in lines if json.loads(line)["step"] <= 7)) | {
+            "first": first,
+            "missing": known,
+        }
+        path.unlink()
+        if now is not None:
+            path.write_bytes(b"".join(now))
+        return missing_steps(tmp_path, {"step": 7, "trail": said}, every_n_steps=every_n_steps)
+
+    assert missing(lines) == missing(lines[:7]) == missing([*lines[:7], b'{"ste']) == []
+    assert missing(lines[:3]) == [[4, 7]]
+    assert missing([*lines[:3], lines[3][:5]]) == [[4, 7]]
+    assert missing([*lines[:1], *lines[2:4], *lines[6:]]) == [[2, 2], [5, 6]]
+    assert missing([lines[0].replace(b"0.5", b"0.6"), *lines[1:]]) == [[1, 7]]
+    assert missing([lines[1], lines[0], *lines[2:]]) == [[1, 7]]
+    assert missing(None) == missing([]) == missing([b"x", b"[]\n", b'{"step": {}}\n']) == [[1, 7]]
+    assert missing(lines, known=[[2, 3]]) == [[2, 3]]
+    assert missing(lines[:5], known=[[2, 3]]) == [[2, 3], [6, 7]]
+    lines = [b'{"step": %d, "loss": 0.5}\n' % step for step in (3, 6, 9)]
+    assert missing(lines[:1], first=3, every_n_steps=3) == [[6, 6]]
+    assert missing([], first=3, every_n_steps=3) == [[3, 6]]
+
+
+@pytest.mark.parametrize("manifest", [{"step": 7}, {"step": 7, "trail": None}])
+def test_the_steps_that_a_trail_lacks_by_an_older_manifest(manifest: dict[str, Any], tmp_path: Path) -> None:
+    """It does not say what the trail was: a trail that is gone, or ends before the checkpoint, is found all the same."""
+
+    def missing(steps: Any = None, **options: Any) -> list[list[int]]:
+        if steps is not None:
+            (tmp_path / "trail.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in steps))
+        return missing_steps(tmp_path, manifest, **{"every_n_steps": 1, **options})
+
+    assert missing() == [[1, 7]]
+    assert missing(from_step=4) == [[5, 7]]
+    assert missing(from_step=7) == missing(every_n_steps=0) == missing(every_n_steps=10) == []
+    assert missing(every_n_steps=3) == [[3, 6]]
+    assert missing(every_n_steps=3, from_step=4) == [[6, 6]]
+    assert missing(range(1, 10)) == missing(range(5, 8)) == []
+    assert missing(range(1, 4)) == missing([1, 2, 3, 8, 9]) == [[4, 7]]
+    assert missing([3, 6], every_n_steps=3) == []
+    assert missing([]) == [[1, 7]]
+
+
+def test_a_record_reads_what_is_new(tmp_path: Path) -> None:
+    """Again and again as the file grows, and from its beginning where it was cut."""
+    path = tmp_path / "trail.jsonl"
+    record, content = Record(path), bytes(range(256)) * 10_000
+    path.write_bytes(content)
+    for size in (10, 2_000_000, 2_000_001, 5):
+        found = {"size_bytes": size, "sha256": hashlib.sha256(content[:size]).hexdigest()}
+        assert record.up_to(size) == found
+        assert is_as_recorded(path, found)
+    path.write_bytes(content[:4])
+    assert not is_as_recorded(path, found)

@@ -1,12 +1,13 @@
 """The matrix of exactness: what may befall a training, and a check that its result is the same all the same.
 
 A case is a model, a number of processes and of loader workers, a precision, a shape of the data and of the training, and a
-story: whole, killed, moved. `tests/quick` runs cases in which each value occurs, `tests/real` those in which each two
-values meet, `tests/full` all the rest.
+story: whole, killed, moved. `tests/quick` runs cases in which each value occurs, `tests/real` twenty in which most
+pairs of values meet, `tests/full` all the rest.
 """
 
 import itertools
 import random
+import signal
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.exact import SHAPES, STORIES, Runner, configure, outcome, tell
+from labtrain.base.errors import EXIT_STOPPED
+from tests.support.exact import SHAPES, STORIES, Runner, configure, newest_manifest, outcome, tell
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "model": ("mlp", "cnn", "gpt"),
@@ -46,6 +48,11 @@ def cover(count: int) -> tuple[Case, ...]:
     return tuple(chosen)
 
 
+def most_pairs() -> tuple[Case, ...]:
+    """Return the cases of tests/real: the first, and so the richest, of those in which any two values meet."""
+    return cover(2)[:20]
+
+
 def each(cases: list[Case] | tuple[Case, ...]) -> pytest.MarkDecorator:
     """Return what runs a test once for each case, named by its values."""
     return pytest.mark.parametrize("case", cases, ids=["-".join(map(str, case)).replace(" ", "_") for case in cases])
@@ -74,5 +81,25 @@ def is_exact(references: Callable[..., dict[str, Any]], runner: Runner) -> Calla
         config = configure(model, shape, precision, workers)
         found = tell(runner, config, world=world, story=story, seed=zlib.crc32(repr(case).encode()))
         assert found == references(model, shape, precision)
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def goes_on_after(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], None]:
+    """Stop a training after a step and go on, with a validation and a plateau at the epoch's end; compare by digest.
+
+    Lightning's own checkpoint of an epoch's last batch skips the next epoch; its averages of an epoch forget what was
+    before the resume.
+    """
+    config = configure("cnn", "even", model={"plateau": True})
+    undisturbed = outcome(Runner(tmp_path_factory.mktemp("undisturbed")).run(config))
+
+    def check(step: int) -> None:
+        runner = Runner(tmp_path_factory.mktemp(f"after-{step}"))
+        assert runner.run(config, code=EXIT_STOPPED, signal_at=f"{step} {signal.SIGTERM} 0") is None
+        manifest = newest_manifest(runner)
+        assert (manifest["step"], manifest["epoch"], manifest["batch"]) == (step, (step - 1) // 5, (step - 1) % 5 + 1)
+        assert outcome(runner.run(config)) == undisturbed
 
     return check

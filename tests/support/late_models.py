@@ -102,3 +102,10 @@ class Wider(Small):
     def __init__(self) -> None:
         super().__init__()
         self.more = nn.Parameter(torch.ones(()))
+
+
+class Rejects(Small):
+    """Looks for what it has not saved."""
+
+    def on_load_checkpoint(self, checkpoint: Any) -> None:
+        checkpoint["nothing"]

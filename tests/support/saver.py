@@ -11,7 +11,7 @@ import torch
 
 from labtrain.checkpoints.format import load_folder
 from labtrain.checkpoints.saver import Saver
-from labtrain.record.digests import digest
+from labtrain.record.digests import PLACE, digest
 from labtrain.stores.layout import kept, newest_whole
 from labtrain.stores.store import Store
 
@@ -22,12 +22,50 @@ def state(step: int, size: int = 1000) -> dict[str, Any]:
     return {"state_dict": {"w": torch.full((size,), float(step))}, "optimizer_states": [{"m": torch.ones(3) * step}]}
 
 
+def resumable(step: int, **more: Any) -> dict[str, Any]:
+    """Return a state that a training could go on from, with at least one of everything."""
+    zero, groups = torch.zeros(()), [{"lr": 0.1, "params": [0]}]
+    meta = {
+        "fx": "training_step",
+        "name": "loss",
+        "on_step": False,
+        "on_epoch": True,
+        "dataloader_idx": None,
+        "reduce_fx": "mean",
+    }
+    logged = {"key": "training_step.loss", "meta": meta, "sync": [True, True, False], "is_tensor": True, "value": zero,
+              "weight": zero, "cache": None, "updates": 2, "has_reset": False}  # fmt: skip
+    rank = {"logged": [logged], "metrics": {"acc": {"tp": zero, "_update_count": 2}}, "loader": None, "exhausted": True,
+            "outputs": [("outputs",)], "buffers": {"b": zero}, "trainable": {"a": False}, "modes": {"": True},
+            "hidden_buffers": {"h": None}, "hidden_weights": {"w": zero}, "attributes": {"": {"seen": 3}},
+            "began": {"seen": "int 0"}, "gradients": {"a": zero}}  # fmt: skip
+    began = {"class": "torch.optim.SGD", "groups": [{"lr": 0.1}]}
+    scheduler = {
+        "class": "StepLR",
+        "interval": "epoch",
+        "frequency": 1,
+        "optimizer": 0,
+        "state": {"last_epoch": 0},
+        "probes": [0.1],
+    }
+    made = {"parameters": {"a": [2, 3]}, "buffers": {}, "optimizers": [{"class": "torch.optim.SGD", "groups": [["a"]]}]}
+    place = {"epoch": 1, "batch": 0, "batches": step, "is_last_batch": False, "global_step": step, "scheduler_steps": 1,
+             "batches_that_stepped": step, "callback_metrics": {"loss": zero}, "exact": True, "ranks": [rank],
+             "outside": {"trainer": {"max_epochs": 3, "accumulate_grad_batches": 2}, "data": {"": {"level": 2}}}, "lost": ["x"],
+             "initial": {"callbacks": {"EarlyStopping": {"patience": 3}}, "optimizers": [began], "schedulers": [scheduler]},
+             "made": made}  # fmt: skip
+    return {"state_dict": {"a": torch.ones(2)}, "epoch": 1, "global_step": step, "pytorch-lightning_version": "2.6.0",
+            "callbacks": {"EarlyStopping": {"wait_count": 1}}, "lr_schedulers": [{"last_epoch": 1, "_last_lr": [0.1]}],
+            "optimizer_states": [{"state": {0: {"momentum_buffer": zero}}, "param_groups": groups}], PLACE: place, **more}  # fmt: skip
+
+
 def save(saver: Saver, step: int, size: int = 1000) -> str:
     return saver.save(state(step, size), {"run_id": "abc", "step": step, "epoch": 0, "metrics": {}, "logs": {}})
 
 
 def saver_of(folder: Path, place: str | None = None, **options: Any) -> Saver:
-    return Saver(folder, place or str(folder / "checkpoints"), keep=keep_two, **{"spool_bytes": 1 << 40, **options})
+    place = place or str(folder / "checkpoints")
+    return Saver(folder, place, **{"run_id": "abc", "keep": keep_two, "spool_bytes": 1 << 40, **options})
 
 
 class Torn(Store):
@@ -48,6 +86,10 @@ class Torn(Store):
     def replace(self, path: str, data: bytes) -> None:
         self._step()
         super().replace(path, data)
+
+    def move(self, path: str, to: str) -> None:
+        self._step()
+        super().move(path, to)
 
     def put(self, local: Path, path: str, callback: Any = None) -> None:
         half, full = local.read_bytes()[: local.stat().st_size // 2], f"{self.root}/{path}"
@@ -109,4 +151,4 @@ def judge(run_dir: Path, place: str, durable: list[int]) -> None:
     save(after, 9)
     after.close(seconds=60, wanted=True)
     assert remote.checkpoints()[-1].step == 9
-    assert all("manifest.json" in left.sizes for left in remote.find())  # what the crash left is cleaned
+    assert all(left.sizes.keys() == {"manifest.json"} for left in remote.find() if not left.complete)  # it is cleaned

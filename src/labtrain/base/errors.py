@@ -21,6 +21,8 @@ import types
 from collections.abc import Mapping
 from pathlib import Path
 
+from labtrain.base.console import message, one_line, quoted
+
 EXIT_USAGE = 2
 EXIT_STOPPED = 75  # a signal came, and the training was saved: EX_TEMPFAIL of sysexits.h
 
@@ -35,7 +37,8 @@ class LabtrainError(Exception):
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.args[0]}\n\nhint: {self.hint}" if self.hint else str(self.args[0])
+        text = message(self.args[0])
+        return f"{text}\n\nhint: {one_line(self.hint)}" if self.hint else text
 
 
 class ConfigError(LabtrainError):
@@ -92,7 +95,7 @@ def not_readable(path: Path) -> ConfigError:
         owner = f"user {uid}"
     command = "chmod -R a+rX" if place == path else "chmod a+x"  # never all of a home
     return ConfigError(
-        f"{place}: no permission to read it; it belongs to {owner}", hint=f"{owner} types: {command} {place}"
+        f"{place}: no permission to read it; it belongs to {owner}", hint=f"{owner} types: {command} {quoted(place)}"
     )
 
 

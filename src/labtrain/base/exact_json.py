@@ -4,6 +4,7 @@ A mapping with other keys than texts is written as ``{"(items)": [[3, 10.0], [7,
 ``{"(float)": "nan"}``. Everything else is ordinary JSON. Keys keep their order.
 """
 
+import hashlib
 import json
 import math
 from typing import Any
@@ -18,7 +19,7 @@ def dumps(value: Any, **options: Any) -> str:
 
 def loads(text: str | bytes) -> Any:
     """Return what `dumps` was given."""
-    return json.loads(text, object_hook=_restored)
+    return json.loads(text, object_hook=restored)
 
 
 def plain(node: Any) -> Any:
@@ -34,7 +35,14 @@ def plain(node: Any) -> Any:
     return node
 
 
-def _restored(node: dict[str, Any]) -> Any:
+def restored(node: dict[str, Any]) -> Any:
+    """Return what an object of JSON stands for; the hook of a parser."""
     if node.keys() == {ITEMS}:
         return dict(node[ITEMS])
     return float(node[FLOAT]) if node.keys() == {FLOAT} else node
+
+
+def digest_of(tree: dict[str, Any]) -> str:
+    """Return the sha256 over a mapping without its own `digest`: JSON with sorted keys and no spaces, in ASCII."""
+    rest = {key: value for key, value in tree.items() if key != "digest"}
+    return hashlib.sha256(dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -18,23 +18,42 @@ import ctypes
 import hashlib
 import os
 import pickle
+import re
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 
+from labtrain.base import untrusted
+from labtrain.base.console import quoted
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
-from labtrain.record.digests import SPREAD_WEIGHTS, dense_entries, digest, digest_folder
+from labtrain.base.untrusted import damage_of
+from labtrain.checkpoints import structure
+from labtrain.record.digests import (
+    MOST_BYTES,
+    PLACE,
+    SPREAD_WEIGHTS,
+    check_safetensors,
+    check_weights,
+    components,
+    dense_entries,
+    digest,
+    digest_folder,
+)
 from labtrain.stores.store import STATE, WEIGHTS, Manifest, file_sha256, sync
 
 HASHED_BYTES = 1 << 20
+TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 PARTS = "parts"  # in state.pt: the paths of the tensors that lie in the parts
 
 State = dict[str, Any]
@@ -48,7 +67,9 @@ def is_spread(weights: State) -> bool:
 
 
 def write_files(folder: Path, state: State, group: Any = None) -> Manifest:
-    """Write a state to a new folder, to the disk; return its files' sha256 and size, and the weights digest.
+    """Write a state to a new folder; return its files' sha256 and size, and the weights digest.
+
+    The files are on the disk then; that the folder names them is for who gives it its manifest.
 
     Args:
         folder: must hold nothing yet.
@@ -102,24 +123,105 @@ def load_folder(folder: Path, like: State | None = None) -> State:
     Raises:
         DamagedError: loading it would run code, or its parts are not there.
     """
-    try:
-        state: State = torch.load(folder / STATE, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        first = " ".join(str(error).split())[:300]
-        raise DamagedError(
-            f"{folder / STATE} cannot be read without running code from it, so labtrain has not written it: {first}",
-            hint=f"rm -r {folder}, and ask who wrote it",
-        ) from error
+    state = load_plain(folder / STATE)
+    if PLACE in state:
+        with damage_of(folder / STATE, hint=_ask(folder)):
+            structure.check(state[PLACE], {"ranks": [dict]}, PLACE)
     if not in_parts(folder):
         return state | {"state_dict": _load_weights(folder)}
-    paths: dict[str, Keys] = {_name(path): tuple(path) for path in state.pop(PARTS)}
+    with damage_of(folder / STATE, hint=_ask(folder)):
+        paths: dict[str, Keys] = {_name(path): tuple(path) for path in state.pop(PARTS)}
     now = {} if like is None else _flat(like)
     tensors = _load_parts(folder, paths, now, alone=like is None)
-    for name, path in paths.items():
-        _put(state, path, tensors[name])
-    if like is None:
-        state["optimizer_states"] = [_numbered(optimizer) for optimizer in state.get("optimizer_states", [])]
+    with damage_of(folder / STATE, hint=_ask(folder)):
+        for name, path in paths.items():
+            _put(state, path, tensors[name])
+        if like is None:
+            state["optimizer_states"] = [_numbered(optimizer) for optimizer in state.get("optimizer_states", [])]
     return state
+
+
+def check_loads(folder: Path, manifest: Manifest) -> None:
+    """Hold a checkpoint, whose files are as its manifest says, against what a training goes on from; reads little.
+
+    Raises:
+        DamagedError: it cannot be loaded, or is the state of another place.
+    """
+    state = load_plain(folder / STATE, mapped=True)
+    with damage_of(folder / STATE, hint=_ask(folder)):
+        for path in state.get(PARTS, []):
+            _put(state, path, torch.empty(0))  # which stands for what lies there
+        structure.check(state)
+        place = state[PLACE]
+        if not place["ranks"]:
+            raise ValueError(f"its {PLACE}.ranks are none")
+        said = [manifest[key] for key in ("step", "epoch", "batch")]
+        found = [place[key] for key in ("global_step", "epoch", "batch")]
+        if said != found:
+            raise ValueError(f"its step, epoch and batch are {found}, its manifest says {said}")
+    check_weights(folder)
+
+
+def load_plain(path: Path, *, mapped: bool = False) -> State:
+    """Return the dictionary that torch.save wrote to a file, on the CPU. No code is run from it.
+
+    Args:
+        path: of the file.
+        mapped: leave its tensors on the disk until they are read.
+
+    Raises:
+        DamagedError: that is not what it holds, or it would be larger in memory than the file is.
+        FileNotFoundError: it is not there.
+    """
+    with damage_of(path, hint=_ask(path.parent)):
+        with untrusted.open_plain(path, MOST_BYTES) as file:
+            size = os.fstat(file.fileno()).st_size
+            if file.read(4) == b"PK\x03\x04":
+                _check_archive(file, size)
+        try:
+            with warnings.catch_warnings(action="ignore"):  # torch's, of how the file was written
+                loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
+        except MemoryError:
+            raise ValueError("it does not fit into memory") from None
+        # Whatever torch makes of bytes that it has not written. Its words advise to run the code in the file.
+        except Exception as error:
+            if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
+                raise DamagedError(
+                    f"{path} cannot be read without running code from it: it holds {found[1]}", hint=_ask(path.parent)
+                ) from error
+            raise ValueError("not a whole file of torch.save with plain values alone") from error
+        if not isinstance(loaded, dict):
+            raise ValueError(f"a {type(loaded).__name__}, no dict")
+        for leaf in untrusted.leaves(loaded):
+            if isinstance(leaf, torch.Tensor):
+                _check_tensor(leaf, size)
+    return loaded
+
+
+def _check_archive(file: IO[bytes], size: int) -> None:
+    """Refuse an archive whose files are larger than itself: torch.save compresses nothing."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(str(error)) from error
+    declared = sum(entry.file_size for entry in entries)
+    if declared > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError(f"its parts are said to be {declared:,} bytes, it has {size:,}")
+
+
+def _check_tensor(tensor: torch.Tensor, size: int) -> None:
+    """Refuse a tensor that is no plain one, or larger than the file that it came from."""
+    layout = str(tensor.layout).removeprefix("torch.")
+    if type(tensor) not in TENSORS or tensor.device.type != "cpu" or tensor.is_quantized or layout not in LAYOUTS:
+        raise ValueError(f"holds a {type(tensor).__name__} on {tensor.device}, {layout}: no plain tensor")
+    for part in components(tensor).values():
+        if part.numel() * part.element_size() > max(size, 1 << 10):
+            raise ValueError(f"a tensor of {tuple(part.shape)} in a file of {size:,} bytes")
+
+
+def _ask(folder: Path) -> str:
+    return f"rm -r {quoted(folder)}, and ask who wrote it"
 
 
 def load_weights_of(folder: Path) -> State:
@@ -132,7 +234,7 @@ def load_weights_of(folder: Path) -> State:
 
 def _load_weights(folder: Path) -> State:
     """Return a state dict from its file, its sparse tensors put together (`digests.components`)."""
-    entries = load_file(folder / WEIGHTS)
+    entries = load_tensors(folder / WEIGHTS)
     found = {}
     for name, tensor in entries.items():
         whole, _, part = name.rpartition(".")
@@ -140,14 +242,29 @@ def _load_weights(folder: Path) -> State:
         if f"{whole}.size" not in entries or f"{whole}.values" not in entries or not layout.startswith("sparse_"):
             found[name] = tensor
         elif part == "size":
-            *size, coalesced = tensor.tolist()
-            values, indices = entries[f"{whole}.values"], entries[f"{whole}.indices"]
-            if layout == "sparse_coo":
-                found[owner] = torch.sparse_coo_tensor(indices, values, size, is_coalesced=bool(coalesced))
-            else:
-                made = getattr(torch, f"{layout}_tensor")
-                found[owner] = made(entries[f"{whole}.indptr"], indices, values, size)
+            with damage_of(folder / WEIGHTS, hint=_ask(folder)):
+                *size, coalesced = tensor.tolist()
+                values, indices = entries[f"{whole}.values"], entries[f"{whole}.indices"]
+                if layout == "sparse_coo":
+                    found[owner] = torch.sparse_coo_tensor(indices, values, size, is_coalesced=bool(coalesced))
+                else:
+                    made = getattr(torch, f"{layout}_tensor")
+                    found[owner] = made(entries[f"{whole}.indptr"], indices, values, size, check_invariants=True)
     return found
+
+
+def load_tensors(path: Path) -> State:
+    """Return the tensors of a ``.safetensors`` file, on the CPU.
+
+    Raises:
+        DamagedError: it is none.
+    """
+    check_safetensors(path)
+    with damage_of(path, hint=_ask(path.parent)):
+        try:
+            return dict(load_file(path))
+        except SafetensorError as error:
+            raise ValueError(str(error)) from error
 
 
 def in_parts(folder: Path) -> bool:
@@ -175,7 +292,6 @@ def _write_whole(folder: Path, state: State) -> Manifest:
         manifest["files"] = {
             name: {"sha256": sha.result(), "size_bytes": (folder / name).stat().st_size} for name, sha in files.items()
         }
-    _sync_folder(folder)
     return manifest
 
 
@@ -187,7 +303,7 @@ def _write_part(folder: Path, state: State, group: Any) -> Manifest:
     rank = dist.get_rank(group)
     paths: list[Keys] = []
     rest = _without_parts(state, (), paths)
-    # What is no DTensor is rank 0's; the others' buffers are in the place of the training (loop.py).
+    # What is no DTensor is rank 0's; the others' buffers are in the place of the training (epoch_loop.py).
     tensors = {_name(path): _get(state, path) for path in paths}
     tensors = {
         name: tensor if isinstance(tensor, DTensor) else tensor.contiguous()
@@ -200,7 +316,7 @@ def _write_part(folder: Path, state: State, group: Any) -> Manifest:
     except CheckpointException as error:  # no Exception, and raised on all ranks
         failed, (cause, _) = next(iter(error.failures.items()))
         raise StoreError(
-            f"{folder}: rank {failed} could not write its part: {_words(cause)}", hint=f"df -h {folder.parent}"
+            f"{folder}: rank {failed} could not write its part: {_words(cause)}", hint=f"df -h {quoted(folder.parent)}"
         ) from error
 
     def hashed() -> Manifest:
@@ -208,7 +324,7 @@ def _write_part(folder: Path, state: State, group: Any) -> Manifest:
         if rank == 0:
             with ThreadPoolExecutor(1) as pool:
                 mine[STATE] = _write_rest(folder, {**rest, PARTS: [list(path) for path in paths]}, pool)
-        _sync_folder(folder)
+        sync(folder)
         return {name: {"sha256": sha, "size_bytes": (folder / name).stat().st_size} for name, sha in mine.items()}
 
     files = {name: entry for part in together(group, hashed) for name, entry in part.items()}
@@ -224,11 +340,6 @@ def _write_part(folder: Path, state: State, group: Any) -> Manifest:
         return {"files": files, "weights_digest": digest_folder(folder)}
 
     return together(group, summary)[0]
-
-
-def _sync_folder(folder: Path) -> None:
-    sync(folder)
-    sync(folder.parent)
 
 
 def _write_rest(folder: Path, rest: State, pool: ThreadPoolExecutor) -> str:
@@ -271,13 +382,15 @@ def _load_parts(folder: Path, names: Any, now: State, *, alone: bool) -> State:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    check_weights(folder)
     reader = HuggingFaceStorageReader(str(folder))
-    known: Any = reader.read_metadata().state_dict_metadata
+    with damage_of(folder, hint=_ask(folder)):
+        known: Any = reader.read_metadata().state_dict_metadata
     if names is None:
         names = [name for name in known if name.startswith(SPREAD_WEIGHTS)]
     if missing := [name for name in names if name not in known]:
         raise DamagedError(
-            f"{folder}: {missing[0]} is in none of its parts", hint=f"labtrain store check {folder.parent}"
+            f"{folder}: {missing[0]} is in none of its parts", hint=f"labtrain store check {quoted(folder.parent)}"
         )
     tensors = {
         name: torch.empty_like(now[name])

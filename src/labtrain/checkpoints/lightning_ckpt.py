@@ -1,16 +1,20 @@
 """Checkpoints to and from Lightning's own .ckpt files. What comes in is read without running code from it."""
 
-import pickle
+import os
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from labtrain.base.errors import ConfigError, DamagedError
-from labtrain.checkpoints.format import load_folder, write_files
+from labtrain.base import untrusted
+from labtrain.base.console import quoted
+from labtrain.base.errors import ConfigError, DamagedError, LabtrainError, StoreError
+from labtrain.checkpoints.format import load_folder, load_plain, write_files
 from labtrain.checkpoints.locate import found_checkpoint
 from labtrain.checkpoints.staging import Staging
+from labtrain.record.digests import WEIGHT_DTYPE_NAMES
 from labtrain.stores.layout import free_name
 from labtrain.stores.store import SCHEMA, Store
 
@@ -23,7 +27,7 @@ def export_checkpoint(target: str, file: Path) -> None:
         file: must not exist yet.
     """
     if file.exists():
-        raise ConfigError(f"{file} is there already", hint=f"another name, or rm {file}")
+        raise ConfigError(f"{file} is there already", hint=f"another name, or rm {quoted(file)}")
     with found_checkpoint(target) as (folder, _):
         scratch = file.with_name(f".{file.name}.part")
         torch.save(load_folder(folder), scratch)
@@ -37,28 +41,63 @@ def import_checkpoint(file: Path, url: str) -> str:
 
     Raises:
         DamagedError: it is no checkpoint, or loading it would run code.
+        StoreError: a training, or another import, writes there; or it cannot be written.
     """
     try:
-        loaded: dict[str, Any] = torch.load(file, weights_only=True, map_location="cpu")
-        state: dict[str, Any] = loaded if "state_dict" in loaded else {"state_dict": loaded}
-        state["state_dict"].keys()
-    except FileNotFoundError as error:
-        raise ConfigError(f"{file} is not there", hint=f"ls {file.parent}") from error
-    except (pickle.UnpicklingError, RuntimeError, AttributeError, TypeError, ValueError, EOFError) as error:
-        first = " ".join(str(error).split())[:300]
-        raise DamagedError(
-            f"{file} cannot be read without running code from it: {first}",
-            hint="in the program that made it: torch.save(model.state_dict(), FILE)",
-        ) from error
+        loaded = load_plain(Path(os.path.realpath(file)))  # which the person has named, be it a link
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{file} is not there", hint=f"ls {quoted(file.parent)}") from error
+    except DamagedError as error:
+        hint = "in the program that made it: torch.save(model.state_dict(), FILE)"
+        raise DamagedError(str(error.args[0]), hint=hint) from error
+    state: dict[str, Any] = loaded if "state_dict" in loaded else {"state_dict": loaded}
+    _check(file, state)
     state = Staging().copy({key: value for key, value in state.items() if key != "loops"})
     store = Store(url)
     step: int = state.get("global_step", 0)
-    name = free_name(step, {checkpoint.name for checkpoint in store.find()}, finished=True)
     manifest = {"run_id": "imported", "step": step, "epoch": state.get("epoch", 0), "batch": 0, "finished": True}
-    with TemporaryDirectory() as scratch:
-        folder = Path(store.root if store.local else scratch, name)
-        manifest |= {"schema": SCHEMA, "metrics": {}, "logs": {}, "scores": {}, **write_files(folder, state)}
-        if not store.local:
-            store.upload(folder, manifest, name)
-        store.commit(name, manifest)
+    token = store.enter()  # as a training does: so nothing takes what is half written for what a crash has left
+    name = free_name(step, {checkpoint.name for checkpoint in store.find()}, finished=True)
+    path = store.writing(name, token)
+    try:
+        with TemporaryDirectory() as scratch:
+            folder = Path(store.root if store.local else scratch, path)
+            manifest |= {"schema": SCHEMA, "metrics": {}, "logs": {}, "scores": {}, **write_files(folder, state)}
+            if not store.local:
+                store.upload(folder, manifest, path)
+            store.publish(name, manifest, token)
+    except BaseException as error:
+        store.check_writer(token)  # else it is another's by now
+        with suppress(Exception):
+            store.remove(path)
+        if isinstance(error, LabtrainError) or not isinstance(error, Exception):
+            raise
+        # safetensors and torch have errors of their own for a full disk
+        raise StoreError(f"{store}/{name} could not be written: {error}", hint=f"df -h {store}") from error
+    finally:
+        with suppress(StoreError):
+            store.leave(token)
     return f"{store.url}/{name}"
+
+
+def _check(file: Path, state: dict[str, Any]) -> None:
+    """Hold what a .ckpt holds against what a checkpoint can, before anything is written.
+
+    Raises:
+        DamagedError: says what.
+    """
+    with untrusted.damage_of(file, hint="in the program that made it: torch.save(model.state_dict(), FILE)"):
+        weights = state["state_dict"]
+        if not isinstance(weights, dict):
+            raise ValueError(f"its state_dict is a {type(weights).__name__}")
+        for name, tensor in weights.items():
+            if not isinstance(name, str) or name == "__metadata__" or not isinstance(tensor, torch.Tensor):
+                raise ValueError(
+                    f"its state_dict holds a {type(tensor).__name__} under {name!r}: no tensor by its name"
+                )
+            name.encode()
+            if str(tensor.dtype).removeprefix("torch.") not in WEIGHT_DTYPE_NAMES:
+                raise ValueError(f"{name} is of {tensor.dtype}, which safetensors does not know")
+        for key in ("global_step", "epoch"):
+            if not untrusted.is_count(state.get(key, 0)) or state.get(key, 0) >= 10**10:
+                raise ValueError(f"its {key} is {state[key]!r}")

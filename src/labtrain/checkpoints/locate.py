@@ -1,5 +1,6 @@
 """What a person names on the command line: a run, a checkpoint's folder or URL, a store, or a weights file."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,8 +10,9 @@ from typing import Any
 from labtrain.base.errors import LabtrainError
 from labtrain.record import receipt
 from labtrain.record.digests import digest_file, digest_folder, state_digest
+from labtrain.record.own_runs import checkpoints_of
 from labtrain.stores.backends import is_local
-from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
+from labtrain.stores.layout import newest_whole, stores_of
 from labtrain.stores.store import MANIFEST, NAME, Checkpoint, Manifest, Store
 
 
@@ -26,7 +28,7 @@ def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]
     """
     path = Path(target.removeprefix("file://"))
     if path.is_file() and path.suffix == ".safetensors" and not whole:
-        return digest_file(path), None
+        return digest_file(Path(os.path.realpath(path))), None  # a cache of models holds links
     found = receipt.read(path) if is_local(target) else None
     key = "state_digest" if whole else "weights_digest"
     claimed = found["results"].get(key) if found else None
@@ -51,12 +53,10 @@ def load_weights(target: str | Path) -> dict[str, Any]:
         LabtrainError: there are none.
         StoreError: the store cannot be read.
     """
-    from safetensors.torch import load_file
-
-    from labtrain.checkpoints.format import load_weights_of
+    from labtrain.checkpoints.format import load_tensors, load_weights_of
 
     if str(target).endswith(".safetensors") and is_local(str(target)):
-        return dict(load_file(str(target).removeprefix("file://")))
+        return load_tensors(Path(os.path.realpath(str(target).removeprefix("file://"))))
     with found_checkpoint(str(target)) as (folder, _):
         return load_weights_of(folder)
 
@@ -87,8 +87,9 @@ def found_checkpoint(target: str, *, verified: bool = True) -> Iterator[tuple[Pa
         run_dir = Path(place.removeprefix("file://"))
         found = receipt.read(run_dir) if is_local(place) else None
         if found is not None:
-            place = checkpoint_place(run_dir, found["config"]["checkpoint"]["url"])
-        newest = newest_whole(stores_of(run_dir, place) if found else [Store(place)], into=Path(scratch))
+            place = checkpoints_of(run_dir, found)
+        stores, run_id = (stores_of(run_dir, place), found["run_id"]) if found else ([Store(place)], None)
+        newest = newest_whole(stores, into=Path(scratch), run_id=run_id)
         if newest is None:
             raise LabtrainError(
                 f"{target} is neither a run nor a checkpoint: looked for {receipt.FILE}, {MANIFEST} and step-*",

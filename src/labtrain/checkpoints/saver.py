@@ -3,13 +3,14 @@
 ::
 
     loop      copy the state into the staging buffers          the only wait
-    writer    files and their sha256, fsync, manifest          one save in flight; then retention
+    writer    files and their sha256, fsync, manifest, rename  one save in flight; then retention
     delivery  to checkpoint.url, where that is remote          delivery.py
 
 A failure of the writer reaches the loop with its next step. Rank 0 saves what all ranks have; of a state that is spread
 over them each saves its part, and rank 0 makes the checkpoint exist when all parts are on the disk.
 """
 
+import secrets
 import sys
 import threading
 from collections.abc import Callable
@@ -21,10 +22,11 @@ from typing import Any
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.checkpoints.format import together, write_files
 from labtrain.checkpoints.staging import Staging
+from labtrain.record.trail import HISTORY, TRAIL, Record, first_step_of
 from labtrain.stores.backends import is_local
 from labtrain.stores.delivery import Delivery
-from labtrain.stores.layout import free_name, spool_of
-from labtrain.stores.store import MANIFEST, SCHEMA, Manifest, Store, TakenOverError
+from labtrain.stores.layout import check_chain, check_run, free_name, link_to, spool_of, without_links
+from labtrain.stores.store import SCHEMA, Manifest, Store, TakenOverError, sealed, taken_over
 
 Keep = Callable[[dict[str, int], dict[str, float]], set[str]]
 
@@ -35,19 +37,25 @@ class Saver:
     Args:
         run_dir: the run's folder.
         place: where its checkpoints lie: a folder or a URL.
+        run_id: of the run.
         keep: given the steps and scores of all by name, returns the names that are kept.
         spool_bytes: how much may wait for a remote store.
     """
 
-    def __init__(self, run_dir: Path, place: str, *, keep: Keep, spool_bytes: int) -> None:
+    def __init__(self, run_dir: Path, place: str, *, run_id: str, keep: Keep, spool_bytes: int) -> None:
         self.run_dir, self.place, self.keep, self.spool_bytes = run_dir, place, keep, spool_bytes
+        self.run_id = run_id
         self.home = Store(place if is_local(place) else spool_of(run_dir))
         self.staging = Staging()
         self.manifests: dict[str, Manifest] = {}  # of those that exist, oldest first
         self.scores: dict[str, float] = {}
+        self.before: dict[str, str] | None = None  # which checkpoint was saved, or gone on from, last
+        self.records = {"trail": Record(run_dir / TRAIL), "history": Record(run_dir / HISTORY)}
+        self.missing: list[list[int]] = []  # ranges of steps that the trail lacks
         self.taken: set[str] = set()
         self.undelivered: list[str] = []  # of a process before; not moved before all ranks have loaded one of them
         self.staged: dict[str, Any] | None = None  # the state that was saved last
+        self.known: set[str] | None = None  # which there were when the start looked; None: when it is opened
         self.token = ""  # of rank 0
         self.group: Any = None  # of the ranks, where the state is spread over them; the writers' own
         self.delivery: Delivery | None = None
@@ -58,29 +66,53 @@ class Saver:
         """Become the one writer there, and remove what a crash of the one before left.
 
         Raises:
+            LabtrainError: something there is a link, or of another run: nothing was changed.
             StoreError: it cannot be written there.
+            TakenOverError: another process has written there since this one looked what it could go on from.
         """
-        self.token = self.home.take_over()
         remote = None if is_local(self.place) else Store(self.place)
+        stores, seen = [self.home] + ([remote] if remote else []), []
+        for store in stores:
+            store.refuse_link()
+            seen.append(store.seen())
+            self._look(store)
+        check_chain(self.manifests)
+        known = set(self.manifests) if self.known is None else set(self.known)
+        known |= {name.partition(".removing-")[0] for name in self.taken if ".removing-" in name}  # `sweep` has it back
+        self.token = secrets.token_hex(8)
+        self.home.renew(self.token, seen=seen[0])
+        self.home.sweep(self.token)
+        waiting = self._look(self.home)
         if remote is not None:
-            remote.renew(self.token)
-        waiting = []
-        for store in [self.home] + ([remote] if remote else []):
-            for checkpoint in store.find():
-                self.taken.add(checkpoint.name)
-                if MANIFEST not in checkpoint.sizes:
-                    store.remove(checkpoint.path)
-                    continue
-                with suppress(DamagedError):
-                    self.manifests[checkpoint.name] = store.manifest(checkpoint)
-                    if store is self.home:
-                        waiting.append(checkpoint.name)
-        if remote is not None:  # from here on it is the delivery's alone: a connection has one thread
+            remote.renew(self.token, seen=seen[1])
+            remote.sweep(self.token, keep=waiting)
+            self._look(remote)
+        if late := self.manifests.keys() - known:
+            for store in stores:
+                store.leave(self.token)
+            self.token = ""
+            raise taken_over(f"{self.place}/{min(late)}")
+        if remote is not None:
+            # From here on it is the delivery's alone: a connection has one thread.
             self.delivery = Delivery(self.home, remote, token=self.token, spool_bytes=self.spool_bytes)
             self.undelivered = waiting
         self.manifests = dict(sorted(self.manifests.items()))
         for manifest in self.manifests.values():
             self.scores |= manifest.get("scores", {})
+
+    def _look(self, store: Store) -> list[str]:
+        """Come to know the checkpoints that are there; return the names of those that are whole, as far as is known."""
+        there = []
+        for checkpoint in without_links(store.find()):
+            if checkpoint.complete and checkpoint.name not in self.manifests:
+                with suppress(DamagedError):
+                    manifest = store.manifest(checkpoint)
+                    check_run(checkpoint, manifest, self.run_id)
+                    self.manifests[checkpoint.name] = manifest
+            self.taken.add(checkpoint.name)
+            if checkpoint.complete and checkpoint.name in self.manifests:
+                there.append(checkpoint.name)
+        return there
 
     @property
     def busy(self) -> bool:
@@ -101,7 +133,8 @@ class Saver:
         self.staged = copied = self.staging.copy(state)
         name = free_name(manifest["step"], self.taken, finished=finished)
         manifest = {**manifest, "finished": finished, "scores": dict(self.scores)}
-        self.thread = threading.Thread(target=self._write, args=(name, copied, manifest), daemon=True)
+        sizes = {key: record.path.stat().st_size for key, record in self.records.items() if record.path.exists()}
+        self.thread = threading.Thread(target=self._write, args=(name, copied, manifest, sizes), daemon=True)
         self.thread.start()
         return name
 
@@ -116,7 +149,7 @@ class Saver:
             {
                 "path": f"{place}/{name}",
                 "step": manifest["step"],
-                "weights_digest": manifest["weights_digest"],
+                "weights_digest": manifest.get("weights_digest", ""),
                 "score": self.scores.get(name),
             }
             for name, manifest in self.manifests.items()
@@ -181,36 +214,56 @@ class Saver:
             with suppress(Exception):
                 self.home.leave(self.token)
 
-    def _write(self, name: str, state: dict[str, Any], manifest: Manifest) -> None:
-        begun = False
+    def _write(self, name: str, state: dict[str, Any], manifest: Manifest, sizes: dict[str, int]) -> None:
+        folder = ""
         try:
-            name = together(self.group, partial(self._begin, name))[0]
-            begun = True
-            manifest = {**manifest, "schema": SCHEMA, **write_files(Path(self.home.root, name), state, self.group)}
-            together(self.group, partial(self._commit, name, manifest))
+            folder = together(self.group, partial(self._begin, name))[0]
+            written = write_files(Path(self.home.root, folder), state, self.group)
+            manifest = {**manifest, "schema": SCHEMA, **written}
+            manifest = together(self.group, partial(self._publish, name, manifest, sizes))[0]
+            if self.token:
+                self.manifests[name], self.before = manifest, link_to(name, manifest)
         except BaseException as error:  # safetensors and torch have errors of their own for a full disk
-            self.error = error if isinstance(error, LabtrainError) else self._explained(name, error)
-            mine = self.token and begun and not isinstance(error, TakenOverError)  # else it may be another's by now
-            if mine and not Path(self.home.root, name, MANIFEST).exists():
+            self.error = (
+                self._why(error) if isinstance(error, LabtrainError) else self._why(self._explained(name, error))
+            )
+            if self.token and folder:
                 with suppress(Exception):
-                    self.home.discard(name)  # room for what comes after
+                    self.home.remove(folder)  # this writer's alone; room for what comes after
             return
         if self.token:
-            self.manifests[name] = manifest
-            if self.delivery is not None:
-                self.delivery.add(name, manifest)
-            self._retain()
+            try:
+                if self.delivery is not None:
+                    self.delivery.add(name, manifest)
+                self._retain()
+            except Exception as error:
+                self.error = error if isinstance(error, LabtrainError) else self._explained(name, error)
 
     def _begin(self, name: str) -> str:
-        if self.token:
-            self.home.check_writer(self.token)
-            self.home.renew(self.token)
-        return name
+        """Return the folder to write to; on rank 0."""
+        if not self.token:
+            return ""
+        self.home.check_writer(self.token)
+        return self.home.writing(name, self.token)
 
-    def _commit(self, name: str, manifest: Manifest) -> None:
-        if self.token:
-            self.home.check_writer(self.token)
-            self.home.commit(name, manifest)
+    def _publish(self, name: str, manifest: Manifest, sizes: dict[str, int]) -> Manifest:
+        if not self.token:
+            return {}
+        recorded = {key: self.records[key].up_to(size) if size else None for key, size in sizes.items()}
+        if trail := recorded.get("trail"):
+            trail |= {"first": first_step_of(self.records["trail"].path), "missing": self.missing}
+        manifest = sealed({**manifest, **recorded, "before": self.before})
+        self.home.publish(name, manifest, self.token)
+        return manifest
+
+    def _why(self, error: LabtrainError) -> LabtrainError:
+        """Return why a save has failed: whatever it ran into, where another has taken over, that is why."""
+        try:
+            if self.token:
+                self.home.check_writer(self.token)
+        except LabtrainError as cause:
+            return cause if isinstance(cause, TakenOverError) else error
+        return error
 
     def _explained(self, name: str, error: BaseException) -> StoreError:
         return StoreError(
@@ -225,7 +278,7 @@ class Saver:
         self.undelivered = []
 
     def _retain(self) -> None:
-        steps = {name: manifest["step"] for name, manifest in self.manifests.items() if not manifest["finished"]}
+        steps = {name: manifest["step"] for name, manifest in self.manifests.items() if not manifest.get("finished")}
         doomed = steps.keys() - self.keep(steps, dict(self.scores))
         for name in doomed:
             del self.manifests[name]
@@ -235,6 +288,6 @@ class Saver:
                 self.delivery.drop(doomed)
             else:
                 for name in doomed:
-                    self.home.discard(name)
+                    self.home.discard(name, self.token)
         except OSError as error:
             sys.stderr.write(f"warning: {self.home}: what is superseded could not be removed: {error}\n")

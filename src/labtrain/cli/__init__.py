@@ -3,8 +3,7 @@
 Exit codes: 0 yes or same, 1 no or differs, 2 wrong usage or input.
 """
 
-import json
-import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -13,18 +12,28 @@ from typing import Any
 import click
 
 from labtrain import __version__
+from labtrain.base import console
+from labtrain.base.console import quoted, say, styled
 from labtrain.base.errors import LabtrainError
+from labtrain.base.permissions import close_umask
 from labtrain.cli import locks, receipts, stores
+from labtrain.cli.show import say_json
 
 
 class Group(click.Group):
-    """Prints a LabtrainError as a person reads it, and exits with its code."""
+    """Prints a LabtrainError as a person reads it, and exits with its code; shows nothing from outside as it is."""
+
+    def main(self, *arguments: Any, **options: Any) -> Any:
+        with console.guarded():
+            return super().main(*arguments, **options)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
         except LabtrainError as error:
-            click.echo(f"error: {error}", err=True)
+            from labtrain.base.credentials import without_secrets
+
+            click.echo(f"error: {without_secrets(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             ctx.exit(128 + signal.SIGINT)  # not 1, which is an answer
@@ -32,11 +41,9 @@ class Group(click.Group):
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="labtrain")
-@click.pass_context
-def main(ctx: click.Context) -> None:
+def main() -> None:
     """Reproducible training: experiments, their environment and their receipts."""
-    if os.environ.get("NO_COLOR"):
-        ctx.color = False
+    close_umask()
 
 
 @main.command()
@@ -47,8 +54,10 @@ def new(target: Path, author: str) -> None:
     from labtrain.project.new import make_experiment
 
     make_experiment(target, author=author)
-    click.echo(target)
-    click.echo(f"next: cd {target} && python train.py", err=True)
+    say(target)
+    here = Path(sys.prefix, "bin", "python")
+    activated = Path(shutil.which("python") or "/") == here
+    say(f"next: cd {quoted(target)} && {'python' if activated else quoted(here)} train.py", err=True)
 
 
 @main.command()
@@ -62,9 +71,9 @@ def digest(target: str, whole: bool) -> None:
     from labtrain.checkpoints.locate import digest_target
 
     found, claimed = digest_target(target, whole=whole)
-    click.echo(found)
+    say(found)
     if claimed not in (None, found):
-        click.echo(f"error: its own record says {claimed}", err=True)
+        say(f"error: its own record says {claimed}", err=True)
         sys.exit(1)
 
 
@@ -87,18 +96,19 @@ def doctor(as_json: bool, gpu: str, deep: bool, checkpoints: str | None) -> None
 
     checks: list[Check] = list(examine(gpu_required=gpu == "required", deep=deep, checkpoints=checkpoints))
     if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks], indent=1))
+        say_json([asdict(check) for check in checks])
     else:
-        marks = {"ok": click.style("ok", fg="green"), "failed": click.style("failed", fg="red"), "skipped": "skipped"}
+        colours = {"ok": "32", "failed": "31", "skipped": "0"}
         group = ""
         for check in checks:
             if check.group != group:
                 group = check.group
-                click.echo(click.style(group, bold=True))
+                say(styled(group, "1"))
             wanted = "" if check.status == "ok" else f"   wanted: {check.wanted}"
-            click.echo(f"  {check.name:<18}{marks[check.status]:<8}  {check.found}{wanted}")
+            status = styled(f"{check.status:<8}", colours[check.status])
+            say(f"  {check.name:<18}{status}  {check.found}{wanted}")
             if check.hint:
-                click.echo(f"  {'':<18}hint: {check.hint}")
+                say(f"  {'':<18}hint: {check.hint}")
     sys.exit(any(check.status == "failed" for check in checks))
 
 
@@ -123,7 +133,7 @@ def batch_size(overrides: tuple[str, ...], mode: str, max_trials: int, steps: in
 
     Lightning's search: power doubles until the memory is full, binsearch then goes between, and takes 5 % off.
     """
-    from labtrain.training.largest_batch import search
+    from labtrain.launch.batch_size import search
 
     search(Path.cwd(), list(overrides), mode=mode, max_trials=max_trials, steps=steps)
 

@@ -1,13 +1,14 @@
 """`labtrain lock`: check and write."""
 
-import json
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import click
 
+from labtrain.base.console import say
 from labtrain.base.errors import LabtrainError
+from labtrain.cli.show import say_json
 
 
 @click.group()
@@ -26,19 +27,19 @@ def lock_check(as_json: bool) -> None:
 
     found = check_locks(Path.cwd())
     if as_json:
-        click.echo(json.dumps([asdict(disagreement) for disagreement in found], indent=1))
+        say_json([asdict(disagreement) for disagreement in found])
     else:
         routes: dict[str, dict[str, str]] = {}
         rows = [("file", "what", "found", "wanted"), *(astuple(disagreement) for disagreement in found)]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         for row in rows if found else ():
-            click.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, [*widths, 0], strict=True)))
+            say("  ".join(f"{cell:<{width}}" for cell, width in zip(row, [*widths, 0], strict=True)))
         with suppress(LabtrainError):  # a lock that cannot be read stands in the table
             routes = stack(Path.cwd())
         for route, versions in routes.items():
-            click.echo(f"{route:<8}" + ", ".join(f"{name} {version}" for name, version in versions.items()))
+            say(f"{route:<8}" + ", ".join(f"{name} {version}" for name, version in versions.items()))
     if found:
-        click.echo("hint: labtrain lock write, or git checkout the file that should not have changed", err=True)
+        say("hint: labtrain lock write, or git checkout the file that should not have changed", err=True)
     sys.exit(bool(found))
 
 
@@ -49,4 +50,4 @@ def lock_write(upgrade: bool) -> None:
     from labtrain.environment.lock.write import write_locks
 
     for line in write_locks(Path.cwd(), upgrade=upgrade):
-        click.echo(line)
+        say(line)

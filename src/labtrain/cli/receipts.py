@@ -2,14 +2,15 @@
 
 import signal
 import sys
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
-from labtrain.base import exact_json
+from labtrain.base.console import own, say, warn
 from labtrain.base.errors import ConfigError
+from labtrain.cli.show import say_json
 
 SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds")
 
@@ -23,7 +24,7 @@ def sign(run: Path, key: Path | None) -> None:
     """Sign a run's receipt with an SSH key, as git signs commits, and print the signature's file."""
     from labtrain.review.signature import sign as sign_receipt
 
-    click.echo(sign_receipt(run, key=key))
+    say(sign_receipt(run, key=key))
 
 
 @click.command()
@@ -43,7 +44,7 @@ def crate(run: Path, output: Path, weights: bool, author: str | None, licence: s
     """Export a run for an archive or a journal, as an RO-Crate of the profile Workflow Run Crate."""
     from labtrain.review.crate import write_crate
 
-    click.echo(write_crate(run, output, weights=weights, author=author, licence=licence))
+    say(write_crate(run, output, weights=weights, author=author, licence=licence))
 
 
 @click.command()
@@ -67,14 +68,15 @@ def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) 
 
     rows = listing.sort_rows(listing.list_runs(folders or [Path("runs")], metric=metric), sort)
     if as_json:
-        click.echo(exact_json.dumps([listing.as_json(row) for row in rows], indent=1))
-    elif rows:
-        click.echo("\n".join(listing.lines_of(rows)))
+        say_json([listing.as_json(row) for row in rows])
+    for line in listing.lines_of(rows) if rows and not as_json else ():
+        say(line)
     if not rows:
-        click.echo(f"no run below {', '.join(map(str, folders)) or 'runs'}\n\nhint: python train.py", err=True)
+        say(f"no run below {', '.join(map(str, folders)) or 'runs'}", err=True)
+        click.echo("\nhint: python train.py", err=True)
     for row in rows:
         if row.error is not None:
-            click.echo(f"warning: {row.error}", err=True)
+            warn(row.error)
 
 
 @click.command()
@@ -92,11 +94,12 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 
     found = compare(a, b)
     if as_json:
-        click.echo(exact_json.dumps({"same": found.same, **asdict(found)}, indent=1))
+        say_json({"same": found.same, **asdict(found)})
     else:
-        click.echo(f"A  {a}\nB  {b}")
+        say(f"A  {a}")
+        say(f"B  {b}")
         for line in lines_of(found):
-            click.echo(line)
+            say(line)
     sys.exit(not found.same)
 
 
@@ -108,6 +111,9 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 @click.option("--devices", type=click.IntRange(min=1), help="On so many.  [default: as the receipt says]")
 @click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="What is other here: data.root=/data, say.")
 @click.option("--signers", type=click.Path(path_type=Path), metavar="FILE", help="One of these must have signed it.")
+@click.option("--trust", is_flag=True, help="Run the receipt's code without a question, whoever wrote it.")
+@click.option("--sandbox", is_flag=True, help="Train it without network and home, by bubblewrap.")
+@click.option("--key", type=click.Path(path_type=Path), metavar="FILE", help="Sign the verdict with this SSH key.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
 def verify(
     run: Path,
@@ -117,12 +123,16 @@ def verify(
     devices: int | None,
     changes: tuple[str, ...],
     signers: Path | None,
+    trust: bool,
+    sandbox: bool,
+    key: Path | None,
     as_json: bool,
 ) -> None:
     """Train a run again in a scratch place and compare the bits; exit code 1 if they are not the same.
 
     RUN is a run's folder, or a receipt alone in a clone of its experiment's repository. What it was trained on, data
-    and environment, is compared first; what differs is named.
+    and environment, is compared first; what differs is named. A run that you did not train yourself is somebody else's
+    code: what would run is shown, and you are asked. --steps 0 runs nothing of it.
     """
     from dataclasses import asdict
 
@@ -136,15 +146,19 @@ def verify(
         segments=segments,
         devices=devices,
         signers=signers,
+        key=key,
         changes=parsed(changes),
-        say=lambda line: click.echo(line, err=as_json),
+        trust=trust,
+        sandbox=sandbox,
+        ask=asker(),
+        say=lambda line: say(line, err=as_json),
         tick=progress if sys.stderr.isatty() else lambda step: None,
     )
     if as_json:
-        click.echo(exact_json.dumps(asdict(verdict), indent=1))
+        say_json(asdict(verdict))
     else:
-        click.echo(f"{'yes' if verdict.yes else 'no':<11}  {verdict.found}")
-    sys.exit(not verdict.yes)
+        say(f"{verdict.word:<11}  {verdict.found}")
+    sys.exit(not verdict.agrees)
 
 
 def end_in_order() -> None:
@@ -153,9 +167,25 @@ def end_in_order() -> None:
         signal.signal(number, lambda signum, _: sys.exit(128 + signum))
 
 
+def asker() -> Callable[[list[str]], bool] | None:
+    """Return what shows lines to a person on a terminal and asks whether they may run; None: there is no terminal."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+
+    def ask(lines: list[str]) -> bool:
+        for line in lines:
+            say(line, err=True)
+        try:
+            return click.confirm("Run it?", default=False, err=True)
+        except click.Abort:  # Ctrl-C, or the end of input
+            return False
+
+    return ask
+
+
 def progress(step: int) -> None:
     """Show the last step that was the same, in a line that the next one replaces."""
-    sys.stderr.write(f"\r\x1b[2Kstep {step}: the same so far\r")
+    sys.stderr.write(f"{own('[G')}{own('[2K')}step {step}: the same so far{own('[G')}")
     sys.stderr.flush()
 
 
@@ -180,6 +210,7 @@ def parsed(changes: tuple[str, ...]) -> dict[str, Any]:
 @click.option("--old-python", type=click.Path(path_type=Path), help="The old environment's: trains seeds that lack.")
 @click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Leave today's runs there, for next time.")
 @click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE.html", help="A page of all of it.")
+@click.option("--trust", is_flag=True, help="Run the baselines' code without a question, whoever wrote it.")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
 def gate(
     baselines: tuple[Path, ...],
@@ -190,6 +221,7 @@ def gate(
     old_python: Path | None,
     keep: Path | None,
     page: Path | None,
+    trust: bool,
     as_json: bool,
 ) -> None:
     """Train recorded runs again in today's environment: may it be upgraded? Exit code 0 if so, else 1.
@@ -197,27 +229,30 @@ def gate(
     The same bits are a yes. Other bits can be one with --seeds and --margin: where an equivalence test shows that the
     metric's mean moved by less than the margin. BASELINEs that differ in nothing but the seed are one experiment.
     """
+    from labtrain.base.untrusted import scratch_folder
     from labtrain.review.gate import judge_upgrade, keep_runs, summary_of, verdicts_of, words_of
     from labtrain.review.report import check_page, write_report
 
     end_in_order()
     if page is not None:
         check_page(page)
-    with tempfile.TemporaryDirectory(prefix="labtrain-gate-") as scratch:
+    with scratch_folder("labtrain-gate-") as scratch:
         outcomes = judge_upgrade(
             list(baselines),
-            scratch=Path(scratch),
+            scratch=scratch,
             seeds=seeds or 0,
             metric=metric,
             margin=margin,
             alpha=alpha,
             old_python=old_python,
-            say=lambda line: click.echo(line, err=as_json),
+            trust=trust,
+            ask=asker(),
+            say=lambda line: say(line, err=as_json),
         )
         if as_json:
-            click.echo(exact_json.dumps([summary_of(outcome) for outcome in outcomes], indent=1))
+            say_json([summary_of(outcome) for outcome in outcomes])
         for outcome in () if as_json else outcomes:
-            click.echo(f"{outcome.experiment:<11}  {words_of(outcome)}")
+            say(f"{outcome.experiment:<11}  {words_of(outcome)}")
         try:
             if page is not None:
                 runs = [run.run_dir for outcome in outcomes for run in (*outcome.before, *outcome.now)]
@@ -226,7 +261,7 @@ def gate(
         finally:
             if keep is not None:
                 for kept in keep_runs(outcomes, keep):
-                    click.echo(f"kept         {kept}", err=as_json)
+                    say(f"kept         {kept}", err=as_json)
     sys.exit(not all(outcome.passed for outcome in outcomes))
 
 
@@ -241,12 +276,15 @@ def gate(
     show_default=True,
     help="Replaced if it is there.",
 )
-def report(runs: tuple[Path, ...], output: Path) -> None:
+@click.option(
+    "--signers", type=click.Path(path_type=Path), metavar="FILE", help="Whose signed verdicts count.  [default: git's]"
+)
+def report(runs: tuple[Path, ...], output: Path, signers: Path | None) -> None:
     """Write one page of one or several runs, which asks no network for anything, and print its path.
 
     RUN is a run's folder, or its receipt; the others are held against the first.
     """
     from labtrain.review.report import write_report
 
-    write_report(list(runs), output)
-    click.echo(output)
+    write_report(list(runs), output, signers=signers)
+    say(output)

@@ -1,16 +1,18 @@
 """`labtrain store`: ls, check, prune, export, import."""
 
-import json
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
+from labtrain.base.console import say, warn
 from labtrain.base.errors import ConfigError, DamagedError
+from labtrain.cli.show import say_json
 
 if TYPE_CHECKING:
-    from labtrain.stores.store import Store
+    from labtrain.stores.store import Checkpoint, Manifest, Store
 
 
 @click.group()
@@ -26,33 +28,55 @@ def store_ls(url: str, as_json: bool) -> None:
 
     With --json, a manifest that cannot be read is null, and error says why.
     """
+    from labtrain.stores.layout import misplaced
+
     place, rows = _existing(url), []
-    for each in place.checkpoints():
+    read: dict[str, tuple[Checkpoint, Manifest]] = {}
+    errors: dict[str, str] = {}
+    found = [each for each in place.find() if each.complete or each.is_link]
+    for each in found:
         try:
-            manifest, error = place.manifest(each), None
+            if each.is_link:
+                errors[each.path] = f"{each.url} is a link: not read"
+            else:
+                read[each.path] = each, place.manifest(each)
         except DamagedError as damaged:
-            manifest, error = None, str(damaged.args[0])
-            click.echo(f"warning: {error}", err=True)
+            errors[each.path] = str(damaged.args[0])
+    errors |= {path: f"{read[path][0].url} {wrong}" for path, wrong in misplaced(read).items()}
+    for each in found:
+        error = errors.get(each.path)
+        if error:
+            warn(error)
+        manifest = read[each.path][1] if each.path in read else None
         rows.append({"path": each.url, "sizes": each.sizes, "manifest": manifest, "error": error})
         if not as_json:
             end = "  end" if each.finished else ""
-            wrong = f"  {error.removeprefix(f'{each.url}/')}" if error else ""
-            click.echo(f"{each.url}  step {each.step}  {sum(each.sizes.values()) / 1e6:,.1f} MB{end}{wrong}")
+            wrong = f"  {error.removeprefix(each.url).lstrip('/ ')}" if error else ""
+            say(f"{each.url}  step {each.step}  {sum(each.sizes.values()) / 1e6:,.1f} MB{end}{wrong}")
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        say_json(rows)
 
 
 @store.command("check")
 @click.argument("url")
 def store_check(url: str) -> None:
     """Read every checkpoint below URL and compare it with its manifest; exit code 1 if one is damaged."""
+    from labtrain.stores.layout import misplaced
     from labtrain.stores.prune import check
 
-    damaged = False
-    for each in _existing(url).checkpoints():
-        wrong = check(each)
-        damaged |= wrong is not None
-        click.echo(f"{each.url}  {'whole' if wrong is None else wrong}")
+    place, lines = _existing(url), dict[str, str | None]()
+    read: dict[str, tuple[Checkpoint, Manifest]] = {}
+    for each in place.find():
+        if each.is_link:
+            lines[each.path] = "is a link: not read"
+        elif each.complete:
+            lines[each.path] = check(each)
+            with suppress(DamagedError):
+                read[each.path] = each, place.manifest(each)
+    lines |= {path: lines[path] or wrong for path, wrong in misplaced(read).items()}
+    for path, wrong in lines.items():
+        say(f"{place.url}/{path}  {wrong or 'whole'}")
+    damaged = any(lines.values())
     sys.exit(damaged)
 
 
@@ -63,17 +87,17 @@ def store_check(url: str) -> None:
               help="Of a writer on another machine: what it has not touched for so long.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Print what would be removed.")
 def store_prune(url: str, keep_last: int | None, older_than: float, dry_run: bool) -> None:
-    """Remove what crashes left below URL, and no upload in progress."""
+    """Remove what crashes left below URL; what a training or an import is writing stays."""
     from labtrain.stores.prune import clear, leftovers, superseded
 
     place = _existing(url)
     for left in leftovers(place, older_than_s=older_than * 3600):
         what = "in progress, kept" if left.in_progress else "left by a crash, removed"
-        click.echo(f"{place.url}/{left.path}  {left.size_bytes / 1e6:,.1f} MB, {left.age_s / 3600:.1f} h old: {what}")
+        say(f"{place.url}/{left.path}  {left.size_bytes / 1e6:,.1f} MB, {left.age_s / 3600:.1f} h old: {what}")
         if not left.in_progress and not dry_run:
             clear(place, left)
     for each in superseded(place, keep_last=keep_last) if keep_last else ():
-        click.echo(f"{each.url}  step {each.step}: removed")
+        say(f"{each.url}  step {each.step}: removed")
         if not dry_run:
             place.discard(each.path)
 
@@ -84,9 +108,11 @@ def _existing(url: str) -> "Store":
     Raises:
         ConfigError: it is a folder of this machine that does not exist.
     """
+    from labtrain.record.own_runs import remember_store
     from labtrain.stores.store import Store
 
     place = Store(url)
+    remember_store(url)
     if place.local and not Path(place.root).is_dir():
         raise ConfigError(f"{url}: no such folder", hint="labtrain ls; a run has its checkpoints in RUN/checkpoints")
     return place
@@ -109,4 +135,4 @@ def store_import(file: Path, url: str) -> None:
     """Write a Lightning .ckpt as a checkpoint below URL; its weights can then be loaded, and no code is run."""
     from labtrain.checkpoints.lightning_ckpt import import_checkpoint
 
-    click.echo(import_checkpoint(file, url))
+    say(import_checkpoint(file, url))

@@ -30,6 +30,7 @@ from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
 from labtrain.augment import Draws, Own, Transform, apply, with_partners
 from labtrain.base.errors import ConfigError
+from labtrain.base.permissions import close_umask
 from labtrain.base.signals import NUMBERS, end_with_parent
 from labtrain.data.arrays import Arrays, Rows, is_arrays
 from labtrain.data.prefetch import Copies, in_thread, on_tensors
@@ -602,6 +603,7 @@ def _begin_worker(parent: int, _worker: int) -> None:
     """Let nobody but the main process end this worker: schedulers signal both, and a step is to be finished first."""
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else signal.SIG_DFL)
+    close_umask()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_for, args=(parent,), daemon=True).start()
     end_with_parent(parent, signal.SIGKILL)

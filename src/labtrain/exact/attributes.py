@@ -2,7 +2,7 @@
 
 A counter in `training_step`, a list of losses, the shadow weights of an average that is no buffer: torch and Lightning
 save none of it. They are looked for in the model, in each of its submodules, and in the objects of the experiment's own
-classes that these hold: `self.average.decay` as well as `self.steps`. plain.py says which values are plain.
+classes that these hold: `self.average.decay` as well as `self.steps`. plain_values.py says which values are plain.
 
 Left out: what torch, Lightning and torchmetrics keep for themselves, tensors that share their memory with a parameter
 or a buffer, and attributes that hold anything else, such as a function, a dataset or a logger.

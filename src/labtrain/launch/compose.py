@@ -14,14 +14,17 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TextIO, cast
 
+from labtrain.base.console import shown
+from labtrain.base.credentials import CleanStream, remember
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError
+from labtrain.base.permissions import close_umask
 from labtrain.base.signals import NUMBERS, block, unblock
 from labtrain.exact import determinism
 from labtrain.record import config as configuration
 from labtrain.record import receipt
-from labtrain.record.identity import JOB_VARIABLE, Config, Job, shown
+from labtrain.record.identity import JOB_VARIABLE, Config, Job
 from labtrain.record.ranks import adopt, find_ranks, own_rank
 from labtrain.record.resume import changed_data, make_job, near_run
 
@@ -42,6 +45,8 @@ def main(config_path: str = "conf", config_name: str = "config") -> None:
     Ends the process: 0 trained (or complete already), 2 wrong usage, else the training's own exit code.
     """
     block()
+    close_umask()
+    sys.stderr = cast(TextIO, CleanStream(sys.stderr))
     root = Path(sys._getframe(1).f_globals["__file__"]).resolve().parent
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself: hydra/_internal/utils.py run_and_report
@@ -108,6 +113,7 @@ class Start:
             raise
 
     def _run(self, cfg: Any) -> float | None:
+        close_umask()  # of a worker of a sweep's launcher, which did not come by main
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
         from omegaconf import OmegaConf
@@ -119,13 +125,17 @@ class Start:
                 f"{missing[0]} has no value", hint=f"python train.py {missing[0]}=VALUE, or set it in conf/config.yaml"
             )
         config = cast(Config, OmegaConf.to_container(cfg, resolve=True))
+        remember(config)
         adopt(config, find_ranks())
         configuration.check(config)
         configuration.check_modules(config, Path(self.root))
+        references = configuration.references(cfg, config)
+        remember(config, references)
         single = HydraConfig.get().mode == RunMode.RUN
         # hydra.mode=MULTIRUN, typed or in conf/, is -m too: whoever reads the command later has to know it.
         command = self.command if single or {"-m", "--multirun"} & set(self.command) else [*self.command, "-m"]
-        job = make_job(config, root=Path(self.root), command=command, supervisor=0 if single else os.getpid())
+        supervisor = 0 if single else os.getpid()
+        job = make_job(config, root=Path(self.root), command=command, supervisor=supervisor, references=references)
         if finished(job):
             return None if single else value_of(job, HydraConfig.get().sweeper)
         refuse_unwritable(Path(job.run_dir))

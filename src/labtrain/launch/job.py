@@ -12,13 +12,16 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, TextIO, cast
 
+from labtrain.base.console import shown
+from labtrain.base.credentials import CleanStream, remember
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError
+from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, end_with_parent
 from labtrain.launch.compose import print_error
 from labtrain.record import receipt
-from labtrain.record.identity import JOB_VARIABLE, Job, shown
+from labtrain.record.identity import JOB_VARIABLE, Job
 from labtrain.record.ranks import find_ranks, in_slurm_step, requeue, wants_requeue
 from labtrain.record.sources import load_from_source
 
@@ -34,7 +37,9 @@ def main() -> None:
     if JOB_VARIABLE not in os.environ:
         print_error(LabtrainError("labtrain.launch.job is started by train.py", hint="python train.py"))
         sys.exit(2)
+    close_umask()
     job = Job.from_json(os.environ[JOB_VARIABLE])
+    remember(job.config, job.references)
     ranks = find_ranks()
     rank = ranks.rank if ranks else int(os.environ.get("LOCAL_RANK", "0"))
     is_child = os.environ.get(FIRST_RANK) == str(os.getppid())
@@ -46,6 +51,7 @@ def main() -> None:
     elif ranks and ranks.launcher == "torchrun":
         end_with_parent(os.getppid(), signal.SIGTERM)  # its SIGUSR1, say, ends torchrun alone
     out = _take_stdout()
+    sys.stdout, sys.stderr = cast(TextIO, CleanStream(sys.stdout)), cast(TextIO, CleanStream(sys.stderr))
     job.enter_path()
     if job.config["determinism"]["mode"] != "off":
         load_from_source()

@@ -14,9 +14,11 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
+from labtrain.base.console import shown
+from labtrain.base.credentials import remember, without_secrets
 from labtrain.base.errors import ConfigError, JobFailedError
 from labtrain.record import receipt
-from labtrain.record.identity import Job, shown
+from labtrain.record.identity import Job
 from labtrain.record.ranks import find_ranks, own_rank
 
 PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
@@ -30,6 +32,7 @@ class SweepStart(Callback):
         try:
             refuse_under_launcher()
             complete(config)
+            save_without_secrets()
         except ConfigError as error:
             sys.stderr.write(f"error: {error}\n")
             sys.exit(error.exit_code)  # Hydra makes a warning of any Exception: hydra/_internal/callbacks.py
@@ -46,6 +49,20 @@ def refuse_under_launcher() -> None:
             f"-m in each of {ranks.world} copies of one job (hydra.mode=MULTIRUN is the same)",
             hint="start the sweep once, without the launcher: python train.py -m ...",
         )
+
+
+def save_without_secrets() -> None:
+    """Have Hydra and its sweepers write no credential into multirun.yaml and optimization_results.yaml."""
+    from omegaconf import OmegaConf
+
+    save = OmegaConf.save
+
+    def save_clean(config: Any, f: Any, resolve: bool = False) -> None:
+        plain = OmegaConf.to_container(config, resolve=resolve) if OmegaConf.is_config(config) else config
+        remember(plain)
+        save(OmegaConf.create(without_secrets(plain)), f)
+
+    OmegaConf.save = save_clean  # type: ignore[method-assign]
 
 
 def chooses(sweeper: Any) -> bool:

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from labtrain.assets import asset
+from labtrain.base.console import shown
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.project.new import make_experiment
 from labtrain.record.differences import first_difference
-from labtrain.record.identity import shown
 from labtrain.record.ranks import alone
 from labtrain.record.receipt import read
 from labtrain.record.trail import read_trail

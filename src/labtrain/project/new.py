@@ -65,7 +65,7 @@ def make_experiment(target: Path, *, author: str) -> None:
 
 
 def furnish(experiment: Path) -> None:
-    """Copy the locks into an experiment, this labtrain's wheel into `vendor/`, and its hash into labtrain.environment.lock."""
+    """Copy the locks into an experiment, this labtrain's wheel into `vendor/`, and its hash into labtrain.lock."""
     for name in LOCKS:
         copy_asset(name, experiment / name)
     wheel = build_wheel(experiment / "vendor")

@@ -4,26 +4,39 @@ Hydra refuses an unknown key on the command line, but a misspelt one in the expe
 key, and no type is checked anywhere: both are done here, before torch is imported.
 """
 
+import copy
 import os
 import re
 import sys
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
+from labtrain.base.credentials import NOT_RECORDED, REFERENCE, names_a_secret, without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError, not_readable
-from labtrain.record.identity import SHARDED_STRATEGY, Config, get, shards_in_use, world_size
+from labtrain.record.identity import (
+    EXPERIMENT,
+    EXPERIMENT_BYTES,
+    SHARDED_STRATEGY,
+    Config,
+    References,
+    get,
+    shards_in_use,
+    world_size,
+)
 from labtrain.stores.backends import check_url
 
 CONF = Path(__file__).parents[1] / "conf"
 
 # Groups whose keys labtrain defines; in `model`, `data` and `callbacks` the keys are the person's own.
 GROUPS = ("trainer", "determinism", "checkpoint", "speed")
+# Those, and the loggers' options: what they have from the environment is recorded as a reference to it.
+REFERRING = ("model", "data", "callbacks", "logger")
 # What Lightning's Trainer takes and labtrain sets, and the key that is asked for.
 ELSEWHERE = {
     "trainer.deterministic": "determinism.mode",
@@ -88,9 +101,10 @@ def check(config: Config) -> None:
     for key in ("experiment", "model._target_", "data._target_"):
         text = get(config, key)
         _want(key, text, isinstance(text, str) and text != "", "a name")
-    # It becomes a folder's name: nothing that could leave runs/.
-    simple = re.fullmatch(r"[\w][\w.=,+-]*", str(config["experiment"]))
-    _want("experiment", config["experiment"], simple, "letters, digits and . _ - = , + alone")
+    # It becomes a folder's name, of at most 255 bytes with what labtrain adds: nothing that could leave runs/.
+    name = str(config["experiment"])
+    simple = EXPERIMENT.fullmatch(name) and len(name.encode()) <= EXPERIMENT_BYTES
+    _want("experiment", name, simple, f"at most {EXPERIMENT_BYTES} bytes of letters, digits and . _ - = , +")
     _want_int(config, "seed", minimum=0)
     _want_int(config, "data.batch_size", minimum=1)
     _want_int(config, "data.num_workers", minimum=0)
@@ -259,6 +273,137 @@ def defaults(group: str) -> Config:
 def completed(config: Config) -> Config:
     """Return a configuration with the keys that one of an older labtrain does not have."""
     return {"speed": defaults("speed"), "gpu_stats": True} | config
+
+
+@contextmanager
+def as_written() -> Iterator[list[str]]:
+    """Have `${oc.env:X}` resolve to its own text, for a while; gives the names of the variables, as they are met.
+
+    But for the folder of the experiment, which labtrain sets.
+    """
+    from omegaconf import OmegaConf, resolvers
+
+    seen: list[str] = []
+
+    def env(key: str, *default: Any) -> Any:
+        if key == "LABTRAIN_ROOT":
+            return resolvers.oc.env(key, *default)
+        seen.append(key)
+        return f"${{oc.env:{','.join([key, *map(_argument, default)])}}}"
+
+    def decode(expr: Any, _parent_: Any, _node_: Any) -> Any:
+        refers = isinstance(expr, str) and REFERENCE.search(expr)
+        return f"${{oc.decode:{expr}}}" if refers else resolvers.oc.decode(expr, _parent_, _node_)
+
+    OmegaConf.register_new_resolver("oc.env", env, replace=True)
+    OmegaConf.register_new_resolver("oc.decode", decode, replace=True)
+    try:
+        yield seen
+    finally:
+        OmegaConf.register_new_resolver("oc.env", resolvers.oc.env, replace=True)
+        OmegaConf.register_new_resolver("oc.decode", resolvers.oc.decode, replace=True)
+
+
+def references(cfg: Any, config: Config) -> References:
+    """Return (path, text) of each text that a configuration has from `${oc.env:X}`, as it was written.
+
+    By way of other keys too. Only below the keys that are the person's own: by others labtrain looks for runs and
+    checkpoints again. What is no text is no credential.
+
+    Args:
+        cfg: as Hydra composed it.
+        config: the same, resolved.
+    """
+    from omegaconf import OmegaConf
+
+    def walk(node: Any, real: Any, path: list[Any]) -> Iterator[tuple[list[Any], str]]:
+        for key, value in real.items() if isinstance(real, dict) else enumerate(real):
+            seen.clear()
+            try:
+                child = node[key]
+            except Exception:  # a function that wants the value
+                child = None
+            if seen and isinstance(child, str) and not isinstance(value, int | float):
+                yield [*path, key], child
+            elif seen and not OmegaConf.is_config(child):
+                yield [*path, key], NOT_RECORDED if any(map(names_a_secret, seen)) else ""
+            elif isinstance(value, dict | list) and OmegaConf.is_config(child):
+                yield from walk(child, value, [*path, key])
+
+    own = copy.deepcopy(cfg)  # with its cache of what custom functions gave
+    OmegaConf.clear_cache(own)
+    with as_written() as seen:
+        found = [each for group in REFERRING if isinstance(config.get(group), dict)
+                 for each in walk(own[group], config[group], [group])]  # fmt: skip
+    return [(path, text) for path, text in found if text == NOT_RECORDED or REFERENCE.search(text)]
+
+
+def _argument(value: Any) -> str:
+    """Return a resolver's argument as it is written."""
+    if value is None:
+        return "null"
+    text = str(value)
+    plain = re.fullmatch(r"[\w./\-]+", text) and text.lower() not in ("null", "none")
+    return text if plain else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def from_environment(config: Config) -> tuple[Config, References]:
+    """Return a recorded configuration with the values that its references have here, and what `references` returned.
+
+    Raises:
+        ConfigError: names a variable that is not set.
+    """
+    found: list[tuple[list[Any], str]] = []
+
+    def walk(node: Any, path: list[Any]) -> Any:
+        if isinstance(node, dict):
+            return {key: walk(child, [*path, key]) for key, child in node.items()}
+        if isinstance(node, list):
+            return [walk(child, [*path, index]) for index, child in enumerate(node)]
+        # Another function was written by hand, and is not called.
+        if isinstance(node, str) and variables_in(node) and not re.search(r"\$\{(?!oc\.(?:env|decode):)", node):
+            found.append((path, node))
+            return _referred(node, ".".join(map(str, path)))
+        return node
+
+    return {key: walk(value, [key]) if key in REFERRING else value for key, value in config.items()}, found
+
+
+def variables_in(text: str) -> list[str]:
+    """Return the names of the variables that a recorded text refers to."""
+    return re.findall(r"\$\{oc\.env:([^,{}]+)", text)
+
+
+def _referred(text: str, key: str) -> Any:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+
+    text = text.replace(f",{NOT_RECORDED}}}", "}")
+    try:
+        return cast(Config, OmegaConf.to_container(OmegaConf.create({"value": text}), resolve=True))["value"]
+    except GrammarParseError:
+        return text
+    except OmegaConfBaseException as error:
+        names = variables_in(text)
+        unset = next((name for name in names if name not in os.environ), names[0])
+        raise ConfigError(
+            f"{key} is {without_secrets(text)} in the receipt, and {unset} is not set here",
+            hint=f"export {unset}=VALUE   # the value that the run was trained with",
+        ) from error
+
+
+def refers(config: Config) -> list[str]:
+    """Return the keys, dotted, of a recorded configuration whose values it does not hold."""
+    return [key for key, value in flat_texts(config) if NOT_RECORDED in value or REFERENCE.search(value)]
+
+
+def flat_texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (dotted key, text) of each text of a configuration."""
+    if isinstance(node, dict | list):
+        for name, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from flat_texts(child, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, str):
+        yield key, node
 
 
 def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> ConfigError:

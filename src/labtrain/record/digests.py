@@ -7,17 +7,18 @@ and a ``.safetensors`` file is read as bytes.
 """
 
 import hashlib
-import json
 import math
+import os
 import struct
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from labtrain.base import untrusted
 from labtrain.base.errors import DamagedError, LabtrainError
+from labtrain.base.untrusted import damage_of
 
 # safetensors' dtype names; https://github.com/huggingface/safetensors#format
 _DTYPES = {
@@ -39,11 +40,19 @@ _DTYPES = {
     "F8_E5M2": "float8_e5m2",
 }
 
+BYTES = {
+    name: 8 if name.endswith("64") else 4 if name.endswith("32") else 2 if name.endswith("16") else 1
+    for name in _DTYPES.values()
+}
+MOST_BYTES = 1 << 50  # of a file of weights
+WHAT = "is not a whole safetensors file"
+HINT = "take it from where it was written; labtrain store ls URL shows which others there are"
+
 WEIGHT_DTYPE_NAMES = tuple(_DTYPES.values())
 
-SPREAD_WEIGHTS = "state_dict/"  # before the names of weights in the parts of a checkpoint (files.py)
+SPREAD_WEIGHTS = "state_dict/"  # before the names of weights in the parts of a checkpoint (format.py)
 
-PLACE = "labtrain"  # labtrain's own key in Lightning's checkpoint dictionary (loop.py)
+PLACE = "labtrain"  # labtrain's own key in Lightning's checkpoint dictionary (epoch_loop.py)
 
 Entry = tuple[str, str, tuple[int, ...], bytes | memoryview]
 
@@ -144,16 +153,40 @@ def read_weights(folder: Path) -> Iterator[Entry]:
     if not parts:
         yield from read_safetensors(folder / "weights.safetensors")
         return
+    found = _tensors_of(parts)
+    for name in sorted(found):
+        if name.startswith(SPREAD_WEIGHTS):
+            yield name.removeprefix(SPREAD_WEIGHTS), *_whole(name, found[name])
+
+
+def _tensors_of(parts: list[Path]) -> dict[str, list[tuple["_Part", list[int]]]]:
+    """Return the parts of each tensor that lies in several files, and where in it each begins."""
     found: dict[str, list[tuple[_Part, list[int]]]] = {}
     for path in parts:
         metadata, tensors = _header(path)
-        with _damage_of(path):
-            offsets = json.loads(metadata["DCP_SHARDING_INFO"])
+        with damage_of(path, hint=HINT, what=WHAT):
+            offsets = untrusted.loads(metadata["DCP_SHARDING_INFO"])
             for name, part in tensors.items():
-                if name.startswith(SPREAD_WEIGHTS):
-                    found.setdefault(name, []).append((part, offsets[name]["saved_offsets"]))
-    for name in sorted(found):
-        yield name.removeprefix(SPREAD_WEIGHTS), *_whole(name, found[name])
+                place = offsets[name]["saved_offsets"]
+                if len(place) != len(part.shape) or not all(map(untrusted.is_count, place)):
+                    raise ValueError(f"{name} at {place}")
+                found.setdefault(name, []).append((part, place))
+    return found
+
+
+def check_weights(folder: Path) -> None:
+    """Hold the headers of a checkpoint's files, whole or in parts, against the files; reads nothing else.
+
+    Raises:
+        DamagedError: one is cut short or no safetensors file, or a part is missing.
+    """
+    if not (parts := sorted(folder.glob("*.safetensors"))):
+        raise DamagedError(f"{folder} holds no weights", hint=HINT)
+    if parts == [folder / "weights.safetensors"]:
+        check_safetensors(parts[0])
+        return
+    for name, found in _tensors_of(parts).items():
+        _shape_of(name, found)
 
 
 def read_safetensors(path: Path) -> Iterator[Entry]:
@@ -177,41 +210,69 @@ class _Part:
     last: int
 
     def read(self) -> bytes:
-        with self.path.open("rb") as file:
+        with damage_of(self.path, hint=HINT, what=WHAT), untrusted.open_plain(self.path) as file:
             file.seek(self.first)
             raw = file.read(self.last - self.first)
-        if len(raw) != self.last - self.first:
-            raise DamagedError(f"{self.path}: not a whole safetensors file (cut short)")
+            if len(raw) != self.last - self.first:
+                raise ValueError("cut short")
         return raw
 
 
+def check_safetensors(path: Path) -> None:
+    """Hold the header of a ``.safetensors`` file against its size, before anything of it is read.
+
+    Raises:
+        DamagedError: it is no plain file, cut short, or no safetensors file.
+    """
+    _header(path)
+
+
 def _header(path: Path) -> tuple[dict[str, str], dict[str, _Part]]:
-    """Return a ``.safetensors`` file's metadata, and where its tensors lie."""
-    with _damage_of(path), path.open("rb") as file:
-        (size,) = struct.unpack("<Q", file.read(8))
-        if size > path.stat().st_size:
-            raise ValueError("header longer than the file")
-        header = json.loads(file.read(size))
-        metadata = header.pop("__metadata__", {})
-        return metadata, {
-            name: _Part(path, _DTYPES[entry["dtype"]], tuple(entry["shape"]),
-                        *(8 + size + offset for offset in entry["data_offsets"]))
-            for name, entry in header.items()
-        }  # fmt: skip
-
-
-@contextmanager
-def _damage_of(path: Path) -> Iterator[None]:
+    """Return a ``.safetensors`` file's metadata, and where its tensors lie: in it, each byte of one alone."""
     try:
-        yield
-    except (ValueError, KeyError, TypeError, struct.error) as error:
-        raise DamagedError(f"{path}: not a whole safetensors file ({error})") from error
+        with damage_of(path, hint=HINT, what=WHAT), untrusted.open_plain(path, MOST_BYTES) as file:
+            (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
+            room = os.fstat(file.fileno()).st_size - 8 - size
+            if room < 0 or size > untrusted.RECORD_BYTES:
+                raise ValueError("header longer than the file")
+            header = untrusted.loads(file.read(size))
+            metadata = header.pop("__metadata__", {})
+            if not all(isinstance(value, str) for value in metadata.values()):
+                raise ValueError("its metadata are no texts")
+            found = {name: _part(path, 8 + size, room, entry) for name, entry in header.items()}
+            end = 8 + size
+            for part in sorted(found.values(), key=lambda each: (each.first, each.last)):
+                if part.first < end:
+                    raise ValueError("two tensors in one place")
+                end = part.last
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DamagedError(f"{path} is not there", hint=HINT) from error
+    return metadata, found
 
 
-def _whole(name: str, parts: list[tuple[_Part, list[int]]]) -> tuple[str, tuple[int, ...], memoryview]:
-    """Put a tensor's parts together, each at its offsets."""
-    import numpy as np
+def _part(path: Path, begin: int, room: int, entry: dict[str, Any]) -> _Part:
+    """Return where a tensor lies.
 
+    Raises:
+        ValueError: not in the file, or it is not of its size.
+    """
+    dtype, shape, (first, last) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
+    if len(shape) > 64 or not all(map(untrusted.is_count, (first, last, *shape))) or not first <= last <= room:
+        raise ValueError(f"{shape} at {first} to {last}, of {room} bytes")
+    if math.prod(shape) * BYTES[dtype] != last - first:
+        raise ValueError(f"{shape} of {dtype} in {last - first} bytes")
+    return _Part(path, dtype, shape, begin + first, begin + last)
+
+
+def _shape_of(name: str, parts: list[tuple[_Part, list[int]]]) -> tuple[int, ...]:
+    """Return the shape that a tensor's parts have together.
+
+    Raises:
+        DamagedError: one is missing.
+    """
+    folder = parts[0][0].path.parent
+    if len({(len(part.shape), part.dtype) for part, _ in parts}) > 1:
+        raise DamagedError(f"{folder}: the parts of {name} are of different kinds", hint=HINT)
     shape = tuple(
         max(offset + size for offset, size in zip(sides, sizes, strict=True))
         for sides, sizes in zip(
@@ -222,9 +283,17 @@ def _whole(name: str, parts: list[tuple[_Part, list[int]]]) -> tuple[str, tuple[
     )
     filled = sum(math.prod(part.shape) for part, _ in parts)
     if filled != math.prod(shape):
-        raise DamagedError(f"{parts[0][0].path.parent}: {name} is not whole: {filled} of {math.prod(shape)} values")
+        raise DamagedError(f"{folder}: {name} is not whole: {filled} of {math.prod(shape)} values", hint=HINT)
+    return shape
+
+
+def _whole(name: str, parts: list[tuple[_Part, list[int]]]) -> tuple[str, tuple[int, ...], memoryview]:
+    """Put a tensor's parts together, each at its offsets."""
+    import numpy as np
+
+    shape = _shape_of(name, parts)
     item = next(((part.last - part.first) // math.prod(part.shape) for part, _ in parts if math.prod(part.shape)), 1)
-    whole = np.empty((*shape, item), np.uint8)
+    whole = np.zeros((*shape, item), np.uint8)
     for part, offsets in parts:
         place = tuple(slice(offset, offset + size) for offset, size in zip(offsets, part.shape, strict=True))
         whole[place] = np.frombuffer(part.read(), np.uint8).reshape(*part.shape, item)

@@ -116,10 +116,22 @@ def files_read(places: Iterable[Path], root: Path) -> dict[str, dict[str, Any]]:
     return {f"{OF_A_FILE}{name}": _of_place(place) for place, name in sorted(names.items())}
 
 
-def files_now(data: dict[str, Any], root: Path) -> dict[str, dict[str, Any]]:
-    """Return what `files_read` gave for a receipt, as it is now; without what is not here."""
-    places = {name: root / name.removeprefix(OF_A_FILE) for name in data if name.startswith(OF_A_FILE)}
-    return {name: _of_place(place) for name, place in places.items() if place.exists()}
+def files_now(data: dict[str, Any], root: Path, *, outside: bool = True) -> dict[str, dict[str, Any]]:
+    """Return what `files_read` gave for a receipt, as it is now; without what is not here.
+
+    Args:
+        data: of a receipt.
+        root: the experiment's folder.
+        outside: what lies outside of it too; a receipt of somebody else may name any file of this user's.
+    """
+    found = {}
+    for name in data:
+        with suppress(OSError, ValueError):  # what cannot be read is not here
+            if name.startswith(OF_A_FILE) and (place := root / name.removeprefix(OF_A_FILE)).exists():
+                real = place.resolve()
+                if not str(real).startswith(SYSTEM) and (outside or real.is_relative_to(root.resolve())):
+                    found[name] = _of_place(place)
+    return found
 
 
 def changed_files(data: dict[str, Any], root: Path) -> list[str]:

@@ -8,16 +8,26 @@ import copy
 import dataclasses
 import hashlib
 import os
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from labtrain.base import exact_json
+from labtrain.base.credentials import without_secrets
+from labtrain.base.errors import LabtrainError
+from labtrain.base.untrusted import read_source
 
 Config = dict[str, Any]
+References = Sequence[tuple[Sequence[Any], str]]
 
 JOB_VARIABLE = "LABTRAIN_JOB"
+# Names that become folders: nothing that could leave the folder they are put in. RUN-2, RUN-<Slurm job> began anew.
+EXPERIMENT = re.compile(r"\w[\w.=,+-]{0,199}")
+EXPERIMENT_BYTES = 200  # of it in UTF-8
+RUN_ID = re.compile(r"[0-9a-f]{12}(-[A-Za-z0-9_-]{1,100})?")
 LOCK_FILE = "requirements.lock"
 # The locks of each route. Nix installs the wheels of requirements.lock, conda has builds, and so bits, of its own.
 ROUTES = {
@@ -63,8 +73,10 @@ class Job:
         origin: with resume=RUN, the folder of the checkpoints that it goes on from; else empty.
         origin_digest: of the checkpoint there that it begins from, as a run of its own; empty where RUN itself goes on.
         stop_at: the step after which it saves and stops, as after a SIGTERM; 0: none.
+        references: (path, text) of each text of the configuration that comes from `${oc.env:X}` (config.references).
         path: where modules are looked for after `root`, as PYTHONPATH is written: what train.py put into sys.path is
             there too. Empty: as a process of its own has it.
+        within: the only folder that it may write in; absolute. Empty: what the person configured.
     """
 
     run_id: str
@@ -79,6 +91,24 @@ class Job:
     origin_digest: str = ""
     stop_at: int = 0
     path: str = ""
+    within: str = ""
+    references: References = ()
+
+    def hold(self, place: str | Path) -> None:
+        """Hold a place that is about to be written against `within`.
+
+        Raises:
+            LabtrainError: it lies elsewhere.
+        """
+        if self.within and not Path(place).resolve().is_relative_to(Path(self.within).resolve()):
+            raise LabtrainError(
+                f"{place} is outside of {self.within}, the only folder that this training may write in",
+                hint="a receipt says where to write, and must not: take it from where it was written",
+            )
+
+    def recorded(self) -> Config:
+        """Return the configuration as records and loggers have it."""
+        return as_recorded(self.config, self.references)
 
     def enter_path(self) -> None:
         """Look for modules where stage 1 did: first beside train.py, as if that ran."""
@@ -95,6 +125,22 @@ class Job:
     @classmethod
     def from_json(cls, text: str) -> "Job":
         return cls(**exact_json.loads(text))
+
+
+def as_recorded(config: Config, references: References) -> Config:
+    """Return a configuration as it leaves the process: with references to the environment, without credentials.
+
+    Args:
+        config: resolved.
+        references: (path, text) of each text that comes from the environment.
+    """
+    recorded = copy.deepcopy(config)
+    for path, text in references:
+        node: Any = recorded
+        for part in path[:-1]:
+            node = node[part]
+        node[path[-1]] = text
+    return cast(Config, without_secrets(recorded))
 
 
 def get(tree: Any, key: str) -> Any:
@@ -155,7 +201,7 @@ def what_counts(config: Config) -> Config:
 def lock_digest(root: Path) -> str:
     """Return the sha256 of the experiment's locks of this environment's route; empty where there are none."""
     locks = [root / name for name in ROUTES[route()] if (root / name).exists()]
-    return hashlib.sha256(b"".join(lock.read_bytes() for lock in locks)).hexdigest() if locks else ""
+    return hashlib.sha256(b"".join(map(read_source, locks))).hexdigest() if locks else ""
 
 
 def route() -> str:
@@ -172,9 +218,3 @@ def first_free(run_dir: Path) -> Path:
         number += 1
         free = run_dir.with_name(f"{run_dir.name}-{number}")
     return free
-
-
-def shown(path: str | Path) -> str:
-    """Return a path as a person would type it here: relative where it lies below the working directory."""
-    path = Path(path)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

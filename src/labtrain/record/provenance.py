@@ -17,6 +17,7 @@ from labtrain.record.identity import Job, route
 from labtrain.record.sources import labtrain_sources, read_code, sources
 
 PATCH = "code.patch"  # of a run's folder
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile")
 
 
@@ -25,31 +26,38 @@ def timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def time_of(text: str) -> datetime:
-    """Return what `timestamp` wrote, in UTC."""
-    return datetime.fromisoformat(text).astimezone(UTC)
-
-
-def code_state(job: Job, *, path: list[str] | None = None) -> dict[str, Any]:
-    """Return the code's digest, and what git says of it where the experiment is in a repository.
+def code_digests(job: Job, *, path: list[str] | None = None) -> dict[str, Any]:
+    """Return what the code is, by its bytes: no git, and nothing is imported.
 
     Returns:
         digest; sources: the sha256 of each of the experiment's; outside, where there are some: of each that is imported
         from outside of the environment; shadows, where there are some: the names of modules that come before those of
-        the environment; labtrain: the digest of its own; commit, branch and dirty; folder: of the experiment in its
-        repository; untracked: the sources that git does not know; ignored:
-        those that it is told to ignore; patch: what turns the commit into this code, the untracked with it, None where
-        git fails.
+        the environment; labtrain: the digest of its own.
     """
-    root, code = job.root, read_code(Path(job.root), job.config, path=path)
-    commit = git(root, "rev-parse", "HEAD").strip()
-    untracked, ignored = unknown_sources(root) if commit else ([], [])
+    code = read_code(Path(job.root), job.config, path=path)
     return {
         "digest": code.digest,
         "sources": code.sources,
         **({"outside": code.outside} if code.outside else {}),
         **({"shadows": code.shadows} if code.shadows else {}),
         "labtrain": hashlib.sha256(json.dumps(labtrain_sources()).encode()).hexdigest(),
+    }
+
+
+def code_state(job: Job) -> dict[str, Any]:
+    """Return what the code is, and what git says of it where the experiment is in a repository.
+
+    For a run of one's own: git does what the repository's configuration says, filters and a file system monitor too.
+
+    Returns:
+        what `code_digests` does; commit, branch and dirty; folder: of the experiment in its repository; untracked: the
+        sources that git does not know; ignored: those that it is told to ignore; patch: what turns the commit into this
+        code, the untracked with it, None where git fails.
+    """
+    root = job.root
+    commit = git(root, "rev-parse", "HEAD").strip()
+    untracked, ignored = unknown_sources(root) if commit else ([], [])
+    return code_digests(job) | {
         "commit": commit or None,
         "folder": git(root, "rev-parse", "--show-prefix").strip().rstrip("/") if commit else None,
         "branch": git(root, "rev-parse", "--abbrev-ref", "HEAD").strip() or None,
@@ -81,7 +89,7 @@ def uncommitted_change(root: str, untracked: list[str]) -> str | None:
         return _git(root, *diff)
     objects = git(root, "rev-parse", "--path-format=absolute", "--git-path", "objects").strip()
     with TemporaryDirectory() as scratch:
-        own = {
+        own = dict(os.environ) | {
             "GIT_INDEX_FILE": f"{scratch}/index",
             "GIT_OBJECT_DIRECTORY": scratch,
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": objects,
@@ -89,24 +97,71 @@ def uncommitted_change(root: str, untracked: list[str]) -> str | None:
         index = Path(git(root, "rev-parse", "--path-format=absolute", "--git-path", "index").strip())
         if index.exists():  # with what is staged: a new file is known to git by it alone
             shutil.copyfile(index, own["GIT_INDEX_FILE"])
-        if _git(root, "add", "--", *untracked, **own) is None:
+        if _git(root, "add", "--", *untracked, variables=own) is None:
             return None
-        return _git(root, *diff, **own)
+        return _git(root, *diff, variables=own)
 
 
-def git(folder: str, *arguments: str) -> str:
-    """Return what git prints; empty where it fails or is not installed."""
-    return _git(folder, *arguments) or ""
+def git(folder: str, *arguments: str, variables: dict[str, str] | None = None) -> str:
+    """Return what git prints; empty where it fails or is not installed.
+
+    Args:
+        folder: that it works in.
+        arguments: its command.
+        variables: its environment; None: this process's.
+    """
+    return _git(folder, *arguments, variables=variables) or ""
 
 
-def _git(folder: str, *arguments: str, **variables: str) -> str | None:
+def _git(folder: str, *arguments: str, variables: dict[str, str] | None = None) -> str | None:
     """Return what git prints, each byte as it is; None where it fails or is not installed."""
     command = ["git", "-C", folder, *arguments]
     try:
-        done = subprocess.run(command, env=os.environ | variables, capture_output=True, check=False, timeout=60)
+        done = subprocess.run(command, env=variables, capture_output=True, check=False, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None
+
+
+def borrow_commit(top: str, commit: str, clone: Path, *, filters: bool) -> bool:
+    """Make a repository of our own that takes a commit's objects from another one; return whether that has it.
+
+    The other one may be somebody else's, and its configuration can start programs: hooks, filters, a file system
+    monitor, a fetch of what a partial clone lacks (git-config(1)). It is asked where its objects lie, which starts
+    none, and no more.
+
+    Args:
+        top: its folder.
+        commit: 40 hex digits, or 64.
+        clone: a folder to make.
+        filters: heed the user's own configuration of git, the filters of Git LFS for one.
+    """
+    objects = git(top, "rev-parse", "--path-format=absolute", "--git-path", "objects").removesuffix("\n")
+    kind = git(top, "rev-parse", "--show-object-format").strip()
+    if not objects or not COMMIT.fullmatch(commit) or "\n" in objects:
+        return False
+    variables = git_variables(filters=filters)
+    clone.mkdir()
+    git(str(clone), "init", "-q", "--template=", f"--object-format={kind or 'sha1'}", variables=variables)
+    git(str(clone), "config", "remote.origin.url", top, variables=variables)  # where Git LFS looks for files
+    alternates = clone / ".git" / "objects" / "info" / "alternates"
+    alternates.parent.mkdir(exist_ok=True)
+    alternates.write_bytes(f"{json.dumps(objects, ensure_ascii=False)}\n".encode("utf-8", "surrogateescape"))
+    return git(str(clone), "cat-file", "-t", commit, variables=variables).strip() == "commit"
+
+
+def git_variables(*, filters: bool) -> dict[str, str]:
+    """Return the environment of a git that works in a repository of ours, whatever started this process.
+
+    Args:
+        filters: heed the user's own configuration; else none at all.
+    """
+    variables = {name: value for name, value in os.environ.items()
+                 if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}  # fmt: skip
+    if not filters:
+        variables = {name: value for name, value in variables.items() if not name.startswith("GIT_CONFIG")}
+        variables |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_ATTR_NOSYSTEM": "1"}
+    return variables | {"GIT_TERMINAL_PROMPT": "0"}
 
 
 def environment_state(job: Job) -> dict[str, Any]:

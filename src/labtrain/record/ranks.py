@@ -81,7 +81,7 @@ def find_ranks(variables: Mapping[str, str] = os.environ) -> Ranks | None:
             nodes=int(variables["SLURM_STEP_NUM_NODES"]),
             address=variables.get("MASTER_ADDR") or first_node(variables["SLURM_STEP_NODELIST"]),
             port=int(variables.get("MASTER_PORT") or FIRST_PORT + (job + 331 * step) % PORTS),
-            name=f"{job}.{step}" if step else str(job),
+            name=f"{job}-{step}" if step else str(job),
         )
     return None
 

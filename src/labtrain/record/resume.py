@@ -6,18 +6,32 @@ import os
 import sys
 from pathlib import Path
 
-from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.base.console import shown
+from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.record import receipt
+from labtrain.record.config import refers
 from labtrain.record.fingerprints import changed_files
-from labtrain.record.identity import Config, Job, first_free, lock_digest, name, shown, what_counts
+from labtrain.record.identity import (
+    RUN_ID,
+    Config,
+    Job,
+    References,
+    as_recorded,
+    first_free,
+    lock_digest,
+    name,
+    what_counts,
+)
+from labtrain.record.own_runs import checkpoints_of
 from labtrain.record.ranks import find_ranks, restarted
 from labtrain.record.sources import read_code, search_path
 from labtrain.stores.backends import is_local
-from labtrain.stores.layout import checkpoint_place, list_checkpoints
+from labtrain.stores.layout import list_checkpoints
 from labtrain.stores.store import Manifest, Store
 
 
-def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0) -> Job:
+def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0,
+             references: References = ()) -> Job:  # fmt: skip
     """Name the run that `config` describes, and its folder. Writes nothing."""
     code, lock = read_code(root, config).digest, lock_digest(root)
     run_id = name(config, code=code, lock=lock)
@@ -27,17 +41,18 @@ def make_job(config: Config, *, root: Path, command: list[str], supervisor: int 
         run_dir = fresh(run_dir)
     elif config["resume"] != "auto":
         experiment_runs = run_dir.parent
-        begun, origin = find_origin(str(config["resume"]), experiment_runs)
-        if same_run(found := receipt.read(begun), config, code=code, lock=lock):
-            run_dir, origin = begun, ""  # there is nothing to train
+        begun, origin = find_origin(str(config["resume"]), experiment_runs, named=config["checkpoint"]["url"] or "")
+        found = receipt.read(begun)
+        if found is not None and same_run(found, config, references, code=code, lock=lock):
+            run_dir, run_id, origin = begun, found["run_id"], ""  # there is nothing to train
         elif found["status"] == "complete" if found is not None else begun.name != run_id:
             digest = newest_digest(str(config["resume"]), origin)
-            run_dir = experiment_runs / name(config, code=code, lock=lock, origin=digest)
+            run_id = name(config, code=code, lock=lock, origin=digest)
+            run_dir = experiment_runs / run_id
             if (new := receipt.read(run_dir)) is not None and new["status"] == "complete":
                 origin = ""  # the same command again
         else:
-            run_dir = begun
-        run_id = run_dir.name
+            run_dir, run_id = begun, found["run_id"] if found is not None else run_id  # its folder may be renamed
     return Job(
         run_id=run_id,
         run_dir=str(run_dir),
@@ -49,16 +64,22 @@ def make_job(config: Config, *, root: Path, command: list[str], supervisor: int 
         supervisor=supervisor,
         origin=origin,
         origin_digest=digest,
+        references=references,
         path=os.pathsep.join(os.path.abspath(entry) for entry in search_path(root, sys.path)[1:]),  # noqa: PTH100
     )
 
 
-def same_run(found: receipt.Receipt | None, config: Config, *, code: str, lock: str) -> bool:
+def same_run(found: receipt.Receipt, config: Config, references: References, *, code: str, lock: str) -> bool:
     """Return whether a run is complete, and what is asked for is what it was: configuration, code and lock."""
+    if found["status"] != "complete":
+        return False
+    recorded = what_counts(as_recorded(config, references))
+    if refers(recorded):  # what it does not hold may be another: the name tells
+        origin = (found["segments"][0].get("origin") or {}).get("digest", "")
+        if found["run_id"][:12] != name(config, code=code, lock=lock, origin=origin):
+            return False
     return (
-        found is not None
-        and found["status"] == "complete"
-        and what_counts(found["config"]) == what_counts(receipt.without_secrets(config))
+        what_counts(found["config"]) == recorded
         and found["code"]["digest"] == code
         and (found["environment"]["lock_digest"] or "") == lock
     )
@@ -102,18 +123,26 @@ def fresh(run_dir: Path) -> Path:
             f"resume=never in {ranks.world} processes that agree on no name for a new folder",
             hint="torchrun --standalone, or --rdzv-id=NAME, a new one for each start",
         )
-    return run_dir.with_name(f"{run_dir.name}-{ranks.name}")
+    named = f"{run_dir.name}-{ranks.name}"
+    if not RUN_ID.fullmatch(named):
+        raise ConfigError(
+            f"resume=never names the new folder {named}: expected letters, digits, _ and - in the launcher's name",
+            hint="torchrun --rdzv-id=NAME of these letters, or --standalone",
+        )
+    return run_dir.with_name(named)
 
 
-def find_origin(resume: str, experiment_runs: Path) -> tuple[Path, str]:
+def find_origin(resume: str, experiment_runs: Path, *, named: str = "") -> tuple[Path, str]:
     """Return the run's folder that resume=RUN goes on with, and the folder of its checkpoints.
 
     Args:
         resume: a run's folder, its id in this experiment, or a folder or URL that holds its checkpoints.
         experiment_runs: the folder of this experiment's runs.
+        named: the store that this command's checkpoints go to.
 
     Raises:
         ConfigError: there is no run.
+        StoreError: its checkpoints are in a store that this user has not named.
     """
     if not is_local(resume):
         store = Store(resume)
@@ -123,21 +152,36 @@ def find_origin(resume: str, experiment_runs: Path) -> tuple[Path, str]:
                 f"resume={resume}: {'it holds the folders of runs' if there else 'no checkpoint is there'}",
                 hint=f"labtrain store ls {resume}; the folder of one run is wanted",
             )
-        return experiment_runs / store.manifest(there[-1])["run_id"], store.url
+        return experiment_runs / _run_of(store.manifest(there[-1]), store.url), store.url
     places = [Path(resume.removeprefix("file://")).resolve(), experiment_runs / resume]
     for place in places:
         found = receipt.read(place)
         if found is not None:
-            return place, checkpoint_place(place, found["config"]["checkpoint"]["url"])
+            return place, checkpoints_of(place, found, named=named)
         checkpoints = list_checkpoints(place)
         if checkpoints:
-            return experiment_runs / checkpoints[-1][1]["run_id"], str(place)
+            return experiment_runs / _run_of(checkpoints[-1][1], shown(place)), str(place)
     here = f"labtrain ls {shown(experiment_runs)}" if experiment_runs.is_dir() else "labtrain ls DIR lists runs"
     looked = ", ".join(f"{shown(place)}/{name}" for place in places for name in (receipt.FILE, "step-*"))
     raise ConfigError(
         f"resume={resume}: no run is there: looked for {looked}",
         hint=f"{here}; auto goes on with the run of the same id, never starts anew",
     )
+
+
+def _run_of(manifest: Manifest, place: str) -> str:
+    """Return the id of the run that a checkpoint is of: it becomes the name of a folder.
+
+    Raises:
+        DamagedError: it is no id.
+    """
+    found = str(manifest["run_id"])
+    if not RUN_ID.fullmatch(found):
+        raise DamagedError(
+            f"{place}: its manifest says run {found[:40]!r}, expected 12 hex digits",
+            hint="take it from where it was written; an imported checkpoint belongs to no run",
+        )
+    return found
 
 
 def changed_data(job: Job, done: receipt.Receipt) -> str:
@@ -154,7 +198,7 @@ def near_run(job: Job) -> Path | None:
     if job.config["resume"] != "auto" or run_dir.exists():
         return None
     near: list[tuple[float, Path]] = []
-    wanted = what_counts(receipt.without_secrets(job.config))
+    wanted = what_counts(job.recorded())
     for path in run_dir.parent.glob(f"*/{receipt.FILE}"):
         try:
             found = receipt.read(path.parent)

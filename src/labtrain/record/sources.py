@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import ConfigError
+from labtrain.base.untrusted import read_source
 
 SUFFIXES = (".py", ".pyc", ".so")  # bytecode that has no source beside it, and extension modules
 OWN = Path(__file__).parents[1]
@@ -77,7 +78,7 @@ def read_code(root: Path, config: dict[str, Any], *, path: Iterable[str] | None 
         path: where modules are looked for after `root`; None: sys.path.
 
     Raises:
-        ConfigError: it is more than code: a folder with an environment of its own.
+        ConfigError: it is more than code: a folder with an environment of its own; or a file of it is a pipe, say.
     """
     path = search_path(root, sys.path if path is None else path)
     sources = source_digests(root)
@@ -95,7 +96,7 @@ def read_code(root: Path, config: dict[str, Any], *, path: Iterable[str] | None 
             del named[name]  # another file may import it
             continue
         for key, file in unit:
-            data = Path(file).read_bytes()
+            data = read_source(Path(file))
             size += len(data)
             files[os.path.realpath(file)] = digest = hashlib.sha256(data).hexdigest()
             outside[key if outside.get(key, digest) == digest else f"{key}#{len(outside)}"] = digest
@@ -111,7 +112,7 @@ def read_code(root: Path, config: dict[str, Any], *, path: Iterable[str] | None 
 def source_digests(root: Path) -> dict[str, str]:
     """Return the sha256 of each of the experiment's files that a run can depend on, by its path."""
     return {
-        path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        path.relative_to(root).as_posix(): hashlib.sha256(read_source(path)).hexdigest()
         for path in sorted(sources(root))
     }
 
@@ -397,7 +398,7 @@ def unnamed_modules(code: Code, before: set[str]) -> list[tuple[str, str]]:
         os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.environ.get("TRITON_HOME") or Path.home(), ".triton/"),  # noqa: PTH118
         os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_",
     )
-    ran = [(name, getattr(module, "__file__", None)) for name, module in list(sys.modules.items())]
+    ran = [(name, getattr(module, "__file__", None)) for name, module in sys.modules.copy().items()]
     modules = {file for _, file in ran}
     ran += [(Path(file).stem, file) for file in list(_executed) if file not in modules and Path(file).is_file()]
     for name, file in ran:
@@ -406,9 +407,11 @@ def unnamed_modules(code: Code, before: set[str]) -> list[tuple[str, str]]:
         if file.startswith(compiled):
             continue
         top = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None) or ""
-        real = os.path.realpath(file)
-        if in_environment(file) or in_environment(real) or (top != file and in_environment(top)):
+        if in_environment(file) or (top != file and in_environment(top)):
             continue  # a module that a library wrote and named as its own, as torch.compile does, is the library's
+        real = os.path.realpath(file)
+        if in_environment(real):
+            continue
         if real not in code.files and not any(str(parent) in code.files for parent in Path(real).parents):
             found.append((name, file))
     return found
@@ -423,13 +426,18 @@ def can_be_found(name: str, file: str, path: list[str]) -> bool:
 def stale_modules(code: Code) -> list[str]:
     """Return the names of modules that are not as in their file: edited since, or loaded from bytecode."""
     found = []
-    for name, module in list(sys.modules.items()):
+    real_folder = cache(os.path.realpath)  # of five thousand modules, few folders
+    for name, module in sys.modules.copy().items():
         file = getattr(module, "__file__", None)
         loader = getattr(getattr(module, "__spec__", None), "loader", None)
-        if type(loader) is not SourceFileLoader or file is None or os.path.realpath(file) not in code.files:
+        if type(loader) is not SourceFileLoader or file is None:
             continue
-        if os.path.realpath(file) in _compiled:
-            if _compiled[os.path.realpath(file)] != code.files[os.path.realpath(file)]:
+        folder, last = os.path.split(file)
+        real = os.path.realpath(file) if os.path.islink(file) else os.path.join(real_folder(folder), last)  # noqa: PTH114, PTH118
+        if real not in code.files:
+            continue
+        if real in _compiled:
+            if _compiled[real] != code.files[real]:
                 found.append(name)
             continue
         try:

@@ -32,7 +32,12 @@ FILES = {
     PATCH: ("text/x-diff", "What turns the commit into the code that ran", False, False),
     TRAIL: ("application/jsonl", "A line a step: loss, digests of batch, gradients and weights", True, True),
     HISTORY: ("application/jsonl", "Time, throughput, memory and metrics of the training", True, True),
-    VERIFIED: ("application/json", "What came of running it again", False, True),
+    VERIFIED: (
+        "application/json",
+        "What is claimed of running it again; a line may be signed",
+        False,
+        True,
+    ),
     WEIGHTS: ("application/octet-stream", "The weights of the newest checkpoint", True, False),
 }
 PROFILES = (

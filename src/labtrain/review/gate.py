@@ -14,15 +14,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.console import shown
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.record.differences import differences, first_difference, open_run
-from labtrain.record.identity import first_free, shown, what_counts
+from labtrain.record.identity import first_free, what_counts
 from labtrain.record.receipt import Receipt
 from labtrain.review.equivalence import Equivalence, check_levels, compare_pairs
-from labtrain.review.replay import Replay, code_of, home_of
+from labtrain.review.replay import Replay, code_of, home_of, with_filters
 from labtrain.review.report.page import Verdict
 from labtrain.review.retrace import Say
-from labtrain.review.verification import results_differently, soft_results
+from labtrain.review.trust import Ask, admit
+from labtrain.review.verification import NOT_COMPARED, results_differently, soft_results
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,6 +93,8 @@ def judge_upgrade(
     margin: float | None = None,
     alpha: float = 0.05,
     old_python: Path | None = None,
+    trust: bool = False,
+    ask: Ask | None = None,
     say: Say = lambda _: None,
 ) -> list[Outcome]:
     """Train baselines again in today's environment and judge what comes out, a configuration at a time.
@@ -103,12 +107,15 @@ def judge_upgrade(
         margin: the largest difference of its mean that does not matter.
         alpha: level of the test.
         old_python: the recorded side's interpreter, which trains the seeds that no baseline has.
+        trust: train them without a question, whoever wrote them.
+        ask: shows a person what would run, and returns whether it may; None: only this user's own runs may.
         say: is told how it goes.
 
     What cannot be trained, or not be compared, is a no with its reason: the other experiments are judged all the same.
 
     Raises:
-        ConfigError: a baseline is no complete run, or seeds, metric or margin are missing; before anything is trained.
+        ConfigError: a baseline is no complete run or may not run, or seeds, metric or margin are missing; before
+            anything is trained.
     """
     groups: dict[str, list[Trained]] = defaultdict(list)
     for path in baselines:
@@ -129,16 +136,29 @@ def judge_upgrade(
                       old_python=old_python.absolute() if old_python else None)  # fmt: skip
     for group in groups.values():
         _refuse(group, options)
-    outcomes = []
+    outcomes, ready = list[Outcome](), list[tuple[int, Path, Path, Path]]()
     for number, group in enumerate(groups.values()):
         place = scratch / str(number)
         place.mkdir(parents=True)
         made = Outcome(experiment=str(group[0].receipt["config"]["experiment"]), before=list(group), now=[], why="",
                        metric=_metric_of(group, options), test=None, bits=[])  # fmt: skip
         try:
-            outcomes.append(_judge(made, place, options, say))
+            home = home_of(group[0].run_dir, group[0].receipt)
+            root, whence = code_of(group[0].receipt, group[0].run_dir, home, place)
         except LabtrainError as error:
             outcomes.append(replace(made, why=str(error.args[0])))
+            continue
+        say(f"baseline     {made.experiment}, {len(group)} recorded; code {whence}")
+        for run in group:
+            admit(run.receipt, run_dir=run.run_dir, root=root, home=home, trust=trust, ask=ask, say=say)
+        root = with_filters(root, group[0].receipt, group[0].run_dir, home, place / "filtered")
+        ready.append((len(outcomes), place, home, root))
+        outcomes.append(made)
+    for number, place, home, root in ready:
+        try:
+            outcomes[number] = _judge(outcomes[number], place, home, root, options, say)
+        except LabtrainError as error:
+            outcomes[number] = replace(outcomes[number], why=str(error.args[0]))
     return outcomes
 
 
@@ -207,17 +227,14 @@ def distributions_of(python: Path) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
-def _judge(made: Outcome, place: Path, options: Options, say: Say) -> Outcome:
+def _judge(made: Outcome, place: Path, home: Path, root: Path, options: Options, say: Say) -> Outcome:
     """Train what `made` begins with again, put it there, and return what comes out."""
     before, now, metric = made.before, made.now, made.metric
     group, first = list(before), before[0]
-    home = home_of(first.run_dir, first.receipt)
-    root, whence = code_of(first.receipt, first.run_dir, home, place)
-    say(f"baseline     {made.experiment}, {len(group)} recorded; code {whence}")
 
     def trained(like: Trained, seed: int, name: str, python: Path | None = None) -> Trained:
         replay = Replay(like.receipt, root, home=home, scratch=place / name, changes={"seed": seed}, python=python,
-                        every_n_steps=like.receipt["config"]["trail"]["every_n_steps"])  # fmt: skip
+                        keep_trail=True)  # fmt: skip
         with closing(replay.lines()) as lines:
             for _ in lines:
                 pass
@@ -266,7 +283,7 @@ def _judge(made: Outcome, place: Path, options: Options, say: Say) -> Outcome:
 def other_bits(recorded: Trained, now: Trained) -> str:
     """Return where two trainings of one run part, and what else is not as recorded; empty where bits are the same."""
     parted = first_difference(recorded.run_dir, now.run_dir)
-    wrong = results_differently(recorded.receipt, now.receipt, sha=False).keys() - soft_results(recorded.receipt)
+    wrong = _other_results(recorded, now).keys() - soft_results(recorded.receipt)
     if not parted and not wrong:
         return ""
     causes = [each.key for each in differences(recorded.receipt, now.receipt) if each.matters]
@@ -274,10 +291,16 @@ def other_bits(recorded: Trained, now: Trained) -> str:
     return f"other bits, {where}; not as recorded: {', '.join(causes) or 'nothing that a receipt holds'}"
 
 
+def _other_results(recorded: Trained, now: Trained) -> dict[str, tuple[Any, Any]]:
+    return results_differently(recorded.receipt, now.receipt, trail=NOT_COMPARED)
+
+
 def words_of(outcome: Outcome) -> str:
     """Return what a person reads of an outcome."""
     if not outcome.why:
-        return f"yes: {len(outcome.before)} of {len(outcome.before)} give the same bits"
+        soft = {key for pair in zip(outcome.before, outcome.now, strict=True) for key in _other_results(*pair)}
+        said = f"yes: {len(outcome.before)} of {len(outcome.before)} give the same bits"
+        return f"{said}; not verified: {', '.join(sorted(soft))}" if soft else said
     if outcome.test is None:
         return f"no: {outcome.why}"
     test, level = outcome.test, 1 - 2 * outcome.test.alpha

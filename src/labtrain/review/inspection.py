@@ -1,49 +1,60 @@
 """What a receipt says of code, environment, machine, configuration and checkpoints, against what is here. No torch."""
 
+import ast
 import os
-import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from labtrain.base.errors import DamagedError
+from labtrain.base.console import shown
+from labtrain.base.credentials import REFERENCE, without_secrets
+from labtrain.base.errors import ConfigError, DamagedError, in_words
 from labtrain.environment.doctor.environment import files_state
 from labtrain.exact.determinism import is_recorded, variables
-from labtrain.record.differences import Difference, differences, overrides
+from labtrain.record.config import as_written, from_environment
+from labtrain.record.differences import ORIGIN, Difference, differences, overrides
 from labtrain.record.digests import digest_folder
 from labtrain.record.fingerprints import files_now
-from labtrain.record.identity import Job, lock_digest, shown, what_counts
-from labtrain.record.provenance import code_state, environment_state, machine
-from labtrain.record.receipt import Receipt, without_secrets
-from labtrain.record.sources import moved
+from labtrain.record.identity import Config, Job, lock_digest, what_counts
+from labtrain.record.provenance import code_digests, environment_state, machine
+from labtrain.record.receipt import Receipt
+from labtrain.record.sources import OWN, in_environment, moved
 from labtrain.stores.backends import is_local
-from labtrain.stores.layout import checkpoint_place
+from labtrain.stores.layout import check_run, checkpoint_place, without_links
 from labtrain.stores.store import Store
 
-COMPOSE_TIMEOUT_S = 120
+ROOT = "LABTRAIN_ROOT"  # conf/labtrain.yaml: paths.runs
 
 
-def state_differences(receipt: Receipt, root: Path, home: Path) -> list[Difference]:
-    """Return how today's code, environment and machine differ from a receipt's; the code of `home` lies in `root`."""
+def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool = True) -> list[Difference]:
+    """Return how today's code, environment, machine and data differ from a receipt's.
+
+    Args:
+        receipt: that says how they were.
+        root: the folder of its code.
+        home: the experiment's folder here.
+        outside: look at data that lies outside of it.
+    """
     job = Job(
         run_id="",
         run_dir="",
         root=str(root),
-        config=receipt["config"],
+        config=_here(receipt["config"]),
         command=[],
         code_digest="",
         lock_digest=lock_digest(root),
     )
     now = {
         **receipt,
-        "code": code_state(job, path=moved(sys.path, home, root)),
+        # By its bytes: the repository may be somebody else's, and git does what its configuration says.
+        "code": {key: value for key, value in receipt["code"].items() if key not in ("outside", "shadows")}
+        | code_digests(job, path=moved(sys.path, home, root)),
         "environment": environment_state(job) | files_state(),
         "hardware": receipt["hardware"] | machine(),
         "determinism": receipt["determinism"] | {"variables": _variables(receipt["determinism"])},
-        "data": receipt["data"] | files_now(receipt["data"], home),
+        "data": receipt["data"] | files_now(receipt["data"], home, outside=outside),
     }
     return list(told_differences(receipt, now))
 
@@ -61,17 +72,96 @@ def composed_differently(receipt: Receipt, root: Path) -> list[Difference]:
     command = receipt["command"]
     if not command or {"-m", "--multirun"} & set(command):
         return []
-    typed = [sys.executable, str(root / Path(command[0]).name), *command[1:], "--cfg", "job", "--resolve"]
     try:
-        done = subprocess.run(typed, capture_output=True, text=True, check=False, cwd=root, timeout=COMPOSE_TIMEOUT_S)
-        said = "" if done.returncode == 0 else " ".join(done.stderr.split()) or "nothing said"
-    except subprocess.TimeoutExpired:
-        said = f"no end in {COMPOSE_TIMEOUT_S} seconds"
-    if said:
+        with as_written():  # whoever typed the command would choose what of this environment is shown
+            now = without_secrets(composed(root, Path(command[0]).name, command[1:]))
+        recorded = without_secrets(receipt["config"])
+        changed = overrides(what_counts(recorded), what_counts(_as_recorded(now, recorded)))
+    except Exception as error:  # whatever YAML and overrides of somebody else's make of Hydra
+        said = str(error.args[0]) if isinstance(error, ConfigError) else in_words(error)
         return [Difference(key="config", a="composes", b=f"does not: {said[:200]}", matters=False)]
-    now = without_secrets(yaml.safe_load(done.stdout))
-    changed = overrides(what_counts(receipt["config"]), what_counts(now))
     return [Difference(key="config", a="this", b=" ".join(changed), matters=False)] if changed else []
+
+
+def _as_recorded(now: Any, recorded: Any) -> Any:
+    """Return a configuration, where it refers to the environment, with the value that was recorded."""
+    if isinstance(now, dict) and isinstance(recorded, dict):
+        return {key: _as_recorded(value, recorded[key]) if key in recorded else value for key, value in now.items()}
+    return recorded if isinstance(now, str) and REFERENCE.search(now) else now
+
+
+def composed(root: Path, script: str, typed: list[str]) -> Any:
+    """Compose what a train.py would, from the files of its configuration alone: none of the experiment's code runs.
+
+    So plugins and configurations are those of this environment, and resolvers OmegaConf's and Hydra's own.
+
+    Args:
+        root: the experiment's folder.
+        script: the name of its train.py, which is read.
+        typed: what followed it on the command line.
+
+    Raises:
+        ConfigError: it takes more than that.
+        Exception: Hydra's and OmegaConf's, of what cannot be composed.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.singleton import Singleton
+    from omegaconf import OmegaConf, open_dict
+
+    folder, name = called_with(root / script)
+    if typed[:1] in (["--config-name"], ["-cn"]):
+        name, typed = typed[1], typed[2:]
+    elif typed[:1] and (named := typed[0].removeprefix("--config-name=")) != typed[0]:
+        name, typed = named, typed[1:]
+    place = (root / folder).resolve()
+    primary = place / f"{name.removesuffix('.yaml')}.yaml"
+    if not primary.is_relative_to(root.resolve()) or not primary.is_file():
+        raise ConfigError(f"no {folder}/{name}.yaml")
+    if options := [word for word in typed if word.startswith("-")]:
+        raise ConfigError(f"with {options[0]} it is composed by {script} alone, which is not run")
+    places = OmegaConf.select(OmegaConf.load(primary), "hydra.searchpath")
+    parsed = OverridesParser.create().parse_overrides(typed)
+    if places or any(each.get_key_element() == "hydra.searchpath" for each in parsed):
+        raise ConfigError(f"with hydra.searchpath it is composed by {script} alone, which is not run")  # pkg:// imports
+    state, path, before = Singleton.get_state(), sys.path[:], os.environ.get(ROOT)
+    os.environ[ROOT] = str(root)  # as labtrain.main does
+    sys.path[:] = [entry for entry in path if entry == str(OWN.parent) or in_environment(f"{entry}/")]
+    try:
+        with warnings.catch_warnings(), initialize_config_dir(str(place), version_base="1.3"):
+            warnings.simplefilter("ignore")
+            cfg = compose(name, typed, return_hydra_config=True)
+            HydraConfig.instance().set_config(cfg)
+            with open_dict(cfg):
+                del cfg["hydra"]
+            return OmegaConf.to_container(cfg, resolve=True)
+    finally:
+        sys.path[:] = path
+        Singleton.set_state(state)
+        del os.environ[ROOT]
+        os.environ |= {ROOT: before} if before is not None else {}
+
+
+def called_with(script: Path) -> tuple[str, str]:
+    """Return the config_path and config_name that a script gives labtrain.main: it is read, and not run."""
+    given = {"config_path": "conf", "config_name": "config"}
+    for node in ast.walk(ast.parse(script.read_bytes())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("labtrain.main", "main"):
+            passed = dict(zip(given, node.args, strict=False)) | {
+                each.arg: each.value for each in node.keywords if each.arg
+            }
+            given |= {key: value.value for key, value in passed.items()
+                      if key in given and isinstance(value, ast.Constant) and isinstance(value.value, str)}  # fmt: skip
+    return given["config_path"], given["config_name"]
+
+
+def _here(config: Config) -> Config:
+    """Return a receipt's configuration with the values of this environment, or as it is where they are not here."""
+    try:
+        return from_environment(config)[0]
+    except ConfigError:
+        return config
 
 
 def check_checkpoints(run_dir: Path, receipt: Receipt) -> str:
@@ -85,23 +175,40 @@ def check_checkpoints(run_dir: Path, receipt: Receipt) -> str:
         return "not looked at: they come and go while it is trained"
     if not is_local(place):
         return f"not looked at: {place} (labtrain store check reads them)"
-    said = {Path(entry["path"]).name: entry["weights_digest"] for entry in receipt["checkpoints"]}
+    said = {Path(entry["path"]).name: (entry["step"], entry["weights_digest"]) for entry in receipt["checkpoints"]}
+    results = receipt["results"]
     store = Store(place)
-    there = store.checkpoints()
+    store.refuse_link()
+    there = [each for each in without_links(store.find()) if each.complete]
+    last = max((each.order for each in there), default=None)
     for each in there:
         folder, manifest = store.fetch(each, each.folder)
-        wanted, found = said.get(each.name), digest_folder(folder)
-        if found != manifest["weights_digest"] or wanted not in (None, found):
-            raise DamagedError(
-                f"{shown(folder)}: its weights are {found[:12]}, its manifest says {manifest['weights_digest'][:12]},"
-                f" the receipt {str(wanted)[:12]}",
-                hint="take it from where it was written",
-            )
-    return f"{len(there)} here, each as its manifest and the receipt say" if there else "none here"
+        check_run(each, manifest, receipt["run_id"])
+        found = digest_folder(folder)
+        step, wanted = said.get(each.name, (each.step, found))
+        facts = {
+            "step in the receipt": (step, each.step),
+            "weights digest": (manifest["weights_digest"], found),
+            "weights digest in the receipt": (wanted, found),
+        }
+        if each.order == last and each.step == results.get("steps"):
+            facts["weights digest of the receipt's results"] = (results["weights_digest"], found)
+        for what, (says, is_) in facts.items():
+            if says != is_:
+                raise DamagedError(
+                    f"{shown(folder)}: {what} {str(says)[:40]}, expected {str(is_)[:40]}",
+                    hint="get the checkpoint again from whoever trained the run",
+                )
+    absent = len(said.keys() - {each.name for each in there})
+    more = f"; {absent} that the receipt names: not here" if absent else ""
+    return (f"{len(there)} here, each as its manifest and the receipt say" if there else "none here") + more
 
 
 def told_differences(receipt: Receipt, now: Receipt) -> Iterator[Difference]:
-    """Yield the differences that a person wants to know: not where things lie, and not how the code came here."""
+    """Yield the differences that a person wants to know: not where things lie, and not how the code came here.
+
+    Nor the checkpoint of another run that it began from: that is looked up by its digest (retrace.py).
+    """
     for each in differences(receipt, now):
-        if each.matters or not each.key.startswith(("config.", "code.")):
+        if each.key != ORIGIN and (each.matters or not each.key.startswith(("config.", "code."))):
             yield each

@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.base.console import one_line, shown
+from labtrain.base.errors import ConfigError, LabtrainError, in_words
+from labtrain.base.untrusted import NotPlainError, open_plain
 from labtrain.record import receipt
-from labtrain.record.identity import shown
-from labtrain.record.provenance import time_of
-from labtrain.record.trail import HISTORY
+from labtrain.record.identity import get
+from labtrain.record.trail import HISTORY, is_history_line
 
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
 TAIL_BYTES = 1 << 16  # of a history: more than its last lines
@@ -90,11 +91,17 @@ def runs_below(folder: Path) -> Iterator[Path]:
 def row_of(run_dir: Path, metric: str | None = None) -> Row:
     """Return how the run in a folder stands."""
     try:
-        found = receipt.read(run_dir)
-    except (LabtrainError, OSError, ValueError) as error:
-        why = error.args[0] if isinstance(error, LabtrainError) else error
+        return _row_of(run_dir, metric)
+    except (LabtrainError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        why = error.args[0] if isinstance(error, LabtrainError) else f"{shown(run_dir)}: {in_words(error)}"
         return Row(run=shown(run_dir), status="broken", error=str(why))
-    assert found is not None
+
+
+def _row_of(run_dir: Path, metric: str | None) -> Row:
+    found = receipt.read(run_dir)
+    if found is None:
+        raise LabtrainError(f"{shown(run_dir)}: its {receipt.FILE} is gone")
+    monitor = get(found["config"], "checkpoint.monitor")
     segments, results, status = found["segments"], found["results"], found["status"]
     if status == "running" and not is_trained(run_dir):
         now = receipt.read(run_dir)  # it may have ended since
@@ -107,8 +114,8 @@ def row_of(run_dir: Path, metric: str | None = None) -> Row:
     if status != "complete":
         steps, metrics = last_of(run_dir)
         steps = max(steps, segments[-1]["to_step"] or segments[-1]["from_step"])
-    wanted = metric or found["config"]["checkpoint"]["monitor"] or next(iter(sorted(metrics, key=rank)), None)
-    ended = [(time_of(each["started"]), time_of(each["ended"])) for each in segments if each["ended"]]
+    wanted = metric or (monitor if isinstance(monitor, str) else None) or next(iter(sorted(metrics, key=rank)), None)
+    ended = [(receipt.time_of(each["started"]), receipt.time_of(each["ended"])) for each in segments if each["ended"]]
     return Row(
         run=shown(run_dir),
         status=status,
@@ -127,13 +134,14 @@ def rank(name: str) -> tuple[int, str]:
 
 
 def is_trained(run_dir: Path) -> bool:
-    """Return whether a process, on whichever node, holds the run's lock; takes nothing from it."""
+    """Return whether a process, on whichever node, shows that it trains the run; takes nothing from it."""
     try:
-        with (run_dir / receipt.LOCK).open("rb") as file:
-            asked = struct.pack(FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        with open_plain(run_dir / receipt.SIGN) as file:
+            # A shared lock is in nobody's way but of one who may write: what a reader holds is not told.
+            asked = struct.pack(FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
             kind: int = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
             return kind != fcntl.F_UNLCK
-    except FileNotFoundError:
+    except (FileNotFoundError, NotPlainError):
         return False
     except OSError:
         return True  # a file system without locks: it is as its receipt says
@@ -142,14 +150,14 @@ def is_trained(run_dir: Path) -> bool:
 def last_of(run_dir: Path) -> tuple[int, dict[str, float]]:
     """Return the last step of a run's history, and the last value of each metric near its end."""
     step, metrics = 0, dict[str, float]()
-    with suppress(FileNotFoundError), (run_dir / HISTORY).open("rb") as file:
+    with suppress(OSError), open_plain(run_dir / HISTORY) as file:
         size = file.seek(0, os.SEEK_END)
         for start in (max(0, size - TAIL_BYTES), 0):
             file.seek(start)
             for line in file.read().split(b"\n"):
-                with suppress(ValueError):  # cut by the seek, or by a kill
-                    last = json.loads(line)
-                    step, metrics = last["step"], metrics | last["metrics"]
+                with suppress(ValueError, RecursionError):  # cut by the seek, or by a kill
+                    if is_history_line(last := json.loads(line.decode(errors="replace"))):
+                        step, metrics = last["step"], metrics | last["metrics"]
             if metrics:
                 break  # a long epoch's end lies further back
     return step, metrics
@@ -187,9 +195,10 @@ def lines_of(rows: Sequence[Row]) -> Iterator[str]:
                 "" if row.seconds is None else duration(row.seconds),
             )
         )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    shown_table = [[one_line(cell) for cell in cells] for cells in table]
+    widths = [max(map(len, column)) for column in zip(*shown_table, strict=True)]
     numbers = {2, 3, 6}
-    for cells in table:
+    for cells in shown_table:
         padded = [
             cell.rjust(width) if place in numbers else cell.ljust(width)
             for place, (cell, width) in enumerate(zip(cells, widths, strict=True))

@@ -5,26 +5,32 @@ says where things go. Code that is not what the receipt says is checked out besi
 """
 
 import copy
+import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from labtrain.base.errors import EXIT_STOPPED, ConfigError, LabtrainError
+from labtrain.base.console import shown
+from labtrain.base.credentials import NOT_RECORDED, without_secrets
+from labtrain.base.errors import EXIT_STOPPED, ConfigError, DamagedError, LabtrainError
+from labtrain.base.untrusted import open_plain
 from labtrain.launch.compose import process_of
 from labtrain.record import receipt as receipts
-from labtrain.record.config import completed
-from labtrain.record.identity import Config, Job, lock_digest, name, shown, what_counts
-from labtrain.record.provenance import PATCH, git
+from labtrain.record.config import REFERRING, check, check_whole, completed, flat_texts, from_environment, variables_in
+from labtrain.record.identity import Config, Job, References, get, lock_digest, name, what_counts
+from labtrain.record.own_runs import patch_of
+from labtrain.record.provenance import borrow_commit, git, git_variables
 from labtrain.record.ranks import alone
-from labtrain.record.receipt import NOT_RECORDED, Receipt
+from labtrain.record.receipt import Receipt
 from labtrain.record.sources import moved, read_code, source_digests
-from labtrain.record.trail import TRAIL, Line, parse_trail
+from labtrain.record.trail import TRAIL, Line, parse_trail, trail_bytes
+from labtrain.review.sandbox import Sandbox, is_kept, only_kept
+from labtrain.stores.layout import copy_as
 
 POLL_S = 0.02
 GIT_TIMEOUT_S = 600  # a checkout of a large repository on a slow disk
@@ -40,11 +46,17 @@ class Replay:
         scratch: a folder that it makes; its caller removes it.
         changes: keys of the configuration to set, dotted, such as a seed.
         python: the interpreter; None: this one.
-        every_n_steps: how often a line of the trail is written.
+        sandbox: what it is trained in; None: as this process.
+        keep_trail: write the trail as often as the receipt's; else at each step, so that any interval is compared.
 
     Attributes:
-        run_dir: of the run that is made.
+        run_dir: of the run that is made: nothing of the receipt says where it lies.
         code: how its last process ended.
+        others: variables of the environment that the configuration refers to, one of which is not as it was.
+
+    Raises:
+        DamagedError: the receipt's configuration is none.
+        LabtrainError: a run lies there already.
     """
 
     def __init__(
@@ -56,9 +68,12 @@ class Replay:
         scratch: Path,
         changes: dict[str, Any] | None = None,
         python: Path | None = None,
-        every_n_steps: int = 1,
+        sandbox: Sandbox | None = None,
+        keep_trail: bool = False,
     ) -> None:
-        self.config = _config_of(receipt, scratch, changes or {}, every_n_steps)
+        self.config, self.references = _config_of(
+            receipt, scratch, changes or {}, keep_trail=keep_trail, sandboxed=sandbox is not None
+        )
         self.recorded, self.root, self.home, self.python = receipt, root, home.resolve(), python
         code = read_code(root, self.config, path=moved(sys.path, home, root))
         self.code_digest = code.digest
@@ -66,9 +81,33 @@ class Replay:
         self.lock_digest = lock_digest(root)
         self.run_id = name(self.config, code=self.code_digest, lock=self.lock_digest)
         self.run_dir = scratch / "runs" / str(self.config["experiment"]) / self.run_id
-        self.scratch, self.log = scratch, scratch / "log.txt"
+        self.others = self._other_values()
+        # Beside it, not in it: what runs in a sandbox could put a link there, and this process writes to it.
+        self.scratch, self.log, self.sandbox = scratch, scratch.with_name(f"{scratch.name}.log"), sandbox
         scratch.mkdir()
+        if self.run_dir.resolve().parent.parent != (scratch / "runs").resolve() or self.run_dir.exists():
+            raise LabtrainError(
+                f"{self.run_dir} is not a new folder of {scratch}", hint="choose an empty folder: TMPDIR=DIR"
+            )
         self.code: int | None = None
+
+    def _other_values(self) -> list[str]:
+        """Return the variables that this configuration refers to, where one has another value than in the recorded run.
+
+        The run's name tells, where it is named by this code, this environment and this configuration alone.
+        """
+        segments, code = self.recorded["segments"], self.recorded["code"]
+        named = name(self.config, code=self.code_digest, lock=self.lock_digest,
+                     origin=(segments[0].get("origin") or {}).get("digest", ""))  # fmt: skip
+        is_named_so = (
+            self.code_digest == code["digest"]
+            and self.lock_digest == (self.recorded["environment"]["lock_digest"] or "")
+            and not any(segment["changed"] for segment in segments)
+        )
+        if not is_named_so or named == self.recorded["run_id"][:12]:
+            return []
+        counting = [text for path, text in self.references if get(what_counts(self.config), str(path[0])) is not None]
+        return sorted({variable for text in counting for variable in variables_in(text)})
 
     def lines(self, *, devices: int | None = None, stop_at: int = 0) -> Generator[Line, None, None]:
         """Train, and yield each line of the trail as it is written. To stop early, close the iterator.
@@ -91,16 +130,21 @@ class Replay:
             command=self.recorded["command"],
             code_digest="" if self.python else self.code_digest,  # another environment has a labtrain of its own
             lock_digest=self.lock_digest,
-            supervisor=os.getpid(),
+            supervisor=0 if self.sandbox else os.getpid(),  # a sandbox has processes, and numbers, of its own
             stop_at=stop_at,
+            within="" if self.python else str(self.scratch.resolve()),
+            references=self.references,
         )
         command, environment = process_of(job)
         environment = alone(environment)
         if self.python is not None:
             command[0] = str(self.python)
         environment["TMPDIR"] = str(self.scratch)  # torch leaves files when it is killed
+        environment["XDG_STATE_HOME"] = str(self.scratch / "state")  # it is none of the user's own runs (own_runs.py)
         if path := environment.get("PYTHONPATH"):
             environment["PYTHONPATH"] = os.pathsep.join(moved(path.split(os.pathsep), self.home, self.root))
+        if self.sandbox is not None:
+            command, environment = self.sandbox.around(command, environment, scratch=self.scratch)
         trail = self.run_dir / TRAIL
         at = trail.stat().st_size if trail.exists() else 0
         with self.log.open("a") as log:
@@ -111,7 +155,7 @@ class Replay:
         try:
             while self.code is None:
                 self.code = child.poll()  # before the trail is read: nothing is written after
-                with suppress(FileNotFoundError), trail.open("rb") as file:
+                with suppress(FileNotFoundError), open_plain(trail) as file:
                     file.seek(at)
                     new = file.read()
                     whole = new[: new.rfind(b"\n") + 1]
@@ -128,7 +172,9 @@ class Replay:
         if self.code not in (0, EXIT_STOPPED):
             raise LabtrainError(
                 f"the run, trained again, ended with exit code {self.code}:\n{self.said()}",
-                hint=f"PYTHONPATH=FOLDER before the same command, with the folder that holds {self.absent[0]}"
+                hint="--set KEY=PATH shows the sandbox a file or folder of data"
+                if self.sandbox
+                else f"PYTHONPATH=FOLDER before the same command, with the folder that holds {self.absent[0]}"
                 if self.absent
                 else "labtrain doctor; the code and data of the receipt are needed",
             )
@@ -141,31 +187,44 @@ class Replay:
         """Return its own receipt, which is there from its start on."""
         return receipts.read(self.run_dir)
 
+    def trail_sha256(self, every_n_steps: int) -> str:
+        """Return the sha256 of its trail as it is when a line is written every so many steps."""
+        lines = trail_bytes(self.run_dir).splitlines(keepends=True)
+        steps = (line["step"] for line in parse_trail(b"".join(lines), self.run_dir))
+        kept = (line for line, step in zip(lines, steps, strict=True) if step % every_n_steps == 0)
+        return hashlib.sha256(b"".join(kept)).hexdigest()
+
     def begin_at(self, checkpoint: Path) -> None:
         """Begin from a checkpoint's folder, before the first leg."""
-        shutil.copytree(checkpoint, self.run_dir / "checkpoints" / checkpoint.name)
+        copy_as(checkpoint, self.run_dir, self.run_id)
 
 
-def _config_of(receipt: Receipt, scratch: Path, changes: dict[str, Any], every_n_steps: int) -> Config:
+def _config_of(
+    receipt: Receipt, scratch: Path, changes: dict[str, Any], *, keep_trail: bool, sandboxed: bool
+) -> tuple[Config, References]:
     """Return a receipt's configuration with its output in `scratch`, and one checkpoint that is kept."""
     config = completed(copy.deepcopy(receipt["config"]))
-    config["paths"]["runs"] = str(scratch / "runs")
-    config["resume"] = "auto"
-    if "wandb" in config["logger"]:
-        config["logger"]["wandb"]["mode"] = "offline"
-    # Each step, so that a trail of any interval is compared; without one, as it was written, for its sha256.
-    config["trail"]["every_n_steps"] = every_n_steps or 1
-    config["checkpoint"] |= {
-        "url": None,
-        "every_n_steps": None,
-        "every_seconds": None,
-        "keep_last": 1,
-        "keep_best": 0,
-        "keep_every_n_steps": None,
-    }
-    config["trainer"] |= {"enable_progress_bar": False, "profiler": None}
-    if receipt["determinism"]["any_number_of_devices"]:
-        config["trainer"]["num_nodes"] = 1
+    try:
+        check_whole(config)
+        config["paths"]["runs"] = str(scratch / "runs")
+        config["resume"] = "auto"
+        # The model's code may use them. A service would be told, by the user's own key, wherever the options say it is.
+        config["logger"] = {name: {"mode": "offline"} if name == "wandb" else {} for name in config["logger"]}
+        if not keep_trail:
+            config["trail"]["every_n_steps"] = 1
+        config["checkpoint"] |= {
+            "url": None,
+            "every_n_steps": None,
+            "every_seconds": None,
+            "keep_last": 1,
+            "keep_best": 0,
+            "keep_every_n_steps": None,
+        }
+        config["trainer"] |= {"enable_progress_bar": False, "profiler": None}
+        if receipt["determinism"]["any_number_of_devices"]:
+            config["trainer"]["num_nodes"] = 1
+    except (ConfigError, TypeError) as error:
+        raise _no_configuration(error) from error
     for key, value in changes.items():
         *parents, last = key.split(".")
         node = config
@@ -174,12 +233,53 @@ def _config_of(receipt: Receipt, scratch: Path, changes: dict[str, Any], every_n
         if last not in node:
             raise ConfigError(f"{key}: the receipt's configuration has no such key", hint="labtrain report shows it")
         node[last] = value
+    if sandboxed:
+        _refuse_variables(config)
+    with only_kept() if sandboxed else nullcontext():
+        config, references = from_environment(config)
     if lost := list(_not_recorded(what_counts(config), "")):
         raise ConfigError(
             f"{lost[0]} names a credential, so the receipt does not hold it: the run cannot be started from it",
-            hint="python train.py resume=never with it, then labtrain diff",
+            hint=f"python train.py resume=never {lost[0]}=VALUE, then labtrain diff; '{lost[0]}=${{oc.env:X}}' would be"
+            " recorded",
         )
-    return config
+    config = _without_lost(config)
+    try:
+        check(copy.deepcopy(config))
+    except (ConfigError, TypeError) as error:
+        raise _no_configuration(error) from error
+    return config, references
+
+
+def _refuse_variables(config: Config) -> None:
+    """Refuse a configuration for a sandbox that would show its code what is in this user's environment.
+
+    Raises:
+        ConfigError: names the first variable that a sandbox does not have.
+    """
+    for key, text in flat_texts({group: config[group] for group in REFERRING if group in config}):
+        for variable in variables_in(text):
+            has_default = f"oc.env:{variable}," in text
+            if not is_kept(variable, os.environ.get(variable, "")) and (variable in os.environ or not has_default):
+                text = without_secrets(text)
+                raise ConfigError(
+                    f"--sandbox: {key} is {text} in the receipt, and the sandbox does not have {variable}",
+                    hint=f"--set {key}=VALUE, where the code may know that value",
+                )
+
+
+def _no_configuration(error: Exception) -> DamagedError:
+    return DamagedError(
+        f"the receipt's configuration: {error.args[0]}", hint="get it again from whoever trained the run"
+    )
+
+
+def _without_lost(node: Any) -> Any:
+    """Return a configuration without the options that a receipt does not hold, of loggers say: they have defaults."""
+    if isinstance(node, dict):
+        kept = {key: value for key, value in node.items() if not (isinstance(value, str) and NOT_RECORDED in value)}
+        return {key: _without_lost(value) for key, value in kept.items()}
+    return node
 
 
 def _not_recorded(node: Any, key: str) -> Iterator[str]:
@@ -215,8 +315,17 @@ def home_of(run_dir: Path, receipt: Receipt) -> Path:
     )
 
 
-def code_of(receipt: Receipt, run_dir: Path, home: Path, scratch: Path) -> tuple[Path, str]:
+def code_of(receipt: Receipt, run_dir: Path, home: Path, scratch: Path, *, filters: bool = False) -> tuple[Path, str]:
     """Return the folder of a receipt's code, and where it comes from: it is here, or is checked out into `scratch`.
+
+    None of it runs, and nothing that the repository's configuration names.
+
+    Args:
+        receipt: whose code it is.
+        run_dir: of its run.
+        home: the experiment's folder here.
+        scratch: a folder that is there.
+        filters: run those of the user's own configuration of git, of Git LFS for one, on what is checked out.
 
     Raises:
         ConfigError: it is neither.
@@ -228,18 +337,14 @@ def code_of(receipt: Receipt, run_dir: Path, home: Path, scratch: Path) -> tuple
     if not code["commit"]:
         raise ConfigError(f"{here}, which was in no git repository", hint=f"labtrain diff {shown(run_dir)} ANOTHER_RUN")
     top = git(str(home), "rev-parse", "--show-toplevel").strip()
-    if not top or not git(top, "cat-file", "-t", code["commit"]).strip():
-        raise ConfigError(f"{here}, and commit {code['commit'][:12]} is not in this repository", hint="git fetch --all")
     clone = scratch / "code"
-    patch = code["patch"]
-    if patch is None and (run_dir / PATCH).exists():
-        patch = (run_dir / PATCH).read_bytes().decode("utf-8", "surrogateescape")
-    if patch is None:
-        raise ConfigError(f"{here}, and its patch is not beside the receipt", hint=f"put {PATCH} beside it")
-    _git("clone", "-q", "--shared", "--no-checkout", top, str(clone))
-    _git("-C", str(clone), "checkout", "-q", "--detach", code["commit"])
+    if not top or not borrow_commit(top, code["commit"], clone, filters=filters):
+        raise ConfigError(f"{here}, and commit {code['commit'][:12]} is not in this repository", hint="git fetch --all")
+    if (patch := patch_of(receipt, run_dir)) is None:
+        raise ConfigError(f"{here}, and its patch is not beside the receipt", hint="put code.patch beside it")
+    _git(clone, "checkout", "-q", "--detach", code["commit"], filters=filters)
     if patch:
-        _git("-C", str(clone), "apply", "--whitespace=nowarn", "-", text=patch)
+        _git(clone, "apply", "--whitespace=nowarn", "-", text=patch, filters=filters)
     root = clone / (code["folder"] or "")
     found = f"commit {code['commit'][:12]}{' with the patch' if patch else ''}"
     if (there := source_digests(root)) != code["sources"]:
@@ -251,11 +356,31 @@ def code_of(receipt: Receipt, run_dir: Path, home: Path, scratch: Path) -> tuple
     return root, found
 
 
-def _git(*arguments: str, text: str = "") -> None:
-    command = ["git", *arguments]
+def with_filters(root: Path, receipt: Receipt, run_dir: Path, home: Path, scratch: Path) -> Path:
+    """Return the folder of a receipt's code as this user's filters of git make it: Git LFS's data for one.
+
+    They are programs of the user's that read what the commit holds: they run once the receipt's code may.
+
+    Args:
+        root: what `code_of` found.
+        receipt: whose code it is.
+        run_dir: of its run.
+        home: the experiment's folder here.
+        scratch: a folder to make.
+    """
+    if root == home or not git(
+        str(root), "config", "--get-regexp", r"^filter\.", variables=git_variables(filters=True)
+    ):
+        return root
+    scratch.mkdir()
+    return code_of(receipt, run_dir, home, scratch, filters=True)[0]
+
+
+def _git(clone: Path, *arguments: str, text: str = "", filters: bool) -> None:
+    command = ["git", "-C", str(clone), *arguments]
     try:
         done = subprocess.run(command, input=text.encode("utf-8", "surrogateescape"), capture_output=True, check=False,
-                              timeout=GIT_TIMEOUT_S, env=os.environ | {"GIT_TERMINAL_PROMPT": "0"})  # fmt: skip
+                              timeout=GIT_TIMEOUT_S, env=git_variables(filters=filters))  # fmt: skip
         said = "" if not done.returncode else done.stderr.decode(errors="replace").strip() or "it failed"
     except subprocess.TimeoutExpired:
         said = f"no end in {GIT_TIMEOUT_S} seconds"

@@ -10,17 +10,19 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.console import shown
 from labtrain.base.errors import ConfigError, LabtrainError, StoreError
 from labtrain.record.differences import Difference, Divergence, shown_value
 from labtrain.record.digests import read_weights
-from labtrain.record.identity import shown
+from labtrain.record.own_runs import checkpoints_of, opened
 from labtrain.record.provenance import machine
 from labtrain.record.receipt import Receipt
 from labtrain.record.resume import checkpoint_digest
 from labtrain.record.trail import Line, differing_tensor, phase_of
 from labtrain.review.inspection import told_differences
 from labtrain.review.replay import Replay
-from labtrain.stores.layout import checkpoint_place, list_checkpoints, stores_of
+from labtrain.review.sandbox import Sandbox
+from labtrain.stores.layout import list_checkpoints, stores_of
 from labtrain.stores.store import Checkpoint, Store
 
 Say = Callable[[str], None]
@@ -40,6 +42,7 @@ class Case:
     changes: dict[str, Any]
     say: Say
     tick: Callable[[int], None]
+    sandbox: Sandbox | None = None
     told: list[Difference] = field(default_factory=list)
     hardware: dict[str, Any] = field(default_factory=machine)
 
@@ -60,15 +63,18 @@ class Case:
             home=self.home,
             scratch=self.scratch / name,
             changes=self.changes,
-            every_n_steps=1 if self.trail else self.receipt["config"]["trail"]["every_n_steps"],
+            sandbox=self.sandbox,
         )
+        if made.others and not self.changes:
+            self.tell([Difference(key=f"environment variable {' or '.join(made.others)}", a="as the run had it",
+                                  b="another", matters=True)])  # fmt: skip
         if begin:
             made.begin_at(self.fetched(begin))
         return made
 
     def checkpoints(self) -> dict[int, Checkpoint]:
         """Return the recorded checkpoints that a training can begin from, by step, wherever they lie."""
-        place = checkpoint_place(self.run_dir, self.receipt["config"]["checkpoint"]["url"])
+        place = checkpoints_of(self.run_dir, self.receipt)
         return {each.step: each for store in stores_of(self.run_dir, place) for each in store.checkpoints()
                 if not each.finished}  # fmt: skip
 
@@ -96,7 +102,7 @@ class Case:
 
     def _fetched_origin(self, origin: dict[str, Any]) -> Path:
         beside = self.run_dir.resolve().parent / origin["run_id"]  # where the runs lie now, maybe another machine
-        for store in (*stores_of(beside, str(beside / "checkpoints")), Store(origin["url"])):
+        for store in (*stores_of(beside, str(beside / "checkpoints")), Store(opened(origin["url"]))):
             for checkpoint in store.checkpoints():
                 if (
                     checkpoint.name == origin["checkpoint"]
@@ -110,19 +116,32 @@ class Case:
         )
 
 
-def follow(
-    case: Case, replay: Replay, legs: list[tuple[int | None, int]], *, start: int, last: int
-) -> tuple[int, Line | None]:
-    """Train until a line is not as in the trail; return the last step that was the same, and that line.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reached:
+    """How far a training was followed.
+
+    Attributes:
+        trained: the last step that this process saw trained.
+        same: the last step that was compared, and was the same.
+        line: the first that was not; None: each was.
+    """
+
+    trained: int
+    same: int
+    line: Line | None
+
+
+def follow(case: Case, replay: Replay, legs: list[tuple[int | None, int]], *, start: int, last: int) -> Reached:
+    """Train until a line is not as in the trail.
 
     Args:
-        case: whose trail it is; a step that it lacks is not compared.
+        case: whose trail it is; a step that it lacks is trained and not compared.
         replay: what is trained.
         legs: (devices, step at which it stops, 0: its end) of each.
         start: the step that it begins from.
         last: the step at which it is enough; 0: its end.
     """
-    same, begun = start, False
+    trained, same, begun = start, start, False
     end = case.receipt["results"].get("steps") or max(case.trail, default=0)
     for devices, stop_at in legs:
         with closing(replay.lines(devices=devices, stop_at=stop_at)) as lines:
@@ -131,17 +150,18 @@ def follow(
                     begun = True
                     case.hardware = now["hardware"]
                     case.tell(list(told_differences(case.receipt, now)))
-                wanted = case.trail.get(line["step"])
-                if wanted is None and line["step"] > end and not last:
-                    return same, line
+                trained = line["step"]
+                wanted = case.trail.get(trained)
+                if wanted is None and trained > end and not last:
+                    return Reached(trained=trained, same=same, line=line)
                 if wanted is not None:
                     if phase_of(wanted, line) is not None:
-                        return same, line
-                    same = line["step"]
+                        return Reached(trained=trained, same=same, line=line)
+                    same = trained
                     case.tick(same)
-                if last and line["step"] >= last:
-                    return same, None
-    return same, None
+                if last and trained >= last:
+                    return Reached(trained=trained, same=same, line=None)
+    return Reached(trained=trained, same=same, line=None)
 
 
 def narrow(case: Case, line: Line, *, reached: int, start: int) -> tuple[Divergence, str]:

@@ -1,8 +1,8 @@
 """Who vouches for a receipt: signatures by OpenSSH, as git has them for commits (ssh-keygen(1), -Y; PROTOCOL.sshsig).
 
-A signature is a file beside the receipt, over its bytes. Who may sign stands in an allowed signers file, the one that
-the lab's commits are checked with. What git is set to is asked where the person stands, never in the run's folder: that
-may be somebody else's, and would name its own signers.
+A receipt's signature is a file beside it, over its bytes; a verdict's stands in its line (verdicts.py). Who may sign
+stands in an allowed signers file, the one that the lab's commits are checked with. What git is set to is asked where
+the person stands, never in the run's folder: that may be somebody else's, and would name its own signers.
 """
 
 import base64
@@ -13,13 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from labtrain.base.console import quoted, shown
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
+from labtrain.base.untrusted import damage_of, read
 from labtrain.record import receipt
-from labtrain.record.identity import shown
 from labtrain.record.provenance import git
 
 FILE = f"{receipt.FILE}.sig"
+LONGEST = 1 << 20  # bytes of a signature
 NAMESPACE = "labtrain-receipt"  # a signature for another purpose is none of a receipt
+VERDICT = "labtrain-verification"
 BATCH_TIMEOUT_S = 60.0  # for an agent, or a touch of a hardware key, that nobody may be there to give
 
 
@@ -57,21 +60,36 @@ def sign(run_dir: Path, *, key: Path | None) -> Path:
             hint="wait for its end, or start it again, then sign",
         )
     signature = run_dir / FILE
-    with TemporaryDirectory(prefix="labtrain-") as folder:
-        # On a copy: asked to sign the file itself, ssh-keygen asks whether to replace the old signature.
-        copy = Path(folder, receipt.FILE)
-        copy.write_bytes((run_dir / receipt.FILE).read_bytes())
-        path = key or _usual_key(Path(folder))
-        done = _ssh_keygen("sign", "-f", str(path), str(copy), may_ask=sys.stdin.isatty())
-        if done.returncode != 0:
-            said = done.stderr.strip()
-            locked = "passphrase" in said or "No private key" in said
-            raise LabtrainError(
-                f"{path} cannot sign: {said}", hint=f"ssh-add {path}" if locked else "labtrain sign RUN --key FILE"
-            )
-        text = copy.with_name(FILE).read_text()
-    receipt.write_atomically(signature, text)
+    text = sign_text(read(run_dir / receipt.FILE), key=key, purpose=NAMESPACE)
+    try:
+        receipt.write_atomically(signature, text)
+    except OSError as error:
+        raise LabtrainError(f"{shown(signature)}: {error.strerror}", hint=f"ls -ld {quoted(signature)}") from error
     return signature
+
+
+def sign_text(text: bytes, *, key: Path | None, purpose: str) -> str:
+    """Return a signature of a text, armored.
+
+    Args:
+        text: what is signed.
+        key: as of `sign`.
+        purpose: a namespace of ssh-keygen: a signature holds for no other.
+
+    Raises:
+        LabtrainError: the key cannot be used.
+    """
+    with TemporaryDirectory(prefix="labtrain-") as folder:
+        # On a copy: asked to sign a file that is signed already, ssh-keygen asks whether to replace the old signature.
+        copy = Path(folder, "text")
+        copy.write_bytes(text)
+        path = key or _usual_key(Path(folder))
+        done = _ssh_keygen("sign", "-f", str(path), str(copy), purpose=purpose, may_ask=sys.stdin.isatty())
+        if done.returncode != 0:
+            said = done.stderr.strip().replace(str(copy), "it")
+            locked = "passphrase" in said or "No private key" in said
+            raise LabtrainError(f"{path} cannot sign: {said}", hint=f"ssh-add {path}" if locked else "--key FILE")
+        return copy.with_name("text.sig").read_text()
 
 
 def check_signature(run_dir: Path, *, signers: Path | None) -> Signature | None:
@@ -86,36 +104,61 @@ def check_signature(run_dir: Path, *, signers: Path | None) -> Signature | None:
         LabtrainError: the signer is none of those that are allowed, or it is not known who is.
     """
     file = run_dir / FILE
-    if not file.exists():
+    try:
+        with damage_of(shown(file), hint=f"mv {quoted(file)} {quoted(f'{file}.broken')}"):
+            read(file, LONGEST)  # ssh-keygen would wait for a pipe
+    except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        text = (run_dir / receipt.FILE).read_bytes()
+        text = read(run_dir / receipt.FILE)
     except OSError as error:
         raise DamagedError(f"{shown(file)} is there, and no {receipt.FILE}", hint="ls runs/*/") from error
-    valid = _ssh_keygen("check-novalidate", "-s", str(file), text=text)
-    if valid.returncode != 0:
+    fingerprint, wrong = check_text(text, file, purpose=NAMESPACE)
+    if wrong:
         raise DamagedError(
-            f"{shown(file)} does not sign this {receipt.FILE}: {valid.stderr.strip()}",
-            hint=f"one of them was changed; if the training went on since: labtrain sign {shown(run_dir)}",
+            f"{shown(file)} does not sign this {receipt.FILE}: {wrong}",
+            hint=f"one of them was changed; if the training went on since: labtrain sign {quoted(shown(run_dir))}",
         )
-    fingerprint = valid.stdout.split()[-1]
+    return whose(text, file, fingerprint, purpose=NAMESPACE, signers=signers, name=shown(file))
+
+
+def check_text(text: bytes, file: Path, *, purpose: str) -> tuple[str, str]:
+    """Return (fingerprint of the key, "") where a signature is one of a text; else ("", what is wrong)."""
+    done = _ssh_keygen("check-novalidate", "-s", str(file), purpose=purpose, text=text)
+    return (done.stdout.split()[-1], "") if done.returncode == 0 else ("", done.stderr.strip() or "it is none")
+
+
+def whose(text: bytes, file: Path, fingerprint: str, *, purpose: str, signers: Path | None, name: str) -> Signature:
+    """Return who of the allowed signers has made a signature that was checked.
+
+    Args:
+        text: what is signed.
+        file: with the signature.
+        fingerprint: of its key.
+        purpose: that it was made for.
+        signers: an allowed signers file. None: git's.
+        name: of the signature, for errors.
+
+    Raises:
+        LabtrainError: none of them has, or it is not known who they are.
+    """
     allowed = signers or _usual_signers()
     if not allowed.is_file():
         raise LabtrainError(f"{allowed}: there is no such file of allowed signers", hint="--signers FILE")
-    done = _ssh_keygen("find-principals", "-s", str(file), "-f", str(allowed))
+    done = _ssh_keygen("find-principals", "-s", str(file), "-f", str(allowed), purpose=purpose)
     for principal in done.stdout.splitlines():
-        done = _ssh_keygen("verify", "-f", str(allowed), "-I", principal, "-s", str(file), text=text)
+        done = _ssh_keygen("verify", "-f", str(allowed), "-I", principal, "-s", str(file), purpose=purpose, text=text)
         if done.returncode == 0:
             return Signature(principal=principal, fingerprint=fingerprint)
     public = _public_key(file)
     if public.split()[-1] in allowed.read_text():  # expired, not yet valid, or for other namespaces
         raise LabtrainError(
-            f"{shown(file)}: {allowed} does not allow the key {fingerprint} to sign this: {done.stderr.strip()}",
+            f"{name}: {allowed} does not allow the key {fingerprint} to sign this: {done.stderr.strip()}",
             hint=f"have it signed with another key, or change the key's options in {allowed}",
         )
     raise LabtrainError(
-        f"{shown(file)} is by the key {fingerprint}, which is nobody's in {allowed}",
-        hint=f'if you know whose it is, add to {allowed}: NAME@HOST namespaces="{NAMESPACE}" {public}',
+        f"{name} is by the key {fingerprint}, which is nobody's in {allowed}",
+        hint=f'if you know whose it is, add to {allowed}: NAME@HOST namespaces="{purpose}" {public}',
     )
 
 
@@ -162,13 +205,13 @@ def _field(blob: bytes) -> tuple[bytes, bytes]:
 
 
 def _ssh_keygen(
-    action: str, *arguments: str, text: bytes | None = None, may_ask: bool = False
+    action: str, *arguments: str, purpose: str, text: bytes | None = None, may_ask: bool = False
 ) -> subprocess.CompletedProcess[str]:
     """Run `ssh-keygen -Y`; it can ask for a passphrase only where `may_ask`.
 
     In a batch it gets no terminal, not even the one of its session: it would open that and wait.
     """
-    namespace = [] if action == "find-principals" else ["-n", NAMESPACE]
+    namespace = [] if action == "find-principals" else ["-n", purpose]
     command = ["ssh-keygen", "-Y", action, *namespace, *arguments]
     try:
         done = subprocess.run(

@@ -1,21 +1,37 @@
-"""verified.jsonl, beside a receipt: a line each time that somebody ran it again. Their word, not a proof. No torch."""
+"""verified.jsonl, beside a receipt: a line each time that somebody ran it again. No torch.
+
+A line is the word of whoever could write the file. One that is signed (`labtrain verify --key`) is the word of whoever
+has the key: the signature is over the line without it, as JSON with sorted keys and no spaces, so over the receipt's
+digest, what was found, the steps, the machine and the time. Only such a line is a verification to who reads it, where
+the reader knows whose key that is; the others are shown as claims.
+"""
 
 import getpass
 import json
 import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from labtrain import __version__
-from labtrain.base.errors import DamagedError
-from labtrain.record.identity import shown
-from labtrain.record.provenance import time_of, timestamp
-from labtrain.record.receipt import Receipt
+from labtrain.base.console import quoted, shown
+from labtrain.base.errors import DamagedError, LabtrainError
+from labtrain.base.permissions import open_inside
+from labtrain.base.untrusted import RECORD_BYTES
+from labtrain.record.provenance import timestamp
+from labtrain.record.receipt import Receipt, time_of
+from labtrain.review.signature import VERDICT, Signature, check_text, sign_text, whose
 
 VERIFIED = "verified.jsonl"
+NOT_SIGNED = "it is not signed"
+MOST_CHECKED = 50  # signatures of one file: each costs ssh-keygen three starts
+TEXTS = ("when", "by", "host", "cpu", "labtrain", "receipt", "found")
+KINDS = {**dict.fromkeys(TEXTS, str), "gpus": list, "from_step": int, "to_step": int, "whole": bool}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +51,8 @@ class Verification:
         whole: from its beginning to its end.
         same: whether bits were; None where nothing was trained.
         found: a sentence.
+        signer: who of the allowed signers has signed the line.
+        doubt: why it is no more than a claim; empty where there is a signer.
     """
 
     when: datetime
@@ -49,6 +67,8 @@ class Verification:
     whole: bool
     same: bool | None
     found: str
+    signer: Signature | None = None
+    doubt: str = NOT_SIGNED
 
 
 def note(
@@ -61,8 +81,9 @@ def note(
     whole: bool,
     same: bool | None,
     found: str,
+    key: Path | None = None,
 ) -> None:
-    """Append a verification, of this user, machine and time; where that cannot be written, say so."""
+    """Append a verification, of this user, machine and time; where that cannot be written or signed, say so."""
     line = {
         "when": timestamp(),
         "by": _user(),
@@ -77,35 +98,113 @@ def note(
         "same": same,
         "found": found,
     }
+    if key is not None:
+        try:
+            line["signature"] = sign_text(_signed(line), key=key, purpose=VERDICT)
+        except LabtrainError as error:
+            sys.stderr.write(f"warning: {error.args[0]}: the verdict is not signed\n")
     try:
-        with (run_dir / VERIFIED).open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    except OSError as error:
-        sys.stderr.write(f"warning: {shown(run_dir / VERIFIED)}: {error.strerror}: the verdict is not kept\n")
+        with open_inside(run_dir, VERIFIED, flags=os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
+            file.write((json.dumps(line) + "\n").encode())
+    except (OSError, DamagedError) as error:
+        why = f"{shown(run_dir / VERIFIED)}: {error.strerror}" if isinstance(error, OSError) else error.args[0]
+        sys.stderr.write(f"warning: {why}: the verdict is not kept\n")
 
 
-def read_verifications(run_dir: Path) -> list[Verification]:
-    """Read who has run a receipt again, newest first; none without the file.
+def check_key(key: Path) -> None:
+    """Refuse a key that cannot sign, before hours of training.
 
     Raises:
-        DamagedError: the file is broken.
+        LabtrainError: says why.
+    """
+    sign_text(b"", key=key, purpose=VERDICT)
+
+
+def read_verifications(run_dir: Path, *, digest: str = "", signers: Path | None = None) -> list[Verification]:
+    """Read who has run a receipt again, newest first; none without the file.
+
+    Args:
+        run_dir: the run's folder.
+        digest: of the receipt whose lines have their signatures checked.
+        signers: an allowed signers file. None: git's.
+
+    Raises:
+        DamagedError: the file is broken, or none.
     """
     path = run_dir / VERIFIED
-    if not path.exists():
-        return []
-    text = path.read_text(errors="replace")
+    aside = f"mv {quoted(path)} {quoted(f'{path}.broken')}"
     try:
-        found = [
-            Verification(**{**{key: entry[key] for key in Verification.__slots__}, "when": time_of(entry["when"])})
-            for entry in map(json.loads, text[: text.rfind("\n") + 1].splitlines())
-        ]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"{shown(path)} is broken: {error!r}", hint=f"mv {path} {path}.broken") from error
-    return sorted(found, key=lambda each: each.when, reverse=True)
+        with open_inside(run_dir, VERIFIED) as file:
+            if (size := os.fstat(file.fileno()).st_size) > RECORD_BYTES:
+                raise DamagedError(f"{shown(path)} has {size:,} bytes, at most {RECORD_BYTES:,} expected", hint=aside)
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    try:
+        entries = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        found = [(_parsed(entry), entry) for entry in entries]
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise DamagedError(f"{shown(path)} is broken: {error!r}", hint=aside) from error
+    newest_first = sorted(found, key=lambda pair: pair[0].when)[::-1]  # of one second, by their lines
+    return list(_checked(newest_first, digest, signers))
+
+
+def _checked(
+    found: Iterable[tuple[Verification, dict[str, Any]]], digest: str, signers: Path | None
+) -> Iterable[Verification]:
+    """Yield verifications, each with who signed it or why it is but a claim."""
+    left = MOST_CHECKED
+    for line, entry in found:
+        signature = entry.get("signature")
+        if not isinstance(signature, str):
+            yield line
+        elif line.receipt != digest or not left:
+            yield replace(line, doubt="its signature is not checked")
+        else:
+            left -= 1
+            try:
+                yield replace(line, signer=_signer(entry, signature, signers), doubt="")
+            except LabtrainError as error:
+                yield replace(line, doubt=str(error.args[0]))
+
+
+def _signer(entry: dict[str, Any], signature: str, signers: Path | None) -> Signature:
+    """Return who of the allowed signers has signed a line.
+
+    Raises:
+        LabtrainError: says why it is not known.
+    """
+    with TemporaryDirectory(prefix="labtrain-") as folder:
+        file = Path(folder, "sig")
+        file.write_bytes(signature.encode(errors="replace"))
+        text = _signed(entry)
+        fingerprint, wrong = check_text(text, file, purpose=VERDICT)
+        if wrong:
+            raise DamagedError("its signature is none of this line: the line, or the signature, was changed")
+        return whose(text, file, fingerprint, purpose=VERDICT, signers=signers, name="its signature")
+
+
+def _signed(line: dict[str, Any]) -> bytes:
+    """Return what the signature of a line is over: `jq -cSj 'del(.signature)'` of it."""
+    rest = {key: value for key, value in line.items() if key != "signature"}
+    return json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")
+
+
+def _parsed(entry: dict[str, Any]) -> Verification:
+    """Return a line as what it says.
+
+    Raises:
+        KeyError, TypeError, ValueError: it lacks something, or that is of another kind.
+    """
+    for key, kind in KINDS.items():
+        if type(entry[key]) is not kind:
+            raise TypeError(f"{key}: {entry[key]!r}"[:200])
+    if not isinstance(same := entry["same"], bool | None) or not all(type(gpu) is str for gpu in entry["gpus"]):
+        raise TypeError(f"same: {same!r}, gpus: {entry['gpus']!r}"[:200])
+    return Verification(**{key: entry[key] for key in KINDS} | {"same": same, "when": time_of(entry["when"])})
 
 
 def _user() -> str:
-    try:
+    with suppress(KeyError, OSError):  # a container without an entry for this user
         return getpass.getuser()
-    except (KeyError, OSError):  # a container without an entry for this user
-        return str(os.getuid())
+    return str(os.getuid())

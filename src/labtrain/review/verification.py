@@ -7,23 +7,28 @@ gives the difference again, and, where the trail's sums cannot say which tensor 
 No verdict is given of what was not compared: it takes at least one line of the trail, or the results of a whole run.
 """
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.console import quoted, shown
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
+from labtrain.base.untrusted import scratch_folder
 from labtrain.record.differences import Difference, Divergence, open_run, shown_value
-from labtrain.record.identity import shown
+from labtrain.record.own_runs import is_own
 from labtrain.record.receipt import Receipt
-from labtrain.record.trail import TRAIL, Line, read_trail
+from labtrain.record.trail import BEST_UNSURE, TRAIL, Line, read_trail
 from labtrain.review.inspection import check_checkpoints, composed_differently, state_differences
-from labtrain.review.replay import code_of, home_of
+from labtrain.review.replay import code_of, home_of, with_filters
 from labtrain.review.retrace import Case, Say, follow, narrow
+from labtrain.review.sandbox import Sandbox, make_sandbox
 from labtrain.review.signature import check_signature
-from labtrain.review.verdicts import note
+from labtrain.review.trust import Ask, admit
+from labtrain.review.verdicts import check_key, note
+
+NOT_COMPARED = "not compared"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +56,12 @@ class Verdict:
     found: str
 
     @property
-    def yes(self) -> bool:
+    def word(self) -> str:
+        """`yes` for steps that were trained here and gave the same bits, alone; where none was trained `unverified`."""
+        return {True: "yes", False: "no", None: "unverified"}[self.same]
+
+    @property
+    def agrees(self) -> bool:
         """Whether nothing speaks against it: the same bits, or, where nothing was trained, no cause for others."""
         return self.same if self.same is not None else not any(each.matters for each in self.differences)
 
@@ -64,7 +74,11 @@ def verify_run(
     segments: bool = False,
     devices: int | None = None,
     signers: Path | None = None,
+    key: Path | None = None,
     changes: dict[str, Any] | None = None,
+    trust: bool = False,
+    sandbox: bool = False,
+    ask: Ask | None = None,
     say: Say = lambda _: None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Verdict:
@@ -72,12 +86,16 @@ def verify_run(
 
     Args:
         run: its folder, or its receipt alone, in a clone of the experiment's repository.
-        steps: how many to train; None: to its end; 0: none, only what the start of the run tells.
+        steps: how many to train; None: to its end; 0: none, and nothing of the receipt's runs.
         start: the step of a recorded checkpoint to begin from; 0: the beginning.
         segments: train it in the receipt's own segments, stopped and resumed as it was, on as many devices.
         devices: on how many, in one go; None: as the receipt says.
         signers: of an allowed signers file: one of them must have signed the receipt; None: whom git allows may have.
+        key: an SSH key, to sign the line of verified.jsonl with.
         changes: keys of the configuration that are other here, dotted: where the data lies, say.
+        trust: train it without a question, whoever wrote it.
+        sandbox: train it where it finds no network and nothing of the user's (sandbox.py).
+        ask: shows a person what would run, and returns whether it may; None: only this user's own runs may.
         say: is told what was found, as it is found.
         tick: is told each step that was the same.
 
@@ -86,6 +104,10 @@ def verify_run(
         DamagedError: receipt, trail or a checkpoint was changed after it was written.
         LabtrainError: the training fails, or was stopped.
     """
+    if key is not None:
+        if steps == 0:
+            raise ConfigError("--steps 0 trains nothing: there is no verdict to sign", hint="without --key")
+        check_key(key)
     run_dir, receipt = open_run(run)
     trail = {line["step"]: line for line in read_trail(run_dir)}
     origin = receipt["segments"][0].get("origin")
@@ -99,27 +121,40 @@ def verify_run(
     _say_signer(run_dir, signers, say)
     say(f"checkpoints  {check_checkpoints(run_dir, receipt)}")
     home = home_of(run_dir, receipt)
-    with tempfile.TemporaryDirectory(prefix="labtrain-verify-") as folder:
-        root, whence = code_of(receipt, run_dir, home, Path(folder))
+    if sandbox and home != Path.cwd() and not (home / "train.py").is_file():
+        raise ConfigError(
+            f"--sandbox would show all of {shown(home)}, which the receipt's command alone names",
+            hint=f"cd {quoted(home)}, where that is the experiment's folder",
+        )
+    with scratch_folder("labtrain-verify-") as folder:
+        root, whence = code_of(receipt, run_dir, home, folder)
         say(f"code         {whence}")
-        case = Case(run_dir=run_dir, receipt=receipt, trail=trail, root=root, home=home, scratch=Path(folder),
+        case = Case(run_dir=run_dir, receipt=receipt, trail=trail, root=root, home=home, scratch=folder,
                      devices=devices, changes=changes or {}, say=say, tick=tick)  # fmt: skip
-        case.tell(state_differences(receipt, root, home) + composed_differently(receipt, root))
-        first = case.replay("first", start)
-        legs = legs_of(receipt) if segments else [(devices, 0)]
-        reached, line = follow(case, first, legs, start=start, last=last)
-        divergence, results, more = None, dict[str, tuple[Any, Any]](), ""
+        may_look = trust or is_own(receipt, run_dir, home)
+        case.tell(state_differences(receipt, root, home, outside=may_look) + composed_differently(receipt, root))
         if steps == 0:
             return _verdict(case, None, start=start, reached=start, ended=False, divergence=None, results={}, more="")
-        if line is not None:
-            divergence, more = narrow(case, line, reached=reached, start=start)
+        if sandbox:
+            case.sandbox = _sandbox(receipt, root, home, case.changes, say)
+        admit(receipt, run_dir=run_dir, root=root, home=home, sandboxed=sandbox, trust=trust, ask=ask, say=say)
+        if not sandbox:  # nobody was asked, and they would run outside of it
+            case.root = with_filters(root, receipt, run_dir, home, folder / "filtered")
+        first = case.replay("first", start)
+        legs = legs_of(receipt) if segments else [(devices, 0)]
+        found = follow(case, first, legs, start=start, last=last)
+        divergence, results, reached, more = None, dict[str, tuple[Any, Any]](), found.same, ""
+        if found.line is not None:
+            divergence, more = narrow(case, found.line, reached=reached, start=start)
         elif whole:
             now = first.receipt()
             assert now is not None
-            was_written = receipt["config"]["trail"]["every_n_steps"] > 0
-            results = results_differently(receipt, now, sha=was_written and not trail)
-            reached = max(reached, 0 if trail else now["results"]["steps"])
-            if reached < max(trail, default=0):
+            every = receipt["config"]["trail"]["every_n_steps"]
+            trained = first.trail_sha256(every) if every else None
+            from_beginning = start == (origin["step"] if origin else 0)
+            results = results_differently(receipt, now, trail=trained if from_beginning else NOT_COMPARED)
+            reached = found.trained
+            if reached < max(trail, default=0) or reached < receipt["results"]["steps"]:
                 divergence = Divergence(step=reached + 1, phase="length", tensor=None)
         elif reached < last:
             raise LabtrainError(
@@ -130,7 +165,7 @@ def verify_run(
         verdict = _verdict(case, same, start=start, reached=reached, ended=whole, divergence=divergence,
                            results=results, more=more)  # fmt: skip
         note(run_dir, receipt, hardware=case.hardware, from_step=verdict.from_step, to_step=verdict.to_step,
-             whole=verdict.whole, same=same, found=verdict.found)  # fmt: skip
+             whole=verdict.whole, same=same, found=verdict.found, key=key)  # fmt: skip
         return verdict
 
 
@@ -146,28 +181,30 @@ def legs_of(receipt: Receipt) -> list[tuple[int | None, int]]:
 
 
 def soft_results(receipt: Receipt) -> set[str]:
-    """Return which results can be others without any other bits of the training.
+    """Return which results can be others without any other bits of the training: they are told as not verified.
 
-    A trail and what is read off the history, where a part can have been lost with the run's folder, between two starts;
+    The trail's digest and the best value, where the receipt itself says that a part of what they are read off was lost;
     and the state's digest, where there are callbacks of one's own: Lightning's ModelCheckpoint keeps paths in its.
     """
-    lost = {"trail's sha256", "best"} if len(receipt["segments"]) > 1 else set()
-    return lost | ({"state_digest"} if receipt["config"]["callbacks"] else set())
+    notes, own = receipt["determinism"]["notes"], receipt["config"]["callbacks"] or {}
+    has_no_best = receipt["results"].get("best") is None or any(note.endswith(BEST_UNSURE) for note in notes)
+    found = {"best": has_no_best, "trail's sha256": "missing" in receipt["trail"], "state_digest": any(own.values())}
+    return {key for key, is_soft in found.items() if is_soft}
 
 
-def results_differently(receipt: Receipt, now: Receipt, *, sha: bool) -> dict[str, tuple[Any, Any]]:
-    """Return (receipt's, now) of each result that is not the same.
+def results_differently(receipt: Receipt, now: Receipt, *, trail: str | None) -> dict[str, tuple[Any, Any]]:
+    """Return (receipt's, now) of each result that is not the same: a metric's key is `metric NAME`.
 
     Args:
         receipt: of a complete run.
         now: of another.
-        sha: compare the trail's sha256 as well: where the lines of both are not at hand.
+        trail: the sha256 of the other's trail, with as many lines; None: it has none; NOT_COMPARED.
     """
     mine, theirs = (
         {key: value for key, value in each["results"].items() if key != "metrics"}
-        | each["results"]["metrics"]
-        | ({"trail's sha256": each["trail"]["sha256"]} if sha else {})
-        for each in (receipt, now)
+        | {f"metric {name}": value for name, value in each["results"]["metrics"].items()}
+        | ({"trail's sha256": sha} if trail != NOT_COMPARED else {})
+        for each, sha in ((receipt, receipt["trail"]["sha256"]), (now, trail))
     )
     return {
         key: (mine.get(key), theirs.get(key))
@@ -197,7 +234,7 @@ def _last_step(receipt: Receipt, trail: dict[int, Line], *, steps: int | None, s
             hint=f"--from {changed[-1]}, where that checkpoint is kept",
         )
     if steps == 0:
-        return start + 1
+        return start
     if steps is None and complete:
         if start >= receipt["results"]["steps"]:
             raise ConfigError(f"it has {receipt['results']['steps']} steps", hint="--from a checkpoint before its end")
@@ -215,6 +252,15 @@ def _last_step(receipt: Receipt, trail: dict[int, Line], *, steps: int | None, s
     if steps is not None and last > end:
         raise ConfigError(f"the trail ends at step {end}", hint=f"--steps {end - start}")
     return max(compared)
+
+
+def _sandbox(receipt: Receipt, root: Path, home: Path, changes: dict[str, Any], say: Say) -> Sandbox:
+    made = make_sandbox(code=root, home=home, changes=changes)
+    say(f"sandbox      {made}")
+    for place in made.hidden(receipt["config"]):
+        if place.partition("=")[0] not in changes:
+            say(f"             hides {place}: --set {place} shows it")
+    return made
 
 
 def _say_signer(run_dir: Path, signers: Path | None, say: Say) -> None:
@@ -255,7 +301,7 @@ def _verdict(
         begun = f"from step {start + 1} " if start else ""
         found = f"the same bits, {begun}to its end" if ended else f"the same bits, steps {start + 1} to {reached}"
         found += f", although these differ: {causes}" if causes else ""
-        found += f"; not the same, and no bits of it: {names}" if names else ""
+        found += f"; not verified: {names}" if names else ""
     elif divergence is not None:
         found = f"not the same bits: {divergence}" + (f"; {more}" if more else "")
         found += f"; what differs and can be the cause: {causes or 'nothing that the receipt holds'}"

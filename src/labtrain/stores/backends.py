@@ -4,15 +4,16 @@ Credentials come from where each backend looks for them: environment, ~/.aws, ~/
 service. A URL that holds a password is refused, since a URL stands in configurations, receipts and logs.
 """
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from labtrain.base.console import one_line
+from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, StoreError
-from labtrain.record.receipt import names_a_secret
+from labtrain.base.untrusted import NotPlainError
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -22,6 +23,10 @@ ANSWER_SECONDS = 60
 ATTEMPTS = 2  # of a request; a delivery is tried again as a whole
 # Credentials that a server might repeat in what it answers.
 NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
+
+
+# Those that are stores. fsspec has others that lead elsewhere (`reference::`, `simplecache::`) or run what they read.
+SCHEMES = {"file", "local", "ssh", "abfss", "adl", "hdfs", "webhdfs", "oss", "oci", "smb", "memory", *NEEDS}
 
 
 def is_local(url: str) -> bool:
@@ -41,8 +46,15 @@ def check_url(url: str) -> None:
             f"a password stands in the URL of {parts.scheme}://{parts.hostname}: it would stand in receipts and logs",
             hint="docs/storage.md says where each backend looks for credentials",
         )
+    if one_line(url) != url:
+        raise ConfigError(f"{url}: a URL without control characters is wanted", hint="docs/storage.md")
     if "?" in url or "#" in url:
         raise ConfigError(f"{url.partition('?')[0]}: a URL without ? and # is wanted", hint="docs/storage.md")
+    scheme, separator, _ = url.partition("://")
+    if separator and scheme not in SCHEMES:
+        raise ConfigError(
+            f"{url}: {scheme} is no store for checkpoints", hint=f"docs/storage.md; one of {', '.join(sorted(SCHEMES))}"
+        )
 
 
 def open_url(url: str) -> tuple["AbstractFileSystem", str]:
@@ -87,29 +99,45 @@ def _sftp(url: str) -> tuple["AbstractFileSystem", str]:
     import paramiko
     from fsspec.implementations.sftp import SFTPFileSystem
 
+    from labtrain.stores.known_hosts import KnownHosts
+
     class KnownHostsOnly(SFTPFileSystem):  # type: ignore[misc]
         def _connect(self) -> None:
             config = paramiko.SSHConfig()
             if (path := Path("~/.ssh/config").expanduser()).exists():
                 config = paramiko.SSHConfig.from_path(str(path))
             found = config.lookup(self.host)
+            host = found.get("hostname", self.host)
+            port = int(self.ssh_kwargs.get("port") or found.get("port", 22))
+            known = KnownHosts(host, port, found)
+
+            class Transport(paramiko.Transport):  # type: ignore[misc]
+                @property
+                def preferred_keys(self) -> tuple[str, ...]:
+                    return known.kinds(super().preferred_keys)
+
+            class Known(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
+                def missing_host_key(self, _client: Any, _name: str, key: Any) -> None:
+                    known.check(key.public_blob.key_blob if key.public_blob else key.asbytes())
+
             self.client = paramiko.SSHClient()
-            known = found.get("userknownhostsfile", "").split() or ["~/.ssh/known_hosts", "/etc/ssh/ssh_known_hosts"]
-            for file in known:
-                if (path := Path(file).expanduser()).exists():
-                    self.client.load_system_host_keys(str(path))
-            self.client.set_missing_host_key_policy(paramiko.RejectPolicy())
-            self.client.connect(
-                found.get("hostname", self.host),
-                port=int(self.ssh_kwargs.get("port") or found.get("port", 22)),
-                username=self.ssh_kwargs.get("username") or found.get("user"),
-                key_filename=[file for file in found.get("identityfile", []) if Path(file).exists()] or None,
-                timeout=CONNECT_SECONDS,
-                banner_timeout=CONNECT_SECONDS,
-                auth_timeout=CONNECT_SECONDS,
-            )
-            self.ftp = self.client.open_sftp()
-            self.ftp.get_channel().settimeout(ANSWER_SECONDS)
+            self.client.set_missing_host_key_policy(Known())  # it is given no keys: each is one that it misses
+            try:
+                self.client.connect(
+                    host,
+                    port=port,
+                    username=self.ssh_kwargs.get("username") or found.get("user"),
+                    key_filename=[file for file in found.get("identityfile", []) if Path(file).exists()] or None,
+                    timeout=CONNECT_SECONDS,
+                    banner_timeout=CONNECT_SECONDS,
+                    auth_timeout=CONNECT_SECONDS,
+                    transport_factory=Transport,
+                )
+                self.ftp = self.client.open_sftp()
+                self.ftp.get_channel().settimeout(ANSWER_SECONDS)
+            except BaseException:
+                self.client.close()  # a server takes so many that are not let in yet
+                raise
 
     parts = urlsplit(url)
     if not parts.hostname or not parts.path.strip("/"):
@@ -123,7 +151,7 @@ def explained(url: str) -> Iterator[None]:
     """Turn what a backend raises into a StoreError that names the URL, with no credential in it."""
     try:
         yield
-    except (StoreError, ConfigError):
+    except (StoreError, ConfigError, NotPlainError):
         raise
     except Exception as error:
         if isinstance(error, ImportError | ValueError) and not isinstance(error, UnicodeError):
@@ -132,18 +160,8 @@ def explained(url: str) -> Iterator[None]:
         raise StoreError(f"{url}: {text}", hint=_hint(error, text, url)) from None  # its context may hold requests
 
 
-def without_secrets(text: str) -> str:
-    """Return text with the values of this process's credentials blotted out."""
-    for name, value in os.environ.items():
-        if names_a_secret(name) and len(value) >= 8:
-            text = text.replace(value, f"${name}")
-    return text
-
-
 def _hint(error: Exception, text: str, url: str) -> str:
-    kind, host = type(error).__name__, urlsplit(url).hostname or ""
-    if "known_hosts" in text or kind == "BadHostKeyException":
-        return f"compare the key with your administrator's, then: ssh-keyscan {host} >> ~/.ssh/known_hosts"
+    kind = type(error).__name__
     if "RequestTimeTooSkewed" in text or "skew" in text.lower() or "difference between the request time" in text:
         return "date; timedatectl set-ntp true: the clocks of this machine and the server are too far apart"
     if "NoCredentials" in kind or "credentials" in text.lower():

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from fsspec.callbacks import Callback
 
+from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import LabtrainError, StoreError
-from labtrain.stores.backends import explained, without_secrets
-from labtrain.stores.store import MANIFEST, Manifest, Store, TakenOverError
+from labtrain.stores.backends import explained
+from labtrain.stores.store import Manifest, Store, TakenOverError
 
 LONGEST_PAUSE_S = 60.0
 
@@ -49,14 +50,18 @@ class Delivery:
             self.changed.notify_all()
 
     def drop(self, names: set[str]) -> None:
-        """Remove checkpoints from the spool at once, and from the store when nothing newer waits."""
+        """Remove checkpoints from the spool at once, and from the store when nothing newer waits.
+
+        Raises:
+            TakenOverError: another process writes to the spool.
+        """
         with self.changed:
             for name in names:
                 self.waiting.pop(name, None)
             self.doomed |= names
             self.changed.notify_all()
         for name in names:
-            self.spool.discard(name)
+            self.spool.discard(name, self.token)
 
     def check(self) -> None:
         """Raise what ends the training: another process has taken over, or the spool is full."""
@@ -141,14 +146,12 @@ class Delivery:
     def _deliver(self, name: str) -> None:
         manifest, remote = self.waiting[name], self._connected()
         with explained(self.url):
-            if not remote.fs.exists(f"{remote.root}/{name}/{MANIFEST}"):
+            if not remote.holds(name, manifest):
                 remote.check_writer(self.token)
-                remote.renew(self.token)
                 progress = _Progress(self, name, _size(manifest))
-                remote.upload(Path(self.spool.root, name), manifest, name, progress)
-                remote.check_writer(self.token)
-                remote.commit(name, manifest)
-        self.spool.discard(name)
+                remote.upload(Path(self.spool.root, name), manifest, remote.writing(name, self.token), progress)
+                remote.publish(name, manifest, self.token)
+        self.spool.discard(name, self.token)
         with self.changed:
             self.waiting.pop(name, None)
             self.progress = ""
@@ -160,7 +163,7 @@ class Delivery:
             return
         for name in sorted(self.doomed):
             with explained(self.url):
-                self._connected().discard(name)
+                self._connected().discard(name, self.token)
             with self.changed:
                 self.doomed.discard(name)
                 self.changed.notify_all()

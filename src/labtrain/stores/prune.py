@@ -1,6 +1,5 @@
-"""What crashes left in a store, told from uploads in progress: `labtrain store prune`. No torch."""
+"""What crashes left in a store, told from what is being written: `labtrain store prune`. No torch."""
 
-import os
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -11,7 +10,7 @@ from typing import Any
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.stores.backends import explained
 from labtrain.stores.layout import kept
-from labtrain.stores.store import MANIFEST, Checkpoint, Store, identity
+from labtrain.stores.store import MANIFEST, NAME, Checkpoint, Store, writer_lives
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +35,11 @@ class Leftover:
 def leftovers(store: Store, *, older_than_s: float) -> list[Leftover]:
     """Find what has no manifest.
 
-    It is in progress where the run's writer lives on this machine; where it is dead, or has ended, it is not; of a
-    writer on another machine or in another container, what was touched in the last `older_than_s` seconds may be. Ages
-    are between two times of the store, never of this machine's clock.
+    It is in progress where its writer lives on this machine: a training, or an import. Where that is dead, or has
+    ended, it is not; of a writer on another machine or in another container, what was touched in the last
+    `older_than_s` seconds may be. Ages are between two times of the store, never of this machine's clock.
     """
-    incomplete = [checkpoint for checkpoint in store.find() if MANIFEST not in checkpoint.sizes]
+    incomplete = [checkpoint for checkpoint in store.find() if not checkpoint.complete and not checkpoint.is_link]
     uploads = _uploads(store)
     if not incomplete and not uploads:
         return []
@@ -48,17 +47,23 @@ def leftovers(store: Store, *, older_than_s: float) -> list[Leftover]:
 
     def left(run: str, path: str, size: int, touched: datetime, upload: str = "") -> Leftover:
         if run not in writers:
-            writers[run] = _writer_lives(store, run)
+            writers[run] = writer_lives((Store(f"{store.url}/{run}") if run else store).writer())
         age = (now - touched).total_seconds()
         alive = writers[run]
         return Leftover(path, size, age, age < older_than_s if alive is None else alive, upload)
 
     found = []
     for checkpoint in incomplete:
-        touched = max(store.modified(f"{checkpoint.path}/{name}") for name in checkpoint.sizes)
-        found.append(left(checkpoint.run, checkpoint.path, sum(checkpoint.sizes.values()), touched))
-    for upload in uploads:
-        path = upload["Key"].removeprefix(store.root.partition("/")[2]).lstrip("/")
+        paths = [f"{checkpoint.path}/{name}" for name in checkpoint.sizes] or [checkpoint.path]
+        try:
+            touched = max(map(store.modified, paths))
+        except FileNotFoundError:
+            continue  # its writer has removed it since, or given it its name
+        each = left(checkpoint.run, checkpoint.path, sum(checkpoint.sizes.values()), touched)
+        # Asked after the writer: one that had ended by then has finished what it was writing when this began to look.
+        if each.in_progress or not (NAME.fullmatch(checkpoint.name) and _is_finished(store, checkpoint)):
+            found.append(each)
+    for path, upload in uploads:
         run = path.rpartition("/")[0].rpartition("/")[0]
         found.append(left(run, path, 0, upload["Initiated"], upload["UploadId"]))
     return found
@@ -68,7 +73,8 @@ def clear(store: Store, leftover: Leftover) -> None:
     """Remove what a crash left."""
     with explained(store.url):
         if leftover.upload:
-            store.fs.abort_mpu(*f"{store.root}/{leftover.path}".split("/", 1), leftover.upload)
+            with suppress(FileNotFoundError):  # its writer has ended it since
+                store.fs.abort_mpu(*f"{store.root}/{leftover.path}".split("/", 1), leftover.upload)
         else:
             store.remove(leftover.path)
 
@@ -106,23 +112,19 @@ def check(checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def _writer_lives(store: Store, run: str) -> bool | None:
-    """Return whether the run's writer lives; None where that cannot be known from here."""
-    writer = Store(f"{store.url}/{run}").writer() if run else store.writer()
-    if writer is None:
-        return False
-    here = identity(os.getpid())
-    if any(writer.get(key) != here[key] for key in ("boot", "namespace")):
-        return None  # its number says nothing here: another machine or container, or one that was started anew since
-    with suppress(OSError, ValueError, TypeError):
-        return identity(int(writer["process"])) == {key: writer.get(key) for key in here}
-    return False
+def _is_finished(store: Store, checkpoint: Checkpoint) -> bool:
+    with explained(store.url):
+        return bool(store.fs.exists(f"{store.root}/{checkpoint.path}/{MANIFEST}"))
 
 
-def _uploads(store: Store) -> list[dict[str, Any]]:
+def _uploads(store: Store) -> list[tuple[str, dict[str, Any]]]:
+    """Return (path, upload) of each upload in parts below the store that is a checkpoint's; another program's stay."""
     if "s3" not in store.fs.protocol:
         return []
-    bucket, _, prefix = store.root.partition("/")
+    bucket, _, folder = store.root.partition("/")
+    prefix = f"{folder}/" if folder else ""  # s3://lab/digits2 is no part of s3://lab/digits
     with explained(store.url), suppress(FileNotFoundError):
-        return [found for found in store.fs.list_multipart_uploads(bucket) if found["Key"].startswith(prefix)]
+        found = [(each["Key"].removeprefix(prefix), each) for each in store.fs.list_multipart_uploads(bucket)
+                 if each["Key"].startswith(prefix)]  # fmt: skip
+        return [(path, each) for path, each in found if NAME.fullmatch(path.rpartition("/")[0].rpartition("/")[2])]
     return []

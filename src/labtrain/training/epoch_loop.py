@@ -33,6 +33,7 @@ from labtrain.record.digests import PLACE
 from labtrain.training.gathering import leave_own, made_whole
 from labtrain.training.guard import Guard
 from labtrain.training.state.outside import KEY, Outside
+from labtrain.training.state.rebuild import Connector
 from labtrain.training.state.unsaved import Unsaved
 from labtrain.training.step_log import Results, global_already, is_global
 from labtrain.training.strategy import Exact
@@ -192,6 +193,10 @@ class EpochLoop(_TrainingEpochLoop):
 
     def restore(self) -> None:
         """Put the counters where the loaded checkpoint was saved; before the first hook of the training."""
+        with _connector(self.trainer).putting_back():
+            self._restore()
+
+    def _restore(self) -> None:
         assert self.loaded is not None
         at, fit = self.loaded[PLACE], self.trainer.fit_loop
         for progress, done in (
@@ -209,6 +214,10 @@ class EpochLoop(_TrainingEpochLoop):
 
     def placed(self, loader: Any) -> Any:
         """Return a training loader that begins where the loaded checkpoint stood; one with a state is wrapped."""
+        with _connector(self.trainer).putting_back():
+            return self._placed(loader)
+
+    def _placed(self, loader: Any) -> Any:
         at = self.loaded[PLACE] if self.loaded is not None else None
         if isinstance(loader, DataLoader):
             if at is not None:
@@ -270,7 +279,8 @@ class EpochLoop(_TrainingEpochLoop):
         if self.loaded is None:
             super().advance(data_fetcher)
         else:
-            self._enter()
+            with _connector(self.trainer).putting_back():
+                self._enter()
 
     def _enter(self) -> None:
         """Stand where the checkpoint was saved: in place of the batch that was trained then.
@@ -281,11 +291,12 @@ class EpochLoop(_TrainingEpochLoop):
         loaded, trainer = cast(State, self.loaded), self.trainer
         self._entering = True
         at = loaded[PLACE]
-        connector = trainer._checkpoint_connector
+        connector = _connector(trainer)
         connector._loaded_checkpoint = loaded
         connector.restore_model()
         connector.restore_callbacks()
         connector.restore_precision_plugin_state()
+        connector.check_states()
         connector.restore_optimizers_and_schedulers()
         connector._loaded_checkpoint, self.loaded = {}, None
         self._put_global_step(at["global_step"])
@@ -328,6 +339,10 @@ class EpochLoop(_TrainingEpochLoop):
         manual = self.manual_optimization.optim_step_progress.total
         for progress in (optimizer.step.total, optimizer.zero_grad.total, manual):
             _put(progress, done)
+
+
+def _connector(trainer: pl.Trainer) -> Connector:
+    return cast(Connector, trainer._checkpoint_connector)
 
 
 def is_searched(trainer: pl.Trainer) -> bool:

@@ -27,6 +27,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from labtrain.base.console import shown
+from labtrain.base.credentials import remember, without_secrets
 from labtrain.base.errors import (
     ConfigError,
     DeviceError,
@@ -36,27 +38,20 @@ from labtrain.base.errors import (
     in_words,
     where,
 )
+from labtrain.base.permissions import close_umask, open_lock
 from labtrain.base.signals import Stopped, Wishes
+from labtrain.checkpoints.format import check_loads
 from labtrain.environment.doctor.environment import REPAIR, unlike_lock
 from labtrain.environment.doctor.report import few
 from labtrain.exact import determinism
 from labtrain.record import receipt
 from labtrain.record.digests import digest
 from labtrain.record.fingerprints import noting_opened, places_in
-from labtrain.record.identity import (
-    EXACT_STRATEGIES,
-    ORDERED,
-    SHARDED_STRATEGY,
-    Config,
-    Job,
-    route,
-    shards_in_use,
-    shown,
-)
+from labtrain.record.identity import EXACT_STRATEGIES, ORDERED, SHARDED_STRATEGY, Config, Job, route, shards_in_use
 from labtrain.record.ranks import adopt, find_ranks, restarted
 from labtrain.record.resume import changed_data, checkpoint_digest, make_job
 from labtrain.record.sources import Code, load_from_source, note_executed, read_code, texts_in
-from labtrain.record.trail import TRAIL
+from labtrain.record.trail import BEST_UNSURE, HISTORY, TRAIL, is_as_recorded, missing_steps
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
 from labtrain.stores.store import Manifest
@@ -64,7 +59,7 @@ from labtrain.training.callbacks.agreement import Agreement
 from labtrain.training.callbacks.checkpoint import Checkpoints, FolderIO, as_floats
 from labtrain.training.callbacks.gpu_stats import GpuStats
 from labtrain.training.callbacks.history import History, best_of
-from labtrain.training.callbacks.recorder import Recorder
+from labtrain.training.callbacks.recorder import Recorder, nothing_to_train
 from labtrain.training.callbacks.steps import BatchSizes, Progress, Seeding, Trail, warn
 from labtrain.training.cluster import explain_loss, make_environment
 from labtrain.training.devices import choose_accelerator, make_strategy, plain_because
@@ -73,7 +68,7 @@ from labtrain.training.guard import Guard, explain_operation
 from labtrain.training.loggers import log_config, make_loggers
 from labtrain.training.objective import Objective
 from labtrain.training.speed import Speed, check_compiler, explain_compile
-from labtrain.training.state.rebuild import Connector
+from labtrain.training.state.rebuild import Connector, explain_step
 
 PATIENCE_S = 5  # in which one start waits for another in silence
 
@@ -105,8 +100,10 @@ def train(cfg: Any) -> Result:
         LabtrainError: it cannot be trained; nothing was written.
         Stopped: a signal came; the state is saved, and the receipt says so.
     """
+    close_umask()
     job = cfg if isinstance(cfg, Job) else _job(cfg)
     config, run_dir = job.config, Path(job.run_dir)
+    remember(config, job.references)
     done = receipt.read(run_dir)
     if done is not None and done["status"] == "complete" and not job.origin:
         results = done["results"]
@@ -152,18 +149,20 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
     }
 
     place = checkpoint_place(run_dir, config["checkpoint"]["url"])
+    job.hold(place)
     fetched = run_dir.with_name(f".{run_dir.name}.fetched")
     # A start anew of one that had gone on from another run has gone on from there already.
     goes_on = not job.origin or job.origin_digest or restarted()
-    found, origin = find_checkpoint(run_dir, place, fetched) if goes_on else None, None
+    looked = {checkpoint.name for store in stores_of(run_dir, place) for checkpoint in store.checkpoints()}
+    found, origin = find_checkpoint(run_dir, place, fetched, run_id=job.run_id) if goes_on else None, None
     if found is None and job.origin:
-        found = find_checkpoint(run_dir, job.origin, fetched)
+        found = find_checkpoint(run_dir, job.origin, fetched, run_id=None if job.origin_digest else job.run_id)
         origin = origin_of(job, found)
     if job.origin and found is None:
         raise ConfigError(f"resume={config['resume']}: that run has no checkpoint yet", hint="resume=never")
     name, path, manifest = found or (None, None, None)
     wishes = Wishes(every_seconds=config["checkpoint"]["every_seconds"])
-    loggers = make_loggers(job, resumed=manifest["logs"] if manifest and not origin else None)
+    loggers = make_loggers(job, resumed=manifest.get("logs") if manifest and not origin else None)
     checkpoints = Checkpoints(
         run_dir,
         place,
@@ -172,6 +171,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
         say=lambda text: recorder.say(text),
         resumed=(name, manifest) if name and manifest else None,
     )
+    checkpoints.saver.known = looked
     wishes.can_save = lambda: not checkpoints.saver.busy
     recorder = Recorder(
         job,
@@ -199,7 +199,7 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
         wishes=wishes,
         stop_at=job.stop_at,
     )
-    trainer._checkpoint_connector = Connector(trainer)
+    trainer._checkpoint_connector = Connector(trainer, path)
     # Lightning's own handlers would end with exit code 0 after SIGTERM, and requeue a Slurm job by themselves.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     make_loader, set_up = datamodule.train_dataloader, datamodule.setup
@@ -215,16 +215,22 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
             checkpoints.saver.open()
             if name is not None:
                 warn_resumed(run_dir, name, origin)
+            if name is not None and manifest is not None and origin is None:
+                checkpoints.saver.missing = recorder.missing = hold_records(
+                    run_dir, name, manifest, before or config, say=recorder.say
+                )
             if config["determinism"]["mode"] != "off" and (unlike := unlike_lock(Path(job.root))):
                 recorder.say(f"this environment is not that of the experiment's lock: {few(unlike)}. {REPAIR[route()]}")
         if shards_in_use(config) is None:
             recorder.say(plain_because(config))
             if config["trainer"]["strategy"] not in (*EXACT_STRATEGIES, SHARDED_STRATEGY) and path is not None:
                 raise NotThereYetError(f"going on under trainer.strategy={config['trainer']['strategy']}")
-        log_config(loggers, config)
+        log_config(loggers, job.recorded())
         trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
         metrics = as_floats(trainer.callback_metrics)
         weights, steps = digest(model), trainer.global_step
+        if origin is not None and steps == origin["step"]:
+            raise nothing_to_train(config, steps)
         state = checkpoints.finish(trainer, weights, resumed=path)
         if is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model):
             trainer.test(model, datamodule=datamodule, verbose=False)
@@ -258,6 +264,8 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
             launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
         known = explain_operation(error, model) or explain(error, config, started=recorder.receipt is not None)
         known = known or explain_callback(error, own)
+        if known is None and manifest is not None and trainer.global_step == manifest["step"]:  # it has made no step
+            known = explain_step(error)
         if known is not None:
             raise known from raised
         if error is not raised:
@@ -286,7 +294,7 @@ def named_code(job: Job) -> Code | None:
     return code
 
 
-def find_checkpoint(run_dir: Path, place: str, into: Path) -> tuple[str, Path, Manifest] | None:
+def find_checkpoint(run_dir: Path, place: str, into: Path, *, run_id: str | None) -> tuple[str, Path, Manifest] | None:
     """Return the name, the folder and the manifest of the newest whole checkpoint that a run goes on from.
 
     One of a remote store is copied into a folder of this machine, once for all ranks that share it.
@@ -295,26 +303,28 @@ def find_checkpoint(run_dir: Path, place: str, into: Path) -> tuple[str, Path, M
         run_dir: its folder.
         place: where its checkpoints lie, or those of another run that it goes on from.
         into: a folder for such copies.
+        run_id: of the run whose checkpoints lie there; None where they are another run's.
 
     Raises:
+        LabtrainError: the newest is of another run, or one is a link.
         StoreError: the store cannot be asked: whether there is a checkpoint is not known.
     """
     stores = stores_of(run_dir, place)
     if is_local(place):
-        found = newest_whole(stores, into=into, to_resume=True)
+        found = newest_whole(stores, into=into, to_resume=True, run_id=run_id, look=check_loads)
     elif not any(store.checkpoints() for store in stores):
         found = None
     else:
         into.mkdir(parents=True, exist_ok=True)
         with alone_in(into):
-            found = newest_whole(stores, into=into, to_resume=True)
+            found = newest_whole(stores, into=into, to_resume=True, run_id=run_id, look=check_loads)
     return (found[0].name, *found[1:]) if found else None
 
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Wait until no other process fetches into a folder; where that takes long, say for whom."""
-    with (folder / ".lock").open("a+") as file:
+    with os.fdopen(open_lock(folder / ".lock"), "r+") as file:
         begun, patience = time.monotonic(), PATIENCE_S
         while True:
             try:
@@ -326,6 +336,7 @@ def alone_in(folder: Path) -> Iterator[None]:
                     file.seek(0)
                     warn(f"waiting for {file.read().strip() or 'another process'}, which fetches into {shown(folder)}")
                 time.sleep(0.1)
+        file.seek(0)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
         file.flush()
@@ -521,8 +532,35 @@ def origin_of(job: Job, found: tuple[str, Path, Manifest] | None) -> dict[str, A
         "checkpoint": name,
         "step": manifest["step"],
         "digest": digest,
-        "url": receipt.without_secrets(job.origin),
+        "url": without_secrets(job.origin),
     }
+
+
+def hold_records(
+    run_dir: Path, name: str, manifest: Manifest, before: Mapping[str, Any], *, say: Callable[[str], None]
+) -> list[list[int]]:
+    """Say where trail and history are not what they were when a checkpoint was saved; return the steps that are lost.
+
+    Args:
+        run_dir: the run's folder.
+        name: of the checkpoint.
+        manifest: of the checkpoint.
+        before: the receipt, which says how often a line of the trail was written; where it is gone, the configuration.
+        say: called with each sentence.
+    """
+    begun = (before.get("segments") or [{}])[0].get("origin") or {}
+    missing = missing_steps(
+        run_dir, manifest, every_n_steps=before["trail"]["every_n_steps"], from_step=begun.get("step", 0)
+    )
+    if missing:
+        steps = ", ".join(f"{first} to {last}" if first < last else f"{first}" for first, last in missing)
+        say(
+            f"{TRAIL} is not what it was when {name} was saved: the lines of these steps are missing, or were changed:"
+            f" {steps}"
+        )
+    if (said := manifest.get("history")) and not is_as_recorded(run_dir / HISTORY, said):
+        say(f"{HISTORY} is not what it was when {name} was saved: {BEST_UNSURE}")
+    return missing
 
 
 def warn_resumed(run_dir: Path, name: str, origin: dict[str, Any] | None) -> None:
@@ -563,7 +601,8 @@ def _job(cfg: Any) -> Job:
     if not file.exists() and config["determinism"]["mode"] != "off":
         _refuse_classes_of_no_file(config)
     root = file.resolve().parent
-    return make_job(config, root=root, command=[])
+    references = configuration.references(cfg, config) if isinstance(cfg, DictConfig) else ()
+    return make_job(config, root=root, command=[], references=references)
 
 
 def _refuse_classes_of_no_file(config: Config) -> None:

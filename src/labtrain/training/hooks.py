@@ -1,7 +1,7 @@
 """What hooks and callbacks get of a batch: this rank's part as an ordinary batch, and what its steps returned, joined.
 
 `training_step` gets a shard at a time. Hooks such as on_train_batch_end are called once a batch, so they get the rank's
-shards joined (joining.py), as under DDP. It is done only where a hook of the model or of a callback takes a batch.
+shards joined (collate.py), as under DDP. It is done only where a hook of the model or of a callback takes a batch.
 """
 
 from typing import Any

@@ -1,95 +1,22 @@
-"""`labtrain batch-size`: the largest data.batch_size that fits, by Lightning's Tuner.
-
-As a training starts (compose.py, job.py): composed without torch, then searched in the process that this one becomes,
-with the variables that must precede torch. One device: a step takes the micro-batches of determinism.shards one after
-the other, so what fits on one fits on as many as there are shards.
-"""
+"""The largest data.batch_size that fits, by Lightning's Tuner: the search of `labtrain batch-size`."""
 
 import logging
-import os
 import sys
 import tempfile
-from pathlib import Path
-from typing import NoReturn, cast
 
-from labtrain.base.errors import ConfigError, DeviceError, LabtrainError
+import lightning.pytorch as pl
+from lightning.pytorch.tuner.tuning import Tuner
+
+from labtrain.base.errors import ConfigError, DeviceError
+from labtrain.base.signals import Wishes
 from labtrain.exact import determinism
-from labtrain.launch.compose import print_error, process_of
-from labtrain.record import config as configuration
-from labtrain.record.identity import JOB_VARIABLE, SHARDED_STRATEGY, Config, Job, shards_in_use
-from labtrain.record.resume import make_job
+from labtrain.record.identity import Config, shards_in_use
+from labtrain.training.cluster import make_environment
+from labtrain.training.devices import choose_accelerator
+from labtrain.training.fit import instantiate, make_trainer
+from labtrain.training.speed import check_compiler, hasten
 
 SAID = ("Batch size", "The batch size", "Reached", "Applying")  # of what Lightning says, how the search goes
-
-
-def search(root: Path, overrides: list[str], *, mode: str, max_trials: int, steps: int) -> NoReturn:
-    """Become the process that searches, and prints what it finds to standard output.
-
-    Args:
-        root: the experiment's folder.
-        overrides: as train.py takes them.
-        mode: power or binsearch.
-        max_trials: how many sizes are tried at most.
-        steps: optimizer steps that each is trained for.
-
-    Raises:
-        LabtrainError: no experiment is here, or its configuration cannot be searched.
-    """
-    config = composed(root, overrides)
-    if config["trainer"]["strategy"] == SHARDED_STRATEGY:
-        raise ConfigError(
-            "the search has one device, trainer.strategy=fsdp is for a model that no single one holds",
-            hint="trainer.strategy=auto",
-        )
-    config["trainer"] |= {"devices": 1, "num_nodes": 1, "fast_dev_run": False, "enable_progress_bar": False}
-    config |= {"resume": "never", "logger": {}, "callbacks": {}}
-    command, environment = process_of(make_job(config, root=root, command=sys.argv))
-    command = [command[0], "-m", "labtrain.training.largest_batch", mode, str(max_trials), str(steps)]
-    sys.stdout.flush()
-    os.execve(command[0], command, environment)
-
-
-def composed(root: Path, overrides: list[str]) -> Config:
-    """Return the configuration of the experiment in `root`, as its train.py would have it.
-
-    Raises:
-        LabtrainError: there is none, or it is not right.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    if not (root / "conf" / "config.yaml").exists():
-        raise ConfigError("conf/config.yaml: no such file", hint="cd to an experiment; labtrain new DIR makes one")
-    os.environ["LABTRAIN_ROOT"] = str(root)
-    try:
-        with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            whole = compose("config", overrides=overrides, return_hydra_config=True)
-        HydraConfig.instance().set_config(whole)  # what the configuration itself may ask: ${hydra:...}
-        cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-        if missing := sorted(OmegaConf.missing_keys(cfg)):
-            raise ConfigError(f"{missing[0]} has no value", hint=f"labtrain batch-size {missing[0]}=VALUE")
-        config = cast(Config, OmegaConf.to_container(cfg, resolve=True))
-        configuration.check(config)
-    except Exception as error:
-        raise configuration.explain(error) or error from None
-    return config
-
-
-def main() -> None:
-    """Search with the job of this process, and print the size."""
-    mode, max_trials, steps = sys.argv[1:]
-    job = Job.from_json(os.environ[JOB_VARIABLE])
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what people's code prints
-    job.enter_path()
-    try:
-        size = largest(job.config, mode=mode, max_trials=int(max_trials), steps=int(steps))
-    except LabtrainError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
-    out.write(f"{size}\n")
-    out.flush()
 
 
 def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
@@ -98,15 +25,6 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     Raises:
         LabtrainError: it cannot be trained, or not even one sample a shard fits.
     """
-    import lightning.pytorch as pl
-    from lightning.pytorch.tuner.tuning import Tuner
-
-    from labtrain.base.signals import Wishes
-    from labtrain.training.cluster import make_environment
-    from labtrain.training.devices import choose_accelerator
-    from labtrain.training.fit import instantiate, make_trainer
-    from labtrain.training.speed import check_compiler, hasten
-
     shards, seed, determined = shards_in_use(config), config["seed"], config["determinism"]
     smallest = max(2, shards or 1)
     config["data"]["batch_size"] = smallest
@@ -181,7 +99,3 @@ def let_lightning_say_how_it_goes() -> None:
 def say(text: str) -> None:
     """Print a line to standard error."""
     sys.stderr.write(f"{text}\n")
-
-
-if __name__ == "__main__":
-    main()

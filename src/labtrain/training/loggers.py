@@ -4,6 +4,7 @@ A resumed run goes on with the same curves. Each checkpoint holds how far each l
 later is cut off, since the resumed training logs it again. W&B, where nothing can be cut off, is told what it lacks.
 """
 
+import argparse
 import csv
 import json
 import netrc
@@ -19,8 +20,10 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError
 from labtrain.record.identity import Job
+from labtrain.record.provenance import git
 
 # What each logger can be told. labtrain itself says where it writes, and under which name.
 OPTIONS = {
@@ -95,7 +98,15 @@ def log_positions(loggers: list[Logger]) -> dict[str, Any]:
     }
 
 
-class ContinuedTensorBoardLogger(TensorBoardLogger):
+class Clean(Logger):
+    """Passes on no credential: Lightning gives each logger what `save_hyperparameters` has of the configuration."""
+
+    def log_hyperparams(self, params: Any, *arguments: Any, **options: Any) -> None:
+        params = vars(params) if isinstance(params, argparse.Namespace) else params
+        super().log_hyperparams(without_secrets(params), *arguments, **options)  # type: ignore[safe-super]
+
+
+class ContinuedTensorBoardLogger(Clean, TensorBoardLogger):
     """Lightning's; its position is the size of each event file.
 
     Without the hparams.yaml that config.yaml makes needless: to write it, Lightning imports s3fs (0.2 s).
@@ -136,7 +147,7 @@ class _Writer(ExperimentWriter):
         Path(self.metrics_file_path).unlink(missing_ok=True)
 
 
-class ContinuedCSVLogger(CSVLogger):
+class ContinuedCSVLogger(Clean, CSVLogger):  # type: ignore[misc]
     """Lightning's, which would delete the metrics.csv it finds; its position is the number of rows."""
 
     key = "csv"
@@ -174,7 +185,7 @@ class ContinuedCSVLogger(CSVLogger):
         return self.rows
 
 
-class ContinuedWandbLogger(WandbLogger):
+class ContinuedWandbLogger(Clean, WandbLogger):
     """Lightning's; its position is the number of rows. W&B gets each row once, however often the training is killed.
 
     What W&B was told cannot be taken back, and when the training is killed it loses what it has not written yet (seen
@@ -190,6 +201,17 @@ class ContinuedWandbLogger(WandbLogger):
         self.run_dir = Path(options["save_dir"])
         self.rows, self.told = position, 0
         self.file: IO[str] | None = None
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        if self._experiment is not None:
+            return self._experiment
+        run = super().experiment
+        # What is printed goes into output.log.
+        if (told := getattr(run, "_console_raw_callback", None)) is not None:
+            run._console_raw_callback = lambda name, data: told(name, without_secrets(data))
+        return run
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -263,6 +285,10 @@ def _wandb(job: Job, options: dict[str, Any], position: int) -> WandbLogger:
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
     options = {key: value for key, value in options.items() if value not in (None, [])}
+    options = without_secrets(options) | {key: options[key] for key in options if key == "settings"}  # W&B's own key
+    remote = git(".", "config", "--get", "remote.origin.url").strip()  # W&B leaves a user in it, that is a token
+    if (clean := without_secrets(remote)) != remote:
+        options["settings"] = {"git_remote_url": clean} | dict(options.get("settings", {}))
     run = Path(job.run_dir).name
     try:
         logger = ContinuedWandbLogger(

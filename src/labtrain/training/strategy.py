@@ -1,7 +1,7 @@
 """Exact training inside Lightning's Trainer: the same bits on 1, 2, 3, ... up to S devices.
 
 One Lightning batch is one global batch. The loader yields this rank's shards of it; `training_step` below runs the
-person's own once a shard, forward and backward, sums the gradients and the buffers along one tree (reduction.py), and
+person's own once a shard, forward and backward, sums the gradients and the buffers along one tree (tree_sum.py), and
 returns the loss of the whole batch. Lightning then calls `backward`, which installs the sums. Clipping, scaler,
 optimizer, schedulers, callbacks and loggers are Lightning's own and see one step, whatever the number of processes: so
 `global_step`, `batch_idx`, `val_check_interval` and schedules do not depend on it either.

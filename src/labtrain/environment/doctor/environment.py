@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.console import shown
 from labtrain.environment.doctor.report import Check, few, judged, skipped
 from labtrain.environment.lock import Pin, read_lock
 from labtrain.record import installed
-from labtrain.record.identity import LOCK_FILE, ROUTES, route, shown
+from labtrain.record.identity import LOCK_FILE, ROUTES, route
 from labtrain.record.provenance import distributions
 from labtrain.record.sources import shadowing
 

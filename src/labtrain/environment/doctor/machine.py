@@ -8,9 +8,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from labtrain.base.console import shown
 from labtrain.base.errors import LabtrainError
 from labtrain.environment.doctor.report import Check, judged
-from labtrain.record.identity import shown
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import list_checkpoints
 from labtrain.stores.store import Store

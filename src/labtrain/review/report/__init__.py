@@ -23,6 +23,7 @@ def write_report(
     *,
     said: Sequence[str] = (),
     verdicts: Mapping[Path, Verdict] = MappingProxyType({}),
+    signers: Path | None = None,
 ) -> None:
     """Write the page of one or several runs; the same runs give the same bytes.
 
@@ -32,12 +33,14 @@ def write_report(
         said: sentences that stand before the verdicts, such as a gate's.
         verdicts: of runs that were compared just now, by their folders; the others' are in what they left.
 
+        signers: an allowed signers file: whose signed verdicts count. None: git's.
+
     Raises:
         ConfigError: there is no such run, one is named twice, or the page cannot lie there.
         DamagedError: a receipt, a trail or a record of verifications is broken, or was changed.
     """
     check_page(output)
-    page = render(read_runs(runs), said=said, verdicts=verdicts)
+    page = render(read_runs(runs, signers), said=said, verdicts=verdicts)
     try:
         receipt.write_atomically(output, page)
     except OSError as error:

@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from labtrain.base.errors import ConfigError, DamagedError
+from labtrain.base.console import quoted, shown
+from labtrain.base.errors import ConfigError
+from labtrain.base.untrusted import damage_of
 from labtrain.record import receipt as receipts
 from labtrain.record.differences import Comparison, compare, open_run
-from labtrain.record.identity import shown
-from labtrain.record.provenance import time_of
 from labtrain.record.trail import HISTORY, TRAIL, read_history_lines, read_trail
 from labtrain.review.verdicts import Verification, read_verifications
+
+LATEST_S = 253_402_300_800.0  # the year 10000, which no calendar of Python's has
+MOST_GROUPS = 10_000
 
 Numbers = npt.NDArray[np.float64]
 
@@ -83,8 +86,8 @@ class Run:
         return found.step if found else None
 
 
-def read_runs(paths: Iterable[Path]) -> list[Run]:
-    """Read runs, each by its folder or its receipt.
+def read_runs(paths: Iterable[Path], signers: Path | None = None) -> list[Run]:
+    """Read runs, each by its folder or its receipt; `signers` is a file of those whose signed verdicts count.
 
     Raises:
         ConfigError: there is no run, or one is named twice.
@@ -96,9 +99,11 @@ def read_runs(paths: Iterable[Path]) -> list[Run]:
         if any(folder.resolve() == other.resolve() for other in found):
             raise ConfigError(f"{shown(folder)} is named twice", hint="name each run once")
         found[folder] = receipt
+    if signers is not None and not signers.is_file():
+        raise ConfigError(f"{signers}: there is no such file of allowed signers", hint="--signers FILE")
     first = next(iter(found))
     return [
-        _read_run(folder, receipt, label_of(place), None if folder == first else compare(first, folder))
+        _read_run(folder, receipt, label_of(place), None if folder == first else compare(first, folder), signers)
         for place, (folder, receipt) in enumerate(found.items())
     ]
 
@@ -109,19 +114,19 @@ def label_of(place: int) -> str:
     return letter if place < 26 else label_of(place // 26 - 1) + letter
 
 
-def _read_run(folder: Path, receipt: receipts.Receipt, label: str, comparison: Comparison | None) -> Run:
+def _read_run(
+    folder: Path, receipt: receipts.Receipt, label: str, comparison: Comparison | None, signers: Path | None
+) -> Run:
     trail = folder / TRAIL
-    try:
+    with damage_of(shown(trail), hint=f"mv {quoted(trail)} {quoted(f'{trail}.broken')}"):
         losses = [(line["step"], float(line["loss"])) for line in read_trail(folder)]
-    except (KeyError, TypeError, ValueError) as error:
-        raise DamagedError(f"{shown(trail)} is broken: {error!r}", hint=f"mv {trail} {trail}.broken") from error
     return Run(
         label=label,
         folder=folder,
         receipt=receipt,
         loss=_series(losses),
         history=read_history(folder, _starts(receipt)),
-        verifications=read_verifications(folder),
+        verifications=read_verifications(folder, digest=receipt["digest"], signers=signers),
         comparison=comparison,
     )
 
@@ -140,9 +145,14 @@ def read_history(folder: Path, starts: Iterable[float] = ()) -> History:
     rates: list[dict[float, float]] = []
     measured: dict[str, list[tuple[float, float]]] = {"samples_per_s": [], "memory_bytes": [], "gpu_memory_bytes": []}
     last_time = None
+    path = folder / HISTORY
     for line in read_history_lines(folder):
-        try:
+        with damage_of(shown(path), hint=f"mv {quoted(path)} {quoted(f'{path}.broken')}"):
             time, step = float(line["time"]), int(line["step"])
+            if not 0 <= time < LATEST_S:
+                raise ValueError(f"{time} is no time")
+            if len(line["lr"]) > MOST_GROUPS:
+                raise ValueError(f"{len(line['lr'])} learning rates")
             for name, value in line["metrics"].items():
                 metrics.setdefault(name, {})[step] = float(value)
             for group, value in enumerate(line["lr"]):
@@ -151,9 +161,6 @@ def read_history(folder: Path, starts: Iterable[float] = ()) -> History:
             for key, points in measured.items():
                 if line[key] is not None:
                     points.append((time, float(line[key])))
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            path = folder / HISTORY
-            raise DamagedError(f"{shown(path)} is broken: {error!r}", hint=f"mv {path} {path}.broken") from error
         last_time = max(time, last_time or time)
     cuts = sorted(starts)
     by_time = {key: _series(_with_gaps(sorted(points), cuts), gaps=False) for key, points in measured.items()}
@@ -169,11 +176,11 @@ def read_history(folder: Path, starts: Iterable[float] = ()) -> History:
 
 def seconds_of(text: str | None) -> float | None:
     """Return a receipt's time in seconds since the epoch."""
-    return None if text is None else time_of(text).timestamp()
+    return None if text is None else receipts.time_of(text).timestamp()
 
 
 def _starts(receipt: receipts.Receipt) -> list[float]:
-    return [time_of(segment["started"]).timestamp() for segment in receipt["segments"]]
+    return [receipts.time_of(segment["started"]).timestamp() for segment in receipt["segments"]]
 
 
 def _with_gaps(points: list[tuple[float, float]], cuts: list[float]) -> Iterator[tuple[float, float]]:

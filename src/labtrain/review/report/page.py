@@ -19,7 +19,8 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 
 from labtrain import __version__
 from labtrain.base import exact_json
-from labtrain.record.identity import get, shown
+from labtrain.base.console import shown
+from labtrain.record.identity import get
 from labtrain.review.report.charts import DIGITS, curves_of, machine_of, timeline_of
 from labtrain.review.report.data import Run, seconds_of
 from labtrain.review.verdicts import VERIFIED, Verification
@@ -143,9 +144,13 @@ def facts_of(runs: list[Run]) -> list[tuple[str, list[Cell]]]:
 
 
 def verdict_of(run: Run) -> Verdict:
-    """Say whether a run has been verified: by the newest verification of this very receipt."""
+    """Say whether a run has been verified: by the newest signed verification of this very receipt.
+
+    Without one, what verified.jsonl says is told as what it is: a claim of whoever could write the file.
+    """
     trained = [each for each in run.verifications if each.same is not None]
     of_this = [each for each in trained if each.receipt == run.receipt["digest"]]
+    signed = [each for each in of_this if each.signer is not None]
     earlier = len(trained) - len(of_this)
     more = []
     if earlier:
@@ -157,23 +162,29 @@ def verdict_of(run: Run) -> Verdict:
     if not of_this:
         text = " ".join(["Nobody has run this receipt again and recorded it.", *more])
         return Verdict(mark="none", word="Not verified yet", text=text, command=command)
-    newest = of_this[0]
-    if others := sum(each.same != newest.same for each in of_this[1:]):
+    counted = signed or of_this
+    newest = counted[0]
+    if others := sum(each.same != newest.same for each in counted[1:]):
         said = "differed" if newest.same else "gave the same bits"
-        more.append(f"Of {len(of_this)} verifications of this receipt, {others} {said}.")
-    by = (
-        f"By {newest.by} on {_machine(newest)}, {when(newest.when.isoformat())}, labtrain {newest.labtrain},"
-        f" as {VERIFIED} says."
-    )
-    if not newest.same:
-        text = " ".join([f"Run again, it was not the same: {newest.found.rstrip('.')}.", by, *more])
-        return Verdict(mark="differs", word="Differs", text=text, command="")
+        more.append(f"Of {len(counted)} verifications of this receipt, {others} {said}.")
     steps = f"steps {newest.from_step + 1} to {newest.to_step}"
-    if newest.whole:
-        text = " ".join([f"Run again to its end, {steps}: the same bits.", by, *more])
-        return Verdict(mark="same", word="Verified", text=text, command="")
-    text = " ".join([f"Run again in {steps}, not to its end: the same bits there.", by, *more])
-    return Verdict(mark="partly", word="Verified in part", text=text, command=command)
+    if not newest.same:
+        found, mark, word = f"Run again, it was not the same: {newest.found.rstrip('.')}.", "differs", "Differs"
+    elif newest.whole:
+        found, mark, word = f"Run again to its end, {steps}: the same bits.", "same", "Verified"
+    else:
+        found = f"Run again in {steps}, not to its end: the same bits there."
+        mark, word = "partly", "Verified in part"
+    where = f"on {_machine(newest)}, {when(newest.when.isoformat())}, labtrain {newest.labtrain}"
+    if newest.signer is None:
+        claim = f"{VERIFIED} claims: {found} By {newest.by} {where}."
+        text = " ".join([claim, f"Nothing here shows that it is true: {newest.doubt}.", *more])
+        return Verdict(mark="none", word="Claimed, not verified", text=text, command=command)
+    by = f"By {newest.signer.principal}, who signed it with the key {newest.signer.fingerprint}, {where}."
+    if claims := len(of_this) - len(signed):
+        are = "is a claim" if claims == 1 else "are claims"
+        more.append(f"{claims} more in {VERIFIED} {are} that nobody known has signed.")
+    return Verdict(mark=mark, word=word, text=" ".join([found, by, *more]), command=command if mark == "partly" else "")
 
 
 def when(text: str | None) -> str:

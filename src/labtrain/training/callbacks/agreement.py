@@ -1,7 +1,7 @@
 """What is logged at an epoch's end must be the same on every rank, or it depends on the number of devices.
 
-What a step logs is combined over its shards (tally.py). What a hook logs is not: computed from a list of outputs, it is
-of this rank's part alone. So the values that hooks have logged are compared once an epoch, after its last hook and
+What a step logs is combined over its shards (step_log.py). What a hook logs is not: computed from a list of outputs, it
+is of this rank's part alone. So the values that hooks have logged are compared once an epoch, after its last hook and
 before Lightning reduces or writes them, in one small exchange.
 
 Lightning 2.6: trainer/connectors/logger_connector/logger_connector.py, `on_epoch_end`.

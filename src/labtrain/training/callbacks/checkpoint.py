@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
+from labtrain.base.credentials import as_references, without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.checkpoints.format import is_spread, load_folder
 from labtrain.checkpoints.saver import Saver
@@ -21,13 +22,13 @@ from labtrain.exact.attributes import fingerprint, items_of_lists, plain_attribu
 from labtrain.exact.checksums import first_unlike, unlike_names
 from labtrain.exact.determinism import run_mode
 from labtrain.record.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
-from labtrain.stores.layout import kept
+from labtrain.stores.layout import kept, link_to
 from labtrain.stores.store import Manifest
 from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.loggers import log_positions
 from labtrain.training.state.options import adopt, beginnings, beginnings_of_callbacks
 from labtrain.training.state.outside import Outside
-from labtrain.training.state.rebuild import KEY, can_differ, cure, lacks, made_of
+from labtrain.training.state.rebuild import KEY, can_differ, cure, fitting, lacks, made_of
 from labtrain.training.state.unsaved import CLOCKS, CODE, Unsaved
 from labtrain.training.strategy import Exact
 
@@ -72,7 +73,8 @@ class Checkpoints(pl.Callback):
             every=options["keep_every_n_steps"],
             mode=options["mode"],
         )
-        self.saver = Saver(run_dir, place, keep=keep, spool_bytes=options["spool_bytes"])
+        self.saver = Saver(run_dir, place, run_id=run_id, keep=keep, spool_bytes=options["spool_bytes"])
+        self.saver.before = link_to(*resumed) if resumed else None
         self.newest = (resumed[0], int(resumed[1]["step"])) if resumed else None
         self.validated = False  # in this process
         self.alike: Alike | None = None
@@ -100,14 +102,16 @@ class Checkpoints(pl.Callback):
         if PLACE not in checkpoint:  # what a finder puts back after its search: Lightning's, and no place of a training
             return
         if "optimizers" in self.initial and loop.loaded is None:  # as it is spread over the ranks, it is loaded late
-            adopt(checkpoint, trainer, self.initial, say=self.say)
+            with fitting():
+                adopt(checkpoint, trainer, self.initial, say=self.say)
         loop.loaded = checkpoint
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.initial |= beginnings(trainer)
         self.made = made_of(trainer)
         if (loaded := loop_of(trainer).loaded) is not None:
-            adopt(loaded, trainer, self.initial, say=self.say)
+            with fitting():
+                adopt(loaded, trainer, self.initial, say=self.say)
         unsaved = loop_of(trainer).unsaved = Unsaved(pl_module, looks=run_mode() != "off")
         if run_mode() == "off":
             return
@@ -160,11 +164,12 @@ class Checkpoints(pl.Callback):
         self.score(trainer)
         found = trainer.callback_metrics
         told = self.validated or not trainer.enable_validation
-        if self.keep_best and self.monitor not in found and told:
-            raise LabtrainError(
-                f"checkpoint.monitor={self.monitor}: no such metric; logged are {', '.join(sorted(found)) or 'none'}",
-                hint="checkpoint.keep_best=0, or name one of these",
-            )
+        if self.monitor is not None and self.monitor not in found and told:
+            wrong = f"checkpoint.monitor={self.monitor}: no such metric"
+            logged = f"logged are {', '.join(sorted(found)) or 'none'}"
+            if self.keep_best:
+                raise LabtrainError(f"{wrong}; {logged}", hint="checkpoint.keep_best=0, or name one of these")
+            self.say(f"{wrong}, and no best value is recorded; {logged}")
 
     def save(self, trainer: pl.Trainer, *, required: bool) -> None:
         """Save the training's state as it is now; on every rank: rank 0 writes, and each its part of what is spread.
@@ -187,7 +192,9 @@ class Checkpoints(pl.Callback):
                 " with what __init__ makes (keep a number, a tensor or a list in an attribute of the model, or save and"
                 " load it in on_save_checkpoint and on_load_checkpoint; a callback in state_dict and load_state_dict)"
             )
-        state[PLACE] = loop_of(trainer).place() | {"initial": self.initial}
+        state[PLACE] = loop_of(trainer).place() | {
+            "initial": {**self.initial, "callbacks": as_references(self.initial["callbacks"])}
+        }
         if (made := made_of(trainer)) != self.made:
             state[PLACE][KEY] = made
             lacking = None if can_differ(trainer.lightning_module) else lacks(self.made, made)
@@ -216,9 +223,7 @@ class Checkpoints(pl.Callback):
         wishes.keep_time()
         if wishes.agreed_stop:
             self.saver.wait()
-            trainer.strategy.barrier(
-                "labtrain.training.callbacks.checkpoint"
-            )  # else others end, and what started them ends rank 0
+            trainer.strategy.barrier("labtrain.checkpoint")  # else others end, and what started them ends rank 0
 
     def check_savable(self, trainer: pl.Trainer, *, stepped: bool = False) -> None:
         """Make the state that a save would begin with, and look whether a checkpoint can hold it.
@@ -294,8 +299,8 @@ class Checkpoints(pl.Callback):
                 state = load_folder(resumed)
             return state_digest(state) if state is not None and not spread else None
         state = {"state_dict": trainer.strategy.lightning_module_state_dict()}
-        ended = [other for other in saver.manifests.values() if other["finished"]]
-        if not agreed(any(other["weights_digest"] == weights_digest for other in ended)):
+        ended = [other for other in saver.manifests.values() if other.get("finished")]
+        if not agreed(any(other.get("weights_digest") == weights_digest for other in ended)):
             saver.save(state, manifest, finished=True)
             saver.wait()
         return None if spread else state_digest(state)
@@ -403,9 +408,14 @@ def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> dict[str, Any]:
     connector = trainer._checkpoint_connector
     state = connector.dump_checkpoint(weights_only=not optimizers)
     del state["loops"]
+    for key in HYPERPARAMETERS:  # a model is made from the configuration, which has them
+        if key in state:
+            state[key] = without_secrets(state[key])
     for key in ("lr_schedulers", "callbacks"):
         if key in state:
             state[key] = _without_code(state[key], scheduler=key == "lr_schedulers")
+    if "callbacks" in state:  # their keys hold their options: EarlyStopping{'monitor': ...}
+        state["callbacks"] = as_references(state["callbacks"])
     return state
 
 

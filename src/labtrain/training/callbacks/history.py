@@ -15,6 +15,8 @@ import lightning.pytorch as pl
 import psutil
 import torch
 
+from labtrain.base.console import warn
+from labtrain.base.errors import DamagedError
 from labtrain.data.loader import DataLoader
 from labtrain.record.trail import HISTORY, read_history_lines
 
@@ -90,9 +92,16 @@ class History(pl.Callback):
 
 
 def best_of(run_dir: Path, *, monitor: str | None, mode: str) -> dict[str, Any] | None:
-    """Return the best value that a run's monitored metric had: metric, value, and the first step with it."""
-    found = [(line["metrics"][monitor], line["step"]) for line in read_history_lines(run_dir)
-             if monitor in line["metrics"]]  # fmt: skip
+    """Return the best value that a run's monitored metric had: metric, value, and the first step with it.
+
+    None where the history was damaged meanwhile: no result of a training hangs on it, and that is said.
+    """
+    try:
+        found = [(line["metrics"][monitor], line["step"]) for line in read_history_lines(run_dir)
+                 if monitor in line["metrics"]]  # fmt: skip
+    except DamagedError as error:
+        warn(f"{error.args[0]}: the best value is not known")
+        return None
     if not found:
         return None
     value = (max if mode == "max" else min)(value for value, _ in found)

@@ -15,16 +15,21 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from labtrain.augment import described
-from labtrain.base.errors import LabtrainError
+from labtrain.base.console import shown
+from labtrain.base.credentials import without_secrets
+from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.base.permissions import make_sign, open_lock
 from labtrain.data.loader import DataLoader, loaders_of
 from labtrain.environment.doctor.environment import files_state
 from labtrain.exact import determinism
 from labtrain.record import receipt
+from labtrain.record.config import flat_texts, refers
 from labtrain.record.differences import changes
 from labtrain.record.fingerprints import files_read, fingerprint_and_places
-from labtrain.record.identity import Job, shards_in_use, shown
+from labtrain.record.identity import Config, Job, name, shards_in_use, what_counts
+from labtrain.record.own_runs import remember
 from labtrain.record.provenance import PATCH, code_state, environment_state, machine, timestamp
-from labtrain.record.trail import TRAIL, read_trail
+from labtrain.record.trail import BEST_UNSURE, TRAIL, read_trail
 from labtrain.stores.store import file_sha256
 from labtrain.training.callbacks.steps import tensor_names
 
@@ -58,8 +63,10 @@ class Recorder(pl.Callback):
         self.resumed_step, self.places, self.origin = resumed_step, places, origin
         self.waits = False  # with the receipt, for the first new step
         self.notes: list[str] = []
+        self.missing: list[list[int]] = []  # ranges of steps whose lines the trail lacks
         self.receipt: receipt.Receipt | None = None
         self.lock: int | None = None
+        self.sign: int | None = None
         self.made_folder = False
 
     def open(self) -> None:
@@ -68,23 +75,28 @@ class Recorder(pl.Callback):
         Raises:
             LabtrainError: another process trains this run.
         """
+        self.job.hold(self.run_dir)
         self.made_folder = not self.run_dir.exists()
         self.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.run_dir / receipt.LOCK
         try:
-            self.lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            self.lock = open_lock(path)
         except PermissionError as error:
             owner = (path if path.exists() else self.run_dir).stat().st_uid
             raise LabtrainError(
                 f"{shown(path)} of user {owner} cannot be written by this user: the run is another user's",
-                hint=f"umask 002 where it is trained, and a common group: chmod -R g+w {shown(self.run_dir)};"
+                hint=f"umask 002 where it is trained, and a common group: chmod -R g+rwX {shown(self.run_dir)};"
                 " or resume=never",
+            ) from error
+        except OSError as error:
+            raise LabtrainError(
+                f"{shown(path)} cannot be a lock: {error.strerror or 'it is no file'}", hint=f"ls -l {shown(path)}"
             ) from error
         try:
             # A record lock: the loader's workers have no share in it, and do not hold it when this process is killed.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            holder = os.read(self.lock, 100).decode().strip()
+            holder = os.read(self.lock, 100).decode(errors="replace").strip()
             os.close(self.lock)
             self.lock, self.made_folder = None, False
             raise LabtrainError(
@@ -93,14 +105,17 @@ class Recorder(pl.Callback):
             ) from error
         os.ftruncate(self.lock, 0)
         os.pwrite(self.lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
+        self.sign = make_sign(self.run_dir / receipt.SIGN)
 
     def say(self, text: str) -> None:
         """Warn, and write it in the receipt: what is not exact in this training, and why."""
+        text = without_secrets(text)
         if self.note(text) and getattr(rank_zero_only, "rank", 0) == 0:
             sys.stderr.write(f"warning: {text}\n")
 
     def note(self, text: str) -> bool:
         """Write it in the receipt alone; return whether it is new."""
+        text = without_secrets(text)
         if text in self.notes:
             return False
         self.notes.append(text)
@@ -115,6 +130,8 @@ class Recorder(pl.Callback):
         before = receipt.read(self.run_dir)
         if before is not None:
             close_killed(before, self.run_dir)
+            unsure = [note for note in before["determinism"]["notes"] if note.endswith(BEST_UNSURE)]
+            self.notes[:0] = [note for note in unsure if note not in self.notes]
         segment: dict[str, Any] = {
             "started": timestamp(),
             "ended": None,
@@ -128,13 +145,13 @@ class Recorder(pl.Callback):
         }
         if self.origin is not None:
             segment["origin"] = self.origin
-        config, code = receipt.without_secrets(job.config), receipt.without_secrets(code_state(job))
-        self.waits = before is not None
+        config, code = job.recorded(), without_secrets(code_state(job))
+        self.waits = before is not None or self.origin is not None  # for its first step
         self.receipt = {
             "schema": receipt.SCHEMA,
             "run_id": job.run_id,
             "status": "running",
-            "command": receipt.without_secrets(job.command),
+            "command": without_secrets(list(job.command)),
             "config": config,
             "code": code,
             "environment": environment_state(job),
@@ -143,10 +160,10 @@ class Recorder(pl.Callback):
                 **job.config["determinism"],
                 "seed": job.config["seed"],
                 "any_number_of_devices": shards_in_use(job.config) is not None,
-                **determinism.flags(),
+                **without_secrets(determinism.flags()),
                 "notes": self.notes,
             },
-            "data": self._data(trainer),
+            "data": without_secrets(self._data(trainer), names=False),
             "segments": [*(before["segments"] if before else []), segment],
             "results": {},
             "checkpoints": [],
@@ -155,12 +172,13 @@ class Recorder(pl.Callback):
                 "every_n_steps": job.config["trail"]["every_n_steps"],
                 "tensors": tensor_names(pl_module),
                 "sha256": None,
+                **({"missing": self.missing} if self.missing else {}),
             },
             "digest": "",
         }
         if before is not None:
             self._note_changes(before, segment)
-        else:
+        elif not self.waits:
             self._begin()
 
     def on_train_batch_end(
@@ -172,6 +190,7 @@ class Recorder(pl.Callback):
     def _begin(self) -> None:
         """Write the receipt, and what lies beside it."""
         assert self.receipt is not None
+        remember(self.receipt, Path(self.job.root))  # while its patch is whole
         self.waits, code = False, self.receipt["code"]
         receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.receipt["config"], sort_keys=False))
         if not code["patch"]:
@@ -194,9 +213,19 @@ class Recorder(pl.Callback):
     def _note_changes(self, before: receipt.Receipt, segment: dict[str, Any]) -> None:
         """Say and record what is not as it was when the training stopped: from here on the bits may be others."""
         assert self.receipt is not None
-        segment["changed"] = changes(before, self.receipt)
+        segment["changed"] = changes(before, self.receipt) or self._other_values(before)
         for change in segment["changed"]:
             self.say(f"goes on with another {change['key']}: {change['before']} before, now {change['now']}")
+
+    def _other_values(self, before: receipt.Receipt) -> list[dict[str, Any]]:
+        """Return what the configuration refers to, where the run's name tells that its value is another now."""
+        job, keys = self.job, refers(what_counts(self.job.recorded()))
+        origin = (before["segments"][0].get("origin") or {}).get("digest", "")
+        named = name(job.config, code=job.code_digest, lock=job.lock_digest, origin=origin)
+        if not job.code_digest or named == before["run_id"][:12] or any(each["changed"] for each in before["segments"]):
+            return []
+        recorded = dict(flat_texts(job.recorded()))
+        return [{"key": f"config.{key}", "before": "another value", "now": recorded[key]} for key in keys]
 
     def close(self, status: str, *, step: int, why: str | None = None, results: dict[str, Any] | None = None) -> None:
         """Write how the training ended; without a receipt, remove the folder that was made for it.
@@ -220,14 +249,28 @@ class Recorder(pl.Callback):
             self.receipt["results"] = results or {}
             self.receipt["checkpoints"] = self.checkpoints()
             receipt.write(self.run_dir, self.receipt)
-        elif self.receipt is None and self.made_folder:
+        elif self.made_folder and (self.receipt is None or self.origin is not None):
             shutil.rmtree(self.run_dir, ignore_errors=True)  # a signal may have come before it was made
 
     def release(self) -> None:
         """Let other processes train the run."""
+        if self.sign is not None:
+            (self.run_dir / receipt.SIGN).unlink(missing_ok=True)
+            os.close(self.sign)
         if self.lock is not None:
             os.close(self.lock)
-            self.lock = None
+        self.sign = self.lock = None
+
+
+def nothing_to_train(config: Config, step: int) -> ConfigError:
+    """Return the error for a run that begins from the end of another one and has no step of its own."""
+    trainer = config["trainer"]
+    by_steps = isinstance(trainer["max_steps"], int) and 0 < trainer["max_steps"] <= step
+    longer = f"trainer.max_steps={step + 1}" if by_steps else f"trainer.max_epochs={(trainer['max_epochs'] or 0) + 1}"
+    return ConfigError(
+        f"resume={config['resume']}: that run ended at step {step}, and this command trains no further",
+        hint=f"the same command with {longer}, or more",
+    )
 
 
 def close_killed(before: receipt.Receipt, run_dir: Path) -> None:

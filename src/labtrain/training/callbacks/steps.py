@@ -126,7 +126,9 @@ class Trail(pl.Callback):
         self.gradients = None
 
     def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
-        if (trainer.global_step + 1) % self.every_n_steps or (self.file is None and not self.spread):
+        # Of manual optimization it is not known yet which optimizer's step is the batch's last, whose number counts.
+        unwritten = pl_module.automatic_optimization and (trainer.global_step + 1) % self.every_n_steps
+        if unwritten or (self.file is None and not self.spread):
             return
         gradients = [
             (self.numbers[id(parameter)], part)

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
 from labtrain.base.errors import ConfigError
+from labtrain.checkpoints.structure import first_of_another_kind
 from labtrain.data.loader import DataLoader, loaders_of
 from labtrain.exact.attributes import (
     RANDOM,
@@ -77,8 +78,12 @@ class Outside:
 
         Raises:
             ConfigError: an attribute is of an object that this process does not have.
+            ValueError: a setting of the Trainer is of another kind than that is.
         """
         for name, value in kept.get("trainer", {}).items():
+            now = getattr(_owner(self.trainer, name), name, None)
+            if first_of_another_kind(value, now) is not None:
+                raise ValueError(f"trainer.{name} cannot be {value!r}")
             if entering or name in LOOPS:  # GradientAccumulationScheduler looks at the others when the training starts
                 setattr(_owner(self.trainer, name), name, value)
         for label, part in _parts(self.trainer):

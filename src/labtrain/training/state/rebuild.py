@@ -13,18 +13,26 @@ another optimizer          the same: it belongs in configure_optimizers
 Lightning 2.6: trainer/connectors/checkpoint_connector.py loads what is loaded.
 """
 
+import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.trainer.call import _call_lightning_module_hook
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from labtrain.base.errors import ConfigError
+from labtrain.base.console import shown
+from labtrain.base.credentials import as_references
+from labtrain.base.errors import ConfigError, LabtrainError, in_words
+from labtrain.checkpoints.structure import first_of_another_kind
 from labtrain.environment.doctor.report import few
 from labtrain.record.digests import PLACE
+from labtrain.record.sources import in_environment
 
 State = dict[str, Any]
 
@@ -33,6 +41,8 @@ IN_THE_MODEL = (
     "make it in __init__ or setup of the model; or in its on_load_checkpoint too, before the weights are loaded"
 )
 IN_OPTIMIZERS = "make it in configure_optimizers"
+TORCH = Path(torch.__file__).parent
+READING = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeError)
 
 
 def made_of(trainer: pl.Trainer) -> State:
@@ -95,14 +105,103 @@ def can_differ(module: pl.LightningModule) -> bool:
     return is_overridden("on_load_checkpoint", module) or not module.strict_loading
 
 
+@contextmanager
+def fitting() -> Iterator[None]:
+    """Turn what loading optimizers and schedulers raises into an error for people.
+
+    Raises:
+        ConfigError: says what.
+    """
+    try:
+        yield
+    except READING as error:
+        raise _unfit(in_words(error)) from error
+
+
+def explain_step(error: BaseException) -> ConfigError | None:
+    """Turn what the first step after a resume raises into an error for people; None if it is not torch.optim that did.
+
+    An optimizer loads tensors of any shape, and fails when it uses them.
+    """
+    for frame in reversed(traceback.extract_tb(error.__traceback__) if isinstance(error, Exception) else []):
+        if Path(frame.filename).is_relative_to(TORCH / "optim"):
+            return _unfit(in_words(error))
+        if not Path(frame.filename).is_relative_to(TORCH):
+            break
+    return None
+
+
+def _unfit(why: str) -> ConfigError:
+    return ConfigError(
+        f"the state of optimizers and schedulers in the checkpoint does not fit the model: {why}",
+        hint="the model as it was; or resume=never, and labtrain.load_weights in the model to begin with its weights",
+    )
+
+
 class Connector(_CheckpointConnector):
-    """Lightning's, which first makes what it loads into as it was when it was saved, or refuses to."""
+    """Lightning's, which first makes what it loads into as it was when it was saved, or refuses to.
+
+    Args:
+        trainer: of the training.
+        resumed: the folder of the checkpoint that it goes on from.
+    """
+
+    def __init__(self, trainer: pl.Trainer, resumed: Path | None = None) -> None:
+        super().__init__(trainer)
+        self.resumed = resumed
+        self.changed_by_hook = False  # how many states there are: a hook may begin with new ones
+
+    @contextmanager
+    def putting_back(self) -> Iterator[None]:
+        """Turn what putting a state back raises into an error for people; what the experiment's own code raises stays.
+
+        Raises:
+            LabtrainError: names the checkpoint, and what raised it.
+        """
+        try:
+            yield
+        except (*READING, MisconfigurationException) as error:
+            frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+            files = [frame.f_code.co_filename for frame in frames]
+            is_own = any(not file.startswith("<") and not in_environment(file) for file in files)
+            # Memory, and the exchange with other processes, are no fault of the checkpoint.
+            elsewhere = isinstance(error, RuntimeError) and (type(error) is not RuntimeError or "gloo" in str(error))
+            if is_own or elsewhere or self.resumed is None:
+                raise
+            raise LabtrainError(
+                f"{shown(self.resumed)} cannot be put back: {in_words(error)} ({frames[-1].f_code.co_qualname})",
+                hint="ask who wrote it; without this checkpoint the same command goes on from the one before it, with"
+                " resume=never from the beginning",
+            ) from error
+
+    def _restore_modules_and_callbacks(self, *arguments: Any, **options: Any) -> None:
+        with self.putting_back():
+            super()._restore_modules_and_callbacks(*arguments, **options)
+
+    def restore_training_state(self) -> None:
+        with self.putting_back():
+            super().restore_training_state()
+
+    def check_states(self) -> None:
+        """Refuse states of more or fewer optimizers and schedulers than the model has: Lightning loads what both have.
+
+        To be called when all of these are there: callbacks make some when an epoch starts.
+
+        Raises:
+            ConfigError: says how many.
+        """
+        saved = _numbers(self._loaded_checkpoint)
+        made = [len(self.trainer.optimizers), len(self.trainer.lr_scheduler_configs)]
+        if saved != made and not self.changed_by_hook:
+            both = [f"{optimizers} optimizers and {schedulers} schedulers" for optimizers, schedulers in (saved, made)]
+            raise _unfit(f"it is of {both[0]}, the model has {both[1]}")
 
     def restore_model(self) -> None:
         if not self._loaded_checkpoint:
             return
-        module = self.trainer.lightning_module
+        module, before = self.trainer.lightning_module, _numbers(self._loaded_checkpoint)
         _call_lightning_module_hook(self.trainer, "on_load_checkpoint", self._loaded_checkpoint)
+        self.changed_by_hook |= _numbers(self._loaded_checkpoint) != before
         made = self._loaded_checkpoint.get(PLACE, {}).get(KEY)
         if made is not None:
             now = {**made_of(self.trainer), "optimizers": made["optimizers"]}  # they are made later
@@ -120,6 +219,17 @@ class Connector(_CheckpointConnector):
                 " fits of its weights",
             ) from error
 
+    def restore_callbacks(self) -> None:
+        loaded = self._loaded_checkpoint or {}
+        for holder in (loaded, loaded.get(PLACE, {}).get("initial", {})):
+            if "callbacks" in holder:  # saved with references to the environment
+                holder["callbacks"] = as_references(holder["callbacks"], back=True)
+        super().restore_callbacks()
+
+    def restore_optimizers_and_schedulers(self) -> None:
+        with fitting():
+            super().restore_optimizers_and_schedulers()
+
     def restore_optimizers(self) -> None:
         made = self._loaded_checkpoint.get(PLACE, {}).get(KEY) if self._loaded_checkpoint else None
         if made is not None:
@@ -128,6 +238,18 @@ class Connector(_CheckpointConnector):
             for optimizer, saved in zip(self.trainer.optimizers, made["optimizers"], strict=True):
                 _regroup(optimizer, saved["groups"], parameters)
         super().restore_optimizers()
+
+    def restore_lr_schedulers(self) -> None:
+        made = [config.scheduler for config in self.trainer.lr_scheduler_configs]
+        for scheduler, saved in zip(made, self._loaded_checkpoint["lr_schedulers"], strict=False):
+            # Loaded it is whatever it is, and fails in a later step.
+            if (name := first_of_another_kind(saved, scheduler.state_dict())) is not None:
+                raise ValueError(f"{name} of {type(scheduler).__name__} is of another kind")
+        super().restore_lr_schedulers()
+
+
+def _numbers(loaded: State) -> list[int]:
+    return [len(loaded.get(key, [])) for key in ("optimizer_states", "lr_schedulers")]
 
 
 def _refuse(lacking: tuple[str, str] | None, made: State, state_dict: dict[str, Any]) -> None:

@@ -1,0 +1,10 @@
+"""How a command shows plain values to a machine."""
+
+from typing import Any
+
+from labtrain.base import exact_json
+
+
+def say_json(value: Any) -> None:
+    """Write plain values to standard output as JSON of printable ASCII."""
+    print(exact_json.dumps(value, indent=1).replace("\x7f", "\\u007f"), flush=True)

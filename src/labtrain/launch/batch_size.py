@@ -1,0 +1,93 @@
+"""`labtrain batch-size`: the start of the search for the largest data.batch_size that fits.
+
+As a training starts (compose.py, job.py): composed without torch, then searched (training/largest_batch.py) in the
+process that this one becomes, with the variables that must precede torch. One device: a step takes the micro-batches
+of determinism.shards one after the other, so what fits on one fits on as many as there are shards.
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn, cast
+
+from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.launch.compose import print_error, process_of
+from labtrain.record import config as configuration
+from labtrain.record.identity import JOB_VARIABLE, SHARDED_STRATEGY, Config, Job
+from labtrain.record.resume import make_job
+
+
+def search(root: Path, overrides: list[str], *, mode: str, max_trials: int, steps: int) -> NoReturn:
+    """Become the process that searches, and prints what it finds to standard output.
+
+    Args:
+        root: the experiment's folder.
+        overrides: as train.py takes them.
+        mode: power or binsearch.
+        max_trials: how many sizes are tried at most.
+        steps: optimizer steps that each is trained for.
+
+    Raises:
+        LabtrainError: no experiment is here, or its configuration cannot be searched.
+    """
+    config = composed(root, overrides)
+    if config["trainer"]["strategy"] == SHARDED_STRATEGY:
+        raise ConfigError(
+            "the search has one device, trainer.strategy=fsdp is for a model that no single one holds",
+            hint="trainer.strategy=auto",
+        )
+    config["trainer"] |= {"devices": 1, "num_nodes": 1, "fast_dev_run": False, "enable_progress_bar": False}
+    config |= {"resume": "never", "logger": {}, "callbacks": {}}
+    command, environment = process_of(make_job(config, root=root, command=sys.argv))
+    command = [command[0], "-m", "labtrain.launch.batch_size", mode, str(max_trials), str(steps)]
+    sys.stdout.flush()
+    os.execve(command[0], command, environment)
+
+
+def composed(root: Path, overrides: list[str]) -> Config:
+    """Return the configuration of the experiment in `root`, as its train.py would have it.
+
+    Raises:
+        LabtrainError: there is none, or it is not right.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    if not (root / "conf" / "config.yaml").exists():
+        raise ConfigError("conf/config.yaml: no such file", hint="cd to an experiment; labtrain new DIR makes one")
+    os.environ["LABTRAIN_ROOT"] = str(root)
+    try:
+        with initialize_config_dir(str(root / "conf"), version_base="1.3"):
+            whole = compose("config", overrides=overrides, return_hydra_config=True)
+        HydraConfig.instance().set_config(whole)  # what the configuration itself may ask: ${hydra:...}
+        cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
+        if missing := sorted(OmegaConf.missing_keys(cfg)):
+            raise ConfigError(f"{missing[0]} has no value", hint=f"labtrain batch-size {missing[0]}=VALUE")
+        config = cast(Config, OmegaConf.to_container(cfg, resolve=True))
+        configuration.check(config)
+    except Exception as error:
+        raise configuration.explain(error) or error from None
+    return config
+
+
+def main() -> None:
+    """Search with the job of this process, and print the size."""
+    mode, max_trials, steps = sys.argv[1:]
+    job = Job.from_json(os.environ[JOB_VARIABLE])
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what people's code prints
+    job.enter_path()
+    from labtrain.training.largest_batch import largest  # torch
+
+    try:
+        size = largest(job.config, mode=mode, max_trials=int(max_trials), steps=int(steps))
+    except LabtrainError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    out.write(f"{size}\n")
+    out.flush()
+
+
+if __name__ == "__main__":
+    main()
