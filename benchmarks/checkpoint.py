@@ -149,7 +149,7 @@ def measure_local(trainer: pl.Trainer, folder: Path, io: AsyncCheckpointIO) -> d
 
 def saver_of(folder: Path) -> Saver:
     folder.mkdir(parents=True, exist_ok=True)
-    return Saver(folder, str(folder / "checkpoints"), keep=partial(kept, last=1), spool_bytes=1 << 40)
+    return Saver(folder, str(folder / "checkpoints"), run_id="bench", keep=partial(kept, last=1), spool_bytes=1 << 40)
 
 
 def measure_steps(folder: Path) -> dict[str, float]:
@@ -215,7 +215,9 @@ def measure_s3(folder: Path) -> dict[str, float]:
         for turn in range(4):
             spool, remote = Store(folder / f"spool{turn}"), Store(f"s3://lab/{turn}")
             shutil.copytree(source, Path(spool.root, name))
-            delivery = Delivery(spool, Store(remote.url), token=remote.take_over(), spool_bytes=1 << 40)
+            token = spool.take_over()
+            remote.renew(token, seen=remote.seen())
+            delivery = Delivery(spool, Store(remote.url), token=token, spool_bytes=1 << 40)
 
             def put(store: Store = remote) -> None:
                 for file in (WEIGHTS, STATE):

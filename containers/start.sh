@@ -21,7 +21,7 @@ case "${1-}" in
     [ -n "${JUPYTER_TOKEN-}" ] ||
       refuse "jupyter wants a token, in the file JUPYTER_TOKEN_FILE or in JUPYTER_TOKEN" "openssl rand -hex 32 > jupyter_token"
     export JUPYTER_TOKEN
-    exec jupyter lab --ip="${LISTEN-0.0.0.0}" --port=8888 --ServerApp.port_retries=0 --no-browser \
+    exec jupyter lab --ip="${LISTEN-127.0.0.1}" --port=8888 --ServerApp.port_retries=0 --no-browser \
       --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate "$@"
     ;;
   sshd)
@@ -35,7 +35,7 @@ case "${1-}" in
     host=$HOME/.sshd/ed25519
     [ -f "$host" ] || { (umask 077 && mkdir -p "$HOME/.sshd") && ssh-keygen -q -t ed25519 -N '' -C lab -f "$host"; }
     exec "$(command -v sshd)" -D -e -f /opt/labtrain/containers/sshd_config -h "$host" \
-      -o "ListenAddress=${LISTEN-0.0.0.0}" -o "SetEnv=PATH=$PATH" "$@"
+      -o "ListenAddress=${LISTEN-127.0.0.1}" -o "SetEnv=PATH=$PATH" "$@"
     ;;
   "" | -* | *=*)
     [ -f train.py ] || refuse "no train.py in $PWD" 'docker run -v "$PWD:/experiment" ...'

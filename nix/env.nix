@@ -120,9 +120,19 @@ let
   vendored = lib.optionals (builtins.pathExists (root + "/vendor")) (
     filter (lib.hasSuffix ".whl") (builtins.attrNames (builtins.readDir (root + "/vendor")))
   );
+  # Held against labtrain.lock before anything of it runs, as setup.sh does.
+  named = builtins.match "\\./vendor/([A-Za-z0-9_.+-]+[.]whl) --hash=sha256:([0-9a-f]{64})\n" (
+    builtins.readFile (root + "/labtrain.lock")
+  );
+  wheel = builtins.elemAt named 0;
   labtrain =
     if vendored != [ ] then
-      lib.concatMapStrings (wheel: "ln -s ${root + "/vendor/${wheel}"} ${wheel}\n") vendored
+      if named == null || !(builtins.elem wheel vendored) then
+        throw "labtrain.lock names no wheel in vendor/ with its sha256. hint: git checkout vendor labtrain.lock"
+      else if builtins.hashFile "sha256" (root + "/vendor/${wheel}") != builtins.elemAt named 1 then
+        throw "the sha256 of vendor/${wheel} is not the one in labtrain.lock. hint: git checkout vendor labtrain.lock"
+      else
+        "ln -s ${root + "/vendor/${wheel}"} ${wheel}\n"
     else
       "ln -s ${toWheel "labtrain" "cp -r ${source} labtrain; chmod -R u+w labtrain\n"}/*.whl .\n";
 

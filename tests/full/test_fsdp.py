@@ -2,8 +2,21 @@
 
 import random
 
-from tests.real.test_fsdp import fsdp
+import pytest
+
+from tests.real.test_fsdp import fsdp, full_disk, same_bits
 from tests.support.exact import Runner, outcome
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "world", "story"), [("cnn", "even", 2, "killed twice"), ("gpt", "clipped", 3, "terminated")]
+)
+def test_a_run_goes_on_with_the_same_bits(runner: Runner, model: str, shape: str, world: int, story: str) -> None:
+    same_bits(runner, model, shape, world, story)
+
+
+def test_a_full_disk_while_the_sums_are_taken_ends_all(runner: Runner) -> None:
+    full_disk(runner, "file_sha256")
 
 
 def test_killed_in_saves(runner: Runner) -> None:

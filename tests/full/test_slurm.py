@@ -1,13 +1,15 @@
 """Runs on a real Slurm of two nodes: more of tests/real/test_slurm.py."""
 
 import json
+import os
 import re
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Experiment, Run
+from tests.conftest import LABTRAIN, Experiment, Run
 from tests.support.servers import wait_until
 from tests.support.slurm import EPOCHS, PORTABLE, Cluster, Slurm, break_rank, patient, wait_for_steps
 
@@ -69,3 +71,24 @@ def test_a_rank_that_dies_takes_its_job_of_a_sweep_down(
     assert re.search(r"^error: runs/digits/\w+ ended with exit code", done.err, re.MULTILINE), done.err
     said = "".join(log.read_text() for log in (tmp_path / "runs/.sweep/.submitit").rglob("*_1_log.err"))
     assert "ArithmeticError: of rank 1" in said
+
+
+def test_a_signalled_job_of_a_sweep_goes_on_and_can_be_verified(
+    slurm: Slurm, experiment: Experiment, alone: Run
+) -> None:
+    sweep = ("-m", *PORTABLE, EPOCHS, "paths.runs=runs", "hydra/launcher=submitit_slurm")
+    command = experiment.command(*sweep, "hydra.launcher.tasks_per_node=2")
+    process = subprocess.Popen(command, env={**os.environ, **slurm.variables})
+    run = wait_for_steps(Path("runs/digits"), 10)
+    scripts = list(Path("runs/.sweep/.submitit").rglob("*.sh"))
+    assert scripts
+    assert all("#SBATCH --signal=USR1@120" in script.read_text() for script in scripts)
+    (job,) = slurm.run("squeue", "--noheader", "--format=%A").split()
+    slurm.signal(int(job), "USR1")
+    assert process.wait(300) == 0
+    receipt = json.loads((run / "receipt.json").read_text())
+    assert [segment["why"] for segment in receipt["segments"]] == ["SIGUSR1", None]
+    assert receipt["results"]["weights_digest"] == alone.digest
+    verify = [LABTRAIN, "verify", str(run.resolve()), "--steps", "3"]
+    verified = subprocess.run(verify, cwd=experiment.root, capture_output=True, text=True, check=False)
+    assert verified.returncode == 0, verified.stdout + verified.stderr

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from tests.real.test_speed import bits
 from tests.support.compiled import compiled, gone_on_before_the_last_batch
 from tests.support.exact import Runner, configure, outcome, tell
 
@@ -75,3 +76,22 @@ def test_more_sizes_than_are_compiled_end_in_an_error(cache: dict[str, str]) -> 
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("torch.Size([2, 3])\nspeed.compile: something was compiled for 1 different sizes")
     assert "hint: pad the inputs" in done.stdout
+
+
+def test_under_fsdp_they_change_no_bit_either(runner: Runner) -> None:
+    reference = configure("gpt", trainer={"strategy": "fsdp", "max_epochs": 1})
+    config = copy.deepcopy(reference)
+    config["speed"]["checkpoint_activations"] = True
+    assert bits(outcome(runner.run(config, world=2))) == bits(outcome(runner.run(reference, world=2)))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "precision"),
+    [("Adam", "32-true"), ("AdamW", "16-mixed"), ("SGD", "bf16-mixed"), ("Adagrad", "32-true")],
+)
+def test_a_fused_optimizer_is_exact(optimizer: str, precision: str, runner: Runner, other: Runner) -> None:
+    """Other bits than torch's loop over operations, perhaps; the same however it ran. In fp16 it unscales by itself."""
+    config = configure("cnn", "uneven", precision)
+    config["model"] = {"_target_": "tests.support.speed_models.Fused", "optimizer": optimizer}
+    reference = outcome(runner.run(config))
+    assert tell(other, config, world=3, story="killed", seed=3) == reference

@@ -1,10 +1,13 @@
 """The generated experiment as it is used: its notebook, and its own CI in an environment of its own."""
 
+import fnmatch
 import json
+import shutil
 from pathlib import Path
 
 import yaml
 
+from labtrain.record import receipt
 from tests.conftest import LABTRAIN, QUICK, Experiment
 from tests.support.template import WHEEL, files, run
 
@@ -72,3 +75,26 @@ def test_it_stands_alone_and_passes_its_ci(own_experiment: Experiment) -> None:
     assert files(root / "child")["vendor/" + Path(WHEEL).name] == files(root)[WHEEL], (
         "an installed labtrain packs another wheel"
     )
+
+
+def test_its_gate_runs_where_a_lock_changes(own_experiment: Experiment, tmp_path: Path) -> None:
+    """The workflow's own command, on a baseline that is a receipt and its trail in the experiment's repository."""
+    workflow = yaml.safe_load((own_experiment.root / ".github/workflows/gate.yml").read_text())
+    paths = workflow[True]["pull_request"]["paths"]  # YAML 1.1 reads `on` as true
+    for name in ("requirements.lock", "labtrain.lock", "conda-lock.yml", "flake.lock", "nix/wheels.json"):
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in paths), name
+    (command,) = [step["run"] for step in workflow["jobs"]["gate"]["steps"] if "labtrain gate" in step.get("run", "")]
+    done = own_experiment.train(*QUICK, "trainer.max_steps=4", f"paths.runs={tmp_path / 'runs'}")
+    baseline = own_experiment.root / "baselines" / "digits"
+    baseline.mkdir(parents=True)
+    for name in ("receipt.json", "trail.jsonl"):
+        shutil.copy(done.folder / name, baseline)
+    command = command.replace(".venv/bin/labtrain", LABTRAIN)
+    assert "yes: 1 of 1 give the same bits" in run("sh", "-c", command, cwd=own_experiment.root).stdout
+    assert (own_experiment.root / "gate.html").exists()
+    found = json.loads((baseline / "receipt.json").read_text())
+    found["results"]["weights_digest"] = "0" * 64
+    receipt.write(baseline, found)
+    done = run("sh", "-c", command, cwd=own_experiment.root)
+    assert done.returncode == 1
+    assert "no: other bits, weights_digest" in done.stdout

@@ -7,15 +7,19 @@ import subprocess
 import time
 from pathlib import Path
 
+from labtrain.project.demo import OLDER_CPU
+from labtrain.record import receipt as receipts
+from labtrain.record.provenance import machine
 from labtrain.record.trail import read_trail
-from tests.conftest import LABTRAIN, QUICK, Experiment, changed
+from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, changed
 from tests.support.verification import STEPS, TWO_EPOCHS, git, name_a_flipped_bit, started, verify
 
 pytest_plugins = ["tests.support.verification"]
 
 
 def test_one_run_may_be_verified_by_two_at_once(copy: Path) -> None:
-    both = [subprocess.Popen([LABTRAIN, "verify", copy, "--steps", "5"], stdout=subprocess.DEVNULL) for _ in range(2)]
+    command = [LABTRAIN, "verify", copy, "--steps", "5", "--trust"]
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL) for _ in range(2)]
     assert [each.wait(timeout=300) for each in both] == [0, 0]
     assert len((copy / "verified.jsonl").read_text().splitlines()) == 2
 
@@ -90,7 +94,22 @@ def test_a_run_without_a_trail_is_compared_by_its_results(copy: Path) -> None:
     assert json.loads((run.folder / "verified.jsonl").read_text())["to_step"] == STEPS
     assert "no trail.jsonl lies beside it" in verify(run.folder, "--steps", "5", code=2).err
     changed(run.folder, "results/metrics", {**run.receipt["results"]["metrics"], "test/acc": 1.0})
-    assert "the results are not as the receipt says: test/acc 1.0, now 0." in verify(run.folder, code=1).out
+    assert "the results are not as the receipt says: metric test/acc 1.0, now 0." in verify(run.folder, code=1).out
+
+
+def test_results_that_were_changed_are_no_yes_whatever_else_the_receipt_claims(copy: Path) -> None:
+    """A second segment, or an empty entry of callbacks, does not make a best value or a state's digest soft."""
+    experiment = Experiment(copy.parents[2])
+    run = experiment.train(*TWO_EPOCHS, "seed=8", "checkpoint.monitor=val/acc", cwd=experiment.root)
+    found = run.receipt
+    changed(run.folder, "segments", [*found["segments"], found["segments"][0] | {"from_step": 3}])
+    assert "the same bits, to its end" in verify(run.folder).out
+    changed(run.folder, "results/best", {**found["results"]["best"], "value": 1.0})
+    assert "the results are not as the receipt says: best" in verify(run.folder, code=1).out
+    changed(run.folder, "results/best", found["results"]["best"])
+    changed(run.folder, "config/callbacks", {"nothing": None})
+    changed(run.folder, "results/state_digest", "0" * 64)
+    assert "the results are not as the receipt says: state_digest 0000" in verify(run.folder, code=1).out
 
 
 def test_callbacks_with_paths_and_a_model_that_logs_by_itself_are_verified(copy: Path) -> None:
@@ -105,7 +124,7 @@ def test_callbacks_with_paths_and_a_model_that_logs_by_itself_are_verified(copy:
         "+callbacks.keep={_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: val/acc}",
         cwd=experiment.root)  # fmt: skip
     found = verify(run.folder).out
-    assert "the same bits, to its end; not the same, and no bits of it: state_digest" in found
+    assert "the same bits, to its end; not verified: state_digest" in found
 
 
 def test_a_path_of_the_data_can_be_another_here(copy: Path) -> None:
@@ -153,6 +172,7 @@ def test_a_machine_that_does_not_repeat_itself_is_said_so(copy: Path) -> None:
 
 def test_each_wrong_result_is_named(copy: Path) -> None:
     (copy / "trail.jsonl").unlink()
+    shutil.rmtree(copy / "checkpoints")
     wrong = {
         "results/weights_digest": "0" * 64,
         "results/state_digest": "1" * 64,
@@ -162,9 +182,10 @@ def test_each_wrong_result_is_named(copy: Path) -> None:
     for key, value in wrong.items():
         changed(copy, key, value)
     found = json.loads(verify(copy, "--json", code=1).out)
-    assert "the results are not as the receipt says" in found["found"]
+    assert "not the same bits: first at step 21, in the length" in found["found"]
     assert list(found["results"]) == ["steps", "weights_digest", "state_digest", "trail's sha256"]
     changed(copy, "results/steps", 20)
+    assert "the results are not as the receipt says: weights_digest 0000" in verify(copy, code=1).out
     changed(copy, "results/weights_digest", found["results"]["weights_digest"][1])
     changed(copy, "results/state_digest", found["results"]["state_digest"][1])
     assert "trail's sha256 2222" in verify(copy, code=1).out
@@ -225,3 +246,105 @@ def test_what_went_on_after_a_change_is_verified_from_there(copy: Path) -> None:
 def test_one_flipped_bit_is_named_by_step_and_tensor(copy: Path) -> None:
     """In a gradient before the step, when run again."""
     name_a_flipped_bit(copy, "gradient")
+
+
+def test_a_clone_and_the_receipt_give_yes_and_another_line_of_code_is_checked_out_beside(
+    copy: Path, tmp_path: Path
+) -> None:
+    """With an uncommitted change and an untracked source in the receipt's patch; the clone is left as it was."""
+    experiment = Experiment(copy.parents[2])
+    git(experiment.root, "add", "-A")
+    model = experiment.root / "model.py"
+    model.write_text("from more import SLOPE\n" + model.read_text().replace("nn.ReLU()", "nn.LeakyReLU(SLOPE)"))
+    (experiment.root / "more.py").write_text("SLOPE = 0.02\n")
+    run = experiment.train(*TWO_EPOCHS, cwd=experiment.root)
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(experiment.root), str(clone))
+    shutil.copy(run.folder / "receipt.json", tmp_path / "theirs.json")
+    (tmp_path / "given").mkdir()
+    shutil.copy(run.folder / "receipt.json", tmp_path / "given" / "receipt.json")
+    found = verify(tmp_path / "given" / "receipt.json", cwd=clone)
+    assert "with the patch" in found.out
+    assert found.out.splitlines()[-1] == "yes          the same bits, to its end"
+    assert not subprocess.run(
+        ["git", "-C", clone, "status", "--porcelain"], capture_output=True, text=True, check=True
+    ).stdout
+    assert "trail.jsonl" in verify(tmp_path / "given" / "receipt.json", "--steps", "3", code=2, cwd=clone).err
+    changed(tmp_path / "given", "code/patch", "")
+    assert "does not give the receipt's code: model.py, more.py" in verify(tmp_path / "given", code=2, cwd=clone).err
+    changed(tmp_path / "given", "code/commit", "0" * 40)
+    assert "is not in this repository" in verify(tmp_path / "given", code=2, cwd=clone).err
+    assert "the experiment is not here" in verify(tmp_path / "given", code=2, cwd=tmp_path).err
+
+
+def test_a_run_is_verified_while_it_is_trained(copy: Path) -> None:
+    experiment = Experiment(copy.parents[2])
+    long = (*QUICK, "trainer.max_epochs=400", "seed=9", "checkpoint.keep_last=1")
+    training = subprocess.Popen(experiment.command(*long), cwd=experiment.root, stderr=subprocess.DEVNULL)
+    try:
+        while not (there := [path for path in copy.parent.glob("*") if path != copy and len(read_trail(path)) > 30]):
+            assert training.poll() is None
+            time.sleep(0.02)
+        found = verify(there[0], "--steps", "25")
+        assert training.poll() is None
+        assert "running" in found.out
+        assert found.out.splitlines()[-1] == "yes          the same bits, steps 1 to 25"
+    finally:
+        training.kill()
+        training.wait()
+
+
+def test_a_run_that_began_from_a_complete_one_is_verified_from_there(copy: Path) -> None:
+    """With other options, which take effect as they did; without the other run's checkpoint it says what is missing."""
+    experiment = Experiment(copy.parents[2])
+    run = experiment.train(
+        *TWO_EPOCHS, "trainer.max_epochs=3", "model.learning_rate=0.02", f"resume={copy}", cwd=experiment.root
+    )
+    assert run.folder != copy
+    found = verify(run.folder).out
+    assert f"origin       step-{STEPS:010d} of the run {copy.name}, which is not verified here" in found
+    assert f"the same bits, from step {STEPS + 1} to its end" in found
+    assert "differ" not in found
+    shutil.rmtree(copy / "checkpoints")
+    assert (
+        f"the run began from step-{STEPS:010d} of the run {copy.name}, which is neither"
+        in verify(run.folder, code=2).err
+    )
+
+
+def test_the_golden_receipt_alone_comes_out_on_an_older_cpu(shared_experiment: Experiment, tmp_path: Path) -> None:
+    """Recorded in portable mode, on another machine; here with this CPU's newer instructions hidden."""
+    shutil.copy(ROOT / "tests" / "golden" / "receipt.json", tmp_path)
+    found = verify(tmp_path / "receipt.json", cwd=shared_experiment.root, **OLDER_CPU)
+    assert "yes          the same bits, to its end" in found.out
+    assert "differs      hardware.cpu" not in found.out
+
+
+def test_code_that_only_train_py_finds_is_asked_for(own_experiment: Experiment, tmp_path: Path) -> None:
+    """It puts a folder into sys.path; verify does not run it, and names the file; what the hint says works."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "shared" / "lab_utils.py").write_text("WIDTH = 1\n")
+    for name, line in (("train.py", "import sys; sys.path.append('../shared')"), ("model.py", "import lab_utils")):
+        file = own_experiment.root / name
+        file.write_text(file.read_text().replace("\nimport ", f"\n{line}\nimport ", 1))
+    run_dir = own_experiment.train("trainer.max_epochs=1", *QUICK, cwd=own_experiment.root).folder
+    refused = verify(run_dir, "--steps", "2", code=2, cwd=own_experiment.root).err
+    assert "hint: PYTHONPATH=FOLDER before the same command, with the folder that holds lab_utils.py" in refused
+    verify(run_dir, "--steps", "2", cwd=own_experiment.root, PYTHONPATH="../shared")
+
+
+def test_from_a_checkpoint_is_not_the_whole(copy: Path) -> None:
+    found = json.loads(verify(copy, "--from", "15", "--json").out)
+    assert (found["whole"], found["found"]) == (False, "the same bits, from step 16 to its end")
+    assert "it has 20 steps" in verify(copy, "--from", "20", code=2).err
+
+
+def test_who_verified_is_told_of_this_machine(copy: Path) -> None:
+    found = receipts.read(copy)
+    assert found is not None
+    gpu = {"name": "NVIDIA A100", "memory_bytes": 1, "compute_capability": "8.0"}
+    changed(copy, "hardware", found["hardware"] | {"gpus": [gpu], "cpu": "Another"})
+    assert "hardware.gpus" in verify(copy, "--steps", "2").out
+    told = json.loads((copy / "verified.jsonl").read_text())
+    assert told["gpus"] == []
+    assert told["cpu"] == machine()["cpu"]

@@ -1,8 +1,10 @@
 """The image, built and run by a real Docker on a base made here; the files for Compose, Kubernetes and Apptainer."""
 
+import getpass
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ import yaml
 from labtrain.bootstrap import locked_block
 from tests.conftest import ROOT, Experiment, need
 from tests.support.containers import Docker, build_with_a_password
-from tests.support.servers import wait_until
+from tests.support.servers import end, free_ports, wait_until
 
 pytest_plugins = ["tests.support.containers"]
 
@@ -195,6 +197,9 @@ def test_ssh_takes_keys_and_nothing_else(docker: Docker, image: str, work: Path,
         other = key.parent / "other"
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(other)], check=True)
         assert "Permission denied (publickey)" in ssh("lab", "-i", str(other), "true").stderr
+        place = ["-p", "2222", "-i", str(key), "-W", "127.0.0.1:2222", "lab@127.0.0.1"]
+        forwarded = beside(docker, container, "ssh", "-F", "none", *flags, *place)
+        assert "administratively prohibited" in forwarded.stderr
         docker("restart", "-t", "5", container)
         wait_until(lambda: scan() != "")
         assert ssh("lab", "-i", str(key), "true").returncode == 0, "another host key"
@@ -307,16 +312,100 @@ def test_composes_services_have_limits_and_no_privilege(composed: dict[str, Any]
 
 
 def test_compose_starts_jupyter_and_ssh_only_by_name(composed: dict[str, Any]) -> None:
-    """On their ports, Jupyter's on this machine only; with their secrets in files, and none in the file."""
+    """On their ports, which only this machine reaches; with their secrets in files, and none in the file."""
     jupyter, ssh = composed["services"]["jupyter"], composed["services"]["ssh"]
     assert "profiles" not in composed["services"]["train"]
     assert (jupyter["profiles"], ssh["profiles"]) == (["jupyter"], ["ssh"])
     assert (jupyter["command"], ssh["command"]) == (["jupyter"], ["sshd"])
     assert jupyter["ports"] == ["127.0.0.1:8888:8888/tcp"]
-    assert ssh["ports"] == [{"published": 2345, "target": 2222}]
-    assert jupyter["environment"] == {"JUPYTER_TOKEN_FILE": "/run/secrets/jupyter_token"}
+    assert ssh["ports"] == ["127.0.0.1:2345:2222/tcp"]
+    assert jupyter["environment"] == {"JUPYTER_TOKEN_FILE": "/run/secrets/jupyter_token", "LISTEN": "0.0.0.0"}
     assert [secret["source"] for secret in ssh["secrets"]] == ["authorized_keys"]
     assert [secret["source"] for secret in jupyter["secrets"]] == ["jupyter_token"]
+
+
+def test_a_secret_is_mounted_where_it_is_needed_alone(composed: dict[str, Any]) -> None:
+    """No folder that a container mounts holds one: they lie outside of the experiment, each service has its own."""
+    secrets = {name: Path(each["file"]) for name, each in composed["secrets"].items()}
+    assert set(secrets) == {"jupyter_token", "authorized_keys"}
+    used = {
+        name: [each["source"] for each in service.get("secrets", [])] for name, service in composed["services"].items()
+    }
+    assert used == {"train": [], "jupyter": ["jupyter_token"], "ssh": ["authorized_keys"]}
+    for service in composed["services"].values():
+        for volume in service["volumes"]:
+            place = Path(volume.partition(":")[0])
+            assert not [file for file in secrets.values() if place.is_absolute() and file.is_relative_to(place)]
+    header = "".join(
+        line for line in (CONTAINERS / "compose.yaml").read_text().splitlines(True) if line.startswith("#")
+    )
+    written = [word for word in header.split() if word.endswith(("/jupyter_token)", "/authorized_keys"))]
+    assert [Path(word.rstrip(")")).expanduser() for word in written] == list(
+        map(Path, (secrets["jupyter_token"], secrets["authorized_keys"]))
+    )
+
+
+@pytest.mark.parametrize("listen", [None, "0.0.0.0"])
+def test_jupyter_is_on_this_machine_alone_unless_it_is_told(tmp_path: Path, listen: str | None) -> None:
+    """Apptainer, and Docker's --network=host, share the machine's network: there the default listens to nobody else."""
+    (tmp_path / "jupyter").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    (tmp_path / "jupyter").chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "HOME": str(tmp_path), "JUPYTER_TOKEN": "x"}
+    environment |= {"LISTEN": listen} if listen else {}
+    done = subprocess.run(
+        ["sh", CONTAINERS / "start.sh", "jupyter"], capture_output=True, text=True, check=True, env=environment
+    )
+    assert f"--ip={listen or '127.0.0.1'}" in done.stdout.splitlines()
+    assert "ListenAddress=${LISTEN-127.0.0.1}" in (CONTAINERS / "start.sh").read_text()
+
+
+def test_an_ssh_session_leads_nowhere_else(tmp_path: Path, key: Path) -> None:
+    """A real sshd with sshd_config, for this user: a shell and files, and no forwarding, unless it is told."""
+    os.environ["PATH"] += ":/usr/sbin"
+    need("sshd", "openssh-server")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / "host"], check=True)
+    if os.geteuid() == 0:
+        Path("/run/sshd").mkdir(exist_ok=True)
+    me = getpass.getuser()
+
+    def answers(*more: str) -> dict[str, subprocess.CompletedProcess[str]]:
+        port = free_ports()
+        options = [f"Port={port}", "ListenAddress=127.0.0.1", f"AllowUsers={me}", "PermitRootLogin=prohibit-password",
+                   f"AuthorizedKeysFile={key}.pub", "StrictModes=no", *more]  # fmt: skip
+        command = [str(shutil.which("sshd")), "-D", "-f", str(CONTAINERS / "sshd_config"), "-h", str(tmp_path / "host")]
+        server = subprocess.Popen(
+            [*command, "-E", str(tmp_path / "log"), *(part for each in options for part in ("-o", each))]
+        )
+        wait_until(lambda: socket.create_connection(("127.0.0.1", port), 1), process=server, log=tmp_path / "log")
+        ssh = ["ssh", "-F", "none", "-i", str(key), "-o", "IdentitiesOnly=yes", "-o", "IdentityAgent=none", "-p", str(port),
+               "-o", "StrictHostKeyChecking=no", "-o", f"UserKnownHostsFile={tmp_path}/{port}",
+               "-o", "ExitOnForwardFailure=yes"]  # fmt: skip
+        here = f"127.0.0.1:{port}"
+        kinds = {
+            "shell": ["echo", "there"],
+            "local": ["-W", here],
+            "remote": ["-R", f"0:{here}", "true"],
+            "socket": ["-R", f"{tmp_path}/socket:{here}", "true"],
+        }
+        try:
+            return {
+                kind: subprocess.run(
+                    [*ssh, *words[:2], f"{me}@127.0.0.1", *words[2:]] if kind != "shell" else [*ssh, f"{me}@127.0.0.1", *words],
+                    capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL, timeout=60,
+                )
+                for kind, words in kinds.items()
+            }  # fmt: skip
+        finally:
+            end(server)
+
+    found = answers()
+    assert (found["shell"].returncode, found["shell"].stdout) == (0, "there\n"), found["shell"].stderr
+    assert "administratively prohibited" in found["local"].stderr
+    for kind in ("remote", "socket"):
+        assert found[kind].returncode == 255
+        assert "forwarding failed" in found[kind].stderr
+    assert found["local"].stdout == ""
+    assert answers("AllowTcpForwarding=local")["local"].stdout.startswith("SSH-2.0-OpenSSH")
 
 
 KINDS = {"volume.yaml": "PersistentVolumeClaim", "run.yaml": "Job", "desk.yaml": "Pod"}

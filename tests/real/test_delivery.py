@@ -31,7 +31,9 @@ class Run:
 
     def __init__(self, folder: Path, url: str, *, spool_bytes: int = 1 << 40) -> None:
         self.spool, self.remote = Store(folder / "spool"), Store(url)
-        self.delivery = Delivery(self.spool, Store(url), token=self.remote.take_over(), spool_bytes=spool_bytes)
+        token = self.spool.take_over()
+        self.remote.renew(token, seen=None)
+        self.delivery = Delivery(self.spool, Store(url), token=token, spool_bytes=spool_bytes)
 
     def save(self, step: int, size: int = 1000) -> str:
         name = f"step-{step:010d}"

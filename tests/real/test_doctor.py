@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from labtrain.environment.doctor import machine
-from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, need
+from tests.conftest import LABTRAIN, ROOT, need
 from tests.support.doctor import doctor, driver, library
 
 
@@ -72,17 +72,6 @@ def test_a_small_shared_memory_fails() -> None:
     assert (check["status"], check["found"]) == ("failed", "64 MB")
     assert "--shm-size" in check["hint"]
     assert machine.check_shared_memory(Path("/no-such-folder")).status == "failed"
-
-
-def test_a_full_disk_fails_and_the_last_checkpoints_size_counts(experiment: Experiment, tmp_path: Path) -> None:
-    """A disk of 1 MB, with a real checkpoint of which three more do not fit."""
-    run = experiment.train(*QUICK, "paths.runs=runs", "trainer.max_steps=2", "model.width=64")
-    checkpoint = run.folder.resolve() / "checkpoints"
-    script = f"mkdir {tmp_path}/disk; mount -t tmpfs -o size=2m none {tmp_path}/disk; mkdir {tmp_path}/disk/run; cp -r {checkpoint}/* {tmp_path}/disk/run; "
-    script += f"cd {tmp_path}/disk; {LABTRAIN} doctor --json --checkpoints {tmp_path}/disk || true"
-    checks = {entry["name"]: entry for entry in json.loads(in_namespace(script).stdout)}
-    assert checks["disk"]["status"] == checks["checkpoints"]["status"] == "failed"
-    assert "the last one has" in checks["checkpoints"]["found"]
 
 
 def test_a_clock_that_is_behind_fails() -> None:

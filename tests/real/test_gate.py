@@ -1,6 +1,5 @@
 """`labtrain gate`: the same bits, or equivalent within a margin by runs of several seeds, or not; exit code 0 or 1."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -51,28 +50,12 @@ def test_one_that_cannot_be_judged_keeps_none_of_the_others_from_it(recorded: li
     assert gate(recorded[0], "--report", tmp_path / "no" / "gate.html", code=2).out == ""  # before anything is trained
 
 
-def test_other_bits_of_the_same_quality_are_equivalent_within_a_margin_and_not_within_a_narrow_one(
-    recorded: list[Path],
-) -> None:
-    command = (*recorded, "--seeds", "3", "--metric", "test/acc", "--json")
-    found = json.loads(gate(*command, "--margin", "0.2", code=0, OTHER_BITS="1").out)[0]
-    assert not found["same_bits"]
-    assert found["test"]["pairs"] == 3
-    assert [each["seed"] for each in found["values"]] == [1, 2, 3]
-    for each, run_dir in zip(found["values"], recorded, strict=True):
-        assert each["before"] == (receipts.read(run_dir) or {})["results"]["metrics"]["test/acc"]
-    assert any(each["before"] != each["now"] for each in found["values"])
-    narrow = json.loads(gate(*command, "--margin", "0.0001", code=1, OTHER_BITS="1").out)[0]
-    assert narrow["test"]["power"] < 0.8
-    assert "too few runs or too large a spread" in narrow["found"]
-
-
 def refused(recorded: list[Path], tmp_path: Path) -> list[tuple[tuple[Any, ...], str]]:
     running = tmp_path / "running"
     shutil.copytree(recorded[0], running)
     found = receipts.read(running)
     assert found is not None
-    found["status"] = "interrupted"
+    found |= {"status": "interrupted", "results": {}}
     receipts.write(running, found)
     return [
         ((tmp_path,), "is no run"),

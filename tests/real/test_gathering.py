@@ -109,24 +109,6 @@ def test_values_of_all_outputs_and_of_a_rank_are_not_refused(runner: Runner) -> 
     runner.run(config, world=2)
 
 
-@pytest.mark.parametrize("worlds", [(2, 2), (1, 3), (3, 1)])
-def test_a_resumed_epoch_has_the_outputs_of_all_its_batches(worlds: tuple[int, int], tmp_path: Path) -> None:
-    """Stopped after two of three steps and moved: the checkpoint has the items of all ranks."""
-    config = numbered("Gathering")
-    config["callbacks"] = AT
-    (whole,), expected = gathered(tmp_path / "whole", 1, config)
-    (tmp_path / "moved" / "seen").mkdir(parents=True)
-    seen = {"SEEN": str(tmp_path / "moved" / "seen")}
-    moved = Runner(tmp_path / "moved")
-    moved.run(config, world=worlds[0], code=EXIT_STOPPED, signal_at=f"1 {int(signal.SIGTERM)} 0", environment=seen)
-    found = outcome(moved.run(config, world=worlds[1], environment=seen))
-    last = worlds[1] - 1
-    lines = [json.loads(line) for line in (tmp_path / "moved" / "seen" / f"{last}.jsonl").read_text().splitlines()]
-    assert [line for line in lines if "more" in line] == [line for line in whole if "more" in line]
-    assert (found["weights_digest"], found["metrics"]) == (expected["weights_digest"], expected["metrics"])
-    assert found["state_digest"] == expected["state_digest"]
-
-
 def test_a_resumed_epoch_without_the_outputs_of_its_first_batches_is_refused(runner: Runner) -> None:
     """They were in a list that no checkpoint holds: of a callback, say."""
     config = numbered("Plain", "Outside")

@@ -59,14 +59,6 @@ def test_what_cards_tell_is_in_the_loggers_and_nowhere_else(tmp_path: Path) -> N
     assert "warning: GPU" not in said
 
 
-def test_a_card_that_is_nearly_full_is_said_once(tmp_path: Path) -> None:
-    _, _, said = train(tmp_path, **driver(tmp_path, USED="23000000000ULL"))
-    lines = [line for line in said.splitlines() if line.startswith("warning: GPU")]
-    assert [line.partition(",")[0] for line in lines] == [
-        f"warning: GPU {number} is nearly full: 23.0 of 24.0 GB" for number in (0, 1)
-    ]
-
-
 def test_without_a_driver_the_training_goes_on(tmp_path: Path) -> None:
     """NVML_ERROR_DRIVER_NOT_LOADED, whatever this machine has."""
     _, rows, said = train(tmp_path, **driver(tmp_path, INIT=9))

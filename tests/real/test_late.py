@@ -6,8 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from labtrain.base.errors import EXIT_STOPPED
+from labtrain.checkpoints.format import load_plain
+from labtrain.record.digests import PLACE
+from labtrain.stores.store import STATE
+from tests.quick.test_untrusted import put, told
 from tests.support.exact import Runner, configure, outcome
 
 PRUNING = {"_target_": "lightning.pytorch.callbacks.ModelPruning", "pruning_fn": "l1_unstructured", "amount": 0.5}
@@ -32,6 +37,13 @@ def uninterrupted(runner: Runner, config: Any) -> dict[str, Any]:
 def files(runner: Runner) -> dict[Path, bytes]:
     found = (path for path in runner.folder.glob("runs/exact/*/**/*") if path.is_file())
     return {path: path.read_bytes() for path in found if path.name != ".lock"}
+
+
+def trained(runner: Runner) -> dict[Path, bytes]:
+    """Return what steps leave: the trail, and checkpoints."""
+    return {
+        path: data for path, data in files(runner).items() if path.name == "trail.jsonl" or "step-" in path.parent.name
+    }
 
 
 @pytest.mark.parametrize("model", ["Groups", "Registers"])
@@ -93,3 +105,73 @@ def test_weights_of_another_model_are_refused(runner: Runner) -> None:
     assert "error: the checkpoint's weights do not fit into Wider: Missing key(s) in state_dict: " in runner.said()
     assert "hint: the model as it was; or resume=never" in runner.said()
     assert files(runner) == before
+
+
+@pytest.mark.parametrize("change", ["shape", "key", "groups", "no optimizer", "no schedule", "another kind"])
+def test_an_optimizers_state_that_does_not_fit_is_refused(runner: Runner, change: str) -> None:
+    """Of a checkpoint that says of itself that it is whole: a line with a hint, and no traceback of torch's."""
+    options = configure("mlp", "even")
+    stop(runner, options)
+    (folder,) = runner.folder.glob("runs/exact/*/checkpoints/step-*7")
+    state = load_plain(folder / STATE)
+    optimizer = state["optimizer_states"][0]
+    match change:
+        case "shape":
+            optimizer["state"][0]["exp_avg"] = torch.zeros(3, 7)
+        case "key":
+            del optimizer["state"][0]["exp_avg"]
+        case "groups":
+            optimizer["param_groups"][0]["params"].append(99)
+        case "no optimizer":  # Lightning loads what both have: in silence, none of it
+            state["optimizer_states"] = []
+        case "no schedule":
+            state["lr_schedulers"] = []
+        case "another kind":
+            state["lr_schedulers"][0]["lr_lambdas"] = 3
+    torch.save(state, folder / STATE)
+    told(folder)
+    runner.run(options, code=2)
+    assert "error: the state of optimizers and schedulers in the checkpoint does not fit the model: " in runner.said()
+    assert "hint: the model as it was; or resume=never" in runner.said()
+    assert "Traceback" not in runner.said()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        (("pytorch-lightning_version",), "x", "InvalidVersion: Invalid version: 'x' (Version.__init__)"),
+        ((PLACE, "ranks", 0, "metrics"), {"nothing": {}}, "KeyError: 'nothing' (EpochLoop._enter)"),
+        ((PLACE, "ranks", 0, "logged", 0, "sync"), [], "ValueError: not enough values to unpack (expected 3, got 0) ("),
+        ((PLACE, "ranks", 0, "logged", 0, "meta", "reduce_fx"), "x", "MisconfigurationException: Only `self.log("),
+        (
+            (PLACE, "outside"),
+            {"trainer": {"fit_loop": 3}},
+            "ValueError: trainer.fit_loop cannot be 3 (Outside.restore)",
+        ),
+    ],
+)
+def test_a_state_that_cannot_be_put_back_is_one_line(runner: Runner, path: Any, value: Any, says: str) -> None:
+    """Nothing is trained then."""
+    options = configure("mlp", "even")
+    stop(runner, options)
+    (folder,) = runner.folder.glob("runs/exact/*/checkpoints/step-*7")
+    torch.save(put(load_plain(folder / STATE), path, value), folder / STATE)
+    told(folder)
+    before = trained(runner)
+    runner.run(options, code=2)
+    assert f"/checkpoints/{folder.name} cannot be put back: {says}" in runner.said()
+    assert (
+        "hint: ask who wrote it; without this checkpoint the same command goes on from the one before it"
+        in runner.said()
+    )
+    assert "Traceback" not in runner.said()
+    assert trained(runner) == before
+
+
+def test_what_ones_own_hook_raises_keeps_its_traceback(runner: Runner) -> None:
+    """It is a fault of that code, and its traceback says where."""
+    stop(runner, config("Rejects"))
+    runner.run(config("Rejects"), code=1)
+    assert "Traceback" in runner.said()
+    assert "KeyError: 'nothing'" in runner.said()
+    assert "cannot be put back" not in runner.said()

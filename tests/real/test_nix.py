@@ -127,6 +127,10 @@ def test_the_same_flake_in_an_experiment_takes_the_wheel_in_vendor(
         for name in archive.namelist():
             if not name.endswith(("/RECORD", "/")):
                 assert (site / name).read_bytes() == archive.read(name), name
+    wheel.write_bytes(wheel.read_bytes() + b"x")
+    nix.git(root)
+    with pytest.raises(AssertionError, match=r"is not the one in labtrain\.lock"):
+        nix("eval", ".#packages.x86_64-linux.env.drvPath", cwd=root)
 
 
 def test_its_image_is_configured_as_the_containerfiles(nix: Nix, repository: Path, small: list[Entry]) -> None:

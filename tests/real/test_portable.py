@@ -10,7 +10,7 @@ from labtrain.exact.determinism import variables
 
 
 def run_portable(code: str) -> str:
-    prelude = "import torch\nfrom labtrain import determinism\ndeterminism.apply('portable', threads=1)\n"
+    prelude = "import torch\nfrom labtrain.exact import determinism\ndeterminism.apply('portable', threads=1)\n"
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", prelude + code],
         env={**os.environ, **variables("portable", threads=1)},

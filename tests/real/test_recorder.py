@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from labtrain.record import receipt
+from labtrain.base.credentials import NOT_RECORDED
 from labtrain.record.provenance import uncommitted_change
 from tests.conftest import Experiment
 
@@ -90,4 +90,4 @@ def test_a_credential_in_the_change_is_not_recorded(own_experiment: Experiment) 
     for name in ("receipt.json", "code.patch"):
         text = (run.folder / name).read_text()
         assert value not in text
-        assert receipt.NOT_RECORDED in text
+        assert NOT_RECORDED in text

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,22 +13,24 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from labtrain.base.console import shown
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError
 from labtrain.record import receipt
 from labtrain.record.config import explain
-from labtrain.record.identity import Job, first_free, shown
-from labtrain.review.listing import list_runs
+from labtrain.record.identity import Job, first_free
+from labtrain.review.listing import is_trained, list_runs
 from labtrain.stores.prune import leftovers
-from labtrain.stores.store import Store, identity
+from labtrain.stores.store import Store, identity, sealed
 from labtrain.training import fit as training
 from labtrain.training.callbacks.recorder import Recorder
 from labtrain.training.fit import alone_in, refuse_outdated
-from tests.conftest import LABTRAIN, ROOT
+from tests.conftest import LABTRAIN, ROOT, Experiment, skip_or_fail
 from tests.support.exact import Runner, configure, outcome
 from tests.support.servers import wait_until
 
@@ -58,7 +61,7 @@ def test_every_file_of_a_run_has_the_mode_that_the_umask_says(runner: Runner, ur
     run_dir = runner.run(here(config, "002"))
     assert run_dir is not None
     assert (run_dir / ".lock").exists()
-    assert list(runner.folder.rglob("weights.safetensors"))
+    assert list(runner.folder.rglob("*weights.safetensors"))
     assert closed_to_the_group(runner.folder / "runs") == []
     assert url is None or closed_to_the_group(runner.folder / "store") == []
     run_dir = runner.run(here(config | {"seed": 1}, "077"))
@@ -66,18 +69,46 @@ def test_every_file_of_a_run_has_the_mode_that_the_umask_says(runner: Runner, ur
     assert not [path for path in run_dir.rglob("*") if path.stat().st_mode & 0o077]
 
 
+def test_nothing_that_labtrain_writes_can_be_written_by_all(own_experiment: Experiment, tmp_path: Path) -> None:
+    """Under umask 000: by a sweep with a loader's worker and all loggers, and by the commands that write."""
+    root, folder = own_experiment.root, tmp_path / "lab"
+    folder.mkdir()
+    place = {"cwd": folder, "umask": 0}
+    quick = ("trainer.max_steps=3", "trainer.enable_progress_bar=false", "data.num_workers=1", "logger=many")
+    own_experiment.train("-m", "seed=1,2", *quick, f"paths.runs={folder}/runs", env={"WANDB_MODE": "offline"}, **place)
+    run_dir = next(folder.glob("runs/digits/*/receipt.json")).parent
+    key = tmp_path / "key"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
+    for arguments in (
+        ["new", "other"],
+        ["store", "export", str(run_dir), "out.ckpt"],
+        ["store", "import", "out.ckpt", "store"],
+        ["report", str(run_dir), "-o", "a.html"],
+        ["sign", str(run_dir), "--key", str(key)],
+        ["crate", str(run_dir), "-o", "a.zip", "--weights"],
+        ["verify", str(run_dir), "--steps", "1"],
+    ):
+        done = subprocess.run([LABTRAIN, *arguments], check=False, capture_output=True, text=True, **place)  # type: ignore[call-overload]
+        assert done.returncode == 0, done.stderr
+    found = [*folder.rglob("*"), *root.rglob("*")]
+    names = {path.name for path in found}
+    assert {".lock", "weights.safetensors", "state.pt", "a.html", "a.zip", "out.ckpt", "verified.jsonl", "config.yaml",
+            "receipt.json.sig", "metrics.csv", "multirun.yaml", "manifest.json"} <= names  # fmt: skip
+    assert [path for path in found if not path.is_symlink() and path.stat().st_mode & stat.S_IWOTH] == []
+
+
 def job_of(run_dir: Path) -> Job:
     return Job(run_id="x", run_dir=str(run_dir), root="", config={}, command=[], code_digest="", lock_digest="")
 
 
-def as_second_user(action: Callable[[], None]) -> str:
-    """Run an action in a fork of this process that is another user, of this one's group; return its error."""
+def as_second_user(action: Callable[[], None], *, group: int = 0) -> str:
+    """Run an action in a fork of this process that is another user, by default of this one's group; return its error."""
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
         try:
             os.setgroups([])
-            os.setgid(0)
+            os.setgid(group)
             os.setuid(65534)
             action()
         except BaseException as error:
@@ -92,8 +123,7 @@ def as_second_user(action: Callable[[], None]) -> str:
 
 def test_a_second_user_of_the_group_can_lock_a_run_and_one_who_may_not_is_told_why() -> None:
     """As root, which makes a real second user of it."""
-    if os.getuid():
-        pytest.skip("only root can become another user: run the tests as root to see this one")
+    need_root()
     before = os.umask(0o002)
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         Path(folder).chmod(0o775)
@@ -111,11 +141,83 @@ def test_a_second_user_of_the_group_can_lock_a_run_and_one_who_may_not_is_told_w
             os.umask(before)
 
 
+def need_root() -> None:
+    if os.getuid():
+        skip_or_fail("only root can become another user: run the tests as root to see this one")
+
+
+@pytest.mark.parametrize(("umask", "group"), [(0o022, 0), (0o022, 65534), (0o002, 65534), (0o000, 65534)])
+def test_who_may_only_read_a_run_keeps_nobody_from_training_it(umask: int, group: int) -> None:
+    """Another user holds whatever locks the system gives them, on each file of the run: it is trained all the same.
+
+    They see whether it is trained, and cannot make it look so.
+    """
+    need_root()
+    before = os.umask(umask)
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        Path(folder).chmod(0o755)
+        run_dir = Path(folder, "run")
+        mine = Recorder(job_of(run_dir), checkpoints=list, resumed_step=0)
+        second = Recorder(job_of(run_dir), checkpoints=list, resumed_step=0)
+        locked, ended = multiprocessing.Event(), multiprocessing.Event()
+
+        def hold() -> None:
+            held = []
+            for path in run_dir.iterdir():
+                for flags in (os.O_RDONLY, os.O_RDWR):
+                    for lock in (fcntl.lockf, fcntl.flock):
+                        with suppress(OSError):
+                            held.append(os.open(path, flags))
+                            lock(held[-1], (fcntl.LOCK_SH if flags == os.O_RDONLY else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            locked.set()
+            ended.wait(60)
+
+        try:
+            mine.open()
+            assert as_second_user(lambda: sys.exit(str(is_trained(run_dir))), group=group) == "True"
+            mine.sign = mine.lock = os.close(mine.lock) or os.close(mine.sign)  # type: ignore[arg-type, func-returns-value]
+            assert (run_dir / receipt.SIGN).exists()  # as after SIGKILL
+            reader = threading.Thread(target=as_second_user, args=(hold,), kwargs={"group": group})
+            reader.start()
+            assert locked.wait(60)
+            assert as_second_user(lambda: sys.exit(str(is_trained(run_dir))), group=group) == "False"
+            second.open()
+            assert as_second_user(lambda: sys.exit(str(is_trained(run_dir))), group=group) == "True"
+            second.release()
+            ended.set()
+            reader.join()
+        finally:
+            os.umask(before)
+
+
+def test_a_lock_that_others_could_open_is_closed_to_them(tmp_path: Path) -> None:
+    """As an older labtrain made it, or as it was copied; where the group may write it, it goes on to."""
+    mine = Recorder(job_of(tmp_path), checkpoints=list, resumed_step=0)
+    lock = tmp_path / receipt.LOCK
+    for mode, closed in ((0o666, 0o660), (0o664, 0o660), (0o644, 0o600), (0o640, 0o600), (0o604, 0o600)):
+        lock.write_text("")
+        lock.chmod(mode)
+        mine.open()
+        assert stat.S_IMODE(lock.stat().st_mode) == closed
+        mine.release()
+
+
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
+    """A run's folder that came from elsewhere does not have a file of this user emptied."""
+    (tmp_path / "mine").write_text("mine")
+    lock = tmp_path / "run" / receipt.LOCK
+    lock.parent.mkdir()
+    {"link": lambda: lock.symlink_to(tmp_path / "mine"), "pipe": lambda: os.mkfifo(lock), "folder": lock.mkdir}[kind]()
+    with pytest.raises(LabtrainError, match="cannot be a lock"):
+        Recorder(job_of(lock.parent), checkpoints=list, resumed_step=0).open()
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 @pytest.mark.parametrize("closed", ["runs/lab/one", "runs/lab", "runs/lab/one/receipt.json"])
 def test_a_second_user_is_told_what_is_closed_and_whose_it_is(closed: str) -> None:
     """Of a run that was made under umask 077: by a start of its command, and by labtrain ls."""
-    if os.getuid():
-        pytest.skip("only root can become another user: run the tests as root to see this one")
+    need_root()
     with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
         Path(folder).chmod(0o755)
         run_dir, place = Path(folder, "runs/lab/one"), Path(folder, closed)
@@ -244,7 +346,8 @@ def test_two_machines_with_one_process_number_can_ask_a_store_at_once(
 def test_one_bad_manifest_does_not_hide_the_others(tmp_path: Path) -> None:
     """`store ls --json` lists it with what is wrong."""
     store = Store(tmp_path)
-    good = {"schema": "labtrain/checkpoint/1", "step": 2, "files": {"weights.safetensors": {}}}
+    files = {name: {"sha256": "0" * 64, "size_bytes": 1} for name in ("state.pt", "weights.safetensors")}
+    good = sealed({"schema": "labtrain/checkpoint/1", "run_id": "abc", "step": 2, "files": files})
     store.create("step-0000000002/manifest.json", json.dumps(good).encode())
     store.create("step-0000000001/manifest.json", b"{")
     done = subprocess.run(

@@ -33,7 +33,7 @@ def _home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
     (tmp_path / "run").mkdir()
-    receipt.write(tmp_path / "run", whole(run_id="abc", status="complete"))
+    receipt.write(tmp_path / "run", whole(run_id="0123456789ab", status="complete"))
     return tmp_path / "run"
 
 
@@ -97,11 +97,11 @@ def test_one_changed_byte_of_the_receipt_is_refused(run_dir: Path, key: Path) ->
     """Each byte of it, one that no reader of JSON sees too; and one whose digest was written anew."""
     sign(run_dir, key=key)
     text = (run_dir / receipt.FILE).read_bytes()
-    for changed in (text.replace(b"abc", b"abd"), text + b" ", text[:-1], b""):
+    for changed in (text.replace(b"0123456789ab", b"0123456789ad"), text + b" ", text[:-1], b""):
         (run_dir / receipt.FILE).write_bytes(changed)
         with pytest.raises(DamagedError, match=r"does not sign this receipt\.json: .*incorrect signature"):
             check_signature(run_dir, signers=allow(key))
-    receipt.write(run_dir, whole(run_id="abd", status="complete"))
+    receipt.write(run_dir, whole(run_id="0123456789ad", status="complete"))
     assert receipt.read(run_dir) is not None
     with pytest.raises(DamagedError):
         check_signature(run_dir, signers=allow(key))
@@ -186,14 +186,14 @@ def test_a_signature_for_another_purpose_is_none(run_dir: Path, key: Path) -> No
 
 
 def test_a_running_receipt_is_not_signed(tmp_path: Path, key: Path) -> None:
-    receipt.write(tmp_path, whole(run_id="abc", status="running"))
+    receipt.write(tmp_path, whole(run_id="0123456789ab", status="running", results={}))
     with pytest.raises(LabtrainError, match="its receipt will change"):
         sign(tmp_path, key=key)
     assert not (tmp_path / FILE).exists()
 
 
 def test_what_cannot_be_trusted_is_not_signed(run_dir: Path, tmp_path: Path, key: Path) -> None:
-    (run_dir / receipt.FILE).write_text((run_dir / receipt.FILE).read_text().replace("abc", "abd"))
+    (run_dir / receipt.FILE).write_text((run_dir / receipt.FILE).read_text().replace("0123456789ab", "0123456789ad"))
     with pytest.raises(DamagedError, match="was changed after it was written"):
         sign(run_dir, key=key)
     with pytest.raises(LabtrainError, match=r"is no run: looked for receipt\.json"):
@@ -309,9 +309,9 @@ def test_a_repository_names_its_signers_and_a_runs_folder_does_not(run_dir: Path
 
 
 def test_a_run_that_went_on_is_signed_again(run_dir: Path, key: Path) -> None:
-    receipt.write(run_dir, whole(run_id="abc", status="interrupted"))
+    receipt.write(run_dir, whole(run_id="0123456789ab", status="interrupted", results={}))
     sign(run_dir, key=key)
-    receipt.write(run_dir, whole(run_id="abc", status="complete"))
+    receipt.write(run_dir, whole(run_id="0123456789ab", status="complete"))
     with pytest.raises(DamagedError, match="does not sign this") as caught:
         check_signature(run_dir, signers=allow(key))
     assert "labtrain sign run" in caught.value.hint

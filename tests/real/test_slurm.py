@@ -1,16 +1,14 @@
 """Runs on a real Slurm of two nodes: wiring, the time limit, a lost node, a rank that dies, a sweep."""
 
 import json
-import os
 import socket
-import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import LABTRAIN, ROOT, Experiment, Run
+from tests.conftest import ROOT, Experiment, Run
 from tests.support.servers import wait_until
-from tests.support.slurm import EPOCHS, NODES, PORTABLE, Cluster, Slurm, break_rank, patient, wait_for_steps
+from tests.support.slurm import EPOCHS, NODES, Cluster, Slurm, break_rank, patient, wait_for_steps
 
 pytest_plugins = ["tests.support.slurm"]
 pytestmark = pytest.mark.usefixtures("cleared")
@@ -63,27 +61,6 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_own_traceback(
     text = cluster.out.read_text()
     assert "ArithmeticError: of rank 3" in text
     assert text.count("Traceback (most recent call last):") == 1, "another rank's as well"
-
-
-def test_a_signalled_job_of_a_sweep_goes_on_and_can_be_verified(
-    slurm: Slurm, experiment: Experiment, alone: Run
-) -> None:
-    sweep = ("-m", *PORTABLE, EPOCHS, "paths.runs=runs", "hydra/launcher=submitit_slurm")
-    command = experiment.command(*sweep, "hydra.launcher.tasks_per_node=2")
-    process = subprocess.Popen(command, env={**os.environ, **slurm.variables})
-    run = wait_for_steps(Path("runs/digits"), 10)
-    scripts = list(Path("runs/.sweep/.submitit").rglob("*.sh"))
-    assert scripts
-    assert all("#SBATCH --signal=USR1@120" in script.read_text() for script in scripts)
-    (job,) = slurm.run("squeue", "--noheader", "--format=%A").split()
-    slurm.signal(int(job), "USR1")
-    assert process.wait(300) == 0
-    receipt = json.loads((run / "receipt.json").read_text())
-    assert [segment["why"] for segment in receipt["segments"]] == ["SIGUSR1", None]
-    assert receipt["results"]["weights_digest"] == alone.digest
-    verify = [LABTRAIN, "verify", str(run.resolve()), "--steps", "3"]
-    verified = subprocess.run(verify, cwd=experiment.root, capture_output=True, text=True, check=False)
-    assert verified.returncode == 0, verified.stdout + verified.stderr
 
 
 def test_a_node_whose_name_is_not_known_is_said_at_once(cluster: Cluster) -> None:

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import signal
 import socket
 import subprocess
 import threading
@@ -10,14 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError, StoreError
-from labtrain.stores.backends import without_secrets
 from labtrain.stores.layout import kept, newest_whole
 from labtrain.stores.prune import Leftover, check, clear, leftovers, superseded
-from labtrain.stores.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, TakenOverError, file_sha256, identity
+from labtrain.stores.store import (
+    MANIFEST,
+    SCHEMA,
+    STATE,
+    WEIGHTS,
+    Checkpoint,
+    Store,
+    TakenOverError,
+    file_sha256,
+    identity,
+    sealed,
+)
 from tests.conftest import LABTRAIN, need
-from tests.support.servers import KEY, READ_KEY, READ_SECRET, SECRET, SFTP
+from tests.support.servers import KEY, READ_KEY, READ_SECRET, SECRET, SFTP, wait_until
 
 BACKENDS = ("local", "memory", "s3", "sftp")
 
@@ -45,6 +58,11 @@ def put(store: Store, folder: Path, step: int, name: str = "") -> str:
     return name
 
 
+def key_of(store: Store, path: str, name: str) -> str:
+    """Return what a file of a checkpoint is called in a store."""
+    return store.key(name, store.manifest(Checkpoint(store, path, {}))["files"][name])
+
+
 def names(store: Store) -> list[str]:
     return [checkpoint.name for checkpoint in store.checkpoints()]
 
@@ -60,7 +78,7 @@ def test_what_was_put_is_listed_and_fetched(url: str, tmp_path: Path) -> None:
         put(store, tmp_path / "from", step)
     assert names(store) == ["step-0000000001", "step-0000000003", "step-0000000020"]
     checkpoint = store.checkpoints()[-1]
-    assert store.manifest(checkpoint) == made(tmp_path / "again", 20)
+    assert store.manifest(checkpoint) == sealed(made(tmp_path / "again", 20))
     folder, _ = store.fetch(checkpoint, tmp_path / "into")
     assert (folder / WEIGHTS).read_bytes() == bytes([20]) * 1000
 
@@ -128,7 +146,7 @@ def test_each_damage_is_found_and_the_older_one_taken(
 ) -> None:
     store = Store(url)
     older, newer = put(store, tmp_path / "from", 1), put(store, tmp_path / "from", 2)
-    full = f"{store.root}/{newer}/{WEIGHTS}"
+    full = f"{store.root}/{newer}/{key_of(store, newer, WEIGHTS)}"
     match damage:
         case "flip":
             store.fs.pipe_file(full, bytes([2]) * 500 + b"\3" + bytes([2]) * 499)
@@ -203,13 +221,55 @@ def test_leftovers_are_told_from_uploads_in_progress(url: str, tmp_path: Path) -
 
 
 @each
+def test_what_its_writer_finished_meanwhile_is_no_leftover(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends between the look at the folders and the question who writes: the checkpoint is whole by then, and stays."""
+    store, writer = Store(url), Store.writer
+    token = store.take_over()
+    manifest = made(tmp_path / "from")
+    store.upload(tmp_path / "from", manifest, "step-0000000001")
+
+    def meanwhile(self: Store) -> Any:
+        monkeypatch.setattr(Store, "writer", writer)
+        store.commit("step-0000000001", manifest)
+        store.leave(token)
+        return writer(self)
+
+    monkeypatch.setattr(Store, "writer", meanwhile)
+    assert leftovers(store, older_than_s=0) == []
+    assert names(store) == ["step-0000000001"]
+
+
+@each
+def test_a_store_has_one_writer_that_enters(url: str) -> None:
+    """Not beside one that lives, or that may on another machine; in the place of a dead one, or of none."""
+    store = Store(url)
+    token = store.enter()
+    with pytest.raises(StoreError, match=f"process {os.getpid()} on .* writes checkpoints to") as error:
+        Store(url).enter()
+    assert error.value.hint == f"another folder: {url}/imported"
+    store.check_writer(token)
+    store.leave(token)
+    store.replace(".writer.json", json.dumps({"token": "x", "host": "elsewhere", "process": 1}).encode())
+    with pytest.raises(StoreError, match="process 1 on elsewhere"):
+        store.enter()
+    with subprocess.Popen(["sleep", "60"]) as dead:
+        gone = identity(dead.pid)
+        dead.kill()
+    store.replace(".writer.json", json.dumps({"token": "x", "host": "here", **gone}).encode())
+    store.leave(store.enter())
+    assert store.writer() is None
+
+
+@each
 def test_what_stays_must_hold_a_whole_one(url: str, tmp_path: Path) -> None:
     store = Store(url)
     for step in (1, 2, 3):
         put(store, tmp_path / "from", step)
     assert [found.step for found in superseded(store, keep_last=2)] == [1]
     for name in names(store)[1:]:
-        store.fs.rm_file(f"{store.root}/{name}/{STATE}")
+        store.fs.rm_file(f"{store.root}/{name}/{key_of(store, name, STATE)}")
     with pytest.raises(LabtrainError, match="none of the 2 checkpoints that would stay is whole"):
         superseded(store, keep_last=2)
 
@@ -245,12 +305,54 @@ def test_the_commands(url: str, tmp_path: Path) -> None:
     rows = json.loads("\n".join(labtrain("ls", url, "--json")))
     assert [row["manifest"]["step"] for row in rows] == [1, 2]
     assert all(line.endswith("  whole") for line in labtrain("check", url))
-    store.fs.pipe_file(f"{store.root}/runs/r2/step-0000000002/{STATE}", b"t" * 10)
+    changed = "runs/r2/step-0000000002"
+    store.fs.pipe_file(f"{store.root}/{changed}/{key_of(store, changed, STATE)}", b"t" * 10)
     assert "state.pt: sha256" in labtrain("check", url, code=1)[1]
     assert "left by a crash" in labtrain("prune", url, "--dry-run")[0]
     assert len(store.find()) == 3
     assert "left by a crash" in labtrain("prune", url)[0]
     assert len(store.find()) == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "ended"), [("local", False), ("s3", False), ("s3", True), ("sftp", True)], indirect=["url"]
+)
+def test_prune_leaves_an_import_alone_while_its_process_lives(url: str, ended: bool, tmp_path: Path) -> None:
+    """Held still in the middle of it; where it is killed there, what it left goes, and another import takes the place."""
+    torch.save({"state_dict": {f"w{i}": torch.ones(1000, 1000) for i in range(30)}, "global_step": 7}, tmp_path / "in")
+    store, command = Store(url), [LABTRAIN, "store", "import", str(tmp_path / "in"), url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        wait_until(lambda: leftovers(store, older_than_s=0))
+        process.send_signal(signal.SIGSTOP)
+        (left,) = leftovers(store, older_than_s=-1)[:1]
+        assert left.in_progress
+        done = subprocess.run([LABTRAIN, "store", "prune", url], capture_output=True, text=True, check=True)
+        assert "in progress, kept" in done.stdout
+        assert "removed" not in done.stdout
+        if not ended:
+            second = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert second.returncode == 2
+            assert f"process {process.pid} on {os.uname().nodename} writes checkpoints to" in second.stderr
+        process.send_signal(signal.SIGKILL if ended else signal.SIGCONT)
+        assert process.wait() == (-signal.SIGKILL if ended else 0)
+    if ended:
+        done = subprocess.run([LABTRAIN, "store", "prune", url], capture_output=True, text=True, check=True)
+        assert "left by a crash, removed" in done.stdout
+        assert store.find() == []
+        assert subprocess.run(command, capture_output=True, check=False).returncode == 0
+    (checkpoint,) = store.find()
+    assert check(checkpoint) is None
+    assert (checkpoint.name, store.writer()) == ("step-0000000007-end", None)
+
+
+def test_an_import_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    """The disk is full in the middle: no folder, no writer."""
+    torch.save({"state_dict": {"w": torch.ones(1 << 20)}}, tmp_path / "in")
+    script = f"ulimit -f 2048; exec {LABTRAIN} store import in store"
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: store/step-0000000000-end could not be written: ")
+    assert list((tmp_path / "store").iterdir()) == []
 
 
 # ---------------------------------------------------------------------------------------------------- S3 and SFTP alone
@@ -308,6 +410,33 @@ def test_uploads_in_parts_that_nobody_ended_are_found(url: str) -> None:
     assert leftovers(store, older_than_s=3600) == []
 
 
+@pytest.mark.parametrize("url", ["s3"], indirect=True)
+def test_prune_takes_no_neighbours_uploads(url: str) -> None:
+    """Of a place whose name begins alike, of the bucket around it, and of programs that write no checkpoints."""
+    store, neighbour = Store(url), Store(f"{url}2")
+    bucket, _, prefix = store.root.partition("/")
+    writer = {"token": "t", "host": "here", **identity(os.getpid())}
+    neighbour.replace("run/.writer.json", json.dumps(writer).encode())
+    keys = [f"{prefix}2/run/step-0000000001/{WEIGHTS}", f"{prefix}/run/data.tar", f"{prefix}/run/steps/{WEIGHTS}",
+            f"{prefix}/run/step-0000000001/{WEIGHTS}"]  # fmt: skip
+    for key in keys:
+        store.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    assert [left.path for left in leftovers(store, older_than_s=0)] == [f"run/step-0000000001/{WEIGHTS}"]
+    for place in (url, f"{url}2"):
+        subprocess.run([LABTRAIN, "store", "prune", place], capture_output=True, check=True)
+    left = {each["Key"] for each in store.fs.list_multipart_uploads(bucket)}
+    assert set(keys) - left == {keys[-1]}
+
+
+@pytest.mark.parametrize("url", ["s3", "sftp", "local"], indirect=True)
+def test_prune_takes_no_neighbours_folders(url: str, tmp_path: Path) -> None:
+    """What a crash left beside a place whose name begins alike is not that place's."""
+    Store(f"{url}2").upload(tmp_path / "from", made(tmp_path / "from"), "run/step-0000000001")
+    store = Store(url)
+    store.upload(tmp_path / "from", made(tmp_path / "from"), "run/step-0000000002")
+    assert [left.path for left in leftovers(store, older_than_s=0)] == ["run/step-0000000002"]
+
+
 @pytest.mark.parametrize("url", ["sftp"], indirect=True)
 def test_an_unknown_host_key_is_refused(url: str, sftp: SFTP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """fsspec's own default would accept it. Also where another key is known for that host."""
@@ -318,9 +447,9 @@ def test_an_unknown_host_key_is_refused(url: str, sftp: SFTP, tmp_path: Path, mo
         (home / ".ssh" / "known_hosts").write_text(known)
         (home / ".ssh" / "config").write_text(f"Host 127.0.0.1\n  IdentityFile {sftp.home}/.ssh/id_ed25519\n")
         monkeypatch.setenv("HOME", str(home))
-        with pytest.raises(StoreError, match=r"not found in known_hosts|does not match") as error:
+        with pytest.raises(StoreError, match=r"does not stand in|another is known for it") as error:
             Store(url)
-        assert "ssh-keyscan" in error.value.hint
+        assert ("administrator of 127.0.0.1" if known else f"ssh -p {sftp.port} 127.0.0.1") in error.value.hint
 
 
 @pytest.mark.parametrize("url", ["sftp"], indirect=True)
@@ -346,7 +475,7 @@ def test_secrets_that_a_server_repeats_are_blotted_out(monkeypatch: pytest.Monke
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "s3cret-value")
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "permission")
     found = without_secrets("no permission for s3cret-value")
-    assert found == "no permission for $AWS_SECRET_ACCESS_KEY"
+    assert found == "no permission for ${oc.env:AWS_SECRET_ACCESS_KEY}"
 
 
 def test_a_manifest_leads_nowhere_else(tmp_path: Path) -> None:
@@ -360,7 +489,7 @@ def test_a_manifest_leads_nowhere_else(tmp_path: Path) -> None:
 
 
 def test_urls_that_cannot_be_used() -> None:
-    for place, says in (("sftp://host", "a host and a path"), ("gs://bucket", "gcsfs"), ("nothing://x", "not known")):
+    for place, says in (("sftp://host", "a host and a path"), ("gs://bucket", "gcsfs"), ("nothing://x", "is no store")):
         with pytest.raises(ConfigError, match=says):
             Store(place)
 

@@ -18,7 +18,7 @@ SPACE = ("model.width=choice(2,4)", "model.learning_rate=interval(0.001,0.1)")
 
 
 def wait_for(done: object, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(6000):
+    for _ in range(30_000):
         if done():  # type: ignore[operator]
             return
         assert process.poll() is None, "the sweep ended by itself"

@@ -7,14 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import torch
 
 from labtrain.base.errors import DeviceError
-from labtrain.record.digests import digest_file
 from labtrain.stores.layout import list_checkpoints
 from labtrain.training.fit import explain
 from tests.conftest import QUICK, Experiment, Run
@@ -24,63 +22,6 @@ pytest_plugins = ["tests.support.training"]
 
 
 # ----------------------------------------------------------------------------------------------------------- one run
-
-
-def test_the_example_learns(experiment: Experiment) -> None:
-    """Over 97 % test accuracy, a receipt, checkpoints, a trail and the logs, and one line on stdout."""
-    run = experiment.train("paths.runs=runs")
-    assert re.fullmatch(r"runs/digits/[0-9a-f]{12} [0-9a-f]{64}\n", run.out)
-    receipt = run.receipt
-    assert receipt["status"] == "complete"
-    assert receipt["results"]["metrics"]["test/acc"] > 0.97
-    assert {"train/acc", "train/loss", "val/acc", "val/loss", "test/acc", "test/loss"} == set(
-        receipt["results"]["metrics"]
-    )
-    assert receipt["results"]["weights_digest"] == run.digest == receipt["checkpoints"][-1]["weights_digest"]
-    assert [checkpoint["step"] for checkpoint in receipt["checkpoints"]] == [280, 300]
-    assert {path.name for path in run.folder.iterdir()} == {
-        ".lock",
-        "checkpoints",
-        "config.yaml",
-        "history.jsonl",
-        "receipt.json",
-        "tensorboard",
-        "trail.jsonl",
-    }
-    assert [line["step"] for line in run.trail()] == list(range(1, 301))
-    newest = run.folder / "checkpoints" / "step-0000000300"
-    assert digest_file(newest / "weights.safetensors") == run.digest
-    assert torch.load(newest / "state.pt", weights_only=True)["global_step"] == 300
-    # A log file does not drown: a line an epoch, and the table.
-    assert len(run.err.splitlines()) < 30
-    assert re.search(r"epoch 15/15  batch 20/20  [\d,]+ samples/s  0:00:00 left  .*val/acc 0\.9", run.err)
-    assert re.search(r"metric .* train .* val .* test", run.err)
-
-
-def test_a_complete_run_says_so_and_trains_nothing(experiment: Experiment, reference: Run) -> None:
-    runs = reference.folder.parents[1]
-    before = (reference.folder / "receipt.json").read_bytes()
-    run = experiment.train(*SHORT, f"paths.runs={runs}")
-    assert "is complete: nothing to train" in run.err
-    assert run.digest == reference.digest
-    assert (reference.folder / "receipt.json").read_bytes() == before
-
-
-def test_a_monitor_that_is_not_logged_is_an_error(experiment: Experiment) -> None:
-    run = experiment.train(*SHORT, "checkpoint.keep_best=1", "checkpoint.monitor=val/f1", code=2)
-    assert "checkpoint.monitor=val/f1: no such metric; logged are " in run.err
-    assert "val/acc" in run.err
-
-
-def test_checkpoints_elsewhere(experiment: Experiment, reference: Run, tmp_path: Path) -> None:
-    """checkpoint.url holds a folder a run; a run whose local folder is lost goes on from there."""
-    run = experiment.train(*SHORT, f"checkpoint.url={tmp_path}/store")
-    assert run.digest == reference.digest
-    assert [path.name for path in (tmp_path / "store").iterdir()] == [run.folder.name]
-    (run.folder / "receipt.json").unlink()
-    again = experiment.train(*SHORT, f"checkpoint.url={tmp_path}/store")
-    assert again.digest == reference.digest
-    assert "goes on from step-0000000080" in again.err
 
 
 # ------------------------------------------------------------------------------------------------------------ devices
@@ -146,18 +87,6 @@ def test_a_signal_that_goes_on_coming_does_not_end_it_before_its_receipt_is_clos
         child.send_signal(signal.SIGTERM)
     child.wait(timeout=300)
     assert json.loads((folder / "receipt.json").read_text())["segments"][0]["why"] == "SIGTERM"
-
-
-def test_killed_in_mid_epoch_with_workers_and_started_again_at_once(experiment: Experiment, reference: Run) -> None:
-    """The lock of the run goes with the process, although its loader's workers were forked from it."""
-    often = (*SHORT, "checkpoint.every_n_steps=1", "data.num_workers=2")
-    child = subprocess.Popen(experiment.command(*often), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for_step(33)
-    child.kill()
-    child.wait()
-    run = experiment.train(*SHORT)
-    same(run, reference)
-    assert run.receipt["segments"][1]["from_step"] % 20 != 0
 
 
 def test_a_second_ctrl_c_ends_at_once(own_experiment: Experiment) -> None:
@@ -255,30 +184,6 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(experiment: Experime
     assert "no write permission" in run.err
 
 
-def test_a_loader_that_keeps_no_promise_is_refused_in_strict_and_named_in_warn(own_experiment: Experiment) -> None:
-    data = own_experiment.root / "data.py"
-    plain = "return torch.utils.data.DataLoader(self.train, self.batch_size, shuffle=True)"
-    data.write_text(
-        data.read_text().replace(
-            "return labtrain.DataLoader(self.train, self.batch_size, shuffle=True, num_workers=self.num_workers)", plain
-        )
-    )
-    quick = ("trainer.max_steps=2", *QUICK)
-    refused = own_experiment.train(*quick, cwd=own_experiment.root, code=2)
-    assert "the training data comes from torch.utils.data.dataloader.DataLoader" in refused.err
-    assert "hint: return labtrain.DataLoader(" in refused.err
-    unsharded = (*quick, "determinism.shards=null")
-    warned = own_experiment.train(*unsharded, "determinism.mode=warn", cwd=own_experiment.root)
-    assert "warning: the training data comes from torch.utils.data.dataloader.DataLoader" in warned.err
-    notes = json.loads((own_experiment.root / warned.out.split()[0] / "receipt.json").read_text())["determinism"][
-        "notes"
-    ]
-    assert any("dataloader.DataLoader" in note for note in notes)
-    assert any("promise 3 is off" in note for note in notes)
-    silent = own_experiment.train(*unsharded, "determinism.mode=off", cwd=own_experiment.root)
-    assert "warning: the training data" not in silent.err
-
-
 def test_an_exception_of_the_model_keeps_its_traceback(own_experiment: Experiment) -> None:
     model = own_experiment.root / "model.py"
     model.write_text(model.read_text().replace('return self._step(batch, "train", self.train_acc)', "return 1 / 0"))
@@ -289,34 +194,6 @@ def test_an_exception_of_the_model_keeps_its_traceback(own_experiment: Experimen
 
 
 # -------------------------------------------------------------------------------------------------------------- wandb
-
-
-def test_wandb_without_a_key_is_offline_and_connects_nowhere(experiment: Experiment, tmp_path: Path) -> None:
-    """W&B's own address is set to a server of this test, which must hear nothing."""
-    heard = []
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def listen() -> None:
-            while True:
-                try:
-                    heard.append(server.accept())
-                except OSError:
-                    return
-
-        threading.Thread(target=listen, daemon=True).start()
-        address = f"127.0.0.1:{server.getsockname()[1]}"
-        env = {
-            "WANDB_BASE_URL": f"http://{address}",
-            "HTTP_PROXY": f"http://{address}",
-            "HTTPS_PROXY": f"http://{address}",
-            "HOME": str(tmp_path),
-            "WANDB_API_KEY": "",
-        }
-        run = experiment.train("logger=many", *SHORT[:1], *SHORT[2:], "trainer.max_epochs=1", env=env)
-        server.shutdown(socket.SHUT_RDWR)
-    assert heard == []
-    assert {"metrics.csv", "tensorboard", "wandb"} <= {path.name for path in run.folder.iterdir()}
-    assert list(run.folder.glob("wandb/offline-run-*/*.wandb"))
 
 
 # ------------------------------------------------------------------------------------------------------ as a function
