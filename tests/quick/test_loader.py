@@ -1,3 +1,4 @@
+import gc
 import itertools
 import os
 import random
@@ -107,6 +108,34 @@ def test_in_mode_off_no_global_generator_is_touched() -> None:
         list(DataLoader(Quiet(9), 4, shuffle=True))
         got.append((torch.rand(()).item(), random.random(), np.random.rand()))
     assert got == expected
+
+
+class Collecting(Drawing):
+    def __getitem__(self, index: int) -> torch.Tensor:
+        gc.collect()
+        return super().__getitem__(index)
+
+
+def test_a_worker_does_not_collect_its_parents_garbage(tmp_path: Path) -> None:
+    """A finished training leaves process groups in cycles. Freed in a forked worker they hang, or abort, in a join."""
+    file = tmp_path / "freed_by"
+
+    class Cycle:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            file.write_text(str(os.getpid()))
+
+    gc.disable()
+    try:
+        Cycle()
+        epoch(DataLoader(Collecting(8), batch_size=4, num_workers=2), 0)
+        assert not file.exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert file.read_text() == str(os.getpid())
 
 
 def test_what_cannot_be_loaded_is_refused() -> None:

@@ -10,6 +10,7 @@ each rank takes its contiguous part of every batch. Nothing is padded and no sam
 evaluation.
 """
 
+import gc
 import itertools
 import os
 import random
@@ -40,6 +41,10 @@ from labtrain.exact.plain_values import SCALARS, is_experiments
 from labtrain.exact.tree_sum import shard_range
 from labtrain.record.digests import digest_content
 from labtrain.record.sources import add_executed, newly_executed
+
+# A worker must not collect its parent's garbage: a process group there would join threads that only the parent has, and
+# hang or abort.
+os.register_at_fork(after_in_child=gc.freeze)
 
 MOST_OBJECTS = 100  # of a dataset that are looked through for numbers
 
