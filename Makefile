@@ -24,10 +24,10 @@ test: setup ## the test suite: five minutes on two cores; needs nothing beside t
 
 # Five on two cores: much of the time is waiting for servers, schedulers and processes that are killed. The files that
 # take longest come first, so that none of them is left for the end.
-LONG := $(patsubst %,tests/real/test_%.py,containers exact slurm training verification gate torchrun)
+LONG := $(wildcard $(patsubst %,tests/real/*/test_%.py,containers exact slurm training verification gate torchrun))
 test-real: servers ## tests with real servers and schedulers, many starts and kills: CI runs them; half an hour
 	@$(VENV)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder \
-		$(LONG) $(filter-out $(LONG),$(wildcard tests/real/test_*.py))
+		$(LONG) $(filter-out $(LONG),$(wildcard tests/real/*/test_*.py))
 
 test-full: servers ## the whole matrix, an emulated CPU, all of Nix, more kills: before a release; hours
 	@$(VENV)/python -m pytest -n 2 --dist load tests/full

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-# The same list as pyproject.toml's force-include; tests/test_assets.py compares them.
+# The same list as pyproject.toml's force-include; tests/real/project/test_template.py compares them.
 SOURCES = {
     "template": "template",
     "golden/receipt.json": "tests/golden/receipt.json",

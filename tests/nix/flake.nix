@@ -1,5 +1,5 @@
 # What flake.nix and nix/env.nix ask of nixpkgs, answered by a Debian machine: Python, bash, patchelf and the C++ library
-# are the host's, so this needs Nix's sandbox off. Wheels lie in a folder that host.json names; tests/real/test_nix.py writes it.
+# are the host's, so this needs Nix's sandbox off. Wheels lie in a folder that host.json names; tests/real/environment/test_nix.py writes it.
 {
   description = "A stand-in for nixpkgs";
 

@@ -11,7 +11,8 @@ IEEE 754 defines to the last bit, and libm for the rest.
 MKL's Cholesky decomposition of float32 begins so too, in matrices of 5 to 16 rows: it is computed in float64, which has
 no such instruction, and rounded.
 
-Found by running the same operations natively and under `qemu-x86_64 -cpu Nehalem`, as tests/full/test_portable.py does.
+Found by running the same operations natively and under `qemu-x86_64 -cpu Nehalem`
+(tests/full/exact/test_portable.py).
 """
 
 import warnings

@@ -16,7 +16,8 @@ looking, not by a pointer that could lie. Five methods change something (`create
 a crash between any two of them is what the tests walk through.
 
 Two writers. A writer may be stopped for an hour between any two of its instructions, and wake up when another has taken
-over, trained the run to its end, and left. So whatever it does late must harm nothing (tests/quick/test_writers.py):
+over, trained the run to its end, and left. So whatever it does late must harm nothing
+(tests/quick/stores/test_writers.py):
 
 - it becomes the writer only where .writer.json is as it was when it looked: it renames that aside, looks at it, and
   creates its own; and it ends where a checkpoint has appeared meanwhile;

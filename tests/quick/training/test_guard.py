@@ -1,0 +1,117 @@
+"""Never silent: each thing that cannot be exact is refused in strict mode, said and recorded in warn, left alone in off."""
+
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from labtrain.base.errors import ConfigError
+from labtrain.training.guard import Guard, left_out_asserts
+from tests.quick.training.test_strategy import faulty
+from tests.support.exact import Runner, configure
+
+
+def notes(run_dir: Path | None) -> list[str]:
+    assert run_dir is not None
+    return list(json.loads((run_dir / "receipt.json").read_text())["determinism"]["notes"])
+
+
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [
+        ("compiled", "net is compiled by torch.compile: its kernels are chosen by timing"),
+        ("benchmark", "torch.backends.cudnn.benchmark is True, determinism.mode had set False"),
+        ("threads", "torch.get_num_threads() is 2, determinism.mode had set 1"),
+    ],
+)
+def test_refused_in_strict_said_in_warn_left_alone_in_off(fault: str, says: str, runner: Runner) -> None:
+    runner.run(faulty(fault), code=2)
+    assert says in runner.said()
+    assert "determinism.mode=warn" in runner.said()
+    assert not list(runner.folder.glob("runs/*/*"))
+    if fault == "compiled":
+        return  # to train it would need a compiler, which a newcomer's machine may not have
+    assert any(says in note for note in notes(runner.run(faulty(fault, determinism={"mode": "warn"}))))
+    assert f"warning: {says}" in runner.said()
+    runner.run(faulty(fault, determinism={"mode": "off"}))
+    assert says not in runner.said()
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named_with_its_module(runner: Runner) -> None:
+    runner.run(faulty("forward"), code=2)
+    assert "put_ has no deterministic kernel here; it is used in net.5 (NoDeterministicForward), line " in runner.said()
+    assert "Traceback" not in runner.said()
+
+
+def test_one_in_a_backward_is_named_too(runner: Runner) -> None:
+    runner.run(faulty("backward"), code=2)
+    assert "put_ has no deterministic kernel here; it is used in the backward of " in runner.said()
+    assert "net.5 (NoDeterministicBackward)" in runner.said()
+
+
+def test_tf32_from_outside_is_refused(runner: Runner, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = configure("mlp", "even")
+    runner.run(config, code=2, environment={"NVIDIA_TF32_OVERRIDE": "1"})
+    assert "the environment has NVIDIA_TF32_OVERRIDE=1: it changes bits" in runner.said()
+
+
+@pytest.mark.parametrize("mode", ["strict", "portable", "warn", "off"])
+def test_code_without_its_asserts_is_refused(mode: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """PYTHONOPTIMIZE leaves them out, and what they call: another result under the same name."""
+    said: list[str] = []
+    guard = Guard(mode=mode, shards=4, threads=1, say=said.append, code=None, there=set(), root=tmp_path)
+    guard._judge(left_out_asserts())
+    assert said == []
+    monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=1))
+    if mode in ("strict", "portable"):
+        with pytest.raises(ConfigError, match=r"Python leaves out asserts .*\n\nhint: unset PYTHONOPTIMIZE"):
+            guard._judge(left_out_asserts())
+    else:
+        guard._judge(left_out_asserts())
+    assert len(said) == (mode == "warn")
+
+
+@pytest.mark.parametrize(
+    ("trainer", "says"),
+    [
+        ({"val_check_interval": "00:00:01:00"}, "trainer.val_check_interval is a time"),
+        ({"max_time": "00:00:01:00"}, "trainer.max_time ends the training by the clock"),
+        ({"reload_dataloaders_every_n_epochs": 1}, "trainer.reload_dataloaders_every_n_epochs"),
+    ],
+)
+def test_clocks_are_refused(trainer: dict[str, Any], says: str, runner: Runner) -> None:
+    runner.run(configure("mlp", "even", trainer=trainer), code=2)
+    assert says in runner.said()
+
+
+@pytest.mark.parametrize(("loader", "shards"), [("stateful", 4), ("torch", 4), ("two", 4)])
+def test_other_loaders_are_refused_with_shards(loader: str, shards: int, runner: Runner) -> None:
+    config = configure("mlp", "even", data={"loader": loader}, determinism={"shards": shards, "mode": "warn"})
+    runner.run(config, code=2)
+    assert f"its batches cannot be cut into determinism.shards={shards}" in runner.said()
+    assert "determinism.shards=null" in runner.said()
+
+
+@pytest.mark.parametrize("loader", ["torch", "two", "val"])
+def test_other_loaders_are_refused_in_strict_said_in_warn(loader: str, runner: Runner) -> None:
+    says = {"torch": "the training data comes from torch.utils.data", "two": "2 training loaders at once",
+            "val": "the validation data comes from torch.utils.data"}[loader]  # fmt: skip
+    config = configure("mlp", "even", data={"loader": loader}, determinism={"shards": None})
+    runner.run(config, code=2)
+    assert says in runner.said()
+    config["determinism"]["mode"] = "warn"
+    config["model"]["_target_"] = (
+        "tests.support.exact_worker.TwoLoaders" if loader == "two" else config["model"]["_target_"]
+    )
+    assert any(says in note for note in notes(runner.run(config)))
+
+
+def test_tf32_in_code_and_the_rest_are_in_the_receipt(runner: Runner) -> None:
+    run_dir = runner.run(faulty("tf32"))
+    assert run_dir is not None
+    flags = json.loads((run_dir / "receipt.json").read_text())["determinism"]
+    assert flags["float32_matmul_precision"] == "high"
+    assert flags["notes"] == []
