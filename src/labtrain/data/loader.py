@@ -623,8 +623,3 @@ def _end_for(parent: int) -> None:
 def _place() -> tuple[int, int]:
     """Return (rank, number of ranks)."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def loaders_of(combined: Any) -> Iterable[Any]:
-    """Return the single loaders of Lightning's CombinedLoader, or of None."""
-    return combined.flattened if combined is not None else ()

@@ -9,7 +9,7 @@ the pending validation and epoch end exactly as the first time, in the last batc
 Lightning's own loop state is left out. Its restart stages skip an epoch, or count a step twice, in some places; here
 the counters are put where they stood, in `restore` and in the one `advance` that does no batch.
 
-Lightning 2.6: loops/training_epoch_loop.py, loops/fit_loop.py, connectors/logger_connector.
+Lightning 2.6: loops/training_epoch_loop.py, loops/fit_loop.py, connectors/logger_connector, through lightning.py.
 """
 
 import dataclasses
@@ -20,28 +20,37 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
-from lightning.pytorch.trainer.connectors.logger_connector.result import _Metadata, _ResultMetric, _Sync
 
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
 from labtrain.checkpoints.format import is_spread
-from labtrain.data.loader import DataLoader, StatefulLoader, is_stateful, loaders_of
+from labtrain.data.loader import DataLoader, StatefulLoader, is_stateful
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import hold, metrics_of, release
 from labtrain.record.digests import PLACE
 from labtrain.training.gathering import leave_own, made_whole
 from labtrain.training.guard import Guard
+from labtrain.training.lightning import (
+    Results,
+    TrainingEpochLoop,
+    checkpoint_connector,
+    fields_of,
+    new_entry,
+    put_results,
+    restore_metrics,
+    results_of,
+    train_loaders,
+)
 from labtrain.training.state.outside import KEY, Outside
 from labtrain.training.state.rebuild import Connector
 from labtrain.training.state.unsaved import Unsaved
-from labtrain.training.step_log import Results, global_already, is_global
+from labtrain.training.step_log import global_already, is_global
 from labtrain.training.strategy import Exact
 
 State = dict[str, Any]
 
 
-class EpochLoop(_TrainingEpochLoop):
+class EpochLoop(TrainingEpochLoop):
     """Lightning's loop over the batches of an epoch, which can be left and entered after any optimizer step.
 
     Args:
@@ -61,10 +70,9 @@ class EpochLoop(_TrainingEpochLoop):
         wishes: Wishes,
         stop_at: int = 0,
     ) -> None:
-        replaced = trainer.fit_loop.epoch_loop
-        super().__init__(trainer, min_steps=replaced.min_steps, max_steps=replaced.max_steps)
-        self.val_loop = replaced.val_loop
-        self._results, self.val_loop._results = Results(training=True), Results(training=False)
+        super().__init__(trainer)
+        put_results(self, Results(training=True))
+        put_results(self.val_loop, Results(training=False))
         self.save, self.every_n_steps, self.wishes, self.stop_at = save, every_n_steps, wishes, stop_at
         self.loaded: State | None = None  # the checkpoint that is taken up, until it is
         self.unsaved: Unsaved | None = None  # from the start of the training on
@@ -75,13 +83,13 @@ class EpochLoop(_TrainingEpochLoop):
     # ------------------------------------------------------------------------------------------------------ saving
 
     def on_advance_end(self, data_fetcher: Any) -> None:
-        if not self._entering and not self._should_accumulate() and is_searched(self.trainer):
+        if not self._entering and not self.is_accumulating() and is_searched(self.trainer):
             self._exchange()
             if self.wishes.agreed_stop:
                 raise Stopped(self.wishes.agreed_stop, saved=False)
-        elif not self._entering and not self._should_accumulate():
+        elif not self._entering and not self.is_accumulating():
             self._agree()
-            if self.wishes.agreed_stop or self._ends():
+            if self.wishes.agreed_stop or self.is_last_step():
                 self.save(True)
             elif self.wishes.agreed_save or self._due(data_fetcher):
                 self.save(False)
@@ -91,14 +99,9 @@ class EpochLoop(_TrainingEpochLoop):
         seed_place("boundary", self.trainer.current_epoch, self.batch_idx)
         super().on_advance_end(data_fetcher)
 
-    def _ends(self) -> bool:
-        """Return whether this is the last step of the epoch, or of the training."""
-        stopping = self.trainer.should_stop and self.trainer.fit_loop._can_stop_early
-        return bool(stopping or self._is_training_done)
-
     def _due(self, data_fetcher: Any) -> bool:
         every = self.every_n_steps
-        return (every is not None and self.global_step % every == 0) or self._should_check_val_fx(data_fetcher)
+        return (every is not None and self.global_step % every == 0) or self.validation_is_due(data_fetcher)
 
     def _agree(self) -> None:
         """Come to know what any rank wishes. Exact ranks have exchanged it with the step."""
@@ -115,9 +118,6 @@ class EpochLoop(_TrainingEpochLoop):
             dist.all_reduce(both, op=dist.ReduceOp.MAX)
             stop, save = both.tolist()
         self.wishes.agree(stop, save)
-
-    def _broadcast_sigterm_tensor(self) -> None:
-        """Do nothing: Lightning would ask rank 0 before each batch whether it got a SIGTERM."""
 
     def place(self) -> State:
         """Return where the training stands, as plain values and tensors."""
@@ -142,7 +142,7 @@ class EpochLoop(_TrainingEpochLoop):
             "is_last_batch": self.batch_progress.is_last_batch,
             "global_step": self.global_step,
             "scheduler_steps": self.scheduler_progress.total.completed,
-            "batches_that_stepped": self._batches_that_stepped,
+            "batches_that_stepped": self.batches_that_stepped,
             "callback_metrics": {name: value.cpu() for name, value in trainer.callback_metrics.items()},
             "exact": isinstance(trainer.strategy, Exact),
             "ranks": ranks,
@@ -152,23 +152,18 @@ class EpochLoop(_TrainingEpochLoop):
 
     def _logged(self) -> list[State]:
         entries = []
-        for key, entry in self._results.items():
-            meta = {
-                part.name: getattr(entry.meta, part.name)
-                for part in dataclasses.fields(entry.meta)
-                if part.name not in ("_sync", "reduce_fx")
-            }
-            sync, cache = entry.meta.sync, entry._forward_cache
+        for key, entry in results_of(self).items():
+            sync, cache = entry.meta.sync, entry.of_step
             entries.append(
                 {
                     "key": key,
-                    "meta": meta | {"reduce_fx": entry.meta.reduce_fx.__name__},
+                    "meta": fields_of(entry.meta) | {"reduce_fx": entry.meta.reduce_fx.__name__},
                     "sync": [is_global(entry), sync.should, sync.rank_zero_only],
                     "is_tensor": entry.is_tensor,
                     "value": entry.value if entry.is_tensor else None,
                     "weight": getattr(entry, "cumulated_batch_size", None) if entry.is_tensor else None,
                     "cache": cache if isinstance(cache, torch.Tensor) else None,
-                    "updates": entry._update_count,
+                    "updates": entry.updates,
                     "has_reset": entry.has_reset,
                 }
             )
@@ -183,7 +178,7 @@ class EpochLoop(_TrainingEpochLoop):
         return states
 
     def _loader_state(self) -> State:
-        for loader in loaders_of(self.trainer.fit_loop._combined_loader):
+        for loader in train_loaders(self.trainer):
             if isinstance(loader, StatefulLoader):
                 state = loader.states.get(self.batch_progress.current.completed)
                 return {"loader": state, "exhausted": loader.exhausted}
@@ -208,7 +203,7 @@ class EpochLoop(_TrainingEpochLoop):
         ):
             _put(progress, done)
         self.batch_progress.is_last_batch = at["is_last_batch"]
-        self._batches_that_stepped = at["batches_that_stepped"]
+        self.batches_that_stepped = at["batches_that_stepped"]
         self._put_global_step(at["global_step"] - 1)  # the last one's end is still to come: max_steps must not end it
         self._restore_unsaved(at, entering=False)
 
@@ -292,47 +287,47 @@ class EpochLoop(_TrainingEpochLoop):
         self._entering = True
         at = loaded[PLACE]
         connector = _connector(trainer)
-        connector._loaded_checkpoint = loaded
+        connector.loaded = loaded
         connector.restore_model()
         connector.restore_callbacks()
         connector.restore_precision_plugin_state()
         connector.check_states()
         connector.restore_optimizers_and_schedulers()
-        connector._loaded_checkpoint, self.loaded = {}, None
+        connector.loaded, self.loaded = {}, None
         self._put_global_step(at["global_step"])
         self._restore_unsaved(at, entering=True)
         mine, device = self._of_this_rank(at), trainer.strategy.root_device
         if mine is not None:
-            metrics = metrics_of(trainer.lightning_module)
+            parts = metrics_of(trainer.lightning_module)
             for name, state in mine["metrics"].items():
                 values = {key: _moved(value, device) for key, value in state.items()}
-                release(metrics[name], values | {"_computed": None, "_forward_cache": None})
+                release(parts[name], values | {"_computed": None, "_forward_cache": None})
             for name, value in mine.get("buffers", {}).items():
                 trainer.lightning_module.get_buffer(name).copy_(value)
             self._restore_logged(mine["logged"])
-        logs = trainer._logger_connector
-        logs._first_loop_iter = at["batch"] == 1  # not None: Lightning empties its sums in an epoch's first batch
-        logs._current_fx = "training_step"
-        logs._callback_metrics.update({key: value.to(device) for key, value in at["callback_metrics"].items()})
+        metrics = {key: value.to(device) for key, value in at["callback_metrics"].items()}
+        restore_metrics(trainer, metrics, first_batch=at["batch"] == 1)
 
     def _restore_logged(self, entries: list[State]) -> None:
         strategy, device = self.trainer.strategy, self.trainer.strategy.root_device
         for saved in entries:
-            meta = _Metadata(**saved["meta"])
             combined, should, rank_zero_only = saved["sync"]
-            meta.sync = _Sync(
-                fn=global_already if combined else strategy.reduce, _should=should, rank_zero_only=rank_zero_only
+            entry = new_entry(
+                saved["meta"],
+                is_tensor=saved["is_tensor"],
+                reduce=global_already if combined else strategy.reduce,
+                should=should,
+                rank_zero_only=rank_zero_only,
             )
-            entry = _ResultMetric(meta, saved["is_tensor"])
             if saved["is_tensor"]:
                 entry.value = saved["value"].to(device)
                 if saved["weight"] is not None:
                     entry.cumulated_batch_size = saved["weight"].to(device)
             else:
-                entry.value = self.trainer.lightning_module.get_submodule(meta.metric_attribute or "")
-            entry._forward_cache = _moved(saved["cache"], device)
-            entry._update_count, entry.has_reset = saved["updates"], saved["has_reset"]
-            self._results[saved["key"]] = entry
+                entry.value = self.trainer.lightning_module.get_submodule(entry.meta.metric_attribute or "")
+            entry.of_step = _moved(saved["cache"], device)
+            entry.updates, entry.has_reset = saved["updates"], saved["has_reset"]
+            results_of(self)[saved["key"]] = entry
 
     def _put_global_step(self, done: int) -> None:
         optimizer = self.automatic_optimization.optim_progress.optimizer
@@ -342,7 +337,7 @@ class EpochLoop(_TrainingEpochLoop):
 
 
 def _connector(trainer: pl.Trainer) -> Connector:
-    return cast(Connector, trainer._checkpoint_connector)
+    return cast(Connector, checkpoint_connector(trainer))
 
 
 def is_searched(trainer: pl.Trainer) -> bool:

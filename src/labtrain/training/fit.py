@@ -65,6 +65,7 @@ from labtrain.training.cluster import explain_loss, make_environment
 from labtrain.training.devices import choose_accelerator, make_strategy, plain_because
 from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.guard import Guard, explain_operation
+from labtrain.training.lightning import ignore_signals, put_checkpoint_connector
 from labtrain.training.loggers import log_config, make_loggers
 from labtrain.training.objective import Objective
 from labtrain.training.speed import Speed, check_compiler, explain_compile
@@ -199,9 +200,8 @@ def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: r
         wishes=wishes,
         stop_at=job.stop_at,
     )
-    trainer._checkpoint_connector = Connector(trainer, path)
-    # Lightning's own handlers would end with exit code 0 after SIGTERM, and requeue a Slurm job by themselves.
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    put_checkpoint_connector(trainer, Connector(trainer, path))
+    ignore_signals(trainer)
     make_loader, set_up = datamodule.train_dataloader, datamodule.setup
     datamodule.train_dataloader = lambda: loop.placed(make_loader())
     datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))

@@ -132,4 +132,4 @@ def large_blocks(module: nn.Module) -> list[nn.Module]:
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:
-    return cast(torch.optim.Optimizer, optimizer._optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)
+    return cast(torch.optim.Optimizer, optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)

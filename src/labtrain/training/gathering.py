@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 
 from labtrain.base.errors import ConfigError
-from labtrain.data.loader import DataLoader, loaders_of
+from labtrain.data.loader import DataLoader
 from labtrain.exact.attributes import plain_attributes
 from labtrain.exact.collate import received, to_send
+from labtrain.training.lightning import eval_loaders, evaluation_loop, train_loaders
 
 Path = tuple[Any, ...]  # an attribute's dotted name, and the keys from there to a list
 Calls = list[list[int]]  # of each loader: of each batch, how often this rank's step was called
@@ -120,11 +121,11 @@ def lists_of(module: torch.nn.Module) -> dict[Path, list[Any]]:
 def calls_of(trainer: pl.Trainer) -> Calls:
     """Return how often this rank's step has been called in the epoch that a trainer is in."""
     if trainer.training:
-        loaders = [*loaders_of(trainer.fit_loop._combined_loader)][:1]  # several give one batch together
+        loaders = [*train_loaders(trainer)][:1]  # several give one batch together
         limits, done = [float("inf")], trainer.fit_loop.epoch_loop.batch_progress.current.ready
     elif trainer.sanity_checking or trainer.validating or trainer.testing:
-        loop: Any = trainer._evaluation_loop
-        loaders = [*loaders_of(loop._combined_loader)]
+        loop = evaluation_loop(trainer)
+        loaders = [*eval_loaders(trainer)]
         limits, done = loop.max_batches, loop.batch_progress.current.ready
     else:
         raise ConfigError(

@@ -26,7 +26,7 @@ import os
 import re
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ from lightning.pytorch.plugins import MixedPrecision
 from torch.overrides import TorchFunctionMode
 
 from labtrain.base.errors import ConfigError
-from labtrain.data.loader import DataLoader, StatefulLoader, loaders_of
+from labtrain.data.loader import DataLoader, StatefulLoader
 from labtrain.exact.determinism import STRICT_MODES
 from labtrain.record.sources import Code, can_be_found, count_of_code, stale_modules, unnamed_modules
+from labtrain.training.lightning import checks_validation_by_time, test_loaders, train_loaders, val_loaders
 
 TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
@@ -92,7 +93,7 @@ class Guard(pl.Callback):
         self._refuse(unclippable(trainer))
         self._judge(single_samples(trainer, pl_module, self.shards))
         self._judge(training_loaders(trainer))
-        self._judge(evaluation_loaders("validation", trainer.fit_loop.epoch_loop.val_loop._combined_loader))
+        self._judge(evaluation_loaders("validation", val_loaders(trainer)))
         self._judge(compiled(pl_module))
         self._judge(changed_flags(self.threads))
         self._judge(clocks(trainer))
@@ -108,7 +109,7 @@ class Guard(pl.Callback):
                 self._say_counts(trainer)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._judge(evaluation_loaders("test", trainer.test_loop._combined_loader))
+        self._judge(evaluation_loaders("test", test_loaders(trainer)))
         self._say_device_reads(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -133,7 +134,7 @@ class Guard(pl.Callback):
 
     def _say_counts(self, trainer: pl.Trainer) -> None:
         """Say which attributes of the training data count how often a sample was loaded."""
-        for loader in loaders_of(trainer.fit_loop._combined_loader):
+        for loader in train_loaders(trainer):
             for name in dict.fromkeys(getattr(loader, "counts", ())):
                 self.say(
                     f"{name} changes each time a sample is loaded, in each worker and on each device by itself: samples"
@@ -203,7 +204,7 @@ def unnamed(code: Code, there: set[str], root: Path) -> Iterator[tuple[str, Find
 
 def uncuttable_loaders(trainer: pl.Trainer, shards: int | None) -> Iterator[Finding]:
     """Find training loaders whose batches cannot be cut into shards, in any mode."""
-    loaders = list(loaders_of(trainer.fit_loop._combined_loader))
+    loaders = list(train_loaders(trainer))
     if shards in (None, 1) or (len(loaders) == 1 and isinstance(loaders[0], DataLoader)):
         return
     kinds = " and ".join(_kind(getattr(loader, "loader", loader)) for loader in loaders)
@@ -225,7 +226,7 @@ def single_samples(trainer: pl.Trainer, module: torch.nn.Module, shards: int | N
     """
     norms = [part for part in module.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
     norms = [part for part in norms if part.training]
-    for loader in loaders_of(trainer.fit_loop._combined_loader) if norms else ():
+    for loader in train_loaders(trainer) if norms else ():
         whole, last = loader.shard_sizes() if isinstance(loader, DataLoader) else ([], [])
         if 1 in whole:
             hint = f"data.batch_size={2 * (shards or 1)} or more, or fewer determinism.shards"
@@ -251,7 +252,7 @@ def unclippable(trainer: pl.Trainer) -> Iterator[Finding]:
 
 def training_loaders(trainer: pl.Trainer) -> Iterator[Finding]:
     """Find training loaders whose batches a resume would not give again."""
-    loaders = list(loaders_of(trainer.fit_loop._combined_loader))
+    loaders = list(train_loaders(trainer))
     hint = f"{OURS}, or determinism.mode=warn"
     if len(loaders) > 1:
         yield f"{len(loaders)} training loaders at once: where each stands cannot be found again after a resume", hint
@@ -276,9 +277,9 @@ def batch_size_finders(trainer: pl.Trainer) -> Iterator[Finding]:
         )
 
 
-def evaluation_loaders(stage: str, combined: Any) -> Iterator[Finding]:
+def evaluation_loaders(stage: str, loaders: Iterable[Any]) -> Iterator[Finding]:
     """Find loaders of a validation or test that Lightning would pad with duplicates on several devices."""
-    for loader in loaders_of(combined):
+    for loader in loaders:
         if not isinstance(loader, DataLoader):
             yield (
                 f"the {stage} data comes from {_kind(loader)}: its metrics would depend on the number of devices,"
@@ -331,7 +332,7 @@ def left_out_asserts() -> Iterator[Finding]:
 
 def clocks(trainer: pl.Trainer) -> Iterator[Finding]:
     """Find what happens at a time, or depends on when a process began."""
-    if getattr(trainer, "_val_check_time_interval", None) is not None:
+    if checks_validation_by_time(trainer):
         yield (
             "trainer.val_check_interval is a time: validations come at other steps each time",
             "a number of batches, or determinism.mode=warn",

@@ -24,6 +24,7 @@ from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError
 from labtrain.record.identity import Job
 from labtrain.record.provenance import git
+from labtrain.training.lightning import QuietWriter, experiment_of, is_offline, put_experiment
 
 # What each logger can be told. labtrain itself says where it writes, and under which name.
 OPTIONS = {
@@ -140,13 +141,6 @@ class ContinuedTensorBoardLogger(Clean, TensorBoardLogger):
         return sorted(Path(self.log_dir).glob("events.out.tfevents.*"))
 
 
-class _Writer(ExperimentWriter):
-    """Lightning's, which would warn that it deletes what lies in the run's folder: it begins its own file anew."""
-
-    def _check_log_dir_exists(self) -> None:
-        Path(self.metrics_file_path).unlink(missing_ok=True)
-
-
 class ContinuedCSVLogger(Clean, CSVLogger):  # type: ignore[misc]
     """Lightning's, which would delete the metrics.csv it finds; its position is the number of rows."""
 
@@ -159,7 +153,7 @@ class ContinuedCSVLogger(Clean, CSVLogger):  # type: ignore[misc]
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        if self._experiment is None:
+        if (made := experiment_of(self)) is None:
             path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
             aside = path.with_name(f".{path.name}")  # until the kept rows are written again: a crash loses none
             if path.exists() and not aside.exists():
@@ -168,12 +162,13 @@ class ContinuedCSVLogger(Clean, CSVLogger):  # type: ignore[misc]
             if aside.exists():
                 with aside.open(newline="") as file:
                     rows = list(csv.DictReader(file))[: self.resumed]
-            self._experiment = _Writer(log_dir=self.log_dir)
-            self._experiment.metrics = [{key: value for key, value in row.items() if value} for row in rows]
-            self._experiment.save()
+            made = QuietWriter(log_dir=self.log_dir)
+            made.metrics = [{key: value for key, value in row.items() if value} for row in rows]
+            made.save()
+            put_experiment(self, made)
             aside.unlink(missing_ok=True)
             self.rows = len(rows)
-        return self._experiment
+        return made
 
     @rank_zero_only
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
@@ -205,8 +200,8 @@ class ContinuedWandbLogger(Clean, WandbLogger):
     @property
     @rank_zero_experiment
     def experiment(self) -> Any:
-        if self._experiment is not None:
-            return self._experiment
+        if (made := experiment_of(self)) is not None:
+            return made
         run = super().experiment
         # What is printed goes into output.log.
         if (told := getattr(run, "_console_raw_callback", None)) is not None:
@@ -234,7 +229,7 @@ class ContinuedWandbLogger(Clean, WandbLogger):
         path.write_text("".join(lines))
         self.file = path.open("a", buffering=1)
         run = self.experiment
-        self.told = count_rows(self.run_dir) if self._offline else int(run.starting_step)
+        self.told = count_rows(self.run_dir) if is_offline(self) else int(run.starting_step)
         for number, line in enumerate(lines, start=1):
             self._tell(number, json.loads(line))
         self.told = max(self.told, self.rows - len(lines))  # rows of a folder that was lost

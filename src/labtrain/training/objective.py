@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,10 +29,17 @@ from labtrain.exact.buffers import Buffers
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import add_rows
 from labtrain.exact.tree_sum import alone
+from labtrain.training.lightning import (
+    Results,
+    begin_hook,
+    halves_to_float,
+    logger_connector,
+    put_results,
+    silence_loggers,
+)
 from labtrain.training.state.changes import Look, look, unlike
 from labtrain.training.state.undo import LARGEST_BYTES, TooLargeError, Undo, keep_draws
 from labtrain.training.state.watch import Watch, let_pass
-from labtrain.training.step_log import Results
 
 WEIGHT_HINT = (
     'return {"loss": loss, "weight": n} with the sum that the loss is divided by: valid tokens, or the class weights of'
@@ -308,13 +314,13 @@ class _Bench:
         tensors = [*module.parameters(), *module.buffers()]
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
-        shallow = [trainer, trainer._logger_connector, *_datasets(loader.dataset)]
+        shallow = [trainer, logger_connector(trainer), *_datasets(loader.dataset)]
         datamodule = getattr(trainer, "datamodule", None)
         shallow += [datamodule] if datamodule is not None else []
         undo = Undo([module, groups, schedulers, loader.transforms], shallow=shallow, free=tensors)
         with ExitStack() as stack:
             stack.callback(undo)
-            stack.enter_context(strategy._scratch(loop))  # where self.log writes
+            stack.enter_context(strategy.scratch(loop))  # where self.log writes
             stack.enter_context(alone())
             stack.enter_context(_exact_products())
             stack.enter_context(torch.enable_grad())
@@ -361,7 +367,7 @@ class _Bench:
         """
         self._reset()
         strategy = cast(Any, self.trainer.strategy)
-        place: dict[str, Any] = {"device": strategy._device, "rank": 0, "world": 1, "judge": let_pass}
+        place: dict[str, Any] = {"device": strategy.root_device, "rank": 0, "world": 1, "judge": let_pass}
         optimizers, schedulers = self.trainer.optimizers, [each.scheduler for each in self.trainer.lr_scheduler_configs]
         buffers = Buffers(self.module, **place)
         watch = Watch(self.module, **place, optimizers=optimizers, schedulers=schedulers, say=let_pass)
@@ -429,12 +435,12 @@ class _Bench:
         if seed:
             self.undo.seed(seed)
         strategy, loop = cast(Any, self.trainer.strategy), self.trainer.fit_loop.epoch_loop
-        data = strategy._moved(copy.deepcopy(data), 0)
+        data = strategy.moved(copy.deepcopy(data), 0)
         if fresh:
             data = on_tensors(lambda each: each.float() if each.is_floating_point() and _is_half(each) else each, data)
         results = Results(training=True)
         results.batch, results.batch_size = data, 1
-        loop._results = results
+        put_results(loop, results)
         with torch.autograd.graph.saved_tensors_hooks(self._watch, _as_it_is) if watch else nullcontext():
             args = (
                 [max(loop.batch_idx, 0)]
@@ -455,18 +461,17 @@ class _Bench:
 
     def _reset(self) -> None:
         self.undo()
-        self.trainer._loggers = [DummyLogger() for _ in self.trainer._loggers]
+        silence_loggers(self.trainer)
 
     def _begin(self) -> None:
         self._reset()
         module = self.module
         module.eval()
-        module._current_fx_name = "training_step"
+        begin_hook(module, "training_step")
+        halves_to_float(module.modules())
         for part in module.modules():
             if isinstance(part, nn.RNNBase):  # cuDNN has no backward of one in eval mode
                 part.training, part.dropout = True, 0.0
-            if getattr(part, "_dtype", None) in (torch.float16, torch.bfloat16):
-                cast(Any, part)._dtype = torch.float32  # Lightning's, which self.dtype returns
         for tensor in (*module.parameters(), *module.buffers()):
             if tensor.is_floating_point() and _is_half(tensor):
                 tensor.data = tensor.data.float()

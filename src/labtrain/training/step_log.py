@@ -5,7 +5,7 @@ start from nothing. What it left is a row of float64 numbers. All rows of a step
 computes from the same S rows the same step: so an average over an epoch has the same bits on any number of ranks, and
 after a resume. Lightning's own collection then gets the step as if one process had logged it.
 
-Lightning 2.6: trainer/connectors/logger_connector/result.py.
+Lightning 2.6: trainer/connectors/logger_connector/result.py, through lightning.py.
 """
 
 import copy
@@ -19,12 +19,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 import torchmetrics
-from lightning.pytorch.trainer.connectors.logger_connector.result import (
-    _Metadata,
-    _ResultCollection,
-    _ResultMetric,
-    _Sync,
-)
 from torch import Tensor
 
 from labtrain.base.errors import ConfigError
@@ -40,6 +34,7 @@ from labtrain.exact.metric_states import (
     reduction,
     release,
 )
+from labtrain.training.lightning import LoggedValue, ResultCollection, ResultMeta, Results, new_entry, without_sync
 
 # Rows are padded, so that ranks that disagree about a row's length still exchange equally long ones, and can say so.
 ROW_MULTIPLE = 64
@@ -51,7 +46,7 @@ class Entry:
     """One name that is logged."""
 
     key: str
-    meta: _Metadata
+    meta: ResultMeta
     is_tensor: bool
 
 
@@ -76,45 +71,7 @@ class Template:
         return zlib.crc32(text.encode())
 
 
-class Results(_ResultCollection):
-    """What is logged, by Lightning's key. An entry that is where it should be is left there."""
-
-    def __setitem__(self, key: str, entry: _ResultMetric) -> None:
-        entry.__class__ = Logged
-        super().__setitem__(key, entry)
-
-
-class Logged(_ResultMetric):
-    """Lightning's entry, which every `self.log` moves to the value's device, for 0.2 ms, though it is there."""
-
-    place: Any = None
-
-    def to(self, *place: Any, **options: Any) -> "Logged":
-        """Move its tensors and its metric, to a device as torch's `to` takes it."""
-        if (place, options) != self.place:
-            super().to(*place, **options)
-            self.place = place, options
-        return self
-
-    def forward(self, value: Any, batch_size: int) -> None:
-        """Log a value; its name is known while ranks exchange it."""
-        global _being_logged
-        _being_logged = self.meta.name
-        try:
-            super().forward(value, batch_size)
-        finally:
-            _being_logged = None
-
-
-_being_logged: str | None = None
-
-
-def being_logged() -> str | None:
-    """Return the name of the value that `self.log` is at."""
-    return _being_logged
-
-
-def is_global(entry: _ResultMetric) -> bool:
+def is_global(entry: LoggedValue) -> bool:
     """Return whether a step logged an entry: its value is that of all ranks."""
     return entry.meta.sync.fn is global_already
 
@@ -189,7 +146,7 @@ class Tally:
                 metric.reset()
         self._beside = {name: beside_states(metric) for name, metric in self._new.items()}
         for entry in self._logs.values():
-            _empty(entry)
+            entry.empty()
         self._logs.batch, self._logs.batch_size, self._logs.dataloader_idx = data, samples, dataloader_idx
         return self._logs
 
@@ -241,14 +198,14 @@ class Tally:
         if now["_update_count"] != before["_update_count"]:
             del self._new[name]
 
-    def _entry(self, key: str, logged: _ResultMetric) -> Entry:
+    def _entry(self, key: str, logged: LoggedValue) -> Entry:
         if key not in self._entries:
-            self._entries[key] = Entry(key, dataclasses.replace(logged.meta, _sync=None), logged.is_tensor)
+            self._entries[key] = Entry(key, without_sync(logged.meta), logged.is_tensor)
         return self._entries[key]
 
     def combine(
         self,
-        results: _ResultCollection,
+        results: ResultCollection,
         *,
         samples: int,
         counts: list[int],
@@ -341,23 +298,21 @@ class Tally:
         for name, held in self._held.items():
             release(self.metrics[name], held)
 
-    def _log(self, rows: Tensor, results: _ResultCollection, samples: int) -> None:
+    def _log(self, rows: Tensor, results: ResultCollection, samples: int) -> None:
         assert self._template is not None
         results.batch_size = samples
         for number, entry in enumerate(self._template.entries):
             values, weights = rows[:, self._template.front + 2 * number], rows[:, self._template.front + 2 * number + 1]
             if entry.key not in results:
-                meta = dataclasses.replace(entry.meta)
-                meta.sync = _Sync(fn=global_already, _should=True)
-                results[entry.key] = _ResultMetric(meta, entry.is_tensor).to(rows.device)
-            into = results[entry.key]
+                made = new_entry(entry.meta, is_tensor=entry.is_tensor, reduce=global_already)
+                results[entry.key] = made.to(rows.device)
+            into = cast(LoggedValue, results[entry.key])
             if not entry.is_tensor:
-                into.value = self._metric(entry)
-                into._forward_cache = into.value._forward_cache
+                into.put_metric_of_step(self._metric(entry))
             else:
                 _log_tensor(into, entry.meta, values, weights, may_be_empty=self._template.weighted)
-            into._computed = None
-            into._update_count += 1
+            into.forget_computed()
+            into.updates += 1
             into.has_reset = False
 
     def _metric(self, entry: Entry) -> Any:
@@ -381,7 +336,7 @@ class Tally:
                     yield name, state
 
 
-def _log_tensor(into: _ResultMetric, meta: _Metadata, values: Tensor, weights: Tensor, *, may_be_empty: bool) -> None:
+def _log_tensor(into: LoggedValue, meta: ResultMeta, values: Tensor, weights: Tensor, *, may_be_empty: bool) -> None:
     """Add one step's value to Lightning's entry: in float64, whatever the number of steps."""
     kind = _kind(meta)
     value = reduced(values.unsqueeze(1), "sum" if kind == "mean" else kind)[0]
@@ -389,9 +344,9 @@ def _log_tensor(into: _ResultMetric, meta: _Metadata, values: Tensor, weights: T
     if meta.on_step:
         if may_be_empty:  # no shard had any weight
             weight = torch.where(weight > 0, weight, 1)
-        into._forward_cache = (value / weight if kind == "mean" else value).float()
+        into.of_step = (value / weight if kind == "mean" else value).float()
         if not meta.on_epoch:
-            into.value = into._forward_cache
+            into.value = into.of_step
             return
     if kind == "mean":
         into.value, into.cumulated_batch_size = into.value + value, into.cumulated_batch_size + weight
@@ -401,7 +356,7 @@ def _log_tensor(into: _ResultMetric, meta: _Metadata, values: Tensor, weights: T
         into.value = (torch.minimum if kind == "min" else torch.maximum)(into.value.double(), value)
 
 
-def _numbers(entry: _ResultMetric, samples: int, weighted: tuple[Tensor, float] | None) -> list[Tensor]:
+def _numbers(entry: LoggedValue, samples: int, weighted: tuple[Tensor, float] | None) -> list[Tensor]:
     """Return an entry of one shard as value and weight; the value is already multiplied where it is a mean."""
     weight = torch.tensor(float(samples), dtype=torch.float64)
     if not entry.is_tensor:
@@ -423,21 +378,12 @@ def _numbers(entry: _ResultMetric, samples: int, weighted: tuple[Tensor, float] 
     if share:
         return [torch.where(is_loss, loss.double() * share, value), torch.where(is_loss, share, weight)]
     left_out = is_loss | value.isnan()  # a mean over nothing
-    nothing = cast(Tensor, entry._defaults["value"]).double().to(value.device)
+    nothing = entry.nothing().double().to(value.device)
     return [torch.where(left_out, nothing, value), torch.where(left_out, 0.0, weight.to(value.device))]
 
 
-def _kind(meta: _Metadata) -> str:
+def _kind(meta: ResultMeta) -> str:
     return str(meta.reduce_fx.__name__)  # Lightning allows mean, sum, min and max
-
-
-def _empty(entry: _ResultMetric) -> None:
-    """Reset an entry of the scratch collection; torchmetrics' own reset takes 20 microseconds."""
-    entry.has_reset, entry._computed = True, None
-    if entry.is_tensor:
-        entry.value = cast(Tensor, entry._defaults["value"])
-        if entry.meta.is_mean_reduction:
-            entry.cumulated_batch_size = cast(Tensor, entry._defaults["cumulated_batch_size"])
 
 
 def global_already(value: Tensor, *_: Any, **__: Any) -> Tensor:

@@ -25,8 +25,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.pytorch.overrides.distributed import _sync_module_states
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
@@ -39,6 +38,16 @@ from labtrain.exact.plain_values import is_experiments_code
 from labtrain.exact.tree_sum import ShardSum, alone, shard_ranges
 from labtrain.training.guard import Guard, explain_backward
 from labtrain.training.hooks import Handed, Takers, joined_outputs, of_no_shard
+from labtrain.training.lightning import (
+    batches_begun,
+    broadcast_module,
+    evaluation_loop,
+    prepare_again,
+    prepare_batch,
+    put_off_preparing,
+    put_results,
+    results_of,
+)
 from labtrain.training.objective import weight_of, weighted_mean, weighted_row
 from labtrain.training.state.watch import Watch, let_pass
 from labtrain.training.step_log import Tally
@@ -102,9 +111,7 @@ class Exact:
         dense = {name: buffer for name, buffer in module.named_buffers() if buffer.layout == torch.strided}
         sparse = [name for name, _ in module.named_buffers() if name not in dense]
         other = [name for name, buffer in dense.items() if buffer.dtype not in SENT]
-        left_out = getattr(module, "_ddp_params_and_buffers_to_ignore", [])
-        module._ddp_params_and_buffers_to_ignore = [*left_out, *sparse, *other]
-        _sync_module_states(cast(Any, self).model)  # instead of a DistributedDataParallel around it
+        broadcast_module(module, [*sparse, *other])  # instead of a DistributedDataParallel around it
         for name in other:
             broadcast(dense[name], src=0)
 
@@ -153,18 +160,13 @@ class Exact:
                         "on_after_backward or on_before_optimizer_step, which run once a step; or determinism.shards=1",
                     )
         # Lightning runs this before the strategy gets the batch: put it off until a shard is at hand.
-        transfer = type(module)._on_before_batch_transfer
-        module._on_before_batch_transfer = (  # type: ignore[method-assign]
-            lambda batch, dataloader_idx=0: (
-                batch if isinstance(batch, Sharded) else transfer(module, batch, dataloader_idx)
-            )
-        )
+        put_off_preparing(module, lambda batch: isinstance(batch, Sharded))
 
     def teardown(self) -> None:
         for hook in self._hooks:
             hook.remove()
         if self._module is not None:
-            vars(self._module).pop("_on_before_batch_transfer", None)
+            prepare_again(self._module)
         if self._watch is not None:
             self._watch.close()
         super().teardown()  # type: ignore[misc]
@@ -185,8 +187,7 @@ class Exact:
         self.samples = batch.samples
         if self.shards > 1 and not self._takers.batch:
             return batch
-        loop: Any = self._trainer._active_loop
-        index = getattr(loop, "epoch_loop", loop).batch_progress.current.ready
+        index = batches_begun(self._trainer)
         self._handed = self._hand(batch, dataloader_idx, *self._when(), dataloader_idx, index)
         return self._handed.batch
 
@@ -233,7 +234,7 @@ class Exact:
         taken = self._takers.outputs
         missing = not batch.parts  # a gradient, on this rank: then only the others know whether there is one
         stopping = self._trainer.should_stop or run_mode() == "off"
-        with self._scratch(loop) as results:
+        with self.scratch(loop) as results:
             tally.begin(training=True)
             for number, (shard, samples, data) in enumerate(batch.parts):
                 last = number == len(batch.parts) - 1
@@ -243,8 +244,8 @@ class Exact:
                         watch.restore()
                 for parameter in parameters:
                     parameter.grad = None
-                data = data if moved else self._moved(data, 0, *self._when(), 0, index, shard)
-                loop._results = tally.open(data, samples)
+                data = data if moved else self.moved(data, 0, *self._when(), 0, index, shard)
+                put_results(loop, tally.open(data, samples))
                 seed_place("shard", epoch, index, shard)
                 with alone():
                     output = super().training_step(data, *args)  # type: ignore[misc]
@@ -331,17 +332,17 @@ class Exact:
         batch, moved = self._shards_of(batch)
         if not isinstance(batch, Sharded):
             return step(batch, *args)
-        loop = self._trainer._evaluation_loop
+        loop = evaluation_loop(self._trainer)
         index = loop.batch_progress.current.ready - 1
-        which, ranges = loop._results.dataloader_idx, shard_ranges(batch.shards, self._world)
+        which, ranges = results_of(loop).dataloader_idx, shard_ranges(batch.shards, self._world)
         place = (*self._when(), which or 0, index)
         outputs: list[tuple[int, Any]] = []
         taken = self._takers.outputs
-        with self._scratch(loop) as results:
+        with self.scratch(loop) as results:
             self._tally.begin(training=False)
             for shard, samples, data in batch.parts:
-                data = data if moved else self._moved(data, which or 0, *place, shard)
-                loop._results = self._tally.open(data, samples, which)
+                data = data if moved else self.moved(data, which or 0, *place, shard)
+                put_results(loop, self._tally.open(data, samples, which))
                 seed_place(*place, shard)
                 with alone():
                     output = step(data, *args)
@@ -357,7 +358,7 @@ class Exact:
     def _hand(self, batch: Sharded, dataloader_idx: int, *place: int | str) -> Handed:
         """Move a batch's shards to the device, and join them for hooks."""
         parts = [
-            (shard, samples, self._moved(data, dataloader_idx, *place, shard)) for shard, samples, data in batch.parts
+            (shard, samples, self.moved(data, dataloader_idx, *place, shard)) for shard, samples, data in batch.parts
         ]
         like = None
         if batch.shards < self._world:
@@ -408,20 +409,21 @@ class Exact:
         return output
 
     @contextmanager
-    def _scratch(self, loop: Any) -> Any:
+    def scratch(self, loop: Any) -> Any:
         """Put Lightning's collection of what is logged back, whatever happens."""
-        results, self._inside = loop._results, True
+        results, self._inside = results_of(loop), True
         try:
             yield results
         finally:
-            loop._results, self._inside = results, False
+            put_results(loop, results)
+            self._inside = False
 
-    def _moved(self, data: Any, dataloader_idx: int, *place: int | str) -> Any:
+    def moved(self, data: Any, dataloader_idx: int, *place: int | str) -> Any:
         """Do to a shard what Lightning does to a batch before its step."""
         if self._seeds_transfer:
             seed_place("transfer", *place)
         data = cast(Any, self).precision_plugin.convert_input(data)
-        data = type(self._module)._on_before_batch_transfer(self._module, data, dataloader_idx)
+        data = prepare_batch(self._module, data, dataloader_idx)
         return super().batch_to_device(data, dataloader_idx=dataloader_idx)  # type: ignore[misc]
 
     def _prepare(self) -> list[torch.nn.Parameter]:
@@ -569,7 +571,7 @@ class ExactSingleDevice(Exact, SingleDeviceStrategy):
     def root_device(self) -> torch.device:
         if sys._getframe(1).f_code.co_name == "device_ids":
             self._told("num_devices", 1)
-        return self._root_device
+        return super().root_device
 
 
 class ExactDDP(Exact, DDPStrategy):
@@ -590,11 +592,11 @@ class ExactDDP(Exact, DDPStrategy):
     @property
     def parallel_devices(self) -> list[torch.device] | None:
         self._told("num_devices", 0)
-        return self._parallel_devices
+        return super().parallel_devices
 
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
-        self._parallel_devices = devices
+        ParallelStrategy.parallel_devices.fset(self, devices)  # type: ignore[attr-defined]
 
 
 def _name_of(parameter: Tensor, module: torch.nn.Module) -> str:

@@ -9,6 +9,7 @@ Lightning 2.6: trainer/connectors/logger_connector/logger_connector.py, `on_epoc
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,7 +19,8 @@ import torch.distributed as dist
 from labtrain.base.errors import ConfigError
 from labtrain.exact.determinism import STRICT_MODES
 from labtrain.training import gathering
-from labtrain.training.step_log import being_logged, is_global
+from labtrain.training.lightning import active_results, before_epoch_metrics, being_logged
+from labtrain.training.step_log import is_global
 from labtrain.training.strategy import Exact
 
 HINT = (
@@ -63,14 +65,7 @@ class Agreement(pl.Callback):
         if self.mode == "off" or not isinstance(strategy, Exact) or trainer.world_size == 1:
             return
         strategy.on_reduce = self._in_step
-        connector = trainer._logger_connector
-        end = type(connector).on_epoch_end
-
-        def on_epoch_end() -> None:
-            self._compare(trainer)
-            end(connector)
-
-        connector.on_epoch_end = on_epoch_end  # type: ignore[method-assign]
+        before_epoch_metrics(trainer, partial(self._compare, trainer))
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         gathering.enter(None)
@@ -80,7 +75,7 @@ class Agreement(pl.Callback):
 
     def _compare(self, trainer: pl.Trainer) -> None:
         ranks: list[dict[str, Value]] = [{}] * trainer.world_size
-        dist.all_gather_object(ranks, values_of(trainer._results))
+        dist.all_gather_object(ranks, values_of(active_results(trainer)))
         for key in dict.fromkeys(key for of_rank in ranks for key in of_rank):
             found = {rank: of_rank[key] for rank, of_rank in enumerate(ranks) if key in of_rank}
             first = next(iter(found.values()))

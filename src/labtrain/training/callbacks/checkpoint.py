@@ -25,6 +25,7 @@ from labtrain.record.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
 from labtrain.stores.layout import kept, link_to
 from labtrain.stores.store import Manifest
 from labtrain.training.epoch_loop import EpochLoop
+from labtrain.training.lightning import checkpoint_connector
 from labtrain.training.loggers import log_positions
 from labtrain.training.state.options import adopt, beginnings, beginnings_of_callbacks
 from labtrain.training.state.outside import Outside
@@ -405,8 +406,7 @@ def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> dict[str, Any]:
         trainer: whose state it is.
         optimizers: their states too. Those of parameters that are spread are made by a step, if there are none.
     """
-    connector = trainer._checkpoint_connector
-    state = connector.dump_checkpoint(weights_only=not optimizers)
+    state: dict[str, Any] = checkpoint_connector(trainer).dump_checkpoint(weights_only=not optimizers)
     del state["loops"]
     for key in HYPERPARAMETERS:  # a model is made from the configuration, which has them
         if key in state:

@@ -19,6 +19,7 @@ from labtrain.base.console import warn
 from labtrain.base.errors import DamagedError
 from labtrain.data.loader import DataLoader
 from labtrain.record.trail import HISTORY, read_history_lines
+from labtrain.training.lightning import active_results
 
 
 class History(pl.Callback):
@@ -82,9 +83,9 @@ class History(pl.Callback):
             "lr": [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups],
             "metrics": {},
         }
-        if metrics and trainer._results is not None:
+        if metrics and (results := active_results(trainer)) is not None:
             # What this loop logged: callback_metrics holds the other loop's last values as well.
-            logged = trainer._results.metrics(on_step=False)["callback"]
+            logged = results.metrics(on_step=False)["callback"]
             found = {name: float(value) for name, value in sorted(logged.items())}
             line["metrics"] = {name: value for name, value in found.items() if math.isfinite(value)}
         self.file.write(json.dumps(line, default=float) + "\n")

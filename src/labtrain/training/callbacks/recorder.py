@@ -19,7 +19,7 @@ from labtrain.base.console import shown
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.permissions import make_sign, open_lock
-from labtrain.data.loader import DataLoader, loaders_of
+from labtrain.data.loader import DataLoader
 from labtrain.environment.doctor.environment import files_state
 from labtrain.exact import determinism
 from labtrain.record import receipt
@@ -32,6 +32,7 @@ from labtrain.record.provenance import PATCH, code_state, environment_state, mac
 from labtrain.record.trail import BEST_UNSURE, TRAIL, read_trail
 from labtrain.stores.store import file_sha256
 from labtrain.training.callbacks.steps import tensor_names
+from labtrain.training.lightning import val_loaders
 
 LONGEST_PATCH = 1_000_000  # characters; of a longer one the receipt has none, code.patch has it
 
@@ -290,10 +291,9 @@ def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, 
 
     Data that cannot be read so ends no training: that is said.
     """
-    validation = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     found: dict[str, Any] = {}
     places: list[Path] = []
-    for stage, loaders in (("train", [trainer.train_dataloader]), ("val", loaders_of(validation))):
+    for stage, loaders in (("train", [trainer.train_dataloader]), ("val", val_loaders(trainer))):
         for number, loader in enumerate(loader for loader in loaders if isinstance(loader, DataLoader)):
             name = stage if not number else f"{stage}-{number + 1}"
             try:

@@ -20,6 +20,7 @@ from labtrain.exact.checksums import shown_sums, two_sums
 from labtrain.exact.determinism import fill_new_memory, seed_place
 from labtrain.record.digests import tensor_bytes
 from labtrain.record.trail import TRAIL, cut_trail
+from labtrain.training.lightning import active_results
 
 
 class Seeding(pl.Callback):
@@ -78,8 +79,8 @@ class BatchSizes(pl.Callback):
     @staticmethod
     def _tell(trainer: pl.Trainer) -> None:
         samples = getattr(trainer.strategy, "samples", None)
-        if samples is not None and trainer._results is not None:
-            trainer._results.batch_size = samples
+        if samples is not None and (results := active_results(trainer)) is not None:
+            results.batch_size = samples
 
 
 class Trail(pl.Callback):

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 
 from labtrain.base.errors import ConfigError
 from labtrain.checkpoints.structure import first_of_another_kind
-from labtrain.data.loader import DataLoader, loaders_of
+from labtrain.data.loader import DataLoader
 from labtrain.exact.attributes import (
     RANDOM,
     attributes_of,
@@ -33,6 +33,7 @@ from labtrain.exact.attributes import (
     snapshot,
 )
 from labtrain.exact.plain_values import SCALARS, is_experiments, is_own
+from labtrain.training.lightning import train_loaders
 from labtrain.training.state.changes import of_generator
 
 State = dict[str, Any]
@@ -105,7 +106,7 @@ class Outside:
                     f"{name} was changed during the training, and no checkpoint holds it: a training that goes on has"
                     " what it began with (save it in the state_dict of the data module or optimizer)"
                 )
-        for loader in loaders_of(self.trainer.fit_loop._combined_loader):
+        for loader in train_loaders(self.trainer):
             if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
                 break
             yield from loader.changed() if isinstance(loader, DataLoader) else ()
@@ -135,7 +136,7 @@ def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
     """Yield the data module, its datasets, and each optimizer, with what they are called here."""
     if (data := getattr(trainer, "datamodule", None)) is not None:
         yield "data", data
-    for loader in loaders_of(trainer.fit_loop._combined_loader):
+    for loader in train_loaders(trainer):
         dataset, name = getattr(loader, "dataset", None), "dataset"
         while isinstance(dataset, Dataset) and not hasattr(dataset, "state_dict"):
             if is_experiments(type(dataset)):
@@ -172,7 +173,7 @@ def _is_kept(part: Any, value: Any) -> bool:
 
 def _counts(trainer: pl.Trainer) -> set[str]:
     """Return the names of the attributes of datasets that count what was loaded: in each process another number."""
-    loaders = loaders_of(trainer.fit_loop._combined_loader)
+    loaders = train_loaders(trainer)
     return {name.rpartition(".")[2] for loader in loaders for name in getattr(loader, "counts", ())}
 
 

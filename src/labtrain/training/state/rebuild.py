@@ -22,8 +22,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.trainer.call import _call_lightning_module_hook
-from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain.base.console import shown
@@ -33,6 +31,7 @@ from labtrain.checkpoints.structure import first_of_another_kind
 from labtrain.environment.doctor.report import few
 from labtrain.record.digests import PLACE
 from labtrain.record.sources import in_environment
+from labtrain.training.lightning import CheckpointConnector, call_module_hook
 
 State = dict[str, Any]
 
@@ -138,7 +137,7 @@ def _unfit(why: str) -> ConfigError:
     )
 
 
-class Connector(_CheckpointConnector):
+class Connector(CheckpointConnector):
     """Lightning's, which first makes what it loads into as it was when it was saved, or refuses to.
 
     Args:
@@ -174,10 +173,6 @@ class Connector(_CheckpointConnector):
                 " resume=never from the beginning",
             ) from error
 
-    def _restore_modules_and_callbacks(self, *arguments: Any, **options: Any) -> None:
-        with self.putting_back():
-            super()._restore_modules_and_callbacks(*arguments, **options)
-
     def restore_training_state(self) -> None:
         with self.putting_back():
             super().restore_training_state()
@@ -190,25 +185,25 @@ class Connector(_CheckpointConnector):
         Raises:
             ConfigError: says how many.
         """
-        saved = _numbers(self._loaded_checkpoint)
+        saved = _numbers(self.loaded)
         made = [len(self.trainer.optimizers), len(self.trainer.lr_scheduler_configs)]
         if saved != made and not self.changed_by_hook:
             both = [f"{optimizers} optimizers and {schedulers} schedulers" for optimizers, schedulers in (saved, made)]
             raise _unfit(f"it is of {both[0]}, the model has {both[1]}")
 
     def restore_model(self) -> None:
-        if not self._loaded_checkpoint:
+        if not self.loaded:
             return
-        module, before = self.trainer.lightning_module, _numbers(self._loaded_checkpoint)
-        _call_lightning_module_hook(self.trainer, "on_load_checkpoint", self._loaded_checkpoint)
-        self.changed_by_hook |= _numbers(self._loaded_checkpoint) != before
-        made = self._loaded_checkpoint.get(PLACE, {}).get(KEY)
+        module, before = self.trainer.lightning_module, _numbers(self.loaded)
+        call_module_hook(self.trainer, "on_load_checkpoint", self.loaded)
+        self.changed_by_hook |= _numbers(self.loaded) != before
+        made = self.loaded.get(PLACE, {}).get(KEY)
         if made is not None:
             now = {**made_of(self.trainer), "optimizers": made["optimizers"]}  # they are made later
-            _refuse(lacks(now, made), made, self._loaded_checkpoint["state_dict"])
-            _put_buffers(module, made["buffers"], self._loaded_checkpoint["state_dict"])
+            _refuse(lacks(now, made), made, self.loaded["state_dict"])
+            _put_buffers(module, made["buffers"], self.loaded["state_dict"])
         try:
-            self.trainer.strategy.load_model_state_dict(self._loaded_checkpoint, strict=module.strict_loading)
+            self.trainer.strategy.load_model_state_dict(self.loaded, strict=module.strict_loading)
         except RuntimeError as error:
             first, _, rest = str(error).partition("\n")
             if "loading state_dict" not in first:
@@ -220,7 +215,7 @@ class Connector(_CheckpointConnector):
             ) from error
 
     def restore_callbacks(self) -> None:
-        loaded = self._loaded_checkpoint or {}
+        loaded = self.loaded or {}
         for holder in (loaded, loaded.get(PLACE, {}).get("initial", {})):
             if "callbacks" in holder:  # saved with references to the environment
                 holder["callbacks"] = as_references(holder["callbacks"], back=True)
@@ -231,9 +226,9 @@ class Connector(_CheckpointConnector):
             super().restore_optimizers_and_schedulers()
 
     def restore_optimizers(self) -> None:
-        made = self._loaded_checkpoint.get(PLACE, {}).get(KEY) if self._loaded_checkpoint else None
+        made = self.loaded.get(PLACE, {}).get(KEY) if self.loaded else None
         if made is not None:
-            _refuse(lacks(made_of(self.trainer), made), made, self._loaded_checkpoint["state_dict"])
+            _refuse(lacks(made_of(self.trainer), made), made, self.loaded["state_dict"])
             parameters = dict(self.trainer.lightning_module.named_parameters())
             for optimizer, saved in zip(self.trainer.optimizers, made["optimizers"], strict=True):
                 _regroup(optimizer, saved["groups"], parameters)
@@ -241,7 +236,7 @@ class Connector(_CheckpointConnector):
 
     def restore_lr_schedulers(self) -> None:
         made = [config.scheduler for config in self.trainer.lr_scheduler_configs]
-        for scheduler, saved in zip(made, self._loaded_checkpoint["lr_schedulers"], strict=False):
+        for scheduler, saved in zip(made, self.loaded["lr_schedulers"], strict=False):
             # Loaded it is whatever it is, and fails in a later step.
             if (name := first_of_another_kind(saved, scheduler.state_dict())) is not None:
                 raise ValueError(f"{name} of {type(scheduler).__name__} is of another kind")

@@ -1,0 +1,378 @@
+"""Lightning's private names, behind plain ones: the one file that a new Lightning can break.
+
+Lightning 2.6 has no public way to any of this. tests/quick/training/test_lightning_contract.py holds each private name,
+and the arguments of each private method, to what is used here; and no other file uses one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.trainer.call import _call_lightning_module_hook
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from lightning.pytorch.trainer.connectors.logger_connector.result import (
+    _Metadata,
+    _ResultCollection,
+    _ResultMetric,
+    _Sync,
+)
+from torch import Tensor
+
+ResultMeta = _Metadata
+ResultCollection = _ResultCollection
+
+
+# ------------------------------------------------------------------------------------------------------------- loaders
+
+
+def train_loaders(trainer: pl.Trainer) -> Iterable[Any]:
+    """Return the loaders of the training, which may be combined to one; none before it has started."""
+    return _flat(trainer.fit_loop._combined_loader)
+
+
+def val_loaders(trainer: pl.Trainer) -> Iterable[Any]:
+    """Return the loaders of the validation inside a training."""
+    return _flat(trainer.fit_loop.epoch_loop.val_loop._combined_loader)
+
+
+def test_loaders(trainer: pl.Trainer) -> Iterable[Any]:
+    """Return the loaders of `trainer.test`."""
+    return _flat(trainer.test_loop._combined_loader)
+
+
+def eval_loaders(trainer: pl.Trainer) -> Iterable[Any]:
+    """Return the loaders of the validation or test that runs."""
+    return _flat(evaluation_loop(trainer)._combined_loader)
+
+
+def _flat(combined: Any) -> Iterable[Any]:
+    return combined.flattened if combined is not None else ()
+
+
+# --------------------------------------------------------------------------------------------------------------- loops
+
+
+class TrainingEpochLoop(_TrainingEpochLoop):
+    """Lightning's loop over the batches of an epoch, in place of a trainer's own."""
+
+    def __init__(self, trainer: pl.Trainer) -> None:
+        replaced = trainer.fit_loop.epoch_loop
+        super().__init__(trainer, min_steps=replaced.min_steps, max_steps=replaced.max_steps)
+        self.val_loop = replaced.val_loop
+
+    def is_accumulating(self) -> bool:
+        """Return whether this batch leaves its gradients for the next one."""
+        return self._should_accumulate()
+
+    def is_last_step(self) -> bool:
+        """Return whether this is the last step of the epoch, or of the training."""
+        stopping = self.trainer.should_stop and self.trainer.fit_loop._can_stop_early
+        return bool(stopping or self._is_training_done)
+
+    def validation_is_due(self, data_fetcher: Any) -> bool:
+        """Return whether a validation follows this batch."""
+        return self._should_check_val_fx(data_fetcher)
+
+    @property
+    def batches_that_stepped(self) -> int:
+        """How often the optimizers stepped, as loggers count: over the whole training."""
+        return self._batches_that_stepped
+
+    @batches_that_stepped.setter
+    def batches_that_stepped(self, number: int) -> None:
+        self._batches_that_stepped = number
+
+    def _broadcast_sigterm_tensor(self) -> None:
+        """Do nothing: Lightning would ask rank 0 before each batch whether it got a SIGTERM."""
+
+
+def evaluation_loop(trainer: pl.Trainer) -> Any:
+    """Return the loop of the validation or test that runs."""
+    return trainer._evaluation_loop
+
+
+def batches_begun(trainer: pl.Trainer) -> int:
+    """Return how many batches the loop that runs has fetched: in this epoch, of this loader."""
+    loop: Any = trainer._active_loop
+    return int(getattr(loop, "epoch_loop", loop).batch_progress.current.ready)
+
+
+def checks_validation_by_time(trainer: pl.Trainer) -> bool:
+    """Return whether val_check_interval is a time."""
+    return getattr(trainer, "_val_check_time_interval", None) is not None
+
+
+def ignore_signals(trainer: pl.Trainer) -> None:
+    """Keep Lightning from handling signals: it would end with exit code 0 after SIGTERM, and requeue a Slurm job."""
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+# -------------------------------------------------------------------------------------------------------------- logging
+
+
+class LoggedValue(_ResultMetric):
+    """What was logged under one name. Lightning moves it to its device in each `self.log`: here only where it must."""
+
+    place: Any = None
+
+    def to(self, *place: Any, **options: Any) -> "LoggedValue":
+        """Move its tensors and its metric, to a device as torch's `to` takes it."""
+        if (place, options) != self.place:
+            super().to(*place, **options)
+            self.place = place, options
+        return self
+
+    def forward(self, value: Any, batch_size: int) -> None:
+        """Log a value; its name is known while ranks exchange it."""
+        global _being_logged
+        _being_logged = self.meta.name
+        try:
+            super().forward(value, batch_size)
+        finally:
+            _being_logged = None
+
+    @property
+    def of_step(self) -> Any:
+        """The value of the last step, None without one."""
+        return self._forward_cache
+
+    @of_step.setter
+    def of_step(self, value: Any) -> None:
+        self._forward_cache = value
+
+    @property
+    def updates(self) -> int:
+        """How often it was logged since the last reset."""
+        return self._update_count
+
+    @updates.setter
+    def updates(self, number: int) -> None:
+        self._update_count = number
+
+    def put_metric_of_step(self, metric: Any) -> None:
+        """Take a torchmetrics.Metric, with its value of the last step."""
+        self.value, self._forward_cache = metric, metric._forward_cache
+
+    def forget_computed(self) -> None:
+        """Compute it again when it is next asked for."""
+        self._computed = None
+
+    def nothing(self) -> Tensor:
+        """Return the value that logging starts with."""
+        return cast(Tensor, self._defaults["value"])
+
+    def empty(self) -> None:
+        """Reset it, without the 20 microseconds of torchmetrics' own reset."""
+        self.has_reset, self._computed = True, None
+        if self.is_tensor:
+            self.value = self.nothing()
+            if self.meta.is_mean_reduction:
+                self.cumulated_batch_size = cast(Tensor, self._defaults["cumulated_batch_size"])
+
+
+_being_logged: str | None = None
+
+
+def being_logged() -> str | None:
+    """Return the name of the value that `self.log` is at."""
+    return _being_logged
+
+
+class Results(_ResultCollection):
+    """What a loop has logged, by Lightning's key; each value is a LoggedValue."""
+
+    def __setitem__(self, key: str, entry: _ResultMetric) -> None:
+        entry.__class__ = LoggedValue
+        super().__setitem__(key, entry)
+
+
+def new_entry(
+    meta: ResultMeta | Mapping[str, Any],
+    *,
+    is_tensor: bool,
+    reduce: Callable[..., Any],
+    should: bool = True,
+    rank_zero_only: bool = False,
+) -> LoggedValue:
+    """Return an entry for a name that nothing was logged under yet.
+
+    Args:
+        meta: Lightning's description of it, or the fields of one.
+        is_tensor: else it is a torchmetrics.Metric.
+        reduce: over the ranks.
+        should: whether that is done at all.
+        rank_zero_only: whether only rank 0 logs it.
+    """
+    meta = dataclasses.replace(meta) if isinstance(meta, ResultMeta) else ResultMeta(**meta)
+    meta.sync = _Sync(fn=reduce, _should=should, rank_zero_only=rank_zero_only)
+    return LoggedValue(meta, is_tensor)
+
+
+def without_sync(meta: ResultMeta) -> ResultMeta:
+    """Return a description that is equal on all ranks."""
+    return dataclasses.replace(meta, _sync=None)
+
+
+def fields_of(meta: ResultMeta) -> dict[str, Any]:
+    """Return the fields of a description that are plain values: all but its two functions."""
+    names = (part.name for part in dataclasses.fields(meta))
+    return {name: getattr(meta, name) for name in names if name not in ("_sync", "reduce_fx")}
+
+
+def active_results(trainer: pl.Trainer) -> Any:
+    """Return what the loop that runs has logged; None outside of all loops."""
+    return trainer._results
+
+
+def results_of(loop: Any) -> Any:
+    """Return what a loop has logged."""
+    return loop._results
+
+
+def put_results(loop: Any, results: ResultCollection) -> None:
+    """Let a loop log into another collection."""
+    loop._results = results
+
+
+def logger_connector(trainer: pl.Trainer) -> Any:
+    """Return the part of the trainer that keeps metrics."""
+    return trainer._logger_connector
+
+
+def before_epoch_metrics(trainer: pl.Trainer, call: Callable[[], None]) -> None:
+    """Call something before what was logged for the end of an epoch is computed."""
+    connector = trainer._logger_connector
+    end = type(connector).on_epoch_end
+
+    def on_epoch_end() -> None:
+        call()
+        end(connector)
+
+    connector.on_epoch_end = on_epoch_end  # type: ignore[method-assign]
+
+
+def restore_metrics(trainer: pl.Trainer, metrics: Mapping[str, Tensor], *, first_batch: bool) -> None:
+    """Put `trainer.callback_metrics` back, in a training step. In an epoch's first one Lightning empties its sums."""
+    connector = trainer._logger_connector
+    connector._first_loop_iter = first_batch
+    connector._current_fx = "training_step"
+    connector._callback_metrics.update(metrics)
+
+
+def silence_loggers(trainer: pl.Trainer) -> None:
+    """Put a logger that writes nothing in place of each of the trainer's."""
+    trainer._loggers = [DummyLogger() for _ in trainer._loggers]
+
+
+class QuietWriter(ExperimentWriter):
+    """Lightning's CSV writer, which would warn of what lies in its folder: it begins its file anew."""
+
+    def _check_log_dir_exists(self) -> None:
+        Path(self.metrics_file_path).unlink(missing_ok=True)
+
+
+def experiment_of(logger: CSVLogger | WandbLogger) -> Any:
+    """Return what a logger writes into; None until it is first used."""
+    return logger._experiment
+
+
+def put_experiment(logger: CSVLogger, experiment: ExperimentWriter) -> None:
+    """Let a logger write into an experiment that was made for it."""
+    logger._experiment = experiment
+
+
+def is_offline(logger: WandbLogger) -> bool:
+    """Return whether W&B keeps the run on this machine."""
+    return bool(logger._offline)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+class CheckpointConnector(_CheckpointConnector):
+    """The part of the trainer that loads a checkpoint and puts it back."""
+
+    @property
+    def loaded(self) -> dict[str, Any]:
+        """The checkpoint that is put back; empty without one."""
+        return self._loaded_checkpoint
+
+    @loaded.setter
+    def loaded(self, checkpoint: dict[str, Any]) -> None:
+        self._loaded_checkpoint = checkpoint
+
+    def putting_back(self) -> AbstractContextManager[None]:
+        """Return what surrounds each part of putting a checkpoint back."""
+        return nullcontext()
+
+    def _restore_modules_and_callbacks(self, *arguments: Any, **options: Any) -> None:
+        with self.putting_back():
+            super()._restore_modules_and_callbacks(*arguments, **options)
+
+
+def checkpoint_connector(trainer: pl.Trainer) -> Any:
+    """Return the part of the trainer that saves and loads checkpoints."""
+    return trainer._checkpoint_connector
+
+
+def put_checkpoint_connector(trainer: pl.Trainer, connector: CheckpointConnector) -> None:
+    """Let a trainer load its checkpoint by another connector."""
+    trainer._checkpoint_connector = connector
+
+
+def call_module_hook(trainer: pl.Trainer, hook: str, *arguments: Any) -> Any:
+    """Call a hook of the model as Lightning does."""
+    return _call_lightning_module_hook(trainer, hook, *arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------- the module
+
+
+def broadcast_module(module: torch.nn.Module, left_out: Iterable[str]) -> None:
+    """Send rank 0's parameters and buffers to all ranks.
+
+    Args:
+        module: the model.
+        left_out: names of buffers that are not sent, beside those that the model itself leaves out.
+    """
+    kept: Any = module  # torch's DistributedDataParallel has the attribute from its users
+    kept._ddp_params_and_buffers_to_ignore = [*getattr(module, "_ddp_params_and_buffers_to_ignore", []), *left_out]
+    _sync_module_states(module)
+
+
+def prepare_batch(module: pl.LightningModule, batch: Any, dataloader_idx: int) -> Any:
+    """Call on_before_batch_transfer of model or data module, as Lightning does before a batch is moved."""
+    return type(module)._on_before_batch_transfer(module, batch, dataloader_idx)
+
+
+def put_off_preparing(module: pl.LightningModule, is_later: Callable[[Any], bool]) -> None:
+    """Keep Lightning from preparing the batches that `is_later` holds for; `prepare_batch` is then called for parts."""
+    module._on_before_batch_transfer = (  # type: ignore[method-assign]
+        lambda batch, dataloader_idx=0: batch if is_later(batch) else prepare_batch(module, batch, dataloader_idx)
+    )
+
+
+def prepare_again(module: pl.LightningModule) -> None:
+    """Undo `put_off_preparing`."""
+    vars(module).pop("_on_before_batch_transfer", None)
+
+
+def begin_hook(module: pl.LightningModule, name: str) -> None:
+    """Let `self.log` know which hook it is called in."""
+    module._current_fx_name = name
+
+
+def halves_to_float(modules: Iterator[torch.nn.Module]) -> None:
+    """Let `self.dtype` be float32 where it is float16 or bfloat16."""
+    for part in modules:
+        if getattr(part, "_dtype", None) in (torch.float16, torch.bfloat16):
+            cast(Any, part)._dtype = torch.float32
