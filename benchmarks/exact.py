@@ -36,8 +36,8 @@ from labtrain.record.provenance import machine
 from labtrain.training.callbacks.checkpoint import FolderIO
 from labtrain.training.callbacks.steps import BatchSizes, Seeding
 from labtrain.training.epoch_loop import EpochLoop
+from labtrain.training.sharded.strategy import ExactDDP, ExactSingleDevice
 from labtrain.training.state.watch import Watch
-from labtrain.training.strategy import ExactDDP, ExactSingleDevice
 
 HERE = Path(__file__).resolve().parent
 STEPS, WARMUP, ROUNDS = 30, 5, 6
@@ -209,7 +209,7 @@ def work_in_turn(kind: str, batch_size: int, first: str, result: Connection) -> 
 def start(target: Any, *arguments: tuple[Any, ...]) -> list[Any]:
     """Run a process for each tuple of arguments, and return what each sends."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning.pytorch", "labtrain.training.strategy", "labtrain.training.epoch_loop"])
+    context.set_forkserver_preload(["lightning.pytorch", "labtrain.training.sharded.strategy", "labtrain.training.epoch_loop"])
     pipes = [context.Pipe(duplex=False) for _ in arguments]
     processes = [
         context.Process(target=target, args=(*each, sender)) for each, (_, sender) in zip(arguments, pipes, strict=True)

@@ -43,7 +43,7 @@ _HOMES = {
     "Result": "labtrain.training.fit",
     "digest": "labtrain.record.digests",
     "fingerprint": "labtrain.record.fingerprints",
-    "gather_outputs": "labtrain.training.gathering",
+    "gather_outputs": "labtrain.training.sharded.gathering",
     "load_weights": "labtrain.checkpoints.locate",
     "main": "labtrain.launch.compose",
     "train": "labtrain.training.fit",
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     from labtrain.record.digests import digest
     from labtrain.record.fingerprints import fingerprint
     from labtrain.training.fit import Result, train
-    from labtrain.training.gathering import gather_outputs
+    from labtrain.training.sharded.gathering import gather_outputs
 
 
 def __getattr__(name: str) -> Any:

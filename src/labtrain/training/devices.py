@@ -10,8 +10,8 @@ from labtrain.base.errors import ConfigError, DeviceError
 from labtrain.base.signals import Wishes
 from labtrain.record.config import too_many_devices
 from labtrain.record.identity import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, shards_in_use, world_size
-from labtrain.training.fsdp import FullySharded
-from labtrain.training.strategy import ExactDDP, ExactSingleDevice
+from labtrain.training.sharded.fsdp import FullySharded
+from labtrain.training.sharded.strategy import ExactDDP, ExactSingleDevice
 
 
 def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:

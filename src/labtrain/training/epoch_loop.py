@@ -28,7 +28,6 @@ from labtrain.data.loader import DataLoader, StatefulLoader, is_stateful
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import hold, metrics_of, release
 from labtrain.record.digests import PLACE
-from labtrain.training.gathering import leave_own, made_whole
 from labtrain.training.guard import Guard
 from labtrain.training.lightning import (
     Results,
@@ -41,11 +40,12 @@ from labtrain.training.lightning import (
     results_of,
     train_loaders,
 )
+from labtrain.training.sharded.gathering import leave_own, made_whole
+from labtrain.training.sharded.step_log import global_already, is_global
+from labtrain.training.sharded.strategy import Exact
 from labtrain.training.state.outside import KEY, Outside
 from labtrain.training.state.rebuild import Connector
 from labtrain.training.state.unsaved import Unsaved
-from labtrain.training.step_log import global_already, is_global
-from labtrain.training.strategy import Exact
 
 State = dict[str, Any]
 

@@ -67,7 +67,7 @@ from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.guard import Guard, explain_operation
 from labtrain.training.lightning import ignore_signals, put_checkpoint_connector
 from labtrain.training.loggers import log_config, make_loggers
-from labtrain.training.objective import Objective
+from labtrain.training.sharded.objective import Objective
 from labtrain.training.speed import Speed, check_compiler, explain_compile
 from labtrain.training.state.rebuild import Connector, explain_step
 

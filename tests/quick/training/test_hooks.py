@@ -11,7 +11,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.trainer.states import RunningStage
 
 from labtrain.training.callbacks.steps import BatchSizes, Progress, Seeding
-from labtrain.training.hooks import Takers
+from labtrain.training.sharded.hooks import Takers
 from tests.support.exact import Runner, configure, outcome
 from tests.support.hook_models import Changing, Idle, Numbered, Plain
 

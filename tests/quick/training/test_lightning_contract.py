@@ -193,9 +193,9 @@ def _of_lightning() -> set[str]:
 
 # Names that Lightning has too, but these are of other libraries' objects, or of labtrain's.
 ELSEWHERE = {
-    "_computed": ("exact/metric_states.py", "training/step_log.py"),  # torchmetrics.Metric
-    "_forward_cache": ("exact/metric_states.py", "training/step_log.py"),  # torchmetrics.Metric
-    "_modules": ("exact/buffers.py", "training/step_log.py", "training/state/watch.py"),  # torch.nn.Module
+    "_computed": ("exact/metric_states.py", "training/sharded/step_log.py"),  # torchmetrics.Metric
+    "_forward_cache": ("exact/metric_states.py", "training/sharded/step_log.py"),  # torchmetrics.Metric
+    "_modules": ("exact/buffers.py", "training/sharded/step_log.py", "training/state/watch.py"),  # torch.nn.Module
     "_version": (
         "exact/buffers.py",
         "exact/collate.py",

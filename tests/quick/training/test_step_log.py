@@ -10,7 +10,7 @@ from torch import nn
 
 from labtrain.base.errors import ConfigError
 from labtrain.record.digests import digest_tree
-from labtrain.training.step_log import Tally
+from labtrain.training.sharded.step_log import Tally
 
 KINDS: dict[str, Any] = {
     "sum": torchmetrics.SumMetric,

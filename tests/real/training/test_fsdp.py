@@ -20,7 +20,7 @@ from labtrain.checkpoints.format import PARTS, _load_parts, in_parts, load_folde
 from labtrain.record.digests import digest
 from labtrain.stores.layout import list_checkpoints
 from labtrain.stores.store import STATE, Store
-from labtrain.training.fsdp import shard
+from labtrain.training.sharded.fsdp import shard
 from tests.conftest import LABTRAIN, Experiment
 from tests.real.stores.test_storage import variables
 from tests.support.exact import Runner, configure, forkserver, outcome, tell

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 import labtrain
 from labtrain.base.signals import Wishes
 from labtrain.exact import determinism
-from labtrain.training.objective import Difference, NotComparedError, compare
-from labtrain.training.strategy import ExactSingleDevice
+from labtrain.training.sharded.objective import Difference, NotComparedError, compare
+from labtrain.training.sharded.strategy import ExactSingleDevice
 from tests.support import exact_worker
 from tests.support.exact import Runner, configure, outcome
 from tests.support.objective_models import LR, SAMPLES, Data, Restless, Unweighted, Weighted, points, sentences

@@ -18,10 +18,10 @@ import torch.distributed as dist
 
 from labtrain.base.errors import ConfigError
 from labtrain.exact.determinism import STRICT_MODES
-from labtrain.training import gathering
 from labtrain.training.lightning import active_results, before_epoch_metrics, being_logged
-from labtrain.training.step_log import is_global
-from labtrain.training.strategy import Exact
+from labtrain.training.sharded import gathering
+from labtrain.training.sharded.step_log import is_global
+from labtrain.training.sharded.strategy import Exact
 
 HINT = (
     "compute it from labtrain.gather_outputs(list), the outputs of all ranks, without sync_dist (docs/data.md);"

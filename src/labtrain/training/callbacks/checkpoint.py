@@ -27,11 +27,11 @@ from labtrain.stores.store import Manifest
 from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.lightning import checkpoint_connector
 from labtrain.training.loggers import log_positions
+from labtrain.training.sharded.strategy import Exact
 from labtrain.training.state.options import adopt, beginnings, beginnings_of_callbacks
 from labtrain.training.state.outside import Outside
 from labtrain.training.state.rebuild import KEY, can_differ, cure, fitting, lacks, made_of
 from labtrain.training.state.unsaved import CLOCKS, CODE, Unsaved
-from labtrain.training.strategy import Exact
 
 HYPERPARAMETERS = {  # their keys in Lightning's checkpoint dictionary, and whose they are
     pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY: "lightning_module",

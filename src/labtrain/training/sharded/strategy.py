@@ -37,7 +37,6 @@ from labtrain.exact.determinism import run_mode, seed_place
 from labtrain.exact.plain_values import is_experiments_code
 from labtrain.exact.tree_sum import ShardSum, alone, shard_ranges
 from labtrain.training.guard import Guard, explain_backward
-from labtrain.training.hooks import Handed, Takers, joined_outputs, of_no_shard
 from labtrain.training.lightning import (
     batches_begun,
     broadcast_module,
@@ -48,9 +47,10 @@ from labtrain.training.lightning import (
     put_results,
     results_of,
 )
-from labtrain.training.objective import weight_of, weighted_mean, weighted_row
+from labtrain.training.sharded.hooks import Handed, Takers, joined_outputs, of_no_shard
+from labtrain.training.sharded.objective import weight_of, weighted_mean, weighted_row
+from labtrain.training.sharded.step_log import Tally
 from labtrain.training.state.watch import Watch, let_pass
-from labtrain.training.step_log import Tally
 
 # Where people make what decides about the result. Whether a step's loss depends on it is tried (objective.py).
 MAKERS = frozenset(

@@ -1,0 +1,1 @@
+"""One step of a global batch, cut into shards: the same bits on any number of devices."""
