@@ -209,7 +209,8 @@ def work_in_turn(kind: str, batch_size: int, first: str, result: Connection) -> 
 def start(target: Any, *arguments: tuple[Any, ...]) -> list[Any]:
     """Run a process for each tuple of arguments, and return what each sends."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning.pytorch", "labtrain.training.sharded.strategy", "labtrain.training.epoch_loop"])
+    modules = ["lightning.pytorch", "labtrain.training.sharded.strategy", "labtrain.training.epoch_loop"]
+    context.set_forkserver_preload(modules)
     pipes = [context.Pipe(duplex=False) for _ in arguments]
     processes = [
         context.Process(target=target, args=(*each, sender)) for each, (_, sender) in zip(arguments, pipes, strict=True)

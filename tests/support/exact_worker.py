@@ -34,6 +34,7 @@ from labtrain.exact import tree_sum as reduction
 from labtrain.record.config import CONF
 from labtrain.record.resume import make_job
 from labtrain.training import fit as training
+from labtrain.training import start as start_of
 from labtrain.training.callbacks import recorder
 
 VOCABULARY, CONTEXT = 11, 8
@@ -493,7 +494,7 @@ def work(
         if which == str(rank):
             full_in_save(name)
     if environment.get("BLIND_RANK") == str(rank):
-        training.find_checkpoint = lambda *_, **__: None
+        start_of.find_checkpoint = lambda *_, **__: None
     recorder.files_state = FILES_STATE
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # for the loader's workers, as in a process of its own
@@ -529,7 +530,7 @@ def train_in_fp16_on_cpu(world: int) -> None:
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
         return trainer(plugins=[*plugins, MixedPrecision("16-mixed", "cpu", scaler)], **options)
 
-    training.pl.Trainer = make
+    pl.Trainer = make
     training.choose_accelerator = lambda config: ("cpu", world)
 
 

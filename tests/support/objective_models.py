@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 import labtrain
-from labtrain.training import objective
+from labtrain.training.sharded import objective
 
 SAMPLES, TOKENS, CLASSES, IGNORED = 22, 6, 3, -100
 CLASS_WEIGHTS = (0.2, 1.0, 5.0)

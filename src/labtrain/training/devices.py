@@ -29,30 +29,9 @@ def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
     if devices == "auto":
         devices = gpus if accelerator == "gpu" else 1 if accelerator == "cpu" else devices
     if accelerator == "gpu":
-        numbers = devices if isinstance(devices, list) else range(devices if isinstance(devices, int) else 1)
-        if missing := [number for number in numbers if number >= gpus]:
-            found = f"this machine has {gpus} GPU{'s' if gpus != 1 else ''}"
-            hint = (
-                f"trainer.devices={gpus}, or trainer.accelerator=cpu"
-                if gpus
-                else "trainer.accelerator=cpu, or labtrain doctor says why no GPU is seen"
-            )
-            if gpus == 1 and "SLURM_STEP_ID" in os.environ:  # a task sees its own alone
-                hint = "sbatch --gpus-per-node=N, without --gpus-per-task: each process finds its own among all"
-            raise DeviceError(
-                f"trainer.devices={config['trainer']['devices']} asks for GPU {missing[0]}, {found}", hint=hint
-            )
+        _check_gpus(devices, gpus, asked=config["trainer"]["devices"])
     elif accelerator == "cpu":
-        if isinstance(devices, list):
-            raise DeviceError(
-                f"trainer.devices={devices} names GPUs, on a CPU a number of processes is wanted",
-                hint=f"trainer.devices={len(devices)}",
-            )
-        if precision in ("16-mixed", "16-true", "16"):
-            raise DeviceError(
-                f"trainer.precision={precision}: fp16 with loss scaling needs a GPU",
-                hint="trainer.precision=bf16-mixed",
-            )
+        _check_cpu(devices, precision)
     shards, batch_size, world = shards_in_use(config), config["data"]["batch_size"], world_size(config, devices)
     if shards is not None and world > shards:
         raise too_many_devices(world, shards)
@@ -62,6 +41,34 @@ def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
             hint=f"data.batch_size={world} or more",
         )
     return str(accelerator), devices
+
+
+def _check_gpus(devices: int | list[int] | str, gpus: int, *, asked: object) -> None:
+    numbers = devices if isinstance(devices, list) else range(devices if isinstance(devices, int) else 1)
+    missing = [number for number in numbers if number >= gpus]
+    if not missing:
+        return
+    if gpus == 1 and "SLURM_STEP_ID" in os.environ:  # a task sees its own alone
+        hint = "sbatch --gpus-per-node=N, without --gpus-per-task: each process finds its own among all"
+    elif gpus:
+        hint = f"trainer.devices={gpus}, or trainer.accelerator=cpu"
+    else:
+        hint = "trainer.accelerator=cpu, or labtrain doctor says why no GPU is seen"
+    found = f"this machine has {gpus} GPU{'s' if gpus != 1 else ''}"
+    raise DeviceError(f"trainer.devices={asked} asks for GPU {missing[0]}, {found}", hint=hint)
+
+
+def _check_cpu(devices: int | list[int] | str, precision: object) -> None:
+    if isinstance(devices, list):
+        raise DeviceError(
+            f"trainer.devices={devices} names GPUs: on a CPU it must be a number of processes",
+            hint=f"trainer.devices={len(devices)}",
+        )
+    if precision in ("16-mixed", "16-true", "16"):
+        raise DeviceError(
+            f"trainer.precision={precision}: fp16 with loss scaling needs a GPU",
+            hint="trainer.precision=bf16-mixed",
+        )
 
 
 def plain_because(config: Config) -> str:

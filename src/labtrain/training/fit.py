@@ -4,74 +4,54 @@ Whatever can be refused is refused before the run's folder is made.
 """
 
 import copy
-import fcntl
 import logging
 import os
 import shutil
 import signal
-import sys
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import lightning.pytorch as pl
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate as hydra_instantiate
-from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from labtrain.base.console import shown
-from labtrain.base.credentials import remember, without_secrets
+from labtrain.base.credentials import remember
 from labtrain.base.errors import (
     ConfigError,
     DeviceError,
     LabtrainError,
     NotThereYetError,
     explain_callback,
-    in_words,
-    where,
 )
-from labtrain.base.permissions import close_umask, open_lock
+from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, Wishes
-from labtrain.checkpoints.format import check_loads
 from labtrain.environment.doctor.environment import REPAIR, unlike_lock
 from labtrain.environment.doctor.report import few
 from labtrain.exact import determinism
 from labtrain.record import receipt
 from labtrain.record.digests import digest
-from labtrain.record.fingerprints import noting_opened, places_in
 from labtrain.record.identity import EXACT_STRATEGIES, ORDERED, SHARDED_STRATEGY, Config, Job, route, shards_in_use
-from labtrain.record.ranks import adopt, find_ranks, restarted
-from labtrain.record.resume import changed_data, checkpoint_digest, make_job
-from labtrain.record.sources import Code, load_from_source, note_executed, read_code, texts_in
-from labtrain.record.trail import BEST_UNSURE, HISTORY, TRAIL, is_as_recorded, missing_steps
-from labtrain.stores.backends import is_local
-from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
-from labtrain.stores.store import Manifest
-from labtrain.training.callbacks.agreement import Agreement
-from labtrain.training.callbacks.checkpoint import Checkpoints, FolderIO, as_floats
-from labtrain.training.callbacks.gpu_stats import GpuStats
-from labtrain.training.callbacks.history import History, best_of
+from labtrain.record.ranks import adopt, find_ranks
+from labtrain.record.receipt import Receipt
+from labtrain.record.resume import changed_data, make_job
+from labtrain.record.sources import texts_in
+from labtrain.training.callbacks.checkpoint import Checkpoints, as_floats
+from labtrain.training.callbacks.history import best_of
 from labtrain.training.callbacks.recorder import Recorder, nothing_to_train
-from labtrain.training.callbacks.steps import BatchSizes, Progress, Seeding, Trail, warn
+from labtrain.training.callbacks.steps import warn
 from labtrain.training.cluster import explain_loss, make_environment
-from labtrain.training.devices import choose_accelerator, make_strategy, plain_because
+from labtrain.training.devices import choose_accelerator, plain_because
 from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.guard import Guard, explain_operation
 from labtrain.training.lightning import ignore_signals, put_checkpoint_connector
 from labtrain.training.loggers import log_config, make_loggers
-from labtrain.training.sharded.objective import Objective
-from labtrain.training.speed import Speed, check_compiler, explain_compile
+from labtrain.training.speed import check_compiler, explain_compile
+from labtrain.training.start import find_start, hold_records, refuse_outdated, warn_resumed
 from labtrain.training.state.rebuild import Connector, explain_step
-
-PATIENCE_S = 5  # in which one start waits for another in silence
+from labtrain.training.trainer import make_callbacks, make_experiment, make_trainer, seeded_alike
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,15 +87,11 @@ def train(cfg: Any) -> Result:
     remember(config, job.references)
     done = receipt.read(run_dir)
     if done is not None and done["status"] == "complete" and not job.origin:
-        results = done["results"]
         if changed := changed_data(job, done):
             warn(changed)
-        return Result(
-            run_dir=run_dir,
-            metrics=results["metrics"],
-            weights_digest=results["weights_digest"],
-            steps=results["steps"],
-        )
+        results = done["results"]
+        kept = {key: results[key] for key in ("metrics", "weights_digest", "steps")}
+        return Result(run_dir=run_dir, **kept)
 
     accelerator, devices = choose_accelerator(config)
     check_compiler(config["speed"], accelerator)
@@ -127,360 +103,177 @@ def train(cfg: Any) -> Result:
         threads=config["determinism"]["threads"],
         tf32=config["speed"]["tf32"] and accelerator == "gpu",
     ):
-        return _train(job, accelerator, devices, done)
+        session = _Session(job, accelerator, devices, done)
+        try:
+            session.open()
+            return session.fit()
+        except BaseException as raised:
+            error = session.fail(raised)
+            if error is raised:
+                raise
+            raise error from raised
+        finally:
+            session.close()
 
 
-def _train(job: Job, accelerator: str, devices: int | list[int] | str, before: receipt.Receipt | None) -> Result:
-    config, run_dir, seed = job.config, Path(job.run_dir), job.config["seed"]
-    code, there = named_code(job), set(sys.modules)
-    ranks = find_ranks()
-    environment = make_environment(ranks, accelerator=accelerator)
-    places = set(places_in([config["model"], config["data"]]))
-    with noting_opened(places):
-        determinism.seed_all(seed, "init")
-        datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
-        determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
-        model = instantiate(config["model"], "model", pl.LightningModule)
-    for hook in ("prepare_data", "setup"):
-        setattr(datamodule, hook, noting_opened(places)(getattr(datamodule, hook)))
-    own = {
-        name: instantiate(options, f"callbacks.{name}", pl.Callback)
-        for name, options in config["callbacks"].items()
-        if options
-    }
+class _Session:
+    """One training in this process: everything is made here, nothing is written before `open`."""
 
-    place = checkpoint_place(run_dir, config["checkpoint"]["url"])
-    job.hold(place)
-    fetched = run_dir.with_name(f".{run_dir.name}.fetched")
-    # A start anew of one that had gone on from another run has gone on from there already.
-    goes_on = not job.origin or job.origin_digest or restarted()
-    looked = {checkpoint.name for store in stores_of(run_dir, place) for checkpoint in store.checkpoints()}
-    found, origin = find_checkpoint(run_dir, place, fetched, run_id=job.run_id) if goes_on else None, None
-    if found is None and job.origin:
-        found = find_checkpoint(run_dir, job.origin, fetched, run_id=None if job.origin_digest else job.run_id)
-        origin = origin_of(job, found)
-    if job.origin and found is None:
-        raise ConfigError(f"resume={config['resume']}: that run has no checkpoint yet", hint="resume=never")
-    name, path, manifest = found or (None, None, None)
-    wishes = Wishes(every_seconds=config["checkpoint"]["every_seconds"])
-    loggers = make_loggers(job, resumed=manifest.get("logs") if manifest and not origin else None)
-    checkpoints = Checkpoints(
-        run_dir,
-        place,
-        run_id=job.run_id,
-        options=config["checkpoint"],
-        say=lambda text: recorder.say(text),
-        resumed=(name, manifest) if name and manifest else None,
-    )
-    checkpoints.saver.known = looked
-    wishes.can_save = lambda: not checkpoints.saver.busy
-    recorder = Recorder(
-        job,
-        checkpoints=checkpoints.saver.listed,
-        resumed_step=manifest["step"] if manifest else 0,
-        places=places,
-        origin=origin,
-    )
-    determinism.set_say(recorder.say)
-    guard = Guard(
-        mode=config["determinism"]["mode"],
-        shards=shards_in_use(config),
-        threads=config["determinism"]["threads"],
-        say=recorder.say,
-        code=code,
-        there=there,
-        root=Path(job.root),
-    )
-    callbacks = make_callbacks(job, checkpoints, recorder, guard, own)
-    trainer = make_trainer(config, accelerator, devices, environment, loggers, callbacks, wishes, root=job.run_dir)
-    loop = trainer.fit_loop.epoch_loop = EpochLoop(
-        trainer,
-        save=lambda required: checkpoints.save(trainer, required=required),
-        every_n_steps=config["checkpoint"]["every_n_steps"],
-        wishes=wishes,
-        stop_at=job.stop_at,
-    )
-    put_checkpoint_connector(trainer, Connector(trainer, path))
-    ignore_signals(trainer)
-    make_loader, set_up = datamodule.train_dataloader, datamodule.setup
-    datamodule.train_dataloader = lambda: loop.placed(make_loader())
-    datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))
-    keep_fetched = False
-    listening = ExitStack()  # until the receipt is closed: a launcher that dies sends SIGTERM several times
-    try:
-        listening.enter_context(wishes.listening(leads=trainer.is_global_zero))
-        if trainer.is_global_zero:
-            recorder.open()
-            refuse_outdated(before, run_dir)
-            checkpoints.saver.open()
-            if name is not None:
-                warn_resumed(run_dir, name, origin)
-            if name is not None and manifest is not None and origin is None:
-                checkpoints.saver.missing = recorder.missing = hold_records(
-                    run_dir, name, manifest, before or config, say=recorder.say
-                )
-            if config["determinism"]["mode"] != "off" and (unlike := unlike_lock(Path(job.root))):
-                recorder.say(f"this environment is not that of the experiment's lock: {few(unlike)}. {REPAIR[route()]}")
+    def __init__(self, job: Job, accelerator: str, devices: int | list[int] | str, before: Receipt | None) -> None:
+        self.job, self.config, self.before = job, job.config, before
+        self.run_dir = Path(job.run_dir)
+        self.ranks = find_ranks()
+        environment = make_environment(self.ranks, accelerator=accelerator)
+        self.experiment = make_experiment(job)
+        self.start = find_start(job)
+        self.wishes = Wishes(every_seconds=self.config["checkpoint"]["every_seconds"])
+        resumed = self.start.resumed
+        self.loggers = make_loggers(job, resumed=resumed.manifest.get("logs") if resumed else None)
+        self.checkpoints = self._make_checkpoints()
+        self.saver = self.checkpoints.saver
+        self.recorder = Recorder(
+            job,
+            checkpoints=self.saver.listed,
+            resumed_step=self.start.step,
+            places=self.experiment.places,
+            origin=self.start.origin,
+        )
+        determinism.set_say(self.recorder.say)
+        callbacks = make_callbacks(job, self.checkpoints, self.recorder, self._make_guard(), self.experiment.callbacks)
+        self.trainer = make_trainer(
+            self.config, accelerator, devices, environment, self.loggers, callbacks, self.wishes, root=job.run_dir
+        )
+        self._replace_loop()
+        self.keep_fetched = False
+        self.listening = ExitStack()  # until the receipt is closed: a launcher that dies sends SIGTERM several times
+
+    def _make_checkpoints(self) -> Checkpoints:
+        found = self.start.found
+        checkpoints = Checkpoints(
+            self.run_dir,
+            self.start.place,
+            run_id=self.job.run_id,
+            options=self.config["checkpoint"],
+            say=lambda text: self.recorder.say(text),
+            resumed=(found.name, found.manifest) if found else None,
+        )
+        checkpoints.saver.known = self.start.known
+        self.wishes.can_save = lambda: not checkpoints.saver.busy
+        return checkpoints
+
+    def _make_guard(self) -> Guard:
+        return Guard(
+            mode=self.config["determinism"]["mode"],
+            shards=shards_in_use(self.config),
+            threads=self.config["determinism"]["threads"],
+            say=self.recorder.say,
+            code=self.experiment.code,
+            there=self.experiment.modules,
+            root=Path(self.job.root),
+        )
+
+    def _replace_loop(self) -> None:
+        """Put labtrain's epoch loop and checkpoint connector into the trainer, and place the loaders they resume."""
+        trainer, datamodule = self.trainer, self.experiment.datamodule
+        loop = trainer.fit_loop.epoch_loop = EpochLoop(
+            trainer,
+            save=lambda required: self.checkpoints.save(trainer, required=required),
+            every_n_steps=self.config["checkpoint"]["every_n_steps"],
+            wishes=self.wishes,
+            stop_at=self.job.stop_at,
+        )
+        put_checkpoint_connector(trainer, Connector(trainer, self.start.path))
+        ignore_signals(trainer)
+        make_loader, set_up = datamodule.train_dataloader, datamodule.setup
+        datamodule.train_dataloader = lambda: loop.placed(make_loader())  # type: ignore[method-assign]
+        datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))  # type: ignore[method-assign]
+
+    def open(self) -> None:
+        """Open receipt, store and loggers; refuse what cannot be trained under them."""
+        config, start = self.config, self.start
+        self.listening.enter_context(self.wishes.listening(leads=self.trainer.is_global_zero))
+        if self.trainer.is_global_zero:
+            self.recorder.open()
+            refuse_outdated(self.before, self.run_dir)
+            self.saver.open()
+            self._say_start()
         if shards_in_use(config) is None:
-            recorder.say(plain_because(config))
-            if config["trainer"]["strategy"] not in (*EXACT_STRATEGIES, SHARDED_STRATEGY) and path is not None:
-                raise NotThereYetError(f"going on under trainer.strategy={config['trainer']['strategy']}")
-        log_config(loggers, job.recorded())
-        trainer.fit(model, datamodule=datamodule, ckpt_path=path, weights_only=True)
+            self.recorder.say(plain_because(config))
+            if config["trainer"]["strategy"] not in (*EXACT_STRATEGIES, SHARDED_STRATEGY) and start.found is not None:
+                raise NotThereYetError(f"resuming under trainer.strategy={config['trainer']['strategy']}")
+        log_config(self.loggers, self.job.recorded())
+
+    def _say_start(self) -> None:
+        found, say = self.start.found, self.recorder.say
+        if found is not None:
+            warn_resumed(self.run_dir, found.name, self.start.origin)
+        if self.start.resumed is not None:
+            self.saver.missing = self.recorder.missing = hold_records(
+                self.run_dir, self.start.resumed, self.before or self.config, say=say
+            )
+        if self.config["determinism"]["mode"] != "off" and (unlike := unlike_lock(Path(self.job.root))):
+            say(f"this environment is not that of the experiment's lock: {few(unlike)}. {REPAIR[route()]}")
+
+    def fit(self) -> Result:
+        """Train to the end, test, and close the receipt."""
+        trainer, model, datamodule = self.trainer, self.experiment.model, self.experiment.datamodule
+        trainer.fit(model, datamodule=datamodule, ckpt_path=self.start.path, weights_only=True)
         metrics = as_floats(trainer.callback_metrics)
         weights, steps = digest(model), trainer.global_step
-        if origin is not None and steps == origin["step"]:
-            raise nothing_to_train(config, steps)
-        state = checkpoints.finish(trainer, weights, resumed=path)
+        if self.start.origin is not None and steps == self.start.origin["step"]:
+            raise nothing_to_train(self.config, steps)
+        state = self.checkpoints.finish(trainer, weights, resumed=self.start.path)
         if is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model):
             trainer.test(model, datamodule=datamodule, verbose=False)
             metrics |= as_floats(trainer.callback_metrics)
-        result = Result(run_dir=run_dir, metrics=metrics, weights_digest=weights, steps=steps)
+        result = Result(run_dir=self.run_dir, metrics=metrics, weights_digest=weights, steps=steps)
         if trainer.is_global_zero:
-            checkpoints.saver.close(seconds=config["checkpoint"]["deliver_seconds"], wanted=True)
-            recorder.close("complete", step=steps, results=results_of(result, state, config))
+            self.saver.close(seconds=self.config["checkpoint"]["deliver_seconds"], wanted=True)
+            self.recorder.close("complete", step=steps, results=results_of(result, state, self.config))
         return result
-    except BaseException as raised:
+
+    def fail(self, raised: BaseException) -> BaseException:
+        """Save what can be saved, close the receipt, end the other ranks; return what people are told."""
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends a delivery; the receipt is closed
-        error = raised if ranks is None else explain_loss(raised, wishes)
+        error = raised if self.ranks is None else explain_loss(raised, self.wishes)
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
         if not stopped:
-            listening.close()  # or a launcher that ends all ranks, since one has failed, would have to kill this one
+            self.listening.close()  # or a launcher that ends all ranks after one has failed would have to kill this one
         if isinstance(error, Stopped) and not error.saved:
-            keep_fetched = True  # other ranks may be reading it, and what the saver would deliver
-        if trainer.is_global_zero:
-            try:
-                if isinstance(error, Stopped) and error.saved:
-                    soon = "SLURM_JOB_ID" in os.environ  # its signals leave little time, and the next start delivers
-                    checkpoints.saver.close(
-                        seconds=0 if soon else config["checkpoint"]["deliver_seconds"], wanted=False
-                    )
-                else:
-                    checkpoints.saver.abandon()
-            finally:
-                why = str(error) if isinstance(error, Stopped) else type(error).__qualname__
-                recorder.close("interrupted" if stopped else "failed", step=trainer.global_step, why=why)
-        if not stopped and (launcher := trainer.strategy.launcher):
+            self.keep_fetched = True  # other ranks may be reading it, and what the saver would deliver
+        if self.trainer.is_global_zero:
+            self._close_failed(error, stopped=stopped)
+        if not stopped and (launcher := self.trainer.strategy.launcher):
             launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
-        known = explain_operation(error, model) or explain(error, config, started=recorder.receipt is not None)
-        known = known or explain_callback(error, own)
-        if known is None and manifest is not None and trainer.global_step == manifest["step"]:  # it has made no step
-            known = explain_step(error)
-        if known is not None:
-            raise known from raised
-        if error is not raised:
-            raise error from raised
-        raise
-    finally:
-        if recorder.lock is not None and not keep_fetched:  # else another start trains this run, and may be reading it
-            shutil.rmtree(fetched, ignore_errors=True)
-        recorder.release()
-        listening.close()
+        return self._explained(error) or error
 
+    def _close_failed(self, error: BaseException, *, stopped: bool) -> None:
+        try:
+            if isinstance(error, Stopped) and error.saved:
+                soon = "SLURM_JOB_ID" in os.environ  # its signals leave little time, and the next start delivers
+                seconds = 0 if soon else self.config["checkpoint"]["deliver_seconds"]
+                self.saver.close(seconds=seconds, wanted=False)
+            else:
+                self.saver.abandon()
+        finally:
+            why = str(error) if isinstance(error, Stopped) else type(error).__qualname__
+            self.recorder.close("interrupted" if stopped else "failed", step=self.trainer.global_step, why=why)
 
-def named_code(job: Job) -> Code | None:
-    """Return the code that the run is named by, and load it from source from now on; None in mode off.
-
-    Raises:
-        ConfigError: the code was changed since the run was named.
-    """
-    if job.config["determinism"]["mode"] == "off":
-        return None
-    load_from_source()
-    note_executed()
-    code = read_code(Path(job.root), job.config)
-    if job.code_digest not in ("", code.digest):
-        raise ConfigError("the code was changed while the training started", hint="start it again")
-    return code
-
-
-def find_checkpoint(run_dir: Path, place: str, into: Path, *, run_id: str | None) -> tuple[str, Path, Manifest] | None:
-    """Return the name, the folder and the manifest of the newest whole checkpoint that a run goes on from.
-
-    One of a remote store is copied into a folder of this machine, once for all ranks that share it.
-
-    Args:
-        run_dir: its folder.
-        place: where its checkpoints lie, or those of another run that it goes on from.
-        into: a folder for such copies.
-        run_id: of the run whose checkpoints lie there; None where they are another run's.
-
-    Raises:
-        LabtrainError: the newest is of another run, or one is a link.
-        StoreError: the store cannot be asked: whether there is a checkpoint is not known.
-    """
-    stores = stores_of(run_dir, place)
-    if is_local(place):
-        found = newest_whole(stores, into=into, to_resume=True, run_id=run_id, look=check_loads)
-    elif not any(store.checkpoints() for store in stores):
-        found = None
-    else:
-        into.mkdir(parents=True, exist_ok=True)
-        with alone_in(into):
-            found = newest_whole(stores, into=into, to_resume=True, run_id=run_id, look=check_loads)
-    return (found[0].name, *found[1:]) if found else None
-
-
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process fetches into a folder; where that takes long, say for whom."""
-    with os.fdopen(open_lock(folder / ".lock"), "r+") as file:
-        begun, patience = time.monotonic(), PATIENCE_S
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except (BlockingIOError, PermissionError):
-                if time.monotonic() - begun > patience:
-                    patience += 60
-                    file.seek(0)
-                    warn(f"waiting for {file.read().strip() or 'another process'}, which fetches into {shown(folder)}")
-                time.sleep(0.1)
-        file.seek(0)
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
-        file.flush()
-        yield
-
-
-def refuse_outdated(before: receipt.Receipt | None, run_dir: Path) -> None:
-    """Refuse to go on where another process has trained the run since this one looked at it.
-
-    Raises:
-        LabtrainError: what this start has found may be old.
-    """
-    if (receipt.read(run_dir) or {}).get("digest") != (before or {}).get("digest"):
-        raise LabtrainError(
-            f"{shown(run_dir)}: another process trained it while this one started", hint="the same command goes on"
+    def _explained(self, error: BaseException) -> BaseException | None:
+        known = (
+            explain_operation(error, self.experiment.model)
+            or explain(error, self.config, started=self.recorder.receipt is not None)
+            or explain_callback(error, self.experiment.callbacks)
         )
+        has_stepped = self.start.found is None or self.trainer.global_step != self.start.step
+        return known or (None if has_stepped else explain_step(error))
 
-
-def seeded_alike(set_up: Callable[[], None]) -> None:
-    """Run a datamodule's setup: each of them draws the same, for "fit", for "test", and on each rank.
-
-    So a split at random gives the same parts to the training and to the test. What it drew moves nothing after it.
-    """
-    determinism.seed_place("setup")
-    set_up()
-    determinism.seed_place("setup")
-
-
-def instantiate(options: Config, key: str, kind: type[Any]) -> Any:
-    """Make the object that a part of the configuration describes with `_target_`, Hydra's way.
-
-    Args:
-        options: that part.
-        key: its key.
-        kind: of what it must be.
-
-    Raises:
-        ConfigError: the target cannot be found, does not take these arguments, or is of another kind.
-    """
-    target = options["_target_"]
-    try:
-        made = hydra_instantiate(options, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        # What a callback refuses are its arguments; a model or a datamodule may do anything when it is made.
-        if cause is None or isinstance(cause, TypeError | ImportError) or kind is pl.Callback:
-            text = " ".join(str(error).split()) if cause is None else in_words(cause) + where(cause.__traceback__)
-            raise ConfigError(
-                f"{key}._target_={target}: {text}", hint=f"correct {key} in conf/, or the class it names"
-            ) from error
-        raise cause from None
-    if not isinstance(made, kind):
-        raise ConfigError(
-            f"{key}._target_={target} makes a {type(made).__name__}, a {kind.__name__} is wanted",
-            hint=f"derive it from lightning.pytorch.{kind.__name__}",
-        )
-    return made
-
-
-def make_callbacks(
-    job: Job, checkpoints: Checkpoints, recorder: Recorder, guard: Guard, own: dict[str, pl.Callback]
-) -> list[pl.Callback]:
-    """Return labtrain's callbacks and the person's, in the order in which they act.
-
-    A progress bar of the person's takes the place of labtrain's.
-
-    Raises:
-        ConfigError: there is one, and the configuration says that there is none.
-    """
-    config, shards = job.config, shards_in_use(job.config)
-    mode = config["determinism"]["mode"]
-    callbacks: list[pl.Callback] = [checkpoints, guard]  # first: counters are put in place before others look at them
-    callbacks += [Speed(config["speed"], mode=mode, say=recorder.say), Agreement(mode=mode, say=recorder.say)]
-    if shards is not None and shards > 1 and mode != "off":
-        callbacks.append(
-            Objective(
-                shards=shards,
-                strict=mode in determinism.STRICT_MODES,
-                judge=guard.judge,
-                say=recorder.say,
-                note=recorder.note,
-            )
-        )
-    callbacks += [Seeding(per_rank=shards is None), BatchSizes(), recorder]
-    if config["trail"]["every_n_steps"]:
-        callbacks.append(
-            Trail(
-                Path(job.run_dir) / TRAIL,
-                every_n_steps=config["trail"]["every_n_steps"],
-                resumed_step=recorder.resumed_step,
-                say=recorder.say,
-            )
-        )
-    callbacks.append(History(Path(job.run_dir), batch_size=config["data"]["batch_size"]))
-    if config["gpu_stats"]:
-        callbacks.append(GpuStats())
-    bars = [name for name, callback in own.items() if isinstance(callback, ProgressBar)]
-    if bars and config["trainer"]["enable_progress_bar"] is False:
-        raise ConfigError(
-            f"callbacks.{bars[0]} is a progress bar, and trainer.enable_progress_bar is false",
-            hint=f"callbacks.{bars[0]}=null, or trainer.enable_progress_bar=true",
-        )
-    if len(bars) > 1:
-        both = " and ".join(f"callbacks.{name}" for name in bars)
-        raise ConfigError(f"{both} are progress bars: a training has one", hint=f"callbacks.{bars[1]}=null")
-    if config["trainer"]["enable_progress_bar"] and not bars:
-        callbacks.append(Progress(batch_size=config["data"]["batch_size"], status=checkpoints.saver.status))
-    return [*callbacks, *own.values()]
-
-
-def make_trainer(
-    config: Config,
-    accelerator: str,
-    devices: int | list[int] | str,
-    environment: ClusterEnvironment,
-    loggers: list[Any],
-    callbacks: list[pl.Callback],
-    wishes: Wishes,
-    *,
-    root: str,
-) -> pl.Trainer:
-    """Return Lightning's Trainer with the keys of `trainer`; those that are null take its defaults.
-
-    `check_val_every_n_epoch` is the exception: its default is 1, and null means "count batches across epochs".
-    """
-    options = {key: value for key, value in config["trainer"].items() if value is not None}
-    options["check_val_every_n_epoch"] = config["trainer"]["check_val_every_n_epoch"]
-    options |= {"accelerator": accelerator, "devices": devices}
-    if (strategy := make_strategy(config, accelerator, devices, wishes)) is not None:
-        options["strategy"] = strategy
-    try:
-        return pl.Trainer(
-            **options,
-            callbacks=callbacks,
-            logger=loggers or False,
-            plugins=[FolderIO(), environment],
-            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
-            default_root_dir=root,
-        )
-    except (ValueError, TypeError, MisconfigurationException) as error:
-        raise ConfigError(
-            f"Lightning's Trainer: {' '.join(str(error).split())}",
-            hint="python train.py --help shows the keys of trainer",
-        ) from error
+    def close(self) -> None:
+        """Let go of the run's lock, of fetched checkpoints and of the signals."""
+        if self.recorder.lock is not None and not self.keep_fetched:  # else another start may be reading them
+            shutil.rmtree(self.start.fetched, ignore_errors=True)
+        self.recorder.release()
+        self.listening.close()
 
 
 def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainError | None:
@@ -510,65 +303,6 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
             hint="python train.py --cfg job shows the paths that data and model were given",
         )
     return None
-
-
-def origin_of(job: Job, found: tuple[str, Path, Manifest] | None) -> dict[str, Any] | None:
-    """Return what the receipt says of the checkpoint that a run begins from; None if the run begun goes on itself.
-
-    Raises:
-        ConfigError: it is not the one that the run is named after.
-    """
-    if not job.origin_digest or found is None:
-        return None
-    name, _, manifest = found
-    if (digest := checkpoint_digest(manifest)) != job.origin_digest:
-        raise ConfigError(
-            f"resume={job.config['resume']}: its newest checkpoint cannot be read, and the run would begin from"
-            f" {name}, an older one",
-            hint=f"labtrain store check {job.origin}; rm -r the damaged one, and the same command begins from {name}",
-        )
-    return {
-        "run_id": manifest["run_id"],
-        "checkpoint": name,
-        "step": manifest["step"],
-        "digest": digest,
-        "url": without_secrets(job.origin),
-    }
-
-
-def hold_records(
-    run_dir: Path, name: str, manifest: Manifest, before: Mapping[str, Any], *, say: Callable[[str], None]
-) -> list[list[int]]:
-    """Say where trail and history are not what they were when a checkpoint was saved; return the steps that are lost.
-
-    Args:
-        run_dir: the run's folder.
-        name: of the checkpoint.
-        manifest: of the checkpoint.
-        before: the receipt, which says how often a line of the trail was written; where it is gone, the configuration.
-        say: called with each sentence.
-    """
-    begun = (before.get("segments") or [{}])[0].get("origin") or {}
-    missing = missing_steps(
-        run_dir, manifest, every_n_steps=before["trail"]["every_n_steps"], from_step=begun.get("step", 0)
-    )
-    if missing:
-        steps = ", ".join(f"{first} to {last}" if first < last else f"{first}" for first, last in missing)
-        say(
-            f"{TRAIL} is not what it was when {name} was saved: the lines of these steps are missing, or were changed:"
-            f" {steps}"
-        )
-    if (said := manifest.get("history")) and not is_as_recorded(run_dir / HISTORY, said):
-        say(f"{HISTORY} is not what it was when {name} was saved: {BEST_UNSURE}")
-    return missing
-
-
-def warn_resumed(run_dir: Path, name: str, origin: dict[str, Any] | None) -> None:
-    """Say that a run goes on, or begins from another, and from where."""
-    if origin is not None:
-        warn(f"{shown(run_dir)} is a new run: it begins from {name} of {origin['run_id']}, which stays as it is")
-        return
-    warn(f"{shown(run_dir)} goes on from {name} (resume=never starts anew beside it)")
 
 
 def results_of(result: Result, state_digest: str | None, config: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import logging
 import sys
 import tempfile
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.tuner.tuning import Tuner
@@ -13,8 +14,8 @@ from labtrain.exact import determinism
 from labtrain.record.identity import Config, shards_in_use
 from labtrain.training.cluster import make_environment
 from labtrain.training.devices import choose_accelerator
-from labtrain.training.fit import instantiate, make_trainer
 from labtrain.training.speed import check_compiler, hasten
+from labtrain.training.trainer import instantiate, make_trainer
 
 SAID = ("Batch size", "The batch size", "Reached", "Applying")  # of what Lightning says, how the search goes
 
@@ -35,13 +36,8 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
         determined["mode"], threads=determined["threads"], tf32=config["speed"]["tf32"] and accelerator == "gpu"
     )
     determinism.seed_all(seed, "init")
-    datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
+    datamodule = _sized(instantiate(config["data"], "data", pl.LightningDataModule))
     model = instantiate(config["model"], "model", pl.LightningModule)
-    if not hasattr(datamodule, "batch_size"):
-        raise ConfigError(
-            f"{type(datamodule).__name__} has no attribute batch_size: the search sets it and asks for loaders",
-            hint="self.batch_size = batch_size in its __init__, and the loaders made with self.batch_size",
-        )
     hasten(model, config["speed"], mode=determined["mode"], say=say)
     if accelerator == "cpu":
         say("on a CPU nothing says when memory is full: sizes are tried until the data, 8192 or --max-trials ends them")
@@ -49,14 +45,7 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     with tempfile.TemporaryDirectory() as scratch:  # for the weights, which each trial begins with
         alone = make_environment(None, accelerator=accelerator)
         trainer = make_trainer(config, accelerator, devices, alone, [], [], Wishes(), root=scratch)
-        fitted: list[int] = []
-        run = trainer.fit_loop.run
-
-        def noted() -> None:
-            run()
-            fitted.append(datamodule.batch_size)
-
-        trainer.fit_loop.run = noted  # type: ignore[method-assign]
+        fitted = _noting_sizes(trainer, datamodule)
         try:
             found = Tuner(trainer).scale_batch_size(
                 model,
@@ -77,6 +66,33 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     found = max(smallest, min(found, max(fitted)))  # Lightning's last one, 8192, it takes without a trial
     say(f"data.batch_size={found}: {held_at_once(found, shards)}")
     return found
+
+
+def _sized(datamodule: Any) -> Any:
+    """Return a datamodule whose batch size can be set.
+
+    Raises:
+        ConfigError: it keeps none.
+    """
+    if not hasattr(datamodule, "batch_size"):
+        raise ConfigError(
+            f"{type(datamodule).__name__} has no attribute batch_size: the search sets it and asks for loaders",
+            hint="self.batch_size = batch_size in its __init__, and the loaders made with self.batch_size",
+        )
+    return datamodule
+
+
+def _noting_sizes(trainer: pl.Trainer, datamodule: Any) -> list[int]:
+    """Return a list that gets the batch size of each trial that runs to its end."""
+    fitted: list[int] = []
+    run = trainer.fit_loop.run
+
+    def noted() -> None:
+        run()
+        fitted.append(datamodule.batch_size)
+
+    trainer.fit_loop.run = noted  # type: ignore[method-assign]
+    return fitted
 
 
 def held_at_once(size: int, shards: int | None) -> str:

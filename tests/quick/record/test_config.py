@@ -211,7 +211,7 @@ def test_a_stranger_is_not_explained() -> None:
         ),
         (
             ["trainer.accelerator=cpu", "trainer.devices=[0,1]"],
-            r"on a CPU a number of processes is wanted\n\nhint: trainer.devices=2",
+            r"on a CPU it must be a number of processes\n\nhint: trainer.devices=2",
         ),
         (
             ["trainer.accelerator=cpu", "trainer.devices=4", "data.batch_size=3"],

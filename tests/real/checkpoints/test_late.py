@@ -85,7 +85,7 @@ def test_what_no_process_could_load_is_said_when_it_is_saved(runner: Runner, mod
     stop(runner, options)
     (path,) = runner.folder.glob("runs/exact/*/receipt.json")
     for text in (runner.said(), " ".join(json.loads(path.read_text())["determinism"]["notes"])):
-        assert f"from now on no training can go on from here: code has changed {changed}" in text
+        assert f"checkpoints from here on cannot be resumed: code has changed {changed}" in text
     before = files(runner)
     runner.run(options, code=2)
     assert f"error: the checkpoint cannot be loaded: before it was saved, code had changed {changed}" in runner.said()

@@ -186,30 +186,12 @@ class Checkpoints(pl.Callback):
             return
         self._compare_ranks(trainer)
         state = dump(trainer)
-        unsaved = loop_of(trainer).unsaved
-        if unsaved is not None and (lost := unsaved.newly_lost()):
-            self.say(
-                f"the training changes {few(lost)}, which no checkpoint holds: a training that is resumed goes on"
-                " with what __init__ makes (keep a number, a tensor or a list in an attribute of the model, or save and"
-                " load it in on_save_checkpoint and on_load_checkpoint; a callback in state_dict and load_state_dict)"
-            )
+        self._say_lost(trainer)
         state[PLACE] = loop_of(trainer).place() | {
             "initial": {**self.initial, "callbacks": as_references(self.initial["callbacks"])}
         }
-        if (made := made_of(trainer)) != self.made:
-            state[PLACE][KEY] = made
-            lacking = None if can_differ(trainer.lightning_module) else lacks(self.made, made)
-            if lacking is not None:
-                hint = cure(lacking[1], made, state["state_dict"])
-                self.say(f"from now on no training can go on from here: code has changed {lacking[0]}; {hint}")
-        outside = loop_of(trainer).outside
-        for sentence in outside.unkept() if outside is not None and run_mode() != "off" else ():
-            self.say(sentence)
-        for name in unsaved.new_objects() if unsaved is not None else ():
-            self.say(
-                f"{name} was made during the training: a training that goes on does not have it when it begins, so the"
-                " attributes of it cannot be put back (make it in __init__ or setup)"
-            )
+        self._keep_made(trainer, state)
+        self._say_unkept(trainer)
         manifest: Manifest = {"step": trainer.global_step}
         if trainer.is_global_zero:
             manifest |= {
@@ -225,6 +207,34 @@ class Checkpoints(pl.Callback):
         if wishes.agreed_stop:
             self.saver.wait()
             trainer.strategy.barrier("labtrain.checkpoint")  # else others end, and what started them ends rank 0
+
+    def _say_lost(self, trainer: pl.Trainer) -> None:
+        unsaved = loop_of(trainer).unsaved
+        if unsaved is not None and (lost := unsaved.newly_lost()):
+            self.say(
+                f"the training changes {few(lost)}, which no checkpoint holds: a resumed training starts"
+                " with what __init__ makes (keep a number, a tensor or a list in an attribute of the model, or save and"
+                " load it in on_save_checkpoint and on_load_checkpoint; a callback in state_dict and load_state_dict)"
+            )
+
+    def _keep_made(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
+        """Put into a state what the training is made of, where that has changed; warn if it then cannot be resumed."""
+        if (made := made_of(trainer)) != self.made:
+            state[PLACE][KEY] = made
+            lacking = None if can_differ(trainer.lightning_module) else lacks(self.made, made)
+            if lacking is not None:
+                hint = cure(lacking[1], made, state["state_dict"])
+                self.say(f"checkpoints from here on cannot be resumed: code has changed {lacking[0]}; {hint}")
+
+    def _say_unkept(self, trainer: pl.Trainer) -> None:
+        outside, unsaved = loop_of(trainer).outside, loop_of(trainer).unsaved
+        for sentence in outside.unkept() if outside is not None and run_mode() != "off" else ():
+            self.say(sentence)
+        for name in unsaved.new_objects() if unsaved is not None else ():
+            self.say(
+                f"{name} was made during the training: a resumed training does not have it when it starts, so its"
+                " attributes cannot be restored (make it in __init__ or setup)"
+            )
 
     def check_savable(self, trainer: pl.Trainer, *, stepped: bool = False) -> None:
         """Make the state that a save would begin with, and look whether a checkpoint can hold it.

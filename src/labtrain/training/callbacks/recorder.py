@@ -133,19 +133,7 @@ class Recorder(pl.Callback):
             close_killed(before, self.run_dir)
             unsure = [note for note in before["determinism"]["notes"] if note.endswith(BEST_UNSURE)]
             self.notes[:0] = [note for note in unsure if note not in self.notes]
-        segment: dict[str, Any] = {
-            "started": timestamp(),
-            "ended": None,
-            "status": "running",
-            "why": None,
-            "host": os.uname().nodename,
-            "devices": trainer.world_size,
-            "from_step": self.resumed_step,
-            "to_step": None,
-            "changed": [],
-        }
-        if self.origin is not None:
-            segment["origin"] = self.origin
+        segment = self._new_segment(trainer)
         config, code = job.recorded(), without_secrets(code_state(job))
         self.waits = before is not None or self.origin is not None  # for its first step
         self.receipt = {
@@ -157,30 +145,52 @@ class Recorder(pl.Callback):
             "code": code,
             "environment": environment_state(job),
             "hardware": {**machine(), **gpus(trainer)},
-            "determinism": {
-                **job.config["determinism"],
-                "seed": job.config["seed"],
-                "any_number_of_devices": shards_in_use(job.config) is not None,
-                **without_secrets(determinism.flags()),
-                "notes": self.notes,
-            },
+            "determinism": self._determinism(),
             "data": without_secrets(self._data(trainer), names=False),
             "segments": [*(before["segments"] if before else []), segment],
             "results": {},
             "checkpoints": [],
-            "trail": {
-                "file": TRAIL,
-                "every_n_steps": job.config["trail"]["every_n_steps"],
-                "tensors": tensor_names(pl_module),
-                "sha256": None,
-                **({"missing": self.missing} if self.missing else {}),
-            },
+            "trail": self._trail(pl_module),
             "digest": "",
         }
         if before is not None:
             self._note_changes(before, segment)
         elif not self.waits:
             self._begin()
+
+    def _new_segment(self, trainer: pl.Trainer) -> dict[str, Any]:
+        """Return what the receipt says of this process's part of the training, at its start."""
+        return {
+            "started": timestamp(),
+            "ended": None,
+            "status": "running",
+            "why": None,
+            "host": os.uname().nodename,
+            "devices": trainer.world_size,
+            "from_step": self.resumed_step,
+            "to_step": None,
+            "changed": [],
+            **({"origin": self.origin} if self.origin is not None else {}),
+        }
+
+    def _determinism(self) -> dict[str, Any]:
+        config = self.job.config
+        return {
+            **config["determinism"],
+            "seed": config["seed"],
+            "any_number_of_devices": shards_in_use(config) is not None,
+            **without_secrets(determinism.flags()),
+            "notes": self.notes,
+        }
+
+    def _trail(self, module: pl.LightningModule) -> dict[str, Any]:
+        return {
+            "file": TRAIL,
+            "every_n_steps": self.job.config["trail"]["every_n_steps"],
+            "tensors": tensor_names(module),
+            "sha256": None,
+            **({"missing": self.missing} if self.missing else {}),
+        }
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -18,6 +18,7 @@ import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -68,6 +69,33 @@ NOTED = ("world_size", "num_devices", "device_ids", "global_rank")
 OF_PROCESSES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # variables of the environment
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+@dataclass(kw_only=True, slots=True)
+class _Step:
+    """One step of this rank.
+
+    Attributes:
+        batch: its shards.
+        epoch: of the training.
+        index: of the batch in the epoch.
+        moved: whether the shards are on the device.
+        ranges: which shards each rank has.
+        parameters: that want a gradient.
+        older: their gradients, of batches that are accumulated.
+        missing: whether a shard of this rank left out a gradient, or there is none: the others may have it.
+        outputs: of each shard: samples, and what the step returned, where hooks take it.
+    """
+
+    batch: Sharded
+    epoch: int
+    index: int
+    moved: bool
+    ranges: list[range]
+    parameters: list[torch.nn.Parameter]
+    older: list[Tensor | None]
+    missing: bool
+    outputs: list[tuple[int, Any]] = field(default_factory=list)
 
 
 class Exact:
@@ -152,13 +180,7 @@ class Exact:
             self._watch = Watch(module, **made, **place, judge=guard.judge, say=guard.say)
             self._watch.listen()
         if self._watch is not None and guard is not None:
-            for each in (module, *trainer.callbacks):  # type: ignore[attr-defined]
-                if is_overridden("on_before_backward", each):
-                    guard.judge(
-                        f"{type(each).__name__}.on_before_backward runs once a shard, so as often in a step as this"
-                        " rank has shards",
-                        "on_after_backward or on_before_optimizer_step, which run once a step; or determinism.shards=1",
-                    )
+            _judge_backward_hooks(guard, [module, *trainer.callbacks])  # type: ignore[attr-defined]
         # Lightning runs this before the strategy gets the batch: put it off until a shard is at hand.
         put_off_preparing(module, lambda batch: isinstance(batch, Sharded))
 
@@ -220,87 +242,20 @@ class Exact:
             return self._whole(batch, epoch, index, *args)
         batch, moved = self._shards_of(batch)
         assert isinstance(batch, Sharded)  # guard.py
-        module, plugin, tally, buffers = self._module, cast(Any, self).precision_plugin, self._tally, self._buffers
-        watch = self._watch
-        ranges = shard_ranges(batch.shards, self._world)
-        parameters = self._prepare()
-        total = cast(ShardSum, self._sum)
-        total.begin(ranges)
-        buffers.begin()
-        if watch is not None:
-            watch.begin()
-        older = [parameter.grad for parameter in parameters]  # of batches that are accumulated
-        outputs: list[tuple[int, Any]] = []  # samples, and what the step returned, where hooks take it
-        taken = self._takers.outputs
-        missing = not batch.parts  # a gradient, on this rank: then only the others know whether there is one
+        step = self._begin_step(batch, epoch, index, moved=moved)
         stopping = self._trainer.should_stop or run_mode() == "off"
         with self.scratch(loop) as results:
-            tally.begin(training=True)
-            for number, (shard, samples, data) in enumerate(batch.parts):
-                last = number == len(batch.parts) - 1
-                if number:
-                    buffers.restore()
-                    if watch is not None:
-                        watch.restore()
-                for parameter in parameters:
-                    parameter.grad = None
-                data = data if moved else self.moved(data, 0, *self._when(), 0, index, shard)
-                put_results(loop, tally.open(data, samples))
-                seed_place("shard", epoch, index, shard)
-                with alone():
-                    output = super().training_step(data, *args)  # type: ignore[misc]
-                loss = _loss(output)
-                if loss is None:
-                    raise ConfigError(
-                        f"training_step returned no loss for shard {shard} of batch {index}",
-                        hint="return the loss of every shard, 0 * loss to leave one out; or determinism.shards=null",
-                    )
-                weight, given = samples / batch.samples, weight_of(output)
-                share = weight if given is None else given / batch.samples
-                self._added = [0] * len(parameters)
-                if share:  # else a mean over nothing: 0 * NaN would be NaN
-                    self._filling = shard if last else None
-                    scaled = plugin.pre_backward(loss * (share / self._trainer.accumulate_grad_batches), module)
-                    try:
-                        plugin.backward(scaled, module, None)
-                    except RuntimeError as error:
-                        self._filling = None
-                        explain_backward(error, module, partial(self._loss_again, data, *args))
-                        raise
-                    self._filling = None
-                present = self._push(shard, parameters)
-                missing = missing or not all(present)
-                watched = watch.leave(shard, last=last) if watch is not None else []
-                if taken:
-                    outputs.append((samples, output))
-                numbers = torch.tensor([*present, *buffers.leave(shard, weight), *watched], dtype=torch.float64)
-                row = weighted_row(loss.detach(), share, returned=given is not None)
-                front = torch.cat([numbers.to(loss.device), row])
-                tally.close(front, samples, None if given is None else (loss.detach(), given))
+            self._tally.begin(training=True)
+            for number in range(len(batch.parts)):
+                self._shard_step(step, number, args)
             if self._trainer.should_stop and not stopping:
                 raise ConfigError(
                     "training_step sets trainer.should_stop: one shard, on one of the devices, would decide",
                     hint="set it in on_train_batch_end, by self.trainer.callback_metrics: these are of the whole batch",
                 )
-            total.send()
-            rows_SK = self._combined(batch, results, ranges)
-        sizes = len(parameters), len(buffers.owned) + 1, Watch.NUMBERS if watch is not None else 0
-        has_SP, buffers_SB, watched_S3, losses_SN = rows_SK.split([*sizes, rows_SK.shape[1] - sum(sizes)], 1)
-        wanted = (has_SP.amax(0) > 0).tolist() if missing else [True] * len(parameters)
-        if not any(wanted):  # no shard had any weight: zeros, since a GradScaler wants a gradient
-            wanted = [True] * len(parameters)
-        # One process knows its own: no waiting for a GPU to read them back.
-        buffers.install(buffers_SB.tolist() if self._world > 1 else buffers.numbers, ranges)
-        if watch is not None:
-            watch.end(watched_S3.tolist() if self._world > 1 else watch.numbers, ranges)
-        for parameter, gradient in zip(parameters, older, strict=True):
-            parameter.grad = gradient
-        seed_place("after", epoch, index)  # what hooks draw from here on is the same on every rank
-        mean, shares = weighted_mean(losses_SN)
-        self._waiting = wanted, shares
-        combined = {"loss": mean} if shares is None else {"loss": mean, "weight": shares * batch.samples}
-        whole = self._as_one(outputs, ranges) if taken else None
-        return {**whole, **combined} if isinstance(whole, dict) else mean
+            cast(ShardSum, self._sum).send()
+            rows_SK = self._combined(batch, results, step.ranges)
+        return self._end_step(step, rows_SK)
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self._waiting is None:
@@ -323,6 +278,91 @@ class Exact:
         return self._evaluate(super().test_step, batch, *args)  # type: ignore[misc]
 
     # --------------------------------------------------------------------------------------------------------- a step
+
+    def _begin_step(self, batch: Sharded, epoch: int, index: int, *, moved: bool) -> "_Step":
+        parameters, ranges = self._prepare(), shard_ranges(batch.shards, self._world)
+        cast(ShardSum, self._sum).begin(ranges)
+        self._buffers.begin()
+        if self._watch is not None:
+            self._watch.begin()
+        return _Step(
+            batch=batch,
+            epoch=epoch,
+            index=index,
+            moved=moved,
+            ranges=ranges,
+            parameters=parameters,
+            older=[parameter.grad for parameter in parameters],
+            missing=not batch.parts,
+        )
+
+    def _shard_step(self, step: "_Step", number: int, args: tuple[Any, ...]) -> None:
+        """Run forward and backward of one shard, from the state that the step began with."""
+        (shard, samples, data), last = step.batch.parts[number], number == len(step.batch.parts) - 1
+        if number:
+            self._buffers.restore()
+            if self._watch is not None:
+                self._watch.restore()
+        for parameter in step.parameters:
+            parameter.grad = None
+        data = data if step.moved else self.moved(data, 0, *self._when(), 0, step.index, shard)
+        put_results(self._trainer.fit_loop.epoch_loop, self._tally.open(data, samples))
+        seed_place("shard", step.epoch, step.index, shard)
+        with alone():
+            output = super().training_step(data, *args)  # type: ignore[misc]
+        loss = _loss(output)
+        if loss is None:
+            raise ConfigError(
+                f"training_step returned no loss for shard {shard} of batch {step.index}",
+                hint="return the loss of every shard, 0 * loss to leave one out; or determinism.shards=null",
+            )
+        weight, given = samples / step.batch.samples, weight_of(output)
+        share = weight if given is None else given / step.batch.samples
+        self._added = [0] * len(step.parameters)
+        if share:  # else a mean over nothing: 0 * NaN would be NaN
+            self._filling = shard if last else None
+            self._shard_backward(loss * (share / self._trainer.accumulate_grad_batches), data, args)
+        present = self._push(shard, step.parameters)
+        step.missing |= not all(present)
+        watched = self._watch.leave(shard, last=last) if self._watch is not None else []
+        if self._takers.outputs:
+            step.outputs.append((samples, output))
+        numbers = torch.tensor([*present, *self._buffers.leave(shard, weight), *watched], dtype=torch.float64)
+        row = weighted_row(loss.detach(), share, returned=given is not None)
+        front = torch.cat([numbers.to(loss.device), row])
+        self._tally.close(front, samples, None if given is None else (loss.detach(), given))
+
+    def _shard_backward(self, loss: Tensor, data: Any, args: tuple[Any, ...]) -> None:
+        module, plugin = self._module, cast(Any, self).precision_plugin
+        scaled = plugin.pre_backward(loss, module)
+        try:
+            plugin.backward(scaled, module, None)
+        except RuntimeError as error:
+            self._filling = None
+            explain_backward(error, module, partial(self._loss_again, data, *args))
+            raise
+        self._filling = None
+
+    def _end_step(self, step: "_Step", rows_SK: Tensor) -> Any:
+        """Install what the shards of all ranks left; return what hooks get for the step."""
+        parameters, buffers, watch = step.parameters, self._buffers, self._watch
+        sizes = len(parameters), len(buffers.owned) + 1, Watch.NUMBERS if watch is not None else 0
+        has_SP, buffers_SB, watched_S3, losses_SN = rows_SK.split([*sizes, rows_SK.shape[1] - sum(sizes)], 1)
+        has_gradient = (has_SP.amax(0) > 0).tolist() if step.missing else [True] * len(parameters)
+        if not any(has_gradient):  # no shard had any weight: zeros, since a GradScaler needs a gradient
+            has_gradient = [True] * len(parameters)
+        # One process knows its own numbers: it does not wait for a GPU to send them back.
+        buffers.install(buffers_SB.tolist() if self._world > 1 else buffers.numbers, step.ranges)
+        if watch is not None:
+            watch.end(watched_S3.tolist() if self._world > 1 else watch.numbers, step.ranges)
+        for parameter, gradient in zip(parameters, step.older, strict=True):
+            parameter.grad = gradient
+        seed_place("after", step.epoch, step.index)  # what hooks draw from here on is the same on every rank
+        mean, shares = weighted_mean(losses_SN)
+        self._waiting = has_gradient, shares
+        combined = {"loss": mean} if shares is None else {"loss": mean, "weight": shares * step.batch.samples}
+        whole = self._as_one(step.outputs, step.ranges) if self._takers.outputs else None
+        return {**whole, **combined} if isinstance(whole, dict) else mean
 
     def _loss_again(self, data: Any, *args: Any) -> Any:
         return _loss(super().training_step(data, *args))  # type: ignore[misc]
@@ -597,6 +637,16 @@ class ExactDDP(Exact, DDPStrategy):
     @parallel_devices.setter
     def parallel_devices(self, devices: list[torch.device] | None) -> None:
         ParallelStrategy.parallel_devices.fset(self, devices)  # type: ignore[attr-defined]
+
+
+def _judge_backward_hooks(guard: Guard, owners: list[Any]) -> None:
+    for each in owners:
+        if is_overridden("on_before_backward", each):
+            guard.judge(
+                f"{type(each).__name__}.on_before_backward runs once a shard, so as often in a step as this rank has"
+                " shards",
+                "on_after_backward or on_before_optimizer_step, which run once a step; or determinism.shards=1",
+            )
 
 
 def _name_of(parameter: Tensor, module: torch.nn.Module) -> str:

@@ -11,7 +11,7 @@ import random
 import re
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -63,11 +63,29 @@ def look(
         known: objects that are left out, such as the training's optimizers.
         kept: attributes that are left out: their holder and name.
     """
-    left_out = {id(each) for each in known}
-    attributes, others = {(id(holder), name) for holder, name in kept}, set(map(id, (beside or {}).values()))
-    parts = {id(part) for part in module.modules()}
-    left_out |= {id(part) for part in module.modules() if isinstance(part, Metric | MetricCollection)}
     weights = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    parts = {id(part) for part in module.modules()}
+    found: Look = {}
+    for path, value, _ in reach({"": module, **(beside or {})}, _entrance(module, beside or {}, known, kept)):
+        if id(value) in parts or id(value) in weights:
+            found[path] = type(value).__qualname__
+            continue
+        for part, text in _prints(path, value):
+            while part in found:
+                part += "'"
+            found[part] = text
+        if len(found) > MOST_OBJECTS:
+            return None
+    return found
+
+
+def _entrance(
+    module: nn.Module, beside: Mapping[str, Any], known: Iterable[Any], kept: Iterable[tuple[Any, str]]
+) -> Callable[[Any, Any, Any], bool]:
+    """Return what decides whether `look` goes on from a holder to the value that it has under a name."""
+    left_out = {id(each) for each in known}
+    left_out |= {id(part) for part in module.modules() if isinstance(part, Metric | MetricCollection)}
+    attributes, others = {(id(holder), name) for holder, name in kept}, set(map(id, beside.values()))
 
     def enter(holder: Any, name: Any, value: Any) -> bool:
         if id(value) in left_out or isinstance(value, NOT_LOOKED_INTO):
@@ -82,18 +100,7 @@ def look(
             return False
         return isinstance(value, STATE) or NO_STATE.match(type(value).__module__) is None
 
-    found: Look = {}
-    for path, value, _ in reach({"": module, **(beside or {})}, enter):
-        if id(value) in parts or id(value) in weights:
-            found[path] = type(value).__qualname__
-            continue
-        for part, text in _prints(path, value):
-            while part in found:
-                part += "'"
-            found[part] = text
-        if len(found) > MOST_OBJECTS:
-            return None
-    return found
+    return enter
 
 
 def unlike(then: Look, now: Look) -> list[str]:

@@ -1,0 +1,216 @@
+"""Where a training begins: at its own newest checkpoint, at another run's, or at step 0."""
+
+import fcntl
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labtrain.base.console import shown
+from labtrain.base.credentials import without_secrets
+from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.base.permissions import open_lock
+from labtrain.checkpoints.format import check_loads
+from labtrain.record import receipt
+from labtrain.record.identity import Job
+from labtrain.record.ranks import restarted
+from labtrain.record.resume import checkpoint_digest
+from labtrain.record.trail import BEST_UNSURE, HISTORY, TRAIL, is_as_recorded, missing_steps
+from labtrain.stores.backends import is_local
+from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
+from labtrain.stores.store import Manifest
+from labtrain.training.callbacks.steps import warn
+
+PATIENCE_S = 5  # in which one start waits for another in silence
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """A checkpoint that a training resumes from: its name, its folder on this machine, and its manifest."""
+
+    name: str
+    path: Path
+    manifest: Manifest
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Start:
+    """Where a training begins, and where it saves.
+
+    Attributes:
+        place: a folder or URL: where the run saves its checkpoints.
+        fetched: a folder for copies of remote checkpoints.
+        known: names of the checkpoints that were there.
+        found: the checkpoint that it resumes from; None at step 0.
+        origin: what the receipt says of `found`, where it is another run's.
+    """
+
+    place: str
+    fetched: Path
+    known: set[str]
+    found: Found | None
+    origin: dict[str, Any] | None
+
+    @property
+    def step(self) -> int:
+        """The optimizer steps that were made before."""
+        return self.found.manifest["step"] if self.found else 0
+
+    @property
+    def path(self) -> Path | None:
+        """The folder of the checkpoint."""
+        return self.found.path if self.found else None
+
+    @property
+    def resumed(self) -> Found | None:
+        """The checkpoint, if it is the run's own."""
+        return self.found if self.origin is None else None
+
+
+def find_start(job: Job) -> Start:
+    """Return where a run begins.
+
+    Raises:
+        ConfigError: it is to begin from a run that has no checkpoint.
+        LabtrainError: `find_checkpoint` cannot decide.
+    """
+    run_dir = Path(job.run_dir)
+    place = checkpoint_place(run_dir, job.config["checkpoint"]["url"])
+    job.hold(place)
+    fetched = run_dir.with_name(f".{run_dir.name}.fetched")
+    known = {checkpoint.name for store in stores_of(run_dir, place) for checkpoint in store.checkpoints()}
+    # A restart of a run that began from another run has its own checkpoints.
+    resumes = not job.origin or job.origin_digest or restarted()
+    found, origin = find_checkpoint(run_dir, place, fetched, run_id=job.run_id) if resumes else None, None
+    if found is None and job.origin:
+        found = find_checkpoint(run_dir, job.origin, fetched, run_id=None if job.origin_digest else job.run_id)
+        origin = origin_of(job, found)
+        if found is None:
+            raise ConfigError(f"resume={job.config['resume']}: that run has no checkpoint yet", hint="resume=never")
+    return Start(place=place, fetched=fetched, known=known, found=found, origin=origin)
+
+
+def find_checkpoint(run_dir: Path, place: str, into: Path, *, run_id: str | None) -> Found | None:
+    """Return the newest whole checkpoint that a run resumes from.
+
+    One of a remote store is copied into a folder of this machine, once for all ranks that share it.
+
+    Args:
+        run_dir: its folder.
+        place: where its checkpoints lie, or those of another run that it goes on from.
+        into: a folder for such copies.
+        run_id: of the run whose checkpoints lie there; None where they are another run's.
+
+    Raises:
+        LabtrainError: the newest is of another run, or one is a link.
+        StoreError: the store cannot be asked: whether there is a checkpoint is not known.
+    """
+    stores = stores_of(run_dir, place)
+    if is_local(place):
+        found = newest_whole(stores, into=into, to_resume=True, run_id=run_id, look=check_loads)
+    elif not any(store.checkpoints() for store in stores):
+        found = None
+    else:
+        into.mkdir(parents=True, exist_ok=True)
+        with alone_in(into):
+            found = newest_whole(stores, into=into, to_resume=True, run_id=run_id, look=check_loads)
+    if found is None:
+        return None
+    checkpoint, path, manifest = found
+    return Found(name=checkpoint.name, path=path, manifest=manifest)
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process fetches into a folder; where that takes long, say for whom."""
+    with os.fdopen(open_lock(folder / ".lock"), "r+") as file:
+        begun, patience = time.monotonic(), PATIENCE_S
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except (BlockingIOError, PermissionError):
+                if time.monotonic() - begun > patience:
+                    patience += 60
+                    file.seek(0)
+                    warn(f"waiting for {file.read().strip() or 'another process'}, which fetches into {shown(folder)}")
+                time.sleep(0.1)
+        file.seek(0)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}\n")
+        file.flush()
+        yield
+
+
+def refuse_outdated(before: receipt.Receipt | None, run_dir: Path) -> None:
+    """Refuse to go on where another process has trained the run since this one looked at it.
+
+    Raises:
+        LabtrainError: what this start has found may be old.
+    """
+    if (receipt.read(run_dir) or {}).get("digest") != (before or {}).get("digest"):
+        raise LabtrainError(
+            f"{shown(run_dir)}: another process trained it while this one started", hint="the same command goes on"
+        )
+
+
+def origin_of(job: Job, found: Found | None) -> dict[str, Any] | None:
+    """Return what the receipt says of the checkpoint that a run begins from; None if the run begun goes on itself.
+
+    Raises:
+        ConfigError: it is not the one that the run is named after.
+    """
+    if not job.origin_digest or found is None:
+        return None
+    name, manifest = found.name, found.manifest
+    if (digest := checkpoint_digest(manifest)) != job.origin_digest:
+        raise ConfigError(
+            f"resume={job.config['resume']}: its newest checkpoint cannot be read, and the run would begin from"
+            f" {name}, an older one",
+            hint=f"labtrain store check {job.origin}; rm -r the damaged one, and the same command begins from {name}",
+        )
+    return {
+        "run_id": manifest["run_id"],
+        "checkpoint": name,
+        "step": manifest["step"],
+        "digest": digest,
+        "url": without_secrets(job.origin),
+    }
+
+
+def hold_records(
+    run_dir: Path, found: Found, before: Mapping[str, Any], *, say: Callable[[str], None]
+) -> list[list[int]]:
+    """Say where trail and history are not what they were when a checkpoint was saved; return the steps that are lost.
+
+    Args:
+        run_dir: the run's folder.
+        found: the checkpoint.
+        before: the receipt, which says how often a line of the trail was written; where it is gone, the configuration.
+        say: called with each sentence.
+    """
+    name, manifest = found.name, found.manifest
+    begun = (before.get("segments") or [{}])[0].get("origin") or {}
+    missing = missing_steps(
+        run_dir, manifest, every_n_steps=before["trail"]["every_n_steps"], from_step=begun.get("step", 0)
+    )
+    if missing:
+        steps = ", ".join(f"{first} to {last}" if first < last else f"{first}" for first, last in missing)
+        say(
+            f"{TRAIL} is not what it was when {name} was saved: the lines of these steps are missing, or were changed:"
+            f" {steps}"
+        )
+    if (said := manifest.get("history")) and not is_as_recorded(run_dir / HISTORY, said):
+        say(f"{HISTORY} is not what it was when {name} was saved: {BEST_UNSURE}")
+    return missing
+
+
+def warn_resumed(run_dir: Path, name: str, origin: dict[str, Any] | None) -> None:
+    """Say that a run goes on, or begins from another, and from where."""
+    if origin is not None:
+        warn(f"{shown(run_dir)} is a new run: it begins from {name} of {origin['run_id']}, which stays as it is")
+        return
+    warn(f"{shown(run_dir)} goes on from {name} (resume=never starts anew beside it)")

@@ -1,0 +1,221 @@
+"""The Trainer of one run: the experiment's model, data and callbacks, and labtrain's around them."""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import lightning.pytorch as pl
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate as hydra_instantiate
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+
+from labtrain.base.errors import ConfigError, in_words, where
+from labtrain.base.signals import Wishes
+from labtrain.exact import determinism
+from labtrain.record.fingerprints import noting_opened, places_in
+from labtrain.record.identity import Config, Job, shards_in_use
+from labtrain.record.sources import Code, load_from_source, note_executed, read_code
+from labtrain.record.trail import TRAIL
+from labtrain.training.callbacks.agreement import Agreement
+from labtrain.training.callbacks.checkpoint import Checkpoints, FolderIO
+from labtrain.training.callbacks.gpu_stats import GpuStats
+from labtrain.training.callbacks.history import History
+from labtrain.training.callbacks.recorder import Recorder
+from labtrain.training.callbacks.steps import BatchSizes, Progress, Seeding, Trail
+from labtrain.training.devices import make_strategy
+from labtrain.training.guard import Guard
+from labtrain.training.sharded.objective import Objective
+from labtrain.training.speed import Speed
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Experiment:
+    """What the configuration describes.
+
+    Attributes:
+        model: of `model`.
+        datamodule: of `data`.
+        callbacks: of `callbacks`, by name.
+        code: that the run is named by; None in mode off.
+        modules: that were imported before any of these was made.
+        places: files and folders that the configuration names, or that were opened while the data was made.
+    """
+
+    model: pl.LightningModule
+    datamodule: pl.LightningDataModule
+    callbacks: dict[str, pl.Callback]
+    code: Code | None
+    modules: set[str]
+    places: set[Path]
+
+
+def make_experiment(job: Job) -> Experiment:
+    """Make model, data and callbacks, each under the run's seed.
+
+    Raises:
+        ConfigError: one of them cannot be made.
+    """
+    config, seed = job.config, job.config["seed"]
+    code, modules = named_code(job), set(sys.modules)
+    places = set(places_in([config["model"], config["data"]]))
+    with noting_opened(places):
+        determinism.seed_all(seed, "init")
+        datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
+        determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
+        model = instantiate(config["model"], "model", pl.LightningModule)
+    for hook in ("prepare_data", "setup"):
+        setattr(datamodule, hook, noting_opened(places)(getattr(datamodule, hook)))
+    callbacks = {
+        name: instantiate(options, f"callbacks.{name}", pl.Callback)
+        for name, options in config["callbacks"].items()
+        if options
+    }
+    return Experiment(
+        model=model, datamodule=datamodule, callbacks=callbacks, code=code, modules=modules, places=places
+    )
+
+
+def named_code(job: Job) -> Code | None:
+    """Return the code that the run is named by, and load it from source from now on; None in mode off.
+
+    Raises:
+        ConfigError: the code was changed since the run was named.
+    """
+    if job.config["determinism"]["mode"] == "off":
+        return None
+    load_from_source()
+    note_executed()
+    code = read_code(Path(job.root), job.config)
+    if job.code_digest not in ("", code.digest):
+        raise ConfigError("the code was changed while the training started", hint="start it again")
+    return code
+
+
+def seeded_alike(set_up: Callable[[], None]) -> None:
+    """Run a datamodule's setup: each of them draws the same, for "fit", for "test", and on each rank.
+
+    So a split at random gives the same parts to the training and to the test. What it drew moves nothing after it.
+    """
+    determinism.seed_place("setup")
+    set_up()
+    determinism.seed_place("setup")
+
+
+def instantiate(options: Config, key: str, kind: type[Made]) -> Made:
+    """Make the object that a part of the configuration describes with `_target_`, Hydra's way.
+
+    Args:
+        options: that part.
+        key: its key.
+        kind: of what it must be.
+
+    Raises:
+        ConfigError: the target cannot be found, does not take these arguments, or is of another kind.
+    """
+    target = options["_target_"]
+    try:
+        made = hydra_instantiate(options, _convert_="all")
+    except InstantiationException as error:
+        cause = error.__cause__
+        # What a callback refuses are its arguments; a model or a datamodule may do anything when it is made.
+        if cause is None or isinstance(cause, TypeError | ImportError) or kind is pl.Callback:
+            text = " ".join(str(error).split()) if cause is None else in_words(cause) + where(cause.__traceback__)
+            raise ConfigError(
+                f"{key}._target_={target}: {text}", hint=f"correct {key} in conf/, or the class it names"
+            ) from error
+        raise cause from None
+    if not isinstance(made, kind):
+        raise ConfigError(
+            f"{key}._target_={target} makes a {type(made).__name__}, a {kind.__name__} is wanted",
+            hint=f"derive it from lightning.pytorch.{kind.__name__}",
+        )
+    return made
+
+
+def make_callbacks(
+    job: Job, checkpoints: Checkpoints, recorder: Recorder, guard: Guard, own: dict[str, pl.Callback]
+) -> list[pl.Callback]:
+    """Return labtrain's callbacks and the experiment's, in the order in which they act.
+
+    Raises:
+        ConfigError: the progress bars contradict each other.
+    """
+    config, shards, run_dir = job.config, shards_in_use(job.config), Path(job.run_dir)
+    mode, every_n_steps = config["determinism"]["mode"], config["trail"]["every_n_steps"]
+    callbacks: list[pl.Callback] = [checkpoints, guard]  # first: counters are restored before other callbacks read them
+    callbacks += [Speed(config["speed"], mode=mode, say=recorder.say), Agreement(mode=mode, say=recorder.say)]
+    if shards is not None and shards > 1 and mode != "off":
+        strict = mode in determinism.STRICT_MODES
+        callbacks.append(
+            Objective(shards=shards, strict=strict, judge=guard.judge, say=recorder.say, note=recorder.note)
+        )
+    callbacks += [Seeding(per_rank=shards is None), BatchSizes(), recorder]
+    if every_n_steps:
+        first = recorder.resumed_step
+        callbacks.append(Trail(run_dir / TRAIL, every_n_steps=every_n_steps, resumed_step=first, say=recorder.say))
+    callbacks.append(History(run_dir, batch_size=config["data"]["batch_size"]))
+    if config["gpu_stats"]:
+        callbacks.append(GpuStats())
+    if wants_progress(config, own):
+        callbacks.append(Progress(batch_size=config["data"]["batch_size"], status=checkpoints.saver.status))
+    return [*callbacks, *own.values()]
+
+
+def wants_progress(config: Config, own: dict[str, pl.Callback]) -> bool:
+    """Return whether labtrain shows its progress bar: one of the experiment's takes its place.
+
+    Raises:
+        ConfigError: there are two, or there is one and the configuration says that there is none.
+    """
+    bars = [name for name, callback in own.items() if isinstance(callback, ProgressBar)]
+    if bars and config["trainer"]["enable_progress_bar"] is False:
+        raise ConfigError(
+            f"callbacks.{bars[0]} is a progress bar, and trainer.enable_progress_bar is false",
+            hint=f"callbacks.{bars[0]}=null, or trainer.enable_progress_bar=true",
+        )
+    if len(bars) > 1:
+        both = " and ".join(f"callbacks.{name}" for name in bars)
+        raise ConfigError(f"{both} are progress bars: a training has one", hint=f"callbacks.{bars[1]}=null")
+    return bool(config["trainer"]["enable_progress_bar"]) and not bars
+
+
+def make_trainer(
+    config: Config,
+    accelerator: str,
+    devices: int | list[int] | str,
+    environment: ClusterEnvironment,
+    loggers: list[Any],
+    callbacks: list[pl.Callback],
+    wishes: Wishes,
+    *,
+    root: str,
+) -> pl.Trainer:
+    """Return Lightning's Trainer with the keys of `trainer`; those that are null take its defaults.
+
+    `check_val_every_n_epoch` is the exception: its default is 1, and null means "count batches across epochs".
+    """
+    options = {key: value for key, value in config["trainer"].items() if value is not None}
+    options["check_val_every_n_epoch"] = config["trainer"]["check_val_every_n_epoch"]
+    options |= {"accelerator": accelerator, "devices": devices}
+    if (strategy := make_strategy(config, accelerator, devices, wishes)) is not None:
+        options["strategy"] = strategy
+    try:
+        return pl.Trainer(
+            **options,
+            callbacks=callbacks,
+            logger=loggers or False,
+            plugins=[FolderIO(), environment],
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+            default_root_dir=root,
+        )
+    except (ValueError, TypeError, MisconfigurationException) as error:
+        raise ConfigError(
+            f"Lightning's Trainer: {' '.join(str(error).split())}",
+            hint="python train.py --help shows the keys of trainer",
+        ) from error
