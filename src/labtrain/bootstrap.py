@@ -67,87 +67,72 @@ def set_up(root: Path, *, editable: bool) -> None:
         check_disk(shutil.disk_usage(root).free)
     check_memory(available_memory())
 
-    environment = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "VIRTUAL_ENV")
-    }
-    if "PIP_INDEX_URL" in environment:
-        environment.setdefault(
-            "UV_DEFAULT_INDEX", environment["PIP_INDEX_URL"]
-        )  # one variable for both, behind a mirror
+    environment = _variables()
     if not works:
         damaged = {}
         _make(venv, environment)
-    lock = (root / LOCK).read_text()
-    if "uv" in damaged or not _is_pinned_uv(venv / "bin" / "uv", lock):
-        say("installing uv, by hash")
-        if not _has_pip(python):
-            subprocess.run([str(python), "-m", "ensurepip"], env=environment, capture_output=True, check=False)
-        if not _has_pip(python):  # it is damaged itself, and ensurepip takes it for installed
-            damaged = {}
-            _make(venv, environment)
-        with tempfile.TemporaryDirectory() as scratch:
-            pinned = Path(scratch) / "uv.txt"
-            pinned.write_text(locked_block(lock, "uv"))
-            _run(
-                [
-                    str(python),
-                    "-m",
-                    "pip",
-                    "install",
-                    "--quiet",
-                    "--force-reinstall",
-                    "--require-hashes",
-                    "--no-deps",
-                    "--disable-pip-version-check",
-                    "-r",
-                    str(pinned),
-                ],
-                environment,
-            )
+    damaged = _install_uv(venv, damaged, environment, lock=(root / LOCK).read_text())
     say("installing what requirements.lock names, by hash (7.1 GB the first time)")
-    uv = [str(venv / "bin" / "uv"), "pip"]
-    target = ["--python", str(python), "--require-hashes"]
     again = [name for name in damaged if name not in ("uv", "labtrain")]
-    if again:
-        say(f"installing anew what is not as it was installed: {', '.join(again)}")
-        for name in again:
-            if not all((damaged[name] / file).exists() for file in NEEDED):
-                shutil.rmtree(damaged[name])  # uv does not touch what it cannot read
-        # A file that was changed in place is changed in uv's cache too, where it is a hard link of it.
-        _run([str(venv / "bin" / "uv"), "cache", "clean", "--quiet", *again], environment, may_fail=True)
-    # The one sdist of the lock is built with the setuptools of the lock, checked as well.
-    reinstalled = [option for name in again for option in ("--reinstall-package", name)]
-    _run([*uv, "sync", "--quiet", *target, *reinstalled, "--build-constraints", LOCK, LOCK], environment)
-    if editable:
-        _run(
-            [
-                *uv,
-                "install",
-                "--quiet",
-                "--python",
-                str(python),
-                "--no-deps",
-                "--no-build-isolation",
-                "--editable",
-                ".",
-            ],
-            environment,
-        )
-    else:
-        _run([*uv, "install", "--quiet", *target, "--no-deps", "-r", WHEEL_LOCK], environment)
+    _remove_damaged(venv, {name: damaged[name] for name in again}, environment)
+    _install(venv, environment, again=again, editable=editable)
     say("compiling to byte code")
     folders = [*(venv / "lib").glob("python*/site-packages"), *([root / "src"] if editable else [])]
-    _run(
-        [str(python), "-m", "compileall", "-q", "-j0", *map(str, folders)],
-        environment,
-        may_fail=True,
-    )
+    _run([str(python), "-m", "compileall", "-q", "-j0", *map(str, folders)], environment, may_fail=True)
     if damaged := damaged_distributions(venv):
         raise LabtrainError(f"still not as installed: {', '.join(damaged)}", hint="rm -r .venv; make setup")
     stamp.write_text(f"{state}\n{_installed(venv)}")
     say("done: .venv is what requirements.lock says")
+
+
+def _variables() -> dict[str, str]:
+    """Return the environment variables of pip and uv."""
+    left_out = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "VIRTUAL_ENV")
+    environment = {key: value for key, value in os.environ.items() if key not in left_out}
+    if "PIP_INDEX_URL" in environment:  # one variable for both, behind a mirror
+        environment.setdefault("UV_DEFAULT_INDEX", environment["PIP_INDEX_URL"])
+    return environment
+
+
+def _install_uv(venv: Path, damaged: dict[str, Path], environment: dict[str, str], *, lock: str) -> dict[str, Path]:
+    """Install uv, if it is damaged or not the locked one; return what is damaged after that."""
+    python = venv / "bin" / "python"
+    if "uv" not in damaged and _is_pinned_uv(venv / "bin" / "uv", lock):
+        return damaged
+    say("installing uv, by hash")
+    if not _has_pip(python):
+        subprocess.run([str(python), "-m", "ensurepip"], env=environment, capture_output=True, check=False)
+    if not _has_pip(python):  # it is damaged itself, and ensurepip takes it for installed
+        damaged = {}
+        _make(venv, environment)
+    options = ["--quiet", "--force-reinstall", "--require-hashes", "--no-deps", "--disable-pip-version-check", "-r"]
+    with tempfile.TemporaryDirectory() as scratch:
+        pinned = Path(scratch) / "uv.txt"
+        pinned.write_text(locked_block(lock, "uv"))
+        _run([str(python), "-m", "pip", "install", *options, str(pinned)], environment)
+    return damaged
+
+
+def _remove_damaged(venv: Path, damaged: dict[str, Path], environment: dict[str, str]) -> None:
+    """Remove what uv could not replace by itself."""
+    if not damaged:
+        return
+    say(f"reinstalling what was changed since it was installed: {', '.join(damaged)}")
+    for folder in damaged.values():
+        if not all((folder / file).exists() for file in NEEDED):
+            shutil.rmtree(folder)  # uv does not touch what it cannot read
+    # A file that was changed in place is changed in uv's cache too, where it is a hard link of it.
+    _run([str(venv / "bin" / "uv"), "cache", "clean", "--quiet", *damaged], environment, may_fail=True)
+
+
+def _install(venv: Path, environment: dict[str, str], *, again: list[str], editable: bool) -> None:
+    uv, target = [str(venv / "bin" / "uv"), "pip"], ["--python", str(venv / "bin" / "python")]
+    # The one sdist of the lock is built with the setuptools of the lock, checked as well.
+    reinstalled = [option for name in again for option in ("--reinstall-package", name)]
+    by_hash = [*target, "--require-hashes"]
+    _run([*uv, "sync", "--quiet", *by_hash, *reinstalled, "--build-constraints", LOCK, LOCK], environment)
+    own = ["--no-build-isolation", "--editable", "."] if editable else ["--require-hashes", "-r", WHEEL_LOCK]
+    _run([*uv, "install", "--quiet", *target, "--no-deps", *own], environment)
 
 
 def damaged_distributions(venv: Path) -> dict[str, Path]:

@@ -136,20 +136,14 @@ def verify(
     """
     from dataclasses import asdict
 
-    from labtrain.review.verification import verify_run
+    from labtrain.review.verification import VerifyOptions, verify_run
 
     end_in_order()
+    options = VerifyOptions(steps=steps, start=start, segments=segments, devices=devices, signers=signers, key=key,
+                            changes=parsed(changes), trust=trust, sandbox=sandbox)  # fmt: skip
     verdict = verify_run(
         run,
-        steps=steps,
-        start=start,
-        segments=segments,
-        devices=devices,
-        signers=signers,
-        key=key,
-        changes=parsed(changes),
-        trust=trust,
-        sandbox=sandbox,
+        options,
         ask=asker(),
         say=lambda line: say(line, err=as_json),
         tick=progress if sys.stderr.isatty() else lambda step: None,
@@ -230,24 +224,18 @@ def gate(
     metric's mean moved by less than the margin. BASELINEs that differ in nothing but the seed are one experiment.
     """
     from labtrain.base.untrusted import scratch_folder
-    from labtrain.review.gate import judge_upgrade, keep_runs, summary_of, verdicts_of, words_of
-    from labtrain.review.report import check_page, write_report
+    from labtrain.review.gate import GateOptions, judge_upgrade, keep_runs, summary_of, words_of, write_page
+    from labtrain.review.report import check_page
 
     end_in_order()
     if page is not None:
         check_page(page)
+    options = GateOptions(
+        seeds=seeds or 0, metric=metric, margin=margin, alpha=alpha, old_python=old_python, trust=trust
+    )
     with scratch_folder("labtrain-gate-") as scratch:
         outcomes = judge_upgrade(
-            list(baselines),
-            scratch=scratch,
-            seeds=seeds or 0,
-            metric=metric,
-            margin=margin,
-            alpha=alpha,
-            old_python=old_python,
-            trust=trust,
-            ask=asker(),
-            say=lambda line: say(line, err=as_json),
+            list(baselines), options, scratch=scratch, ask=asker(), say=lambda line: say(line, err=as_json)
         )
         if as_json:
             say_json([summary_of(outcome) for outcome in outcomes])
@@ -255,9 +243,7 @@ def gate(
             say(f"{outcome.experiment:<11}  {words_of(outcome)}")
         try:
             if page is not None:
-                runs = [run.run_dir for outcome in outcomes for run in (*outcome.before, *outcome.now)]
-                said = [f"Gate, {each.experiment}: {words_of(each)}." for each in outcomes]
-                write_report(runs, page, said=said, verdicts=verdicts_of(outcomes))
+                write_page(outcomes, page)
         finally:
             if keep is not None:
                 for kept in keep_runs(outcomes, keep):

@@ -108,22 +108,11 @@ class DataLoader:
                 f"labtrain.DataLoader({next(iter(others))}=...): order, workers and seeds are made from the run's seed",
                 hint="shuffle, num_workers, collate_fn, drop_last, pin_memory, draws, transform and device can be set",
             )
-        if is_arrays(dataset):
-            dataset = Arrays(dataset)
-        if not (hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__"))):
-            raise ConfigError(
-                f"{type(dataset).__name__} is no map-style dataset", hint="give it __len__ and __getitem__"
-            )
         if not batch_size or batch_size < 1:  # None is what torch takes where the dataset makes its batches
-            raise ConfigError(f"batch_size={batch_size}: at least 1 is wanted", hint="data.batch_size=64")
+            raise ConfigError(f"batch_size={batch_size}: must be at least 1", hint="data.batch_size=64")
         self.transforms = [transform] if callable(transform) else list(transform or ())
-        for each in self.transforms:
-            if not callable(each) or isinstance(each, type):
-                raise ConfigError(
-                    f"transform={each!r}: a callable (batch, draws) -> batch is wanted",
-                    hint="transform=[labtrain.augment.Shift(2), labtrain.augment.Scale()]",
-                )
-        self.dataset = dataset
+        _check_transforms(self.transforms)
+        self.dataset = _map_style(dataset)
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.num_workers = num_workers
@@ -602,6 +591,26 @@ def _generators() -> tuple[Any, ...]:
 
 def _as_it_is(sample: Any) -> Any:
     return sample
+
+
+def _map_style(dataset: Any) -> Any:
+    """Return a dataset that gives samples by index: arrays become one of their rows."""
+    if is_arrays(dataset):
+        return Arrays(dataset)
+    if not (hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__"))):
+        raise ConfigError(
+            f"{type(dataset).__name__} is not a map-style dataset", hint="give it __len__ and __getitem__"
+        )
+    return dataset
+
+
+def _check_transforms(transforms: Sequence[Any]) -> None:
+    for each in transforms:
+        if not callable(each) or isinstance(each, type):
+            raise ConfigError(
+                f"transform={each!r}: must be a callable (batch, draws) -> batch",
+                hint="transform=[labtrain.augment.Shift(2), labtrain.augment.Scale()]",
+            )
 
 
 def _begin_worker(parent: int, _worker: int) -> None:

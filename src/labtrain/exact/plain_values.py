@@ -263,35 +263,47 @@ class Decoder:
         if kind == "device":
             return torch.device(content) if content else self.device
         if kind == "enum":
-            found = _class_named(*more)
-            member = _member(found, content) if found is not None and issubclass(found, Enum) else None
-            if member is None:
-                raise _gone(f"{'.'.join(more)}.{'|'.join(content)}")
-            return member
+            return self._enum(content, *more)
         if kind == "tensor":
             return self._noted(self._tensor(content, current, into, *more))
         if kind == "array":
-            array = content.numpy().astype(more[1]).reshape(more[0])
-            if type(into) is np.ndarray and (into.shape, into.dtype) == (array.shape, array.dtype):
-                into[...] = array
-                array = into
-            return self._noted(array)
+            return self._noted(self._array(content, into, *more))
         if kind == "number":
             return self._noted(content.numpy().astype(more[0])[0])
         if kind == "object" and self.there is not None:  # never of a checkpoint
             return self._own(content, into, *more)
         if kind == "named":
-            found = _class_named(*more)
-            if found is None or not (issubclass(found, tuple) and hasattr(found, "_fields")):
-                raise _gone(".".join(more))
-            return tuple.__new__(found, self._items(content, current))
+            return self._named_tuple(content, current, *more)
         if CONTAINERS[kind] in DICTS:
             return self._dict(content, current, into, CONTAINERS[kind], more[0])
         if kind in ("tuple", "frozenset", "Size"):
             return CONTAINERS[kind](self._items(content, current))
+        return self._collection(kind, content, current, into, *more)
+
+    def _enum(self, names: list[str], *where: str) -> Any:
+        found = _class_named(*where)
+        member = _member(found, names) if found is not None and issubclass(found, Enum) else None
+        if member is None:
+            raise _gone(f"{'.'.join(where)}.{'|'.join(names)}")
+        return member
+
+    def _array(self, content: torch.Tensor, into: Any, shape: Any, dtype: Any) -> Any:
+        array = content.numpy().astype(dtype).reshape(shape)
+        if type(into) is np.ndarray and (into.shape, into.dtype) == (array.shape, array.dtype):
+            into[...] = array
+            return into
+        return array
+
+    def _named_tuple(self, content: Any, current: Any, *where: str) -> Any:
+        found = _class_named(*where)
+        if found is None or not (issubclass(found, tuple) and hasattr(found, "_fields")):
+            raise _gone(".".join(where))
+        return tuple.__new__(found, self._items(content, current))
+
+    def _collection(self, kind: str, content: Any, current: Any, into: Any, maxlen: int | None = None) -> Any:
         made: Any = into
-        if type(into) is not CONTAINERS[kind] or (kind == "deque" and into.maxlen != more[0]):
-            made = deque(maxlen=more[0]) if kind == "deque" else CONTAINERS[kind]()
+        if type(into) is not CONTAINERS[kind] or (kind == "deque" and into.maxlen != maxlen):
+            made = deque(maxlen=maxlen) if kind == "deque" else CONTAINERS[kind]()
         made.clear()
         self._noted(made)
         for item in self._items(content, current):  # one after the other: an item may be the list itself

@@ -22,7 +22,7 @@ from labtrain.base.signals import Stopped, end_with_parent
 from labtrain.launch.compose import print_error
 from labtrain.record import receipt
 from labtrain.record.identity import JOB_VARIABLE, Job
-from labtrain.record.ranks import find_ranks, in_slurm_step, requeue, wants_requeue
+from labtrain.record.ranks import Ranks, find_ranks, in_slurm_step, requeue, wants_requeue
 from labtrain.record.sources import load_from_source
 
 if TYPE_CHECKING:
@@ -42,14 +42,7 @@ def main() -> None:
     remember(job.config, job.references)
     ranks = find_ranks()
     rank = ranks.rank if ranks else int(os.environ.get("LOCAL_RANK", "0"))
-    is_child = os.environ.get(FIRST_RANK) == str(os.getppid())
-    os.environ[FIRST_RANK] = str(os.getpid())
-    if is_child:
-        end_with_parent(os.getppid(), signal.SIGKILL)  # a rank alone has nothing to save
-    elif job.supervisor:
-        end_with_parent(job.supervisor, signal.SIGTERM)
-    elif ranks and ranks.launcher == "torchrun":
-        end_with_parent(os.getppid(), signal.SIGTERM)  # its SIGUSR1, say, ends torchrun alone
+    _end_with_starter(job, ranks)
     out = _take_stdout()
     sys.stdout, sys.stderr = cast(TextIO, CleanStream(sys.stdout)), cast(TextIO, CleanStream(sys.stderr))
     job.enter_path()
@@ -70,20 +63,36 @@ def main() -> None:
             time.sleep(LOST_SECONDS)  # the launcher acts first: it knows whether a rank failed, or a node
         sys.exit(error.exit_code)
     except Stopped as error:
-        if rank:
-            sys.exit(0)  # with another code Lightning, srun and torchrun kill rank 0, which may be delivering yet
-        how = "saved" if error.saved else "with nothing new to save"
-        sys.stderr.write(f"\nstopped by {error}, {how}: the same command goes on with {shown(job.run_dir)}\n")
-        if wants_requeue(error.signum):
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which Slurm ends what it queues again
-            found = receipt.read(Path(job.run_dir))
-            requeue(starts=len(found["segments"]) if found else 0, progress=error.saved)
-        sys.exit(EXIT_STOPPED)
+        if not rank:  # with another code Lightning, srun and torchrun kill rank 0, which may be delivering yet
+            _report_stop(job, error)
+        sys.exit(EXIT_STOPPED if not rank else 0)
     if not rank:
         # srun reads the two streams apart and joins them in any order: there the table comes before the digest in one.
         print_table(result, out if in_slurm_step(os.environ) else sys.stderr)
         out.write(f"{shown(result.run_dir)} {result.weights_digest}\n")
         out.flush()
+
+
+def _end_with_starter(job: Job, ranks: Ranks | None) -> None:
+    """End this process with the one that started it."""
+    is_child = os.environ.get(FIRST_RANK) == str(os.getppid())
+    os.environ[FIRST_RANK] = str(os.getpid())
+    if is_child:
+        end_with_parent(os.getppid(), signal.SIGKILL)  # a rank alone has nothing to save
+    elif job.supervisor:
+        end_with_parent(job.supervisor, signal.SIGTERM)
+    elif ranks and ranks.launcher == "torchrun":
+        end_with_parent(os.getppid(), signal.SIGTERM)  # its SIGUSR1, say, ends torchrun alone
+
+
+def _report_stop(job: Job, stop: Stopped) -> None:
+    """Say that the training was stopped; under Slurm, queue it again if that is wanted."""
+    how = "saved" if stop.saved else "with nothing new to save"
+    sys.stderr.write(f"\nstopped by {stop}, {how}: the same command resumes {shown(job.run_dir)}\n")
+    if wants_requeue(stop.signum):
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which Slurm ends what it queues again
+        found = receipt.read(Path(job.run_dir))
+        requeue(starts=len(found["segments"]) if found else 0, progress=stop.saved)
 
 
 def print_table(result: "Result", file: IO[str]) -> None:

@@ -72,6 +72,22 @@ TIMED_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
+# The least value of each key that is a whole number.
+LEAST = {
+    "seed": 0,
+    "data.batch_size": 1,
+    "data.num_workers": 0,
+    "trainer.num_nodes": 1,
+    "trainer.max_steps": -1,
+    "trainer.log_every_n_steps": 1,
+    "determinism.threads": 1,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_best": 0,
+    "checkpoint.spool_bytes": 1,
+    "trail.every_n_steps": 0,
+}
+
+
 def check(config: Config) -> None:
     """Refuse unknown keys and values of the wrong kind.
 
@@ -88,7 +104,21 @@ def check(config: Config) -> None:
     for key in config:
         if key not in allowed:
             raise unknown_key(key, allowed, where=" in conf/")
+    _check_groups(config)
+    _check_names(config)
+    _check_numbers(config)
+    _check_trainer(config["trainer"])
+    _check_checkpoint(config["checkpoint"])
+    _check_shards(config)
+    _check_speed(config)
+    _want("resume", config["resume"], isinstance(config["resume"], str) and config["resume"], "auto, never or a run")
+    for key, url in (("checkpoint.url", config["checkpoint"]["url"]), ("resume", config["resume"])):
+        if url is not None:
+            _want(key, url, isinstance(url, str), "a path or a URL")
+            check_url(url)
 
+
+def _check_groups(config: Config) -> None:
     for key in ("model", "data", "callbacks", "trail", "paths"):
         if not isinstance(config[key], dict):  # as data=NAME leaves it where conf/ has no options of it
             raise ConfigError(
@@ -98,6 +128,9 @@ def check(config: Config) -> None:
     for name, options in config["callbacks"].items():
         described = isinstance(options, dict) and isinstance(options.get("_target_"), str)
         _want(f"callbacks.{name}", options, described or not options, "a mapping with _target_, or null")
+
+
+def _check_names(config: Config) -> None:
     for key in ("experiment", "model._target_", "data._target_"):
         text = get(config, key)
         _want(key, text, isinstance(text, str) and text != "", "a name")
@@ -105,47 +138,27 @@ def check(config: Config) -> None:
     name = str(config["experiment"])
     simple = EXPERIMENT.fullmatch(name) and len(name.encode()) <= EXPERIMENT_BYTES
     _want("experiment", name, simple, f"at most {EXPERIMENT_BYTES} bytes of letters, digits and . _ - = , +")
-    _want_int(config, "seed", minimum=0)
-    _want_int(config, "data.batch_size", minimum=1)
-    _want_int(config, "data.num_workers", minimum=0)
-    _want_int(config, "trainer.num_nodes", minimum=1)
-    _want_int(config, "trainer.max_steps", minimum=-1)
-    _want_int(config, "trainer.log_every_n_steps", minimum=1)
-    _want_int(config, "determinism.threads", minimum=1)
-    _want_int(config, "checkpoint.keep_last", minimum=1)
-    _want_int(config, "checkpoint.keep_best", minimum=0)
-    _want_int(config, "trail.every_n_steps", minimum=0)
-    _want("gpu_stats", config["gpu_stats"], isinstance(config["gpu_stats"], bool), "true or false")
     _want_one_of(config, "determinism.mode", MODES)
     _want_one_of(config, "checkpoint.mode", ("max", "min"))
     if config["trainer"]["precision"] is not None:
         config["trainer"]["precision"] = str(config["trainer"]["precision"])
         _want_one_of(config, "trainer.precision", PRECISIONS)
-    devices = config["trainer"]["devices"]
-    good = (
-        devices == "auto"
-        or _is_int(devices, 1)
-        or (isinstance(devices, list) and devices and all(_is_int(d, 0) for d in devices))
-    )
-    _want("trainer.devices", devices, good, "a number of devices, a list of GPU numbers, or auto")
-    if config["checkpoint"]["keep_best"] and config["checkpoint"]["monitor"] is None:
+    _want("gpu_stats", config["gpu_stats"], isinstance(config["gpu_stats"], bool), "true or false")
+
+
+def _check_numbers(config: Config) -> None:
+    for key, minimum in LEAST.items():
+        _want_int(config, key, minimum=minimum)
+
+
+def _check_checkpoint(options: Config) -> None:
+    if options["keep_best"] and options["monitor"] is None:
         raise ConfigError("checkpoint.keep_best needs a metric to compare by", hint="checkpoint.monitor=val/acc")
-    _want_int(config, "checkpoint.spool_bytes", minimum=1)
     for key in ("every_n_steps", "keep_every_n_steps", "every_seconds", "deliver_seconds"):
-        value = config["checkpoint"][key]
-        good = (
-            value is None or _is_int(value, 1) or (key.endswith("seconds") and isinstance(value, float) and value > 0)
-        )
-        good = good and (value is not None or key != "deliver_seconds")
-        _want(f"checkpoint.{key}", value, good, "a number above 0, or null" if "every" in key else "a number above 0")
-    _want("resume", config["resume"], isinstance(config["resume"], str) and config["resume"], "auto, never or a run")
-    _check_trainer(config["trainer"])
-    _check_shards(config)
-    _check_speed(config)
-    for key, url in (("checkpoint.url", config["checkpoint"]["url"]), ("resume", config["resume"])):
-        if url is not None:
-            _want(key, url, isinstance(url, str), "a path or a URL")
-            check_url(url)
+        value, is_time, may_be_null = options[key], key.endswith("seconds"), key != "deliver_seconds"
+        good = _is_int(value, 1) or (is_time and isinstance(value, float) and value > 0)
+        good = good or (value is None and may_be_null)
+        _want(f"checkpoint.{key}", value, good, "a number above 0, or null" if may_be_null else "a number above 0")
 
 
 def check_whole(config: Config) -> None:
@@ -202,6 +215,10 @@ def _check_plain(node: Any, key: str) -> None:
 
 
 def _check_trainer(trainer: Config) -> None:
+    devices = trainer["devices"]
+    numbers = isinstance(devices, list) and devices and all(_is_int(each, 0) for each in devices)
+    good = devices == "auto" or _is_int(devices, 1) or numbers
+    _want("trainer.devices", devices, good, "a number of devices, a list of GPU numbers, or auto")
     for names, kind, noun in ((TRAINER_INTEGERS, int, "an integer"), (TRAINER_NUMBERS, int | float, "a number")):
         for key, minimum in names.items():
             value = trainer.get(key)
@@ -423,9 +440,9 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> ConfigErr
 
 def explain(error: BaseException) -> LabtrainError | None:
     """Turn what Hydra and OmegaConf raise into an error for people; None if it is something else."""
-    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+    from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf import OmegaConf
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, KeyValidationError, OmegaConfBaseException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
@@ -456,6 +473,14 @@ def explain(error: BaseException) -> LabtrainError | None:
         options = error.options or []
         message = match.group(2) if match else text
         return ConfigError(message, hint=f"choose one of: {', '.join(options)}" if options else "look in conf/")
+    return _explain_content(error, chain)
+
+
+def _explain_content(error: BaseException, chain: list[BaseException]) -> ConfigError | None:
+    """Explain what is wrong inside a configuration that was found."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import KeyValidationError, OmegaConfBaseException
+
     for link in chain:
         if isinstance(link, OmegaConfBaseException):
             first = str(link.msg or link).splitlines()[0]

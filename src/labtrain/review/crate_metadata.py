@@ -80,13 +80,8 @@ def describe(
 
     crate = ROCrate(version="1.1")
     crate.metadata.extra_contexts.append("https://w3id.org/ro/terms/workflow-run/context")
-    experiment, segments = found["config"]["experiment"], found["segments"]
     action = _action(crate, found)
-    files = {name: _file(crate, name, path, FILES[name][0]) for name, path in sorted(enclosed.items())}
-    for name, file in files.items():
-        file["description"] = FILES[name][1]
-        if FILES[name][3]:
-            file["about"] = action
+    files = _files(crate, enclosed, action)
     workflow = _workflow(crate, found, code)
     action["instrument"] = workflow
     action["object"] = [
@@ -97,10 +92,8 @@ def describe(
     action["result"] = [*(file for name, file in files.items() if FILES[name][2]), *_results(crate, found)]
 
     root = crate.root_dataset
-    root["name"], root["mentions"] = action["name"], action
-    root["description"] = f"A training of {experiment} with labtrain, and the receipt by which it can be verified."
-    root["datePublished"] = segments[-1]["ended"] or segments[-1]["started"]
     root["license"] = _licence(crate, licence)
+    _describe_root(root, found, action)
     profiles = [
         _add(crate, url, "CreativeWork", name=name, version=version)
         for url, name, version in (PROFILES if MAIN in code else PROFILES[:1])
@@ -112,6 +105,22 @@ def describe(
     document: dict[str, Any] = crate.metadata.generate()
     document["@graph"].sort(key=lambda entity: str(entity["@id"]))
     return document
+
+
+def _files(crate: Any, enclosed: dict[str, Path], action: Any) -> dict[str, Any]:
+    files = {name: _file(crate, name, path, FILES[name][0]) for name, path in sorted(enclosed.items())}
+    for name, file in files.items():
+        file["description"] = FILES[name][1]
+        if FILES[name][3]:
+            file["about"] = action
+    return files
+
+
+def _describe_root(root: Any, found: Receipt, action: Any) -> None:
+    experiment, segments = found["config"]["experiment"], found["segments"]
+    root["name"], root["mentions"] = action["name"], action
+    root["description"] = f"A training of {experiment} with labtrain, and the receipt by which it can be verified."
+    root["datePublished"] = segments[-1]["ended"] or segments[-1]["started"]
 
 
 def _action(crate: Any, found: Receipt) -> Any:

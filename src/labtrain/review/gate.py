@@ -21,6 +21,7 @@ from labtrain.record.identity import first_free, what_counts
 from labtrain.record.receipt import Receipt
 from labtrain.review.equivalence import Equivalence, check_levels, compare_pairs
 from labtrain.review.replay import Replay, code_of, home_of, with_filters
+from labtrain.review.report import write_report
 from labtrain.review.report.page import Verdict
 from labtrain.review.retrace import Say
 from labtrain.review.trust import Ask, admit
@@ -40,14 +41,24 @@ class Trained:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Options:
-    """What the person asks of the gate; `judge_upgrade` has the words."""
+class GateOptions:
+    """What an upgrade is judged by.
 
-    seeds: int
-    metric: str | None
-    margin: float | None
-    alpha: float
-    old_python: Path | None
+    Attributes:
+        seeds: on how many seeds both sides are compared where bits differ; 0: not at all.
+        metric: the final metric that is compared; None: `checkpoint.monitor`.
+        margin: the largest difference of its mean that does not matter.
+        alpha: level of the test.
+        old_python: the recorded side's interpreter, which trains the seeds that no baseline has.
+        trust: train them without a question, whoever wrote them.
+    """
+
+    seeds: int = 0
+    metric: str | None = None
+    margin: float | None = None
+    alpha: float = 0.05
+    old_python: Path | None = None
+    trust: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,42 +97,65 @@ class Outcome:
 
 def judge_upgrade(
     baselines: list[Path],
+    options: GateOptions,
     *,
     scratch: Path,
-    seeds: int = 0,
-    metric: str | None = None,
-    margin: float | None = None,
-    alpha: float = 0.05,
-    old_python: Path | None = None,
-    trust: bool = False,
     ask: Ask | None = None,
     say: Say = lambda _: None,
 ) -> list[Outcome]:
     """Train baselines again in today's environment and judge what comes out, a configuration at a time.
 
+    What cannot be trained or compared is a no with its reason; the other experiments are judged all the same.
+
     Args:
         baselines: folders of complete runs, or receipts; those that differ in nothing but the seed are one experiment.
+        options: what it is judged by.
         scratch: a folder below which today's runs are made.
-        seeds: on how many seeds both sides are compared where bits are not the same; 0: not at all.
-        metric: the final metric that is compared; None: `checkpoint.monitor`.
-        margin: the largest difference of its mean that does not matter.
-        alpha: level of the test.
-        old_python: the recorded side's interpreter, which trains the seeds that no baseline has.
-        trust: train them without a question, whoever wrote them.
         ask: shows a person what would run, and returns whether it may; None: only this user's own runs may.
         say: is told how it goes.
 
-    What cannot be trained, or not be compared, is a no with its reason: the other experiments are judged all the same.
+    Raises:
+        ConfigError: a baseline is not complete or may not run, or seeds, metric or margin are missing; before
+            anything is trained.
+    """
+    if options.old_python is not None:
+        options = replace(options, old_python=options.old_python.absolute())
+    groups = _grouped(baselines)
+    for group in groups:
+        _refuse(group, options)
+    ready = [_prepared(group, options, scratch / str(number), ask, say) for number, group in enumerate(groups)]
+    return [made if isinstance(made, Outcome) else made.judged(say) for made in ready]
+
+
+def _prepared(group: list[Trained], options: GateOptions, place: Path, ask: Ask | None, say: Say) -> "Outcome | _Sides":
+    """Find an experiment's code and ask whether it may run; an outcome where that cannot be found."""
+    place.mkdir(parents=True)
+    first = group[0]
+    made = Outcome(experiment=str(first.receipt["config"]["experiment"]), before=list(group), now=[], why="",
+                   metric=_metric_of(group, options), test=None, bits=[])  # fmt: skip
+    try:
+        home = home_of(first.run_dir, first.receipt)
+        root, whence = code_of(first.receipt, first.run_dir, home, place)
+    except LabtrainError as error:
+        return replace(made, why=str(error.args[0]))
+    say(f"baseline     {made.experiment}, {len(group)} recorded; code {whence}")
+    for run in group:
+        admit(run.receipt, run_dir=run.run_dir, root=root, home=home, trust=options.trust, ask=ask, say=say)
+    root = with_filters(root, first.receipt, first.run_dir, home, place / "filtered")
+    return _Sides(made=made, place=place, home=home, root=root, options=options)
+
+
+def _grouped(baselines: list[Path]) -> list[list[Trained]]:
+    """Return the runs of each experiment: they have one configuration and one code, and different seeds.
 
     Raises:
-        ConfigError: a baseline is no complete run or may not run, or seeds, metric or margin are missing; before
-            anything is trained.
+        ConfigError: a run is not complete, or was named twice.
     """
     groups: dict[str, list[Trained]] = defaultdict(list)
     for path in baselines:
         run_dir, receipt = open_run(path)
         if receipt["status"] != "complete":
-            raise ConfigError(f"{shown(run_dir)} is {receipt['status']}, a complete run is wanted", hint="finish it")
+            raise ConfigError(f"{shown(run_dir)} is {receipt['status']}: it must be complete", hint="finish it")
         rest = {key: value for key, value in what_counts(receipt["config"]).items() if key != "seed"}
         group = groups[json.dumps([rest, receipt["code"]["sources"]], sort_keys=True)]
         run = Trained(run_dir=run_dir, receipt=receipt)
@@ -132,37 +166,10 @@ def judge_upgrade(
                     hint="name one of them",
                 )
         group.append(run)
-    options = Options(seeds=seeds, metric=metric, margin=margin, alpha=alpha,
-                      old_python=old_python.absolute() if old_python else None)  # fmt: skip
-    for group in groups.values():
-        _refuse(group, options)
-    outcomes, ready = list[Outcome](), list[tuple[int, Path, Path, Path]]()
-    for number, group in enumerate(groups.values()):
-        place = scratch / str(number)
-        place.mkdir(parents=True)
-        made = Outcome(experiment=str(group[0].receipt["config"]["experiment"]), before=list(group), now=[], why="",
-                       metric=_metric_of(group, options), test=None, bits=[])  # fmt: skip
-        try:
-            home = home_of(group[0].run_dir, group[0].receipt)
-            root, whence = code_of(group[0].receipt, group[0].run_dir, home, place)
-        except LabtrainError as error:
-            outcomes.append(replace(made, why=str(error.args[0])))
-            continue
-        say(f"baseline     {made.experiment}, {len(group)} recorded; code {whence}")
-        for run in group:
-            admit(run.receipt, run_dir=run.run_dir, root=root, home=home, trust=trust, ask=ask, say=say)
-        root = with_filters(root, group[0].receipt, group[0].run_dir, home, place / "filtered")
-        ready.append((len(outcomes), place, home, root))
-        outcomes.append(made)
-    for number, place, home, root in ready:
-        try:
-            outcomes[number] = _judge(outcomes[number], place, home, root, options, say)
-        except LabtrainError as error:
-            outcomes[number] = replace(outcomes[number], why=str(error.args[0]))
-    return outcomes
+    return list(groups.values())
 
 
-def _metric_of(group: list[Trained], options: Options) -> str | None:
+def _metric_of(group: list[Trained], options: GateOptions) -> str | None:
     """Return the metric that is compared: the one that was named, or the first baseline's monitored one."""
     return options.metric or group[0].receipt["config"]["checkpoint"]["monitor"]
 
@@ -181,7 +188,7 @@ def value_of(run: Trained, metric: str) -> float:
     return float(metrics[metric])
 
 
-def _refuse(group: list[Trained], options: Options) -> None:
+def _refuse(group: list[Trained], options: GateOptions) -> None:
     """Refuse what could not be judged, before anything is trained."""
     first, metric = group[0], _metric_of(group, options)
     if metric is not None and (options.metric or options.seeds):
@@ -227,57 +234,82 @@ def distributions_of(python: Path) -> dict[str, str]:
     return dict(json.loads(done.stdout))
 
 
-def _judge(made: Outcome, place: Path, home: Path, root: Path, options: Options, say: Say) -> Outcome:
-    """Train what `made` begins with again, put it there, and return what comes out."""
-    before, now, metric = made.before, made.now, made.metric
-    group, first = list(before), before[0]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Sides:
+    """Trains one experiment on two sides: as it was recorded, and in today's environment."""
 
-    def trained(like: Trained, seed: int, name: str, python: Path | None = None) -> Trained:
-        replay = Replay(like.receipt, root, home=home, scratch=place / name, changes={"seed": seed}, python=python,
-                        keep_trail=True)  # fmt: skip
-        with closing(replay.lines()) as lines:
-            for _ in lines:
-                pass
-        receipt = replay.receipt()
-        assert receipt is not None
-        return Trained(run_dir=replay.run_dir, receipt=receipt)
+    made: Outcome
+    place: Path
+    home: Path
+    root: Path
+    options: GateOptions
 
-    def add(side: list[Trained], where: str, *arguments: Any) -> str:
-        """Train on one side; return what is wrong with it, empty where nothing is."""
-        like, seed, *_ = arguments
+    def train_now(self, like: Trained, seed: int) -> str:
+        """Train one seed in today's environment; return what is wrong with it, or nothing."""
+        trained = len(self.made.now)
+        wrong = self._add(self.made.now, "today's environment", like, seed, f"seed-{seed}", None)
+        if len(self.made.now) > trained:
+            recorded = like if like.seed == seed else self.made.before[-1]
+            self.made.bits.append(other_bits(recorded, self.made.now[-1]))
+        return wrong
+
+    def train_before(self, like: Trained, seed: int) -> str:
+        """Train one seed in the old environment; return what is wrong with it, or nothing."""
+        python = self.options.old_python
+        return self._add(self.made.before, f"that of {python}", like, seed, f"seed-{seed}-before", python)
+
+    def _add(self, side: list[Trained], where: str, like: Trained, seed: int, name: str, python: Path | None) -> str:
         try:
-            side.append(trained(*arguments))
+            replay = Replay(like.receipt, self.root, home=self.home, scratch=self.place / name,
+                            changes={"seed": seed}, python=python, keep_trail=True)  # fmt: skip
+            with closing(replay.lines()) as lines:
+                for _ in lines:
+                    pass
         except LabtrainError as error:
             return f"seed {seed} cannot be trained in {where}: {error.args[0]}"
-        if side is now:
-            made.bits.append(other_bits(like if like.seed == seed else before[-1], now[-1]))
-        value = side[-1].receipt["results"]["metrics"].get(metric) if metric else 0.0
+        receipt, metric = replay.receipt(), self.made.metric
+        assert receipt is not None
+        side.append(Trained(run_dir=replay.run_dir, receipt=receipt))
+        value = receipt["results"]["metrics"].get(metric) if metric else 0.0
         return "" if value is not None and math.isfinite(value) else f"seed {seed}: {metric} is {value} in {where}"
 
-    why, today, old = "", "today's environment", f"that of {options.old_python}"
-    for run in group:
-        if broken := add(now, today, run, run.seed, f"seed-{run.seed}"):
-            return replace(made, why=broken)
-        say(f"seed {run.seed:<7} {'other bits' if made.bits[-1] else 'the same bits'}")
-        why = why or made.bits[-1]
-    if not why:
-        return made
-    if options.margin is None or not options.seeds:
-        return replace(made, why=f"{why} (--seeds 5 --margin M tells whether they are as good)")
-    taken = {run.seed for run in group}
-    free = (seed for seed in range(first.seed, first.seed + len(group) + options.seeds) if seed not in taken)
-    while len(before) < options.seeds:
-        seed = next(free)
-        if broken := (
-            add(before, old, first, seed, f"seed-{seed}-before", options.old_python)
-            or add(now, today, first, seed, f"seed-{seed}")
-        ):
-            return replace(made, why=f"{broken}; {why}")
-        say(f"seed {seed:<7} trained on both sides")
-    pairs = replace(made, why=why).values()
-    test = compare_pairs([one for _, one, _ in pairs], [other for *_, other in pairs],
-                         margin=options.margin, alpha=options.alpha)  # fmt: skip
-    return replace(made, why=why, test=test)
+    def judged(self, say: Say) -> Outcome:
+        """Train the recorded runs again; return what comes out, with its judgement."""
+        try:
+            return self._judged(say)
+        except LabtrainError as error:
+            return replace(self.made, why=str(error.args[0]))
+
+    def _judged(self, say: Say) -> Outcome:
+        made, options = self.made, self.options
+        group, first, why = list(made.before), made.before[0], ""
+        for run in group:
+            if broken := self.train_now(run, run.seed):
+                return replace(made, why=broken)
+            say(f"seed {run.seed:<7} {'other bits' if made.bits[-1] else 'the same bits'}")
+            why = why or made.bits[-1]
+        if not why:
+            return made
+        if options.margin is None or not options.seeds:
+            return replace(made, why=f"{why} (--seeds 5 --margin M tells whether they are as good)")
+        taken = {run.seed for run in group}
+        free = (seed for seed in range(first.seed, first.seed + len(group) + options.seeds) if seed not in taken)
+        while len(made.before) < options.seeds:
+            seed = next(free)
+            if broken := self.train_before(first, seed) or self.train_now(first, seed):
+                return replace(made, why=f"{broken}; {why}")
+            say(f"seed {seed:<7} trained on both sides")
+        pairs = replace(made, why=why).values()
+        test = compare_pairs([one for _, one, _ in pairs], [other for *_, other in pairs],
+                             margin=options.margin, alpha=options.alpha)  # fmt: skip
+        return replace(made, why=why, test=test)
+
+
+def write_page(outcomes: list[Outcome], page: Path) -> None:
+    """Write the report of all runs, with what the gate says of each experiment."""
+    runs = [run.run_dir for outcome in outcomes for run in (*outcome.before, *outcome.now)]
+    said = [f"Gate, {each.experiment}: {words_of(each)}." for each in outcomes]
+    write_report(runs, page, said=said, verdicts=verdicts_of(outcomes))
 
 
 def other_bits(recorded: Trained, now: Trained) -> str:

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -107,14 +108,10 @@ def composed(root: Path, script: str, typed: list[str]) -> Any:
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.singleton import Singleton
     from omegaconf import OmegaConf, open_dict
 
     folder, name = called_with(root / script)
-    if typed[:1] in (["--config-name"], ["-cn"]):
-        name, typed = typed[1], typed[2:]
-    elif typed[:1] and (named := typed[0].removeprefix("--config-name=")) != typed[0]:
-        name, typed = named, typed[1:]
+    name, typed = _named(name, typed)
     place = (root / folder).resolve()
     primary = place / f"{name.removesuffix('.yaml')}.yaml"
     if not primary.is_relative_to(root.resolve()) or not primary.is_file():
@@ -125,17 +122,35 @@ def composed(root: Path, script: str, typed: list[str]) -> Any:
     parsed = OverridesParser.create().parse_overrides(typed)
     if places or any(each.get_key_element() == "hydra.searchpath" for each in parsed):
         raise ConfigError(f"with hydra.searchpath it is composed by {script} alone, which is not run")  # pkg:// imports
+    with _as_main_does(root), initialize_config_dir(str(place), version_base="1.3"):
+        cfg = compose(name, typed, return_hydra_config=True)
+        HydraConfig.instance().set_config(cfg)
+        with open_dict(cfg):
+            del cfg["hydra"]
+        return OmegaConf.to_container(cfg, resolve=True)
+
+
+def _named(name: str, typed: list[str]) -> tuple[str, list[str]]:
+    """Return the name of the configuration, which the command line may give, and what else was typed."""
+    if typed[:1] in (["--config-name"], ["-cn"]):
+        return typed[1], typed[2:]
+    if typed[:1] and (named := typed[0].removeprefix("--config-name=")) != typed[0]:
+        return named, typed[1:]
+    return name, typed
+
+
+@contextmanager
+def _as_main_does(root: Path) -> Iterator[None]:
+    """Set what labtrain.main sets before Hydra composes, without the experiment's own modules; then put it back."""
+    from hydra.core.singleton import Singleton
+
     state, path, before = Singleton.get_state(), sys.path[:], os.environ.get(ROOT)
-    os.environ[ROOT] = str(root)  # as labtrain.main does
+    os.environ[ROOT] = str(root)
     sys.path[:] = [entry for entry in path if entry == str(OWN.parent) or in_environment(f"{entry}/")]
     try:
-        with warnings.catch_warnings(), initialize_config_dir(str(place), version_base="1.3"):
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            cfg = compose(name, typed, return_hydra_config=True)
-            HydraConfig.instance().set_config(cfg)
-            with open_dict(cfg):
-                del cfg["hydra"]
-            return OmegaConf.to_container(cfg, resolve=True)
+            yield
     finally:
         sys.path[:] = path
         Singleton.set_state(state)

@@ -119,32 +119,7 @@ class Replay:
         Raises:
             LabtrainError: the training failed; its own words are in it.
         """
-        config = copy.deepcopy(self.config)
-        if devices is not None:
-            config["trainer"] |= {"devices": devices, "num_nodes": 1}
-        job = Job(
-            run_id=self.run_id,
-            run_dir=str(self.run_dir),
-            root=str(self.root),
-            config=config,
-            command=self.recorded["command"],
-            code_digest="" if self.python else self.code_digest,  # another environment has a labtrain of its own
-            lock_digest=self.lock_digest,
-            supervisor=0 if self.sandbox else os.getpid(),  # a sandbox has processes, and numbers, of its own
-            stop_at=stop_at,
-            within="" if self.python else str(self.scratch.resolve()),
-            references=self.references,
-        )
-        command, environment = process_of(job)
-        environment = alone(environment)
-        if self.python is not None:
-            command[0] = str(self.python)
-        environment["TMPDIR"] = str(self.scratch)  # torch leaves files when it is killed
-        environment["XDG_STATE_HOME"] = str(self.scratch / "state")  # it is none of the user's own runs (own_runs.py)
-        if path := environment.get("PYTHONPATH"):
-            environment["PYTHONPATH"] = os.pathsep.join(moved(path.split(os.pathsep), self.home, self.root))
-        if self.sandbox is not None:
-            command, environment = self.sandbox.around(command, environment, scratch=self.scratch)
+        command, environment = self._process(self._job(devices, stop_at))
         trail = self.run_dir / TRAIL
         at = trail.stat().st_size if trail.exists() else 0
         with self.log.open("a") as log:
@@ -167,17 +142,52 @@ class Replay:
         finally:
             child.kill()  # and with it the ranks that it started
             child.wait()
+        self._check_end(stop_at)
+
+    def _job(self, devices: int | None, stop_at: int) -> Job:
+        config = copy.deepcopy(self.config)
+        if devices is not None:
+            config["trainer"] |= {"devices": devices, "num_nodes": 1}
+        return Job(
+            run_id=self.run_id,
+            run_dir=str(self.run_dir),
+            root=str(self.root),
+            config=config,
+            command=self.recorded["command"],
+            code_digest="" if self.python else self.code_digest,  # another environment has a labtrain of its own
+            lock_digest=self.lock_digest,
+            supervisor=0 if self.sandbox else os.getpid(),  # a sandbox has processes, and numbers, of its own
+            stop_at=stop_at,
+            within="" if self.python else str(self.scratch.resolve()),
+            references=self.references,
+        )
+
+    def _process(self, job: Job) -> tuple[list[str], dict[str, str]]:
+        """Return the command of a job and its environment: in the scratch folder, and in a sandbox if there is one."""
+        command, environment = process_of(job)
+        environment = alone(environment)
+        if self.python is not None:
+            command[0] = str(self.python)
+        environment["TMPDIR"] = str(self.scratch)  # torch leaves files when it is killed
+        environment["XDG_STATE_HOME"] = str(self.scratch / "state")  # it is not one of the user's own runs
+        if path := environment.get("PYTHONPATH"):
+            environment["PYTHONPATH"] = os.pathsep.join(moved(path.split(os.pathsep), self.home, self.root))
+        if self.sandbox is not None:
+            command, environment = self.sandbox.around(command, environment, scratch=self.scratch)
+        return command, environment
+
+    def _check_end(self, stop_at: int) -> None:
         if self.code == EXIT_STOPPED and not stop_at:
-            raise LabtrainError("the run, trained again, was stopped by a signal", hint="start it again")
-        if self.code not in (0, EXIT_STOPPED):
-            raise LabtrainError(
-                f"the run, trained again, ended with exit code {self.code}:\n{self.said()}",
-                hint="--set KEY=PATH shows the sandbox a file or folder of data"
-                if self.sandbox
-                else f"PYTHONPATH=FOLDER before the same command, with the folder that holds {self.absent[0]}"
-                if self.absent
-                else "labtrain doctor; the code and data of the receipt are needed",
-            )
+            raise LabtrainError("the rerun was stopped by a signal", hint="start it again")
+        if self.code in (0, EXIT_STOPPED):
+            return
+        if self.sandbox:
+            hint = "--set KEY=PATH shows the sandbox a file or folder of data"
+        elif self.absent:
+            hint = f"PYTHONPATH=FOLDER before the same command, with the folder that holds {self.absent[0]}"
+        else:
+            hint = "labtrain doctor; the code and data of the receipt are needed"
+        raise LabtrainError(f"the rerun ended with exit code {self.code}:\n{self.said()}", hint=hint)
 
     def said(self) -> str:
         """Return the end of what it printed."""
@@ -225,14 +235,7 @@ def _config_of(
             config["trainer"]["num_nodes"] = 1
     except (ConfigError, TypeError) as error:
         raise _no_configuration(error) from error
-    for key, value in changes.items():
-        *parents, last = key.split(".")
-        node = config
-        for parent in parents:
-            node = node.get(parent) or {}
-        if last not in node:
-            raise ConfigError(f"{key}: the receipt's configuration has no such key", hint="labtrain report shows it")
-        node[last] = value
+    _change(config, changes)
     if sandboxed:
         _refuse_variables(config)
     with only_kept() if sandboxed else nullcontext():
@@ -249,6 +252,17 @@ def _config_of(
     except (ConfigError, TypeError) as error:
         raise _no_configuration(error) from error
     return config, references
+
+
+def _change(config: Config, changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        *parents, last = key.split(".")
+        node = config
+        for parent in parents:
+            node = node.get(parent) or {}
+        if last not in node:
+            raise ConfigError(f"{key}: the receipt's configuration has no such key", hint="labtrain report shows it")
+        node[last] = value
 
 
 def _refuse_variables(config: Config) -> None:

@@ -8,7 +8,7 @@ No verdict is given of what was not compared: it takes at least one line of the 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from labtrain.record.own_runs import is_own
 from labtrain.record.receipt import Receipt
 from labtrain.record.trail import BEST_UNSURE, TRAIL, Line, read_trail
 from labtrain.review.inspection import check_checkpoints, composed_differently, state_differences
-from labtrain.review.replay import code_of, home_of, with_filters
-from labtrain.review.retrace import Case, Say, follow, narrow
+from labtrain.review.replay import Replay, code_of, home_of, with_filters
+from labtrain.review.retrace import Case, Reached, Say, follow, narrow
 from labtrain.review.sandbox import Sandbox, make_sandbox
 from labtrain.review.signature import check_signature
 from labtrain.review.trust import Ask, admit
@@ -66,18 +66,47 @@ class Verdict:
         return self.same if self.same is not None else not any(each.matters for each in self.differences)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyOptions:
+    """How a run is verified.
+
+    Attributes:
+        steps: how many to train; None: to its end; 0: none, and nothing of the receipt's runs.
+        start: the step of a recorded checkpoint to begin from; 0: the beginning.
+        segments: train it in the receipt's own segments, stopped and resumed as it was, on as many devices.
+        devices: on how many, in one go; None: as the receipt says.
+        signers: an allowed signers file: one of them must have signed the receipt; None: whom git allows may have.
+        key: an SSH key, to sign the line of verified.jsonl with.
+        changes: keys of the configuration that differ here, dotted: where the data lies, say.
+        trust: train it without a question, whoever wrote it.
+        sandbox: train it where it finds no network and nothing of the user's (sandbox.py).
+    """
+
+    steps: int | None = None
+    start: int = 0
+    segments: bool = False
+    devices: int | None = None
+    signers: Path | None = None
+    key: Path | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+    trust: bool = False
+    sandbox: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plan:
+    """Which steps are trained: `start` to `last`, in the receipt's segments or in one go; to the end if `whole`."""
+
+    start: int
+    last: int
+    segments: bool
+    whole: bool
+
+
 def verify_run(
     run: Path,
+    options: VerifyOptions | None = None,
     *,
-    steps: int | None = None,
-    start: int = 0,
-    segments: bool = False,
-    devices: int | None = None,
-    signers: Path | None = None,
-    key: Path | None = None,
-    changes: dict[str, Any] | None = None,
-    trust: bool = False,
-    sandbox: bool = False,
     ask: Ask | None = None,
     say: Say = lambda _: None,
     tick: Callable[[int], None] = lambda _: None,
@@ -86,15 +115,7 @@ def verify_run(
 
     Args:
         run: its folder, or its receipt alone, in a clone of the experiment's repository.
-        steps: how many to train; None: to its end; 0: none, and nothing of the receipt's runs.
-        start: the step of a recorded checkpoint to begin from; 0: the beginning.
-        segments: train it in the receipt's own segments, stopped and resumed as it was, on as many devices.
-        devices: on how many, in one go; None: as the receipt says.
-        signers: of an allowed signers file: one of them must have signed the receipt; None: whom git allows may have.
-        key: an SSH key, to sign the line of verified.jsonl with.
-        changes: keys of the configuration that are other here, dotted: where the data lies, say.
-        trust: train it without a question, whoever wrote it.
-        sandbox: train it where it finds no network and nothing of the user's (sandbox.py).
+        options: the defaults verify all of it.
         ask: shows a person what would run, and returns whether it may; None: only this user's own runs may.
         say: is told what was found, as it is found.
         tick: is told each step that was the same.
@@ -104,69 +125,112 @@ def verify_run(
         DamagedError: receipt, trail or a checkpoint was changed after it was written.
         LabtrainError: the training fails, or was stopped.
     """
-    if key is not None:
-        if steps == 0:
-            raise ConfigError("--steps 0 trains nothing: there is no verdict to sign", hint="without --key")
-        check_key(key)
+    options = options or VerifyOptions()
+    _check_can_sign(options)
     run_dir, receipt = open_run(run)
     trail = {line["step"]: line for line in read_trail(run_dir)}
-    origin = receipt["segments"][0].get("origin")
+    plan = _planned(receipt, trail, options)
+    _say_recorded(run_dir, receipt, trail, options, say)
+    home = _home(run_dir, receipt, sandbox=options.sandbox)
+    with scratch_folder("labtrain-verify-") as folder:
+        root, whence = code_of(receipt, run_dir, home, folder)
+        say(f"code         {whence}")
+        case = Case(run_dir=run_dir, receipt=receipt, trail=trail, root=root, home=home, scratch=folder,
+                    devices=options.devices, changes=options.changes, say=say, tick=tick)  # fmt: skip
+        known = options.trust or is_own(receipt, run_dir, home)
+        case.tell(state_differences(receipt, root, home, outside=known) + composed_differently(receipt, root))
+        if options.steps == 0:
+            return _untrained(case, plan)
+        if options.sandbox:
+            case.sandbox = _sandbox(receipt, root, home, case.changes, say)
+        admit(receipt, run_dir=run_dir, root=root, home=home, sandboxed=options.sandbox, trust=options.trust,
+              ask=ask, say=say)  # fmt: skip
+        if not options.sandbox:  # nobody was asked, and they would run outside of it
+            case.root = with_filters(root, receipt, run_dir, home, folder / "filtered")
+        return _trained(case, plan, key=options.key)
+
+
+def _planned(receipt: Receipt, trail: dict[int, Line], options: VerifyOptions) -> _Plan:
+    start, segments, origin = options.start, options.segments, receipt["segments"][0].get("origin")
     if origin is not None and not start:
         start, segments = origin["step"], False
-    whole = steps is None and receipt["status"] == "complete"
-    last = _last_step(receipt, trail, steps=steps, start=start, segments=segments)
+    return _Plan(
+        start=start,
+        last=_last_step(receipt, trail, steps=options.steps, start=start, segments=segments),
+        segments=segments,
+        whole=options.steps is None and receipt["status"] == "complete",
+    )
+
+
+def _say_recorded(run_dir: Path, receipt: Receipt, trail: dict[int, Line], options: VerifyOptions, say: Say) -> None:
     say(f"receipt      {receipt['run_id']}, {receipt['status']}, {len(trail)} lines in its trail, digest right")
-    if origin is not None:
+    if (origin := receipt["segments"][0].get("origin")) is not None:
         say(f"origin       {origin['checkpoint']} of the run {origin['run_id']}, which is not verified here")
-    _say_signer(run_dir, signers, say)
+    _say_signer(run_dir, options.signers, say)
     say(f"checkpoints  {check_checkpoints(run_dir, receipt)}")
+
+
+def _untrained(case: Case, plan: _Plan) -> Verdict:
+    return _verdict(case, None, start=plan.start, reached=plan.start, ended=False, divergence=None, results={}, more="")
+
+
+def _trained(case: Case, plan: _Plan, *, key: Path | None) -> Verdict:
+    """Train the run again, and note the verdict beside it."""
+    first = case.replay("first", plan.start)
+    legs = legs_of(case.receipt) if plan.segments else [(case.devices, 0)]
+    found = follow(case, first, legs, start=plan.start, last=plan.last)
+    verdict = _judged(case, first, found, plan)
+    note(case.run_dir, case.receipt, hardware=case.hardware, from_step=verdict.from_step, to_step=verdict.to_step,
+         whole=verdict.whole, same=bool(verdict.same), found=verdict.found, key=key)  # fmt: skip
+    return verdict
+
+
+def _check_can_sign(options: VerifyOptions) -> None:
+    if options.key is not None:
+        if options.steps == 0:
+            raise ConfigError("--steps 0 trains nothing: there is no verdict to sign", hint="without --key")
+        check_key(options.key)
+
+
+def _home(run_dir: Path, receipt: Receipt, *, sandbox: bool) -> Path:
+    """Return the experiment's folder.
+
+    Raises:
+        ConfigError: a sandbox would show code all of a folder that only the receipt names.
+    """
     home = home_of(run_dir, receipt)
     if sandbox and home != Path.cwd() and not (home / "train.py").is_file():
         raise ConfigError(
             f"--sandbox would show all of {shown(home)}, which the receipt's command alone names",
             hint=f"cd {quoted(home)}, where that is the experiment's folder",
         )
-    with scratch_folder("labtrain-verify-") as folder:
-        root, whence = code_of(receipt, run_dir, home, folder)
-        say(f"code         {whence}")
-        case = Case(run_dir=run_dir, receipt=receipt, trail=trail, root=root, home=home, scratch=folder,
-                     devices=devices, changes=changes or {}, say=say, tick=tick)  # fmt: skip
-        may_look = trust or is_own(receipt, run_dir, home)
-        case.tell(state_differences(receipt, root, home, outside=may_look) + composed_differently(receipt, root))
-        if steps == 0:
-            return _verdict(case, None, start=start, reached=start, ended=False, divergence=None, results={}, more="")
-        if sandbox:
-            case.sandbox = _sandbox(receipt, root, home, case.changes, say)
-        admit(receipt, run_dir=run_dir, root=root, home=home, sandboxed=sandbox, trust=trust, ask=ask, say=say)
-        if not sandbox:  # nobody was asked, and they would run outside of it
-            case.root = with_filters(root, receipt, run_dir, home, folder / "filtered")
-        first = case.replay("first", start)
-        legs = legs_of(receipt) if segments else [(devices, 0)]
-        found = follow(case, first, legs, start=start, last=last)
-        divergence, results, reached, more = None, dict[str, tuple[Any, Any]](), found.same, ""
-        if found.line is not None:
-            divergence, more = narrow(case, found.line, reached=reached, start=start)
-        elif whole:
-            now = first.receipt()
-            assert now is not None
-            every = receipt["config"]["trail"]["every_n_steps"]
-            trained = first.trail_sha256(every) if every else None
-            from_beginning = start == (origin["step"] if origin else 0)
-            results = results_differently(receipt, now, trail=trained if from_beginning else NOT_COMPARED)
-            reached = found.trained
-            if reached < max(trail, default=0) or reached < receipt["results"]["steps"]:
-                divergence = Divergence(step=reached + 1, phase="length", tensor=None)
-        elif reached < last:
-            raise LabtrainError(
-                f"the run, trained again, ended at step {reached}, and step {last} was to be compared",
-                hint="labtrain verify without --steps; or was it stopped?",
-            )
-        same = divergence is None and not results.keys() - soft_results(receipt)
-        verdict = _verdict(case, same, start=start, reached=reached, ended=whole, divergence=divergence,
-                           results=results, more=more)  # fmt: skip
-        note(run_dir, receipt, hardware=case.hardware, from_step=verdict.from_step, to_step=verdict.to_step,
-             whole=verdict.whole, same=same, found=verdict.found, key=key)  # fmt: skip
-        return verdict
+    return home
+
+
+def _judged(case: Case, first: Replay, found: Reached, plan: _Plan) -> Verdict:
+    """Return the verdict of what was trained: where it parted from the trail, or how its results differ."""
+    receipt, trail = case.receipt, case.trail
+    divergence, results, reached, more = None, dict[str, tuple[Any, Any]](), found.same, ""
+    if found.line is not None:
+        divergence, more = narrow(case, found.line, reached=reached, start=plan.start)
+    elif plan.whole:
+        now, origin = first.receipt(), receipt["segments"][0].get("origin")
+        assert now is not None
+        every = receipt["config"]["trail"]["every_n_steps"]
+        trained = first.trail_sha256(every) if every else None
+        from_beginning = plan.start == (origin["step"] if origin else 0)
+        results = results_differently(receipt, now, trail=trained if from_beginning else NOT_COMPARED)
+        reached = found.trained
+        if reached < max(trail, default=0) or reached < receipt["results"]["steps"]:
+            divergence = Divergence(step=reached + 1, phase="length", tensor=None)
+    elif reached < plan.last:
+        raise LabtrainError(
+            f"the rerun ended at step {reached}, before step {plan.last}, up to which it was to be compared",
+            hint="labtrain verify without --steps; or was it stopped?",
+        )
+    same = divergence is None and not results.keys() - soft_results(receipt)
+    return _verdict(case, same, start=plan.start, reached=reached, ended=plan.whole, divergence=divergence,
+                    results=results, more=more)  # fmt: skip
 
 
 def legs_of(receipt: Receipt) -> list[tuple[int | None, int]]:

@@ -91,57 +91,67 @@ def open_url(url: str) -> tuple["AbstractFileSystem", str]:
             raise ConfigError(f"{url}: {error}", hint="docs/storage.md lists the backends") from error
 
 
+def _connected(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Return an SSH client that is connected as ssh would be, and its SFTP session.
+
+    Args:
+        name: of the host, as the URL or ~/.ssh/config has it.
+        options: port and username of the URL.
+    """
+    import paramiko
+
+    from labtrain.stores.known_hosts import KnownHosts
+
+    path = Path("~/.ssh/config").expanduser()
+    config = paramiko.SSHConfig.from_path(str(path)) if path.exists() else paramiko.SSHConfig()
+    found = config.lookup(name)
+    host, port = found.get("hostname", name), int(options.get("port") or found.get("port", 22))
+    known = KnownHosts(host, port, found)
+
+    class Transport(paramiko.Transport):  # type: ignore[misc]
+        @property
+        def preferred_keys(self) -> tuple[str, ...]:
+            return known.kinds(super().preferred_keys)
+
+    class Known(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
+        def missing_host_key(self, _client: Any, _name: str, key: Any) -> None:
+            known.check(key.public_blob.key_blob if key.public_blob else key.asbytes())
+
+    client = paramiko.SSHClient()
+    client.set_missing_host_key_policy(Known())  # it is given no keys: each is one that it misses
+    try:
+        client.connect(
+            host,
+            port=port,
+            username=options.get("username") or found.get("user"),
+            key_filename=[file for file in found.get("identityfile", []) if Path(file).exists()] or None,
+            timeout=CONNECT_SECONDS,
+            banner_timeout=CONNECT_SECONDS,
+            auth_timeout=CONNECT_SECONDS,
+            transport_factory=Transport,
+        )
+        session = client.open_sftp()
+        session.get_channel().settimeout(ANSWER_SECONDS)
+    except BaseException:
+        client.close()  # a server takes only so many that have not logged in yet
+        raise
+    return client, session
+
+
 def _sftp(url: str) -> tuple["AbstractFileSystem", str]:
     """Connect as ssh would: ~/.ssh/config, agent and keys; and only to a host whose key is known.
 
     fsspec's own default accepts any key.
     """
-    import paramiko
     from fsspec.implementations.sftp import SFTPFileSystem
-
-    from labtrain.stores.known_hosts import KnownHosts
 
     class KnownHostsOnly(SFTPFileSystem):  # type: ignore[misc]
         def _connect(self) -> None:
-            config = paramiko.SSHConfig()
-            if (path := Path("~/.ssh/config").expanduser()).exists():
-                config = paramiko.SSHConfig.from_path(str(path))
-            found = config.lookup(self.host)
-            host = found.get("hostname", self.host)
-            port = int(self.ssh_kwargs.get("port") or found.get("port", 22))
-            known = KnownHosts(host, port, found)
-
-            class Transport(paramiko.Transport):  # type: ignore[misc]
-                @property
-                def preferred_keys(self) -> tuple[str, ...]:
-                    return known.kinds(super().preferred_keys)
-
-            class Known(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
-                def missing_host_key(self, _client: Any, _name: str, key: Any) -> None:
-                    known.check(key.public_blob.key_blob if key.public_blob else key.asbytes())
-
-            self.client = paramiko.SSHClient()
-            self.client.set_missing_host_key_policy(Known())  # it is given no keys: each is one that it misses
-            try:
-                self.client.connect(
-                    host,
-                    port=port,
-                    username=self.ssh_kwargs.get("username") or found.get("user"),
-                    key_filename=[file for file in found.get("identityfile", []) if Path(file).exists()] or None,
-                    timeout=CONNECT_SECONDS,
-                    banner_timeout=CONNECT_SECONDS,
-                    auth_timeout=CONNECT_SECONDS,
-                    transport_factory=Transport,
-                )
-                self.ftp = self.client.open_sftp()
-                self.ftp.get_channel().settimeout(ANSWER_SECONDS)
-            except BaseException:
-                self.client.close()  # a server takes so many that are not let in yet
-                raise
+            self.client, self.ftp = _connected(self.host, self.ssh_kwargs)
 
     parts = urlsplit(url)
     if not parts.hostname or not parts.path.strip("/"):
-        raise ConfigError(f"{url}: a host and a path are wanted", hint="sftp://me@host/scratch/me")
+        raise ConfigError(f"{url}: must have a host and a path", hint="sftp://me@host/scratch/me")
     options = {"port": parts.port, "username": parts.username}
     return KnownHostsOnly(parts.hostname, skip_instance_cache=True, **options), parts.path.rstrip("/")
 

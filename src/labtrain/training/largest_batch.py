@@ -46,15 +46,9 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
         alone = make_environment(None, accelerator=accelerator)
         trainer = make_trainer(config, accelerator, devices, alone, [], [], Wishes(), root=scratch)
         fitted = _noting_sizes(trainer, datamodule)
+        options: dict[str, Any] = {"mode": mode, "steps_per_trial": steps, "max_trials": max_trials}
         try:
-            found = Tuner(trainer).scale_batch_size(
-                model,
-                datamodule=datamodule,
-                mode=mode,
-                steps_per_trial=steps,
-                init_val=smallest,
-                max_trials=max_trials,
-            )
+            found = Tuner(trainer).scale_batch_size(model, datamodule=datamodule, init_val=smallest, **options)
         except ConfigError as error:
             if datamodule.batch_size >= smallest:
                 raise

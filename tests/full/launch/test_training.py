@@ -139,7 +139,7 @@ def test_two_processes_stop_together_and_one_goes_on(experiment: Experiment, ref
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=300) == 75
     assert child.stderr is not None
-    assert "stopped by SIGTERM, saved: the same command goes on with runs/digits/" in child.stderr.read()
+    assert "stopped by SIGTERM, saved: the same command resumes runs/digits/" in child.stderr.read()
     (folder,) = folders(Path("runs"))
     assert subprocess.run(
         ["pgrep", "-f", f"labtrain.launch.job {folder}"], check=False, stdout=subprocess.DEVNULL

@@ -141,7 +141,7 @@ def test_a_worker_does_not_collect_its_parents_garbage(tmp_path: Path) -> None:
 def test_what_cannot_be_loaded_is_refused() -> None:
     with pytest.raises(ConfigError, match="batch_size=0"):
         DataLoader(Drawing(3), 0)
-    with pytest.raises(ConfigError, match="no map-style dataset"):
+    with pytest.raises(ConfigError, match="not a map-style dataset"):
         DataLoader(iter([1, 2]), 2)  # type: ignore[arg-type]
 
 
@@ -334,7 +334,7 @@ def test_arrays_that_do_not_belong_together_are_refused() -> None:
     assert error.value.hint
     with pytest.raises(ConfigError, match="a tuple of arrays and a list: arrays, memory maps or tensors are wanted"):
         DataLoader((images, labels.tolist()), 8)
-    with pytest.raises(ConfigError, match="transform=3: a callable"):
+    with pytest.raises(ConfigError, match="transform=3: must be a callable"):
         DataLoader(images, 8, transform=[3])
     with pytest.raises(ConfigError, match=r"transform=.*Shift.*: a callable"):
         DataLoader(images, 8, transform=augment.Shift)

@@ -19,7 +19,7 @@ from labtrain.review.inspection import called_with, composed, composed_different
 from labtrain.review.replay import _config_of, code_of, with_filters
 from labtrain.review.sandbox import Sandbox, is_kept, make_sandbox, shows_a_home
 from labtrain.review.trust import LIBRARY, _summary, foreign_targets, is_known
-from labtrain.review.verification import verify_run
+from labtrain.review.verification import VerifyOptions, verify_run
 from tests.conftest import QUICK, Experiment
 
 SOURCES = {
@@ -253,7 +253,7 @@ def test_a_sandbox_shows_no_folder_that_a_receipt_alone_names(tmp_path: Path, mo
     (tmp_path / ".env").write_text("PRIVATE=1")
     monkeypatch.chdir(tmp_path / "lab")
     with pytest.raises(ConfigError, match=r"--sandbox would show all of .*, which the receipt's command alone names"):
-        verify_run(run_dir, sandbox=True)
+        verify_run(run_dir, VerifyOptions(sandbox=True))
 
 
 def test_what_a_command_of_somebody_else_refers_to_is_not_shown(

@@ -212,7 +212,7 @@ def test_a_training_is_refused_before_its_first_step(runner: Any, tmp_path: Any)
 
 def test_a_dataset_that_makes_its_batches_is_refused() -> None:
     """batch_size=None is torch's way to say it; here the batch is what is cut and ordered."""
-    with pytest.raises(ConfigError, match="batch_size=None: at least 1 is wanted"):
+    with pytest.raises(ConfigError, match="batch_size=None: must be at least 1"):
         DataLoader(Plain(), batch_size=None)  # type: ignore[arg-type]
 
 

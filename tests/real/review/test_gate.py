@@ -59,7 +59,7 @@ def refused(recorded: list[Path], tmp_path: Path) -> list[tuple[tuple[Any, ...],
     receipts.write(running, found)
     return [
         ((tmp_path,), "is no run"),
-        ((running,), "is interrupted, a complete run is wanted"),
+        ((running,), "is interrupted: it must be complete"),
         ((recorded[0], "--seeds", "2"), "which metric is compared?"),
         ((recorded[0], "--seeds", "2", "--metric", "no/such"), "has no metric no/such; it has test/acc"),
         ((recorded[0], recorded[0] / "receipt.json"), "are one run"),
