@@ -22,7 +22,7 @@ from labtrain.training.step_log import being_logged, is_global
 from labtrain.training.strategy import Exact
 
 HINT = (
-    "compute it from labtrain.gather_outputs(list), the outputs of all ranks, without sync_dist (docs/data.md);"
+    "compute it from labtrain.gather_outputs(list), the outputs of all ranks, without sync_dist (docs/guides/data.md);"
     " for what is a rank's own, such as a time: self.log(..., rank_zero_only=True)"
 )
 
