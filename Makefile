@@ -6,7 +6,7 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real test-full servers check golden bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock
+.PHONY: help setup demo test test-real test-full servers check golden bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock reference docs
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,5 +65,14 @@ bench-checkpoint: servers ## what a save costs: waits, totals, S3, memory
 bench-receipt: setup ## what receipts and trails cost
 	@PATH=$(CURDIR)/$(VENV):$$PATH $(VENV)/python benchmarks/receipt.py
 
-lock: setup ## make the locks anew from pyproject.toml and environment.yml
+reference: setup ## write docs/reference from the code: keys, commands, the receipt's fields
+	@$(VENV)/python docs/reference.py
+
+# Without --quiet: with it mkdocs counts no warnings, and a broken link passes.
+docs: setup ## build the documentation into site/; fails on a broken link
+	@$(VENV)/python docs/reference.py --check
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/mkdocs build --strict --site-dir site
+	@echo site/index.html
+
+lock: setup ## write the locks from pyproject.toml and environment.yml
 	@$(VENV)/labtrain lock write

@@ -2,7 +2,7 @@
 
 Each side is a process of its own on one thread, measured by the kernel and by common.Clock in CPU time; the sides take
 turns, every other round from the last to the first, and the median of the rounds and of each round's ratio count.
-Prints a table; writes results.json and results.svg beside this file.
+Prints a table; writes results.json beside this file and docs/why/benchmarks.svg.
 
 Run: make bench
 """
@@ -156,7 +156,7 @@ def main() -> None:
 
 
 def plot(milliseconds: Measures) -> None:
-    """Draw bars of what a step costs on each side into results.svg."""
+    """Draw bars of what a step costs on each side into docs/why/benchmarks.svg."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -174,7 +174,7 @@ def plot(milliseconds: Measures) -> None:
     axes.set_xlabel("CPU milliseconds a step, one thread")
     axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(HERE / "results.svg", metadata={"Date": None})
+    figure.savefig(HERE.parent / "docs/why/benchmarks.svg", metadata={"Date": None})
 
 
 if __name__ == "__main__":

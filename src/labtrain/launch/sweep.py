@@ -1,4 +1,4 @@
-"""Sweeps whose sweeper chooses each trial by the values of those before it: Optuna's, docs/sweeps.md. No torch.
+"""Sweeps whose sweeper chooses each trial by the values of those before it: Optuna's, docs/guides/sweeps.md. No torch.
 
 The callback is one of `hydra.callbacks` in conf/labtrain.yaml: the only place between the composition of a sweep and
 its sampler. https://hydra.cc/docs/1.3/plugins/optuna_sweeper/
@@ -145,5 +145,5 @@ def explain(error: Exception) -> Exception:
         return JobFailedError("every trial of this sweep failed: the lines above say why", 1)
     elif isinstance(error, ValueError | AssertionError):
         spaces = "'choice(8,16)', 'range(8,64,8)', 'interval(0.001,0.1)', 'tag(log,interval(0.001,0.1))'"
-        return ConfigError(f"the sweep: {error}", hint=f"a search space is one of {spaces}; docs/sweeps.md")
+        return ConfigError(f"the sweep: {error}", hint=f"a search space is one of {spaces}; docs/guides/sweeps.md")
     return error

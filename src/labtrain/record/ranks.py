@@ -130,7 +130,7 @@ def adopt(config: Config, ranks: Ranks | None) -> None:
         if isinstance(trainer["num_nodes"], int) and trainer["num_nodes"] > 1:
             raise ConfigError(
                 f"trainer.num_nodes={trainer['num_nodes']}, and nothing started processes on the others",
-                hint="srun python train.py in a Slurm job, or torchrun on each node (docs/cluster.md)",
+                hint="srun python train.py in a Slurm job, or torchrun on each node (docs/guides/cluster.md)",
             )
         tasks = int(os.environ.get("SLURM_NTASKS", "1"))
         if tasks > 1 and not in_slurm_step():

@@ -44,16 +44,17 @@ def check_url(url: str) -> None:
     if parts.password is not None:
         raise ConfigError(
             f"a password stands in the URL of {parts.scheme}://{parts.hostname}: it would stand in receipts and logs",
-            hint="docs/storage.md says where each backend looks for credentials",
+            hint="docs/guides/storage.md says where each backend looks for credentials",
         )
     if one_line(url) != url:
-        raise ConfigError(f"{url}: a URL without control characters is wanted", hint="docs/storage.md")
+        raise ConfigError(f"{url}: a URL without control characters is wanted", hint="docs/guides/storage.md")
     if "?" in url or "#" in url:
-        raise ConfigError(f"{url.partition('?')[0]}: a URL without ? and # is wanted", hint="docs/storage.md")
+        raise ConfigError(f"{url.partition('?')[0]}: a URL without ? and # is wanted", hint="docs/guides/storage.md")
     scheme, separator, _ = url.partition("://")
     if separator and scheme not in SCHEMES:
         raise ConfigError(
-            f"{url}: {scheme} is no store for checkpoints", hint=f"docs/storage.md; one of {', '.join(sorted(SCHEMES))}"
+            f"{url}: {scheme} is no store for checkpoints",
+            hint=f"docs/guides/storage.md; one of {', '.join(sorted(SCHEMES))}",
         )
 
 
@@ -88,7 +89,7 @@ def open_url(url: str) -> tuple["AbstractFileSystem", str]:
             package = NEEDS.get(scheme, f"the fsspec package for {scheme}")
             raise ConfigError(f"{url}: {package} is not installed", hint=f"uv pip install {package}") from error
         except ValueError as error:
-            raise ConfigError(f"{url}: {error}", hint="docs/storage.md lists the backends") from error
+            raise ConfigError(f"{url}: {error}", hint="docs/guides/storage.md lists the backends") from error
 
 
 def _connected(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
@@ -181,9 +182,10 @@ def _hint(error: Exception, text: str, url: str) -> str:
         or "authentication" in f"{kind} {text}".lower()
         or "SignatureDoesNotMatch" in text
     ):
-        return f"credentials that may write there: docs/storage.md says where {url.partition('://')[0]} looks for them"
+        scheme = url.partition("://")[0]
+        return f"credentials that may write there: docs/guides/storage.md says where {scheme} looks for them"
     if isinstance(error, FileNotFoundError):
         return f"make it first: {url}"
     if isinstance(error, OSError) and error.errno in (28, 122):
         return "df -h: free space, then the same command goes on"
-    return "the server, its address and port; docs/storage.md has a command to try it"
+    return "the server, its address and port; docs/guides/storage.md has a command to try it"

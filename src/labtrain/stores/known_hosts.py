@@ -123,7 +123,9 @@ class KnownHosts:
             except OSError as error:
                 raise StoreError(f"RevokedHostKeys {path}: {error.strerror}", hint=f"ls -l {path}") from error
             if text.startswith(b"SSHKRL\n"):
-                raise StoreError(f"RevokedHostKeys {path} is a KRL; a list of keys can be read", hint="docs/storage.md")
+                raise StoreError(
+                    f"RevokedHostKeys {path} is a KRL; a list of keys can be read", hint="docs/guides/storage.md"
+                )
             blobs = (_key(line.split()) for line in text.decode(errors="replace").splitlines())
             places += [str(path) for found in blobs if found is not None and found[1] in keys]
         if places:

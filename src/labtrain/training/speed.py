@@ -1,7 +1,7 @@
 """`speed.*`: torch.compile, recomputed activations and channels_last, put into a model in place.
 
 No name of a parameter or a buffer changes, so checkpoints and digests are those of the same model without them. What
-each does to the bits is in docs/speed.md. TF32 is a flag of torch's: determinism.py.
+each does to the bits is in docs/guides/speed.md. TF32 is a flag of torch's: determinism.py.
 
 Compiled code has to be a function of what is computed, not of what the process met before. Three things stand against
 that: sizes that torch takes for dynamic once it has seen a second (a resumed training may see the smaller last batch

@@ -336,7 +336,7 @@ def test_arrays_that_do_not_belong_together_are_refused() -> None:
         DataLoader((images, labels.tolist()), 8)
     with pytest.raises(ConfigError, match="transform=3: must be a callable"):
         DataLoader(images, 8, transform=[3])
-    with pytest.raises(ConfigError, match=r"transform=.*Shift.*: a callable"):
+    with pytest.raises(ConfigError, match=r"transform=.*Shift.*: must be a callable"):
         DataLoader(images, 8, transform=augment.Shift)
 
 

@@ -7,7 +7,7 @@ import pytest
 from tests.conftest import Experiment
 
 # Seconds or tenths of one each, and none is needed to train on a CPU with the defaults. torch._dynamo, scipy.signal and
-# matplotlib are not among them: lightning.fabric and torchmetrics import these, whoever uses them (docs/design.md).
+# matplotlib are not among them: lightning.fabric and torchmetrics import these, whoever uses them (docs/why/benchmarks.md).
 NEVER = {
     "torch._inductor.compile_fx": "speed.compile alone",
     "torch.distributed.checkpoint": "trainer.strategy=fsdp alone",

@@ -172,7 +172,7 @@ def test_a_file_full_of_signatures_is_read_in_seconds(run_dir: Path, key: Path) 
 
 
 def test_anybody_can_check_a_line_without_labtrain(run_dir: Path, key: Path) -> None:
-    """As docs/receipts.md has it, with jq and ssh-keygen; names that are no ASCII too."""
+    """As docs/guides/receipts.md has it, with jq and ssh-keygen; names that are no ASCII too."""
     need("jq", "jq")
     noted(run_dir, key, found="größer \u2028 \u0001 \U0001f600", hardware={"cpu": "A CPU", "gpus": [{"name": "é"}]})
     script = (

@@ -22,7 +22,7 @@ GLIBC = (2, 28)
 # What makes an environment that of the lock again, by route.
 REPAIR = {
     "wheels": "make setup",
-    "conda": "make it anew from conda-lock.yml: docs/environments.md",
+    "conda": "make it anew from conda-lock.yml: docs/start/install.md",
     "nix": "nix develop, which makes it anew",
 }
 CUDA_LIBRARIES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libcufft", "libcusparse", "libcusolver", "libnvrtc")

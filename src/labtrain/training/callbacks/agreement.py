@@ -24,7 +24,7 @@ from labtrain.training.sharded.step_log import is_global
 from labtrain.training.sharded.strategy import Exact
 
 HINT = (
-    "compute it from labtrain.gather_outputs(list), the outputs of all ranks, without sync_dist (docs/data.md);"
+    "compute it from labtrain.gather_outputs(list), the outputs of all ranks, without sync_dist (docs/guides/data.md);"
     " for what is a rank's own, such as a time: self.log(..., rank_zero_only=True)"
 )
 

@@ -1,0 +1,233 @@
+"""Write the reference pages from the code: configuration keys, commands, fields of the receipt.
+
+python docs/reference.py            writes docs/reference/{configuration,commands,receipt}.md
+python docs/reference.py --check    exits with 1 if the committed pages differ from the code
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+
+from labtrain import conf
+from labtrain.cli import main as labtrain
+from labtrain.record import receipt
+
+PAGES = Path(__file__).with_name("reference")
+CONF = Path(conf.__file__).parent
+SCHEMA = Path(receipt.__file__).with_name("receipt.schema.json")
+MADE = "<!-- Written by docs/reference.py. Change the code, then run `make reference`. -->\n\n"
+GROUPS = {
+    "trainer": "Lightning's Trainer. Keys without a meaning here are Lightning's own; `null` is Lightning's default.",
+    "determinism": "What the result may depend on.",
+    "checkpoint": "Where checkpoints go, how often, and how many stay. See [Storage](../guides/storage.md).",
+    "speed": "Speed and memory. See [Speed and memory](../guides/speed.md).",
+}
+
+
+def pages() -> dict[str, str]:
+    """Return the text of each page, by file name."""
+    return {"configuration.md": configuration(), "commands.md": commands(), "receipt.md": fields()}
+
+
+# ------------------------------------------------------------------------------------------------- configuration
+
+
+def configuration() -> str:
+    """Return the page of the configuration's keys, from labtrain/conf and its comments."""
+    lines = [
+        "# Configuration\n",
+        "Set a key with `python train.py KEY=VALUE`, or in the experiment's `conf/config.yaml`.",
+        "`python train.py --help` lists the same keys with the values of your experiment.",
+        "`???` marks a key without a default: your experiment must set it.\n",
+        "## Top level\n",
+        *_table(
+            rows for rows in _keys(CONF / "labtrain.yaml") if rows[0].partition(".")[0] not in ("defaults", "hydra")
+        ),
+    ]
+    for group, about in GROUPS.items():
+        lines += [f"\n## {group}\n", f"{about}\n", *_table(_keys(CONF / group / "default.yaml", f"{group}."))]
+    lines += ["\n## logger\n", "Choose one with `logger=NAME`.\n", "| option | keys and defaults |", "| --- | --- |"]
+    for path in sorted((CONF / "logger").glob("*.yaml")):
+        rows = list(_keys(path, "logger."))
+        if path.stem == "many":
+            told = ", ".join(f"`{name}`" for name in yaml.safe_load(path.read_text())["defaults"])
+        else:
+            told = "; ".join(f"`{key}={value}`" + (f" ({note})" if note else "") for key, value, note in rows)
+        lines.append(f"| `logger={path.stem}` | {_cell(told or 'no logger')} |")
+    return MADE + "\n".join(lines) + "\n"
+
+
+def _keys(path: Path, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield key, default and comment of each leaf of a YAML file; a mapping with a comment is a row too."""
+    text = path.read_text()
+    found = yaml.safe_load(text) or {}
+    parents: list[tuple[int, str]] = []
+    for line in text.splitlines():
+        match = re.match(r"( *)([\w/]+):(.*)$", line)
+        if not match:
+            continue
+        indent, key, rest = len(match[1]), match[2], match[3]
+        parents = [parent for parent in parents if parent[0] < indent] + [(indent, key)]
+        node: Any = found
+        for _, name in parents:
+            node = node[name]
+        comment = (re.search(r"(?:^|\s)# (.*)$", rest) or ["", ""])[1].strip()
+        nested = isinstance(node, dict) and bool(node)
+        if not nested or comment:
+            yield f"{prefix}{'.'.join(name for _, name in parents)}", "" if nested else _yaml(node), comment
+
+
+def _yaml(value: Any) -> str:
+    return json.dumps(value) if not isinstance(value, str) else value
+
+
+def _table(rows: Any) -> list[str]:
+    lines = ["| key | default | meaning |", "| --- | --- | --- |"]
+    for key, default, meaning in rows:
+        shown = f"`{default}`" if default else ""
+        lines.append(f"| `{key}` | {_cell(shown)} | {_cell(meaning)} |")
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------ commands
+
+
+def commands() -> str:
+    """Return the page of the commands, from click."""
+    lines = ["# Commands\n", "| command | effect |", "| --- | --- |"]
+    leaves = list(_leaves(labtrain, "labtrain"))
+    for name, command in leaves:
+        anchor = re.sub(r"[^a-z0-9-]+", "-", name)
+        lines.append(f"| [`{name}`](#{anchor}) | {_cell(_first(command))} |")
+    lines += [
+        "",
+        "Exit codes: 0 yes or same, 1 no or different, 2 wrong usage or input, 75 stopped by a signal after saving.",
+        "Data goes to standard output, everything else to standard error.",
+    ]
+    for name, command in leaves:
+        context = click.Context(command, info_name=name)
+        usage = " ".join([name, *command.collect_usage_pieces(context)])
+        lines += [f"\n## {name}\n", f"```\n{usage}\n```\n", *_paragraphs(command)]
+        rows = [row for parameter in command.params if (row := _option(parameter, context))]
+        if rows:
+            lines += ["| option | default | meaning |", "| --- | --- | --- |", *rows]
+        while lines[-1] == "":
+            lines.pop()
+    return MADE + "\n".join(lines) + "\n"
+
+
+def _leaves(group: click.Group, name: str) -> Iterator[tuple[str, click.Command]]:
+    for key, command in sorted(group.commands.items()):
+        if isinstance(command, click.Group):
+            yield from _leaves(command, f"{name} {key}")
+        else:
+            yield f"{name} {key}", command
+
+
+def _first(command: click.Command) -> str:
+    return " ".join((command.help or "").partition("\n\n")[0].split())
+
+
+def _paragraphs(command: click.Command) -> list[str]:
+    """Return a command's help: prose as paragraphs, what click is told not to wrap as code."""
+    lines: list[str] = []
+    for paragraph in (command.help or "").split("\n\n"):
+        verbatim = paragraph.lstrip("\n").startswith("\b")
+        text = paragraph.replace("\b", "").strip("\n")
+        lines += [f"```\n{text}\n```" if verbatim else " ".join(text.split()), ""]
+    return lines
+
+
+def _option(parameter: click.Parameter, context: click.Context) -> str:
+    if not isinstance(parameter, click.Option) or parameter.hidden:
+        return ""
+    names = ", ".join([*parameter.opts, *parameter.secondary_opts])
+    kind = "" if parameter.is_flag else f" {_metavar(parameter, context)}"
+    about = parameter.help or ""
+    told = re.search(r"\s*\[default: (.*?)\]$", about)
+    shown = parameter.show_default and parameter.default is not None
+    default = told[1] if told else f"`{parameter.default}`" if shown else ""
+    return f"| `{_cell(names + kind)}` | {_cell(default)} | {_cell(about[: told.start()] if told else about)} |"
+
+
+def _metavar(option: click.Option, context: click.Context) -> str:
+    return option.metavar or option.make_metavar(context)
+
+
+# ------------------------------------------------------------------------------------------------------- receipt
+
+
+def fields() -> str:
+    """Return the page of the receipt's fields, from its JSON Schema."""
+    schema = json.loads(SCHEMA.read_text())
+    lines = [
+        "# Receipt\n",
+        f"{schema['description']} Its schema is `{schema['title']}`, `src/labtrain/record/{SCHEMA.name}`.\n",
+        "`[]` stands for each item of a list, `NAME` for a key that depends on the run. A field that is not required",
+        "can be missing. [Receipts](../guides/receipts.md) shows what you can do with it.\n",
+        "| field | type | required | meaning |",
+        "| --- | --- | --- | --- |",
+    ]
+    for path, node, required in _walk(schema, schema, ""):
+        need = "yes" if required else ""
+        lines.append(f"| `{path}` | {_cell(_kind(node))} | {need} | {_cell(node.get('description', ''))} |")
+    return MADE + "\n".join(lines) + "\n"
+
+
+def _walk(schema: dict[str, Any], node: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Yield path, schema and whether it is required of each field, depth first, in the schema's order."""
+    for key, child in node.get("properties", {}).items():
+        own = {**_resolve(schema, child), **{name: value for name, value in child.items() if name != "$ref"}}
+        where = f"{path}.{key}".lstrip(".")
+        yield where, own, key in node.get("required", [])
+        yield from _walk(schema, own, where)
+    items = node.get("items")
+    if isinstance(items, dict) and "properties" in items:
+        yield from _walk(schema, items, f"{path}[]")
+    extra = node.get("additionalProperties")
+    if isinstance(extra, dict) and "properties" in extra:
+        yield from _walk(schema, extra, f"{path}.NAME")
+
+
+def _resolve(schema: dict[str, Any], node: dict[str, Any]) -> dict[str, Any]:
+    found: Any = schema
+    for part in node["$ref"].removeprefix("#/").split("/") if "$ref" in node else ():
+        found = found[part]
+    return found if "$ref" in node else node
+
+
+def _kind(node: dict[str, Any]) -> str:
+    if "const" in node:
+        return f"`{node['const']}`"
+    if "enum" in node:
+        return ", ".join(f"`{value}`" for value in node["enum"])
+    kinds = node.get("type", "any")
+    words = [kinds] if isinstance(kinds, str) else list(kinds)
+    if "^[0-9a-f]{64}$" in node.get("pattern", ""):
+        words = ["sha256" if word == "string" else word for word in words]
+    if isinstance(node.get("items"), dict) and isinstance(node["items"].get("type"), str):
+        words = [f"array of {node['items']['type']}s" if word == "array" else word for word in words]
+    return " or ".join(words)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    stale = [
+        name for name, text in pages().items() if not (PAGES / name).exists() or (PAGES / name).read_text() != text
+    ]
+    if "--check" in sys.argv[1:]:
+        for name in stale:
+            sys.stderr.write(f"error: docs/reference/{name} differs from the code\n\nhint: make reference\n")
+        sys.exit(bool(stale))
+    for name in stale:
+        (PAGES / name).write_text(pages()[name])
+        sys.stdout.write(f"docs/reference/{name}\n")

@@ -1,0 +1,87 @@
+"""Phrases that readers had to read twice do not come back. CONTRIBUTING.md: write plain English."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+# What people read. `src` joins when its strings are rewritten: add "src/**/*.py".
+READ = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "SECURITY.md",
+    "docs/**/*.md",
+    "mkdocs.yml",
+    "docs/reference.py",
+    "src/labtrain/conf/**/*.yaml",
+    "template/*/README.md",
+    "template/*/conf/**/*.yaml",
+]
+# Written from `src`; remove this line when `src` joins.
+FROM_SRC = ["docs/reference/commands.md"]
+# The demo's own words, shown in README.md as they are printed.
+PRINTED = ["as it is    ", "code         as it is here"]
+# The pattern, and what to write instead.
+PHRASES = {
+    r"\b(is|are) wanted\b": "must be",
+    r"\bwanted\b(?=[.;,:])": "expected, target",
+    r"\blooks? away\b": "skip",
+    r"\bthese words\b": "quote the message",
+    r"\bdoes not know why\b": "lost contact with",
+    r"\bpromise \d": "say what is promised: results do not depend on the number of devices",
+    r"\bas (it|they) (is|are|stands?|lies?)\b(?=[.,;:]|$)": "unchanged, plainly",
+    r"\b(others?|so)[.:](?=\s|$)": "different",
+    r"\bso many\b": "N",
+    r"\bgo(es)? on (from|with|where|although|as|again)\b": "resume, continue",
+    r"\bwhere there (is|are|was|were) (none|one|no)\b": "if there is",
+    r"\b(is|are) no (cause|place|proof|part|store|loop|mean|worker)\b": "is not a",
+    r"\bbecame of\b": "result",
+    r"\banew\b": "again",
+    r"\bheld against\b": "compared with",
+    r"\bsaid aloud\b|\bis said\b|\bare said\b": "reported",
+    r"\b(for|and not) (the|its) weights at the end\b|\bweights at the end\b": "final weights",
+    r"\bmicro-batch": "shard",
+    r"\bthat is theirs\b|\bof ours\b(?= is)": "ours",
+    r"\btold apart\b": "distinguished",
+    r"\bin silence\b": "without a message",
+}
+
+
+def lines(pattern: str) -> Iterator[tuple[Path, int, str]]:
+    """Yield the lines of the files that match a pattern."""
+    found = [path for path in sorted(ROOT.glob(pattern)) if str(path.relative_to(ROOT)) not in FROM_SRC]
+    assert found, f"{pattern} names no file"
+    for path in found:
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            yield path, number, line
+
+
+@pytest.mark.parametrize("pattern", READ)
+def test_no_phrase_that_has_to_be_read_twice(pattern: str) -> None:
+    """Each file says it in the words of the field."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {match[0]!r}: write {instead!r}\n    {line.strip()}"
+        for path, number, line in lines(pattern)
+        if not any(words in line for words in PRINTED)
+        for phrase, instead in PHRASES.items()
+        if (match := re.search(phrase, line, re.IGNORECASE))
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_the_phrases_are_found() -> None:
+    """Today's sentences of the style guide, which this test is for."""
+    for line in (
+        "an integer of at least 1 is wanted",
+        "warn says, off looks away",
+        "what is planned is refused with these words",
+        "ranks are gone, and this one does not know why",
+        "(promise 3 is off)",
+        "weights at the end: others",
+        "train so many again; 0: none.",
+        "the clone is left as it is.",
+    ):
+        assert any(re.search(phrase, line, re.IGNORECASE) for phrase in PHRASES), line
