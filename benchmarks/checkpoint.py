@@ -23,11 +23,12 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from labtrain.base.files import sync
 from labtrain.checkpoints.saver import Saver
 from labtrain.checkpoints.staging import Staging
 from labtrain.stores.delivery import Delivery
 from labtrain.stores.layout import kept
-from labtrain.stores.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store, sync
+from labtrain.stores.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store
 
 ROUNDS = 15
 MANIFEST_OF_A_SAVE = {"run_id": "bench", "step": 0, "epoch": 0, "metrics": {}, "logs": {}}

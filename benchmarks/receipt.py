@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from labtrain.assets import asset
-from labtrain.environment.doctor.environment import files_state
 from labtrain.exact.checksums import two_sums
 from labtrain.record import receipt
 from labtrain.record.differences import compare
 from labtrain.record.identity import Job
+from labtrain.record.installed import files_state
 from labtrain.record.provenance import code_state, environment_state, machine
 from labtrain.record.trail import HISTORY, TRAIL, read_trail
 

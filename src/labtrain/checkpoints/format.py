@@ -36,6 +36,7 @@ from torch.distributed.tensor import DTensor
 from labtrain.base import untrusted
 from labtrain.base.console import quoted
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
+from labtrain.base.files import file_sha256, sync
 from labtrain.base.untrusted import damage_of
 from labtrain.checkpoints import structure
 from labtrain.record.digests import (
@@ -49,7 +50,7 @@ from labtrain.record.digests import (
     digest,
     digest_folder,
 )
-from labtrain.stores.store import STATE, WEIGHTS, Manifest, file_sha256, sync
+from labtrain.stores.store import STATE, WEIGHTS, Manifest
 
 HASHED_BYTES = 1 << 20
 TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)

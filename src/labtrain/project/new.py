@@ -1,6 +1,5 @@
 """Make an experiment: the cookiecutter template, and beside it the lock and the very labtrain that made it."""
 
-import hashlib
 import importlib.metadata
 import os
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from labtrain.assets import LOCKS, SOURCES, asset
 from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.base.files import file_sha256
 from labtrain.bootstrap import WHEEL_LOCK
 
 PLUGIN = "hydra_plugins/labtrain_searchpath.py"  # beside labtrain, in a folder that other distributions share
@@ -69,7 +69,7 @@ def furnish(experiment: Path) -> None:
     for name in LOCKS:
         copy_asset(name, experiment / name)
     wheel = build_wheel(experiment / "vendor")
-    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    digest = file_sha256(wheel)
     (experiment / WHEEL_LOCK).write_text(f"./vendor/{wheel.name} --hash=sha256:{digest}\n")
 
 

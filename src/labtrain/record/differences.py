@@ -18,6 +18,7 @@ from typing import Any
 
 from labtrain.base.console import shown, warn
 from labtrain.base.errors import ConfigError, DamagedError, StoreError
+from labtrain.base.files import sha256_of
 from labtrain.base.untrusted import damage_of, open_plain
 from labtrain.record import receipt as receipts
 from labtrain.record.digests import read_weights
@@ -26,7 +27,7 @@ from labtrain.record.identity import get, what_counts
 from labtrain.record.own_runs import checkpoints_of
 from labtrain.record.trail import TRAIL, first_step
 from labtrain.stores.layout import stores_of
-from labtrain.stores.store import Checkpoint, Manifest, sha256_of
+from labtrain.stores.store import Checkpoint, Manifest
 
 KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table
 

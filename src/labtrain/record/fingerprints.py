@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import ConfigError
+from labtrain.base.files import file_sha256
 from labtrain.record.digests import tensor_bytes
 from labtrain.record.sources import in_environment, texts_in
 
@@ -367,8 +368,7 @@ class _Cache:
                 query = "select sha256 from files where place = ? and stamp = ?"
                 if known := self.database.execute(query, (place, stamp)).fetchone():
                     return str(known[0])
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = file_sha256(path)
         if time.time_ns() - max(times) > SETTLED_NS:
             with suppress(sqlite3.Error):
                 if self.database is not None:

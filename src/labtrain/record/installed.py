@@ -2,10 +2,13 @@
 
 import base64
 import csv
-import hashlib
 import os
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+from labtrain.base.files import file_sha256
 
 NEEDED = ("METADATA", "RECORD")  # of each .dist-info: without them no installer knows what it has
 
@@ -41,7 +44,26 @@ def _fate(path: str, digest: str, size: str, installed: float, *, deep: bool) ->
         return "is missing"
     if not deep and stat.st_mtime <= installed + 1 and (not size or stat.st_size == int(size)):
         return ""
-    with open(path, "rb") as file:  # noqa: PTH123
-        now = hashlib.file_digest(file, "sha256").digest()
+    now = bytes.fromhex(file_sha256(Path(path)))
     same = base64.urlsafe_b64encode(now).rstrip(b"=").decode() == digest.removeprefix("sha256=")
     return "" if same else "was changed"
+
+
+def files_state() -> dict[str, Any]:
+    """Return what a receipt says of the installed files: how many, and each that is not as it was installed."""
+    changed, files = changed_files()
+    return {"files": files, "changed_files": changed}
+
+
+def changed_files(*, deep: bool = False) -> tuple[list[str], int]:
+    """Return each installed file that is not what its distribution's RECORD says, and how many there are.
+
+    By default only those are read whose size or time says that they changed.
+    """
+    changed, files = [], 0
+    for entry in dict.fromkeys(sys.path):
+        for info, name, fate in changes(Path(entry), deep=deep) if entry else ():
+            files += 1
+            if fate:
+                changed.append(f"{name} of {info.name.partition('-')[0]} {fate}")
+    return changed, files

@@ -6,18 +6,17 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from labtrain.base.git import GitError, ask_git, run_git
 from labtrain.record.identity import Job, route
 from labtrain.record.sources import labtrain_sources, read_code, sources
 
 PATCH = "code.patch"  # of a run's folder
-COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile")
 
 
@@ -55,13 +54,13 @@ def code_state(job: Job) -> dict[str, Any]:
         code, the untracked with it, None where git fails.
     """
     root = job.root
-    commit = git(root, "rev-parse", "HEAD").strip()
+    commit = ask_git(root, "rev-parse", "HEAD").strip()
     untracked, ignored = unknown_sources(root) if commit else ([], [])
     return code_digests(job) | {
         "commit": commit or None,
-        "folder": git(root, "rev-parse", "--show-prefix").strip().rstrip("/") if commit else None,
-        "branch": git(root, "rev-parse", "--abbrev-ref", "HEAD").strip() or None,
-        "dirty": bool(git(root, "status", "--porcelain", "--", ".").strip()) if commit else None,
+        "folder": ask_git(root, "rev-parse", "--show-prefix").strip().rstrip("/") if commit else None,
+        "branch": ask_git(root, "rev-parse", "--abbrev-ref", "HEAD").strip() or None,
+        "dirty": bool(ask_git(root, "status", "--porcelain", "--", ".").strip()) if commit else None,
         "untracked": untracked,
         "ignored": ignored,
         "patch": uncommitted_change(root, untracked) if commit else "",
@@ -71,8 +70,8 @@ def code_state(job: Job) -> dict[str, Any]:
 def unknown_sources(root: str) -> tuple[list[str], list[str]]:
     """Return the Python sources of an experiment that git does not know, and those that it is told to ignore."""
     here = {path.relative_to(root).as_posix() for path in sources(Path(root))}
-    known = set(git(root, "ls-files", "-z", "--", ".").split("\0"))
-    new = set(git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", ".").split("\0"))
+    known = set(ask_git(root, "ls-files", "-z", "--", ".").split("\0"))
+    new = set(ask_git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", ".").split("\0"))
     return sorted(here & new), sorted(here - new - known)
 
 
@@ -86,82 +85,27 @@ def uncommitted_change(root: str, untracked: list[str]) -> str | None:
             "--no-relative", "-U3", "--submodule=short", "--src-prefix=a/", "--dst-prefix=b/",
             "HEAD", "--", ".")  # fmt: skip
     if not untracked:
-        return _git(root, *diff)
-    objects = git(root, "rev-parse", "--path-format=absolute", "--git-path", "objects").strip()
+        return _or_none(root, *diff)
+    objects = ask_git(root, "rev-parse", "--path-format=absolute", "--git-path", "objects").strip()
     with TemporaryDirectory() as scratch:
         own = dict(os.environ) | {
             "GIT_INDEX_FILE": f"{scratch}/index",
             "GIT_OBJECT_DIRECTORY": scratch,
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": objects,
         }
-        index = Path(git(root, "rev-parse", "--path-format=absolute", "--git-path", "index").strip())
+        index = Path(ask_git(root, "rev-parse", "--path-format=absolute", "--git-path", "index").strip())
         if index.exists():  # with what is staged: a new file is known to git by it alone
             shutil.copyfile(index, own["GIT_INDEX_FILE"])
-        if _git(root, "add", "--", *untracked, variables=own) is None:
+        if _or_none(root, "add", "--", *untracked, variables=own) is None:
             return None
-        return _git(root, *diff, variables=own)
+        return _or_none(root, *diff, variables=own)
 
 
-def git(folder: str, *arguments: str, variables: dict[str, str] | None = None) -> str:
-    """Return what git prints; empty where it fails or is not installed.
-
-    Args:
-        folder: that it works in.
-        arguments: its command.
-        variables: its environment; None: this process's.
-    """
-    return _git(folder, *arguments, variables=variables) or ""
-
-
-def _git(folder: str, *arguments: str, variables: dict[str, str] | None = None) -> str | None:
-    """Return what git prints, each byte as it is; None where it fails or is not installed."""
-    command = ["git", "-C", folder, *arguments]
+def _or_none(root: str, *arguments: str, variables: dict[str, str] | None = None) -> str | None:
     try:
-        done = subprocess.run(command, env=variables, capture_output=True, check=False, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
+        return run_git(root, *arguments, variables=variables)
+    except GitError:
         return None
-    return done.stdout.decode("utf-8", "surrogateescape") if done.returncode == 0 else None
-
-
-def borrow_commit(top: str, commit: str, clone: Path, *, filters: bool) -> bool:
-    """Make a repository of our own that takes a commit's objects from another one; return whether that has it.
-
-    The other one may be somebody else's, and its configuration can start programs: hooks, filters, a file system
-    monitor, a fetch of what a partial clone lacks (git-config(1)). It is asked where its objects lie, which starts
-    none, and no more.
-
-    Args:
-        top: its folder.
-        commit: 40 hex digits, or 64.
-        clone: a folder to make.
-        filters: heed the user's own configuration of git, the filters of Git LFS for one.
-    """
-    objects = git(top, "rev-parse", "--path-format=absolute", "--git-path", "objects").removesuffix("\n")
-    kind = git(top, "rev-parse", "--show-object-format").strip()
-    if not objects or not COMMIT.fullmatch(commit) or "\n" in objects:
-        return False
-    variables = git_variables(filters=filters)
-    clone.mkdir()
-    git(str(clone), "init", "-q", "--template=", f"--object-format={kind or 'sha1'}", variables=variables)
-    git(str(clone), "config", "remote.origin.url", top, variables=variables)  # where Git LFS looks for files
-    alternates = clone / ".git" / "objects" / "info" / "alternates"
-    alternates.parent.mkdir(exist_ok=True)
-    alternates.write_bytes(f"{json.dumps(objects, ensure_ascii=False)}\n".encode("utf-8", "surrogateescape"))
-    return git(str(clone), "cat-file", "-t", commit, variables=variables).strip() == "commit"
-
-
-def git_variables(*, filters: bool) -> dict[str, str]:
-    """Return the environment of a git that works in a repository of ours, whatever started this process.
-
-    Args:
-        filters: heed the user's own configuration; else none at all.
-    """
-    variables = {name: value for name, value in os.environ.items()
-                 if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}  # fmt: skip
-    if not filters:
-        variables = {name: value for name, value in variables.items() if not name.startswith("GIT_CONFIG")}
-        variables |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_ATTR_NOSYSTEM": "1"}
-    return variables | {"GIT_TERMINAL_PROMPT": "0"}
 
 
 def environment_state(job: Job) -> dict[str, Any]:

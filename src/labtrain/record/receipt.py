@@ -9,9 +9,7 @@ What looks like a credential is never in it (credentials.py). A text that comes 
 
 import functools
 import json
-import os
 import reprlib
-import secrets
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +19,7 @@ from labtrain.base import exact_json, untrusted
 from labtrain.base.console import quoted
 from labtrain.base.credentials import without_secrets as without_secrets
 from labtrain.base.errors import DamagedError, not_readable
+from labtrain.base.files import write_atomically
 
 SCHEMA = "labtrain/receipt/1"
 FILE = "receipt.json"
@@ -82,16 +81,6 @@ def hold_against_schema(receipt: Any, path: Path) -> None:
             f"{path}: {place} {said[:200]}, got {reprlib.repr(error.value)}",
             hint="labtrain wrote no such receipt; get it again from whoever trained the run",
         ) from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write `text` to `path` so that a crash leaves the old file or the new one."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with scratch.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
 
 
 def time_of(text: str) -> datetime:

@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from labtrain.base.errors import ConfigError
+from labtrain.base.files import file_sha256
 from labtrain.record import receipt as receipts
 from labtrain.record.differences import flat
 from labtrain.record.identity import what_counts
@@ -20,7 +21,6 @@ from labtrain.record.receipt import Receipt
 from labtrain.record.trail import HISTORY, TRAIL
 from labtrain.review import signature
 from labtrain.review.verdicts import VERIFIED
-from labtrain.stores.store import file_sha256
 
 MAIN = "train.py"
 WEIGHTS = "weights.safetensors"

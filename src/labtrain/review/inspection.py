@@ -12,13 +12,13 @@ from typing import Any
 from labtrain.base.console import shown
 from labtrain.base.credentials import REFERENCE, without_secrets
 from labtrain.base.errors import ConfigError, DamagedError, in_words
-from labtrain.environment.doctor.environment import files_state
 from labtrain.exact.determinism import is_recorded, variables
 from labtrain.record.config import as_written, from_environment
 from labtrain.record.differences import ORIGIN, Difference, differences, overrides
 from labtrain.record.digests import digest_folder
 from labtrain.record.fingerprints import files_now
 from labtrain.record.identity import Config, Job, lock_digest, what_counts
+from labtrain.record.installed import files_state
 from labtrain.record.provenance import code_digests, environment_state, machine
 from labtrain.record.receipt import Receipt
 from labtrain.record.sources import OWN, in_environment, moved

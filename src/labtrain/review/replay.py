@@ -18,13 +18,13 @@ from typing import Any
 from labtrain.base.console import shown
 from labtrain.base.credentials import NOT_RECORDED, without_secrets
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, DamagedError, LabtrainError
+from labtrain.base.git import GitError, ask_git, borrow_commit, git_variables, run_git
 from labtrain.base.untrusted import open_plain
 from labtrain.launch.compose import process_of
 from labtrain.record import receipt as receipts
 from labtrain.record.config import REFERRING, check, check_whole, completed, flat_texts, from_environment, variables_in
 from labtrain.record.identity import Config, Job, References, get, lock_digest, name, what_counts
 from labtrain.record.own_runs import patch_of
-from labtrain.record.provenance import borrow_commit, git, git_variables
 from labtrain.record.ranks import alone
 from labtrain.record.receipt import Receipt
 from labtrain.record.sources import moved, read_code, source_digests
@@ -318,7 +318,7 @@ def home_of(run_dir: Path, receipt: Receipt) -> Path:
     """
     script = Path(receipt["command"][0]).name if receipt["command"] else "train.py"
     here = Path.cwd()
-    top, folder = git(str(here), "rev-parse", "--show-toplevel").strip(), receipt["code"]["folder"]
+    top, folder = ask_git(str(here), "rev-parse", "--show-toplevel").strip(), receipt["code"]["folder"]
     places = [*run_dir.resolve().parents, here, *([Path(top, folder)] if top and folder is not None else [])]
     for place in places:
         if (place / script).is_file():
@@ -350,7 +350,7 @@ def code_of(receipt: Receipt, run_dir: Path, home: Path, scratch: Path, *, filte
     here = f"{shown(home)} holds other code than the receipt's"
     if not code["commit"]:
         raise ConfigError(f"{here}, which was in no git repository", hint=f"labtrain diff {shown(run_dir)} ANOTHER_RUN")
-    top = git(str(home), "rev-parse", "--show-toplevel").strip()
+    top = ask_git(str(home), "rev-parse", "--show-toplevel").strip()
     clone = scratch / "code"
     if not top or not borrow_commit(top, code["commit"], clone, filters=filters):
         raise ConfigError(f"{here}, and commit {code['commit'][:12]} is not in this repository", hint="git fetch --all")
@@ -382,7 +382,7 @@ def with_filters(root: Path, receipt: Receipt, run_dir: Path, home: Path, scratc
         home: the experiment's folder here.
         scratch: a folder to make.
     """
-    if root == home or not git(
+    if root == home or not ask_git(
         str(root), "config", "--get-regexp", r"^filter\.", variables=git_variables(filters=True)
     ):
         return root
@@ -391,12 +391,7 @@ def with_filters(root: Path, receipt: Receipt, run_dir: Path, home: Path, scratc
 
 
 def _git(clone: Path, *arguments: str, text: str = "", filters: bool) -> None:
-    command = ["git", "-C", str(clone), *arguments]
     try:
-        done = subprocess.run(command, input=text.encode("utf-8", "surrogateescape"), capture_output=True, check=False,
-                              timeout=GIT_TIMEOUT_S, env=git_variables(filters=filters))  # fmt: skip
-        said = "" if not done.returncode else done.stderr.decode(errors="replace").strip() or "it failed"
-    except subprocess.TimeoutExpired:
-        said = f"no end in {GIT_TIMEOUT_S} seconds"
-    if said:
-        raise ConfigError(f"git {' '.join(arguments[:4])}: {said}", hint="is the receipt of this repository?")
+        run_git(clone, *arguments, text=text, variables=git_variables(filters=filters), timeout_s=GIT_TIMEOUT_S)
+    except GitError as error:
+        raise ConfigError(str(error.args[0]), hint="is the receipt of this repository?") from error

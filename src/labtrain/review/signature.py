@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 
 from labtrain.base.console import quoted, shown
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
+from labtrain.base.files import write_atomically
+from labtrain.base.git import ask_git
 from labtrain.base.untrusted import damage_of, read
 from labtrain.record import receipt
-from labtrain.record.provenance import git
 
 FILE = f"{receipt.FILE}.sig"
 LONGEST = 1 << 20  # bytes of a signature
@@ -62,7 +63,7 @@ def sign(run_dir: Path, *, key: Path | None) -> Path:
     signature = run_dir / FILE
     text = sign_text(read(run_dir / receipt.FILE), key=key, purpose=NAMESPACE)
     try:
-        receipt.write_atomically(signature, text)
+        write_atomically(signature, text)
     except OSError as error:
         raise LabtrainError(f"{shown(signature)}: {error.strerror}", hint=f"ls -ld {quoted(signature)}") from error
     return signature
@@ -164,8 +165,8 @@ def whose(text: bytes, file: Path, fingerprint: str, *, purpose: str, signers: P
 
 def _usual_key(scratch: Path) -> Path:
     """Return the key that git signs with, else the usual one; of a key that git has by value, a file in `scratch`."""
-    configured = git(".", "config", "--get", "user.signingkey").strip()
-    if configured and git(".", "config", "--get", "gpg.format").strip() == "ssh":
+    configured = ask_git(".", "config", "--get", "user.signingkey").strip()
+    if configured and ask_git(".", "config", "--get", "gpg.format").strip() == "ssh":
         if configured.startswith(("key::", "ssh-")):
             public = scratch / "key.pub"
             public.write_text(configured.removeprefix("key::") + "\n")
@@ -182,13 +183,13 @@ def _usual_key(scratch: Path) -> Path:
 
 def _usual_signers() -> Path:
     """Return git's allowed signers file; a relative one lies below the working tree, as for git."""
-    configured = git(".", "config", "--type=path", "--get", "gpg.ssh.allowedSignersFile").strip()
+    configured = ask_git(".", "config", "--type=path", "--get", "gpg.ssh.allowedSignersFile").strip()
     if not configured:
         raise LabtrainError(
             "it is signed, and it is not known who may sign: git has no gpg.ssh.allowedSignersFile",
             hint="--signers FILE, or git config --global gpg.ssh.allowedSignersFile FILE",
         )
-    return Path(git(".", "rev-parse", "--show-toplevel").strip(), configured)
+    return Path(ask_git(".", "rev-parse", "--show-toplevel").strip(), configured)
 
 
 def _public_key(signature: Path) -> str:

@@ -29,7 +29,6 @@ over, trained the run to its end, and left. So whatever it does late must harm n
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -42,12 +41,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from labtrain.base import exact_json, untrusted
 from labtrain.base.console import quoted, shown
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.base.exact_json import digest_of
+from labtrain.base.files import sha256_of, sync
 from labtrain.stores.backends import explained, is_local, open_url
 
 MANIFEST = "manifest.json"
@@ -746,26 +746,6 @@ def writer_lives(writer: dict[str, Any] | None) -> bool | None:
     with suppress(OSError, ValueError, TypeError, OverflowError):
         return identity(int(writer["process"])) == {key: writer.get(key) for key in here}
     return False
-
-
-def sync(path: Path) -> None:
-    """Have the kernel write a file or a folder's entries to the disk: fsync(2)."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    """Return a file's sha256, 64 hex digits."""
-    with path.open("rb") as file:
-        return sha256_of(file)
-
-
-def sha256_of(file: BinaryIO) -> str:
-    """Return the sha256 of an open file, 64 hex digits."""
-    return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
 
 
 def _check_manifest(manifest: Any) -> None:

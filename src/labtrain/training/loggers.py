@@ -22,8 +22,8 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError
+from labtrain.base.git import ask_git
 from labtrain.record.identity import Job
-from labtrain.record.provenance import git
 from labtrain.training.lightning import QuietWriter, experiment_of, is_offline, put_experiment
 
 # What each logger can be told. labtrain itself says where it writes, and under which name.
@@ -281,7 +281,7 @@ def _wandb(job: Job, options: dict[str, Any], position: int) -> WandbLogger:
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
     options = {key: value for key, value in options.items() if value not in (None, [])}
     options = without_secrets(options) | {key: options[key] for key in options if key == "settings"}  # W&B's own key
-    remote = git(".", "config", "--get", "remote.origin.url").strip()  # W&B leaves a user in it, that is a token
+    remote = ask_git(".", "config", "--get", "remote.origin.url").strip()  # W&B leaves a user in it, that is a token
     if (clean := without_secrets(remote)) != remote:
         options["settings"] = {"git_remote_url": clean} | dict(options.get("settings", {}))
     run = Path(job.run_dir).name

@@ -21,6 +21,7 @@ from click.testing import CliRunner
 
 from labtrain.base import untrusted
 from labtrain.base.errors import DamagedError
+from labtrain.base.files import file_sha256
 from labtrain.checkpoints import structure
 from labtrain.checkpoints.format import PARTS, check_loads, load_folder, load_plain, write_files
 from labtrain.checkpoints.locate import load_weights
@@ -29,7 +30,7 @@ from labtrain.cli import main
 from labtrain.record.digests import PLACE, read_safetensors
 from labtrain.record.trail import HISTORY, TRAIL, read_history_lines, read_trail
 from labtrain.stores.layout import newest_whole
-from labtrain.stores.store import SCHEMA, Store, file_sha256
+from labtrain.stores.store import SCHEMA, Store
 from labtrain.training.callbacks.history import best_of
 from tests.support.saver import resumable
 

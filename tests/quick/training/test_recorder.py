@@ -10,8 +10,8 @@ import pytest
 
 from labtrain.base.credentials import NOT_RECORDED
 from labtrain.base.errors import EXIT_STOPPED
+from labtrain.base.files import file_sha256
 from labtrain.record import receipt
-from labtrain.stores.store import file_sha256
 from tests.support.exact import Runner, configure
 
 SCHEMA = json.loads(Path(receipt.__file__).with_name("receipt.schema.json").read_text())

@@ -15,6 +15,7 @@ import torch
 
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError, StoreError
+from labtrain.base.files import file_sha256
 from labtrain.stores.layout import kept, newest_whole
 from labtrain.stores.prune import Leftover, check, clear, leftovers, superseded
 from labtrain.stores.store import (
@@ -25,7 +26,6 @@ from labtrain.stores.store import (
     Checkpoint,
     Store,
     TakenOverError,
-    file_sha256,
     identity,
     sealed,
 )

@@ -7,7 +7,6 @@ import site
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from labtrain.base.console import shown
 from labtrain.environment.doctor.report import Check, few, judged, skipped
@@ -100,15 +99,9 @@ def unlike_lock(root: Path) -> list[str]:
                     for pin in pins if here.get(pin.name) != pin.version]  # fmt: skip
 
 
-def files_state() -> dict[str, Any]:
-    """Return what a receipt says of the installed files: how many, and each that is not as it was installed."""
-    changed, files = changed_files()
-    return {"files": files, "changed_files": changed}
-
-
 def check_files(*, deep: bool = False) -> Check:
     """Compare installed files with the hashes in their distribution's RECORD."""
-    changed, files = changed_files(deep=deep)
+    changed, files = installed.changed_files(deep=deep)
     found = few(changed) if changed else f"{files} files {'hashed' if deep else 'unchanged since they were installed'}"
     return judged(
         GROUP,
@@ -118,20 +111,6 @@ def check_files(*, deep: bool = False) -> Check:
         "as in each RECORD",
         REPAIR[route()],
     )
-
-
-def changed_files(*, deep: bool = False) -> tuple[list[str], int]:
-    """Return each installed file that is not what its distribution's RECORD says, and how many there are.
-
-    By default only those are read whose size or time says that they changed (installed.py).
-    """
-    changed, files = [], 0
-    for entry in dict.fromkeys(sys.path):
-        for info, name, fate in installed.changes(Path(entry), deep=deep) if entry else ():
-            files += 1
-            if fate:
-                changed.append(f"{name} of {info.name.partition('-')[0]} {fate}")
-    return changed, files
 
 
 def check_strays() -> Iterator[Check]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.nvml import NoDriverError, nvml
 from labtrain.environment.doctor.report import Check, few, judged, skipped
 
 GROUP = "NVIDIA"
@@ -16,30 +17,28 @@ WANTED = f"a driver of CUDA {DRIVER_FLOOR[0]}.{DRIVER_FLOOR[1]} or later (530.30
 
 def checks(*, required: bool = False) -> Iterator[Check]:
     """Yield the group's checks; one, where there is no driver."""
-    import pynvml
-
     try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as error:
+        with nvml() as pynvml:
+            yield from _check_all(pynvml, required=required)
+    except NoDriverError as error:
         found = f"no NVIDIA driver: CPU only ({error})"
         hint = f"install NVIDIA's driver, 530.30.02 or later; in a container, start it with --gpus all{_wsl_hint()}"
         yield (
             judged(GROUP, "driver", False, found, WANTED, hint) if required else skipped(GROUP, "driver", found, WANTED)
         )
-        return
-    try:
-        yield check_driver(pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion_v2())
-        count = pynvml.nvmlDeviceGetCount()
-        hint = "nvidia-smi -L; in a container, start it with --gpus all"
-        yield judged(
-            GROUP, "GPUs", count > 0 or not required, str(count), "one or more" if required else "any number", hint
-        )
-        for index in range(count):
-            yield from check_gpu(pynvml, index)
-        if count > 1:
-            yield check_p2p(pynvml, count)
-    finally:
-        pynvml.nvmlShutdown()
+
+
+def _check_all(pynvml: Any, *, required: bool) -> Iterator[Check]:
+    yield check_driver(pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion_v2())
+    count = pynvml.nvmlDeviceGetCount()
+    hint = "nvidia-smi -L; in a container, start it with --gpus all"
+    yield judged(
+        GROUP, "GPUs", count > 0 or not required, str(count), "one or more" if required else "any number", hint
+    )
+    for index in range(count):
+        yield from check_gpu(pynvml, index)
+    if count > 1:
+        yield check_p2p(pynvml, count)
 
 
 def check_driver(driver: str, cuda_number: int) -> Check:

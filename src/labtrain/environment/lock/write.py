@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.base.files import write_atomically
 from labtrain.environment.lock import conda, derive
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
-from labtrain.record.receipt import write_atomically
 
 COMPILE = ("--universal", "--generate-hashes", "--no-emit-index-url", "--no-header", "--quiet")
 EXTRAS = ("--extra", "lab", "--extra", "dev")

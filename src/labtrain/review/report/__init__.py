@@ -12,7 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.record import receipt
+from labtrain.base.files import write_atomically
 from labtrain.review.report.data import read_runs
 from labtrain.review.report.page import Verdict, render
 
@@ -42,7 +42,7 @@ def write_report(
     check_page(output)
     page = render(read_runs(runs, signers), said=said, verdicts=verdicts)
     try:
-        receipt.write_atomically(output, page)
+        write_atomically(output, page)
     except OSError as error:
         raise LabtrainError(f"{output} cannot be written: {error.strerror}", hint="-o another.html") from error
 

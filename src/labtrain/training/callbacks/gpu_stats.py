@@ -7,13 +7,14 @@ its last answer. Nothing here goes through `self.log`: no metric, monitor, check
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import lightning.pytorch as pl
 import pynvml
 import torch
 
+from labtrain.base.nvml import NoDriverError, nvml
 from labtrain.training.callbacks.steps import warn
 
 EVERY_SECONDS = 1.0
@@ -92,9 +93,10 @@ class Sensors:
         self.handles: dict[int, Any] = {}
         self.stop = threading.Event()
         self.thread: threading.Thread | None = None
+        self.driver = ExitStack()
         try:
-            pynvml.nvmlInit()
-        except pynvml.NVMLError as error:
+            self.driver.enter_context(nvml())
+        except NoDriverError as error:
             warn(f"gpu_stats: the driver tells nothing of the GPUs ({error}): torch's own account alone is logged")
             return
         for number, uuid in cards.items():
@@ -111,7 +113,7 @@ class Sensors:
         self.stop.set()
         if self.thread is not None:
             self.thread.join(timeout=5)  # a driver that hangs does not hold up the end of a training
-            pynvml.nvmlShutdown()
+            self.driver.close()
 
     def _run(self) -> None:
         while not self.stop.wait(EVERY_SECONDS):

@@ -18,19 +18,20 @@ from labtrain.augment import described
 from labtrain.base.console import shown
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.base.files import file_sha256, write_atomically
+from labtrain.base.nvml import driver_version
 from labtrain.base.permissions import make_sign, open_lock
 from labtrain.data.loader import DataLoader
-from labtrain.environment.doctor.environment import files_state
 from labtrain.exact import determinism
 from labtrain.record import receipt
 from labtrain.record.config import flat_texts, refers
 from labtrain.record.differences import changes
 from labtrain.record.fingerprints import files_read, fingerprint_and_places
 from labtrain.record.identity import Config, Job, name, shards_in_use, what_counts
+from labtrain.record.installed import files_state
 from labtrain.record.own_runs import remember
 from labtrain.record.provenance import PATCH, code_state, environment_state, machine, timestamp
 from labtrain.record.trail import BEST_UNSURE, TRAIL, read_trail
-from labtrain.stores.store import file_sha256
 from labtrain.training.callbacks.steps import tensor_names
 from labtrain.training.lightning import val_loaders
 
@@ -203,11 +204,11 @@ class Recorder(pl.Callback):
         assert self.receipt is not None
         remember(self.receipt, Path(self.job.root))  # while its patch is whole
         self.waits, code = False, self.receipt["code"]
-        receipt.write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.receipt["config"], sort_keys=False))
+        write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.receipt["config"], sort_keys=False))
         if not code["patch"]:
             (self.run_dir / PATCH).unlink(missing_ok=True)  # of an earlier start
         else:
-            receipt.write_atomically(self.run_dir / PATCH, code["patch"])
+            write_atomically(self.run_dir / PATCH, code["patch"])
             if len(code["patch"]) > LONGEST_PATCH:
                 code["patch"] = None
         receipt.write(self.run_dir, self.receipt)
@@ -328,22 +329,8 @@ def gpus(trainer: pl.Trainer) -> dict[str, Any]:
             {"name": gpu.name, "memory_bytes": gpu.total_memory, "compute_capability": f"{gpu.major}.{gpu.minor}"}
             for gpu in properties
         ],
-        "driver": driver(),
+        "driver": driver_version(),
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "nccl": ".".join(map(str, torch.cuda.nccl.version())),
     }
-
-
-def driver() -> str | None:
-    """Return the version of NVIDIA's driver."""
-    import pynvml
-
-    try:
-        pynvml.nvmlInit()
-        try:
-            return str(pynvml.nvmlSystemGetDriverVersion())
-        finally:
-            pynvml.nvmlShutdown()
-    except pynvml.NVMLError:
-        return None

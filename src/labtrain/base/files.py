@@ -1,0 +1,39 @@
+"""Files: written so that a crash leaves the old one or the new one, synced to the disk, and hashed. No torch."""
+
+import hashlib
+import os
+import secrets
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a crash leaves the old file or the new one."""
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    with scratch.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Have the kernel write a file or a folder's entries to the disk: fsync(2)."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    """Return a file's sha256, 64 hex digits."""
+    with path.open("rb") as file:
+        return sha256_of(file)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """Return the sha256 of an open file, 64 hex digits."""
+    return hashlib.file_digest(
+        cast(Any, file), "sha256"
+    ).hexdigest()  # typeshed asks for readinto, which BinaryIO lacks

@@ -1,0 +1,99 @@
+"""git, run in one place: with a time limit, and each byte as git prints it. No torch."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from labtrain.base.errors import LabtrainError
+
+TIMEOUT_S = 60.0
+COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+
+
+class GitError(LabtrainError):
+    """git failed, is not installed, or did not end in time."""
+
+
+def run_git(
+    folder: str | Path,
+    *arguments: str,
+    text: str = "",
+    variables: dict[str, str] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> str:
+    """Return what git prints. Bytes that are not UTF-8 are kept (surrogateescape).
+
+    Args:
+        folder: that it works in.
+        arguments: its command.
+        text: its standard input.
+        variables: its environment; None: this process's.
+        timeout_s: after which it is killed.
+
+    Raises:
+        GitError: it failed, is not installed, or did not end in time; says what git says.
+    """
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, env=variables, input=text.encode("utf-8", "surrogateescape"),
+                              capture_output=True, check=False, timeout=timeout_s)  # fmt: skip
+    except FileNotFoundError as error:
+        raise GitError("git is not installed", hint="apt-get install git") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        ended = f"no end in {timeout_s:g} seconds" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+        raise GitError(f"git {' '.join(arguments[:4])}: {ended}", hint="git status") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}"
+        raise GitError(f"git {' '.join(arguments[:4])}: {said}", hint="git status")
+    return done.stdout.decode("utf-8", "surrogateescape")
+
+
+def ask_git(folder: str | Path, *arguments: str, variables: dict[str, str] | None = None) -> str:
+    """Return what git prints; empty where it fails or is not installed."""
+    try:
+        return run_git(folder, *arguments, variables=variables)
+    except GitError:
+        return ""
+
+
+def borrow_commit(top: str, commit: str, clone: Path, *, filters: bool) -> bool:
+    """Make a repository of our own that takes a commit's objects from another one; return whether that has it.
+
+    The other one may be somebody else's, and its configuration can start programs: hooks, filters, a file system
+    monitor, a fetch of what a partial clone lacks (git-config(1)). It is asked where its objects lie, which starts
+    none, and no more.
+
+    Args:
+        top: its folder.
+        commit: 40 hex digits, or 64.
+        clone: a folder to make.
+        filters: heed the user's own configuration of git, the filters of Git LFS for one.
+    """
+    objects = ask_git(top, "rev-parse", "--path-format=absolute", "--git-path", "objects").removesuffix("\n")
+    kind = ask_git(top, "rev-parse", "--show-object-format").strip()
+    if not objects or not COMMIT.fullmatch(commit) or "\n" in objects:
+        return False
+    variables = git_variables(filters=filters)
+    clone.mkdir()
+    ask_git(str(clone), "init", "-q", "--template=", f"--object-format={kind or 'sha1'}", variables=variables)
+    ask_git(str(clone), "config", "remote.origin.url", top, variables=variables)  # where Git LFS looks for files
+    alternates = clone / ".git" / "objects" / "info" / "alternates"
+    alternates.parent.mkdir(exist_ok=True)
+    alternates.write_bytes(f"{json.dumps(objects, ensure_ascii=False)}\n".encode("utf-8", "surrogateescape"))
+    return ask_git(str(clone), "cat-file", "-t", commit, variables=variables).strip() == "commit"
+
+
+def git_variables(*, filters: bool) -> dict[str, str]:
+    """Return the environment of a git that works in a repository of ours, whatever started this process.
+
+    Args:
+        filters: heed the user's own configuration; else none at all.
+    """
+    variables = {name: value for name, value in os.environ.items()
+                 if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}  # fmt: skip
+    if not filters:
+        variables = {name: value for name, value in variables.items() if not name.startswith("GIT_CONFIG")}
+        variables |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull, "GIT_ATTR_NOSYSTEM": "1"}
+    return variables | {"GIT_TERMINAL_PROMPT": "0"}
