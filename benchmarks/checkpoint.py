@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from labtrain.base.contracts import Manifest
 from labtrain.base.files import sync
 from labtrain.checkpoints.saver import Saver
 from labtrain.checkpoints.staging import Staging
@@ -31,7 +32,7 @@ from labtrain.stores.layout import kept
 from labtrain.stores.store import MANIFEST, SCHEMA, STATE, WEIGHTS, Store
 
 ROUNDS = 15
-MANIFEST_OF_A_SAVE = {"run_id": "bench", "step": 0, "epoch": 0, "metrics": {}, "logs": {}}
+MANIFEST_OF_A_SAVE: Manifest = {"run_id": "bench", "step": 0, "epoch": 0, "metrics": {}, "logs": {}}
 
 
 class Net(pl.LightningModule):
@@ -207,7 +208,7 @@ def measure_s3(folder: Path) -> dict[str, float]:
         run = saver_of(folder / "run")
         run.open()
         weights = {f"w{index}": torch.randn(2048, 2048) for index in range(25)}
-        manifest = {**MANIFEST_OF_A_SAVE, "step": 1}
+        manifest: Manifest = {**MANIFEST_OF_A_SAVE, "step": 1}
         name = run.save({"state_dict": weights, "more": [torch.randn(10)]}, manifest)
         run.wait()
         source = Path(run.home.root, name)

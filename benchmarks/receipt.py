@@ -13,11 +13,12 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from labtrain.assets import asset
+from labtrain.base.contracts import Config
 from labtrain.exact.checksums import two_sums
 from labtrain.record import receipt
 from labtrain.record.differences import compare
@@ -82,7 +83,9 @@ def measure_start(folder: Path) -> dict[str, float]:
     ):
         subprocess.run(["git", "-C", experiment, *arguments], check=True)
     (experiment / "more.py").write_text("x = 1\n")
-    job = Job(run_id="", run_dir="", root=str(experiment), config={}, command=[], code_digest="", lock_digest="")
+    job = Job(
+        run_id="", run_dir="", root=str(experiment), config=cast(Config, {}), command=[], code_digest="", lock_digest=""
+    )
 
     def gather() -> None:
         code_state(job)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from labtrain.base.contracts import as_options
 from labtrain.project.new import make_experiment
 from labtrain.record import receipt
 
@@ -39,7 +40,7 @@ def changed(run_dir: Path, key: str, value: Any) -> None:
     found = receipt.read(run_dir)
     assert found is not None
     *parents, last = key.split("/")
-    node = found
+    node = as_options(found)
     for part in parents:
         node = node[part]
     node[last] = value

@@ -35,6 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from labtrain.base import untrusted
 from labtrain.base.console import quoted
+from labtrain.base.contracts import SavedFile
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.base.files import file_sha256, sync
 from labtrain.base.untrusted import damage_of
@@ -320,7 +321,7 @@ def _write_part(folder: Path, state: State, group: Any) -> Manifest:
             f"{folder}: rank {failed} could not write its part: {_words(cause)}", hint=f"df -h {quoted(folder.parent)}"
         ) from error
 
-    def hashed() -> Manifest:
+    def hashed() -> dict[str, SavedFile]:
         mine = {path.name: file_sha256(path) for path in folder.glob(f"shard-{rank + 1:05d}-*")}
         if rank == 0:
             with ThreadPoolExecutor(1) as pool:

@@ -10,6 +10,7 @@ import torch
 
 from labtrain.base import untrusted
 from labtrain.base.console import quoted
+from labtrain.base.contracts import Manifest
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError, StoreError
 from labtrain.checkpoints.format import load_folder, load_plain, write_files
 from labtrain.checkpoints.locate import found_checkpoint
@@ -55,7 +56,13 @@ def import_checkpoint(file: Path, url: str) -> str:
     state = Staging().copy({key: value for key, value in state.items() if key != "loops"})
     store = Store(url)
     step: int = state.get("global_step", 0)
-    manifest = {"run_id": "imported", "step": step, "epoch": state.get("epoch", 0), "batch": 0, "finished": True}
+    manifest: Manifest = {
+        "run_id": "imported",
+        "step": step,
+        "epoch": state.get("epoch", 0),
+        "batch": 0,
+        "finished": True,
+    }
     token = store.enter()  # as a training does: so nothing takes what is half written for what a crash has left
     name = free_name(step, {checkpoint.name for checkpoint in store.find()}, finished=True)
     path = store.writing(name, token)

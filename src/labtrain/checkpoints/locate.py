@@ -30,10 +30,10 @@ def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]
     if path.is_file() and path.suffix == ".safetensors" and not whole:
         return digest_file(Path(os.path.realpath(path))), None  # a cache of models holds links
     found = receipt.read(path) if is_local(target) else None
-    key = "state_digest" if whole else "weights_digest"
-    claimed = found["results"].get(key) if found else None
+    results = found["results"] if found else {}
+    claimed = results.get("state_digest") if whole else results.get("weights_digest")
     with found_checkpoint(target, verified=False) as (folder, manifest):
-        claimed = claimed or manifest.get(key)
+        claimed = claimed or (manifest.get("state_digest") if whole else manifest.get("weights_digest"))
         if not whole:
             return digest_folder(folder), claimed
         from labtrain.checkpoints.format import load_folder

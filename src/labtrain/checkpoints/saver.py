@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.contracts import Link, SavedCheckpoint, TrailMark
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.checkpoints.format import together, write_files
 from labtrain.checkpoints.staging import Staging
@@ -49,7 +50,7 @@ class Saver:
         self.staging = Staging()
         self.manifests: dict[str, Manifest] = {}  # of those that exist, oldest first
         self.scores: dict[str, float] = {}
-        self.before: dict[str, str] | None = None  # which checkpoint was saved, or gone on from, last
+        self.before: Link | None = None  # which checkpoint was saved, or gone on from, last
         self.records = {"trail": Record(run_dir / TRAIL), "history": Record(run_dir / HISTORY)}
         self.missing: list[list[int]] = []  # ranges of steps that the trail lacks
         self.taken: set[str] = set()
@@ -142,7 +143,7 @@ class Saver:
         """Note what the monitored metric is for a checkpoint; with the next save it decides which are the best."""
         self.scores[name] = value
 
-    def listed(self) -> list[dict[str, Any]]:
+    def listed(self) -> list[SavedCheckpoint]:
         """Return what the receipt says of each checkpoint; one in the run's folder by its path there."""
         place = self.place.removeprefix(f"{self.run_dir}/")
         return [
@@ -249,12 +250,17 @@ class Saver:
     def _publish(self, name: str, manifest: Manifest, sizes: dict[str, int]) -> Manifest:
         if not self.token:
             return {}
-        recorded = {key: self.records[key].up_to(size) if size else None for key, size in sizes.items()}
-        if trail := recorded.get("trail"):
-            trail |= {"first": first_step_of(self.records["trail"].path), "missing": self.missing}
-        manifest = sealed({**manifest, **recorded, "before": self.before})
+        if "history" in sizes:
+            manifest["history"] = self.records["history"].up_to(sizes["history"]) if sizes["history"] else None
+        if "trail" in sizes:
+            manifest["trail"] = self._trail_mark(sizes["trail"]) if sizes["trail"] else None
+        manifest = sealed({**manifest, "before": self.before})
         self.home.publish(name, manifest, self.token)
         return manifest
+
+    def _trail_mark(self, size_bytes: int) -> TrailMark:
+        record = self.records["trail"]
+        return {**record.up_to(size_bytes), "first": first_step_of(record.path), "missing": self.missing}
 
     def _why(self, error: LabtrainError) -> LabtrainError:
         """Return why a save has failed: whatever it ran into, where another has taken over, that is why."""

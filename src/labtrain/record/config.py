@@ -8,7 +8,7 @@ import copy
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import yaml
 
+from labtrain.base.contracts import Options, as_options
 from labtrain.base.credentials import NOT_RECORDED, REFERENCE, names_a_secret, without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError, not_readable
 from labtrain.record.identity import (
@@ -95,9 +96,10 @@ def check(config: Config) -> None:
         ConfigError: names the key, what was found and what is wanted.
     """
     _check_plain(config, "")
+    tree = as_options(config)
     for group in GROUPS:
         known = defaults(group)
-        for key in config[group]:
+        for key in tree[group]:
             if key not in known:
                 raise unknown_key(f"{group}.{key}", [f"{group}.{name}" for name in known], where=" in conf/")
     allowed = set(_yaml(CONF / "labtrain.yaml")) | {*GROUPS, "logger"}
@@ -107,8 +109,8 @@ def check(config: Config) -> None:
     _check_groups(config)
     _check_names(config)
     _check_numbers(config)
-    _check_trainer(config["trainer"])
-    _check_checkpoint(config["checkpoint"])
+    _check_trainer(tree["trainer"])
+    _check_checkpoint(tree["checkpoint"])
     _check_shards(config)
     _check_speed(config)
     _want("resume", config["resume"], isinstance(config["resume"], str) and config["resume"], "auto, never or a run")
@@ -151,7 +153,7 @@ def _check_numbers(config: Config) -> None:
         _want_int(config, key, minimum=minimum)
 
 
-def _check_checkpoint(options: Config) -> None:
+def _check_checkpoint(options: Options) -> None:
     if options["keep_best"] and options["monitor"] is None:
         raise ConfigError("checkpoint.keep_best needs a metric to compare by", hint="checkpoint.monitor=val/acc")
     for key in ("every_n_steps", "keep_every_n_steps", "every_seconds", "deliver_seconds"):
@@ -170,12 +172,13 @@ def check_whole(config: Config) -> None:
     wanted = {"experiment": None, "logger": {}} | _yaml(CONF / "labtrain.yaml")
     wanted |= {group: defaults(group) for group in GROUPS}
     del wanted["defaults"], wanted["hydra"]
+    tree = as_options(config)
     for key, value in wanted.items():
-        if isinstance(value, dict) and key in config and not isinstance(config[key], dict):
-            raise ConfigError(f"{key}={config[key]}: must be a mapping", hint=COMPOSE)
+        if isinstance(value, dict) and key in tree and not isinstance(tree[key], dict):
+            raise ConfigError(f"{key}={tree[key]}: must be a mapping", hint=COMPOSE)
     lacks = [key for key in wanted if key not in config]
     lacks += [f"{key}.{name}" for key, value in wanted.items() if isinstance(value, dict) and key in config
-              for name in value if name not in config[key]]  # fmt: skip
+              for name in value if name not in tree[key]]  # fmt: skip
     if lacks:
         more = f" and {len(lacks) - 5} more keys" if len(lacks) > 5 else ""
         raise ConfigError(f"the configuration lacks {', '.join(lacks[:5])}{more}", hint=COMPOSE)
@@ -187,7 +190,7 @@ def check_modules(config: Config, root: Path) -> None:
     Raises:
         ConfigError: names the key and the module.
     """
-    groups = {"model": config["model"], "data": config["data"]}
+    groups: dict[str, Options | None] = {"model": config["model"], "data": config["data"]}
     groups |= {f"callbacks.{name}": options for name, options in config["callbacks"].items()}
     for key, options in groups.items():
         target = options.get("_target_") if isinstance(options, dict) else None
@@ -214,7 +217,7 @@ def _check_plain(node: Any, key: str) -> None:
         _check_plain(child, where)
 
 
-def _check_trainer(trainer: Config) -> None:
+def _check_trainer(trainer: Options) -> None:
     devices = trainer["devices"]
     numbers = isinstance(devices, list) and devices and all(_is_int(each, 0) for each in devices)
     good = devices == "auto" or _is_int(devices, 1) or numbers
@@ -231,7 +234,7 @@ def _check_trainer(trainer: Config) -> None:
 def _check_shards(config: Config) -> None:
     shards, batch_size = config["determinism"]["shards"], config["data"]["batch_size"]
     _want("determinism.shards", shards, shards is None or _is_int(shards, 1), "a number of shards, or null")
-    if shards_in_use(config) is None:
+    if shards is None or shards_in_use(config) is None:
         return
     if batch_size < shards:
         raise ConfigError(
@@ -282,14 +285,14 @@ def too_many_devices(world: int, shards: int) -> ConfigError:
     )
 
 
-def defaults(group: str) -> Config:
+def defaults(group: str) -> Options:
     """Return the keys of a group, as they are where nobody sets them."""
     return _yaml(CONF / group / "default.yaml")
 
 
 def completed(config: Config) -> Config:
     """Return a configuration with the keys that one of an older labtrain does not have."""
-    return {"speed": defaults("speed"), "gpu_stats": True} | config
+    return cast(Config, {"speed": defaults("speed"), "gpu_stats": True, **config})
 
 
 @contextmanager
@@ -351,7 +354,7 @@ def references(cfg: Any, config: Config) -> References:
     OmegaConf.clear_cache(own)
     with as_written() as seen:
         found = [each for group in REFERRING if isinstance(config.get(group), dict)
-                 for each in walk(own[group], config[group], [group])]  # fmt: skip
+                 for each in walk(own[group], as_options(config)[group], [group])]  # fmt: skip
     return [(path, text) for path, text in found if text == NOT_RECORDED or REFERENCE.search(text)]
 
 
@@ -383,7 +386,8 @@ def from_environment(config: Config) -> tuple[Config, References]:
             return _referred(node, ".".join(map(str, path)))
         return node
 
-    return {key: walk(value, [key]) if key in REFERRING else value for key, value in config.items()}, found
+    resolved = {key: walk(value, [key]) if key in REFERRING else value for key, value in config.items()}
+    return cast(Config, resolved), found
 
 
 def variables_in(text: str) -> list[str]:
@@ -397,7 +401,7 @@ def _referred(text: str, key: str) -> Any:
 
     text = text.replace(f",{NOT_RECORDED}}}", "}")
     try:
-        return cast(Config, OmegaConf.to_container(OmegaConf.create({"value": text}), resolve=True))["value"]
+        return cast(Options, OmegaConf.to_container(OmegaConf.create({"value": text}), resolve=True))["value"]
     except GrammarParseError:
         return text
     except OmegaConfBaseException as error:
@@ -409,7 +413,7 @@ def _referred(text: str, key: str) -> Any:
         ) from error
 
 
-def refers(config: Config) -> list[str]:
+def refers(config: Mapping[str, Any]) -> list[str]:
     """Return the keys, dotted, of a recorded configuration whose values it does not hold."""
     return [key for key, value in flat_texts(config) if NOT_RECORDED in value or REFERENCE.search(value)]
 

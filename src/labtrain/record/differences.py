@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from labtrain.base.console import shown, warn
+from labtrain.base.contracts import Change, as_options
 from labtrain.base.errors import ConfigError, DamagedError, StoreError
 from labtrain.base.files import sha256_of
 from labtrain.base.untrusted import damage_of, open_plain
@@ -143,7 +144,7 @@ def compare(one: Path, other: Path) -> Comparison:
     } if mine and theirs else {}  # fmt: skip
     return Comparison(
         differences=sorted(differences(a, b), key=lambda each: not each.matters),
-        overrides=overrides(a["config"], b["config"]),
+        overrides=overrides(as_options(a["config"]), as_options(b["config"])),
         divergence=first_difference(first, second),
         metrics=metrics,
         same_weights=mine["weights_digest"] == theirs["weights_digest"] if mine and theirs else None,
@@ -196,12 +197,12 @@ def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference
                 matters = any(key == cause or key.startswith(f"{cause}.") for cause in CAUSES)
                 matters = matters and not (portable and key in OF_THE_PROCESSOR)
             yield Difference(key=key, a=mine.get(key), b=theirs.get(key), matters=matters)
-    begun = [(each["segments"][0].get("origin") or {}).get("digest") for each in (a, b)]
+    begun = [receipts.origin_digest(each) or None for each in (a, b)]
     if begun[0] != begun[1]:
         yield Difference(key=ORIGIN, a=begun[0], b=begun[1], matters=True)
 
 
-def changes(before: receipts.Receipt, now: receipts.Receipt) -> list[dict[str, Any]]:
+def changes(before: receipts.Receipt, now: receipts.Receipt) -> list[Change]:
     """Return each cause that differs between two receipts of one run: key, before, now.
 
     What a receipt tells of its end alone, the installed files, is left out.
@@ -227,7 +228,8 @@ def first_difference(one: Path, other: Path) -> Divergence | None:
 
     Checkpoints that cannot be read, since their store is away, are not compared: that is said.
     """
-    names = (receipts.read(one) or {}).get("trail", {}).get("tensors", [])
+    found = receipts.read(one)
+    names = found["trail"]["tensors"] if found else []
     step, phase, tensor = first_step(one, other, names) or (None, None, None)
     try:
         tensor = tensor or _first_tensor(one, other)
@@ -256,7 +258,7 @@ def open_run(run: Path) -> tuple[Path, receipts.Receipt]:
         wrong = damage_of(shown(trail), hint="take it from where it was written")
         with suppress(FileNotFoundError), wrong, open_plain(trail) as file:
             there = sha256_of(file)
-    if there not in (None, said):
+    if said is not None and there not in (None, said):
         raise DamagedError(
             f"{shown(trail)} was changed after it was written: its receipt says sha256 {said[:12]}",
             hint="take it from where it was written",

@@ -15,12 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from labtrain.base import exact_json
+from labtrain.base import contracts, exact_json
+from labtrain.base.contracts import Options, as_options
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import LabtrainError
 from labtrain.base.untrusted import read_source
 
-Config = dict[str, Any]
+Config = contracts.Config
 References = Sequence[tuple[Sequence[Any], str]]
 
 JOB_VARIABLE = "LABTRAIN_JOB"
@@ -183,9 +184,9 @@ def name(config: Config, *, code: str, lock: str, origin: str = "") -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
 
-def what_counts(config: Config) -> Config:
+def what_counts(config: Config) -> Options:
     """Return the configuration without the keys that say how a run is executed."""
-    kept: Config = copy.deepcopy(config)
+    kept = as_options(copy.deepcopy(config))
     for key in EXECUTION_KEYS + (DEVICE_KEYS if shards_in_use(config) is not None else ()):
         *parents, last = key.split(".")
         node = kept

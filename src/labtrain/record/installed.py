@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
+from labtrain.base.contracts import InstalledFiles
 from labtrain.base.files import file_sha256
 
 NEEDED = ("METADATA", "RECORD")  # of each .dist-info: without them no installer knows what it has
@@ -49,7 +49,7 @@ def _fate(path: str, digest: str, size: str, installed: float, *, deep: bool) ->
     return "" if same else "was changed"
 
 
-def files_state() -> dict[str, Any]:
+def files_state() -> InstalledFiles:
     """Return what a receipt says of the installed files: how many, and each that is not as it was installed."""
     changed, files = changed_files()
     return {"files": files, "changed_files": changed}

@@ -10,8 +10,9 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
+from labtrain.base.contracts import Code, Installed, as_options
 from labtrain.base.git import GitError, ask_git, run_git
 from labtrain.record.identity import Job, route
 from labtrain.record.sources import labtrain_sources, read_code, sources
@@ -33,7 +34,7 @@ def code_digests(job: Job, *, path: list[str] | None = None) -> dict[str, Any]:
         from outside of the environment; shadows, where there are some: the names of modules that come before those of
         the environment; labtrain: the digest of its own.
     """
-    code = read_code(Path(job.root), job.config, path=path)
+    code = read_code(Path(job.root), as_options(job.config), path=path)
     return {
         "digest": code.digest,
         "sources": code.sources,
@@ -43,7 +44,7 @@ def code_digests(job: Job, *, path: list[str] | None = None) -> dict[str, Any]:
     }
 
 
-def code_state(job: Job) -> dict[str, Any]:
+def code_state(job: Job) -> Code:
     """Return what the code is, and what git says of it where the experiment is in a repository.
 
     For a run of one's own: git does what the repository's configuration says, filters and a file system monitor too.
@@ -56,7 +57,7 @@ def code_state(job: Job) -> dict[str, Any]:
     root = job.root
     commit = ask_git(root, "rev-parse", "HEAD").strip()
     untracked, ignored = unknown_sources(root) if commit else ([], [])
-    return code_digests(job) | {
+    found = code_digests(job) | {
         "commit": commit or None,
         "folder": ask_git(root, "rev-parse", "--show-prefix").strip().rstrip("/") if commit else None,
         "branch": ask_git(root, "rev-parse", "--abbrev-ref", "HEAD").strip() or None,
@@ -65,6 +66,7 @@ def code_state(job: Job) -> dict[str, Any]:
         "ignored": ignored,
         "patch": uncommitted_change(root, untracked) if commit else "",
     }
+    return cast(Code, found)
 
 
 def unknown_sources(root: str) -> tuple[list[str], list[str]]:
@@ -108,7 +110,7 @@ def _or_none(root: str, *arguments: str, variables: dict[str, str] | None = None
         return None
 
 
-def environment_state(job: Job) -> dict[str, Any]:
+def environment_state(job: Job) -> Installed:
     """Return the route, its lock's digest, Python, and every installed distribution's version."""
     return {
         "route": route(),

@@ -15,8 +15,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, cast
 
-from labtrain.base import exact_json, untrusted
+from labtrain.base import contracts, exact_json, untrusted
 from labtrain.base.console import quoted
+from labtrain.base.contracts import as_options
 from labtrain.base.credentials import without_secrets as without_secrets
 from labtrain.base.errors import DamagedError, not_readable
 from labtrain.base.files import write_atomically
@@ -44,14 +45,14 @@ KEYS = (
     "digest",
 )
 
-Receipt = dict[str, Any]
+Receipt = contracts.Receipt
 
 
 def write(run_dir: Path, receipt: Receipt) -> None:
     """Replace the run's receipt in one step, with its digest: a reader sees the old one or the new one, whole."""
     assert tuple(receipt) == KEYS
     assert receipt["status"] in STATUSES
-    receipt["digest"] = exact_json.digest_of(receipt)
+    receipt["digest"] = exact_json.digest_of(as_options(receipt))
     write_atomically(run_dir / FILE, exact_json.dumps(receipt, indent=1) + "\n")
 
 
@@ -81,6 +82,12 @@ def hold_against_schema(receipt: Any, path: Path) -> None:
             f"{path}: {place} {said[:200]}, got {reprlib.repr(error.value)}",
             hint="labtrain wrote no such receipt; get it again from whoever trained the run",
         ) from error
+
+
+def origin_digest(receipt: Receipt) -> str:
+    """Return the digest of another run's checkpoint that a run begins from; empty for a run from step 0."""
+    origin = receipt["segments"][0].get("origin")
+    return origin["digest"] if origin else ""
 
 
 def time_of(text: str) -> datetime:
@@ -115,7 +122,7 @@ def read(run_dir: Path) -> Receipt | None:
     if schema != SCHEMA:
         hint = "install the labtrain that wrote it: the wheel is in the experiment's vendor/"
         raise DamagedError(f"{path}: schema {schema!r}, this labtrain reads {SCHEMA!r}", hint=hint)
-    if said != (found := exact_json.digest_of(receipt)):
+    if said != (found := exact_json.digest_of(as_options(receipt))):
         raise DamagedError(
             f"{path} was changed after it was written: its digest is {found[:12]}, it says {str(said)[:12]}", hint=hint
         )
@@ -133,4 +140,4 @@ def read(run_dir: Path) -> Receipt | None:
                 raise DamagedError(
                     f"{path}: a segment from step {segment['from_step']} on, of a run of {steps} steps", hint=hint
                 )
-    return dict(receipt)
+    return cast(Receipt, dict(receipt))

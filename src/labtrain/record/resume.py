@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from labtrain.base.console import shown
+from labtrain.base.contracts import as_options
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.record import receipt
 from labtrain.record.config import refers
@@ -24,6 +25,7 @@ from labtrain.record.identity import (
 )
 from labtrain.record.own_runs import checkpoints_of
 from labtrain.record.ranks import find_ranks, restarted
+from labtrain.record.receipt import origin_digest
 from labtrain.record.sources import read_code, search_path
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import list_checkpoints
@@ -33,7 +35,7 @@ from labtrain.stores.store import Manifest, Store
 def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0,
              references: References = ()) -> Job:  # fmt: skip
     """Name the run that `config` describes, and its folder. Writes nothing."""
-    code, lock = read_code(root, config).digest, lock_digest(root)
+    code, lock = read_code(root, as_options(config)).digest, lock_digest(root)
     run_id = name(config, code=code, lock=lock)
     run_dir = Path(config["paths"]["runs"]).resolve() / str(config["experiment"]) / run_id
     origin = digest = ""
@@ -75,7 +77,7 @@ def same_run(found: receipt.Receipt, config: Config, references: References, *, 
         return False
     recorded = what_counts(as_recorded(config, references))
     if refers(recorded):  # what it does not hold may be another: the name tells
-        origin = (found["segments"][0].get("origin") or {}).get("digest", "")
+        origin = origin_digest(found)
         if found["run_id"][:12] != name(config, code=code, lock=lock, origin=origin):
             return False
     return (

@@ -14,8 +14,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from labtrain.base import untrusted
+from labtrain.base import contracts, untrusted
 from labtrain.base.console import quoted
+from labtrain.base.contracts import FileMark, HistoryLine, Manifest
 
 TRAIL = "trail.jsonl"
 HISTORY = "history.jsonl"  # its companion, of one machine and its time of day (history.py)
@@ -30,7 +31,7 @@ PHASES = {
     "weights": "update",
 }
 
-Line = dict[str, Any]
+Line = contracts.TrailLine
 
 SUMMED = ("gradients", "weights")
 SUMS = re.compile(r"(?:[0-9a-f]{2}){1,64}")  # two numbers of one width
@@ -85,7 +86,7 @@ def _is_line(line: Any) -> bool:
     )
 
 
-def read_history_lines(run_dir: Path) -> Iterator[dict[str, Any]]:
+def read_history_lines(run_dir: Path) -> Iterator[HistoryLine]:
     """Yield the lines of a run's history; one that a kill cut short is no JSON, and is passed over.
 
     Raises:
@@ -145,7 +146,7 @@ class Record:
     def __init__(self, path: Path) -> None:
         self.path, self.size_bytes, self.sha = path, 0, hashlib.sha256()
 
-    def up_to(self, size_bytes: int) -> dict[str, Any]:
+    def up_to(self, size_bytes: int) -> FileMark:
         """Return what a manifest holds of the first bytes, once they are on the disk; only new bytes are read."""
         if size_bytes < self.size_bytes:
             self.size_bytes, self.sha = 0, hashlib.sha256()
@@ -165,7 +166,7 @@ def first_step_of(path: Path) -> int:
     return 0
 
 
-def is_as_recorded(path: Path, said: dict[str, Any]) -> bool:
+def is_as_recorded(path: Path, said: FileMark) -> bool:
     """Return whether a file begins with what a checkpoint's manifest says that it was when that was saved."""
     try:
         return Record(path).up_to(said["size_bytes"]) == {key: said[key] for key in ("size_bytes", "sha256")}
@@ -173,9 +174,7 @@ def is_as_recorded(path: Path, said: dict[str, Any]) -> bool:
         return False
 
 
-def missing_steps(
-    run_dir: Path, manifest: dict[str, Any], *, every_n_steps: int, from_step: int = 0
-) -> list[list[int]]:
+def missing_steps(run_dir: Path, manifest: Manifest, *, every_n_steps: int, from_step: int = 0) -> list[list[int]]:
     """Return the ranges of steps, first and last, up to a checkpoint's, of which the trail has not the lines it had.
 
     Those that are not there; where all are, and yet it is not the trail that it was, all. The manifest of an older
@@ -230,7 +229,8 @@ def differing_tensor(mine: Line, theirs: Line, names: list[str]) -> str | None:
     """
     phase = phase_of(mine, theirs)
     field = {"gradient": "gradients", "update": "weights"}.get(phase or "")
-    if field is None or not (one := mine.get(field)) or not (other := theirs.get(field)) or len(one) != len(other):
+    one, other = (str(line.get(field or "") or "") for line in (mine, theirs))
+    if not one or not other or len(one) != len(other):
         return None
     half = len(one) // 2
     modulus = 16**half

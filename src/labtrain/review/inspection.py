@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from labtrain.base.console import shown
+from labtrain.base.contracts import Options
 from labtrain.base.credentials import REFERENCE, without_secrets
 from labtrain.base.errors import ConfigError, DamagedError, in_words
 from labtrain.exact.determinism import is_recorded, variables
@@ -47,17 +48,17 @@ def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool
         code_digest="",
         lock_digest=lock_digest(root),
     )
-    now = {
+    code = {key: value for key, value in receipt["code"].items() if key not in ("outside", "shadows")}
+    now: Options = {
         **receipt,
         # By its bytes: the repository may be somebody else's, and git does what its configuration says.
-        "code": {key: value for key, value in receipt["code"].items() if key not in ("outside", "shadows")}
-        | code_digests(job, path=moved(sys.path, home, root)),
+        "code": code | code_digests(job, path=moved(sys.path, home, root)),
         "environment": environment_state(job) | files_state(),
         "hardware": receipt["hardware"] | machine(),
         "determinism": receipt["determinism"] | {"variables": _variables(receipt["determinism"])},
         "data": receipt["data"] | files_now(receipt["data"], home, outside=outside),
     }
-    return list(told_differences(receipt, now))
+    return list(told_differences(receipt, cast(Receipt, now)))
 
 
 def _variables(determinism: dict[str, Any]) -> dict[str, str]:

@@ -121,7 +121,7 @@ def _row_of(run_dir: Path, metric: str | None) -> Row:
         status=status,
         steps=steps,
         metric=wanted if wanted in metrics else None,
-        value=metrics.get(wanted),
+        value=metrics.get(wanted) if wanted else None,
         weights_digest=results.get("weights_digest"),
         started=segments[0]["started"],
         seconds=sum((after - before).total_seconds() for before, after in ended) if ended else None,

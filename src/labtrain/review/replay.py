@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.console import shown
+from labtrain.base.contracts import as_options
 from labtrain.base.credentials import NOT_RECORDED, without_secrets
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, DamagedError, LabtrainError
 from labtrain.base.git import GitError, ask_git, borrow_commit, git_variables, run_git
@@ -26,7 +27,7 @@ from labtrain.record.config import REFERRING, check, check_whole, completed, fla
 from labtrain.record.identity import Config, Job, References, get, lock_digest, name, what_counts
 from labtrain.record.own_runs import patch_of
 from labtrain.record.ranks import alone
-from labtrain.record.receipt import Receipt
+from labtrain.record.receipt import Receipt, origin_digest
 from labtrain.record.sources import moved, read_code, source_digests
 from labtrain.record.trail import TRAIL, Line, parse_trail, trail_bytes
 from labtrain.review.sandbox import Sandbox, is_kept, only_kept
@@ -75,7 +76,7 @@ class Replay:
             receipt, scratch, changes or {}, keep_trail=keep_trail, sandboxed=sandbox is not None
         )
         self.recorded, self.root, self.home, self.python = receipt, root, home.resolve(), python
-        code = read_code(root, self.config, path=moved(sys.path, home, root))
+        code = read_code(root, as_options(self.config), path=moved(sys.path, home, root))
         self.code_digest = code.digest
         self.absent = [path for path in receipt["code"].get("outside", {}) if path not in code.outside]
         self.lock_digest = lock_digest(root)
@@ -98,7 +99,7 @@ class Replay:
         """
         segments, code = self.recorded["segments"], self.recorded["code"]
         named = name(self.config, code=self.code_digest, lock=self.lock_digest,
-                     origin=(segments[0].get("origin") or {}).get("digest", ""))  # fmt: skip
+                     origin=origin_digest(self.recorded))  # fmt: skip
         is_named_so = (
             self.code_digest == code["digest"]
             and self.lock_digest == (self.recorded["environment"]["lock_digest"] or "")
@@ -257,7 +258,7 @@ def _config_of(
 def _change(config: Config, changes: dict[str, Any]) -> None:
     for key, value in changes.items():
         *parents, last = key.split(".")
-        node = config
+        node = as_options(config)
         for parent in parents:
             node = node.get(parent) or {}
         if last not in node:
@@ -271,7 +272,7 @@ def _refuse_variables(config: Config) -> None:
     Raises:
         ConfigError: names the first variable that a sandbox does not have.
     """
-    for key, text in flat_texts({group: config[group] for group in REFERRING if group in config}):
+    for key, text in flat_texts({group: as_options(config)[group] for group in REFERRING if group in config}):
         for variable in variables_in(text):
             has_default = f"oc.env:{variable}," in text
             if not is_kept(variable, os.environ.get(variable, "")) and (variable in os.environ or not has_default):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.console import shown
+from labtrain.base.contracts import Origin
 from labtrain.base.errors import ConfigError, LabtrainError, StoreError
 from labtrain.record.differences import Difference, Divergence, shown_value
 from labtrain.record.digests import read_weights
@@ -95,12 +96,11 @@ class Case:
         return there[step].store.fetch(there[step], self.scratch / there[step].name)[0]
 
     @property
-    def origin(self) -> dict[str, Any] | None:
+    def origin(self) -> Origin | None:
         """What the receipt says of the checkpoint of another run that this one began from."""
-        found: dict[str, Any] | None = self.receipt["segments"][0].get("origin")
-        return found
+        return self.receipt["segments"][0].get("origin")
 
-    def _fetched_origin(self, origin: dict[str, Any]) -> Path:
+    def _fetched_origin(self, origin: Origin) -> Path:
         beside = self.run_dir.resolve().parent / origin["run_id"]  # where the runs lie now, maybe another machine
         for store in (*stores_of(beside, str(beside / "checkpoints")), Store(opened(origin["url"]))):
             for checkpoint in store.checkpoints():

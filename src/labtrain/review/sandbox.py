@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.contracts import Config, as_options
 from labtrain.base.credentials import names_a_secret, without_secrets
 from labtrain.base.errors import ConfigError
 from labtrain.exact.determinism import is_recorded
@@ -52,9 +53,9 @@ class Sandbox:
     def __str__(self) -> str:
         return f"no network, no home; reads {', '.join(str(path) for path in dict.fromkeys(self.reads))}"
 
-    def hidden(self, config: dict[str, Any]) -> list[str]:
+    def hidden(self, config: Config) -> list[str]:
         """Return KEY=PATH of what a configuration names and is there, and is not seen inside."""
-        return [f"{key}={text}" for group in ORDERED for key, text in _texts(config.get(group), group)
+        return [f"{key}={text}" for group in ORDERED for key, text in _texts(as_options(config).get(group), group)
                 if Path(text).is_absolute() and not any(Path(text).is_relative_to(path) for path in self.reads)
                 and _paths_in(text, self.home)]  # fmt: skip
 

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from labtrain.base.console import quoted, shown, warn
+from labtrain.base.contracts import Link
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.stores.store import Checkpoint, Manifest, Store, links_error
 
@@ -121,15 +122,20 @@ def check_chain(manifests: dict[str, Manifest]) -> None:
 def broken_links(manifests: dict[str, Manifest]) -> Iterator[tuple[str, str]]:
     """Yield the name of each checkpoint that was saved after another one than lies beside it, and which that is."""
     for name, manifest in manifests.items():
-        before = manifest.get("before") or {}
-        beside = manifests.get(before.get("name", ""))
-        if beside is None or before["run_id"] != manifest["run_id"] or before["digest"] == beside["digest"]:
+        before = manifest.get("before")
+        beside = manifests.get(before["name"]) if before else None
+        if (
+            before is None
+            or beside is None
+            or before["run_id"] != manifest["run_id"]
+            or before["digest"] == beside["digest"]
+        ):
             continue
         digests = f"{before['digest'][:12]}, here it is {beside['digest'][:12]}"
         yield name, f"was saved after another {before['name']} than lies beside it: its manifest's digest was {digests}"
 
 
-def link_to(name: str, manifest: Manifest) -> dict[str, str]:
+def link_to(name: str, manifest: Manifest) -> Link:
     """Return what the manifest of the next checkpoint says of this one."""
     return {"run_id": manifest["run_id"], "name": name, "digest": manifest["digest"]}
 
@@ -165,8 +171,7 @@ def copy_as(checkpoint: Path, run_dir: Path, run_id: str) -> None:
     folder.mkdir(parents=True)
     for name in manifest["files"]:
         shutil.copy2(checkpoint / name, folder / name)
-    records = {"before": None, "trail": None, "history": None}
-    store.commit(checkpoint.name, {**manifest, **records, "run_id": run_id})
+    store.commit(checkpoint.name, {**manifest, "before": None, "trail": None, "history": None, "run_id": run_id})
 
 
 def list_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:

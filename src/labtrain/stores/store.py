@@ -43,8 +43,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from labtrain.base import exact_json, untrusted
+from labtrain.base import contracts, exact_json, untrusted
 from labtrain.base.console import quoted, shown
+from labtrain.base.contracts import SavedFile, as_options
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.base.exact_json import digest_of
 from labtrain.base.files import sha256_of, sync
@@ -63,7 +64,7 @@ PART_BYTES = 16 << 20  # of an upload; some at once
 PARTS_AT_ONCE = 4
 LEAVING_S = 0.3  # for so long .writer.json may be out of sight while a writer before leaves
 
-Manifest = dict[str, Any]
+Manifest = contracts.Manifest
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,7 +377,7 @@ class Store:
 
     # -------------------------------------------------------------------------------------------------- writing
 
-    def key(self, name: str, entry: dict[str, Any]) -> str:
+    def key(self, name: str, entry: SavedFile) -> str:
         """Return what a checkpoint's file is called here.
 
         Where nothing is renamed, two writers may put files to one checkpoint's name: each under what it holds, so that
@@ -684,7 +685,7 @@ def links_error(place: str) -> LabtrainError:
 
 def sealed(manifest: Manifest) -> Manifest:
     """Return a manifest with its own digest, as it is written."""
-    return {**manifest, "digest": digest_of(manifest)}
+    return {**manifest, "digest": digest_of(as_options(manifest))}
 
 
 def _as_bytes(manifest: Manifest) -> bytes:
@@ -696,7 +697,7 @@ def _contradiction(manifest: Manifest, checkpoint: Checkpoint) -> str:
 
     Its digest is against accidents: who changes a manifest by hand may write it anew.
     """
-    said, found = str(manifest.get("digest")), digest_of(manifest)
+    said, found = str(manifest.get("digest")), digest_of(as_options(manifest))
     if said != found:
         return f"was changed after it was written: its digest is {found[:12]}, it says {said[:12]}"
     if NAME.fullmatch(checkpoint.name) and (manifest["step"], manifest.get("finished", False)) != checkpoint.order[:2]:
@@ -816,7 +817,7 @@ def _are_ranges(value: Any, first: Any) -> bool:
     return isinstance(value, list) and all(map(untrusted.is_count, [*ends, first])) and ends == sorted(ends)
 
 
-def _wrong(path: Path, wanted: dict[str, Any]) -> str:
+def _wrong(path: Path, wanted: SavedFile) -> str:
     """Return how a file differs from what a manifest says of it; empty where it does not."""
     try:
         with untrusted.open_plain(path, 1 << 60) as file:

@@ -21,7 +21,8 @@ def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
         DeviceError: more devices are asked for than there are, or a precision that they do not have.
         ConfigError: more devices than shards or samples.
     """
-    wanted, devices, precision = (config["trainer"][key] for key in ("accelerator", "devices", "precision"))
+    asked = config["trainer"]
+    wanted, devices, precision = asked["accelerator"], asked["devices"], asked["precision"]
     gpus = torch.cuda.device_count()
     if not gpus:  # Lightning has torch ask the driver, for the sake of forks; without one each optimizer step would
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
@@ -29,7 +30,7 @@ def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
     if devices == "auto":
         devices = gpus if accelerator == "gpu" else 1 if accelerator == "cpu" else devices
     if accelerator == "gpu":
-        _check_gpus(devices, gpus, asked=config["trainer"]["devices"])
+        _check_gpus(devices, gpus, asked=asked["devices"])
     elif accelerator == "cpu":
         _check_cpu(devices, precision)
     shards, batch_size, world = shards_in_use(config), config["data"]["batch_size"], world_size(config, devices)

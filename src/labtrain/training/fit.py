@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from labtrain.base.contracts import Results, as_options
 from labtrain.base.credentials import remember
 from labtrain.base.errors import (
     ConfigError,
@@ -90,8 +91,12 @@ def train(cfg: Any) -> Result:
         if changed := changed_data(job, done):
             warn(changed)
         results = done["results"]
-        kept = {key: results[key] for key in ("metrics", "weights_digest", "steps")}
-        return Result(run_dir=run_dir, **kept)
+        return Result(
+            run_dir=run_dir,
+            metrics=results["metrics"],
+            weights_digest=results["weights_digest"],
+            steps=results["steps"],
+        )
 
     accelerator, devices = choose_accelerator(config)
     check_compiler(config["speed"], accelerator)
@@ -201,7 +206,7 @@ class _Session:
             self.recorder.say(plain_because(config))
             if config["trainer"]["strategy"] not in (*EXACT_STRATEGIES, SHARDED_STRATEGY) and start.found is not None:
                 raise NotThereYetError(f"resuming under trainer.strategy={config['trainer']['strategy']}")
-        log_config(self.loggers, self.job.recorded())
+        log_config(self.loggers, as_options(self.job.recorded()))
 
     def _say_start(self) -> None:
         found, say = self.start.found, self.recorder.say
@@ -305,7 +310,7 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
     return None
 
 
-def results_of(result: Result, state_digest: str | None, config: Config) -> dict[str, Any]:
+def results_of(result: Result, state_digest: str | None, config: Config) -> Results:
     """Return what a receipt holds of a result, with the digest of the training state that was saved last."""
     monitor, mode = config["checkpoint"]["monitor"], config["checkpoint"]["mode"]
     return {
@@ -341,7 +346,7 @@ def _job(cfg: Any) -> Job:
 
 def _refuse_classes_of_no_file(config: Config) -> None:
     """Raise ConfigError for a class of a notebook's cell: a run cannot be named by code that is in no file."""
-    for text in texts_in([config[group] for group in ORDERED]):
+    for text in texts_in([as_options(config)[group] for group in ORDERED]):
         if text.startswith("__main__."):
             name = text.removeprefix("__main__.")
             raise ConfigError(

@@ -28,6 +28,7 @@ import torchmetrics
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from labtrain.base.contracts import SpeedConfig
 from labtrain.base.errors import ConfigError, DeviceError
 from labtrain.exact.determinism import STRICT_MODES
 
@@ -56,7 +57,7 @@ class Speed(pl.Callback):
         say: called with each sentence that the person and the receipt are to have.
     """
 
-    def __init__(self, speed: dict[str, Any], *, mode: str, say: Callable[[str], None]) -> None:
+    def __init__(self, speed: SpeedConfig, *, mode: str, say: Callable[[str], None]) -> None:
         self.speed, self.mode, self.say = speed, mode, say
         self.looks = False  # whether anything was compiled, after the first step
 
@@ -76,7 +77,7 @@ class Speed(pl.Callback):
         self.looks = False
 
 
-def hasten(module: pl.LightningModule, speed: dict[str, Any], *, mode: str, say: Callable[[str], None]) -> None:
+def hasten(module: pl.LightningModule, speed: SpeedConfig, *, mode: str, say: Callable[[str], None]) -> None:
     """Put the keys of `speed` into a model.
 
     Raises:
@@ -93,7 +94,7 @@ def hasten(module: pl.LightningModule, speed: dict[str, Any], *, mode: str, say:
 # -------------------------------------------------------------------------------------------------------------- compile
 
 
-def check_compiler(speed: dict[str, Any], accelerator: str) -> None:
+def check_compiler(speed: SpeedConfig, accelerator: str) -> None:
     """Look for what torch.compile starts: a C++ compiler for a CPU, a C compiler for a GPU, Python's headers.
 
     Raises:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.console import shown
+from labtrain.base.contracts import Origin
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.permissions import open_lock
@@ -52,7 +53,7 @@ class Start:
     fetched: Path
     known: set[str]
     found: Found | None
-    origin: dict[str, Any] | None
+    origin: Origin | None
 
     @property
     def step(self) -> int:
@@ -151,13 +152,14 @@ def refuse_outdated(before: receipt.Receipt | None, run_dir: Path) -> None:
     Raises:
         LabtrainError: what this start has found may be old.
     """
-    if (receipt.read(run_dir) or {}).get("digest") != (before or {}).get("digest"):
+    now = receipt.read(run_dir)
+    if (now and now["digest"]) != (before and before["digest"]):
         raise LabtrainError(
             f"{shown(run_dir)}: another process trained it while this one started", hint="the same command goes on"
         )
 
 
-def origin_of(job: Job, found: Found | None) -> dict[str, Any] | None:
+def origin_of(job: Job, found: Found | None) -> Origin | None:
     """Return what the receipt says of the checkpoint that a run begins from; None if the run begun goes on itself.
 
     Raises:
@@ -208,7 +210,7 @@ def hold_records(
     return missing
 
 
-def warn_resumed(run_dir: Path, name: str, origin: dict[str, Any] | None) -> None:
+def warn_resumed(run_dir: Path, name: str, origin: Origin | None) -> None:
     """Say that a run goes on, or begins from another, and from where."""
     if origin is not None:
         warn(f"{shown(run_dir)} is a new run: it begins from {name} of {origin['run_id']}, which stays as it is")

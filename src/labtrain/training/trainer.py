@@ -13,6 +13,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 
+from labtrain.base.contracts import Options, as_options
 from labtrain.base.errors import ConfigError, in_words, where
 from labtrain.base.signals import Wishes
 from labtrain.exact import determinism
@@ -91,7 +92,7 @@ def named_code(job: Job) -> Code | None:
         return None
     load_from_source()
     note_executed()
-    code = read_code(Path(job.root), job.config)
+    code = read_code(Path(job.root), as_options(job.config))
     if job.code_digest not in ("", code.digest):
         raise ConfigError("the code was changed while the training started", hint="start it again")
     return code
@@ -107,7 +108,7 @@ def seeded_alike(set_up: Callable[[], None]) -> None:
     determinism.seed_place("setup")
 
 
-def instantiate(options: Config, key: str, kind: type[Made]) -> Made:
+def instantiate(options: Options, key: str, kind: type[Made]) -> Made:
     """Make the object that a part of the configuration describes with `_target_`, Hydra's way.
 
     Args:
@@ -200,7 +201,7 @@ def make_trainer(
 
     `check_val_every_n_epoch` is the exception: its default is 1, and null means "count batches across epochs".
     """
-    options = {key: value for key, value in config["trainer"].items() if value is not None}
+    options: Options = {key: value for key, value in config["trainer"].items() if value is not None}
     options["check_val_every_n_epoch"] = config["trainer"]["check_val_every_n_epoch"]
     options |= {"accelerator": accelerator, "devices": devices}
     if (strategy := make_strategy(config, accelerator, devices, wishes)) is not None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from labtrain.base.console import quoted, shown
+from labtrain.base.contracts import as_options
 from labtrain.base.errors import ConfigError
 from labtrain.base.untrusted import damage_of
 from labtrain.record import receipt as receipts
@@ -119,7 +120,7 @@ def _read_run(
 ) -> Run:
     trail = folder / TRAIL
     with damage_of(shown(trail), hint=f"mv {quoted(trail)} {quoted(f'{trail}.broken')}"):
-        losses = [(line["step"], float(line["loss"])) for line in read_trail(folder)]
+        losses = [(line["step"], float("nan" if line["loss"] is None else line["loss"])) for line in read_trail(folder)]
     return Run(
         label=label,
         folder=folder,
@@ -159,8 +160,8 @@ def read_history(folder: Path, starts: Iterable[float] = ()) -> History:
                 rates.extend({} for _ in range(group + 1 - len(rates)))
                 rates[group][step] = float(value)
             for key, points in measured.items():
-                if line[key] is not None:
-                    points.append((time, float(line[key])))
+                if (value := as_options(line)[key]) is not None:
+                    points.append((time, float(value)))
         last_time = max(time, last_time or time)
     cuts = sorted(starts)
     by_time = {key: _series(_with_gaps(sorted(points), cuts), gaps=False) for key, points in measured.items()}

@@ -20,6 +20,7 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from labtrain import __version__
 from labtrain.base import exact_json
 from labtrain.base.console import shown
+from labtrain.base.contracts import Code, Installed, Receipt, Segment
 from labtrain.record.identity import get
 from labtrain.review.report.charts import DIGITS, curves_of, machine_of, timeline_of
 from labtrain.review.report.data import Run, seconds_of
@@ -204,7 +205,7 @@ def _status(run: Run) -> Cell:
     return Cell(text=f"{status}: {last['why']}" if last["why"] else status, mark=status)
 
 
-def _origin(receipt: dict[str, Any]) -> Cell | None:
+def _origin(receipt: Receipt) -> Cell | None:
     """Say from which checkpoint of another run a run began; None where it began by itself."""
     found = next((segment["origin"] for segment in receipt["segments"] if segment.get("origin")), None)
     if found is None:
@@ -219,7 +220,7 @@ def _steps(run: Run) -> str:
     return f"{run.loss.x[-1]:.0f} so far" if len(run.loss.x) else "none so far"
 
 
-def _commit(code: dict[str, Any]) -> Cell:
+def _commit(code: Code) -> Cell:
     if not code["commit"]:
         return Cell(text="not in a commit")
     return Cell(text=code["commit"][:SHORT] + (", with changes" if code["dirty"] else ""), full=code["commit"])
@@ -229,7 +230,7 @@ def _digest(digest: str | None) -> Cell:
     return Cell(text=digest[:SHORT], full=digest, code=True) if digest else Cell(text="none")
 
 
-def _environment(environment: dict[str, Any]) -> str:
+def _environment(environment: Installed) -> str:
     torch = environment["distributions"].get("torch")
     changed = environment.get("changed_files")
     parts = [environment["route"], f"Python {environment['python']}", *([f"torch {torch}"] if torch else [])]
@@ -258,7 +259,7 @@ def _number(metrics: dict[str, Any], name: str) -> Cell:
     return Cell(text=repr(metrics[name]), code=True, number=True) if name in metrics else Cell(text="none")
 
 
-def _span(segment: dict[str, Any]) -> str:
+def _span(segment: Segment) -> str:
     end = seconds_of(segment["ended"])
     if end is None:
         return "not known"

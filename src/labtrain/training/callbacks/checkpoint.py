@@ -12,6 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
+from labtrain.base.contracts import CheckpointConfig
 from labtrain.base.credentials import as_references, without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.checkpoints.format import is_spread, load_folder
@@ -58,7 +59,7 @@ class Checkpoints(pl.Callback):
         place: str,
         *,
         run_id: str,
-        options: dict[str, Any],
+        options: CheckpointConfig,
         say: Callable[[str], None],
         resumed: tuple[str, Manifest] | None = None,
     ) -> None:

@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from labtrain.base.console import warn
+from labtrain.base.contracts import Best
 from labtrain.base.errors import DamagedError
 from labtrain.data.loader import DataLoader
 from labtrain.record.trail import HISTORY, read_history_lines
@@ -92,7 +93,7 @@ class History(pl.Callback):
         self.written, self.samples = now, 0
 
 
-def best_of(run_dir: Path, *, monitor: str | None, mode: str) -> dict[str, Any] | None:
+def best_of(run_dir: Path, *, monitor: str | None, mode: str) -> Best | None:
     """Return the best value that a run's monitored metric had: metric, value, and the first step with it.
 
     None where the history was damaged meanwhile: no result of a training hangs on it, and that is said.
@@ -103,7 +104,7 @@ def best_of(run_dir: Path, *, monitor: str | None, mode: str) -> dict[str, Any] 
     except DamagedError as error:
         warn(f"{error.args[0]}: the best value is not known")
         return None
-    if not found:
+    if monitor is None or not found:
         return None
     value = (max if mode == "max" else min)(value for value, _ in found)
     return {"metric": monitor, "value": value, "step": min(step for other, step in found if other == value)}

@@ -16,6 +16,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from labtrain.augment import described
 from labtrain.base.console import shown
+from labtrain.base.contracts import Change, Origin, Results, SavedCheckpoint, Segment, TrailRecord
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.files import file_sha256, write_atomically
@@ -31,6 +32,7 @@ from labtrain.record.identity import Config, Job, name, shards_in_use, what_coun
 from labtrain.record.installed import files_state
 from labtrain.record.own_runs import remember
 from labtrain.record.provenance import PATCH, code_state, environment_state, machine, timestamp
+from labtrain.record.receipt import origin_digest
 from labtrain.record.trail import BEST_UNSURE, TRAIL, read_trail
 from labtrain.training.callbacks.steps import tensor_names
 from labtrain.training.lightning import val_loaders
@@ -56,10 +58,10 @@ class Recorder(pl.Callback):
         self,
         job: Job,
         *,
-        checkpoints: Callable[[], list[dict[str, Any]]],
+        checkpoints: Callable[[], list[SavedCheckpoint]],
         resumed_step: int,
         places: Collection[Path] = (),
-        origin: dict[str, Any] | None = None,
+        origin: Origin | None = None,
     ) -> None:
         self.job, self.run_dir, self.checkpoints = job, Path(job.run_dir), checkpoints
         self.resumed_step, self.places, self.origin = resumed_step, places, origin
@@ -159,9 +161,9 @@ class Recorder(pl.Callback):
         elif not self.waits:
             self._begin()
 
-    def _new_segment(self, trainer: pl.Trainer) -> dict[str, Any]:
+    def _new_segment(self, trainer: pl.Trainer) -> Segment:
         """Return what the receipt says of this process's part of the training, at its start."""
-        return {
+        segment: Segment = {
             "started": timestamp(),
             "ended": None,
             "status": "running",
@@ -171,8 +173,10 @@ class Recorder(pl.Callback):
             "from_step": self.resumed_step,
             "to_step": None,
             "changed": [],
-            **({"origin": self.origin} if self.origin is not None else {}),
         }
+        if self.origin is not None:
+            segment["origin"] = self.origin
+        return segment
 
     def _determinism(self) -> dict[str, Any]:
         config = self.job.config
@@ -184,14 +188,16 @@ class Recorder(pl.Callback):
             "notes": self.notes,
         }
 
-    def _trail(self, module: pl.LightningModule) -> dict[str, Any]:
-        return {
+    def _trail(self, module: pl.LightningModule) -> TrailRecord:
+        record: TrailRecord = {
             "file": TRAIL,
             "every_n_steps": self.job.config["trail"]["every_n_steps"],
             "tensors": tensor_names(module),
             "sha256": None,
-            **({"missing": self.missing} if self.missing else {}),
         }
+        if self.missing:
+            record["missing"] = self.missing
+        return record
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -222,24 +228,24 @@ class Recorder(pl.Callback):
                 read.append(place)
         return data | files_read(read, Path(self.job.root))
 
-    def _note_changes(self, before: receipt.Receipt, segment: dict[str, Any]) -> None:
+    def _note_changes(self, before: receipt.Receipt, segment: Segment) -> None:
         """Say and record what is not as it was when the training stopped: from here on the bits may be others."""
         assert self.receipt is not None
         segment["changed"] = changes(before, self.receipt) or self._other_values(before)
         for change in segment["changed"]:
             self.say(f"goes on with another {change['key']}: {change['before']} before, now {change['now']}")
 
-    def _other_values(self, before: receipt.Receipt) -> list[dict[str, Any]]:
+    def _other_values(self, before: receipt.Receipt) -> list[Change]:
         """Return what the configuration refers to, where the run's name tells that its value is another now."""
         job, keys = self.job, refers(what_counts(self.job.recorded()))
-        origin = (before["segments"][0].get("origin") or {}).get("digest", "")
+        origin = origin_digest(before)
         named = name(job.config, code=job.code_digest, lock=job.lock_digest, origin=origin)
         if not job.code_digest or named == before["run_id"][:12] or any(each["changed"] for each in before["segments"]):
             return []
         recorded = dict(flat_texts(job.recorded()))
         return [{"key": f"config.{key}", "before": "another value", "now": recorded[key]} for key in keys]
 
-    def close(self, status: str, *, step: int, why: str | None = None, results: dict[str, Any] | None = None) -> None:
+    def close(self, status: str, *, step: int, why: str | None = None, results: Results | None = None) -> None:
         """Write how the training ended; without a receipt, remove the folder that was made for it.
 
         Where it ended before its first new step, and not because there was none left, the former receipt stays.
@@ -255,7 +261,9 @@ class Recorder(pl.Callback):
         if self.receipt is not None and not self.waits:
             self.receipt["status"] = status
             self.receipt["segments"][-1] |= {"ended": timestamp(), "status": status, "why": why, "to_step": step}
-            self.receipt["environment"] |= files_state()
+            files = files_state()
+            self.receipt["environment"]["files"] = files["files"]
+            self.receipt["environment"]["changed_files"] = files["changed_files"]
             if (trail := self.run_dir / TRAIL).exists():
                 self.receipt["trail"]["sha256"] = file_sha256(trail)
             self.receipt["results"] = results or {}
