@@ -132,7 +132,7 @@ def test_a_path_of_the_data_can_be_another_here(copy: Path) -> None:
     found = verify(copy, "--steps", "3", "--set", "data.max_shift=2", code=1).out
     assert "differs      config.data.max_shift  1 -> 2" in found
     assert "has no such key" in verify(copy, "--set", "data.no=1", code=2).err
-    assert "no KEY=VALUE" in verify(copy, "--set", "data", code=2).err
+    assert "must be KEY=VALUE" in verify(copy, "--set", "data", code=2).err
 
 
 def test_code_below_pythonpath_is_that_of_the_commit(copy: Path) -> None:

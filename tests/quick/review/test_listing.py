@@ -99,7 +99,7 @@ def test_it_is_sorted_and_machines_can_read_it(runs: Path) -> None:
             "error: no run has a metric val/typo\n\nhint: without --metric it is test/acc, val/acc",
         ),
         (["--sort", "colour"], 2, "colour"),
-        (["empty"], 0, "no run below empty\n\nhint: python train.py"),
+        (["empty"], 0, "no runs found in empty\n\nhint: python train.py"),
     ],
 )
 def test_what_is_not_there_is_said(runs: Path, arguments: list[str], code: int, says: str) -> None:
