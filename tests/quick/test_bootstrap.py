@@ -49,6 +49,13 @@ def test_an_environment_follows_its_locks(tmp_path: Path) -> None:
     assert len({first, second, fingerprint(tmp_path, editable=False)}) == 3
 
 
+def test_an_environment_follows_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An editable install records the version: a new one in the source is installed by the next `make setup`."""
+    before = fingerprint(tmp_path, editable=True)
+    monkeypatch.setattr("labtrain.bootstrap.__version__", "99.0.0")
+    assert fingerprint(tmp_path, editable=True) != before
+
+
 def test_a_missing_python_is_said_in_one_line() -> None:
     done = subprocess.run(
         ["make", "setup", "PYTHON=no-such-python"], cwd=ROOT, capture_output=True, text=True, check=False
