@@ -6,7 +6,7 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real test-full servers check golden bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock
+.PHONY: help setup demo test test-real test-full servers check golden public release bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ golden: setup ## record tests/golden anew: what the demo is held against
 	@rm -rf .demo && mkdir .demo && $(VENV)/labtrain new .demo/golden
 	@cd .demo/golden && ../../$(VENV)/python train.py determinism.mode=portable trainer.accelerator=cpu paths.runs=runs logger=none
 	@cp .demo/golden/runs/golden/*/receipt.json .demo/golden/runs/golden/*/trail.jsonl tests/golden/
+
+public: setup ## record the public names, commands, keys and receipt fields in tests/golden/public.json
+	@$(VENV)/python -m tests.support.public > $(TMPDIR)/public.json && mv $(TMPDIR)/public.json tests/golden/public.json
 
 bench: setup ## steps, epochs, memory and starts, against what people write without labtrain; half an hour
 	@$(VENV)/python benchmarks/bench.py
