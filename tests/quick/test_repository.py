@@ -155,3 +155,14 @@ def test_no_test_is_skipped_without_a_word_under_ci() -> None:
     (only,) = found
     assert only.startswith("tests/conftest.py:")
     assert 'os.environ.get("CI") == "true" else' in only
+
+
+def test_no_test_sleeps_but_for_a_reason() -> None:
+    """A test waits for a condition by tests/support/waiting.py. Where the time itself is tested, its line says so."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"\bsleep[ (]", line) and "  # " not in line and path != Path(__file__)
+    ]
+    assert found == []

@@ -30,7 +30,8 @@ from labtrain.stores.store import (
     sealed,
 )
 from tests.conftest import LABTRAIN, need
-from tests.support.servers import KEY, READ_KEY, READ_SECRET, SECRET, SFTP, wait_until
+from tests.support.servers import KEY, READ_KEY, READ_SECRET, SECRET, SFTP
+from tests.support.waiting import wait_until
 
 BACKENDS = ("local", "memory", "s3", "sftp")
 
