@@ -16,11 +16,11 @@ from labtrain.base import console
 from labtrain.base.console import quoted, say, styled
 from labtrain.base.errors import LabtrainError
 from labtrain.base.permissions import close_umask
-from labtrain.cli import layout, locks, receipts, stores
+from labtrain.cli import help_page, locks, receipts, stores
 from labtrain.cli.show import say_json
 
 
-class Main(layout.Group):
+class Main(help_page.Group):
     """Prints a LabtrainError without its traceback and exits with its code; escapes unsafe text in all output."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
@@ -49,7 +49,7 @@ def main() -> None:
     close_umask()
 
 
-@click.command(cls=layout.Command, example="labtrain new digits")
+@click.command(cls=help_page.Command, example="labtrain new digits")
 @click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--author", default="Anonymous", show_default=True, help="Author's name in the experiment's README.")
 def new(target: Path, author: str) -> None:
@@ -67,7 +67,7 @@ def new(target: Path, author: str) -> None:
     say(f"next: cd {quoted(target)} && {'python' if activated else quoted(here)} train.py", err=True)
 
 
-@click.command(cls=layout.Command, example="labtrain digest runs/digits/24c29285cf19")
+@click.command(cls=help_page.Command, example="labtrain digest runs/digits/24c29285cf19")
 @click.argument("target", metavar="TARGET")
 @click.option("--all", "whole", is_flag=True, help="Include optimizer and loop state, not only the weights.")
 def digest(target: str, whole: bool) -> None:
@@ -85,7 +85,7 @@ def digest(target: str, whole: bool) -> None:
         sys.exit(1)
 
 
-@click.command(cls=layout.Command, example="labtrain doctor --gpu required")
+@click.command(cls=help_page.Command, example="labtrain doctor --gpu required")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--gpu",
@@ -126,7 +126,7 @@ def doctor(as_json: bool, gpu: str, deep: bool, checkpoints: str | None) -> None
     sys.exit(any(check.status == "failed" for check in checks))
 
 
-@click.command(cls=layout.Command, example="labtrain demo --dir demo")
+@click.command(cls=help_page.Command, example="labtrain demo --dir demo")
 @click.option(
     "--dir",
     "folder",
@@ -146,7 +146,7 @@ def demo(folder: Path | None) -> None:
 
 @click.command(
     "batch-size",
-    cls=layout.Command,
+    cls=help_page.Command,
     example="labtrain batch-size trainer.precision=bf16-mixed",
     context_settings={"ignore_unknown_options": True},
 )

@@ -8,11 +8,11 @@ import click
 
 from labtrain.base.console import say
 from labtrain.base.errors import LabtrainError
-from labtrain.cli import layout
+from labtrain.cli import help_page
 from labtrain.cli.show import say_json
 
 
-@click.group(cls=layout.Group, example="labtrain lock check")
+@click.group(cls=help_page.Group, example="labtrain lock check")
 def lock() -> None:
     """Compare or update the lock files of the three environments.
 
@@ -20,7 +20,7 @@ def lock() -> None:
     """
 
 
-@lock.command("check", cls=layout.Command, example="labtrain lock check")
+@lock.command("check", cls=help_page.Command, example="labtrain lock check")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def lock_check(as_json: bool) -> None:
     """Check that the lock files agree with each other.
@@ -50,7 +50,7 @@ def lock_check(as_json: bool) -> None:
     sys.exit(bool(found))
 
 
-@lock.command("write", cls=layout.Command, example="labtrain lock write --upgrade")
+@lock.command("write", cls=help_page.Command, example="labtrain lock write --upgrade")
 @click.option("--upgrade", is_flag=True, help="Upgrade to the newest releases that pyproject.toml allows.")
 def lock_write(upgrade: bool) -> None:
     """Update the lock files from pyproject.toml and environment.yml.

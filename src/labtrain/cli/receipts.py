@@ -10,13 +10,13 @@ import click
 
 from labtrain.base.console import own, say, warn
 from labtrain.base.errors import ConfigError
-from labtrain.cli import layout
+from labtrain.cli import help_page
 from labtrain.cli.show import say_json
 
 SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds")
 
 
-@click.command(cls=layout.Command, example="labtrain sign runs/digits/24c29285cf19")
+@click.command(cls=help_page.Command, example="labtrain sign runs/digits/24c29285cf19")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--key",
@@ -34,7 +34,7 @@ def sign(run: Path, key: Path | None) -> None:
     say(sign_receipt(run, key=key))
 
 
-@click.command(cls=layout.Command, example="labtrain crate runs/digits/24c29285cf19 -o run.zip")
+@click.command(cls=help_page.Command, example="labtrain crate runs/digits/24c29285cf19 -o run.zip")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -57,7 +57,7 @@ def crate(run: Path, output: Path, weights: bool, author: str | None, licence: s
     say(write_crate(run, output, weights=weights, author=author, licence=licence))
 
 
-@click.command(cls=layout.Command, example="labtrain ls --sort -metric")
+@click.command(cls=help_page.Command, example="labtrain ls --sort -metric")
 @click.argument("folders", nargs=-1, metavar="[DIR...]", type=click.Path(path_type=Path))
 @click.option("--metric", metavar="NAME", help="Metric to show.  [default: checkpoint.monitor, else a test metric]")
 @click.option(
@@ -90,7 +90,7 @@ def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) 
             warn(row.error)
 
 
-@click.command(cls=layout.Command, example="labtrain diff runs/digits/24c29285cf19 runs/digits/7d0e6ca1b5f2")
+@click.command(cls=help_page.Command, example="labtrain diff runs/digits/24c29285cf19 runs/digits/7d0e6ca1b5f2")
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
@@ -115,7 +115,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     sys.exit(not found.same)
 
 
-@click.command(cls=layout.Command, example="labtrain verify runs/digits/24c29285cf19")
+@click.command(cls=help_page.Command, example="labtrain verify runs/digits/24c29285cf19")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--steps", type=click.IntRange(min=0), help="Steps to rerun (0: check metadata only).  [default: all]")
 @click.option(
@@ -234,7 +234,7 @@ def parsed(changes: tuple[str, ...]) -> dict[str, Any]:
     return {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in changes)}
 
 
-@click.command(cls=layout.Command, example="labtrain gate runs/digits/24c29285cf19")
+@click.command(cls=help_page.Command, example="labtrain gate runs/digits/24c29285cf19")
 @click.argument("baselines", nargs=-1, required=True, metavar="BASELINE...", type=click.Path(path_type=Path))
 @click.option(
     "--seeds",
@@ -313,7 +313,7 @@ def gate(
     sys.exit(not all(outcome.passed for outcome in outcomes))
 
 
-@click.command(cls=layout.Command, example="labtrain report runs/digits/24c29285cf19 -o report.html")
+@click.command(cls=help_page.Command, example="labtrain report runs/digits/24c29285cf19 -o report.html")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option(
     "-o",

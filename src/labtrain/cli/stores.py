@@ -9,14 +9,14 @@ import click
 
 from labtrain.base.console import say, warn
 from labtrain.base.errors import ConfigError, DamagedError
-from labtrain.cli import layout
+from labtrain.cli import help_page
 from labtrain.cli.show import say_json
 
 if TYPE_CHECKING:
     from labtrain.stores.store import Checkpoint, Manifest, Store
 
 
-@click.group(cls=layout.Group, example="labtrain store ls s3://lab/digits")
+@click.group(cls=help_page.Group, example="labtrain store ls s3://lab/digits")
 def store() -> None:
     """List, check, prune, export and import checkpoints.
 
@@ -24,7 +24,7 @@ def store() -> None:
     """
 
 
-@store.command("ls", cls=layout.Command, example="labtrain store ls runs/digits")
+@store.command("ls", cls=help_page.Command, example="labtrain store ls runs/digits")
 @click.argument("url")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the manifests.")
 def store_ls(url: str, as_json: bool) -> None:
@@ -61,7 +61,7 @@ def store_ls(url: str, as_json: bool) -> None:
         say_json(rows)
 
 
-@store.command("check", cls=layout.Command, example="labtrain store check s3://lab/digits")
+@store.command("check", cls=help_page.Command, example="labtrain store check s3://lab/digits")
 @click.argument("url")
 def store_check(url: str) -> None:
     """Read every checkpoint and compare its files with its manifest.
@@ -87,7 +87,7 @@ def store_check(url: str) -> None:
     sys.exit(damaged)
 
 
-@store.command("prune", cls=layout.Command, example="labtrain store prune runs/digits --dry-run")
+@store.command("prune", cls=help_page.Command, example="labtrain store prune runs/digits --dry-run")
 @click.argument("url")
 @click.option(
     "--keep-last", type=click.IntRange(min=1), help="Also remove old checkpoints: keep this many of each run."
@@ -132,7 +132,7 @@ def _existing(url: str) -> "Store":
     return place
 
 
-@store.command("export", cls=layout.Command, example="labtrain store export runs/digits/24c29285cf19 digits.ckpt")
+@store.command("export", cls=help_page.Command, example="labtrain store export runs/digits/24c29285cf19 digits.ckpt")
 @click.argument("target")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def store_export(target: str, file: Path) -> None:
@@ -145,7 +145,7 @@ def store_export(target: str, file: Path) -> None:
     export_checkpoint(target, file)
 
 
-@store.command("import", cls=layout.Command, example="labtrain store import digits.ckpt imported")
+@store.command("import", cls=help_page.Command, example="labtrain store import digits.ckpt imported")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("url")
 def store_import(file: Path, url: str) -> None:

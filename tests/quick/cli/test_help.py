@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from labtrain.cli import main
-from labtrain.cli.layout import Command, Group, summary_of
+from labtrain.cli.help_page import Command, Group, summary_of
 
 SECTIONS = {"Experiment": {"new", "demo", "batch-size"}, "Checkpoints": {"store"}, "Environment": {"doctor", "lock"}}
 
