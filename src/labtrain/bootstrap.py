@@ -18,6 +18,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from labtrain import __version__
 from labtrain.base.errors import LabtrainError
 from labtrain.base.permissions import close_umask
 from labtrain.record.installed import NEEDED, changes, names
@@ -189,8 +190,8 @@ def locked_block(lock: str, name: str) -> str:
 
 
 def fingerprint(root: Path, *, editable: bool) -> str:
-    """Return what the environment is made from: the locks, and this Python."""
-    sha = hashlib.sha256(f"{sys.version} {editable}".encode())
+    """Return a hash of what the environment is made from: the locks, Python, and labtrain's version."""
+    sha = hashlib.sha256(f"{sys.version} {editable} {__version__}".encode())
     for name in (LOCK, WHEEL_LOCK, *(["pyproject.toml", "README.md"] if editable else [])):
         path = root / name
         sha.update(path.read_bytes() if path.exists() else b"")

@@ -49,6 +49,13 @@ def test_an_environment_follows_its_locks(tmp_path: Path) -> None:
     assert len({first, second, fingerprint(tmp_path, editable=False)}) == 3
 
 
+def test_an_environment_follows_the_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An editable install records the version: a new one in the source is installed by the next `make setup`."""
+    before = fingerprint(tmp_path, editable=True)
+    monkeypatch.setattr("labtrain.bootstrap.__version__", "99.0.0")
+    assert fingerprint(tmp_path, editable=True) != before
+
+
 def test_a_missing_python_is_said_in_one_line() -> None:
     done = subprocess.run(
         ["make", "setup", "PYTHON=no-such-python"], cwd=ROOT, capture_output=True, text=True, check=False
@@ -93,11 +100,12 @@ def test_setup_runs_the_wheel_that_the_lock_names(furnished: Path) -> None:
     (furnished / "ran").unlink()
     programs = furnished / "bin"
     programs.mkdir()
-    for name in ("make", "sh", "sed", "grep", "perl", "shasum"):
-        found = shutil.which(name)
-        if found is None:
-            pytest.skip(f"{name} is not installed")
-        (programs / name).symlink_to(found)
+    for name in ("make", "sh", "sed", "grep"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    (programs / "shasum").write_text(
+        f'#!/bin/sh\n[ "$1 $2" = "-a 256" ] && shift 2 && exec {shutil.which("sha256sum")} "$@"\n'
+    )
+    (programs / "shasum").chmod(0o755)
     assert make_setup(furnished, path=str(programs)).returncode == 0
     assert (furnished / "ran").exists()
     assert not (furnished / "evil").exists()
@@ -140,16 +148,3 @@ def test_nothing_runs_a_wheel_but_by_its_hash() -> None:
     texts = {path: path.read_text(errors="replace") for folder in ("template", "containers", "nix")
              for path in (ROOT / folder).rglob("*") if path.is_file()}  # fmt: skip
     assert [path.name for path, text in texts.items() if "labtrain.bootstrap" in text] == ["setup.sh"]
-
-
-def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
-    """A real one of 1 MB where this user may mount it; nothing is left on it."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(tmp_path)]
-    if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no mount namespace for this user: run the tests as root to see this one")
-    setup = f"cp {ROOT}/requirements.lock . && PYTHONPATH={ROOT}/src {sys.executable} -B -m labtrain.bootstrap; code=$?; ls; exit $code"
-    script = f"{' '.join(mount)} && cd {tmp_path} && {setup}"
-    done = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "error: 0.0 GB of disk are free here, 8.0 GB wanted" in done.stderr
-    assert done.stdout.split() == ["requirements.lock"]

@@ -1,10 +1,13 @@
+import importlib.metadata
 import pkgutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 import labtrain
+from tests.conftest import ROOT
 
 
 def test_every_public_name_can_be_had() -> None:
@@ -39,3 +42,11 @@ def test_torch_is_imported_only_where_it_is_needed(module: str) -> None:
     """Seconds of import are not paid by `--help`, by errors in the configuration, or by the doctor."""
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_version_comes_from_one_place() -> None:
+    """`labtrain.__version__`: the build reads it from the source, and what is installed says the same."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert "version" not in project["project"]
+    assert project["tool"]["hatch"]["version"] == {"path": "src/labtrain/__init__.py"}
+    assert importlib.metadata.version("labtrain") == labtrain.__version__

@@ -4,10 +4,15 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
-from tests.conftest import ROOT
+from labtrain import __version__
+from labtrain.bootstrap import PYTHONS
+from tests.conftest import ROOT, skip_or_fail
+from tests.support.workflows import BEFORE_CHECKOUT, WORKFLOWS, jobs, run_lines
 
 # Written so that this file does not name them.
 REGISTRIES = [
@@ -21,11 +26,11 @@ REGISTRIES = [
 
 def grep(pattern: str) -> list[str]:
     if shutil.which("git") is None:
-        pytest.skip("git is not installed")
+        skip_or_fail("git is not installed: apt-get install git")
     command = ["git", "grep", "-lIE", pattern, "--", "."]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode > 1:
-        pytest.skip("not a git repository")
+        skip_or_fail("not a git repository")
     return done.stdout.split()
 
 
@@ -82,7 +87,7 @@ def test_every_link_leads_somewhere() -> None:
 def test_every_page_that_a_file_names_exists() -> None:
     """Hints of errors, comments and tests name pages of docs/."""
     if shutil.which("git") is None:
-        pytest.skip("git is not installed")
+        skip_or_fail("git is not installed: apt-get install git")
     command = ["git", "grep", "-noIE", r"(^|[^/.a-z])docs/[a-z/-]+\.md", "--", "."]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
@@ -95,3 +100,119 @@ def test_every_file_of_code_that_a_page_names_exists() -> None:
             r"`((?:src|tests/(?:quick|real|full|support)|benchmarks)/[\w/.-]+\.\w+)`?", page.read_text()
         ):
             assert (ROOT / name).exists(), f"{page.relative_to(ROOT)}: {name}"
+
+
+each_job = pytest.mark.parametrize("job", [job for _, job in jobs()], ids=[name for name, _ in jobs()])
+each_workflow = pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+
+
+@each_workflow
+def test_a_workflow_may_only_read_and_runs_once_at_a_time(path: Path) -> None:
+    workflow = yaml.safe_load(path.read_text())
+    assert workflow["permissions"] == {"contents": "read"}
+    assert set(workflow["concurrency"]) == {"group", "cancel-in-progress"}
+    assert True in workflow  # `on:`, which YAML 1.1 reads as a boolean
+
+
+@each_job
+def test_a_job_has_a_time_limit_and_keeps_no_token(job: dict[str, Any]) -> None:
+    assert 0 < job["timeout-minutes"] <= 120
+    assert "permissions" not in job
+    (checkout,) = [step for step in job["steps"] if step.get("uses", "").startswith("actions/checkout@")]
+    assert checkout["with"]["persist-credentials"] is False
+
+
+def test_each_action_is_pinned_by_its_commit() -> None:
+    """By 40 hex digits, which cannot be moved as a tag can; the release stands beside them, one for each action."""
+    pins: dict[str, set[str]] = {}
+    for path in WORKFLOWS:
+        for line in re.findall(r"^.*\buses:.*$", path.read_text(), re.MULTILINE):
+            found = re.fullmatch(r"\s*- uses: ([\w./-]+)@([0-9a-f]{40} # v\d+\.\d+\.\d+)", line)
+            assert found is not None, f"{path.name}: {line}"
+            pins.setdefault(found[1], set()).add(found[2])
+    assert pins
+    assert {name: found for name, found in pins.items() if len(found) > 1} == {}
+
+
+def test_a_workflow_runs_what_the_makefile_has() -> None:
+    """Whoever reads a red job can type the same line."""
+    targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    lines = [line.split() for line in run_lines() if line != BEFORE_CHECKOUT]
+    assert [line for line in lines if line[0] != "make" or len(line) != 2 or line[1] not in targets] == []
+    assert {line[1] for line in lines} == {"check", "test", "test-real", "packages"}
+
+
+def test_the_workflows_test_every_python_and_the_image_that_there_is() -> None:
+    found = dict(jobs())
+    (first, first_minor), (last, below) = PYTHONS
+    assert first == last == 3
+    assert found["ci.yml: test"]["strategy"]["matrix"]["python"] == [
+        f"3.{minor}" for minor in range(first_minor, below)
+    ]
+    image = found["nightly.yml: test-real"]["container"]["image"]
+    assert f"ARG BASE={image}\n" in (ROOT / "containers" / "Containerfile").read_text()
+
+
+@pytest.mark.parametrize("name", ["bug_report", "feature_request"])
+def test_an_issue_form_is_one_that_github_shows(name: str) -> None:
+    """Its keys and types of fields are those of GitHub's syntax for issue forms, and each field has a name of its own."""
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / f"{name}.yml").read_text())
+    assert set(form) == {"name", "description", "labels", "body"}
+    for field in form["body"]:
+        assert field["type"] in ("textarea", "input", "dropdown", "checkboxes", "markdown")
+        assert set(field) <= {"type", "id", "attributes", "validations"}
+        assert field["attributes"]["label"]
+        assert (field["type"] == "dropdown") == ("options" in field["attributes"])
+        assert all(isinstance(option, str) for option in field["attributes"].get("options", []))
+    ids = [field["id"] for field in form["body"]]
+    assert len(set(ids)) == len(ids)
+    if name == "bug_report":
+        assert {"receipt", "doctor"} <= set(ids)
+
+
+def test_dependabot_looks_after_the_actions_and_the_packages() -> None:
+    config = yaml.safe_load((ROOT / ".github" / "dependabot.yml").read_text())
+    assert config["version"] == 2
+    assert [each["package-ecosystem"] for each in config["updates"]] == ["github-actions", "pip"]
+    assert all(each["directory"] == "/" and each["schedule"]["interval"] for each in config["updates"])
+
+
+def test_the_citation_has_the_version_and_the_keys_of_its_schema() -> None:
+    """Citation File Format 1.2.0, https://github.com/citation-file-format: what is required, and nothing unknown."""
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["cff-version"] == "1.2.0"
+    assert str(citation["version"]) == __version__
+    assert {"authors", "cff-version", "message", "title"} <= set(citation)
+    assert set(citation) <= {
+        "abstract", "authors", "cff-version", "commit", "contact", "date-released", "doi", "identifiers", "keywords",
+        "license", "license-url", "message", "preferred-citation", "references", "repository", "repository-artifact",
+        "repository-code", "title", "type", "url", "version",
+    }  # fmt: skip
+    assert citation["type"] in ("software", "dataset")
+    assert all(set(author) <= {"name", "website", "email", "orcid", "alias"} for author in citation["authors"])
+
+
+def test_no_test_is_skipped_without_a_word_under_ci() -> None:
+    """A missing program skips through `need` or `skip_or_fail` of conftest.py, which fail where CI=true."""
+    pattern = re.compile(r"pytest\.(skip|importorskip)\b|mark\.skip(if)?\b|unittest\.skip|allow_module_level")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if pattern.search(line)
+    ]
+    (only,) = found
+    assert only.startswith("tests/conftest.py:")
+    assert 'os.environ.get("CI") == "true" else' in only
+
+
+def test_no_test_sleeps_but_for_a_reason() -> None:
+    """A test waits for a condition by tests/support/waiting.py. Where the time itself is tested, its line says so."""
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if re.search(r"\bsleep[ (]", line) and "  # " not in line and path != Path(__file__)
+    ]
+    assert found == []

@@ -20,7 +20,8 @@ import pytest
 
 from labtrain.bootstrap import locked_block
 from tests.conftest import Experiment, need, skip_or_fail
-from tests.support.servers import end, wait_until
+from tests.support.servers import end
+from tests.support.waiting import wait_until
 
 # What the Containerfile would else get with apt, which needs more of a Debian than files: so that it skips them.
 PROGRAMS = ("python3", "python3-venv", "ca-certificates", "openssh-server", "git", "gcc", "libc6-dev", "tini")

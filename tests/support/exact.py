@@ -9,6 +9,7 @@ import os
 import random
 import time
 from dataclasses import dataclass, field
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -77,13 +78,14 @@ class Runner:
             process.start()
         sender.close()
         deadline = time.monotonic() + TIMEOUT_S
-        while any(process.is_alive() for process in ranks):
+        while alive := [process.sentinel for process in ranks if process.is_alive()]:
             broken = [process for process in ranks if process.exitcode not in (None, 0, EXIT_STOPPED)]
             if broken or time.monotonic() > deadline:
-                time.sleep(0.2 if broken and ranks[0].exitcode is None and broken[0].exitcode > 0 else 0)
+                if broken and ranks[0].exitcode is None and broken[0].exitcode > 0:
+                    ranks[0].join(0.2)  # it may still say why
                 for process in ranks:
                     process.kill()  # as the observer of Lightning's launcher does
-            time.sleep(0.005)
+            connection.wait(alive, 0.05)
         codes = [process.exitcode for process in ranks]
         assert time.monotonic() < deadline, log.read_text()
         assert code is None or codes[0] == code, f"exit codes {codes}\n{log.read_text()}"

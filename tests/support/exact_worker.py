@@ -289,7 +289,7 @@ class Faulty(MLP):
         elif fault in ("forward", "backward"):
             self.net.append(NoDeterministicForward() if fault == "forward" else NoDeterministicBackward())
         elif fault == "compiled":
-            self.net = torch.compile(self.net)
+            self.net = torch.compile(self.net, backend="eager")
         elif fault == "benchmark":
             torch.backends.cudnn.benchmark = True
         elif fault == "tf32":
@@ -385,7 +385,7 @@ class Away(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
             self.gone.touch()
-            time.sleep(0.2)
+            time.sleep(0.2)  # an upload that has begun fails in this step, not in a later one
 
 
 class Broken(pl.Callback):
@@ -409,7 +409,9 @@ def kill_in_save(number: int, delay: float) -> None:
     def watched(self: Saver, *arguments: Any, **options: Any) -> str:
         left[0] -= 1
         if left[0] == 0:
-            threading.Thread(target=lambda: (time.sleep(delay), os.kill(os.getpid(), signal.SIGKILL))).start()
+            threading.Thread(
+                target=lambda: (time.sleep(delay), os.kill(os.getpid(), signal.SIGKILL))  # the moment
+            ).start()
         return save(self, *arguments, **options)
 
     Saver.save = watched  # type: ignore[method-assign]

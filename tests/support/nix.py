@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from labtrain.bootstrap import locked_block
-from tests.conftest import ROOT, need
+from tests.conftest import ROOT, need, skip_or_fail
 
 NIX_CONFIG = """\
 experimental-features = nix-command flakes
@@ -51,7 +51,7 @@ class Nix:
         need("patchelf", "patchelf")
         need("git", "git")
         if os.geteuid() != 0:
-            pytest.skip("the stand-in for nixpkgs uses the host's Python, outside Nix's sandbox, as only root may ask")
+            skip_or_fail("the stand-in for nixpkgs uses the host's Python, outside Nix's sandbox, as only root may ask")
         self.folder, self.stub, self.wheels = folder, folder / "stub", folder / "wheels"
         self.environment = {
             **{key: value for key, value in os.environ.items() if not key.startswith(("NIX_", "PYTHON"))},

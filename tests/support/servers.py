@@ -12,17 +12,15 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tests.conftest import ROOT, need
+from tests.support.waiting import wait_until
 
 KEY, SECRET = "labtrain-test-key", "labtrain-test-secret"
 READ_KEY, READ_SECRET = "labtrain-read-key", "labtrain-read-secret"
-PATIENCE_S = 300  # what never comes is a failure; a busy machine is none
 
 
 def free_ports(count: int = 1) -> int:
@@ -46,25 +44,6 @@ def short_folder() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="labtrain-", dir="/tmp"))
     folder.chmod(0o755)
     return folder
-
-
-def wait_until(
-    answers: Callable[[], Any],
-    seconds: float = PATIENCE_S,
-    *,
-    process: subprocess.Popen[bytes] | None = None,
-    log: Path | None = None,
-) -> None:
-    """Wait for an answer; no longer where the process that is to give it has ended. The end of its log says why."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and (process is None or process.poll() is None):
-        with suppress(OSError):
-            if answers():
-                return
-        time.sleep(0.05)
-    code = None if process is None else process.poll()
-    text = "" if log is None or not log.exists() else "\n".join(log.read_text(errors="replace").splitlines()[-40:])
-    raise TimeoutError((f"nothing after {seconds} s" if code is None else f"it ended with {code}") + f"\n{text}")
 
 
 def end(process: subprocess.Popen[bytes], number: signal.Signals = signal.SIGKILL) -> None:
@@ -160,6 +139,7 @@ class Proxy:
         self.bytes_per_second = 0
         self.broken = 0  # so many connections to come get 503
         self.passed = 0
+        self.refused = 0  # so many connections found nobody behind it
         self.server = socket.create_server(("127.0.0.1", 0))
         self.port = self.server.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -183,6 +163,7 @@ class Proxy:
                 raise ConnectionRefusedError
             server = socket.create_connection(("127.0.0.1", self.target))
         except OSError:
+            self.refused += 1
             client.close()
             return
         threading.Thread(target=self._pass, args=(server, client, False), daemon=True).start()
@@ -194,7 +175,7 @@ class Proxy:
                 if self.gone.exists():
                     break
                 if slow and self.bytes_per_second:
-                    time.sleep(len(data) / self.bytes_per_second)
+                    time.sleep(len(data) / self.bytes_per_second)  # the rate is what it is for
                 self.passed += len(data) if slow else 0
                 sink.sendall(data)
         for each in (source, sink):

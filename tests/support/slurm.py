@@ -16,7 +16,8 @@ import psutil
 import pytest
 
 from tests.conftest import Experiment, Run, need
-from tests.support.servers import PATIENCE_S, free_ports, short_folder, wait_until
+from tests.support.servers import free_ports, short_folder
+from tests.support.waiting import PATIENCE_S, wait_until
 
 NODES = ("127.0.0.1", "127.0.0.2")  # names that resolve everywhere
 # Some ten seconds of steps on two cores, so that there is a middle.

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from labtrain.record.trail import read_trail
 from labtrain.stores.layout import list_checkpoints
 from tests.conftest import QUICK, Experiment, Run
+from tests.support.waiting import wait_until
 
 SHORT = (*QUICK, "paths.runs=runs", "trainer.max_epochs=4", "checkpoint.keep_last=9")
 
@@ -42,21 +42,15 @@ def kill_when(
     child = subprocess.Popen(
         experiment.command(*overrides), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     )
-    deadline = time.monotonic() + 300
-    while sum(len(list_checkpoints(run / "checkpoints")) for run in folders(Path("runs"))) < checkpoints:
-        assert child.poll() is None, "it ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    written = lambda: sum(len(list_checkpoints(run / "checkpoints")) for run in folders(Path("runs")))  # noqa: E731
+    wait_until(lambda: written() >= checkpoints, process=child)
     os.killpg(child.pid, number) if group else child.send_signal(number)
     return child.wait(timeout=300)
 
 
 def wait_for_step(step: int) -> None:
     """Wait until the one run below runs/ has trained so far."""
-    deadline = time.monotonic() + 300
-    while not any(len(read_trail(folder)) >= step for folder in folders(Path("runs"))):
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    wait_until(lambda: any(len(read_trail(folder)) >= step for folder in folders(Path("runs"))))
 
 
 def kill_and_go_on(experiment: Experiment, reference: Run, *, checkpoints: int) -> None:

@@ -6,7 +6,6 @@ import random
 import shutil
 import signal
 import subprocess
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import pytest
 
 from labtrain.record.trail import read_trail
 from tests.conftest import LABTRAIN, QUICK, Experiment, Run
+from tests.support.waiting import wait_until
 
 # A fault of the machine, told by a variable that no receipt knows: one bit of a weight, a gradient or a loss at a step.
 FAULT = """
@@ -112,13 +112,17 @@ def started(run_dir: Path, *options: str, **env: str) -> tuple[subprocess.Popen[
         # Tests that a script runs in the background inherit an ignored SIGINT, and so would this.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    while True:
-        assert process.poll() is None
-        for child in psutil.Process(process.pid).children():
-            with suppress(psutil.Error):
+    found: list[psutil.Process] = []
+
+    def trains() -> bool:
+        with suppress(psutil.Error):
+            for child in psutil.Process(process.pid).children():
                 if "labtrain.launch.job" in child.cmdline() and read_trail(Path(child.cmdline()[-1])):
-                    return process, child
-        time.sleep(0.005)
+                    found.append(child)
+        return bool(found)
+
+    wait_until(trains, process=process)
+    return process, found[0]
 
 
 def name_a_flipped_bit(copy: Path, kind: str) -> None:

@@ -16,12 +16,12 @@ from labtrain.base import console
 from labtrain.base.console import quoted, say, styled
 from labtrain.base.errors import LabtrainError
 from labtrain.base.permissions import close_umask
-from labtrain.cli import locks, receipts, stores
+from labtrain.cli import help_page, locks, receipts, stores
 from labtrain.cli.show import say_json
 
 
-class Group(click.Group):
-    """Prints a LabtrainError as a person reads it, and exits with its code; shows nothing from outside as it is."""
+class Main(help_page.Group):
+    """Prints a LabtrainError without its traceback and exits with its code; escapes unsafe text in all output."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
         with console.guarded():
@@ -39,18 +39,25 @@ class Group(click.Group):
             ctx.exit(128 + signal.SIGINT)  # not 1, which is an answer
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]}, example="labtrain new digits")
 @click.version_option(__version__, prog_name="labtrain")
 def main() -> None:
-    """Reproducible training: experiments, their environment and their receipts."""
+    """Create experiments, check and compare their runs, and manage checkpoints and the locked environment.
+
+    To train, run train.py in an experiment. Exit codes: 0 yes or same, 1 no or different, 2 wrong usage or input.
+    """
     close_umask()
 
 
-@main.command()
+@click.command(cls=help_page.Command, example="labtrain new digits")
 @click.argument("target", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--author", default="Anonymous", help="Your name, for its README.")
+@click.option("--author", default="Anonymous", show_default=True, help="Author's name in the experiment's README.")
 def new(target: Path, author: str) -> None:
-    """Make a new experiment in DIR."""
+    """Create an experiment in the new folder DIR.
+
+    The experiment is a model, a dataset and a configuration that train at once. It includes the lock files and this
+    version of labtrain, so "make setup" in it installs the same environment on any machine.
+    """
     from labtrain.project.new import make_experiment
 
     make_experiment(target, author=author)
@@ -60,36 +67,43 @@ def new(target: Path, author: str) -> None:
     say(f"next: cd {quoted(target)} && {'python' if activated else quoted(here)} train.py", err=True)
 
 
-@main.command()
+@click.command(cls=help_page.Command, example="labtrain digest runs/digits/24c29285cf19")
 @click.argument("target", metavar="TARGET")
-@click.option("--all", "whole", is_flag=True, help="Of the whole training state, not the weights alone.")
+@click.option("--all", "whole", is_flag=True, help="Include optimizer and loop state, not only the weights.")
 def digest(target: str, whole: bool) -> None:
-    """Print the sha256 of the weights of a run, a checkpoint folder or a .safetensors file.
+    """Print the SHA-256 digest of a run's or checkpoint's weights.
 
-    Computed from the files, not read from the receipt; exit code 1 if the receipt or manifest says another.
+    TARGET is a run's folder, a checkpoint's folder or URL, or a .safetensors file. The digest is computed from the
+    files. The exit code is 1 if the receipt or the manifest records a different digest.
     """
     from labtrain.checkpoints.locate import digest_target
 
     found, claimed = digest_target(target, whole=whole)
     say(found)
     if claimed not in (None, found):
-        say(f"error: its own record says {claimed}", err=True)
+        say(f"error: digest mismatch: the receipt or manifest records {claimed}", err=True)
         sys.exit(1)
 
 
-@main.command()
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
+@click.command(cls=help_page.Command, example="labtrain doctor --gpu required")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.option(
     "--gpu",
     type=click.Choice(["optional", "required"]),
     default="optional",
     show_default=True,
-    help="Whether a machine without a GPU fails.",
+    help="Whether to fail on a machine without a GPU.",
 )
-@click.option("--deep", is_flag=True, help="Hash every installed file: half a minute.")
-@click.option("--checkpoints", metavar="URL", help="Where checkpoints go: checkpoint.url.  [default: runs/]")
+@click.option("--deep", is_flag=True, help="Hash every installed file (takes about 30 seconds).")
+@click.option(
+    "--checkpoints", metavar="URL", help="Where checkpoints will be saved (checkpoint.url).  [default: runs/]"
+)
 def doctor(as_json: bool, gpu: str, deep: bool, checkpoints: str | None) -> None:
-    """Judge this machine and environment against the lock."""
+    """Check this machine and its installed packages against the lock.
+
+    Checks packages, NVIDIA driver, GPUs, shared memory, disk and CUDA libraries. Each problem has a hint. The exit
+    code is 1 if a check fails.
+    """
     from dataclasses import asdict
 
     from labtrain.environment.doctor import Check, examine
@@ -104,49 +118,72 @@ def doctor(as_json: bool, gpu: str, deep: bool, checkpoints: str | None) -> None
             if check.group != group:
                 group = check.group
                 say(styled(group, "1"))
-            wanted = "" if check.status == "ok" else f"   wanted: {check.wanted}"
+            expected = "" if check.status == "ok" else f"   expected: {check.wanted}"
             status = styled(f"{check.status:<8}", colours[check.status])
-            say(f"  {check.name:<18}{status}  {check.found}{wanted}")
+            say(f"  {check.name:<18}{status}  {check.found}{expected}")
             if check.hint:
                 say(f"  {'':<18}hint: {check.hint}")
     sys.exit(any(check.status == "failed" for check in checks))
 
 
-@main.command()
+@click.command(cls=help_page.Command, example="labtrain demo --dir demo")
 @click.option(
-    "--dir", "folder", type=click.Path(path_type=Path), help="Keep the experiment here; replaced if a demo made it."
+    "--dir",
+    "folder",
+    type=click.Path(path_type=Path),
+    help="Keep the experiment and the report in this folder. An earlier demo there is replaced.",
 )
 def demo(folder: Path | None) -> None:
-    """Train one experiment in several ways and compare the bits: the golden run."""
+    """Train one experiment in four ways and compare the final weights.
+
+    The four ways: plain, as on an older CPU, in two processes, and killed then resumed. All four must give the digest
+    that is recorded in this version of labtrain. Takes one to two minutes. The exit code is 1 if a digest differs.
+    """
     from labtrain.project.demo import run_demo
 
     sys.exit(0 if run_demo(folder) else 1)
 
 
-@main.command("batch-size", context_settings={"ignore_unknown_options": True})
+@click.command(
+    "batch-size",
+    cls=help_page.Command,
+    example="labtrain batch-size trainer.precision=bf16-mixed",
+    context_settings={"ignore_unknown_options": True},
+)
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
-@click.option("--mode", type=click.Choice(["power", "binsearch"]), default="power", show_default=True)
-@click.option("--max-trials", type=click.IntRange(min=1), default=25, show_default=True)
-@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="That each trial trains.")
+@click.option(
+    "--mode",
+    type=click.Choice(["power", "binsearch"]),
+    default="power",
+    show_default=True,
+    help="power doubles the size until memory is full. binsearch then searches between the last two sizes.",
+)
+@click.option(
+    "--max-trials", type=click.IntRange(min=1), default=25, show_default=True, help="Maximum number of sizes to try."
+)
+@click.option("--steps", type=click.IntRange(min=1), default=3, show_default=True, help="Training steps for each size.")
 def batch_size(overrides: tuple[str, ...], mode: str, max_trials: int, steps: int) -> None:
-    """Print the largest data.batch_size that fits on one GPU; in an experiment's folder. Leaves no file.
+    """Find the largest data.batch_size that fits on one GPU.
 
-    Lightning's search: power doubles until the memory is full, binsearch then goes between, and takes 5 % off.
+    Run it in an experiment's folder. KEY=VALUE overrides the configuration, as for train.py. The search is Lightning's
+    and leaves no files. binsearch subtracts a safety margin of 5 % from its result.
     """
     from labtrain.launch.batch_size import search
 
     search(Path.cwd(), list(overrides), mode=mode, max_trials=max_trials, steps=steps)
 
 
-for command in (
+main.add_section("Experiment", new, demo, batch_size)
+main.add_section(
+    "Runs",
     receipts.ls,
-    receipts.diff,
     receipts.verify,
+    receipts.diff,
     receipts.report,
     receipts.gate,
     receipts.sign,
     receipts.crate,
-    locks.lock,
-    stores.store,
-):
-    main.add_command(command)
+    digest,
+)
+main.add_section("Checkpoints", stores.store)
+main.add_section("Environment", doctor, locks.lock)

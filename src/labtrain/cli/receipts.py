@@ -1,4 +1,4 @@
-"""What is asked of receipts: `labtrain ls`, diff, verify, gate, report, sign, crate."""
+"""The commands about finished runs: `labtrain ls`, verify, diff, report, gate, sign, crate."""
 
 import signal
 import sys
@@ -10,24 +10,31 @@ import click
 
 from labtrain.base.console import own, say, warn
 from labtrain.base.errors import ConfigError
+from labtrain.cli import help_page
 from labtrain.cli.show import say_json
 
 SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds")
 
 
-@click.command()
+@click.command(cls=help_page.Command, example="labtrain sign runs/digits/24c29285cf19")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--key", type=click.Path(path_type=Path), metavar="FILE", help="An SSH key.  [default: git's, or ~/.ssh/id_ed25519]"
+    "--key",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="SSH private key.  [default: git's signing key, else ~/.ssh/id_ed25519]",
 )
 def sign(run: Path, key: Path | None) -> None:
-    """Sign a run's receipt with an SSH key, as git signs commits, and print the signature's file."""
+    """Sign a run's receipt with an SSH key.
+
+    The format is that of signed git commits. Prints the path of the signature file.
+    """
     from labtrain.review.signature import sign as sign_receipt
 
     say(sign_receipt(run, key=key))
 
 
-@click.command()
+@click.command(cls=help_page.Command, example="labtrain crate runs/digits/24c29285cf19 -o run.zip")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -35,34 +42,38 @@ def sign(run: Path, key: Path | None) -> None:
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.zip",
     required=True,
-    help="Replaced if it is there.",
+    help="File to write. An existing file is replaced.",
 )
-@click.option("--weights", is_flag=True, help="With the weights of its newest checkpoint, not their digest alone.")
-@click.option("--author", metavar="NAME", help="Who trained it.  [default: not said]")
-@click.option("--license", "licence", metavar="ID", help="An SPDX identifier, CC-BY-4.0 for one, or a URL.")
+@click.option("--weights", is_flag=True, help="Include the weights of the newest checkpoint, not only their digest.")
+@click.option("--author", metavar="NAME", help="Name of the person who trained the run.  [default: none]")
+@click.option("--license", "licence", metavar="ID", help="SPDX license identifier such as CC-BY-4.0, or a URL.")
 def crate(run: Path, output: Path, weights: bool, author: str | None, licence: str | None) -> None:
-    """Export a run for an archive or a journal, as an RO-Crate of the profile Workflow Run Crate."""
+    """Export a run as an RO-Crate archive.
+
+    Journals and data repositories accept this format. The crate follows the Workflow Run Crate profile.
+    """
     from labtrain.review.crate import write_crate
 
     say(write_crate(run, output, weights=weights, author=author, licence=licence))
 
 
-@click.command()
+@click.command(cls=help_page.Command, example="labtrain ls --sort -metric")
 @click.argument("folders", nargs=-1, metavar="[DIR...]", type=click.Path(path_type=Path))
-@click.option("--metric", metavar="NAME", help="Which is shown.  [default: checkpoint.monitor, else a test metric]")
+@click.option("--metric", metavar="NAME", help="Metric to show.  [default: checkpoint.monitor, else a test metric]")
 @click.option(
     "--sort",
     type=click.Choice([sign + key for key in SORTED_BY for sign in ("", "-")]),
     metavar="KEY",
     default="started",
     show_default=True,
-    help=f"{', '.join(SORTED_BY)}; -KEY: downwards.",
+    help=f"One of {', '.join(SORTED_BY)}. -KEY sorts in descending order.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) -> None:
-    """List the runs below DIR, or below runs/: how each stands, its steps, metric and weights digest.
+    """List runs with their status, steps, metric and weights digest.
 
-    A run that no process trains, and that no process ended, is shown as killed; start it again and it goes on.
+    Searches DIR, or runs/ if no DIR is given. Runs whose process died are shown as killed. To resume such a run,
+    repeat the command that started it.
     """
     from labtrain.review import listing
 
@@ -72,21 +83,22 @@ def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) 
     for line in listing.lines_of(rows) if rows and not as_json else ():
         say(line)
     if not rows:
-        say(f"no run below {', '.join(map(str, folders)) or 'runs'}", err=True)
+        say(f"no runs found in {', '.join(map(str, folders)) or 'runs'}", err=True)
         click.echo("\nhint: python train.py", err=True)
     for row in rows:
         if row.error is not None:
             warn(row.error)
 
 
-@click.command()
+@click.command(cls=help_page.Command, example="labtrain diff runs/digits/24c29285cf19 runs/digits/7d0e6ca1b5f2")
 @click.argument("a", type=click.Path(path_type=Path))
 @click.argument("b", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def diff(a: Path, b: Path, as_json: bool) -> None:
-    """Tell what differs between two runs, causes first, and where they part; exit code 1 if anything that matters does.
+    """Show what differs between two runs, possible causes first.
 
-    A and B are folders of runs, or receipts.
+    A and B are run folders or receipts. Also shows the first step at which the runs differ. The exit code is 1 if the
+    results differ, or anything that can change results.
     """
     from dataclasses import asdict
 
@@ -103,18 +115,38 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     sys.exit(not found.same)
 
 
-@click.command()
+@click.command(cls=help_page.Command, example="labtrain verify runs/digits/24c29285cf19")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--steps", type=click.IntRange(min=0), help="Train so many again; 0: none.  [default: to its end]")
-@click.option("--from", "start", type=click.IntRange(min=0), default=0, metavar="STEP", help="From a checkpoint.")
-@click.option("--segments", is_flag=True, help="Stopped and resumed as the run was, on as many devices.")
-@click.option("--devices", type=click.IntRange(min=1), help="On so many.  [default: as the receipt says]")
-@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE", help="What is other here: data.root=/data, say.")
-@click.option("--signers", type=click.Path(path_type=Path), metavar="FILE", help="One of these must have signed it.")
-@click.option("--trust", is_flag=True, help="Run the receipt's code without a question, whoever wrote it.")
-@click.option("--sandbox", is_flag=True, help="Train it without network and home, by bubblewrap.")
-@click.option("--key", type=click.Path(path_type=Path), metavar="FILE", help="Sign the verdict with this SSH key.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
+@click.option("--steps", type=click.IntRange(min=0), help="Steps to rerun (0: check metadata only).  [default: all]")
+@click.option(
+    "--from",
+    "start",
+    type=click.IntRange(min=0),
+    default=0,
+    metavar="STEP",
+    help="Start from the checkpoint of this step.",
+)
+@click.option("--segments", is_flag=True, help="Stop and resume at the same steps, on the same device counts.")
+@click.option("--devices", type=click.IntRange(min=1), help="Number of devices.  [default: from the receipt]")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Override a configuration key on this machine, such as data.root=/data.",
+)
+@click.option(
+    "--signers",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Require a signature by one of these signers (SSH allowed_signers file).",
+)
+@click.option("--trust", is_flag=True, help="Run the receipt's code without asking, even if it is not yours.")
+@click.option("--sandbox", is_flag=True, help="Run without network or home directory (needs bubblewrap).")
+@click.option(
+    "--key", type=click.Path(path_type=Path), metavar="FILE", help="Sign the verdict with this SSH private key."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def verify(
     run: Path,
     steps: int | None,
@@ -128,11 +160,14 @@ def verify(
     key: Path | None,
     as_json: bool,
 ) -> None:
-    """Train a run again in a scratch place and compare the bits; exit code 1 if they are not the same.
+    """Train a run again from its receipt and compare the results.
 
-    RUN is a run's folder, or a receipt alone in a clone of its experiment's repository. What it was trained on, data
-    and environment, is compared first; what differs is named. A run that you did not train yourself is somebody else's
-    code: what would run is shown, and you are asked. --steps 0 runs nothing of it.
+    RUN is a run's folder, or a receipt in a clone of the experiment's repository. labtrain compares data and
+    environment first and names every difference. Then it trains in a temporary folder and compares
+    each step bit by bit. The exit code is 1 if the results differ.
+
+    If you did not train the run yourself, labtrain shows the code that would run and asks you. With --steps 0, none of
+    that code runs.
     """
     from dataclasses import asdict
 
@@ -156,13 +191,13 @@ def verify(
 
 
 def end_in_order() -> None:
-    """Have SIGTERM and SIGHUP unwind this process, so that its children and scratch folders are gone with it."""
+    """Make SIGTERM and SIGHUP raise SystemExit, so that child processes and scratch folders are cleaned up."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda signum, _: sys.exit(128 + signum))
 
 
 def asker() -> Callable[[list[str]], bool] | None:
-    """Return what shows lines to a person on a terminal and asks whether they may run; None: there is no terminal."""
+    """Return a function that shows code on the terminal and asks whether to run it; None without a terminal."""
     if not (sys.stdin.isatty() and sys.stderr.isatty()):
         return None
 
@@ -178,8 +213,8 @@ def asker() -> Callable[[list[str]], bool] | None:
 
 
 def progress(step: int) -> None:
-    """Show the last step that was the same, in a line that the next one replaces."""
-    sys.stderr.write(f"{own('[G')}{own('[2K')}step {step}: the same so far{own('[G')}")
+    """Show the last step that was identical, in a line that the next call overwrites."""
+    sys.stderr.write(f"{own('[G')}{own('[2K')}step {step}: identical so far{own('[G')}")
     sys.stderr.flush()
 
 
@@ -189,23 +224,34 @@ def parsed(changes: tuple[str, ...]) -> dict[str, Any]:
 
     for change in changes:
         if not change.partition("=")[1]:
-            raise ConfigError(f"--set {change}: no KEY=VALUE", hint="--set data.root=/data")
+            raise ConfigError(f"--set {change}: must be KEY=VALUE", hint="--set data.root=/data")
     return {key: yaml.safe_load(value) for key, _, value in (change.partition("=") for change in changes)}
 
 
-@click.command()
+@click.command(cls=help_page.Command, example="labtrain gate runs/digits/24c29285cf19")
 @click.argument("baselines", nargs=-1, required=True, metavar="BASELINE...", type=click.Path(path_type=Path))
 @click.option(
-    "--seeds", type=click.IntRange(min=2), metavar="N", help="Where bits differ, compare so many on each side."
+    "--seeds",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="If results differ, compare this many seeds before and after the upgrade.",
 )
-@click.option("--metric", metavar="NAME", help="Which is compared.  [default: checkpoint.monitor]")
-@click.option("--margin", type=float, metavar="M", help="The largest difference of its mean that does not matter.")
-@click.option("--alpha", type=float, default=0.05, show_default=True, help="Level of the test.")
-@click.option("--old-python", type=click.Path(path_type=Path), help="The old environment's: trains seeds that lack.")
-@click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Leave today's runs there, for next time.")
-@click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE.html", help="A page of all of it.")
-@click.option("--trust", is_flag=True, help="Run the baselines' code without a question, whoever wrote it.")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable, to standard output.")
+@click.option("--metric", metavar="NAME", help="Metric to compare.  [default: checkpoint.monitor]")
+@click.option("--margin", type=float, metavar="M", help="Largest acceptable difference of the metric's mean.")
+@click.option(
+    "--alpha", type=float, default=0.05, show_default=True, help="Significance level of the equivalence test."
+)
+@click.option(
+    "--old-python",
+    type=click.Path(path_type=Path),
+    help="Python of the old environment, to train seeds that have no baseline.",
+)
+@click.option(
+    "--keep", type=click.Path(path_type=Path), metavar="DIR", help="Save the new runs in DIR, as the next baselines."
+)
+@click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE.html", help="Write an HTML report.")
+@click.option("--trust", is_flag=True, help="Run the baselines' code without asking, even if it is not yours.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def gate(
     baselines: tuple[Path, ...],
     seeds: int | None,
@@ -218,10 +264,12 @@ def gate(
     trust: bool,
     as_json: bool,
 ) -> None:
-    """Train recorded runs again in today's environment: may it be upgraded? Exit code 0 if so, else 1.
+    """Check whether an environment upgrade changes past results.
 
-    The same bits are a yes. Other bits can be one with --seeds and --margin: where an equivalence test shows that the
-    metric's mean moved by less than the margin. BASELINEs that differ in nothing but the seed are one experiment.
+    Trains each BASELINE again in the current environment. BASELINE is a run's folder or its receipt. The check passes
+    if the results are identical. With --seeds and --margin it also passes if an equivalence test shows that the
+    metric's mean changed by less than the margin. Baselines that differ only in their seed count as one experiment.
+    The exit code is 0 if all pass, else 1.
     """
     from labtrain.base.untrusted import scratch_folder
     from labtrain.review.gate import GateOptions, judge_upgrade, keep_runs, summary_of, words_of, write_page
@@ -251,7 +299,7 @@ def gate(
     sys.exit(not all(outcome.passed for outcome in outcomes))
 
 
-@click.command()
+@click.command(cls=help_page.Command, example="labtrain report runs/digits/24c29285cf19 -o report.html")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option(
     "-o",
@@ -260,15 +308,19 @@ def gate(
     metavar="FILE.html",
     default=Path("report.html"),
     show_default=True,
-    help="Replaced if it is there.",
+    help="File to write. An existing file is replaced.",
 )
 @click.option(
-    "--signers", type=click.Path(path_type=Path), metavar="FILE", help="Whose signed verdicts count.  [default: git's]"
+    "--signers",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Whose signed verdicts to trust (SSH allowed_signers file).  [default: git's]",
 )
 def report(runs: tuple[Path, ...], output: Path, signers: Path | None) -> None:
-    """Write one page of one or several runs, which asks no network for anything, and print its path.
+    """Write a self-contained HTML page about one or more runs.
 
-    RUN is a run's folder, or its receipt; the others are held against the first.
+    RUN is a run's folder or its receipt. The page compares all runs with the first and loads nothing from the network.
+    Prints the path of the page.
     """
     from labtrain.review.report import write_report
 

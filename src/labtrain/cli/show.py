@@ -1,4 +1,4 @@
-"""How a command shows plain values to a machine."""
+"""Print plain values as JSON."""
 
 from typing import Any
 

@@ -9,24 +9,28 @@ import click
 
 from labtrain.base.console import say, warn
 from labtrain.base.errors import ConfigError, DamagedError
+from labtrain.cli import help_page
 from labtrain.cli.show import say_json
 
 if TYPE_CHECKING:
     from labtrain.stores.store import Checkpoint, Manifest, Store
 
 
-@click.group()
+@click.group(cls=help_page.Group, example="labtrain store ls s3://lab/digits")
 def store() -> None:
-    """List, check and prune checkpoints in a store: a folder, s3://, sftp://, gs://, az://."""
+    """List, check, prune, export and import checkpoints.
+
+    A store is where checkpoints are saved: a folder, or an s3://, sftp://, gs:// or az:// URL.
+    """
 
 
-@store.command("ls")
+@store.command("ls", cls=help_page.Command, example="labtrain store ls runs/digits")
 @click.argument("url")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable, with the manifests.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, with the manifests.")
 def store_ls(url: str, as_json: bool) -> None:
-    """Print a line a checkpoint below URL: path, step, megabytes.
+    """List checkpoints with their path, step and size.
 
-    With --json, a manifest that cannot be read is null, and error says why.
+    URL is a store, or a folder in it. With --json, a manifest that cannot be read is null, and "error" says why.
     """
     from labtrain.stores.layout import misplaced
 
@@ -37,7 +41,7 @@ def store_ls(url: str, as_json: bool) -> None:
     for each in found:
         try:
             if each.is_link:
-                errors[each.path] = f"{each.url} is a link: not read"
+                errors[each.path] = f"{each.url} is a symbolic link, skipped"
             else:
                 read[each.path] = each, place.manifest(each)
         except DamagedError as damaged:
@@ -57,10 +61,13 @@ def store_ls(url: str, as_json: bool) -> None:
         say_json(rows)
 
 
-@store.command("check")
+@store.command("check", cls=help_page.Command, example="labtrain store check s3://lab/digits")
 @click.argument("url")
 def store_check(url: str) -> None:
-    """Read every checkpoint below URL and compare it with its manifest; exit code 1 if one is damaged."""
+    """Read every checkpoint and compare its files with its manifest.
+
+    URL is a store, or a folder in it. The exit code is 1 if a checkpoint is damaged.
+    """
     from labtrain.stores.layout import misplaced
     from labtrain.stores.prune import check
 
@@ -68,26 +75,31 @@ def store_check(url: str) -> None:
     read: dict[str, tuple[Checkpoint, Manifest]] = {}
     for each in place.find():
         if each.is_link:
-            lines[each.path] = "is a link: not read"
+            lines[each.path] = "is a symbolic link, skipped"
         elif each.complete:
             lines[each.path] = check(each)
             with suppress(DamagedError):
                 read[each.path] = each, place.manifest(each)
     lines |= {path: lines[path] or wrong for path, wrong in misplaced(read).items()}
     for path, wrong in lines.items():
-        say(f"{place.url}/{path}  {wrong or 'whole'}")
+        say(f"{place.url}/{path}  {wrong or 'ok'}")
     damaged = any(lines.values())
     sys.exit(damaged)
 
 
-@store.command("prune")
+@store.command("prune", cls=help_page.Command, example="labtrain store prune runs/digits --dry-run")
 @click.argument("url")
-@click.option("--keep-last", type=click.IntRange(min=1), help="Also remove all but so many of each run's newest.")
+@click.option(
+    "--keep-last", type=click.IntRange(min=1), help="Also remove old checkpoints: keep this many of each run."
+)
 @click.option("--older-than", type=float, default=24.0, show_default=True, metavar="HOURS",
-              help="Of a writer on another machine: what it has not touched for so long.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Print what would be removed.")
+              help="Treat writers on other machines as dead after this time without a change.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="Only print what would be removed.")
 def store_prune(url: str, keep_last: int | None, older_than: float, dry_run: bool) -> None:
-    """Remove what crashes left below URL; what a training or an import is writing stays."""
+    """Remove unfinished checkpoints that crashes have left.
+
+    URL is a store, or a folder in it. Checkpoints that a process is still writing are kept.
+    """
     from labtrain.stores.prune import clear, leftovers, superseded
 
     place = _existing(url)
@@ -114,25 +126,33 @@ def _existing(url: str) -> "Store":
     place = Store(url)
     remember_store(url)
     if place.local and not Path(place.root).is_dir():
-        raise ConfigError(f"{url}: no such folder", hint="labtrain ls; a run has its checkpoints in RUN/checkpoints")
+        raise ConfigError(
+            f"{url}: no such folder", hint="labtrain ls lists runs; the checkpoints of a run are in RUN/checkpoints"
+        )
     return place
 
 
-@store.command("export")
+@store.command("export", cls=help_page.Command, example="labtrain store export runs/digits/24c29285cf19 digits.ckpt")
 @click.argument("target")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def store_export(target: str, file: Path) -> None:
-    """Write a checkpoint, or the newest of a run, as a Lightning .ckpt."""
+    """Convert a checkpoint to a Lightning .ckpt file.
+
+    TARGET is a checkpoint, or a run, whose newest checkpoint is then used.
+    """
     from labtrain.checkpoints.lightning_ckpt import export_checkpoint
 
     export_checkpoint(target, file)
 
 
-@store.command("import")
+@store.command("import", cls=help_page.Command, example="labtrain store import digits.ckpt imported")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.argument("url")
 def store_import(file: Path, url: str) -> None:
-    """Write a Lightning .ckpt as a checkpoint below URL; its weights can then be loaded, and no code is run."""
+    """Convert a Lightning .ckpt file to a checkpoint.
+
+    labtrain writes the checkpoint below URL. labtrain.load_weights then loads its weights. No code in the file runs.
+    """
     from labtrain.checkpoints.lightning_ckpt import import_checkpoint
 
     say(import_checkpoint(file, url))

@@ -335,6 +335,7 @@ def load_from_source() -> None:
     read = SourceFileLoader.get_code
     if read is _from_source:
         return
+    environment_folders()  # sysconfig imports a module when it is first asked, which from below would ask it again
     _from_source.read = read  # type: ignore[attr-defined]
     SourceFileLoader.get_code = _from_source  # type: ignore[method-assign, assignment]
 

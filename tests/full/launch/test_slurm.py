@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import LABTRAIN, Experiment, Run
-from tests.support.servers import wait_until
 from tests.support.slurm import EPOCHS, PORTABLE, Cluster, Slurm, break_rank, patient, wait_for_steps
+from tests.support.waiting import wait_until
 
 pytest_plugins = ["tests.support.slurm"]
 pytestmark = pytest.mark.usefixtures("cleared")

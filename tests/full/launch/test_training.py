@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from labtrain.record.digests import digest_file
 from labtrain.stores.layout import list_checkpoints
 from tests.conftest import QUICK, Experiment, Run
 from tests.support.training import SHORT, folders, kill_and_go_on, kill_when, same, stop_and_go_on, wait_for_step
+from tests.support.waiting import wait_until
 
 pytest_plugins = ["tests.support.training"]
 
@@ -156,11 +156,11 @@ def test_a_run_of_edited_code_names_the_near_one(own_experiment: Experiment) -> 
     """One line says which, and how to go on with it; and so it does."""
     kept = (*SHORT, f"paths.runs={own_experiment.root}/kept")
     child = subprocess.Popen(own_experiment.command(*kept), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    near: list[Path] = []
-    while not near or not list_checkpoints(near[0] / "checkpoints"):
-        near = folders(own_experiment.root / "kept")
-        assert child.poll() is None
-        time.sleep(0.01)
+    wait_until(
+        lambda: any(list_checkpoints(each / "checkpoints") for each in folders(own_experiment.root / "kept")),
+        process=child,
+    )
+    near = folders(own_experiment.root / "kept")
     child.send_signal(signal.SIGTERM)
     assert child.wait(timeout=300) == 75
     model = own_experiment.root / "model.py"

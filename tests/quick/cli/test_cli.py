@@ -37,7 +37,7 @@ def test_the_digest_of_a_run_a_checkpoint_and_a_file(experiment: Experiment) -> 
     receipt.write(run.folder, wrong)
     claimed = labtrain("digest", str(run.folder))
     assert (claimed.returncode, claimed.stdout) == (1, run.digest + "\n")
-    assert f"its own record says {'0' * 64}" in claimed.stderr
+    assert f"digest mismatch: the receipt or manifest records {'0' * 64}" in claimed.stderr
 
 
 @pytest.mark.parametrize(

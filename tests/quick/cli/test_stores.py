@@ -18,14 +18,13 @@ def test_a_folder_that_does_not_exist_is_no_empty_store(command: str, tmp_path: 
     assert CliRunner().invoke(main, ["store", command, str(tmp_path)]).exit_code == 0
 
 
-def test_the_table_shows_a_broken_manifest() -> None:
+def test_the_table_shows_a_broken_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In its line, as --json does; standard error has the sentence."""
-    runner = CliRunner()
-    with runner.isolated_filesystem():
-        folder = Path("store/step-0000000003")
-        folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text("{")
-        done = runner.invoke(main, ["store", "ls", "store"])
+    monkeypatch.chdir(tmp_path)
+    folder = Path("store/step-0000000003")
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text("{")
+    done = CliRunner().invoke(main, ["store", "ls", "store"])
     assert done.exit_code == 0
     assert done.stdout == (f"store/step-0000000003  step 3  0.0 MB  manifest.json {NO_MANIFEST}\n")
     assert done.stderr == f"warning: store/step-0000000003/manifest.json {NO_MANIFEST}\n"

@@ -373,3 +373,10 @@ def test_a_start_says_what_shadows_and_the_receipt_names_it(runner: Any, tmp_pat
     assert found["code"]["shadows"] == ["antigravity"]
     assert "tests/support/names_models.py" in found["code"]["outside"]
     receipt.hold_against_schema(found, run_dir)
+
+
+def test_compiling_from_source_begins_after_the_environment_is_known() -> None:
+    """Python 3.13's sysconfig cannot be asked from an import that itself makes: no training started there."""
+    code = "from labtrain.record import sources; sources.load_from_source(); print(sources.environment_folders.cache_info().currsize)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "1\n"

@@ -29,6 +29,9 @@ def test_a_difference_of_the_margin_is_rarely_called_equivalent(spread: float, p
 def test_the_stated_power_is_how_often_equal_runs_are_called_equivalent(spread: float, pairs: int) -> None:
     often, stated = decided(difference=0.0, spread=spread, pairs=pairs)
     assert abs(often - stated) < 0.08
+
+
+def test_a_spread_far_beyond_the_margin_leaves_no_power() -> None:
     assert decided(difference=0.0, spread=50.0, pairs=4)[1] == 0.0
 
 

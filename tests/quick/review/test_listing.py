@@ -5,7 +5,6 @@ import json
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import pytest
 from labtrain.record import receipt
 from labtrain.review import listing
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, changed
+from tests.support.waiting import wait_until
 
 GOLDEN = ROOT / "tests" / "golden"
 
@@ -99,7 +99,7 @@ def test_it_is_sorted_and_machines_can_read_it(runs: Path) -> None:
             "error: no run has a metric val/typo\n\nhint: without --metric it is test/acc, val/acc",
         ),
         (["--sort", "colour"], 2, "colour"),
-        (["empty"], 0, "no run below empty\n\nhint: python train.py"),
+        (["empty"], 0, "no runs found in empty\n\nhint: python train.py"),
     ],
 )
 def test_what_is_not_there_is_said(runs: Path, arguments: list[str], code: int, says: str) -> None:
@@ -113,12 +113,12 @@ def test_a_run_is_running_only_while_a_process_trains_it(experiment: Experiment)
     """The receipt says `running` after SIGKILL too; the lock tells, and asking for it takes nothing from the trainer."""
     command = experiment.command(*QUICK, "paths.runs=runs", "trainer.max_epochs=5000")
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (found := list(Path().glob("runs/*/*/history.jsonl"))) or "val/acc" not in found[0].read_text():
-        assert process.poll() is None
-        time.sleep(0.05)
+    found = lambda: [path for path in Path().glob("runs/*/*/history.jsonl") if "val/acc" in path.read_text()]  # noqa: E731
+    wait_until(found, process=process)
+    (run_dir,) = (path.parent for path in found())
     for _ in range(3):
         assert cells(ls().stdout)[1][1] == "running"
-    with (found[0].parent / ".lock").open("r+") as file, pytest.raises(BlockingIOError):  # it is held as before
+    with (run_dir / ".lock").open("r+") as file, pytest.raises(BlockingIOError):  # it is held as before
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -126,7 +126,7 @@ def test_a_run_is_running_only_while_a_process_trains_it(experiment: Experiment)
     assert (row.status, row.metric) == ("killed", "val/acc")
     assert row.steps is not None
     assert row.steps >= 20
-    assert Path(row.run).samefile(found[0].parent)
+    assert Path(row.run).samefile(run_dir)
 
 
 @pytest.mark.parametrize("started", ["0001-01-01T00:00:00+23:59", "9999-12-31T23:59:59-23:59", "x"])

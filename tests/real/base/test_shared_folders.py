@@ -32,7 +32,7 @@ from labtrain.training.callbacks.recorder import Recorder
 from labtrain.training.start import alone_in, refuse_outdated
 from tests.conftest import LABTRAIN, ROOT, Experiment, skip_or_fail
 from tests.support.exact import Runner, configure, outcome
-from tests.support.servers import wait_until
+from tests.support.waiting import wait_until
 
 
 def closed_to_the_group(folder: Path) -> list[str]:

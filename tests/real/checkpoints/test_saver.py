@@ -21,6 +21,7 @@ from labtrain.record.digests import digest
 from labtrain.stores.layout import newest_whole
 from labtrain.stores.prune import check
 from labtrain.stores.store import Store, TakenOverError, sealed
+from tests.conftest import skip_or_fail
 from tests.real.stores.test_store import names
 from tests.support.saver import judge, save, saver_of, saves_in_a_child
 
@@ -137,7 +138,7 @@ def test_permissions_taken_away_in_mid_run(tmp_path: Path) -> None:
 def test_a_full_disk(spooled: bool, tmp_path: Path) -> None:
     """On a file system of four megabytes. What was whole stays whole, and room is made of what was not."""
     if os.geteuid() != 0:
-        pytest.skip("a small tmpfs can only be mounted by root")
+        skip_or_fail("a small tmpfs can only be mounted by root")
     (tmp_path / "small").mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path / "small")], check=True)
     try:

@@ -20,7 +20,8 @@ import yaml
 from labtrain.bootstrap import locked_block
 from tests.conftest import ROOT, Experiment, need
 from tests.support.containers import Docker, build_with_a_password
-from tests.support.servers import end, free_ports, wait_until
+from tests.support.servers import end, free_ports
+from tests.support.waiting import wait_until
 
 pytest_plugins = ["tests.support.containers"]
 

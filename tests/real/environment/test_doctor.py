@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from labtrain.environment.doctor import machine
-from tests.conftest import LABTRAIN, ROOT, need
+from tests.conftest import LABTRAIN, ROOT, need, skip_or_fail
 from tests.support.doctor import doctor, driver, library
 
 
@@ -61,7 +61,7 @@ def test_gpus_that_cannot_reach_each_other_are_told(tmp_path: Path) -> None:
 def in_namespace(script: str) -> subprocess.CompletedProcess[str]:
     """Run a script with mounts of its own."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True, check=False).returncode:
-        pytest.skip("no mount namespace for this user: run the tests as root to see this one")
+        skip_or_fail("no mount namespace for this user: run the tests as root to see this one")
     return subprocess.run(["unshare", "-m", "bash", "-ec", script], capture_output=True, text=True, check=False)
 
 

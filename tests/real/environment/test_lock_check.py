@@ -63,7 +63,7 @@ def test_a_broken_lock_is_a_row_of_the_table(locks: Path) -> None:
     (locks / "conda-lock.yml").write_text("{")
     done = subprocess.run([LABTRAIN, "lock", "check"], cwd=locks, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
-    assert done.stdout.splitlines()[0].split() == ["file", "what", "found", "wanted"]
+    assert done.stdout.splitlines()[0].split() == ["file", "what", "found", "expected"]
     assert done.stdout.splitlines()[1].startswith("conda-lock.yml  the file  no conda lock")
 
 

@@ -5,7 +5,6 @@ import os
 import signal
 import sqlite3
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,9 @@ import pytest
 from labtrain.review.listing import is_trained
 from tests.conftest import QUICK, Experiment
 from tests.support.sweep import OPTUNA, SHORT, results
+from tests.support.waiting import wait_until
 
 SPACE = ("model.width=choice(2,4)", "model.learning_rate=interval(0.001,0.1)")
-
-
-def wait_for(done: object, process: subprocess.Popen[bytes]) -> None:
-    for _ in range(30_000):
-        if done():  # type: ignore[operator]
-            return
-        assert process.poll() is None, "the sweep ended by itself"
-        time.sleep(0.01)
-    raise AssertionError("it never came")
 
 
 def test_a_killed_sweep_goes_on_where_it_stood_and_finds_the_same(experiment: Experiment) -> None:
@@ -40,11 +31,10 @@ def test_a_killed_sweep_goes_on_where_it_stood_and_finds_the_same(experiment: Ex
     killed = (*sweep, "paths.runs=two", "hydra.sweeper.storage=sqlite:///two/study.db")
     first, second = (Path(folder.replace("one", "two")) for folder, _ in trials)
     process = subprocess.Popen(experiment.command(*killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for((second / "trail.jsonl").exists, process)
+    wait_until((second / "trail.jsonl").exists, process=process)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    while is_trained(second):  # its trial saves, and ends
-        time.sleep(0.05)
+    wait_until(lambda: not is_trained(second))  # its trial saves, and ends
     before = (first / "receipt.json").read_bytes()
 
     again = experiment.train(*killed)

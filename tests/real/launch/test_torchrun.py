@@ -10,8 +10,8 @@ import psutil
 import pytest
 
 from tests.conftest import QUICK, Experiment, Run
-from tests.support.servers import wait_until
 from tests.support.slurm import break_rank, wait_for_steps
+from tests.support.waiting import wait_until
 
 EPOCHS = 4
 

@@ -17,6 +17,7 @@ from labtrain.stores.layout import list_checkpoints
 from labtrain.training.fit import explain
 from tests.conftest import QUICK, Experiment, Run
 from tests.support.training import SHORT, folders, kill_and_go_on, kill_when, same, stop_and_go_on, wait_for_step
+from tests.support.waiting import wait_until
 
 pytest_plugins = ["tests.support.training"]
 
@@ -64,13 +65,8 @@ def test_killed_ranks_resume_as_one_run(experiment: Experiment, tmp_path: Path) 
     whole = experiment.train(*two, "paths.runs=whole")
     assert kill_when(experiment, *two, checkpoints=1) == -signal.SIGKILL
     (folder,) = folders(Path("runs"))
-    deadline = time.monotonic() + 300
-    while (
-        subprocess.run(["pgrep", "-f", f"labtrain.launch.job {folder}"], capture_output=True, check=False).returncode
-        == 0
-    ):
-        assert time.monotonic() < deadline, "a rank stayed behind"
-        time.sleep(0.1)
+    ranks = ["pgrep", "-f", f"labtrain.launch.job {folder}"]
+    wait_until(lambda: subprocess.run(ranks, capture_output=True, check=False).returncode)  # none stays behind
     same(experiment.train(*two), whole)
 
 
@@ -92,7 +88,9 @@ def test_a_signal_that_goes_on_coming_does_not_end_it_before_its_receipt_is_clos
 def test_a_second_ctrl_c_ends_at_once(own_experiment: Experiment) -> None:
     """In a second step that takes a minute: the first signal waits for it, Ctrl-C after it does not."""
     model = own_experiment.root / "model.py"
-    slow = "import time; (open('in-the-step', 'w').close(), time.sleep(60)) if self.global_step else None"
+    slow = (
+        "import time; (open('in-the-step', 'w').close(), time.sleep(60)) if self.global_step else None"  # a long step
+    )
     model.write_text(model.read_text().replace("images, labels = batch", f"{slow}; images, labels = batch"))
     child = subprocess.Popen(
         own_experiment.command(*QUICK, "trainer.num_sanity_val_steps=0"),
@@ -100,15 +98,12 @@ def test_a_second_ctrl_c_ends_at_once(own_experiment: Experiment) -> None:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 300
-    while not (own_experiment.root / "in-the-step").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until((own_experiment.root / "in-the-step").exists, process=child)
     child.send_signal(signal.SIGTERM)
-    time.sleep(0.5)
+    time.sleep(0.5)  # a process that the signal ends would be gone
     assert child.poll() is None
     child.send_signal(signal.SIGTERM)  # a parent's death may send it several times
-    time.sleep(0.5)
+    time.sleep(0.5)  # again
     assert child.poll() is None
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=30) == -signal.SIGINT
@@ -144,9 +139,7 @@ def test_two_starts_of_one_run_do_not_meet(experiment: Experiment) -> None:
         experiment.command(*SHORT, "trainer.max_epochs=400"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
-        while not list(Path("runs").glob("*/*/receipt.json")):
-            assert first.poll() is None
-            time.sleep(0.05)
+        wait_until(lambda: list(Path("runs").glob("*/*/receipt.json")), process=first)
         second = experiment.train(*SHORT, "trainer.max_epochs=400", code=2)
         assert f"is being trained by process {first.pid} on {socket.gethostname()}" in second.err
         assert len(folders(Path("runs"))) == 1

@@ -15,6 +15,7 @@ from labtrain.record import receipt
 from labtrain.review.signature import FILE, NAMESPACE, Signature, check_signature, sign
 from tests.conftest import LABTRAIN, need
 from tests.quick.record.test_receipt import whole
+from tests.support.waiting import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -239,8 +240,7 @@ def agent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     socket = tmp_path / "s"
     process = subprocess.Popen(["ssh-agent", "-D", "-a", socket], stdout=subprocess.DEVNULL)
     monkeypatch.setenv("SSH_AUTH_SOCK", str(socket))
-    while not socket.exists():
-        time.sleep(0.01)
+    wait_until(socket.exists, process=process)
     yield
     process.kill()
     process.wait()

@@ -8,18 +8,19 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from labtrain.record import receipt as receipts
 from labtrain.record.sources import source_digests
 from labtrain.review.sandbox import make_sandbox
-from tests.conftest import LABTRAIN, QUICK, Experiment, Run, changed, need
+from tests.conftest import LABTRAIN, QUICK, Experiment, Run, changed, need, skip_or_fail
 from tests.support.verification import git
+from tests.support.waiting import wait_until
 
 SHORT = (*QUICK, "trainer.max_steps=2")
 # Model code that tries all that it should not be able to, where it is verified; what it could is in its error.
@@ -363,18 +364,16 @@ def test_it_reads_what_the_user_names_and_writes_to_scratch_alone(
     done = subprocess.run(command, env=variables, capture_output=True, text=True, check=False)
     assert done.stdout == "labdatascratch"
     assert [path.parent.name for path in tmp_path.glob("*/new")] == ["scratch"]
-    script = f"(while :; do date +%s%N > {tmp_path}/scratch/beat; sleep 0.01; done) & wait"
+    beat = tmp_path / "scratch" / "beat"
+    script = f"(while :; do date +%s%N > {beat}; sleep 0.01; done) & wait"  # until it is killed
     command, variables = sandbox.around(["sh", "-c", script], dict(os.environ), scratch=tmp_path / "scratch")
     child = subprocess.Popen(command, env=variables)
-    while not (beat := tmp_path / "scratch" / "beat").exists() or not beat.read_text():
-        assert child.poll() is None
-        time.sleep(0.01)
+    wait_until(beat.read_text, process=child)
+    alive = lambda: [each for each in psutil.process_iter(["cmdline"]) if script in (each.info["cmdline"] or [])]  # noqa: E731
+    assert alive()
     child.kill()
     child.wait()
-    time.sleep(0.5)
-    last = beat.read_text()
-    time.sleep(0.5)
-    assert beat.read_text() == last
+    wait_until(lambda: not alive(), 30)
 
 
 def test_without_bubblewrap_or_namespaces_the_sandbox_is_refused(own: tuple[Experiment, Path], tmp_path: Path) -> None:
@@ -390,7 +389,7 @@ def test_without_bubblewrap_or_namespaces_the_sandbox_is_refused(own: tuple[Expe
     assert "hint: apt-get install bubblewrap" in without.err
     forbids = ("unshare", "-Ur", "sh", "-c", 'echo 0 > /proc/sys/user/max_user_namespaces; exec "$@"', "sh")
     if subprocess.run([*forbids, "true"], check=False, capture_output=True).returncode:
-        pytest.skip("this machine allows no user namespace to try it in")
+        skip_or_fail("this machine allows no user namespace to try it in")
     refused = verify(run_dir, "--sandbox", cwd=experiment.root, code=2, prefix=forbids)
     assert "bubblewrap cannot make a sandbox here" in refused.err
     assert "hint: sudo sysctl -w user.max_user_namespaces=15000" in refused.err

@@ -1,6 +1,5 @@
 """From the spool to a remote store that is slow, broken, killed, full of another's checkpoints, or away for good."""
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from labtrain.stores.delivery import Delivery
 from labtrain.stores.prune import check
 from labtrain.stores.store import Store, TakenOverError
 from tests.real.stores.test_store import made, names
-from tests.support.servers import S3, Proxy, wait_until
+from tests.support.servers import S3, Proxy
+from tests.support.waiting import wait_until
 
 MB = 1 << 20
 
@@ -108,7 +108,7 @@ def test_a_server_killed_in_an_upload_and_started_again(tmp_path: Path, monkeypa
         server.kill()
         between.bytes_per_second = 0
         run.save(2)
-        time.sleep(1)
+        wait_until(lambda: between.refused > 0)
         run.delivery.check()  # nothing that would end the training
         server.start()
         assert run.delivery.wait(180), run.delivery.status()

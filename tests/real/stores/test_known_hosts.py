@@ -14,7 +14,8 @@ from labtrain.base.errors import StoreError
 from labtrain.stores.known_hosts import fingerprint
 from labtrain.stores.store import Store
 from tests.conftest import need
-from tests.support.servers import end, free_ports, wait_until
+from tests.support.servers import end, free_ports
+from tests.support.waiting import wait_until
 
 KINDS = ("ed25519", "ecdsa", "rsa")
 ALIAS = "node7.lab.example"

@@ -30,7 +30,8 @@ from labtrain.stores.store import (
     sealed,
 )
 from tests.conftest import LABTRAIN, need
-from tests.support.servers import KEY, READ_KEY, READ_SECRET, SECRET, SFTP, wait_until
+from tests.support.servers import KEY, READ_KEY, READ_SECRET, SECRET, SFTP
+from tests.support.waiting import wait_until
 
 BACKENDS = ("local", "memory", "s3", "sftp")
 
@@ -304,7 +305,7 @@ def test_the_commands(url: str, tmp_path: Path) -> None:
     ]
     rows = json.loads("\n".join(labtrain("ls", url, "--json")))
     assert [row["manifest"]["step"] for row in rows] == [1, 2]
-    assert all(line.endswith("  whole") for line in labtrain("check", url))
+    assert all(line.endswith("  ok") for line in labtrain("check", url))
     changed = "runs/r2/step-0000000002"
     store.fs.pipe_file(f"{store.root}/{changed}/{key_of(store, changed, STATE)}", b"t" * 10)
     assert "state.pt: sha256" in labtrain("check", url, code=1)[1]

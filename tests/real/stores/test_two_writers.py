@@ -9,7 +9,7 @@ import pytest
 
 from labtrain.stores.store import Store
 from tests.conftest import QUICK, Experiment
-from tests.support.servers import wait_until
+from tests.support.waiting import wait_until
 from tests.support.writers import Stopped, walk, whole
 
 

@@ -3,19 +3,17 @@
 import json
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 from labtrain.record.trail import HISTORY, read_trail
 from tests.conftest import QUICK, Experiment
+from tests.support.waiting import wait_until
 
 
 def test_a_killed_run_goes_on_with_its_history(experiment: Experiment) -> None:
     command = (*QUICK, "paths.runs=killed", "trainer.max_epochs=6")
     child = subprocess.Popen(experiment.command(*command), stderr=subprocess.DEVNULL)
-    while not any(len(read_trail(path)) >= 50 for path in Path("killed").glob("*/*")):
-        assert child.poll() is None
-        time.sleep(0.005)
+    wait_until(lambda: any(len(read_trail(path)) >= 50 for path in Path("killed").glob("*/*")), process=child)
     child.send_signal(signal.SIGKILL)
     child.wait()
     (run_dir,) = Path("killed").glob("*/*")
