@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from labtrain.training.sharded.gathering import gather_outputs
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOMES:
         value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
         return value

@@ -287,7 +287,7 @@ class Manifest(TypedDict, total=False):
     batch: int
     metrics: dict[str, float]
     scores: dict[str, float]
-    logs: dict[str, Any]
+    logs: dict[str, object]
     files: dict[str, SavedFile]
     weights_digest: str
     state_digest: str

@@ -55,10 +55,10 @@ class Saver:
         self.missing: list[list[int]] = []  # ranges of steps that the trail lacks
         self.taken: set[str] = set()
         self.undelivered: list[str] = []  # of a process before; not moved before all ranks have loaded one of them
-        self.staged: dict[str, Any] | None = None  # the state that was saved last
+        self.staged: dict[str, object] | None = None  # the state that was saved last
         self.known: set[str] | None = None  # which there were when the start looked; None: when it is opened
         self.token = ""  # of rank 0
-        self.group: Any = None  # of the ranks, where the state is spread over them; the writers' own
+        self.group: object = None  # of the ranks, where the state is spread over them; the writers' own
         self.delivery: Delivery | None = None
         self.thread: threading.Thread | None = None
         self.error: LabtrainError | None = None

@@ -324,7 +324,7 @@ def digest_tree(tree: Any, *, algorithm: Any = hashlib.sha256) -> str:
     return digits
 
 
-def digest_content(node: Any) -> str:
+def digest_content(node: object) -> str:
     """Return the sha256 over nested tensors, arrays and plain values; over other objects by their type alone."""
     sha = hashlib.sha256()
 

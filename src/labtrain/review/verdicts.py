@@ -150,7 +150,7 @@ def read_verifications(run_dir: Path, *, digest: str = "", signers: Path | None 
 
 
 def _checked(
-    found: Iterable[tuple[Verification, dict[str, Any]]], digest: str, signers: Path | None
+    found: Iterable[tuple[Verification, dict[str, object]]], digest: str, signers: Path | None
 ) -> Iterable[Verification]:
     """Yield verifications, each with who signed it or why it is but a claim."""
     left = MOST_CHECKED
@@ -168,7 +168,7 @@ def _checked(
                 yield replace(line, doubt=str(error.args[0]))
 
 
-def _signer(entry: dict[str, Any], signature: str, signers: Path | None) -> Signature:
+def _signer(entry: dict[str, object], signature: str, signers: Path | None) -> Signature:
     """Return who of the allowed signers has signed a line.
 
     Raises:
@@ -184,7 +184,7 @@ def _signer(entry: dict[str, Any], signature: str, signers: Path | None) -> Sign
         return whose(text, file, fingerprint, purpose=VERDICT, signers=signers, name="its signature")
 
 
-def _signed(line: dict[str, Any]) -> bytes:
+def _signed(line: dict[str, object]) -> bytes:
     """Return what the signature of a line is over: `jq -cSj 'del(.signature)'` of it."""
     rest = {key: value for key, value in line.items() if key != "signature"}
     return json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")

@@ -99,7 +99,7 @@ class EpochLoop(TrainingEpochLoop):
         seed_place("boundary", self.trainer.current_epoch, self.batch_idx)
         super().on_advance_end(data_fetcher)
 
-    def _due(self, data_fetcher: Any) -> bool:
+    def _due(self, data_fetcher: object) -> bool:
         every = self.every_n_steps
         return (every is not None and self.global_step % every == 0) or self.validation_is_due(data_fetcher)
 
@@ -207,12 +207,12 @@ class EpochLoop(TrainingEpochLoop):
         self._put_global_step(at["global_step"] - 1)  # the last one's end is still to come: max_steps must not end it
         self._restore_unsaved(at, entering=False)
 
-    def placed(self, loader: Any) -> Any:
+    def placed(self, loader: object) -> object:
         """Return a training loader that begins where the loaded checkpoint stood; one with a state is wrapped."""
         with _connector(self.trainer).putting_back():
             return self._placed(loader)
 
-    def _placed(self, loader: Any) -> Any:
+    def _placed(self, loader: object) -> object:
         at = self.loaded[PLACE] if self.loaded is not None else None
         if isinstance(loader, DataLoader):
             if at is not None:

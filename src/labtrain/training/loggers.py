@@ -70,7 +70,7 @@ def make_loggers(job: Job, *, resumed: dict[str, Any] | None) -> list[Logger]:
     return loggers
 
 
-def refuse_unknown(name: str, options: dict[str, Any]) -> None:
+def refuse_unknown(name: str, options: dict[str, object]) -> None:
     """Refuse an option that a logger does not have, or that labtrain sets.
 
     Raises:
@@ -90,7 +90,7 @@ def refuse_unknown(name: str, options: dict[str, Any]) -> None:
             )
 
 
-def log_positions(loggers: list[Logger]) -> dict[str, Any]:
+def log_positions(loggers: list[Logger]) -> dict[str, object]:
     """Return how far each logger has come, by its name; what it has is written to its files first."""
     return {
         logger.key: logger.position()
@@ -102,7 +102,7 @@ def log_positions(loggers: list[Logger]) -> dict[str, Any]:
 class Clean(Logger):
     """Passes on no credential: Lightning gives each logger what `save_hyperparameters` has of the configuration."""
 
-    def log_hyperparams(self, params: Any, *arguments: Any, **options: Any) -> None:
+    def log_hyperparams(self, params: object, *arguments: object, **options: object) -> None:
         params = vars(params) if isinstance(params, argparse.Namespace) else params
         super().log_hyperparams(without_secrets(params), *arguments, **options)  # type: ignore[safe-super]
 
@@ -121,7 +121,7 @@ class ContinuedTensorBoardLogger(Clean, TensorBoardLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> Any:
+    def experiment(self) -> object:
         if self.resumed is not None:
             for path in self._files():
                 size = self.resumed.get(path.name, 0)
@@ -152,7 +152,7 @@ class ContinuedCSVLogger(Clean, CSVLogger):  # type: ignore[misc]
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> Any:
+    def experiment(self) -> object:
         if (made := experiment_of(self)) is None:
             path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
             aside = path.with_name(f".{path.name}")  # until the kept rows are written again: a crash loses none
@@ -199,7 +199,7 @@ class ContinuedWandbLogger(Clean, WandbLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> Any:
+    def experiment(self) -> object:
         if (made := experiment_of(self)) is not None:
             return made
         run = super().experiment
@@ -218,7 +218,7 @@ class ContinuedWandbLogger(Clean, WandbLogger):
         self.file.write(json.dumps(row) + "\n")
         self._tell(self.rows, row)
 
-    def _tell(self, number: int, row: dict[str, Any]) -> None:
+    def _tell(self, number: int, row: dict[str, object]) -> None:
         if number > self.told:
             self.told = number
             self.experiment.log(row, step=number - 1, commit=True)
@@ -314,7 +314,7 @@ def has_wandb_key() -> bool:
 
 
 @rank_zero_only
-def log_config(loggers: list[Logger], config: dict[str, Any]) -> None:
+def log_config(loggers: list[Logger], config: dict[str, object]) -> None:
     """Give W&B the run's configuration; the others have it in config.yaml."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):

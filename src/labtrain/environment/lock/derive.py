@@ -64,9 +64,9 @@ def choose_file(pin: Pin, files: list[tuple[str, str]]) -> tuple[str, str]:
     return best[1], best[2]
 
 
-def wheel_entry(pin: Pin, file: str, sha256: str) -> dict[str, Any]:
+def wheel_entry(pin: Pin, file: str, sha256: str) -> dict[str, object]:
     """Return one entry of wheels.json: what nixpkgs' fetchPypi is called with, so that no file names a host."""
-    entry: dict[str, Any] = {"name": pin.name, "version": pin.version, "hash": sri(sha256)}
+    entry: dict[str, object] = {"name": pin.name, "version": pin.version, "hash": sri(sha256)}
     if file.endswith(".whl"):
         parts = file.removesuffix(".whl").split("-")
         pname, version, *build, python, abi, platform = parts

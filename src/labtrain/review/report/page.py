@@ -237,7 +237,7 @@ def _environment(environment: Installed) -> str:
     return ", ".join(parts + ([f"{len(changed)} changed files"] if changed else []))
 
 
-def _determinism(found: dict[str, Any]) -> str:
+def _determinism(found: dict[str, object]) -> str:
     shards = "no shards" if found["shards"] is None else f"{found['shards']} shards"
     return f"{found['mode']}, {shards}, {found['threads']} thread{'' if found['threads'] == 1 else 's'}"
 
@@ -268,11 +268,11 @@ def _span(segment: Segment) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
 
 
-def _shown_value(value: Any) -> str:
+def _shown_value(value: object) -> str:
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _json(data: Any) -> Markup:
+def _json(data: object) -> Markup:
     """Return data for a script element: no text in it can end the element."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

@@ -42,18 +42,18 @@ class Seeding(pl.Callback):
         self._seed(trainer, "epoch", trainer.current_epoch)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         self._seed(trainer, "step", trainer.current_epoch, batch_idx)
         fill_new_memory(on=trainer.global_step == 0)
 
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._seed(trainer, "validation", trainer.global_step, dataloader_idx, batch_idx)
 
     def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._seed(trainer, "test", dataloader_idx, batch_idx)
 
@@ -62,17 +62,17 @@ class BatchSizes(pl.Callback):
     """Tells Lightning the number of samples of a sharded batch, for what hooks log."""
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         self._tell(trainer)
 
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._tell(trainer)
 
     def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._tell(trainer)
 
@@ -143,7 +143,7 @@ class Trail(pl.Callback):
             self.gradients = sums if self.gradients is None else self.gradients + sums  # of several optimizers
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
         step = trainer.global_step
         if step > self.resumed_step:
@@ -194,7 +194,7 @@ class Trail(pl.Callback):
             self.is_cut = True
 
     def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, object]
     ) -> None:
         self.flush()  # a training that goes on from it needs this step's line
         if not self.numbers:
@@ -281,7 +281,7 @@ class Progress(ProgressBar):
         self.first_step, self.samples = trainer.global_step, 0
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         now = time.monotonic()
         loader = trainer.train_dataloader

@@ -58,7 +58,7 @@ class FullySharded(ModelParallelStrategy):
 
         return get_optimizer_state_dict(self._sharded, _plain(optimizer))
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, object]:
         folder = Path(checkpoint_path)
         if not folder.is_dir() or not in_parts(folder):
             raise ConfigError(
@@ -131,5 +131,5 @@ def large_blocks(module: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def _plain(optimizer: Any) -> torch.optim.Optimizer:
+def _plain(optimizer: object) -> torch.optim.Optimizer:
     return cast(torch.optim.Optimizer, optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)

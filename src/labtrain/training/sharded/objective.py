@@ -54,7 +54,7 @@ SHARDS_COMPARED = 4
 # ---------------------------------------------------------------------------------------------------- a returned weight
 
 
-def weight_of(output: Any) -> float | None:
+def weight_of(output: object) -> float | None:
     """Return the weight that `training_step` returned with the loss of a shard; None if it returned none.
 
     Raises:
@@ -148,7 +148,7 @@ class Objective(pl.Callback):
         self.done = False
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         # Not on_train_start: hooks that come after it may prepare what training_step needs.
         loader = trainer.train_dataloader
@@ -330,7 +330,9 @@ class _Bench:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield cls(trainer, module, undo)
 
-    def compare(self, whole: Any, first: Any, second: Any, *, sizes: list[int], strict: bool) -> Difference | None:
+    def compare(
+        self, whole: object, first: object, second: object, *, sizes: list[int], strict: bool
+    ) -> Difference | None:
         """Compare some samples with two parts of them; the first time the gradients too, and whether the loss draws."""
         weights: list[float] = [size / sum(sizes) for size in sizes]
         losses, given = zip(*(self.run(half) for half in (first, second)), strict=True)
@@ -359,7 +361,7 @@ class _Bench:
             return None
         return Difference(samples=sum(sizes), whole=loss, parts=mean, gradients=gradients, rounding=rounding)
 
-    def left(self, first: Any, second: Any, *, strict: bool) -> tuple[list[str], list[str]]:
+    def left(self, first: object, second: object, *, strict: bool) -> tuple[list[str], list[str]]:
         """Return the names of what changes from one shard to the next, though all that is watched is put back.
 
         What the first shard alone changes, such as a table that is computed when it is first used, does not count. And
@@ -393,7 +395,7 @@ class _Bench:
         same = alone == loss if strict else math.isclose(alone, loss, rel_tol=1e-3)
         return found, [] if same or math.isnan(loss) else grown or ["something that labtrain does not see"]
 
-    def asked(self, data: Any, *, strict: bool) -> list[str]:
+    def asked(self, data: object, *, strict: bool) -> list[str]:
         """Return what the step asks of the process that runs it, where its loss is another one in another process."""
         strategy, losses = cast(Any, self.trainer.strategy), list[float]()
         for rank, world in ((0, 1), (1, 2)):
@@ -418,7 +420,7 @@ class _Bench:
         return math.sqrt(self.eps)
 
     def run(
-        self, data: Any, *, seed: int = 0, backward: float = 0.0, watch: bool = False, fresh: bool = True
+        self, data: object, *, seed: int = 0, backward: float = 0.0, watch: bool = False, fresh: bool = True
     ) -> tuple[float, float | None]:
         """Return the loss of some samples and the weight that came with it.
 
@@ -483,7 +485,7 @@ class _Bench:
             self.eps = max(self.eps, torch.finfo(saved.dtype).eps)
         return saved.detach()
 
-    def _gradients(self, *runs: tuple[Any, float]) -> float:
+    def _gradients(self, *runs: tuple[object, float]) -> float:
         """Return the norm of what gradients add up to, over the largest on the way."""
         norms = []
         for data, factor in runs:
@@ -518,7 +520,7 @@ def _exact_products() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = cudnn
 
 
-def _refuse_unequal(whole: Any, first: Any, second: Any) -> None:
+def _refuse_unequal(whole: object, first: object, second: object) -> None:
     """Look whether the parts hold what the whole does: a transform may draw for all samples of a part at once."""
     leaves, *halves = (
         [leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor) and leaf.dim()]
@@ -536,9 +538,9 @@ def _refuse_unequal(whole: Any, first: Any, second: Any) -> None:
             )
 
 
-def _datasets(dataset: Any) -> Iterator[Any]:
+def _datasets(dataset: object) -> Iterator[object]:
     """Yield a dataset and those that it wraps."""
-    found: list[Any] = []
+    found: list[object] = []
     while hasattr(dataset, "__dict__") and not any(dataset is each for each in found):
         found.append(dataset)
         yield dataset

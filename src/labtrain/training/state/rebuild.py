@@ -93,7 +93,7 @@ def lacks(before: State, now: State) -> tuple[str, str] | None:
     return None
 
 
-def cure(hint: str, made: State, state_dict: dict[str, Any]) -> str:
+def cure(hint: str, made: State, state_dict: dict[str, object]) -> str:
     """Return what to do, as `lacks` says; where a hook took parameters out of what is saved, that they are gone."""
     gone = [name for name in made["parameters"] if name not in state_dict]
     return f"an on_save_checkpoint has left out {few(gone)}" if gone else hint
@@ -247,7 +247,7 @@ def _numbers(loaded: State) -> list[int]:
     return [len(loaded.get(key, [])) for key in ("optimizer_states", "lr_schedulers")]
 
 
-def _refuse(lacking: tuple[str, str] | None, made: State, state_dict: dict[str, Any]) -> None:
+def _refuse(lacking: tuple[str, str] | None, made: State, state_dict: dict[str, object]) -> None:
     if lacking is not None:
         raise ConfigError(
             f"the checkpoint cannot be loaded: before it was saved, code had changed {lacking[0]}; here it has not",

@@ -211,7 +211,7 @@ def _is_time(text: str) -> bool:
     return kind == "float" and any(begun_s <= float(number) <= now_s for begun_s, now_s in spans_s)
 
 
-def _functions(value: Any) -> list[Any]:
+def _functions(value: object) -> list[object]:
     """Return the functions of a scheduler's attribute: a rate's lambdas."""
     return [each for each in (value if type(value) is list else [value]) if isinstance(each, CODE)]
 
@@ -240,7 +240,7 @@ def _hidden_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | Non
             yield f"{path}.{name}" if path else name, part._buffers.get(name)
 
 
-def _sums(buffer: torch.Tensor | None) -> tuple[Any, ...]:
+def _sums(buffer: torch.Tensor | None) -> tuple[object, ...]:
     """Return what tells a tensor from any other."""
     if buffer is None:
         return ()
