@@ -22,7 +22,7 @@ and the composition of a configuration never pay for torch. So is the module `la
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [

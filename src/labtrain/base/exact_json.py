@@ -9,6 +9,8 @@ import json
 import math
 from typing import Any
 
+from labtrain.base.contracts import Options
+
 ITEMS, FLOAT = "(items)", "(float)"
 
 
@@ -35,7 +37,7 @@ def plain(node: object) -> object:
     return node
 
 
-def restored(node: dict[str, Any]) -> object:
+def restored(node: Options) -> object:
     """Return what an object of JSON stands for; the hook of a parser."""
     if node.keys() == {ITEMS}:
         return dict(node[ITEMS])

@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from labtrain.base import untrusted
 from labtrain.base.console import quoted
-from labtrain.base.contracts import SavedFile
+from labtrain.base.contracts import SavedFile, State
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.base.files import file_sha256, sync
 from labtrain.base.untrusted import damage_of
@@ -58,7 +58,6 @@ TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 PARTS = "parts"  # in state.pt: the paths of the tensors that lie in the parts
 
-State = dict[str, Any]
 Keys = tuple[Any, ...]
 T = TypeVar("T")
 

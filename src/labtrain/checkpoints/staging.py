@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from labtrain.base.contracts import State
 from labtrain.base.errors import LabtrainError
 
 PLAIN = (type(None), bool, int, float, str, bytes)
@@ -26,7 +27,7 @@ class Staging:
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
 
-    def copy(self, state: dict[str, object]) -> dict[str, Any]:
+    def copy(self, state: dict[str, object]) -> State:
         """Return a copy of nested dicts, lists and tuples of tensors and plain values, good until the next call.
 
         Raises:

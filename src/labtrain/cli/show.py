@@ -1,6 +1,5 @@
 """Print plain values as JSON."""
 
-
 from labtrain.base import exact_json
 
 

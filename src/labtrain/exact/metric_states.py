@@ -1,17 +1,17 @@
 """The states of torchmetrics: taken out, put back, and reduced over shards in one order."""
 
-from typing import Any
-
 import torch
 import torchmetrics
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
 
+from labtrain.base.contracts import State
+
 REDUCTIONS: dict[object, str] = {dim_zero_sum: "sum", dim_zero_mean: "mean", dim_zero_min: "min", dim_zero_max: "max"}
 
 KEPT = frozenset({*vars(torchmetrics.SumMetric()), "_update_count"})  # torchmetrics' own attributes
 
-Held = dict[str, Any]
+Held = State
 
 
 def metrics_of(module: torch.nn.Module) -> dict[str, torchmetrics.Metric]:

@@ -30,6 +30,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.base.files import file_sha256
 from labtrain.record.digests import tensor_bytes
@@ -135,7 +136,7 @@ def files_now(data: dict[str, object], root: Path, *, outside: bool = True) -> d
     return found
 
 
-def changed_files(data: dict[str, Any], root: Path) -> list[str]:
+def changed_files(data: Options, root: Path) -> list[str]:
     """Return the files and folders that are not what a receipt's training read."""
     now = files_now(data, root)
     return [name.removeprefix(OF_A_FILE) for name in now if now[name]["digest"] != data[name]["digest"]]

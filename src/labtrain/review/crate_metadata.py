@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.base.files import file_sha256
 from labtrain.record import receipt as receipts
@@ -102,7 +103,7 @@ def describe(
     if author:
         action["agent"] = root["author"] = crate.add(Person(crate, "#author", {"name": author}))
     root["hasPart"] = sorted(root["hasPart"], key=lambda part: str(part.id))
-    document: dict[str, Any] = crate.metadata.generate()
+    document: Options = crate.metadata.generate()
     document["@graph"].sort(key=lambda entity: str(entity["@id"]))
     return document
 

@@ -61,7 +61,7 @@ def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool
     return list(told_differences(receipt, cast(Receipt, now)))
 
 
-def _variables(determinism: dict[str, Any]) -> dict[str, str]:
+def _variables(determinism: Options) -> dict[str, str]:
     """Return the variables that a training here would have: what labtrain sets for it is as the receipt says."""
     ours = variables(determinism["mode"], threads=determinism["threads"])
     said = {name: value for name, value in determinism["variables"].items() if name in ours}

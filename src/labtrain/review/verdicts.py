@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from labtrain import __version__
 from labtrain.base.console import quoted, shown
+from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.base.permissions import open_inside
 from labtrain.base.untrusted import RECORD_BYTES
@@ -75,7 +75,7 @@ def note(
     run_dir: Path,
     receipt: Receipt,
     *,
-    hardware: dict[str, Any],
+    hardware: Options,
     from_step: int,
     to_step: int,
     whole: bool,
@@ -190,7 +190,7 @@ def _signed(line: dict[str, object]) -> bytes:
     return json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")
 
 
-def _parsed(entry: dict[str, Any]) -> Verification:
+def _parsed(entry: Options) -> Verification:
     """Return a line as what it says.
 
     Raises:

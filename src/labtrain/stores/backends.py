@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from labtrain.base.console import one_line
+from labtrain.base.contracts import Options
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, StoreError
 from labtrain.base.untrusted import NotPlainError
@@ -92,7 +93,7 @@ def open_url(url: str) -> tuple["AbstractFileSystem", str]:
             raise ConfigError(f"{url}: {error}", hint="docs/guides/storage.md lists the backends") from error
 
 
-def _connected(name: str, options: dict[str, Any]) -> tuple[object, object]:
+def _connected(name: str, options: Options) -> tuple[object, object]:
     """Return an SSH client that is connected as ssh would be, and its SFTP session.
 
     Args:

@@ -45,7 +45,7 @@ from typing import Any
 
 from labtrain.base import contracts, exact_json, untrusted
 from labtrain.base.console import quoted, shown
-from labtrain.base.contracts import SavedFile, as_options
+from labtrain.base.contracts import Options, SavedFile, as_options
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.base.exact_json import digest_of
 from labtrain.base.files import sha256_of, sync
@@ -737,7 +737,7 @@ def _who(token: str) -> bytes:
     return json.dumps({"token": token, "host": os.uname().nodename, **identity(os.getpid())}).encode()
 
 
-def writer_lives(writer: dict[str, Any] | None) -> bool | None:
+def writer_lives(writer: Options | None) -> bool | None:
     """Return whether what a store says of its writer is of a process that lives; None where that is not known here."""
     if writer is None:
         return False

@@ -21,6 +21,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
 from labtrain.checkpoints.format import is_spread
@@ -46,8 +47,6 @@ from labtrain.training.sharded.strategy import Exact
 from labtrain.training.state.outside import KEY, Outside
 from labtrain.training.state.rebuild import Connector
 from labtrain.training.state.unsaved import Unsaved
-
-State = dict[str, Any]
 
 
 class EpochLoop(TrainingEpochLoop):

@@ -27,6 +27,8 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 )
 from torch import Tensor
 
+from labtrain.base.contracts import State
+
 ResultMeta = _Metadata
 ResultCollection = _ResultCollection
 
@@ -302,7 +304,7 @@ class CheckpointConnector(_CheckpointConnector):
     """The part of the trainer that loads a checkpoint and puts it back."""
 
     @property
-    def loaded(self) -> dict[str, Any]:
+    def loaded(self) -> State:
         """The checkpoint that is put back; empty without one."""
         return self._loaded_checkpoint
 

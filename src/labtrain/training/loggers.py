@@ -20,6 +20,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from labtrain.base.contracts import Options
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError
 from labtrain.base.git import ask_git
@@ -36,7 +37,7 @@ OURS = {"_target_", "save_dir", "dir", "name", "id", "version", "sub_dir", "resu
 WANDB_HOST = "https://api.wandb.ai"
 
 
-def make_loggers(job: Job, *, resumed: dict[str, Any] | None) -> list[Logger]:
+def make_loggers(job: Job, *, resumed: Options | None) -> list[Logger]:
     """Return the run's loggers; none has written anything yet.
 
     Args:
@@ -158,7 +159,7 @@ class ContinuedCSVLogger(Clean, CSVLogger):  # type: ignore[misc]
             aside = path.with_name(f".{path.name}")  # until the kept rows are written again: a crash loses none
             if path.exists() and not aside.exists():
                 path.rename(aside)
-            rows: list[dict[str, Any]] = []
+            rows: list[Options] = []
             if aside.exists():
                 with aside.open(newline="") as file:
                     rows = list(csv.DictReader(file))[: self.resumed]
@@ -271,7 +272,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             record = b""
 
 
-def _wandb(job: Job, options: dict[str, Any], position: int) -> WandbLogger:
+def _wandb(job: Job, options: Options, position: int) -> WandbLogger:
     mode = options.pop("mode", "auto")
     if mode not in ("auto", "online", "offline"):
         raise ConfigError(

@@ -28,7 +28,7 @@ import torchmetrics
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from labtrain.base.contracts import SpeedConfig
+from labtrain.base.contracts import Options, SpeedConfig
 from labtrain.base.errors import ConfigError, DeviceError
 from labtrain.exact.determinism import STRICT_MODES
 
@@ -125,7 +125,7 @@ def compile_parts(module: pl.LightningModule, *, mode: str | bool, exact: bool) 
         exact: the code is to be a function of the model and the sizes of its inputs.
     """
     name = "default" if mode is True else str(mode)
-    options: dict[str, Any] = {"mode": name}
+    options: Options = {"mode": name}
     if exact:
         known = torch._inductor.list_options()
         chosen = {**torch._inductor.list_mode_options(name), **{key: False for key in TIMED if key in known}}

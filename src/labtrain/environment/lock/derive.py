@@ -4,11 +4,11 @@ import base64
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import parse_wheel_filename
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError
 from labtrain.environment.lock import conda
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, read_lock, read_pins
@@ -112,7 +112,7 @@ def seal(folder: Path) -> Seal:
     return sealed
 
 
-def read_wheels(folder: Path) -> list[dict[str, Any]]:
+def read_wheels(folder: Path) -> list[Options]:
     """Return nix/wheels.json.
 
     Raises:

@@ -6,10 +6,10 @@ no spike is lost; around each step at which runs part every point is kept. The n
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from labtrain.base.contracts import Options
 from labtrain.review.report.data import Numbers, Run, Series, seconds_of
 
 AT_MOST = 4_000  # points of a reduced curve, but for those around a step at which runs part
@@ -57,7 +57,7 @@ class Chart:
     where: str
     summary: list[str]
     lines: list[Line]
-    drawn: dict[str, Any]
+    drawn: Options
 
 
 def curves_of(runs: list[Run]) -> list[Chart]:

@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from labtrain import __version__
 from labtrain.base import exact_json
 from labtrain.base.console import shown
-from labtrain.base.contracts import Code, Installed, Receipt, Segment
+from labtrain.base.contracts import Code, Installed, Options, Receipt, Segment
 from labtrain.record.identity import get
 from labtrain.review.report.charts import DIGITS, curves_of, machine_of, timeline_of
 from labtrain.review.report.data import Run, seconds_of
@@ -255,7 +255,7 @@ def _in_turn(values: Any) -> str:
     return ", then ".join(found)
 
 
-def _number(metrics: dict[str, Any], name: str) -> Cell:
+def _number(metrics: Options, name: str) -> Cell:
     return Cell(text=repr(metrics[name]), code=True, number=True) if name in metrics else Cell(text="none")
 
 

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
-from labtrain.base.contracts import CheckpointConfig
+from labtrain.base.contracts import CheckpointConfig, State
 from labtrain.base.credentials import as_references, without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.checkpoints.format import is_spread, load_folder
@@ -218,7 +218,7 @@ class Checkpoints(pl.Callback):
                 " load it in on_save_checkpoint and on_load_checkpoint; a callback in state_dict and load_state_dict)"
             )
 
-    def _keep_made(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
+    def _keep_made(self, trainer: pl.Trainer, state: State) -> None:
         """Put into a state what the training is made of, where that has changed; warn if it then cannot be resumed."""
         if (made := made_of(trainer)) != self.made:
             state[PLACE][KEY] = made
@@ -410,7 +410,7 @@ def check_ranks(trainer: pl.Trainer) -> None:
         )
 
 
-def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> dict[str, Any]:
+def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> State:
     """Return Lightning's checkpoint dictionary without its loops, and without what schedulers hold of code.
 
     Args:

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,7 +15,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from labtrain.augment import described
 from labtrain.base.console import shown
-from labtrain.base.contracts import Change, Origin, Results, SavedCheckpoint, Segment, TrailRecord
+from labtrain.base.contracts import Change, Options, Origin, Results, SavedCheckpoint, Segment, TrailRecord
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.files import file_sha256, write_atomically
@@ -310,7 +309,7 @@ def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, 
 
     Data that cannot be read so ends no training: that is said.
     """
-    found: dict[str, Any] = {}
+    found: Options = {}
     places: list[Path] = []
     for stage, loaders in (("train", [trainer.train_dataloader]), ("val", val_loaders(trainer))):
         for number, loader in enumerate(loader for loader in loaders if isinstance(loader, DataLoader)):

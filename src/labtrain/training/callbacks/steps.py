@@ -14,6 +14,7 @@ import torch
 import xxhash
 from lightning.pytorch.callbacks import ProgressBar
 
+from labtrain.base.contracts import State
 from labtrain.checkpoints.format import is_spread
 from labtrain.data.loader import DataLoader
 from labtrain.exact.checksums import shown_sums, two_sums
@@ -111,7 +112,7 @@ class Trail(pl.Callback):
         self.loaded: dict[str, int] = {}  # the same by name, where code has changed the model since
         self.gradients: torch.Tensor | None = None  # their sums, of the step that is being done
         self.loss: torch.Tensor | None = None  # of its batches so far; Lightning has divided each by their number
-        self.pending: tuple[dict[str, Any], torch.Tensor] | None = None
+        self.pending: tuple[State, torch.Tensor] | None = None
         self.copied: torch.cuda.Event | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -204,9 +205,7 @@ class Trail(pl.Callback):
         if places != parameter_places(pl_module):  # code has changed the model
             checkpoint[TRAIL] = places
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: State) -> None:
         self.loaded = checkpoint.get(TRAIL, {})
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

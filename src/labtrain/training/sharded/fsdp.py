@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.checkpoints.format import in_parts, load_folder
 
@@ -48,12 +49,12 @@ class FullySharded(ModelParallelStrategy):
             configure = partial(shard, module, self.device_mesh["data_parallel"])
             module.configure_model = configure  # type: ignore[method-assign]
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
+    def lightning_module_state_dict(self) -> State:
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
         return get_model_state_dict(self._sharded)
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> State:
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         return get_optimizer_state_dict(self._sharded, _plain(optimizer))

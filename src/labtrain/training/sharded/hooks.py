@@ -4,7 +4,6 @@
 shards joined (collate.py), as under DDP. It is done only where a hook of the model or of a callback takes a batch.
 """
 
-
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.data.loader import DataLoader
 from labtrain.data.prefetch import on_tensors
@@ -369,7 +370,7 @@ class _Bench:
         """
         self._reset()
         strategy = cast(Any, self.trainer.strategy)
-        place: dict[str, Any] = {"device": strategy.root_device, "rank": 0, "world": 1, "judge": let_pass}
+        place: Options = {"device": strategy.root_device, "rank": 0, "world": 1, "judge": let_pass}
         optimizers, schedulers = self.trainer.optimizers, [each.scheduler for each in self.trainer.lr_scheduler_configs]
         buffers = Buffers(self.module, **place)
         watch = Watch(self.module, **place, optimizers=optimizers, schedulers=schedulers, say=let_pass)

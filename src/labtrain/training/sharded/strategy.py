@@ -30,6 +30,7 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDe
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
 from labtrain.data.loader import DataLoader, Sharded
@@ -108,7 +109,7 @@ class Exact:
         options: of Lightning's strategy.
     """
 
-    _pretended: dict[str, Any] | None = None  # what the experiment's code is told of its process, in a trial
+    _pretended: Options | None = None  # what the experiment's code is told of its process, in a trial
 
     def __init__(self, *arguments: object, shards: int, wishes: Wishes, **options: object) -> None:
         super().__init__(*arguments, **options)
@@ -172,11 +173,11 @@ class Exact:
         )
         self._tally = Tally(module)
         guard = next((each for each in trainer.callbacks if isinstance(each, Guard)), None)  # type: ignore[attr-defined]
-        place: dict[str, Any] = {"device": self._device, "rank": self._rank, "world": self._world}
+        place: Options = {"device": self._device, "rank": self._rank, "world": self._world}
         self._buffers = Buffers(module, **place, judge=guard.judge if guard else let_pass)
         if guard is not None and guard.mode != "off" and self.shards > 1:
             schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
-            made: dict[str, Any] = {"optimizers": trainer.optimizers, "schedulers": schedulers}
+            made: Options = {"optimizers": trainer.optimizers, "schedulers": schedulers}
             self._watch = Watch(module, **made, **place, judge=guard.judge, say=guard.say)
             self._watch.listen()
         if self._watch is not None and guard is not None:

@@ -25,11 +25,11 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.checkpoints.staging import unsavable
 from labtrain.record.digests import PLACE, digest_tree
 
-State = dict[str, Any]
 Say = Callable[[str], None]
 
 PROBES = (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 1000, 3000, 10_000, 30_000, 100_000, 1_000_000)

@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.checkpoints.structure import first_of_another_kind
 from labtrain.data.loader import DataLoader
@@ -35,8 +36,6 @@ from labtrain.exact.attributes import (
 from labtrain.exact.plain_values import SCALARS, is_experiments, is_own
 from labtrain.training.lightning import train_loaders
 from labtrain.training.state.changes import of_generator
-
-State = dict[str, Any]
 
 KEY = "outside"  # of the place in a checkpoint
 MOST_BYTES = 2**20

@@ -26,6 +26,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from labtrain.base.contracts import State
 from labtrain.exact.attributes import PRIVATE, fingerprint, hidden_weights, holders, own_objects
 from labtrain.exact.checksums import device_hash
 from labtrain.exact.plain_values import DICTS, LEAVES, SCALARS, Decoder, Encoder, Place, is_experiments
@@ -239,7 +240,7 @@ class Weights:
         self.module = module
         self.names: list[str] = []
         self._parameters: list[Tensor] = []
-        self._tables: list[dict[str, Any]] = []  # each module's own parameters and submodules
+        self._tables: list[State] = []  # each module's own parameters and submodules
         self._members: list[Any] = []
         self._state: list[Any] = []
         self._memory: Memory | None = None
