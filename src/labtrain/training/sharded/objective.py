@@ -12,7 +12,7 @@ import numbers
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -41,6 +41,9 @@ from labtrain.training.lightning import (
 from labtrain.training.state.changes import Look, look, unlike
 from labtrain.training.state.undo import LARGEST_BYTES, TooLargeError, Undo, keep_draws
 from labtrain.training.state.watch import Watch, let_pass
+
+if TYPE_CHECKING:
+    from labtrain.training.sharded.strategy import Exact
 
 WEIGHT_HINT = (
     'return {"loss": loss, "weight": n} with the sum that the loss is divided by: valid tokens, or the class weights of'
@@ -311,7 +314,7 @@ class _Bench:
     @contextmanager
     def around(cls, trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader) -> Iterator["_Bench"]:
         """Prepare the process for such runs, and put everything back."""
-        strategy, loop = cast(Any, trainer.strategy), trainer.fit_loop.epoch_loop
+        strategy, loop = cast("Exact", trainer.strategy), trainer.fit_loop.epoch_loop
         tensors = [*module.parameters(), *module.buffers()]
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
@@ -369,7 +372,7 @@ class _Bench:
         the names of lists that grow, where the second shard's loss is another one without the first.
         """
         self._reset()
-        strategy = cast(Any, self.trainer.strategy)
+        strategy = cast("Exact", self.trainer.strategy)
         place: Options = {"device": strategy.root_device, "rank": 0, "world": 1, "judge": let_pass}
         optimizers, schedulers = self.trainer.optimizers, [each.scheduler for each in self.trainer.lr_scheduler_configs]
         buffers = Buffers(self.module, **place)
@@ -398,7 +401,7 @@ class _Bench:
 
     def asked(self, data: object, *, strict: bool) -> list[str]:
         """Return what the step asks of the process that runs it, where its loss is another one in another process."""
-        strategy, losses = cast(Any, self.trainer.strategy), list[float]()
+        strategy, losses = cast("Exact", self.trainer.strategy), list[float]()
         for rank, world in ((0, 1), (1, 2)):
             self._reset()
             try:
@@ -437,7 +440,7 @@ class _Bench:
         seed_place("objective", seed)
         if seed:
             self.undo.seed(seed)
-        strategy, loop = cast(Any, self.trainer.strategy), self.trainer.fit_loop.epoch_loop
+        strategy, loop = cast("Exact", self.trainer.strategy), self.trainer.fit_loop.epoch_loop
         data = strategy.moved(copy.deepcopy(data), 0)
         if fresh:
             data = on_tensors(lambda each: each.float() if each.is_floating_point() and _is_half(each) else each, data)

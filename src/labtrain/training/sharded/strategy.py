@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -72,6 +72,12 @@ OF_PROCESSES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # variables of the environm
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
+if TYPE_CHECKING:
+    _Base = DDPStrategy  # one of the two that Exact is mixed into: they have the same methods
+else:
+    _Base = object
+
+
 @dataclass(kw_only=True, slots=True)
 class _Step:
     """One step of this rank.
@@ -99,7 +105,7 @@ class _Step:
     outputs: list[tuple[int, object]] = field(default_factory=list)
 
 
-class Exact:
+class Exact(_Base):
     """What both strategies share; the classes below mix it into Lightning's.
 
     Args:
@@ -111,7 +117,7 @@ class Exact:
 
     _pretended: Options | None = None  # what the experiment's code is told of its process, in a trial
 
-    def __init__(self, *arguments: object, shards: int, wishes: Wishes, **options: object) -> None:
+    def __init__(self, *arguments: Any, shards: int, wishes: Wishes, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.shards, self.wishes = shards, wishes
         self.device_reads: dict[
@@ -136,7 +142,9 @@ class Exact:
     # ------------------------------------------------------------------------------------------- called by the Trainer
 
     def configure_ddp(self) -> None:
-        module = cast(Any, self).model  # torch broadcasts no sparse buffer; every rank makes or loads the same
+        module = cast(
+            torch.nn.Module, self.model
+        )  # torch broadcasts no sparse buffer; every rank makes or loads the same
         dense = {name: buffer for name, buffer in module.named_buffers() if buffer.layout == torch.strided}
         sparse = [name for name, _ in module.named_buffers() if name not in dense]
         other = [name for name, buffer in dense.items() if buffer.dtype not in SENT]
@@ -152,7 +160,7 @@ class Exact:
                     " ranks need it now",
                     hint="run a sample of zeros through the model at the end of its __init__; or name the sizes",
                 )
-        super().setup(trainer)  # type: ignore[misc]
+        super().setup(trainer)
         module = self._module
         if not module.automatic_optimization:
             raise ConfigError(
@@ -192,7 +200,7 @@ class Exact:
             prepare_again(self._module)
         if self._watch is not None:
             self._watch.close()
-        super().teardown()  # type: ignore[misc]
+        super().teardown()
 
     def grown(self) -> set[str]:
         """Return the names of the model's attributes with lists that steps have appended to."""
@@ -201,12 +209,12 @@ class Exact:
     def process_dataloader(self, loader: object) -> object:
         if isinstance(loader, DataLoader):
             loader.shard(self.shards, rank=self._rank, world=self._world)
-        return super().process_dataloader(loader)  # type: ignore[misc]
+        return super().process_dataloader(loader)
 
     def batch_to_device(self, batch: object, device: torch.device | None = None, dataloader_idx: int = 0) -> object:
         self._handed = self.samples = None
         if not isinstance(batch, Sharded):
-            return super().batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
+            return super().batch_to_device(batch, device, dataloader_idx)
         self.samples = batch.samples
         if self.shards > 1 and not self._takers.batch:
             return batch
@@ -214,7 +222,7 @@ class Exact:
         self._handed = self._hand(batch, dataloader_idx, *self._when(), dataloader_idx, index)
         return self._handed.batch
 
-    def reduce(self, tensor: object, group: object = None, reduce_op: object = "mean") -> Any:
+    def reduce(self, tensor: object, group: object = None, reduce_op: dist.ReduceOp | str | None = "mean") -> Any:
         """Return a tensor that is the same on all ranks as it is: a mean of three equal numbers may not be equal."""
         if self._inside or self._world == 1 or not isinstance(tensor, Tensor):
             return tensor
@@ -225,7 +233,7 @@ class Exact:
             self.on_reduce(gathered, equal, str(reduce_op))
         if reduce_op in ("mean", "avg") and equal:
             return tensor
-        return super().reduce(tensor, group, reduce_op)  # type: ignore[misc]
+        return super().reduce(tensor, group, reduce_op)
 
     def all_gather(self, tensor: Tensor, group: object = None, sync_grads: bool = False) -> Tensor:
         if self._inside:
@@ -234,7 +242,7 @@ class Exact:
                 " that depends on the number of devices",
                 hint="determinism.shards=1, on one device: a step then has the whole batch",
             )
-        return cast(Tensor, super().all_gather(tensor, group, sync_grads))  # type: ignore[misc]
+        return super().all_gather(tensor, group, sync_grads)
 
     def training_step(self, batch: object, *args: object) -> Any:
         loop = self._trainer.fit_loop.epoch_loop
@@ -260,7 +268,7 @@ class Exact:
 
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: object, **kwargs: object) -> Tensor:
         if self._waiting is None:
-            return cast(Tensor, super().backward(closure_loss, optimizer, *args, **kwargs))  # type: ignore[misc]
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
         # Here, and not in training_step: gradients that are not wanted any more are gone, and their memory is free.
         sums = cast(ShardSum, self._sum).total()
         has_gradient, shares = self._waiting
@@ -270,13 +278,13 @@ class Exact:
             if wanted:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._waiting = None
-        return cast(Tensor, cast(Any, self).precision_plugin.post_backward(closure_loss, self._module))
+        return self.precision_plugin.post_backward(closure_loss, self._module)
 
     def validation_step(self, batch: Any, *args: object) -> Any:
-        return self._evaluate(super().validation_step, batch, *args)  # type: ignore[misc]
+        return self._evaluate(super().validation_step, batch, *args)
 
     def test_step(self, batch: object, *args: object) -> Any:
-        return self._evaluate(super().test_step, batch, *args)  # type: ignore[misc]
+        return self._evaluate(super().test_step, batch, *args)
 
     # --------------------------------------------------------------------------------------------------------- a step
 
@@ -310,7 +318,7 @@ class Exact:
         put_results(self._trainer.fit_loop.epoch_loop, self._tally.open(data, samples))
         seed_place("shard", step.epoch, step.index, shard)
         with alone():
-            output = super().training_step(data, *args)  # type: ignore[misc]
+            output = super().training_step(data, *args)
         loss = _loss(output)
         if loss is None:
             raise ConfigError(
@@ -334,7 +342,7 @@ class Exact:
         self._tally.close(front, samples, None if given is None else (loss.detach(), given))
 
     def _shard_backward(self, loss: Tensor, data: object, args: tuple[object, ...]) -> None:
-        module, plugin = self._module, cast(Any, self).precision_plugin
+        module, plugin = self._module, self.precision_plugin
         scaled = plugin.pre_backward(loss, module)
         try:
             plugin.backward(scaled, module, None)
@@ -366,7 +374,7 @@ class Exact:
         return {**whole, **combined} if isinstance(whole, dict) else mean
 
     def _loss_again(self, data: object, *args: object) -> Any:
-        return _loss(super().training_step(data, *args))  # type: ignore[misc]
+        return _loss(super().training_step(data, *args))
 
     def _evaluate(self, step: Callable[..., object], batch: object, *args: object) -> object:
         """Run a validation or test step once a shard; return what hooks get as its outputs."""
@@ -445,7 +453,7 @@ class Exact:
     def _whole(self, batch: object, epoch: int, index: int, *args: object) -> object:
         """Run a step of one shard as Lightning itself would: nothing is to be combined."""
         seed_place("shard", epoch, index, 0)
-        output = super().training_step(batch, *args)  # type: ignore[misc]
+        output = super().training_step(batch, *args)
         self.wishes.agree(*self.wishes.numbers())
         return output
 
@@ -463,9 +471,9 @@ class Exact:
         """Do to a shard what Lightning does to a batch before its step."""
         if self._seeds_transfer:
             seed_place("transfer", *place)
-        data = cast(Any, self).precision_plugin.convert_input(data)
+        data = self.precision_plugin.convert_input(data)
         data = prepare_batch(self._module, data, dataloader_idx)
-        return super().batch_to_device(data, dataloader_idx=dataloader_idx)  # type: ignore[misc]
+        return super().batch_to_device(data, dataloader_idx=dataloader_idx)
 
     def _prepare(self) -> list[torch.nn.Parameter]:
         """Return the parameters that want a gradient; where they are others than before, lay out their sums anew."""
@@ -562,23 +570,23 @@ class Exact:
 
     @property
     def is_global_zero(self) -> bool:
-        return bool(self._told("is_global_zero", super().is_global_zero))  # type: ignore[misc]
+        return bool(self._told("is_global_zero", super().is_global_zero))
 
     @property
     def _module(self) -> pl.LightningModule:
-        return cast(pl.LightningModule, cast(Any, self).lightning_module)
+        return cast(pl.LightningModule, self.lightning_module)
 
     @property
     def _rank(self) -> int:
-        return int(cast(Any, self).global_rank)
+        return int(self.global_rank)
 
     @property
     def _world(self) -> int:
-        return int(cast(Any, self).world_size)
+        return int(self.world_size)
 
     @property
     def _device(self) -> torch.device:
-        return cast(torch.device, cast(Any, self).root_device)
+        return self.root_device
 
 
 class ExactSingleDevice(Exact, SingleDeviceStrategy):
