@@ -22,7 +22,7 @@ and the composition of a configuration never pay for torch. So is the module `la
 
 import importlib
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 __all__ = [
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from labtrain.training.sharded.gathering import gather_outputs
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name in _HOMES:
         value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
         return value

@@ -22,11 +22,11 @@ from labtrain.data.draws import Draws
 
 __all__ = ["Crop", "Draws", "Flip", "Mixup", "Noise", "Scale", "Shift", "Transform", "apply"]
 
-Transform = Callable[[Any, Draws], Any]
+Transform = Callable[[object, Draws], object]
 IMAGE_DIMENSIONS = 3  # (B, H, W) at least
 
 
-def apply(transforms: Sequence[Transform], batch: Any, draws: Draws) -> Any:
+def apply(transforms: Sequence[Transform], batch: object, draws: Draws) -> object:
     """Apply transforms in turn, each under its place in the list.
 
     One with a method `partners` gets the rows that it asked for behind the batch's own, and returns as many as there
@@ -64,7 +64,7 @@ class Own:
 class _Inputs(Own, ABC):
     """A transform of the inputs, which leaves targets alone."""
 
-    def __call__(self, batch: Any, draws: Draws) -> Any:
+    def __call__(self, batch: object, draws: Draws) -> object:
         inputs, *rest = _parts(batch, self)
         changed = self.change(inputs, draws)
         return [changed, *rest] if isinstance(batch, list | tuple) else changed
@@ -195,7 +195,7 @@ class Mixup(Own):
         """Return the index of each sample's partner, int64 (B,)."""
         return draws.integers("partner", 0, num_samples)
 
-    def __call__(self, batch: Any, draws: Draws) -> Any:
+    def __call__(self, batch: object, draws: Draws) -> object:
         """Mix the first half of a batch with its second, whose samples are the partners."""
         inputs, *rest = _parts(batch, self)
         if not rest or not isinstance(rest[0], Tensor) or rest[0].dim() != 1 or rest[0].is_floating_point():
@@ -231,7 +231,7 @@ def _windows(images: Tensor, draws: Draws, padding: int, height: int, width: int
     return planes.reshape(-1).unfold(0, width, 1).index_select(0, places).view(*images.shape[:-2], height, width)
 
 
-def _parts(batch: Any, transform: Any) -> list[Any]:
+def _parts(batch: object, transform: object) -> list[Any]:
     parts = list(batch) if isinstance(batch, list | tuple) else [batch]
     if not parts or not isinstance(parts[0], Tensor):
         found = type(parts[0] if parts else batch).__name__
@@ -247,7 +247,7 @@ def _wanted(transform: Any, holds: bool, what: str) -> None:
         raise ConfigError(f"{transform}: wanted is {what}", hint=f"help(labtrain.augment.{type(transform).__name__})")
 
 
-def _images(inputs: Tensor, transform: Any) -> None:
+def _images(inputs: Tensor, transform: object) -> None:
     if inputs.dim() < IMAGE_DIMENSIONS:
         raise ConfigError(
             f"{transform} of inputs {tuple(inputs.shape)}: images are wanted, (B, ..., H, W)",
@@ -255,7 +255,7 @@ def _images(inputs: Tensor, transform: Any) -> None:
         )
 
 
-def _floating(inputs: Tensor, transform: Any) -> None:
+def _floating(inputs: Tensor, transform: object) -> None:
     if not inputs.is_floating_point():
         raise ConfigError(f"{transform} of {inputs.dtype}: floats are wanted", hint=f"Scale() before {transform}")
 

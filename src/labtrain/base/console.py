@@ -109,7 +109,7 @@ def styled(text: str, style: str) -> str:
 def guarded() -> Iterator[None]:
     """Have standard output and error show everything that is written to them as `visible` does."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = cast(Any, _Guard(before[0])), cast(Any, _Guard(before[1]))
+    sys.stdout, sys.stderr = cast(object, _Guard(before[0])), cast(object, _Guard(before[1]))
     try:
         yield
     finally:

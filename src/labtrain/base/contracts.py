@@ -9,7 +9,8 @@ everything is one of these. `total=False` marks keys that older files, or some k
 from collections.abc import Mapping
 from typing import Any, NotRequired, TypedDict, cast
 
-Options = dict[str, Any]  # what only the person's own code, or another library, knows the keys of
+Options = dict[str, Any]  # options, attributes or facts whose keys only other code knows
+State = dict[str, Any]  # a state_dict, or what state.pt holds: tensors and plain values by name
 
 
 def as_options(typed: Mapping[str, Any]) -> Options:
@@ -287,7 +288,7 @@ class Manifest(TypedDict, total=False):
     batch: int
     metrics: dict[str, float]
     scores: dict[str, float]
-    logs: dict[str, Any]
+    logs: dict[str, object]
     files: dict[str, SavedFile]
     weights_digest: str
     state_digest: str

@@ -160,7 +160,7 @@ _given: dict[str, str] = {}  # values that `remember` was given, and what stands
 _referred: dict[str, str] = {}  # of these, those from the environment
 
 
-def without_secrets(node: Any, *, secret: bool = False, names: bool = True) -> Any:
+def without_secrets(node: object, *, secret: bool = False, names: bool = True) -> Any:
     """Return nested dicts, lists and texts without what looks like a credential; the same object where nothing does.
 
     Args:
@@ -171,8 +171,8 @@ def without_secrets(node: Any, *, secret: bool = False, names: bool = True) -> A
     return _cleaned(node, secret, names, list(_values()))
 
 
-def _cleaned(node: Any, secret: bool, names: bool, values: list[tuple[str, str]]) -> Any:
-    def again(child: Any, secret: bool) -> Any:
+def _cleaned(node: object, secret: bool, names: bool, values: list[tuple[str, str]]) -> object:
+    def again(child: object, secret: bool) -> Any:
         return _cleaned(child, secret, names, values)
 
     if isinstance(node, str):
@@ -238,7 +238,7 @@ def remember(config: Any, references: Iterable[tuple[Sequence[Any], str]] = ()) 
             _referred.update({form: _given[form] for form in forms[:1]})
 
 
-def as_references(node: Any, *, back: bool = False) -> Any:
+def as_references(node: object, *, back: bool = False) -> object:
     """Return nested dicts, lists and texts with `${oc.env:X}` in place of a credential that is X's; or the other way.
 
     For a state that is loaded again, and needs the value.
@@ -274,7 +274,7 @@ class CleanStream:
         self.stream.write(without_secrets(text))
         return len(text)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
 
 
@@ -293,7 +293,7 @@ def _is_secret_number(key: str, value: object) -> bool:
     return is_whole and len(str(value)) >= 6 and names_a_secret(key) and not _words(key).endswith("tokens")
 
 
-def _is_place(key: str, value: Any) -> bool:
+def _is_place(key: str, value: object) -> bool:
     """Return whether a key says where credentials lie, not which: GOOGLE_APPLICATION_CREDENTIALS."""
     return (
         isinstance(value, str)
@@ -302,7 +302,7 @@ def _is_place(key: str, value: Any) -> bool:
     )
 
 
-def _of_command(words: Sequence[Any]) -> Sequence[Any]:
+def _of_command(words: Sequence[object]) -> Sequence[object]:
     """Return the words of a command with its password left out; the same object if it has no password."""
     if not all(isinstance(word, str) for word in words):
         return words
@@ -312,7 +312,7 @@ def _of_command(words: Sequence[Any]) -> Sequence[Any]:
     return found[1:-1].split("\x1f\n\x1f")
 
 
-def _names_option(item: Any) -> bool:
+def _names_option(item: object) -> bool:
     """Return whether the item after this one of a list is what an option takes: ["--token", "..."]."""
     return isinstance(item, str) and re.fullmatch(r"--?[\w\-]+", item) is not None and names_a_secret(item)
 
@@ -338,7 +338,7 @@ def _with_instead(text: str, values: list[tuple[str, str]]) -> str:
     return text
 
 
-def _replaced(node: Any, pairs: list[tuple[str, str]]) -> Any:
+def _replaced(node: Any, pairs: list[tuple[str, str]]) -> object:
     if isinstance(node, str):
         return _with_instead(node, pairs)
     if isinstance(node, dict):
@@ -539,7 +539,7 @@ def _forms(value: str) -> Iterator[str]:
     yield base64.b64encode(value.encode("utf-8", "surrogateescape")).decode().rstrip("=")
 
 
-def _hidden_in(before: Any, after: Any) -> Iterator[str]:
+def _hidden_in(before: object, after: object) -> Iterator[str]:
     """Yield the texts that were taken out as a whole, or what was taken out of them."""
     if before is after:
         return

@@ -9,10 +9,12 @@ import json
 import math
 from typing import Any
 
+from labtrain.base.contracts import Options
+
 ITEMS, FLOAT = "(items)", "(float)"
 
 
-def dumps(value: Any, **options: Any) -> str:
+def dumps(value: object, **options: Any) -> str:
     """Return a value of plain containers, numbers and texts as JSON; `options` are those of json.dumps."""
     return json.dumps(plain(value), allow_nan=False, **options)
 
@@ -22,7 +24,7 @@ def loads(text: str | bytes) -> Any:
     return json.loads(text, object_hook=restored)
 
 
-def plain(node: Any) -> Any:
+def plain(node: object) -> object:
     """Return a value as JSON can hold it."""
     if isinstance(node, dict):
         if all(isinstance(key, str) for key in node) and not node.keys() & {ITEMS, FLOAT}:
@@ -35,14 +37,14 @@ def plain(node: Any) -> Any:
     return node
 
 
-def restored(node: dict[str, Any]) -> Any:
+def restored(node: Options) -> object:
     """Return what an object of JSON stands for; the hook of a parser."""
     if node.keys() == {ITEMS}:
         return dict(node[ITEMS])
     return float(node[FLOAT]) if node.keys() == {FLOAT} else node
 
 
-def digest_of(tree: dict[str, Any]) -> str:
+def digest_of(tree: dict[str, object]) -> str:
     """Return the sha256 over a mapping without its own `digest`: JSON with sorted keys and no spaces, in ASCII."""
     rest = {key: value for key, value in tree.items() if key != "digest"}
     return hashlib.sha256(dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -180,7 +180,7 @@ def loads(data: bytes | str) -> Any:
     return value
 
 
-def leaves(tree: Any) -> Iterator[Any]:
+def leaves(tree: Any) -> Iterator[object]:
     """Yield what nested lists and mappings hold, and the keys of these.
 
     Raises:
@@ -188,7 +188,7 @@ def leaves(tree: Any) -> Iterator[Any]:
     """
     level, left = [tree], MOST_VALUES
     for _ in range(DEEPEST):
-        below: list[Any] = []
+        below: list[object] = []
         for node in level:
             if isinstance(node, dict | list | tuple):
                 left -= len(node) + 1
@@ -229,14 +229,14 @@ def damage_of(path: object, *, hint: str, what: str = "is broken") -> Iterator[N
         raise DamagedError(f"{path} {what}: {' '.join(said.split())[:300]}", hint=hint) from error
 
 
-def _mapping(pairs: list[tuple[str, Any]]) -> Any:
+def _mapping(pairs: list[tuple[str, object]]) -> object:
     found = dict(pairs)
     if len(found) != len(pairs):
         raise ValueError("a key is there twice")
     return exact_json.restored(found)
 
 
-def _refuse(name: str) -> Any:
+def _refuse(name: str) -> object:
     raise ValueError(f"{name} is no number of JSON's")
 
 

@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from labtrain.base import untrusted
 from labtrain.base.console import quoted
-from labtrain.base.contracts import SavedFile
+from labtrain.base.contracts import SavedFile, State
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.base.files import file_sha256, sync
 from labtrain.base.untrusted import damage_of
@@ -58,7 +58,6 @@ TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 PARTS = "parts"  # in state.pt: the paths of the tensors that lie in the parts
 
-State = dict[str, Any]
 Keys = tuple[Any, ...]
 T = TypeVar("T")
 
@@ -68,7 +67,7 @@ def is_spread(weights: State) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in weights.values())
 
 
-def write_files(folder: Path, state: State, group: Any = None) -> Manifest:
+def write_files(folder: Path, state: State, group: object = None) -> Manifest:
     """Write a state to a new folder; return its files' sha256 and size, and the weights digest.
 
     The files are on the disk then; that the folder names them is for who gives it its manifest.
@@ -411,7 +410,7 @@ def _load_parts(folder: Path, names: Any, now: State, *, alone: bool) -> State:
     return tensors
 
 
-def _without_parts(node: Any, path: Keys, paths: list[Keys]) -> Any:
+def _without_parts(node: object, path: Keys, paths: list[Keys]) -> Any:
     """Return a state with None for what lies in the parts, the weights and each DTensor; note the paths of those."""
     if isinstance(node, dict):
         kind: Any = type(node)  # a Counter, say
@@ -440,7 +439,7 @@ def _get(state: Any, path: Keys) -> Any:
     return state
 
 
-def _put(state: Any, path: Keys, value: Any) -> None:
+def _put(state: object, path: Keys, value: object) -> None:
     _get(state, path[:-1])[path[-1]] = value
 
 

@@ -4,13 +4,12 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import torch
 
 from labtrain.base import untrusted
 from labtrain.base.console import quoted
-from labtrain.base.contracts import Manifest
+from labtrain.base.contracts import Manifest, State
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError, StoreError
 from labtrain.checkpoints.format import load_folder, load_plain, write_files
 from labtrain.checkpoints.locate import found_checkpoint
@@ -51,7 +50,7 @@ def import_checkpoint(file: Path, url: str) -> str:
     except DamagedError as error:
         hint = "in the program that made it: torch.save(model.state_dict(), FILE)"
         raise DamagedError(str(error.args[0]), hint=hint) from error
-    state: dict[str, Any] = loaded if "state_dict" in loaded else {"state_dict": loaded}
+    state: State = loaded if "state_dict" in loaded else {"state_dict": loaded}
     _check(file, state)
     state = Staging().copy({key: value for key, value in state.items() if key != "loops"})
     store = Store(url)
@@ -87,7 +86,7 @@ def import_checkpoint(file: Path, url: str) -> str:
     return f"{store.url}/{name}"
 
 
-def _check(file: Path, state: dict[str, Any]) -> None:
+def _check(file: Path, state: State) -> None:
     """Hold what a .ckpt holds against what a checkpoint can, before anything is written.
 
     Raises:

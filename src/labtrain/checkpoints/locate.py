@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from labtrain.base.errors import LabtrainError
 from labtrain.record import receipt
@@ -41,7 +40,7 @@ def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]
         return state_digest(load_folder(folder)), claimed
 
 
-def load_weights(target: str | Path) -> dict[str, Any]:
+def load_weights(target: str | Path) -> dict[str, object]:
     """Return the weights of a run, or of one checkpoint, as a state dict on the CPU. No code is run from them.
 
     Args:

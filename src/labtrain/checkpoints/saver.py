@@ -17,9 +17,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from labtrain.base.contracts import Link, SavedCheckpoint, TrailMark
+from labtrain.base.contracts import Link, SavedCheckpoint, State, TrailMark
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.checkpoints.format import together, write_files
 from labtrain.checkpoints.staging import Staging
@@ -55,10 +54,10 @@ class Saver:
         self.missing: list[list[int]] = []  # ranges of steps that the trail lacks
         self.taken: set[str] = set()
         self.undelivered: list[str] = []  # of a process before; not moved before all ranks have loaded one of them
-        self.staged: dict[str, Any] | None = None  # the state that was saved last
+        self.staged: dict[str, object] | None = None  # the state that was saved last
         self.known: set[str] | None = None  # which there were when the start looked; None: when it is opened
         self.token = ""  # of rank 0
-        self.group: Any = None  # of the ranks, where the state is spread over them; the writers' own
+        self.group: object = None  # of the ranks, where the state is spread over them; the writers' own
         self.delivery: Delivery | None = None
         self.thread: threading.Thread | None = None
         self.error: LabtrainError | None = None
@@ -120,7 +119,7 @@ class Saver:
         """Whether a save is still being written."""
         return self.thread is not None and self.thread.is_alive()
 
-    def save(self, state: dict[str, Any], manifest: Manifest, *, finished: bool = False) -> str:
+    def save(self, state: State, manifest: Manifest, *, finished: bool = False) -> str:
         """Copy a state and begin to write it; wait for the save before where one is still written. Return its name.
 
         Args:
@@ -215,7 +214,7 @@ class Saver:
             with suppress(Exception):
                 self.home.leave(self.token)
 
-    def _write(self, name: str, state: dict[str, Any], manifest: Manifest, sizes: dict[str, int]) -> None:
+    def _write(self, name: str, state: State, manifest: Manifest, sizes: dict[str, int]) -> None:
         folder = ""
         try:
             folder = together(self.group, partial(self._begin, name))[0]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from labtrain.base.contracts import State
 from labtrain.base.errors import LabtrainError
 
 PLAIN = (type(None), bool, int, float, str, bytes)
@@ -26,13 +27,13 @@ class Staging:
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
 
-    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
+    def copy(self, state: dict[str, object]) -> State:
         """Return a copy of nested dicts, lists and tuples of tensors and plain values, good until the next call.
 
         Raises:
             LabtrainError: names the key of what is neither.
         """
-        copied: dict[str, Any] = self._copy(state, "state")
+        copied: dict[str, object] = self._copy(state, "state")
         if any(buffer.is_pinned() for buffer in self.buffers.values()):
             torch.cuda.current_stream().synchronize()
         return copied
@@ -67,7 +68,7 @@ class Staging:
         return buffer.copy_(tensor, non_blocking=True)
 
 
-def unsavable(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+def unsavable(value: Any, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], object]]:
     """Yield the keys and the value of each part of a state that `Staging.copy` would refuse."""
     kind = type(value)
     if kind in MAPPINGS and all(map(_is_key, value)):

@@ -20,7 +20,7 @@ from torch import Tensor
 from labtrain.base.untrusted import is_count, is_number
 from labtrain.record.digests import PLACE
 
-Form = dict[Any, Any]
+Form = dict[object, object]
 
 SCALAR = bool | int | float | complex | str | bytes | None
 
@@ -99,7 +99,7 @@ STATE: Form = {
 }
 
 
-def check(value: Any, form: Any = STATE, at: str = "") -> None:
+def check(value: Any, form: object = STATE, at: str = "") -> None:
     """Refuse a value of another form.
 
     Args:
@@ -131,17 +131,17 @@ def check(value: Any, form: Any = STATE, at: str = "") -> None:
         raise _unlike(value, at)
 
 
-def _check_kind(value: Any, kind: Any, at: str) -> None:
+def _check_kind(value: object, kind: Any, at: str) -> None:
     if not isinstance(value, kind):
         raise _unlike(value, at)
 
 
-def _unlike(value: Any, at: str) -> ValueError:
+def _unlike(value: object, at: str) -> ValueError:
     what = f"{value!r:.50}" if isinstance(value, SCALAR) else f"of type {type(value).__name__}"
     return ValueError(f"its {at} cannot be {what}")
 
 
-def first_of_another_kind(saved: Any, made: Any, at: str = "") -> str | None:
+def first_of_another_kind(saved: object, made: object, at: str = "") -> str | None:
     """Return the name of the first part of a saved state that is of another kind than the one that was made just now.
 
     None is of every kind, a number and a tensor are of one.
@@ -158,7 +158,7 @@ def first_of_another_kind(saved: Any, made: Any, at: str = "") -> str | None:
     return next((name for name in found if name is not None), None)
 
 
-def _kind(value: Any) -> type[Any]:
+def _kind(value: object) -> type[object]:
     if isinstance(value, str):  # an enumeration of Lightning's too
         return str
     return float if isinstance(value, int | float | Tensor) else type(value)

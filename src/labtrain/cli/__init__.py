@@ -27,7 +27,7 @@ class Main(help_page.Group):
         with console.guarded():
             return super().main(*arguments, **options)
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except LabtrainError as error:

@@ -33,7 +33,7 @@ class Group(_WithExample, click.Group):
     summary is the first line of the command's docstring, in full.
     """
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
+    def __init__(self, *arguments: object, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self.sections: dict[str, list[click.Command]] = {}
 

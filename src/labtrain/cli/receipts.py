@@ -4,7 +4,6 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -218,7 +217,7 @@ def progress(step: int) -> None:
     sys.stderr.flush()
 
 
-def parsed(changes: tuple[str, ...]) -> dict[str, Any]:
+def parsed(changes: tuple[str, ...]) -> dict[str, object]:
     """Return KEY=VALUE words as a dict; a value is read as YAML."""
     import yaml
 

@@ -23,7 +23,7 @@ from labtrain.record.provenance import memory_bytes
 ADVISED_SHARE = 0.5  # of the memory: a larger map does not stay in it, beside what trains
 
 
-class Arrays(Dataset[Any]):
+class Arrays(Dataset[object]):
     """A tuple of arrays of one length as a dataset: a sample is a row of each.
 
     Raises:
@@ -48,11 +48,11 @@ class Arrays(Dataset[Any]):
     def __len__(self) -> int:
         return len(self.arrays[0])
 
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
+    def __getitem__(self, index: int) -> tuple[object, ...]:
         return tuple(array[index] for array in self.arrays)
 
 
-def is_arrays(dataset: Any) -> bool:
+def is_arrays(dataset: object) -> bool:
     """Return whether a dataset is a tuple of arrays."""
     return type(dataset) is tuple and any(map(_is_array, dataset))
 
@@ -72,7 +72,7 @@ class Rows:
         self.advised: list[tuple[mmap.mmap, int, int]] = []  # the map, where its first row begins, bytes a row
 
     @classmethod
-    def of(cls, dataset: Any) -> "Rows | None":
+    def of(cls, dataset: object) -> "Rows | None":
         """Return what takes a dataset's rows; None where it has samples instead."""
         if _is_array(dataset):
             return cls([dataset], single=True)
@@ -80,7 +80,7 @@ class Rows:
             return cls(dataset.tensors, single=False)
         return cls(dataset.arrays, single=False) if type(dataset) is Arrays else None
 
-    def __call__(self, indices: Indices) -> Any:
+    def __call__(self, indices: Indices) -> object:
         """Return the rows at indices (B,): a tensor (B, ...), or a list of them."""
         if self.advised:
             self._ask(indices)
@@ -121,11 +121,11 @@ def usable_bytes() -> int:
     return found if text == "max" else min(found, int(text))
 
 
-def _is_array(each: Any) -> bool:
+def _is_array(each: object) -> bool:
     return isinstance(each, Tensor | np.ndarray) and each.ndim > 0
 
 
-def _tensor(array: Any) -> Tensor:
+def _tensor(array: object) -> Tensor:
     """Return a tensor with an array's memory, where torch can."""
     if isinstance(array, Tensor):
         return array
@@ -146,11 +146,11 @@ def _lays_out_alike(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.index_select(0, one).stride() == tensor[one].stride()
 
 
-def _map_of(array: Any) -> mmap.mmap | None:
+def _map_of(array: object) -> mmap.mmap | None:
     """Return the memory map that an array is a view of, row after row."""
     if not isinstance(array, np.ndarray) or not array.flags.c_contiguous:
         return None
-    owner: Any = array
+    owner: object = array
     while isinstance(owner, np.ndarray):
         owner = owner.base
     return owner if isinstance(owner, mmap.mmap) else None

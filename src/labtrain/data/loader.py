@@ -61,7 +61,7 @@ class Sharded:
         shards: how many shards the whole batch is cut into.
     """
 
-    def __init__(self, parts: list[tuple[int, int, Any]], *, samples: int, shards: int) -> None:
+    def __init__(self, parts: list[tuple[int, int, object]], *, samples: int, shards: int) -> None:
         self.parts, self.samples, self.shards = parts, samples, shards
 
 
@@ -90,18 +90,18 @@ class DataLoader:
 
     def __init__(
         self,
-        dataset: Any,
+        dataset: object,
         batch_size: int = 1,
         *,
         shuffle: bool = False,
         num_workers: int = 0,
-        collate_fn: Callable[[list[Any]], Any] | None = None,
+        collate_fn: Callable[[list[object]], object] | None = None,
         drop_last: bool = False,
         pin_memory: bool | None = None,
         draws: bool = True,
         transform: Transform | Sequence[Transform] | None = None,
         device: torch.device | str | None = None,
-        **others: Any,
+        **others: object,
     ) -> None:
         if others:
             raise ConfigError(
@@ -129,7 +129,7 @@ class DataLoader:
         self._place = (0, 1)
         self._loaded_before = self._transformed_before = self._said = self._said_changed = False
         self.counts: list[str] = []  # attributes of the dataset that count loads
-        self.begun: dict[str, Any] = {}  # its numbers and texts when the epoch began
+        self.begun: dict[str, object] = {}  # its numbers and texts when the epoch began
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
@@ -164,7 +164,7 @@ class DataLoader:
             return whole
         return whole + (self._shards is not None or len(shard_range(rest, *_place())) > 0)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         # A generator: nothing below runs before the first next(), which comes after set_epoch.
         epoch = self.epoch
         self.begun = scalars_of(self.dataset)
@@ -198,7 +198,7 @@ class DataLoader:
         """Return the indices of the first batch of an epoch."""
         return Order(len(self.dataset), seed=run_seed(), epoch=epoch, shuffle=self.shuffle)(0, self.batch_size)
 
-    def load(self, groups: Iterable[Sequence[Indices]], epoch: int) -> Iterator[list[Any]]:
+    def load(self, groups: Iterable[Sequence[Indices]], epoch: int) -> Iterator[list[object]]:
         """Yield the data of parts of one's own choice, each made as a shard of that epoch is; a list for each group.
 
         Where the training loads in workers, one worker loads these too: the dataset of this process is left alone.
@@ -223,7 +223,9 @@ class DataLoader:
         draws = [Draws(run_seed(), epoch, torch.from_numpy(part)) for _, part in parts]
         return [with_partners(self.transforms, each, len(self.dataset)).numpy() for each in draws]
 
-    def _made(self, plan: Iterator[Plan], epoch: int, num_workers: int) -> Iterator[tuple[Indices, Parts, list[Any]]]:
+    def _made(
+        self, plan: Iterator[Plan], epoch: int, num_workers: int
+    ) -> Iterator[tuple[Indices, Parts, list[object]]]:
         """Yield the batches of a plan as they are handed out: loaded, on their device, transformed."""
         seed = run_seed()
         for indices, parts, data in self._on_device(self._load(plan, epoch, num_workers)):
@@ -234,14 +236,16 @@ class DataLoader:
                 ]
             yield indices, parts, data
 
-    def _load(self, plan: Iterator[Plan], epoch: int, num_workers: int) -> Iterator[tuple[Indices, Parts, list[Any]]]:
+    def _load(
+        self, plan: Iterator[Plan], epoch: int, num_workers: int
+    ) -> Iterator[tuple[Indices, Parts, list[object]]]:
         """Yield the batches of a plan as they are loaded: with transforms, each with the indices of its samples."""
         fetch = _Fetch(self, epoch, twice=not self._loaded_before)
         self._loaded_before = True
         waits = fetch.rows is not None and fetch.rows.advise(shuffle=self.shuffle)
         plan, dealt = itertools.tee(plan)
         wanted = (load for _, _, loads in dealt for load in loads)
-        results: Iterator[Any] = map(fetch.__getitem__, wanted)
+        results: Iterator[object] = map(fetch.__getitem__, wanted)
         if waits and not num_workers:
             parts_ahead = len(shard_range(self._shards, *self._place)) if self._shards is not None else 1
             results = in_thread(fetch.__getitem__, wanted, number=parts_ahead)
@@ -267,7 +271,7 @@ class DataLoader:
             else:
                 yield indices, parts, [next(results) for _ in loads]
 
-    def _received(self, result: Any) -> Any:
+    def _received(self, result: object) -> object:
         if isinstance(result, ConfigError):
             raise result
         if not isinstance(result, Noted):
@@ -279,7 +283,7 @@ class DataLoader:
             run_say(result.said)  # here, and not in a worker: the receipt is this process's
         return pinned(result.batch) if self.pin_memory else result.batch
 
-    def _on_device(self, loaded: Iterator[Any]) -> Iterator[Any]:
+    def _on_device(self, loaded: Iterator[object]) -> Iterator[Any]:
         device = self.device
         if device is None:
             device = run_device() if self.transforms else torch.device("cpu")
@@ -287,7 +291,7 @@ class DataLoader:
             return Copies(device).of(loaded)
         return loaded if device.type == "cpu" else (on_tensors(lambda each: each.to(device), batch) for batch in loaded)
 
-    def _transformed(self, indices: Any, raw: Any, draws: Draws) -> Any:
+    def _transformed(self, indices: Any, raw: object, draws: Draws) -> object:
         """Transform a part by itself: what code of one's own computes, or draws, is then the same on any devices."""
         if run_mode() == "off" or all(isinstance(each, Own) for each in self.transforms):
             return apply(self.transforms, raw, draws)
@@ -327,7 +331,7 @@ class DataLoader:
         return [(shard, indices[cuts[shard] : cuts[shard + 1]]) for shard in mine]
 
 
-class _Fetch(Dataset[Any]):
+class _Fetch(Dataset[object]):
     """Loads the samples of one part, each under its own (seed, epoch, index); runs in the workers.
 
     Args:
@@ -337,16 +341,16 @@ class _Fetch(Dataset[Any]):
     """
 
     def __init__(self, loader: DataLoader, epoch: int, *, twice: bool) -> None:
-        self.dataset: Any = loader.dataset
+        self.dataset: object = loader.dataset
         self.collate = loader.collate_fn
         self.rows = Rows.of(self.dataset) if self.collate is None else None
         self.seed = run_seed() if run_mode() != "off" else None
         self.mode, self.twice = run_mode(), twice and run_mode() != "off"
         self.draws, self.epoch, self.held_to_it = loader.draws, epoch, False
-        self.after: list[Any] = []  # the generators' states after each sample of the first part
+        self.after: list[object] = []  # the generators' states after each sample of the first part
         self.collated = False
 
-    def __getitem__(self, indices: Any) -> Any:
+    def __getitem__(self, indices: Any) -> object:
         if self.rows is not None:
             return self.rows(indices)
         try:
@@ -364,7 +368,7 @@ class _Fetch(Dataset[Any]):
                 raise
             return error  # torch would raise it again as another exception, with this process's traceback as its text
 
-    def _compared(self, indices: Any) -> Any:
+    def _compared(self, indices: Any) -> object:
         """Load a part twice, and refuse what is not the same: generators that are not global are not seeded.
 
         What drew the first time and not the second keeps what it drew: the same in each epoch, until another worker
@@ -394,13 +398,13 @@ class _Fetch(Dataset[Any]):
         counts = sorted(key for key, value in numbers[1].items() if numbers[0].get(key, value) != value)
         return Noted(batch, counts, said) if counts or said else batch
 
-    def _samples(self, indices: Any) -> list[Any]:
+    def _samples(self, indices: Any) -> list[object]:
         if hasattr(self.dataset, "__getitems__"):
             # One call, so one seed: of the part, which holds the same samples on any number of workers.
             return list(self._held(partial(self.dataset.__getitems__, indices.tolist()), int(indices[0]), "samples"))
         return [self._held(partial(getitem, self.dataset, index), index, "sample") for index in indices.tolist()]
 
-    def _collated(self, samples: list[Any]) -> Any:
+    def _collated(self, samples: list[object]) -> object:
         collate = self.collate or default_collate
         if self.seed is None or self.draws or self.collated:
             return collate(samples)
@@ -412,7 +416,7 @@ class _Fetch(Dataset[Any]):
             )
         return batch
 
-    def _held(self, load: Callable[[], Any], index: int, kind: str) -> Any:
+    def _held(self, load: Callable[[], object], index: int, kind: str) -> Any:
         if self.seed is None or (not self.draws and self.held_to_it):
             return load()
         seed_all(self.seed, kind, self.epoch, index)
@@ -457,10 +461,10 @@ class StatefulLoader:
     def __init__(self, loader: Any) -> None:
         self.loader = loader
         self.sampler, self.batch_sampler = self, None  # Lightning calls loader.sampler.set_epoch(epoch)
-        self.states: dict[int, Any] = {}  # by the number of batches of this epoch that were yielded
+        self.states: dict[int, object] = {}  # by the number of batches of this epoch that were yielded
         self.epoch = 0
         self._start = (-1, 0)
-        self._state: Any = None
+        self._state: object = None
         self._ended = False
         self.exhausted = False  # it was asked for another batch in this epoch, and had none
 
@@ -475,7 +479,7 @@ class StatefulLoader:
             if set_epoch is not None:
                 set_epoch(epoch)
 
-    def start_at(self, epoch: int, batch: int, *, state: Any, ended: bool, exhausted: bool = True) -> None:
+    def start_at(self, epoch: int, batch: int, *, state: object, ended: bool, exhausted: bool = True) -> None:
         """Go on from a state.
 
         Args:
@@ -488,7 +492,7 @@ class StatefulLoader:
         self._start, self._state, self._ended, self.epoch = (epoch, batch), state, ended, epoch
         self.exhausted = exhausted
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[object]:
         epoch, done = self._start
         if self.epoch == epoch and self._ended:
             return
@@ -528,7 +532,7 @@ def _length(loader: Any) -> int | None:
         return None
 
 
-def is_stateful(loader: Any) -> bool:
+def is_stateful(loader: object) -> bool:
     """Return whether a loader can say where it stands and be put there."""
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
@@ -560,7 +564,7 @@ def refuse_other(who: str, what: str, mode: str | None = None, *, kept: bool = F
     return text
 
 
-def _numbers_of(dataset: Any) -> dict[str, int | float]:
+def _numbers_of(dataset: object) -> dict[str, int | float]:
     """Return the numbers that a dataset, and the experiment's objects in it, have as attributes, by name."""
     found: dict[str, int | float] = {}
     waiting, seen = [(type(dataset).__name__, dataset)], set[int]()
@@ -578,18 +582,18 @@ def _numbers_of(dataset: Any) -> dict[str, int | float]:
     return found
 
 
-def scalars_of(dataset: Any) -> dict[str, Any]:
+def scalars_of(dataset: object) -> dict[str, object]:
     """Return the numbers and texts that a dataset has as attributes, by name."""
     attributes = getattr(dataset, "__dict__", {})
     return {name: value for name, value in attributes.items() if type(value) in SCALARS}
 
 
-def _generators() -> tuple[Any, ...]:
+def _generators() -> tuple[object, ...]:
     name, keys, position, *_ = np.random.get_state(legacy=True)
     return random.getstate(), str(name), bytes(np.asarray(keys)), position, torch.get_rng_state().numpy().tobytes()
 
 
-def _as_it_is(sample: Any) -> Any:
+def _as_it_is(sample: object) -> object:
     return sample
 
 
@@ -604,7 +608,7 @@ def _map_style(dataset: Any) -> Any:
     return dataset
 
 
-def _check_transforms(transforms: Sequence[Any]) -> None:
+def _check_transforms(transforms: Sequence[object]) -> None:
     for each in transforms:
         if not callable(each) or isinstance(each, type):
             raise ConfigError(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def in_thread(load: Callable[[Item], Started], items: Iterable[Item], *, number:
             yield loading.result()
 
 
-def on_tensors(function: Callable[[Tensor], Any], data: Any) -> Any:
+def on_tensors(function: Callable[[Tensor], object], data: object) -> object:
     """Return a batch, whatever holds its tensors, with a function's results in their place."""
     return tree_map_only(Tensor, function, data)
 
@@ -44,7 +44,7 @@ class Copies:
     def __init__(self, device: torch.device) -> None:
         self.device, self.stream = device, torch.cuda.Stream(device)
 
-    def of(self, batches: Iterable[Any]) -> Iterator[Any]:
+    def of(self, batches: Iterable[object]) -> Iterator[object]:
         """Yield batches on the GPU: the copy of the next has begun, and the current stream waits for this one's."""
         for copy, copied in ahead(batches, self._start):
             torch.cuda.current_stream(self.device).wait_event(copied)
@@ -55,7 +55,7 @@ class Copies:
         """Have its memory, which belongs to the copying stream, not given away before the current one is done."""
         tensor.record_stream(torch.cuda.current_stream(self.device))
 
-    def _start(self, batch: Any) -> tuple[Any, torch.cuda.Event]:
+    def _start(self, batch: object) -> tuple[object, torch.cuda.Event]:
         with torch.cuda.stream(self.stream):
             copy = on_tensors(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True), batch)
             return copy, self.stream.record_event()

@@ -61,12 +61,14 @@ MOST_OBJECTS = 10_000  # that are looked through for hidden weights
 NO_WEIGHTS = ("hydra", "lightning", "logging", "omegaconf", "threading", "torch", "torchmetrics")
 RANDOM = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, torch.Generator)
 
-Snapshot = dict[str, dict[str, Any]]  # of the holder's path, the attributes' names: their values as `Encoder` has them
+Snapshot = dict[
+    str, dict[str, object]
+]  # of the holder's path, the attributes' names: their values as `Encoder` has them
 
 
-def holders(module: nn.Module) -> dict[str, Any]:
+def holders(module: nn.Module) -> dict[str, object]:
     """Return what may hold plain attributes, by dotted path: the model, its submodules, the experiment's objects."""
-    found: dict[str, Any] = {}
+    found: dict[str, object] = {}
     for path, part in module.named_modules():
         if type(part).__module__.partition(".")[0] != "torchmetrics" and not _is_metric(part):
             found[path] = part
@@ -83,18 +85,18 @@ def holders(module: nn.Module) -> dict[str, Any]:
     return found
 
 
-def attributes_of(holder: Any) -> list[tuple[str, Any]]:
+def attributes_of(holder: object) -> list[tuple[str, Any]]:
     """Return (name, value) of each attribute of an object that is not torch's or Lightning's own."""
     private: Any = PRIVATE if isinstance(holder, nn.Module) else ()
     return [(name, value) for name, value in vars(holder).items() if name not in private]
 
 
-def plain_attributes(module: nn.Module) -> dict[str, Any]:
+def plain_attributes(module: nn.Module) -> dict[str, object]:
     """Return the plain attributes of a model by dotted name, as they are: a list is the model's own."""
     return {_joined(path, name): value for path, name, value in _plain(module)}
 
 
-def kept_by(module: nn.Module) -> list[tuple[Any, str]]:
+def kept_by(module: nn.Module) -> list[tuple[object, str]]:
     """Return the holder and the name of each plain attribute."""
     found = holders(module)
     return [(found[path], name) for path, name, _ in _plain(module)]
@@ -179,13 +181,13 @@ def hidden_weights(module: nn.Module) -> dict[str, torch.Tensor]:
     return dict(sorted(found.items()))
 
 
-def _has_no_weights(value: Any) -> bool:
+def _has_no_weights(value: object) -> bool:
     kind = type(value)
     code = isinstance(value, type | types.ModuleType) or hasattr(value, "__get__")
     return code or is_own(kind) or kind.__module__.partition(".")[0] in NO_WEIGHTS
 
 
-def unkept(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def unkept(module: nn.Module) -> Iterator[tuple[str, object]]:
     """Yield the dotted name and the value of each attribute that holds a state which no checkpoint can keep.
 
     Generators of random numbers, iterators, open files, and objects of the experiment's own classes whose state is not
@@ -228,7 +230,7 @@ def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _plain(module: nn.Module) -> Iterator[tuple[str, str, Any]]:
+def _plain(module: nn.Module) -> Iterator[tuple[str, str, object]]:
     storages = _Storages(module)
     for path, holder in holders(module).items():
         for name, value in attributes_of(holder):
@@ -260,7 +262,7 @@ def _is_metric(part: nn.Module) -> bool:
     return torchmetrics is not None and isinstance(part, torchmetrics.Metric | torchmetrics.MetricCollection)
 
 
-def own_objects(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+def own_objects(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, object]]:
     """Yield the path and the object of each instance of the experiment's classes that a value is, or contains."""
     kind = type(value)
     if kind in DICTS or kind in (list, tuple, deque):
@@ -272,7 +274,7 @@ def own_objects(value: Any, path: str, depth: int = 0) -> Iterator[tuple[str, An
         yield path, value
 
 
-def _stateful(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
+def _stateful(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, object]]:
     kind = type(value)
     if id(value) in seen or kind in SCALARS or isinstance(value, nn.Module | type | types.FunctionType):
         return
@@ -289,6 +291,6 @@ def _stateful(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, Any]
         yield path, value
 
 
-def _derived_by_experiment(kind: type[Any]) -> bool:
+def _derived_by_experiment(kind: type[object]) -> bool:
     """Return whether a class of the experiment is a list, dict, set or deque with something of its own."""
     return kind not in (*DICTS, *SEQUENCES) and issubclass(kind, list | dict | set | deque) and is_experiments(kind)

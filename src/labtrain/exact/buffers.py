@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from labtrain.base.contracts import Options
 from labtrain.exact.metric_states import add_rows
 from labtrain.exact.tree_sum import ShardSum
 from labtrain.record.digests import tensor_bytes
@@ -55,7 +56,7 @@ class Buffers:
     def _scan(self) -> None:
         """Find the buffers, tied ones once; statistics first."""
         parts = list(self.module.modules())
-        self._tables: list[dict[str, Any]] = [part._buffers for part in parts]
+        self._tables: list[Options] = [part._buffers for part in parts]
         self._tables += [part._modules for part in parts]
         self._lengths = list(map(len, self._tables))
         self._empty = [(table, name) for table in self._tables for name, each in table.items() if each is None]

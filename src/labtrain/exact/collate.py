@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 COMPLEX = (torch.complex64, torch.complex128, np.dtype(np.complex64), np.dtype(np.complex128))
 
 
-def joined(parts: list[Any], sizes: list[int], *, average: bool = False) -> Any:
+def joined(parts: list[object], sizes: list[int], *, average: bool = False) -> object:
     """Return one value for those of several parts.
 
     Args:
@@ -31,7 +31,7 @@ def joined(parts: list[Any], sizes: list[int], *, average: bool = False) -> Any:
         return parts[0] if len(parts) == 1 else _Joiner(sizes, average=average)(parts, top=True)
 
 
-def emptied(part: Any, size: int, *, average: bool = False) -> Any:
+def emptied(part: object, size: int, *, average: bool = False) -> object:
     """Return what `joined` would give of no samples, made after a part that has `size`.
 
     Args:
@@ -50,22 +50,22 @@ class Sent:
     on_cpu: bool
 
 
-def to_send(data: Any) -> Any:
+def to_send(data: object) -> object:
     """Return a value as it can go to other ranks."""
     return _mapped(data, Tensor, lambda tensor: Sent(tensor.detach().cpu().clone(), tensor.is_cpu))
 
 
-def received(data: Any, device: torch.device) -> Any:
+def received(data: object, device: torch.device) -> Any:
     """Return a value of `to_send`; what was on another rank's device comes to this one's."""
     return _mapped(data, Sent, lambda sent: sent.tensor if sent.on_cpu else sent.tensor.to(device))
 
 
-def marks(data: Any) -> list[tuple[Any, int]]:
+def marks(data: object) -> list[tuple[object, int]]:
     """Return what tells whether a value, or anything in it, is changed later: objects and the versions of tensors."""
     return [(each, _version(each)) for each in _nodes(data)]
 
 
-def is_changed(data: Any, before: list[tuple[Any, int]]) -> bool:
+def is_changed(data: object, before: list[tuple[object, int]]) -> bool:
     """Return whether a value has changed since its `marks`."""
     now = marks(data)
     return len(now) != len(before) or any(
@@ -77,7 +77,7 @@ class _Joiner:
     def __init__(self, sizes: list[int], *, average: bool) -> None:
         self.sizes, self.average = sizes, average
 
-    def __call__(self, parts: list[Any], *, top: bool = False) -> Any:
+    def __call__(self, parts: list[Any], *, top: bool = False) -> object:
         first = parts[0]
         if any(type(part) is not type(first) for part in parts):
             return parts
@@ -109,10 +109,10 @@ class _Joiner:
             return self._mean(parts)
         return first if all(_equal(part, first) for part in parts) else parts
 
-    def _have_rows(self, parts: list[Any]) -> bool:
+    def _have_rows(self, parts: list[object]) -> bool:
         return all(_has_rows(part, size) for part, size in zip(parts, self.sizes, strict=True))
 
-    def _mean(self, parts: list[Any]) -> Any:
+    def _mean(self, parts: list[Any]) -> object:
         """Return the mean, weighted by the samples; of equal numbers these."""
         if isinstance(parts[0], Tensor):
             total = torch.stack([part.double() * size for part, size in zip(parts, self.sizes, strict=True)]).sum()
@@ -122,7 +122,7 @@ class _Joiner:
             return parts[0]
         return sum(part * size for part, size in zip(parts, self.sizes, strict=True)) / sum(self.sizes)
 
-    def _sequences(self, parts: list[Any], *, top: bool) -> Any:
+    def _sequences(self, parts: list[Any], *, top: bool) -> object:
         first = parts[0]
         if self._have_rows(parts):
             fields = all(_are_fields(part, size) for part, size in zip(parts, self.sizes, strict=True))
@@ -135,8 +135,8 @@ class _Joiner:
         return type(first)([self(list(each)) for each in zip(*parts, strict=True)])
 
 
-def _emptied(part: Any, size: int, *, average: bool, top: bool = False) -> Any:
-    def inner(value: Any) -> Any:
+def _emptied(part: object, size: int, *, average: bool, top: bool = False) -> object:
+    def inner(value: object) -> object:
         return _emptied(value, size, average=average)
 
     if isinstance(part, Tensor | np.ndarray):
@@ -160,7 +160,7 @@ def _emptied(part: Any, size: int, *, average: bool, top: bool = False) -> Any:
     return part if part is None or isinstance(part, int | float | np.number | str) else []
 
 
-def _has_rows(part: Any, size: int) -> bool:
+def _has_rows(part: object, size: int) -> bool:
     if isinstance(part, Tensor | np.ndarray):
         return part.ndim > 0 and part.shape[0] == size
     return (
@@ -168,23 +168,23 @@ def _has_rows(part: Any, size: int) -> bool:
     )
 
 
-def _are_fields(part: Sequence[Any], size: int) -> bool:
+def _are_fields(part: Sequence[object], size: int) -> bool:
     """Return whether what has as many items as samples may be (inputs, targets) rather than rows."""
     found = [_has_rows(value, size) for value in part if isinstance(value, Tensor | np.ndarray | list | tuple)]
     return bool(found) and all(found)
 
 
-def _kind(value: Any) -> tuple[type[Any], int]:
+def _kind(value: object) -> tuple[type[object], int]:
     return type(value), value.ndim if isinstance(value, Tensor | np.ndarray) else 0
 
 
-def _is_record(value: Any) -> bool:
+def _is_record(value: object) -> bool:
     return (isinstance(value, tuple) and hasattr(value, "_fields")) or (
         dataclasses.is_dataclass(value) and not isinstance(value, type)
     )
 
 
-def _record(like: Any, value_of: Callable[[str], Any]) -> Any:
+def _record(like: Any, value_of: Callable[[str], Any]) -> object:
     """Return a named tuple or a dataclass with other values."""
     if isinstance(like, tuple):
         return type(like)(*(value_of(name) for name in like._fields))  # type: ignore[attr-defined]
@@ -194,8 +194,8 @@ def _record(like: Any, value_of: Callable[[str], Any]) -> Any:
     return made
 
 
-def _mapped(data: Any, kind: type[Any], function: Callable[[Any], Any]) -> Any:
-    def inner(value: Any) -> Any:
+def _mapped(data: object, kind: type[object], function: Callable[[Any], object]) -> object:
+    def inner(value: object) -> object:
         return _mapped(value, kind, function)
 
     if isinstance(data, kind):
@@ -207,14 +207,14 @@ def _mapped(data: Any, kind: type[Any], function: Callable[[Any], Any]) -> Any:
     return type(data)([inner(value) for value in data]) if isinstance(data, list | tuple) else data
 
 
-def _like(mapping: Mapping[Any, Any], items: list[tuple[Any, Any]]) -> Any:
+def _like(mapping: Mapping[object, object], items: list[tuple[object, object]]) -> object:
     if isinstance(mapping, defaultdict):
         return defaultdict(mapping.default_factory, items)
     kind: Any = type(mapping)
     return kind(OrderedDict(items)) if kind is not dict else dict(items)
 
 
-def _equal(one: Any, two: Any) -> bool:
+def _equal(one: object, two: Any) -> bool:
     if isinstance(one, Tensor):
         return one.layout == two.layout == torch.strided and torch.equal(one, two)
     if isinstance(one, np.ndarray):
@@ -222,7 +222,7 @@ def _equal(one: Any, two: Any) -> bool:
     return one is two or (isinstance(one, str | bytes | int | float | complex) and one == two)
 
 
-def _nodes(data: Any) -> Iterator[Any]:
+def _nodes(data: Any) -> Iterator[object]:
     yield data
     inside: Any = ()
     if isinstance(data, Mapping):

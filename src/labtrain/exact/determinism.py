@@ -145,7 +145,7 @@ def fill_new_memory(*, on: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = on  # type: ignore[attr-defined]  # a property of the module
 
 
-def flags() -> dict[str, Any]:
+def flags() -> dict[str, object]:
     """Return each of torch's flags and each variable that can change bits, as they are now."""
     import torch
 

@@ -1,17 +1,17 @@
 """The states of torchmetrics: taken out, put back, and reduced over shards in one order."""
 
-from typing import Any
-
 import torch
 import torchmetrics
 from torch import Tensor
 from torchmetrics.utilities.data import dim_zero_max, dim_zero_mean, dim_zero_min, dim_zero_sum
 
-REDUCTIONS: dict[Any, str] = {dim_zero_sum: "sum", dim_zero_mean: "mean", dim_zero_min: "min", dim_zero_max: "max"}
+from labtrain.base.contracts import State
+
+REDUCTIONS: dict[object, str] = {dim_zero_sum: "sum", dim_zero_mean: "mean", dim_zero_min: "min", dim_zero_max: "max"}
 
 KEPT = frozenset({*vars(torchmetrics.SumMetric()), "_update_count"})  # torchmetrics' own attributes
 
-Held = dict[str, Any]
+Held = State
 
 
 def metrics_of(module: torch.nn.Module) -> dict[str, torchmetrics.Metric]:
@@ -74,16 +74,16 @@ def merged(held: Tensor, step: Tensor, kind: str, updates: int) -> Tensor:
 
 def reduction(metric: torchmetrics.Metric, state: str) -> str:
     """Return how a state is reduced over ranks: sum, mean, min, max; empty for another way."""
-    function: Any = metric._reductions[state]
+    function: object = metric._reductions[state]
     return REDUCTIONS.get(function, "")
 
 
-def beside_states(metric: torchmetrics.Metric) -> dict[str, Any]:
+def beside_states(metric: torchmetrics.Metric) -> dict[str, object]:
     """Return what a metric keeps beside its states, so that two of these are equal if nothing was changed.
 
     Numbers and texts; of a tensor its version, of a container its length.
     """
-    found: dict[str, Any] = {"_update_count": metric._update_count}
+    found: dict[str, object] = {"_update_count": metric._update_count}
     for name, value in vars(metric).items():
         if name in metric._defaults or name in KEPT:
             continue

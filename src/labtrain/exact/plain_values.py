@@ -33,26 +33,26 @@ from labtrain.base.errors import ConfigError
 SCALARS = (type(None), bool, int, float, complex, str, bytes)
 SIMPLE = frozenset(SCALARS) - {complex}
 LEAVES = frozenset({*SCALARS, torch.Tensor, nn.Parameter, np.ndarray})
-DICTS: tuple[type[Any], ...] = (dict, OrderedDict, Counter, defaultdict)
+DICTS: tuple[type[object], ...] = (dict, OrderedDict, Counter, defaultdict)
 SEQUENCES: tuple[type[Any], ...] = (list, tuple, torch.Size, set, frozenset, deque)
 CONTAINERS = {kind.__name__: kind for kind in (*DICTS, *SEQUENCES)}
-FACTORIES: dict[Any, str] = {kind: kind.__name__ for kind in (list, dict, set, int, float, str, tuple, deque)}
+FACTORIES: dict[object, str] = {kind: kind.__name__ for kind in (list, dict, set, int, float, str, tuple, deque)}
 BY_NAME = {name: factory for factory, name in FACTORIES.items()}
 OWN_FACTORY = ""  # of a defaultdict: code, which no checkpoint holds
 BAGS = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap)
 LIBRARIES = tuple(Path(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
-def _numbers(kind: Any) -> Callable[[str], Any]:
+def _numbers(kind: Any) -> Callable[[str], object]:
     return lambda text: kind(*map(int, text.split()))
 
 
-def _of_torch(text: str) -> Any:
+def _of_torch(text: str) -> object:
     return vars(torch)[text.removeprefix("torch.")]
 
 
 # Values that a text tells whole: how it is written, and read.
-TEXTS: dict[type[Any], tuple[Callable[[Any], str], Callable[[str], Any]]] = {
+TEXTS: dict[type[object], tuple[Callable[[Any], str], Callable[[str], object]]] = {
     Fraction: (str, Fraction),
     Decimal: (str, Decimal),
     UUID: (str, UUID),
@@ -69,7 +69,7 @@ TEXTS: dict[type[Any], tuple[Callable[[Any], str], Callable[[str], Any]]] = {
 }
 TEXTS_BY_NAME = {kind.__name__: kind for kind in TEXTS}
 
-Place = tuple[Any, ...]
+Place = tuple[object, ...]
 
 
 def is_plain(
@@ -119,14 +119,14 @@ def _is_key(key: Any) -> bool:
     )
 
 
-def _is_named_tuple(value: Any) -> bool:
+def _is_named_tuple(value: object) -> bool:
     kind = type(value)
     if not (isinstance(value, tuple) and hasattr(kind, "_fields")) or getattr(value, "__dict__", None):
         return False
     return _class_named(*_name_of(kind)) is kind
 
 
-def _name_of(kind: type[Any]) -> tuple[str, str]:
+def _name_of(kind: type[object]) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
 
 
@@ -157,7 +157,7 @@ def _member(kind: type[Enum], names: list[str]) -> Enum | None:
     return members[0]
 
 
-def _state(value: Any) -> list[tuple[str, Any]]:
+def _state(value: object) -> list[tuple[str, object]]:
     """Return the attributes of an object, those in __slots__ too."""
     slots = [name for name in copyreg._slotnames(type(value)) if hasattr(value, name)]  # type: ignore[attr-defined]
     return [*getattr(value, "__dict__", {}).items(), *((name, getattr(value, name)) for name in slots)]
@@ -174,7 +174,7 @@ class Encoder:
         self.numbers: dict[int, int] = {}
         self.places = places or {}
 
-    def __call__(self, value: Any) -> Any:
+    def __call__(self, value: Any) -> object:
         kind = type(value)
         if kind is complex:
             return "complex", value.real, value.imag
@@ -194,7 +194,7 @@ class Encoder:
         node = self._object(value)
         return ("at", node, self.places[id(value)]) if id(value) in self.places else node
 
-    def _object(self, value: Any) -> Any:
+    def _object(self, value: Any) -> object:
         kind = type(value)
         if kind is torch.Tensor:
             return "tensor", value.detach(), value.is_cpu, value.requires_grad and value.is_leaf
@@ -215,7 +215,7 @@ class Encoder:
             return self._sequence(value)
         return "object", [(name, self(item)) for name, item in _state(value)], *_name_of(kind)
 
-    def _sequence(self, value: Any) -> Any:
+    def _sequence(self, value: Any) -> object:
         kind = type(value)
         if kind is list and SIMPLE.issuperset(map(type, value)):
             return "list", list(value)
@@ -237,10 +237,10 @@ class Decoder:
         ConfigError: a class is not there any more.
     """
 
-    def __init__(self, device: torch.device, there: dict[Place, Any] | None = None) -> None:
-        self.device, self.there, self.made = device, there, list[Any]()
+    def __init__(self, device: torch.device, there: dict[Place, object] | None = None) -> None:
+        self.device, self.there, self.made = device, there, list[object]()
 
-    def __call__(self, node: Any, current: Any = None, into: Any = None) -> Any:
+    def __call__(self, node: object, current: object = None, into: object = None) -> object:
         """Return the value.
 
         Args:
@@ -280,27 +280,27 @@ class Decoder:
             return CONTAINERS[kind](self._items(content, current))
         return self._collection(kind, content, current, into, *more)
 
-    def _enum(self, names: list[str], *where: str) -> Any:
+    def _enum(self, names: list[str], *where: str) -> object:
         found = _class_named(*where)
         member = _member(found, names) if found is not None and issubclass(found, Enum) else None
         if member is None:
             raise _gone(f"{'.'.join(where)}.{'|'.join(names)}")
         return member
 
-    def _array(self, content: torch.Tensor, into: Any, shape: Any, dtype: Any) -> Any:
+    def _array(self, content: torch.Tensor, into: object, shape: Any, dtype: Any) -> object:
         array = content.numpy().astype(dtype).reshape(shape)
         if type(into) is np.ndarray and (into.shape, into.dtype) == (array.shape, array.dtype):
             into[...] = array
             return into
         return array
 
-    def _named_tuple(self, content: Any, current: Any, *where: str) -> Any:
+    def _named_tuple(self, content: Any, current: object, *where: str) -> object:
         found = _class_named(*where)
         if found is None or not (issubclass(found, tuple) and hasattr(found, "_fields")):
             raise _gone(".".join(where))
         return tuple.__new__(found, self._items(content, current))
 
-    def _collection(self, kind: str, content: Any, current: Any, into: Any, maxlen: int | None = None) -> Any:
+    def _collection(self, kind: str, content: Any, current: Any, into: Any, maxlen: int | None = None) -> object:
         made: Any = into
         if type(into) is not CONTAINERS[kind] or (kind == "deque" and into.maxlen != maxlen):
             made = deque(maxlen=maxlen) if kind == "deque" else CONTAINERS[kind]()
@@ -310,15 +310,15 @@ class Decoder:
             made.add(item) if kind == "set" else made.append(item)
         return made
 
-    def _noted(self, made: Any) -> Any:
+    def _noted(self, made: object) -> object:
         self.made.append(made)
         return made
 
-    def _items(self, content: list[Any], current: Any) -> Any:
+    def _items(self, content: list[object], current: object) -> Any:
         like = current if isinstance(current, list | tuple) and len(current) == len(content) else [None] * len(content)
         return (self(item, now) for item, now in zip(content, list(like), strict=True))
 
-    def _dict(self, content: Any, current: Any, into: Any, kind: type[Any], factory: str | None) -> Any:
+    def _dict(self, content: Any, current: Any, into: Any, kind: type[Any], factory: str | None) -> object:
         now: Any = into if type(into) is kind else current
         own = getattr(now, "default_factory", None)
         before = dict(now) if type(now) in DICTS else {}
@@ -335,7 +335,7 @@ class Decoder:
             made[read] = self(item, like)
         return made
 
-    def _own(self, content: list[tuple[str, Any]], into: Any, module: str, name: str) -> Any:
+    def _own(self, content: list[tuple[str, object]], into: object, module: str, name: str) -> object:
         kind = _class_named(module, name)
         if kind is None or not is_own(kind):
             raise _gone(f"{module}.{name}")
@@ -351,7 +351,7 @@ class Decoder:
                 object.__setattr__(made, each, values[each])
         return made
 
-    def _tensor(self, saved: torch.Tensor, current: Any, into: Any, on_cpu: bool, trained: bool) -> torch.Tensor:
+    def _tensor(self, saved: torch.Tensor, current: object, into: object, on_cpu: bool, trained: bool) -> torch.Tensor:
         held = into if into is not None else current if trained else None
         if isinstance(held, torch.Tensor) and held.requires_grad == trained and _can_hold(held, saved):
             with torch.no_grad():
@@ -365,7 +365,7 @@ def _can_hold(held: torch.Tensor, saved: torch.Tensor) -> bool:
     return alike and held.is_leaf and held.layout == torch.strided
 
 
-def _wants_factory(node: Any) -> bool:
+def _wants_factory(node: object) -> bool:
     return isinstance(node, tuple) and (node[0], node[-1]) == ("defaultdict", OWN_FACTORY)
 
 
@@ -376,10 +376,10 @@ def _gone(name: str) -> ConfigError:
     )
 
 
-_own_classes: dict[type[Any], bool] = {}
+_own_classes: dict[type[object], bool] = {}
 
 
-def is_own(kind: type[Any]) -> bool:
+def is_own(kind: type[object]) -> bool:
     """Return whether a class and all that it derives from are the experiment's, or just hold what one gives them."""
     if kind in BAGS:
         return True
@@ -390,7 +390,7 @@ def is_own(kind: type[Any]) -> bool:
     return _own_classes[kind]
 
 
-def is_experiments(kind: type[Any]) -> bool:
+def is_experiments(kind: type[object]) -> bool:
     """Return whether a class is defined in the experiment's code, and not in a library."""
     return is_experiments_module(kind.__module__)
 

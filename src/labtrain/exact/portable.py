@@ -83,7 +83,7 @@ def _replace(library: torch.library.Library, kernel: Kernel, functional: str, in
     def compute_in_place(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         return x.copy_(kernel(x, *arguments))
 
-    def compute_out(x: torch.Tensor, *arguments: Any, out: torch.Tensor) -> torch.Tensor:
+    def compute_out(x: torch.Tensor, *arguments: object, out: torch.Tensor) -> torch.Tensor:
         return out.resize_(x.shape).copy_(kernel(x, *arguments))
 
     library.impl(functional, kernel, "CPU", allow_override=True)
@@ -94,13 +94,13 @@ def _replace(library: torch.library.Library, kernel: Kernel, functional: str, in
 def _compute_in_double(library: torch.library.Library, name: str, out_variant: str) -> None:
     own, keys = torch.library.get_kernel(f"aten::{name}", "CPU"), torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
-    def compute(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+    def compute(x: torch.Tensor, *arguments: object, **options: object) -> Any:
         if x.dtype != torch.float32:
             return own.call_boxed(keys, x, *arguments, **options)
         found = own.call_boxed(keys, x.double(), *arguments, **options)
         return found.float() if isinstance(found, torch.Tensor) else (found[0].float(), *found[1:])
 
-    def compute_out(x: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+    def compute_out(x: torch.Tensor, *arguments: object, **options: Any) -> object:
         places = [options.pop(key) for key in ("out", "L", "info") if key in options]
         found = compute(x, *arguments, **options)
         for place, each in zip(places, [found] if isinstance(found, torch.Tensor) else found, strict=True):
@@ -111,7 +111,7 @@ def _compute_in_double(library: torch.library.Library, name: str, out_variant: s
     library.impl(out_variant, compute_out, "CPU", allow_override=True)
 
 
-def _by_numpy(function: Callable[[Any], Any], x: torch.Tensor) -> torch.Tensor:
+def _by_numpy(function: Callable[[object], object], x: torch.Tensor) -> torch.Tensor:
     dtype = x.dtype if x.is_floating_point() or x.is_complex() else torch.get_default_dtype()
     wide = (
         torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

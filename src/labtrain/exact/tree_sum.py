@@ -278,7 +278,7 @@ def _assign(like: Sequence[Tensor], bucket_bytes: int) -> list[list[int]]:
         bucket_bytes: the size; 0 for one bucket a dtype and device.
     """
     done: list[list[int]] = []
-    filling: dict[Any, tuple[list[int], int]] = {}
+    filling: dict[object, tuple[list[int], int]] = {}
     for index in reversed(range(len(like))):
         tensor = like[index]
         key = tensor.dtype, tensor.device

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TextIO, cast
 
 from labtrain.base.console import shown
 from labtrain.base.credentials import CleanStream, remember
@@ -98,7 +98,7 @@ class Start:
     command: list[str]
     wants_trace: bool = False
 
-    def __call__(self, cfg: Any) -> float | None:
+    def __call__(self, cfg: object) -> float | None:
         """Check and name the run, then become its job, or supervise it where Hydra has more of them.
 
         Returns:
@@ -112,7 +112,7 @@ class Start:
             end_if_known(error, wants_trace=self.wants_trace)  # by SystemExit: Hydra would add a line of its own
             raise
 
-    def _run(self, cfg: Any) -> float | None:
+    def _run(self, cfg: object) -> float | None:
         close_umask()  # of a worker of a sweep's launcher, which did not come by main
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode

@@ -28,7 +28,7 @@ SQLITE = "sqlite:///"
 class SweepStart(Callback):
     """Completes what a sweeper was not told, and refuses what it cannot use, before anything is trained."""
 
-    def on_multirun_start(self, config: Any, **kwargs: Any) -> None:
+    def on_multirun_start(self, config: object, **kwargs: object) -> None:
         try:
             refuse_under_launcher()
             complete(config)
@@ -57,7 +57,7 @@ def save_without_secrets() -> None:
 
     save = OmegaConf.save
 
-    def save_clean(config: Any, f: Any, resolve: bool = False) -> None:
+    def save_clean(config: object, f: Any, resolve: bool = False) -> None:
         plain = OmegaConf.to_container(config, resolve=resolve) if OmegaConf.is_config(config) else config
         remember(plain)
         save(OmegaConf.create(without_secrets(plain)), f)
@@ -101,7 +101,7 @@ def complete(config: Any) -> None:
         Path(sweeper.storage.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
 
 
-def value_of(job: Job, sweeper: Any) -> float | None:
+def value_of(job: Job, sweeper: object) -> float | None:
     """Return what a sweeper compares a complete run by: the last value of checkpoint.monitor.
 
     It is that of the weights that the receipt names, and so the same however the run was interrupted; the best value on

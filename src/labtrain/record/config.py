@@ -203,7 +203,7 @@ def check_modules(config: Config, root: Path) -> None:
         )
 
 
-def _check_plain(node: Any, key: str) -> None:
+def _check_plain(node: object, key: str) -> None:
     """Refuse what does not reach the process that trains as it is: bytes, paths, members of an Enum."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for name, child in children:
@@ -305,7 +305,7 @@ def as_written() -> Iterator[list[str]]:
 
     seen: list[str] = []
 
-    def env(key: str, *default: Any) -> Any:
+    def env(key: str, *default: object) -> object:
         if key == "LABTRAIN_ROOT":
             return resolvers.oc.env(key, *default)
         seen.append(key)
@@ -336,7 +336,7 @@ def references(cfg: Any, config: Config) -> References:
     """
     from omegaconf import OmegaConf
 
-    def walk(node: Any, real: Any, path: list[Any]) -> Iterator[tuple[list[Any], str]]:
+    def walk(node: Any, real: Any, path: list[Any]) -> Iterator[tuple[list[object], str]]:
         for key, value in real.items() if isinstance(real, dict) else enumerate(real):
             seen.clear()
             try:
@@ -358,7 +358,7 @@ def references(cfg: Any, config: Config) -> References:
     return [(path, text) for path, text in found if text == NOT_RECORDED or REFERENCE.search(text)]
 
 
-def _argument(value: Any) -> str:
+def _argument(value: object) -> str:
     """Return a resolver's argument as it is written."""
     if value is None:
         return "null"
@@ -373,9 +373,9 @@ def from_environment(config: Config) -> tuple[Config, References]:
     Raises:
         ConfigError: names a variable that is not set.
     """
-    found: list[tuple[list[Any], str]] = []
+    found: list[tuple[list[object], str]] = []
 
-    def walk(node: Any, path: list[Any]) -> Any:
+    def walk(node: object, path: list[object]) -> object:
         if isinstance(node, dict):
             return {key: walk(child, [*path, key]) for key, child in node.items()}
         if isinstance(node, list):
@@ -395,7 +395,7 @@ def variables_in(text: str) -> list[str]:
     return re.findall(r"\$\{oc\.env:([^,{}]+)", text)
 
 
-def _referred(text: str, key: str) -> Any:
+def _referred(text: str, key: str) -> object:
     from omegaconf import OmegaConf
     from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
@@ -413,12 +413,12 @@ def _referred(text: str, key: str) -> Any:
         ) from error
 
 
-def refers(config: Mapping[str, Any]) -> list[str]:
+def refers(config: Mapping[str, object]) -> list[str]:
     """Return the keys, dotted, of a recorded configuration whose values it does not hold."""
     return [key for key, value in flat_texts(config) if NOT_RECORDED in value or REFERENCE.search(value)]
 
 
-def flat_texts(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
+def flat_texts(node: object, key: str = "") -> Iterator[tuple[str, str]]:
     """Yield (dotted key, text) of each text of a configuration."""
     if isinstance(node, dict | list):
         for name, child in node.items() if isinstance(node, dict) else enumerate(node):
@@ -504,7 +504,7 @@ def _explain_content(error: BaseException, chain: list[BaseException]) -> Config
     return None
 
 
-def _want(key: str, found: Any, good: Any, wanted: str) -> None:
+def _want(key: str, found: object, good: object, wanted: str) -> None:
     if not good:
         raise ConfigError(
             f"{key}={found}: {wanted} is wanted", hint=f"python train.py {key}=VALUE, or set it in conf/config.yaml"
@@ -521,11 +521,11 @@ def _want_one_of(config: Config, key: str, options: tuple[str, ...]) -> None:
     _want(key, value, value in options, f"one of {', '.join(options)}")
 
 
-def _is_int(value: Any, minimum: int) -> bool:
+def _is_int(value: object, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
 
 
-def _flat(node: Any, prefix: str = "") -> list[str]:
+def _flat(node: object, prefix: str = "") -> list[str]:
     if not isinstance(node, dict):
         return []
     keys = []
@@ -534,6 +534,6 @@ def _flat(node: Any, prefix: str = "") -> list[str]:
     return keys
 
 
-def _yaml(path: Path) -> dict[str, Any]:
+def _yaml(path: Path) -> dict[str, object]:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return dict(yaml.load(path.read_text(), loader))

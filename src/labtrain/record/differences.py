@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from labtrain.base.console import shown, warn
 from labtrain.base.contracts import Change, as_options
@@ -73,8 +72,8 @@ class Difference:
     """
 
     key: str
-    a: Any
-    b: Any
+    a: object
+    b: object
     matters: bool
 
 
@@ -214,7 +213,7 @@ def changes(before: receipts.Receipt, now: receipts.Receipt) -> list[Change]:
     ]
 
 
-def overrides(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+def overrides(a: dict[str, object], b: dict[str, object]) -> list[str]:
     """Return what turns one configuration into another, as Hydra's overrides."""
     mine, theirs = flat(a, ""), flat(b, "")
     changed = [f"{key}={_typed(theirs[key])}" for key in mine if key in theirs and mine[key] != theirs[key]]
@@ -266,24 +265,24 @@ def open_run(run: Path) -> tuple[Path, receipts.Receipt]:
     return run_dir, found
 
 
-def shown_value(value: Any) -> str:
+def shown_value(value: object) -> str:
     """Return a value of a receipt in one line, shortened."""
     text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
     text = " ".join(text.split())
     return text if len(text) <= VALUE_WIDTH else f"{text[:VALUE_WIDTH]}..."
 
 
-def flat(node: Any, key: str) -> dict[str, Any]:
+def flat(node: object, key: str) -> dict[str, object]:
     """Return the leaves of nested dicts by their dotted keys, below `key`."""
     if not isinstance(node, dict) or not node:
         return {key: node}
-    leaves: dict[str, Any] = {}
+    leaves: dict[str, object] = {}
     for part, child in node.items():
         leaves |= flat(child, f"{key}.{part}" if key else part)
     return leaves
 
 
-def _typed(value: Any) -> str:
+def _typed(value: object) -> str:
     """Return a value in Hydra's grammar of overrides."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_typed(item)}" for key, item in value.items()) + "}"

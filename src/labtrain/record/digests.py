@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base import untrusted
+from labtrain.base.contracts import Options, State
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.base.untrusted import damage_of
 
@@ -99,7 +100,7 @@ def state_digest(state: Mapping[str, Any]) -> str:
     return digest_tree(state)
 
 
-def components(tensor: Any) -> dict[str, Any]:
+def components(tensor: Any) -> Options:
     """Return the dense tensors that a sparse one is made of, by name; of a dense one itself, under an empty name.
 
     They are as they are: entries that occur twice are not added up, since that would round.
@@ -119,7 +120,7 @@ def components(tensor: Any) -> dict[str, Any]:
     return {f".{layout}.{name}": part for name, part in (found | {"size": torch.tensor(size)}).items()}
 
 
-def dense_entries(state: Mapping[str, Any]) -> dict[str, Any]:
+def dense_entries(state: Mapping[str, Any]) -> State:
     """Return a state dict with what sparse tensors are made of in their place: `table.sparse_coo.values`, ..."""
     return {name + part: tensor for name in state for part, tensor in components(state[name]).items()}
 
@@ -250,7 +251,7 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, _Part]]:
     return metadata, found
 
 
-def _part(path: Path, begin: int, room: int, entry: dict[str, Any]) -> _Part:
+def _part(path: Path, begin: int, room: int, entry: Options) -> _Part:
     """Return where a tensor lies.
 
     Raises:
@@ -324,7 +325,7 @@ def digest_tree(tree: Any, *, algorithm: Any = hashlib.sha256) -> str:
     return digits
 
 
-def digest_content(node: Any) -> str:
+def digest_content(node: object) -> str:
     """Return the sha256 over nested tensors, arrays and plain values; over other objects by their type alone."""
     sha = hashlib.sha256()
 

@@ -30,6 +30,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.base.files import file_sha256
 from labtrain.record.digests import tensor_bytes
@@ -58,10 +59,10 @@ class _Seen:
     opaque: set[str] = field(default_factory=set)
     places: list[Path] = field(default_factory=list)
     objects: dict[int, int] = field(default_factory=dict)  # by id, in the order in which they were met
-    kept: list[Any] = field(default_factory=list)  # so that no id is given away meanwhile
+    kept: list[object] = field(default_factory=list)  # so that no id is given away meanwhile
 
 
-def fingerprint(dataset: Any) -> dict[str, Any]:
+def fingerprint(dataset: object) -> dict[str, object]:
     """Return what identifies a dataset's data.
 
     Args:
@@ -77,7 +78,7 @@ def fingerprint(dataset: Any) -> dict[str, Any]:
     return fingerprint_and_places(dataset)[0]
 
 
-def fingerprint_and_places(dataset: Any) -> tuple[dict[str, Any], list[Path]]:
+def fingerprint_and_places(dataset: object) -> tuple[dict[str, object], list[Path]]:
     """Return a dataset's fingerprint, and the files and folders that it is of."""
     seen, sha = _Seen(), hashlib.sha256()
     own = getattr(dataset, "fingerprint", None)
@@ -93,7 +94,7 @@ def fingerprint_and_places(dataset: Any) -> tuple[dict[str, Any], list[Path]]:
         with closing(_Cache()) as cache:
             for part in _walk(dataset, seen, cache):
                 sha.update(part)
-    found: dict[str, Any] = {"digest": sha.hexdigest(), "type": type(dataset).__qualname__}
+    found: dict[str, object] = {"digest": sha.hexdigest(), "type": type(dataset).__qualname__}
     if hasattr(dataset, "__len__"):
         found["samples"] = len(dataset)
     return {**found, "files": seen.files, "bytes": seen.size, "opaque": sorted(seen.opaque)}, seen.places
@@ -102,7 +103,7 @@ def fingerprint_and_places(dataset: Any) -> tuple[dict[str, Any], list[Path]]:
 # ------------------------------------------------------------------------------------------- files, by their places
 
 
-def files_read(places: Iterable[Path], root: Path) -> dict[str, dict[str, Any]]:
+def files_read(places: Iterable[Path], root: Path) -> dict[str, dict[str, object]]:
     """Return the fingerprints of the files and folders that a training read, for its receipt.
 
     Args:
@@ -117,7 +118,7 @@ def files_read(places: Iterable[Path], root: Path) -> dict[str, dict[str, Any]]:
     return {f"{OF_A_FILE}{name}": _of_place(place) for place, name in sorted(names.items())}
 
 
-def files_now(data: dict[str, Any], root: Path, *, outside: bool = True) -> dict[str, dict[str, Any]]:
+def files_now(data: dict[str, object], root: Path, *, outside: bool = True) -> dict[str, dict[str, object]]:
     """Return what `files_read` gave for a receipt, as it is now; without what is not here.
 
     Args:
@@ -135,13 +136,13 @@ def files_now(data: dict[str, Any], root: Path, *, outside: bool = True) -> dict
     return found
 
 
-def changed_files(data: dict[str, Any], root: Path) -> list[str]:
+def changed_files(data: Options, root: Path) -> list[str]:
     """Return the files and folders that are not what a receipt's training read."""
     now = files_now(data, root)
     return [name.removeprefix(OF_A_FILE) for name in now if now[name]["digest"] != data[name]["digest"]]
 
 
-def _of_place(place: Path) -> dict[str, Any]:
+def _of_place(place: Path) -> dict[str, object]:
     seen, sha = _Seen(), hashlib.sha256()
     with closing(_Cache()) as cache:
         for part in _place(place, seen, cache):
@@ -151,7 +152,7 @@ def _of_place(place: Path) -> dict[str, Any]:
             "opaque": [kind for each in seen.opaque if each]}  # fmt: skip
 
 
-def places_in(node: Any) -> Iterator[Path]:
+def places_in(node: object) -> Iterator[Path]:
     """Yield each text in a configuration that names a file or a folder."""
     return (Path(text) for text in texts_in(node) if _exists(text))
 
@@ -260,7 +261,7 @@ def _content(node: Any) -> list[bytes | memoryview] | None:
     return None
 
 
-def _inside(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryview]:
+def _inside(node: object, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryview]:
     kind = type(node)
     if isinstance(node, dict):
         yield f"dict {len(node)}:".encode()

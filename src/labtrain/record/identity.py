@@ -22,7 +22,7 @@ from labtrain.base.errors import LabtrainError
 from labtrain.base.untrusted import read_source
 
 Config = contracts.Config
-References = Sequence[tuple[Sequence[Any], str]]
+References = Sequence[tuple[Sequence[object], str]]
 
 JOB_VARIABLE = "LABTRAIN_JOB"
 # Names that become folders: nothing that could leave the folder they are put in. RUN-2, RUN-<Slurm job> began anew.
@@ -144,7 +144,7 @@ def as_recorded(config: Config, references: References) -> Config:
     return cast(Config, without_secrets(recorded))
 
 
-def get(tree: Any, key: str) -> Any:
+def get(tree: object, key: str) -> object:
     """Return the value at a dotted key of nested dicts; None where there is none."""
     for part in key.split("."):
         tree = tree.get(part) if isinstance(tree, dict) else None
@@ -155,7 +155,7 @@ def get(tree: Any, key: str) -> Any:
 ORDERED = ("model", "data", "callbacks")
 
 
-def world_size(config: Config, devices: Any) -> int:
+def world_size(config: Config, devices: object) -> int:
     """Return the number of processes over all nodes; `auto` counts as one a node."""
     per_node = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
     return int(per_node * config["trainer"]["num_nodes"])

@@ -10,7 +10,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import cast
 
 from labtrain.base.contracts import Code, Installed, as_options
 from labtrain.base.git import GitError, ask_git, run_git
@@ -26,7 +26,7 @@ def timestamp() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def code_digests(job: Job, *, path: list[str] | None = None) -> dict[str, Any]:
+def code_digests(job: Job, *, path: list[str] | None = None) -> dict[str, object]:
     """Return what the code is, by its bytes: no git, and nothing is imported.
 
     Returns:
@@ -143,7 +143,7 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def machine() -> dict[str, Any]:
+def machine() -> dict[str, object]:
     """Return the processor, its instruction sets, the memory and the operating system."""
     cpu = _cpuinfo()
     flags = cpu.get("flags", "").split()

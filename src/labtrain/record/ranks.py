@@ -12,7 +12,6 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from labtrain.base.errors import ConfigError
 from labtrain.record.identity import Config
@@ -140,7 +139,7 @@ def adopt(config: Config, ranks: Ranks | None) -> None:
             )
         return
     per_node = ranks.world // ranks.nodes
-    said: tuple[Any, int] = (trainer["devices"], trainer["num_nodes"])
+    said: tuple[object, int] = (trainer["devices"], trainer["num_nodes"])
     devices = len(said[0]) if isinstance(said[0], list) else said[0]
     if said != (1, 1) and not (devices in ("auto", per_node) and said[1] in (1, ranks.nodes)):
         raise ConfigError(

@@ -23,7 +23,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
-from typing import Any
 
 from labtrain.base.errors import ConfigError
 from labtrain.base.untrusted import read_source
@@ -69,7 +68,7 @@ class Code:
         return sha.hexdigest()
 
 
-def read_code(root: Path, config: dict[str, Any], *, path: Iterable[str] | None = None) -> Code:
+def read_code(root: Path, config: dict[str, object], *, path: Iterable[str] | None = None) -> Code:
     """Find and hash the code that a run depends on; imports nothing.
 
     Args:
@@ -266,7 +265,7 @@ def _is_recorded(file: str) -> bool:
     return any(line in b"\n" + record.read_bytes() for record in Path(folder).glob("*.dist-info/RECORD"))
 
 
-def texts_in(node: Any) -> Iterator[str]:
+def texts_in(node: object) -> Iterator[str]:
     """Yield each text of a configuration, keys left out."""
     if isinstance(node, dict):
         node = list(node.values())
@@ -277,7 +276,7 @@ def texts_in(node: Any) -> Iterator[str]:
         yield node
 
 
-def _names_in(node: Any) -> Iterator[str]:
+def _names_in(node: object) -> Iterator[str]:
     """Yield the first part of each text that looks like a module's name."""
     return (match[1] for text in texts_in(node) if (match := DOTTED.fullmatch(text)))
 
@@ -363,7 +362,7 @@ def note_executed() -> None:
         sys.addaudithook(_note)
 
 
-def _note(event: str, arguments: tuple[Any, ...]) -> None:
+def _note(event: str, arguments: tuple[object, ...]) -> None:
     if event == "exec" and type(arguments[0]) is types.CodeType:
         _executed.setdefault(arguments[0].co_filename, False)
 

@@ -12,7 +12,6 @@ import re
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from labtrain.base import contracts, untrusted
 from labtrain.base.console import quoted
@@ -75,7 +74,7 @@ def parse_trail(lines: bytes, run_dir: Path) -> list[Line]:
     return found
 
 
-def _is_line(line: Any) -> bool:
+def _is_line(line: object) -> bool:
     """Return whether a value has what is read of a line: older trails, and those of a test, have less."""
     return (
         isinstance(line, dict)
@@ -106,7 +105,7 @@ def read_history_lines(run_dir: Path) -> Iterator[HistoryLine]:
         yield line
 
 
-def is_history_line(line: Any) -> bool:
+def is_history_line(line: object) -> bool:
     """Return whether a value has what every line of a history has: a step, and metrics by name."""
     return (
         isinstance(line, dict)

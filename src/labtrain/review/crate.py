@@ -19,7 +19,6 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from labtrain.base.console import quoted, shown, warn
 from labtrain.base.credentials import holds_secret
@@ -158,7 +157,7 @@ def _warn(text: str) -> None:
     warn(text)
 
 
-def _write(file: Path, metadata: dict[str, Any], enclosed: dict[str, Path]) -> None:
+def _write(file: Path, metadata: dict[str, object], enclosed: dict[str, Path]) -> None:
     """Write the zip in one step: names sorted, all of one date, so that the same files are the same bytes."""
     text = json.dumps(metadata, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}")

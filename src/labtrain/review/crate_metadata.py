@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.base.files import file_sha256
 from labtrain.record import receipt as receipts
@@ -62,7 +63,7 @@ SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
 def describe(
     found: Receipt, enclosed: dict[str, Path], code: dict[str, Path], *, author: str | None, licence: str | None
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the metadata of a run's crate: a JSON-LD document, its entities sorted by name.
 
     Args:
@@ -102,12 +103,12 @@ def describe(
     if author:
         action["agent"] = root["author"] = crate.add(Person(crate, "#author", {"name": author}))
     root["hasPart"] = sorted(root["hasPart"], key=lambda part: str(part.id))
-    document: dict[str, Any] = crate.metadata.generate()
+    document: Options = crate.metadata.generate()
     document["@graph"].sort(key=lambda entity: str(entity["@id"]))
     return document
 
 
-def _files(crate: Any, enclosed: dict[str, Path], action: Any) -> dict[str, Any]:
+def _files(crate: object, enclosed: dict[str, Path], action: object) -> dict[str, object]:
     files = {name: _file(crate, name, path, FILES[name][0]) for name, path in sorted(enclosed.items())}
     for name, file in files.items():
         file["description"] = FILES[name][1]
@@ -123,7 +124,7 @@ def _describe_root(root: Any, found: Receipt, action: Any) -> None:
     root["datePublished"] = segments[-1]["ended"] or segments[-1]["started"]
 
 
-def _action(crate: Any, found: Receipt) -> Any:
+def _action(crate: object, found: Receipt) -> Any:
     """Return the training: when, how it was called, and how it ended."""
     first, last, complete = found["segments"][0], found["segments"][-1], found["status"] == "complete"
     title = f"Training of {found['config']['experiment']}, run {found['run_id']}"
@@ -138,7 +139,7 @@ def _action(crate: Any, found: Receipt) -> Any:
     return action
 
 
-def _workflow(crate: Any, found: Receipt, code: dict[str, Path]) -> Any:
+def _workflow(crate: Any, found: Receipt, code: dict[str, Path]) -> object:
     """Return what was run: the enclosed train.py, or the code that the receipt names; and what it needed."""
     from rocrate.model import ComputerLanguage
 
@@ -158,7 +159,7 @@ def _workflow(crate: Any, found: Receipt, code: dict[str, Path]) -> Any:
     return workflow
 
 
-def _software(crate: Any, found: Receipt) -> list[Any]:
+def _software(crate: object, found: Receipt) -> list[object]:
     """Return what decides the bits, by package URL: Python, the libraries, on a GPU CUDA's; and the lock of all."""
     environment, hardware = found["environment"], found["hardware"]
     kind = "generic" if environment["route"] == "conda" else "pypi"
@@ -180,7 +181,7 @@ def _software(crate: Any, found: Receipt) -> list[Any]:
     return software
 
 
-def _data(crate: Any, found: Receipt) -> list[Any]:
+def _data(crate: object, found: Receipt) -> list[object]:
     """Return the data, which are not enclosed, by their fingerprints."""
     return [
         _add(crate, f"#data-{quote(name)}", "CreativeWork", name=f"{name} data, {each['type']}",
@@ -190,7 +191,7 @@ def _data(crate: Any, found: Receipt) -> list[Any]:
     ]  # fmt: skip
 
 
-def _parameters(crate: Any, found: Receipt, workflow: Any) -> list[Any]:
+def _parameters(crate: object, found: Receipt, workflow: Any) -> list[Any]:
     """Return what was configured and can change bits; to a workflow its slots are added."""
     given = [(key, _plain(value)) for key, value in sorted(flat(what_counts(found["config"]), "").items())
              if value not in (None, {})]  # fmt: skip
@@ -206,7 +207,7 @@ def _parameters(crate: Any, found: Receipt, workflow: Any) -> list[Any]:
     return values
 
 
-def _results(crate: Any, found: Receipt) -> list[Any]:
+def _results(crate: object, found: Receipt) -> list[object]:
     """Return what came of it that is no file: metrics, steps, and the digests of weights and state."""
     results = found["results"]
     digests = {key: results[key] for key in ("state_digest", "steps", "weights_digest") if key in results}
@@ -216,7 +217,7 @@ def _results(crate: Any, found: Receipt) -> list[Any]:
     ]
 
 
-def _licence(crate: Any, licence: str | None) -> Any:
+def _licence(crate: object, licence: str | None) -> object:
     """Return the licence: Workflow RO-Crate wants one, and that none was chosen is said in so many words."""
     if licence is None:
         text = "No licence was chosen for this crate: all rights are reserved."
@@ -236,17 +237,17 @@ def _file(crate: Any, name: str, path: Path, media_type: str, *kinds: str) -> An
     return crate.add_file(path, name, properties={**({"@type": ["File", *kinds]} if kinds else {}), **properties})
 
 
-def _value(crate: Any, group: str, name: str, value: Any) -> Any:
+def _value(crate: object, group: str, name: str, value: object) -> Any:
     return _add(crate, f"#{group}-{quote(name)}", "PropertyValue", name=name, value=_plain(value))
 
 
-def _add(crate: Any, identifier: str, kind: str, /, **properties: Any) -> Any:
+def _add(crate: Any, identifier: str, kind: str, /, **properties: object) -> Any:
     from rocrate.model import ContextEntity
 
     return crate.add(ContextEntity(crate, identifier, {"@type": kind, **properties}))
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     """Return a value as JSON-LD can hold it: a number, a truth or a text; what is nested as JSON."""
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value

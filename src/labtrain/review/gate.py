@@ -12,7 +12,6 @@ from collections import defaultdict
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from labtrain.base.console import shown
 from labtrain.base.errors import ConfigError, LabtrainError
@@ -323,7 +322,7 @@ def other_bits(recorded: Trained, now: Trained) -> str:
     return f"other bits, {where}; not as recorded: {', '.join(causes) or 'nothing that a receipt holds'}"
 
 
-def _other_results(recorded: Trained, now: Trained) -> dict[str, tuple[Any, Any]]:
+def _other_results(recorded: Trained, now: Trained) -> dict[str, tuple[object, object]]:
     return results_differently(recorded.receipt, now.receipt, trail=NOT_COMPARED)
 
 
@@ -348,7 +347,7 @@ def words_of(outcome: Outcome) -> str:
     return f"no: not shown to be the same: {said}{more}; {outcome.why}"
 
 
-def summary_of(outcome: Outcome) -> dict[str, Any]:
+def summary_of(outcome: Outcome) -> dict[str, object]:
     """Return an outcome as plain values, for --json."""
     return {
         "experiment": outcome.experiment,

@@ -61,7 +61,7 @@ def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool
     return list(told_differences(receipt, cast(Receipt, now)))
 
 
-def _variables(determinism: dict[str, Any]) -> dict[str, str]:
+def _variables(determinism: Options) -> dict[str, str]:
     """Return the variables that a training here would have: what labtrain sets for it is as the receipt says."""
     ours = variables(determinism["mode"], threads=determinism["threads"])
     said = {name: value for name, value in determinism["variables"].items() if name in ours}
@@ -85,14 +85,14 @@ def composed_differently(receipt: Receipt, root: Path) -> list[Difference]:
     return [Difference(key="config", a="this", b=" ".join(changed), matters=False)] if changed else []
 
 
-def _as_recorded(now: Any, recorded: Any) -> Any:
+def _as_recorded(now: Any, recorded: object) -> Any:
     """Return a configuration, where it refers to the environment, with the value that was recorded."""
     if isinstance(now, dict) and isinstance(recorded, dict):
         return {key: _as_recorded(value, recorded[key]) if key in recorded else value for key, value in now.items()}
     return recorded if isinstance(now, str) and REFERENCE.search(now) else now
 
 
-def composed(root: Path, script: str, typed: list[str]) -> Any:
+def composed(root: Path, script: str, typed: list[str]) -> object:
     """Compose what a train.py would, from the files of its configuration alone: none of the experiment's code runs.
 
     So plugins and configurations are those of this environment, and resolvers OmegaConf's and Hydra's own.

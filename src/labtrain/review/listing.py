@@ -9,7 +9,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from labtrain.base.console import one_line, shown
 from labtrain.base.errors import ConfigError, LabtrainError, in_words
@@ -172,7 +171,7 @@ def sort_rows(rows: list[Row], key: str) -> list[Row]:
     return ordered + [row for row in rows if not comparable(getattr(row, field))]
 
 
-def comparable(value: Any) -> bool:
+def comparable(value: object) -> bool:
     """Return whether a value has a place in an order: it is there, and no NaN."""
     return value is not None and value == value
 
@@ -212,7 +211,7 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def as_json(row: Row) -> dict[str, Any]:
+def as_json(row: Row) -> dict[str, object]:
     """Return a row for machines: JSON has no NaN."""
     finite = row.value is None or math.isfinite(row.value)
     return asdict(row) | ({} if finite else {"value": None})

@@ -67,7 +67,7 @@ class Replay:
         *,
         home: Path,
         scratch: Path,
-        changes: dict[str, Any] | None = None,
+        changes: dict[str, object] | None = None,
         python: Path | None = None,
         sandbox: Sandbox | None = None,
         keep_trail: bool = False,
@@ -211,7 +211,7 @@ class Replay:
 
 
 def _config_of(
-    receipt: Receipt, scratch: Path, changes: dict[str, Any], *, keep_trail: bool, sandboxed: bool
+    receipt: Receipt, scratch: Path, changes: dict[str, object], *, keep_trail: bool, sandboxed: bool
 ) -> tuple[Config, References]:
     """Return a receipt's configuration with its output in `scratch`, and one checkpoint that is kept."""
     config = completed(copy.deepcopy(receipt["config"]))
@@ -255,7 +255,7 @@ def _config_of(
     return config, references
 
 
-def _change(config: Config, changes: dict[str, Any]) -> None:
+def _change(config: Config, changes: dict[str, object]) -> None:
     for key, value in changes.items():
         *parents, last = key.split(".")
         node = as_options(config)
@@ -289,7 +289,7 @@ def _no_configuration(error: Exception) -> DamagedError:
     )
 
 
-def _without_lost(node: Any) -> Any:
+def _without_lost(node: object) -> Any:
     """Return a configuration without the options that a receipt does not hold, of loggers say: they have defaults."""
     if isinstance(node, dict):
         kept = {key: value for key, value in node.items() if not (isinstance(value, str) and NOT_RECORDED in value)}

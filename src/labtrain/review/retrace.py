@@ -8,7 +8,6 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from labtrain.base.console import shown
 from labtrain.base.contracts import Origin
@@ -40,12 +39,12 @@ class Case:
     home: Path
     scratch: Path
     devices: int | None
-    changes: dict[str, Any]
+    changes: dict[str, object]
     say: Say
     tick: Callable[[int], None]
     sandbox: Sandbox | None = None
     told: list[Difference] = field(default_factory=list)
-    hardware: dict[str, Any] = field(default_factory=machine)
+    hardware: dict[str, object] = field(default_factory=machine)
 
     def tell(self, found: list[Difference]) -> None:
         """Tell what is new of differences."""

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from labtrain.base.contracts import Config, as_options
 from labtrain.base.credentials import names_a_secret, without_secrets
@@ -85,7 +84,7 @@ class Sandbox:
         return ["bwrap", *bound, "--", *command], kept | {"HOME": str(own_home)}
 
 
-def make_sandbox(*, code: Path, home: Path, changes: dict[str, Any]) -> Sandbox:
+def make_sandbox(*, code: Path, home: Path, changes: dict[str, object]) -> Sandbox:
     """Return what a training of a receipt's code sees, once it is known that this machine can do so.
 
     Nothing of the receipt says what that is: data outside of the experiment's folder has to be named by the user.
@@ -213,7 +212,7 @@ def _links(program: Path, shown: list[Path]) -> list[tuple[Path, str]]:
     return links
 
 
-def _paths_in(node: Any, home: Path) -> list[Path]:
+def _paths_in(node: object, home: Path) -> list[Path]:
     """Return the paths of this machine that values name, relative ones from the experiment's folder."""
     if isinstance(node, dict | list):
         return [
@@ -225,7 +224,7 @@ def _paths_in(node: Any, home: Path) -> list[Path]:
     return []
 
 
-def _texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
+def _texts(node: object, key: str) -> Iterator[tuple[str, str]]:
     """Yield (key, text) of each text of nested mappings."""
     if isinstance(node, str):
         yield key, node

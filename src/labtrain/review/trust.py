@@ -125,7 +125,7 @@ def _summary(patch: str) -> list[str]:
     return [f"{name} +{added} -{removed}{more}" for name, (added, removed, more) in found.items()]
 
 
-def foreign_targets(config: Any, root: Path, sources: dict[str, str]) -> list[tuple[str, str]]:
+def foreign_targets(config: object, root: Path, sources: dict[str, str]) -> list[tuple[str, str]]:
     """Return (key, what it names) of all that Hydra would make or call that is neither the experiment's nor a part.
 
     A part is a class of torch, lightning, torchmetrics or labtrain that trainings are made of. A text with `${` is
@@ -189,7 +189,7 @@ def _bound_by(node: ast.stmt) -> set[str]:
     return names.union(*map(_bound_by, inner)) if inner else names
 
 
-def _targets(node: Any, key: str) -> Iterator[tuple[str, object]]:
+def _targets(node: object, key: str) -> Iterator[tuple[str, object]]:
     """Yield (key, value) of each `_target_` of nested containers."""
     for name, child in _children(node):
         place = f"{key}.{name}" if key else str(name)
@@ -198,7 +198,7 @@ def _targets(node: Any, key: str) -> Iterator[tuple[str, object]]:
         yield from _targets(child, place)
 
 
-def _places(node: Any, key: str) -> Iterator[tuple[str, str]]:
+def _places(node: object, key: str) -> Iterator[tuple[str, str]]:
     """Yield (key, text) of each path and URL that a library's part is given: ModelCheckpoint's dirpath, say."""
     if isinstance(node, dict) and LIBRARY.fullmatch(str(node.get("_target_"))):
         yield from ((name, text) for name, text in _texts(node, key) if A_PLACE.match(text))
@@ -207,7 +207,7 @@ def _places(node: Any, key: str) -> Iterator[tuple[str, str]]:
         yield from _places(child, f"{key}.{name}" if key else str(name))
 
 
-def _texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
+def _texts(node: object, key: str) -> Iterator[tuple[str, str]]:
     """Yield (key, text) of each text of nested containers."""
     if isinstance(node, str):
         yield key, node
@@ -215,7 +215,7 @@ def _texts(node: Any, key: str) -> Iterator[tuple[str, str]]:
         yield from _texts(child, f"{key}.{name}" if key else str(name))
 
 
-def _children(node: Any) -> Iterator[tuple[Any, Any]]:
+def _children(node: object) -> Iterator[tuple[object, object]]:
     if isinstance(node, dict):
         yield from node.items()
     elif isinstance(node, list | tuple):

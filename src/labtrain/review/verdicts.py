@@ -16,10 +16,10 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from labtrain import __version__
 from labtrain.base.console import quoted, shown
+from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.base.permissions import open_inside
 from labtrain.base.untrusted import RECORD_BYTES
@@ -75,7 +75,7 @@ def note(
     run_dir: Path,
     receipt: Receipt,
     *,
-    hardware: dict[str, Any],
+    hardware: Options,
     from_step: int,
     to_step: int,
     whole: bool,
@@ -150,7 +150,7 @@ def read_verifications(run_dir: Path, *, digest: str = "", signers: Path | None 
 
 
 def _checked(
-    found: Iterable[tuple[Verification, dict[str, Any]]], digest: str, signers: Path | None
+    found: Iterable[tuple[Verification, dict[str, object]]], digest: str, signers: Path | None
 ) -> Iterable[Verification]:
     """Yield verifications, each with who signed it or why it is but a claim."""
     left = MOST_CHECKED
@@ -168,7 +168,7 @@ def _checked(
                 yield replace(line, doubt=str(error.args[0]))
 
 
-def _signer(entry: dict[str, Any], signature: str, signers: Path | None) -> Signature:
+def _signer(entry: dict[str, object], signature: str, signers: Path | None) -> Signature:
     """Return who of the allowed signers has signed a line.
 
     Raises:
@@ -184,13 +184,13 @@ def _signer(entry: dict[str, Any], signature: str, signers: Path | None) -> Sign
         return whose(text, file, fingerprint, purpose=VERDICT, signers=signers, name="its signature")
 
 
-def _signed(line: dict[str, Any]) -> bytes:
+def _signed(line: dict[str, object]) -> bytes:
     """Return what the signature of a line is over: `jq -cSj 'del(.signature)'` of it."""
     rest = {key: value for key, value in line.items() if key != "signature"}
     return json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")
 
 
-def _parsed(entry: dict[str, Any]) -> Verification:
+def _parsed(entry: Options) -> Verification:
     """Return a line as what it says.
 
     Raises:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from labtrain.base.console import quoted, shown
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
@@ -52,7 +51,7 @@ class Verdict:
     to_step: int
     whole: bool
     divergence: Divergence | None
-    results: dict[str, tuple[Any, Any]]
+    results: dict[str, tuple[object, object]]
     found: str
 
     @property
@@ -88,7 +87,7 @@ class VerifyOptions:
     devices: int | None = None
     signers: Path | None = None
     key: Path | None = None
-    changes: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, object] = field(default_factory=dict)
     trust: bool = False
     sandbox: bool = False
 
@@ -210,7 +209,7 @@ def _home(run_dir: Path, receipt: Receipt, *, sandbox: bool) -> Path:
 def _judged(case: Case, first: Replay, found: Reached, plan: _Plan) -> Verdict:
     """Return the verdict of what was trained: where it parted from the trail, or how its results differ."""
     receipt, trail = case.receipt, case.trail
-    divergence, results, reached, more = None, dict[str, tuple[Any, Any]](), found.same, ""
+    divergence, results, reached, more = None, dict[str, tuple[object, object]](), found.same, ""
     if found.line is not None:
         divergence, more = narrow(case, found.line, reached=reached, start=plan.start)
     elif plan.whole:
@@ -256,7 +255,7 @@ def soft_results(receipt: Receipt) -> set[str]:
     return {key for key, is_soft in found.items() if is_soft}
 
 
-def results_differently(receipt: Receipt, now: Receipt, *, trail: str | None) -> dict[str, tuple[Any, Any]]:
+def results_differently(receipt: Receipt, now: Receipt, *, trail: str | None) -> dict[str, tuple[object, object]]:
     """Return (receipt's, now) of each result that is not the same: a metric's key is `metric NAME`.
 
     Args:
@@ -318,7 +317,7 @@ def _last_step(receipt: Receipt, trail: dict[int, Line], *, steps: int | None, s
     return max(compared)
 
 
-def _sandbox(receipt: Receipt, root: Path, home: Path, changes: dict[str, Any], say: Say) -> Sandbox:
+def _sandbox(receipt: Receipt, root: Path, home: Path, changes: dict[str, object], say: Say) -> Sandbox:
     made = make_sandbox(code=root, home=home, changes=changes)
     say(f"sandbox      {made}")
     for place in made.hidden(receipt["config"]):
@@ -353,7 +352,7 @@ def _verdict(
     reached: int,
     ended: bool,
     divergence: Divergence | None,
-    results: dict[str, tuple[Any, Any]],
+    results: dict[str, tuple[object, object]],
     more: str,
 ) -> Verdict:
     causes = ", ".join(each.key for each in case.told if each.matters)

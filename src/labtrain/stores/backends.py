@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from labtrain.base.console import one_line
+from labtrain.base.contracts import Options
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, StoreError
 from labtrain.base.untrusted import NotPlainError
@@ -77,7 +78,7 @@ def open_url(url: str) -> tuple["AbstractFileSystem", str]:
         try:
             if scheme in ("sftp", "ssh"):
                 return _sftp(url)
-            options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+            options: dict[str, object] = {"use_listings_cache": False, "skip_instance_cache": True}
             if scheme in ("s3", "s3a"):
                 timeouts = {"connect_timeout": CONNECT_SECONDS, "read_timeout": ANSWER_SECONDS}
                 options["config_kwargs"] = {**timeouts, "retries": {"max_attempts": ATTEMPTS}}
@@ -92,7 +93,7 @@ def open_url(url: str) -> tuple["AbstractFileSystem", str]:
             raise ConfigError(f"{url}: {error}", hint="docs/guides/storage.md lists the backends") from error
 
 
-def _connected(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
+def _connected(name: str, options: Options) -> tuple[object, object]:
     """Return an SSH client that is connected as ssh would be, and its SFTP session.
 
     Args:
@@ -115,7 +116,7 @@ def _connected(name: str, options: dict[str, Any]) -> tuple[Any, Any]:
             return known.kinds(super().preferred_keys)
 
     class Known(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
-        def missing_host_key(self, _client: Any, _name: str, key: Any) -> None:
+        def missing_host_key(self, _client: object, _name: str, key: Any) -> None:
             known.check(key.public_blob.key_blob if key.public_blob else key.asbytes())
 
     client = paramiko.SSHClient()

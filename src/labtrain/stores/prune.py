@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.stores.backends import explained
 from labtrain.stores.layout import kept
@@ -117,7 +117,7 @@ def _is_finished(store: Store, checkpoint: Checkpoint) -> bool:
         return bool(store.fs.exists(f"{store.root}/{checkpoint.path}/{MANIFEST}"))
 
 
-def _uploads(store: Store) -> list[tuple[str, dict[str, Any]]]:
+def _uploads(store: Store) -> list[tuple[str, Options]]:
     """Return (path, upload) of each upload in parts below the store that is a checkpoint's; another program's stay."""
     if "s3" not in store.fs.protocol:
         return []

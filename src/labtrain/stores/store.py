@@ -45,7 +45,7 @@ from typing import Any
 
 from labtrain.base import contracts, exact_json, untrusted
 from labtrain.base.console import quoted, shown
-from labtrain.base.contracts import SavedFile, as_options
+from labtrain.base.contracts import Options, SavedFile, as_options
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.base.exact_json import digest_of
 from labtrain.base.files import sha256_of, sync
@@ -202,9 +202,9 @@ class Store:
                 raise FileExistsError(target) from error
             raise
 
-    def put(self, local: Path, path: str, callback: Any = None) -> None:
+    def put(self, local: Path, path: str, callback: object = None) -> None:
         """Upload a file, in parts at once where the backend has parts."""
-        options: dict[str, Any] = {"callback": callback} if callback is not None else {}
+        options: dict[str, object] = {"callback": callback} if callback is not None else {}
         if "s3" in self.fs.protocol:
             part = max(PART_BYTES, local.stat().st_size // 9000)  # S3 has at most 10,000
             options |= {"chunksize": part, "max_concurrency": PARTS_AT_ONCE}
@@ -444,7 +444,7 @@ class Store:
             return self.read(f"{path}/{MANIFEST}") == _as_bytes(manifest)
         return False
 
-    def upload(self, folder: Path, manifest: Manifest, path: str, callback: Any = None) -> None:
+    def upload(self, folder: Path, manifest: Manifest, path: str, callback: object = None) -> None:
         """Copy a checkpoint's files here from a folder of this machine; it exists once it is committed."""
         if self._is_sftp:
             self.fs.makedirs(f"{self.root}/{path}", exist_ok=True)
@@ -605,7 +605,7 @@ class Store:
         except (ValueError, TypeError, KeyError, untrusted.NotPlainError):
             return ""
 
-    def writer(self) -> dict[str, Any] | None:
+    def writer(self) -> dict[str, object] | None:
         """Return who writes here: token, host, process; None where nobody does, or it ended as it should."""
         try:
             with explained(self.url), suppress(FileNotFoundError):
@@ -713,7 +713,7 @@ def _is_ours(name: str) -> bool:
     return bool(NAME.fullmatch(name) or ASIDE.fullmatch(name))
 
 
-def identity(process: int) -> dict[str, Any]:
+def identity(process: int) -> dict[str, object]:
     """Return what tells a process of this machine from every other one, by name.
 
     A number alone is used again, and means another process in another container of the same host name: so with it go
@@ -737,7 +737,7 @@ def _who(token: str) -> bytes:
     return json.dumps({"token": token, "host": os.uname().nodename, **identity(os.getpid())}).encode()
 
 
-def writer_lives(writer: dict[str, Any] | None) -> bool | None:
+def writer_lives(writer: Options | None) -> bool | None:
     """Return whether what a store says of its writer is of a process that lives; None where that is not known here."""
     if writer is None:
         return False
@@ -812,7 +812,7 @@ def _is_record(value: Any) -> bool:
     return untrusted.is_count(value["size_bytes"]) and _is_digest(value["sha256"])
 
 
-def _are_ranges(value: Any, first: Any) -> bool:
+def _are_ranges(value: Any, first: object) -> bool:
     ends = [end for steps in value for end in steps]
     return isinstance(value, list) and all(map(untrusted.is_count, [*ends, first])) and ends == sorted(ends)
 

@@ -1,7 +1,6 @@
 """The devices of a training, and the strategy that trains on them."""
 
 import os
-from typing import Any
 
 import torch
 from lightning.pytorch.strategies import Strategy
@@ -84,7 +83,7 @@ def plain_because(config: Config) -> str:
     return f"{why}: {whose} trains, the bits depend on the number of devices (promise 3 is off)"
 
 
-def make_strategy(config: Config, accelerator: str, devices: Any, wishes: Wishes) -> Strategy | None:
+def make_strategy(config: Config, accelerator: str, devices: object, wishes: Wishes) -> Strategy | None:
     """Return labtrain's strategy: exact, on one device or several, or fully sharded; None where it is Lightning's."""
     shards, world = shards_in_use(config), world_size(config, devices)
     if shards is None:

@@ -21,6 +21,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 
+from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
 from labtrain.checkpoints.format import is_spread
@@ -46,8 +47,6 @@ from labtrain.training.sharded.strategy import Exact
 from labtrain.training.state.outside import KEY, Outside
 from labtrain.training.state.rebuild import Connector
 from labtrain.training.state.unsaved import Unsaved
-
-State = dict[str, Any]
 
 
 class EpochLoop(TrainingEpochLoop):
@@ -99,7 +98,7 @@ class EpochLoop(TrainingEpochLoop):
         seed_place("boundary", self.trainer.current_epoch, self.batch_idx)
         super().on_advance_end(data_fetcher)
 
-    def _due(self, data_fetcher: Any) -> bool:
+    def _due(self, data_fetcher: object) -> bool:
         every = self.every_n_steps
         return (every is not None and self.global_step % every == 0) or self.validation_is_due(data_fetcher)
 
@@ -207,12 +206,12 @@ class EpochLoop(TrainingEpochLoop):
         self._put_global_step(at["global_step"] - 1)  # the last one's end is still to come: max_steps must not end it
         self._restore_unsaved(at, entering=False)
 
-    def placed(self, loader: Any) -> Any:
+    def placed(self, loader: object) -> object:
         """Return a training loader that begins where the loaded checkpoint stood; one with a state is wrapped."""
         with _connector(self.trainer).putting_back():
             return self._placed(loader)
 
-    def _placed(self, loader: Any) -> Any:
+    def _placed(self, loader: object) -> object:
         at = self.loaded[PLACE] if self.loaded is not None else None
         if isinstance(loader, DataLoader):
             if at is not None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -72,7 +72,7 @@ class Result:
     steps: int
 
 
-def train(cfg: Any) -> Result:
+def train(cfg: object) -> Result:
     """Train the run that a configuration describes and return its result; of a complete run, the result it has.
 
     Args:
@@ -322,7 +322,7 @@ def results_of(result: Result, state_digest: str | None, config: Config) -> Resu
     }
 
 
-def _job(cfg: Any) -> Job:
+def _job(cfg: object) -> Job:
     from omegaconf import DictConfig, OmegaConf
 
     import __main__

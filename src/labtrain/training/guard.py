@@ -100,7 +100,7 @@ class Guard(pl.Callback):
         self._say_device_reads(trainer)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if not self.stepped:
             self.stepped = True
@@ -277,7 +277,7 @@ def batch_size_finders(trainer: pl.Trainer) -> Iterator[Finding]:
         )
 
 
-def evaluation_loaders(stage: str, loaders: Iterable[Any]) -> Iterator[Finding]:
+def evaluation_loaders(stage: str, loaders: Iterable[object]) -> Iterator[Finding]:
     """Find loaders of a validation or test that Lightning would pad with duplicates on several devices."""
     for loader in loaders:
         if not isinstance(loader, DataLoader):
@@ -398,22 +398,22 @@ class _Tracer(TorchFunctionMode):
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(self, *details: Any) -> None:
+    def __exit__(self, *details: object) -> None:
         super().__exit__(*details)  # type: ignore[no-untyped-call]
         for handle in self.handles:
             handle.remove()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
         result = func(*args, **(kwargs or {}))
         place = _described(self.stack[-1] if self.stack else None, self.names)
         self._mark(result, f"{getattr(func, '__name__', func)} in {place}")
         return result
 
-    def _left(self, part: torch.nn.Module, _inputs: Any, output: Any) -> None:
+    def _left(self, part: torch.nn.Module, _inputs: object, output: object) -> None:
         self.stack.pop()
         self._mark(output, _described(part, self.names))  # a torch.autograd.Function is no torch function
 
-    def _mark(self, result: Any, text: str) -> None:
+    def _mark(self, result: object, text: str) -> None:
         node = getattr(result, "grad_fn", None) if isinstance(result, torch.Tensor) else None
         if node is not None and "labtrain" not in node.metadata:
             node.metadata["labtrain"] = text
@@ -437,5 +437,5 @@ def _described(part: torch.nn.Module | None, names: dict[torch.nn.Module, str]) 
     return f"{names[part]} ({type(part).__name__})"
 
 
-def _kind(loader: Any) -> str:
+def _kind(loader: object) -> str:
     return f"{type(loader).__module__}.{type(loader).__qualname__}"

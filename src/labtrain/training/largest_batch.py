@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.tuner.tuning import Tuner
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError, DeviceError
 from labtrain.base.signals import Wishes
 from labtrain.exact import determinism
@@ -46,7 +47,7 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
         alone = make_environment(None, accelerator=accelerator)
         trainer = make_trainer(config, accelerator, devices, alone, [], [], Wishes(), root=scratch)
         fitted = _noting_sizes(trainer, datamodule)
-        options: dict[str, Any] = {"mode": mode, "steps_per_trial": steps, "max_trials": max_trials}
+        options: Options = {"mode": mode, "steps_per_trial": steps, "max_trials": max_trials}
         try:
             found = Tuner(trainer).scale_batch_size(model, datamodule=datamodule, init_val=smallest, **options)
         except ConfigError as error:

@@ -27,6 +27,8 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
 )
 from torch import Tensor
 
+from labtrain.base.contracts import State
+
 ResultMeta = _Metadata
 ResultCollection = _ResultCollection
 
@@ -44,12 +46,12 @@ def val_loaders(trainer: pl.Trainer) -> Iterable[Any]:
     return _flat(trainer.fit_loop.epoch_loop.val_loop._combined_loader)
 
 
-def test_loaders(trainer: pl.Trainer) -> Iterable[Any]:
+def test_loaders(trainer: pl.Trainer) -> Iterable[object]:
     """Return the loaders of `trainer.test`."""
     return _flat(trainer.test_loop._combined_loader)
 
 
-def eval_loaders(trainer: pl.Trainer) -> Iterable[Any]:
+def eval_loaders(trainer: pl.Trainer) -> Iterable[object]:
     """Return the loaders of the validation or test that runs."""
     return _flat(evaluation_loop(trainer)._combined_loader)
 
@@ -122,9 +124,9 @@ def ignore_signals(trainer: pl.Trainer) -> None:
 class LoggedValue(_ResultMetric):
     """What was logged under one name. Lightning moves it to its device in each `self.log`: here only where it must."""
 
-    place: Any = None
+    place: object = None
 
-    def to(self, *place: Any, **options: Any) -> "LoggedValue":
+    def to(self, *place: object, **options: object) -> "LoggedValue":
         """Move its tensors and its metric, to a device as torch's `to` takes it."""
         if (place, options) != self.place:
             super().to(*place, **options)
@@ -141,12 +143,12 @@ class LoggedValue(_ResultMetric):
             _being_logged = None
 
     @property
-    def of_step(self) -> Any:
+    def of_step(self) -> object:
         """The value of the last step, None without one."""
         return self._forward_cache
 
     @of_step.setter
-    def of_step(self, value: Any) -> None:
+    def of_step(self, value: object) -> None:
         self._forward_cache = value
 
     @property
@@ -222,7 +224,7 @@ def without_sync(meta: ResultMeta) -> ResultMeta:
     return dataclasses.replace(meta, _sync=None)
 
 
-def fields_of(meta: ResultMeta) -> dict[str, Any]:
+def fields_of(meta: ResultMeta) -> dict[str, object]:
     """Return the fields of a description that are plain values: all but its two functions."""
     names = (part.name for part in dataclasses.fields(meta))
     return {name: getattr(meta, name) for name in names if name not in ("_sync", "reduce_fx")}
@@ -243,7 +245,7 @@ def put_results(loop: Any, results: ResultCollection) -> None:
     loop._results = results
 
 
-def logger_connector(trainer: pl.Trainer) -> Any:
+def logger_connector(trainer: pl.Trainer) -> object:
     """Return the part of the trainer that keeps metrics."""
     return trainer._logger_connector
 
@@ -280,7 +282,7 @@ class QuietWriter(ExperimentWriter):
         Path(self.metrics_file_path).unlink(missing_ok=True)
 
 
-def experiment_of(logger: CSVLogger | WandbLogger) -> Any:
+def experiment_of(logger: CSVLogger | WandbLogger) -> object:
     """Return what a logger writes into; None until it is first used."""
     return logger._experiment
 
@@ -302,12 +304,12 @@ class CheckpointConnector(_CheckpointConnector):
     """The part of the trainer that loads a checkpoint and puts it back."""
 
     @property
-    def loaded(self) -> dict[str, Any]:
+    def loaded(self) -> State:
         """The checkpoint that is put back; empty without one."""
         return self._loaded_checkpoint
 
     @loaded.setter
-    def loaded(self, checkpoint: dict[str, Any]) -> None:
+    def loaded(self, checkpoint: dict[str, object]) -> None:
         self._loaded_checkpoint = checkpoint
 
     def putting_back(self) -> AbstractContextManager[None]:
@@ -329,7 +331,7 @@ def put_checkpoint_connector(trainer: pl.Trainer, connector: CheckpointConnector
     trainer._checkpoint_connector = connector
 
 
-def call_module_hook(trainer: pl.Trainer, hook: str, *arguments: Any) -> Any:
+def call_module_hook(trainer: pl.Trainer, hook: str, *arguments: object) -> object:
     """Call a hook of the model as Lightning does."""
     return _call_lightning_module_hook(trainer, hook, *arguments)
 
@@ -349,12 +351,12 @@ def broadcast_module(module: torch.nn.Module, left_out: Iterable[str]) -> None:
     _sync_module_states(module)
 
 
-def prepare_batch(module: pl.LightningModule, batch: Any, dataloader_idx: int) -> Any:
+def prepare_batch(module: pl.LightningModule, batch: object, dataloader_idx: int) -> object:
     """Call on_before_batch_transfer of model or data module, as Lightning does before a batch is moved."""
     return type(module)._on_before_batch_transfer(module, batch, dataloader_idx)
 
 
-def put_off_preparing(module: pl.LightningModule, is_later: Callable[[Any], bool]) -> None:
+def put_off_preparing(module: pl.LightningModule, is_later: Callable[[object], bool]) -> None:
     """Keep Lightning from preparing the batches that `is_later` holds for; `prepare_batch` is then called for parts."""
     module._on_before_batch_transfer = (  # type: ignore[method-assign]
         lambda batch, dataloader_idx=0: batch if is_later(batch) else prepare_batch(module, batch, dataloader_idx)

@@ -20,6 +20,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from labtrain.base.contracts import Options
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError
 from labtrain.base.git import ask_git
@@ -36,7 +37,7 @@ OURS = {"_target_", "save_dir", "dir", "name", "id", "version", "sub_dir", "resu
 WANDB_HOST = "https://api.wandb.ai"
 
 
-def make_loggers(job: Job, *, resumed: dict[str, Any] | None) -> list[Logger]:
+def make_loggers(job: Job, *, resumed: Options | None) -> list[Logger]:
     """Return the run's loggers; none has written anything yet.
 
     Args:
@@ -70,7 +71,7 @@ def make_loggers(job: Job, *, resumed: dict[str, Any] | None) -> list[Logger]:
     return loggers
 
 
-def refuse_unknown(name: str, options: dict[str, Any]) -> None:
+def refuse_unknown(name: str, options: dict[str, object]) -> None:
     """Refuse an option that a logger does not have, or that labtrain sets.
 
     Raises:
@@ -90,7 +91,7 @@ def refuse_unknown(name: str, options: dict[str, Any]) -> None:
             )
 
 
-def log_positions(loggers: list[Logger]) -> dict[str, Any]:
+def log_positions(loggers: list[Logger]) -> dict[str, object]:
     """Return how far each logger has come, by its name; what it has is written to its files first."""
     return {
         logger.key: logger.position()
@@ -102,7 +103,7 @@ def log_positions(loggers: list[Logger]) -> dict[str, Any]:
 class Clean(Logger):
     """Passes on no credential: Lightning gives each logger what `save_hyperparameters` has of the configuration."""
 
-    def log_hyperparams(self, params: Any, *arguments: Any, **options: Any) -> None:
+    def log_hyperparams(self, params: object, *arguments: object, **options: object) -> None:
         params = vars(params) if isinstance(params, argparse.Namespace) else params
         super().log_hyperparams(without_secrets(params), *arguments, **options)  # type: ignore[safe-super]
 
@@ -121,7 +122,7 @@ class ContinuedTensorBoardLogger(Clean, TensorBoardLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> Any:
+    def experiment(self) -> object:
         if self.resumed is not None:
             for path in self._files():
                 size = self.resumed.get(path.name, 0)
@@ -152,13 +153,13 @@ class ContinuedCSVLogger(Clean, CSVLogger):  # type: ignore[misc]
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> Any:
+    def experiment(self) -> object:
         if (made := experiment_of(self)) is None:
             path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
             aside = path.with_name(f".{path.name}")  # until the kept rows are written again: a crash loses none
             if path.exists() and not aside.exists():
                 path.rename(aside)
-            rows: list[dict[str, Any]] = []
+            rows: list[Options] = []
             if aside.exists():
                 with aside.open(newline="") as file:
                     rows = list(csv.DictReader(file))[: self.resumed]
@@ -199,7 +200,7 @@ class ContinuedWandbLogger(Clean, WandbLogger):
 
     @property
     @rank_zero_experiment
-    def experiment(self) -> Any:
+    def experiment(self) -> object:
         if (made := experiment_of(self)) is not None:
             return made
         run = super().experiment
@@ -218,7 +219,7 @@ class ContinuedWandbLogger(Clean, WandbLogger):
         self.file.write(json.dumps(row) + "\n")
         self._tell(self.rows, row)
 
-    def _tell(self, number: int, row: dict[str, Any]) -> None:
+    def _tell(self, number: int, row: dict[str, object]) -> None:
         if number > self.told:
             self.told = number
             self.experiment.log(row, step=number - 1, commit=True)
@@ -271,7 +272,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             record = b""
 
 
-def _wandb(job: Job, options: dict[str, Any], position: int) -> WandbLogger:
+def _wandb(job: Job, options: Options, position: int) -> WandbLogger:
     mode = options.pop("mode", "auto")
     if mode not in ("auto", "online", "offline"):
         raise ConfigError(
@@ -314,7 +315,7 @@ def has_wandb_key() -> bool:
 
 
 @rank_zero_only
-def log_config(loggers: list[Logger], config: dict[str, Any]) -> None:
+def log_config(loggers: list[Logger], config: dict[str, object]) -> None:
     """Give W&B the run's configuration; the others have it in config.yaml."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):

@@ -28,7 +28,7 @@ import torchmetrics
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from labtrain.base.contracts import SpeedConfig
+from labtrain.base.contracts import Options, SpeedConfig
 from labtrain.base.errors import ConfigError, DeviceError
 from labtrain.exact.determinism import STRICT_MODES
 
@@ -70,7 +70,7 @@ class Speed(pl.Callback):
         self.looks = bool(self.speed["compile"])
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if self.looks and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
             self.say("speed.compile: nothing was compiled: training_step calls neither the model nor a module of it")
@@ -125,7 +125,7 @@ def compile_parts(module: pl.LightningModule, *, mode: str | bool, exact: bool) 
         exact: the code is to be a function of the model and the sizes of its inputs.
     """
     name = "default" if mode is True else str(mode)
-    options: dict[str, Any] = {"mode": name}
+    options: Options = {"mode": name}
     if exact:
         known = torch._inductor.list_options()
         chosen = {**torch._inductor.list_mode_options(name), **{key: False for key in TIMED if key in known}}
@@ -137,8 +137,8 @@ def compile_parts(module: pl.LightningModule, *, mode: str | bool, exact: bool) 
         part._compiled_call_impl = torch.compile(_calls(part), **options)
 
 
-def _calls(part: nn.Module) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
+def _calls(part: nn.Module) -> Callable[..., object]:
+    def call(*args: object, **kwargs: object) -> object:
         return part._call_impl(*args, **kwargs)
 
     return call
@@ -208,7 +208,7 @@ def has_statistics(part: nn.Module) -> bool:
     return isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats
 
 
-def _recomputed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _recomputed(self: nn.Module, *args: object, **kwargs: object) -> object:
     forward = partial(type(self).forward, self, **kwargs)
     if not (self.training and torch.is_grad_enabled()):
         return forward(*args)

@@ -6,8 +6,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
+from labtrain.base.contracts import Options
 from labtrain.environment.doctor.environment import REPAIR
 from labtrain.environment.doctor.report import Check, few, judged, skipped
 from labtrain.environment.lock import Pin
@@ -42,7 +42,7 @@ def checks(pins: dict[str, Pin], *, python: str = sys.executable, timeout_s: flo
     """Yield the group's checks: import torch, multiply two matrices, and compare what it loaded with the lock."""
     try:
         done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False, timeout=timeout_s)
-        found: dict[str, Any] = json.loads(done.stdout) if done.returncode == 0 else {}
+        found: Options = json.loads(done.stdout) if done.returncode == 0 else {}
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
     except subprocess.TimeoutExpired:
         found, reason = {}, f"no answer in {timeout_s:.0f} seconds"

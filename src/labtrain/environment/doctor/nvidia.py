@@ -94,7 +94,7 @@ def check_p2p(pynvml: Any, count: int) -> Check:
     return skipped(GROUP, "P2P", f"none between {few(without)}: NCCL goes through shared memory, slower", wanted)
 
 
-def _mode(pynvml: Any, handle: Any, what: str) -> str:
+def _mode(pynvml: Any, handle: object, what: str) -> str:
     functions = {"ECC": "EccMode", "MIG": "MigMode", "persistence": "PersistenceMode"}
     try:
         mode = getattr(pynvml, f"nvmlDeviceGet{functions[what]}")(handle)

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError
 from labtrain.environment.lock import conda, derive
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, parse_pins, read_lock, read_pins
@@ -212,7 +212,7 @@ def check_seal(folder: Path) -> Iterator[Disagreement]:
             )
 
 
-def _property(component: dict[str, Any], name: str) -> str:
+def _property(component: Options, name: str) -> str:
     return next(str(entry["value"]) for entry in component["properties"] if entry["name"] == name)
 
 

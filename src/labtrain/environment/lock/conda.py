@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError
 from labtrain.record.provenance import normalised
 
@@ -30,10 +31,10 @@ CONDA_NAMES = {
 CUDA_PREFIX = "nvidia-"
 CUDA_SUFFIX = "-cu12"
 
-Entry = dict[str, Any]
+Entry = Options
 
 
-def read_conda_lock(folder: Path) -> dict[str, Any]:
+def read_conda_lock(folder: Path) -> Options:
     """Return conda-lock.yml as it stands.
 
     Raises:
@@ -108,7 +109,7 @@ def wrong_entries(entries: list[Entry]) -> Iterator[tuple[str, str, str]]:
                 yield entry["name"], f"{needed} {records[needed].version}", wanted
 
 
-def records_of(entries: list[Entry]) -> dict[str, Any]:
+def records_of(entries: list[Entry]) -> Options:
     """Return rattler's record of each entry by name, as conda's solver would compare it; without the malformed ones."""
     from rattler import BuildString, PackageRecord
 

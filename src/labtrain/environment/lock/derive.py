@@ -4,11 +4,11 @@ import base64
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from packaging.tags import compatible_tags, cpython_tags
 from packaging.utils import parse_wheel_filename
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError
 from labtrain.environment.lock import conda
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, read_lock, read_pins
@@ -64,9 +64,9 @@ def choose_file(pin: Pin, files: list[tuple[str, str]]) -> tuple[str, str]:
     return best[1], best[2]
 
 
-def wheel_entry(pin: Pin, file: str, sha256: str) -> dict[str, Any]:
+def wheel_entry(pin: Pin, file: str, sha256: str) -> dict[str, object]:
     """Return one entry of wheels.json: what nixpkgs' fetchPypi is called with, so that no file names a host."""
-    entry: dict[str, Any] = {"name": pin.name, "version": pin.version, "hash": sri(sha256)}
+    entry: dict[str, object] = {"name": pin.name, "version": pin.version, "hash": sri(sha256)}
     if file.endswith(".whl"):
         parts = file.removesuffix(".whl").split("-")
         pname, version, *build, python, abi, platform = parts
@@ -112,7 +112,7 @@ def seal(folder: Path) -> Seal:
     return sealed
 
 
-def read_wheels(folder: Path) -> list[dict[str, Any]]:
+def read_wheels(folder: Path) -> list[Options]:
     """Return nix/wheels.json.
 
     Raises:

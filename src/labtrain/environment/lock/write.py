@@ -9,7 +9,6 @@ import tomllib
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.files import write_atomically
@@ -50,7 +49,7 @@ def write_locks(folder: Path, *, upgrade: bool = False) -> Iterator[str]:
     yield f"{derive.SEAL}: {len(derive.seal(folder))} packages of three routes"
 
 
-def choose_wheels(folder: Path) -> list[dict[str, Any]]:
+def choose_wheels(folder: Path) -> list[dict[str, object]]:
     """Return the entries of wheels.json, sorted by name.
 
     A lock with hashes has no file names: uv tells them in a pylock.toml, which is not kept, since it names hosts.

@@ -6,10 +6,10 @@ no spike is lost; around each step at which runs part every point is kept. The n
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from labtrain.base.contracts import Options
 from labtrain.review.report.data import Numbers, Run, Series, seconds_of
 
 AT_MOST = 4_000  # points of a reduced curve, but for those around a step at which runs part
@@ -57,7 +57,7 @@ class Chart:
     where: str
     summary: list[str]
     lines: list[Line]
-    drawn: dict[str, Any]
+    drawn: Options
 
 
 def curves_of(runs: list[Run]) -> list[Chart]:
@@ -79,7 +79,7 @@ def machine_of(runs: list[Run]) -> list[Chart]:
     return [chart for chart in charts if chart.lines]
 
 
-def timeline_of(runs: list[Run]) -> dict[str, Any]:
+def timeline_of(runs: list[Run]) -> dict[str, object]:
     """Return the bars of the segments: one trace a status, so that each has its own pattern."""
     bars = list(_bars(runs))
     return {
@@ -184,7 +184,7 @@ def _by_time(title: str, unit: str, runs: list[Run], series_of: Callable[[Run], 
     return Chart(title=title, unit=unit, where="time", summary=summary, lines=lines, drawn=drawn)
 
 
-def _mark(step: int, labels: list[str], first: str) -> dict[str, Any]:
+def _mark(step: int, labels: list[str], first: str) -> dict[str, object]:
     names = ", ".join(labels)
     return {"at": step, "labels": names, "text": f"{names} part{'s' if len(labels) == 1 else ''} from {first}"}
 
@@ -193,7 +193,7 @@ def _around(x: Numbers, step: int) -> range:
     return range(*(int(place) for place in np.searchsorted(x, (step - AROUND, step + AROUND + 1))))
 
 
-def _trace(run: int, of: str, x: Numbers, y: Numbers) -> dict[str, Any]:
+def _trace(run: int, of: str, x: Numbers, y: Numbers) -> dict[str, object]:
     return {"run": run, "of": of, "x": [_short(value) for value in x], "y": [_short(value) for value in y]}
 
 
@@ -243,7 +243,7 @@ def _sentence(title: str, line: Line, step: str, unit: str = "") -> str:
     return f"{name}: {', '.join(parts)}."
 
 
-def _bars(runs: list[Run]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _bars(runs: list[Run]) -> Iterator[tuple[str, dict[str, object]]]:
     for place, run in enumerate(runs):
         for segment in run.receipt["segments"]:
             start = seconds_of(segment["started"])

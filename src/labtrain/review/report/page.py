@@ -20,7 +20,7 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from labtrain import __version__
 from labtrain.base import exact_json
 from labtrain.base.console import shown
-from labtrain.base.contracts import Code, Installed, Receipt, Segment
+from labtrain.base.contracts import Code, Installed, Options, Receipt, Segment
 from labtrain.record.identity import get
 from labtrain.review.report.charts import DIGITS, curves_of, machine_of, timeline_of
 from labtrain.review.report.data import Run, seconds_of
@@ -237,7 +237,7 @@ def _environment(environment: Installed) -> str:
     return ", ".join(parts + ([f"{len(changed)} changed files"] if changed else []))
 
 
-def _determinism(found: dict[str, Any]) -> str:
+def _determinism(found: dict[str, object]) -> str:
     shards = "no shards" if found["shards"] is None else f"{found['shards']} shards"
     return f"{found['mode']}, {shards}, {found['threads']} thread{'' if found['threads'] == 1 else 's'}"
 
@@ -255,7 +255,7 @@ def _in_turn(values: Any) -> str:
     return ", then ".join(found)
 
 
-def _number(metrics: dict[str, Any], name: str) -> Cell:
+def _number(metrics: Options, name: str) -> Cell:
     return Cell(text=repr(metrics[name]), code=True, number=True) if name in metrics else Cell(text="none")
 
 
@@ -268,11 +268,11 @@ def _span(segment: Segment) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
 
 
-def _shown_value(value: Any) -> str:
+def _shown_value(value: object) -> str:
     return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
-def _json(data: Any) -> Markup:
+def _json(data: object) -> Markup:
     """Return data for a script element: no text in it can end the element."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
-from labtrain.base.contracts import CheckpointConfig
+from labtrain.base.contracts import CheckpointConfig, State
 from labtrain.base.credentials import as_references, without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.checkpoints.format import is_spread, load_folder
@@ -65,8 +65,8 @@ class Checkpoints(pl.Callback):
     ) -> None:
         self.run_id, self.say = run_id, say
         self.stepped = False
-        self.initial: dict[str, Any] = {}  # how optimizers, schedulers and callbacks began
-        self.made: dict[str, Any] = {}  # what the training is made of, as the configuration makes it
+        self.initial: dict[str, object] = {}  # how optimizers, schedulers and callbacks began
+        self.made: dict[str, object] = {}  # what the training is made of, as the configuration makes it
         self.monitor, self.keep_best = options["monitor"], options["keep_best"]
         keep = partial(
             kept,
@@ -98,7 +98,7 @@ class Checkpoints(pl.Callback):
             )
 
     def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, object]
     ) -> None:
         loop = loop_of(trainer)
         if PLACE not in checkpoint:  # what a finder puts back after its search: Lightning's, and no place of a training
@@ -142,14 +142,14 @@ class Checkpoints(pl.Callback):
             self.saver.group = dist.new_group(backend="gloo")  # the writers', beside what the loop exchanges
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         unsaved = loop_of(trainer).unsaved
         if unsaved is not None:
             unsaved.begin()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if trainer.is_global_zero:
             self.saver.check()
@@ -218,7 +218,7 @@ class Checkpoints(pl.Callback):
                 " load it in on_save_checkpoint and on_load_checkpoint; a callback in state_dict and load_state_dict)"
             )
 
-    def _keep_made(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
+    def _keep_made(self, trainer: pl.Trainer, state: State) -> None:
         """Put into a state what the training is made of, where that has changed; warn if it then cannot be resumed."""
         if (made := made_of(trainer)) != self.made:
             state[PLACE][KEY] = made
@@ -382,7 +382,7 @@ class Alike:
         }
         return {name: "" if name in left_out else fingerprint(value) or "" for name, value in found.items()}
 
-    def _is_time(self, value: Any) -> bool:
+    def _is_time(self, value: object) -> bool:
         spans_s = zip(self.begun_s, (clock() for clock in CLOCKS), strict=True)
         return type(value) is float and any(begun_s <= value <= now_s for begun_s, now_s in spans_s)
 
@@ -410,14 +410,14 @@ def check_ranks(trainer: pl.Trainer) -> None:
         )
 
 
-def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> dict[str, Any]:
+def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> State:
     """Return Lightning's checkpoint dictionary without its loops, and without what schedulers hold of code.
 
     Args:
         trainer: whose state it is.
         optimizers: their states too. Those of parameters that are spread are made by a step, if there are none.
     """
-    state: dict[str, Any] = checkpoint_connector(trainer).dump_checkpoint(weights_only=not optimizers)
+    state: dict[str, object] = checkpoint_connector(trainer).dump_checkpoint(weights_only=not optimizers)
     del state["loops"]
     for key in HYPERPARAMETERS:  # a model is made from the configuration, which has them
         if key in state:
@@ -430,7 +430,7 @@ def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> dict[str, Any]:
     return state
 
 
-def _without_code(node: Any, *, scheduler: bool) -> Any:
+def _without_code(node: object, *, scheduler: bool) -> object:
     """Return a state without the functions that schedulers hold: they have them from their constructor again.
 
     SWALR's `anneal_func`, say, in torch 2.9. A scheduler loads its state by updating its `__dict__`.
@@ -444,7 +444,7 @@ def _without_code(node: Any, *, scheduler: bool) -> Any:
     return node
 
 
-def _whose(path: tuple[Any, ...]) -> str:
+def _whose(path: tuple[object, ...]) -> str:
     """Return what made this part of a state."""
     if path[0] == "callbacks":
         return f"state_dict or on_save_checkpoint of the callback {str(path[1]).partition('{')[0]}"
@@ -467,7 +467,9 @@ def loop_of(trainer: pl.Trainer) -> EpochLoop:
 class FolderIO(TorchCheckpointIO):
     """Lets the Trainer load a checkpoint folder; a file is Lightning's own format."""
 
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, object]:
         if Path(path).is_dir():
             return load_folder(Path(path))
         return super().load_checkpoint(path, map_location=map_location, weights_only=weights_only)

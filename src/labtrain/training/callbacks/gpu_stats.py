@@ -8,7 +8,6 @@ its last answer. Nothing here goes through `self.log`: no metric, monitor, check
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from typing import Any
 
 import lightning.pytorch as pl
 import pynvml
@@ -20,7 +19,7 @@ from labtrain.training.callbacks.steps import warn
 EVERY_SECONDS = 1.0
 FULL = 0.95  # of a card's memory
 
-READINGS: dict[str, Callable[[Any], float]] = {
+READINGS: dict[str, Callable[[object], float]] = {
     "memory_used_gb": lambda card: pynvml.nvmlDeviceGetMemoryInfo(card).used / 1e9,
     "utilization_percent": lambda card: pynvml.nvmlDeviceGetUtilizationRates(card).gpu,
     "temperature_celsius": lambda card: pynvml.nvmlDeviceGetTemperature(card, pynvml.NVML_TEMPERATURE_GPU),
@@ -47,7 +46,7 @@ class GpuStats(pl.Callback):
             self.sensors = Sensors(cards)
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         step = trainer.global_step
         if self.sensors is None or step == self.last_step or step % trainer.log_every_n_steps:  # type: ignore[attr-defined]
@@ -90,7 +89,7 @@ class Sensors:
     def __init__(self, cards: dict[int, str]) -> None:
         self.newest: dict[int, dict[str, float]] = {}
         self.total_gb: dict[int, float] = {}
-        self.handles: dict[int, Any] = {}
+        self.handles: dict[int, object] = {}
         self.stop = threading.Event()
         self.thread: threading.Thread | None = None
         self.driver = ExitStack()
@@ -123,7 +122,7 @@ class Sensors:
         self.newest = {number: readings_of(handle) for number, handle in self.handles.items()}
 
 
-def readings_of(handle: Any) -> dict[str, float]:
+def readings_of(handle: object) -> dict[str, float]:
     """Return what a card tells, by name."""
     found = {}
     for name, read in READINGS.items():
@@ -134,7 +133,7 @@ def readings_of(handle: Any) -> dict[str, float]:
     return found
 
 
-def handle_of(uuid: str) -> Any:
+def handle_of(uuid: str) -> object:
     """Return NVML's handle of the GPU, or the slice of one, that torch knows by `uuid`; None where NVML does not.
 
     By UUID, since CUDA_VISIBLE_DEVICES renumbers torch's GPUs and not NVML's.

@@ -9,7 +9,7 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import lightning.pytorch as pl
 import psutil
@@ -49,7 +49,7 @@ class History(pl.Callback):
             self.samples = 0
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         loader = trainer.train_dataloader
         self.samples += len(loader.indices) if isinstance(loader, DataLoader) else self.batch_size
@@ -75,7 +75,7 @@ class History(pl.Callback):
         now = time.monotonic()
         seconds = now - self.written
         device = trainer.strategy.root_device
-        line: dict[str, Any] = {
+        line: dict[str, object] = {
             "time": round(time.time(), 3),
             "step": trainer.global_step,
             "samples_per_s": round(self.samples / seconds, 1) if self.samples and seconds else None,

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -16,7 +15,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from labtrain.augment import described
 from labtrain.base.console import shown
-from labtrain.base.contracts import Change, Origin, Results, SavedCheckpoint, Segment, TrailRecord
+from labtrain.base.contracts import Change, Options, Origin, Results, SavedCheckpoint, Segment, TrailRecord
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.files import file_sha256, write_atomically
@@ -178,7 +177,7 @@ class Recorder(pl.Callback):
             segment["origin"] = self.origin
         return segment
 
-    def _determinism(self) -> dict[str, Any]:
+    def _determinism(self) -> dict[str, object]:
         config = self.job.config
         return {
             **config["determinism"],
@@ -200,7 +199,7 @@ class Recorder(pl.Callback):
         return record
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if self.waits and trainer.global_step > self.resumed_step:
             self._begin()
@@ -219,7 +218,7 @@ class Recorder(pl.Callback):
                 code["patch"] = None
         receipt.write(self.run_dir, self.receipt)
 
-    def _data(self, trainer: pl.Trainer) -> dict[str, Any]:
+    def _data(self, trainer: pl.Trainer) -> dict[str, object]:
         data, places = data_of(trainer, self.say)
         folder, read = self.run_dir.resolve(), []
         for place in {*self.places, *places}:
@@ -302,7 +301,7 @@ def close_killed(before: receipt.Receipt, run_dir: Path) -> None:
         segment |= {"status": "killed", "ended": ended, "to_step": lines[-1]["step"] if lines else segment["from_step"]}
 
 
-def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, Any], list[Path]]:
+def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, object], list[Path]]:
     """Return the fingerprint of what the training and the validation load, by `train` and `val`, `val-2`, ...
 
     With the loader's transforms, in words: their code is among the run's sources. And the files and folders that these
@@ -310,7 +309,7 @@ def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, 
 
     Data that cannot be read so ends no training: that is said.
     """
-    found: dict[str, Any] = {}
+    found: Options = {}
     places: list[Path] = []
     for stage, loaders in (("train", [trainer.train_dataloader]), ("val", val_loaders(trainer))):
         for number, loader in enumerate(loader for loader in loaders if isinstance(loader, DataLoader)):
@@ -327,7 +326,7 @@ def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, 
     return found, places
 
 
-def gpus(trainer: pl.Trainer) -> dict[str, Any]:
+def gpus(trainer: pl.Trainer) -> dict[str, object]:
     """Return the GPUs that the training uses and the CUDA libraries of this torch; empty on a CPU."""
     if trainer.strategy.root_device.type != "cuda":
         return {}

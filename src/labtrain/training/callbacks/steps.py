@@ -14,6 +14,7 @@ import torch
 import xxhash
 from lightning.pytorch.callbacks import ProgressBar
 
+from labtrain.base.contracts import State
 from labtrain.checkpoints.format import is_spread
 from labtrain.data.loader import DataLoader
 from labtrain.exact.checksums import shown_sums, two_sums
@@ -42,18 +43,18 @@ class Seeding(pl.Callback):
         self._seed(trainer, "epoch", trainer.current_epoch)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         self._seed(trainer, "step", trainer.current_epoch, batch_idx)
         fill_new_memory(on=trainer.global_step == 0)
 
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._seed(trainer, "validation", trainer.global_step, dataloader_idx, batch_idx)
 
     def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._seed(trainer, "test", dataloader_idx, batch_idx)
 
@@ -62,17 +63,17 @@ class BatchSizes(pl.Callback):
     """Tells Lightning the number of samples of a sharded batch, for what hooks log."""
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         self._tell(trainer)
 
     def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._tell(trainer)
 
     def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._tell(trainer)
 
@@ -111,7 +112,7 @@ class Trail(pl.Callback):
         self.loaded: dict[str, int] = {}  # the same by name, where code has changed the model since
         self.gradients: torch.Tensor | None = None  # their sums, of the step that is being done
         self.loss: torch.Tensor | None = None  # of its batches so far; Lightning has divided each by their number
-        self.pending: tuple[dict[str, Any], torch.Tensor] | None = None
+        self.pending: tuple[State, torch.Tensor] | None = None
         self.copied: torch.cuda.Event | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -143,7 +144,7 @@ class Trail(pl.Callback):
             self.gradients = sums if self.gradients is None else self.gradients + sums  # of several optimizers
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: object, batch_idx: int
     ) -> None:
         step = trainer.global_step
         if step > self.resumed_step:
@@ -194,7 +195,7 @@ class Trail(pl.Callback):
             self.is_cut = True
 
     def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, object]
     ) -> None:
         self.flush()  # a training that goes on from it needs this step's line
         if not self.numbers:
@@ -204,9 +205,7 @@ class Trail(pl.Callback):
         if places != parameter_places(pl_module):  # code has changed the model
             checkpoint[TRAIL] = places
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: State) -> None:
         self.loaded = checkpoint.get(TRAIL, {})
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -281,7 +280,7 @@ class Progress(ProgressBar):
         self.first_step, self.samples = trainer.global_step, 0
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         now = time.monotonic()
         loader = trainer.train_dataloader

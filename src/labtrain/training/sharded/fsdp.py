@@ -20,6 +20,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.checkpoints.format import in_parts, load_folder
 
@@ -48,17 +49,17 @@ class FullySharded(ModelParallelStrategy):
             configure = partial(shard, module, self.device_mesh["data_parallel"])
             module.configure_model = configure  # type: ignore[method-assign]
 
-    def lightning_module_state_dict(self) -> dict[str, Any]:
+    def lightning_module_state_dict(self) -> State:
         from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
         return get_model_state_dict(self._sharded)
 
-    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    def optimizer_state(self, optimizer: torch.optim.Optimizer) -> State:
         from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
         return get_optimizer_state_dict(self._sharded, _plain(optimizer))
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, object]:
         folder = Path(checkpoint_path)
         if not folder.is_dir() or not in_parts(folder):
             raise ConfigError(
@@ -131,5 +132,5 @@ def large_blocks(module: nn.Module) -> list[nn.Module]:
     return blocks
 
 
-def _plain(optimizer: Any) -> torch.optim.Optimizer:
+def _plain(optimizer: object) -> torch.optim.Optimizer:
     return cast(torch.optim.Optimizer, optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer)

@@ -22,7 +22,7 @@ from labtrain.exact.attributes import plain_attributes
 from labtrain.exact.collate import received, to_send
 from labtrain.training.lightning import eval_loaders, evaluation_loop, train_loaders
 
-Path = tuple[Any, ...]  # an attribute's dotted name, and the keys from there to a list
+Path = tuple[object, ...]  # an attribute's dotted name, and the keys from there to a list
 Calls = list[list[int]]  # of each loader: of each batch, how often this rank's step was called
 
 _trainer: weakref.ref[pl.Trainer] | None = None
@@ -34,7 +34,7 @@ def enter(trainer: pl.Trainer | None) -> None:
     _trainer = None if trainer is None else weakref.ref(trainer)
 
 
-def gather_outputs(outputs: list[Any]) -> list[Any]:
+def gather_outputs(outputs: list[object]) -> list[object]:
     """Return the items of all ranks, in the order of batches and shards; to be called on every rank at an epoch's end.
 
     Args:
@@ -106,10 +106,10 @@ def leave_own(trainer: pl.Trainer, paths: list[Path]) -> None:
         items[:] = [item for item, (rank, _) in zip(items, order, strict=True) if rank == trainer.global_rank]
 
 
-def lists_of(module: torch.nn.Module) -> dict[Path, list[Any]]:
+def lists_of(module: torch.nn.Module) -> dict[Path, list[object]]:
     """Return the lists among a model's plain attributes, and those in dicts there."""
-    found: dict[Path, list[Any]] = {}
-    waiting: list[tuple[Path, Any]] = [((name,), value) for name, value in plain_attributes(module).items()]
+    found: dict[Path, list[object]] = {}
+    waiting: list[tuple[Path, object]] = [((name,), value) for name, value in plain_attributes(module).items()]
     for path, value in waiting:
         if type(value) is list:
             found[path] = value

@@ -4,8 +4,6 @@
 shards joined (collate.py), as under DDP. It is done only where a hook of the model or of a callback takes a batch.
 """
 
-from typing import Any
-
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
@@ -58,7 +56,7 @@ class Handed:
         like: where this rank has no shard: what an empty part looks like.
     """
 
-    def __init__(self, sharded: Sharded, like: Any = None) -> None:
+    def __init__(self, sharded: Sharded, like: object = None) -> None:
         self.sharded = sharded
         sizes = [samples for _, samples, _ in sharded.parts]
         self.batch = joined([data for _, _, data in sharded.parts], sizes) if sizes else like
@@ -75,12 +73,12 @@ class Handed:
             )
 
 
-def joined_outputs(outputs: list[Any], sizes: list[int]) -> Any:
+def joined_outputs(outputs: list[object], sizes: list[int]) -> object:
     """Return what the steps of this rank's shards returned, as one."""
     return joined(outputs, sizes, average=True) if outputs else None
 
 
-def of_no_shard(parts: list[tuple[int, Any]], *, average: bool, device: torch.device) -> Any:
+def of_no_shard(parts: list[tuple[int, object]], *, average: bool, device: torch.device) -> object:
     """Return what a rank without a shard has instead: rank 0's first part without its rows. Every rank calls it.
 
     Args:
@@ -99,6 +97,6 @@ def _stage(trainer: pl.Trainer) -> str:
     return str(stage.value)
 
 
-def _has_own(owner: Any, base: type[Any], hook: str) -> bool:
+def _has_own(owner: object, base: type[object], hook: str) -> bool:
     found = getattr(owner, hook)
     return getattr(found, "__func__", found) is not getattr(base, hook)

@@ -12,7 +12,7 @@ import numbers
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.data.loader import DataLoader
 from labtrain.data.prefetch import on_tensors
@@ -41,6 +42,9 @@ from labtrain.training.state.changes import Look, look, unlike
 from labtrain.training.state.undo import LARGEST_BYTES, TooLargeError, Undo, keep_draws
 from labtrain.training.state.watch import Watch, let_pass
 
+if TYPE_CHECKING:
+    from labtrain.training.sharded.strategy import Exact
+
 WEIGHT_HINT = (
     'return {"loss": loss, "weight": n} with the sum that the loss is divided by: valid tokens, or the class weights of'
     " the samples"
@@ -54,7 +58,7 @@ SHARDS_COMPARED = 4
 # ---------------------------------------------------------------------------------------------------- a returned weight
 
 
-def weight_of(output: Any) -> float | None:
+def weight_of(output: object) -> float | None:
     """Return the weight that `training_step` returned with the loss of a shard; None if it returned none.
 
     Raises:
@@ -148,7 +152,7 @@ class Objective(pl.Callback):
         self.done = False
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         # Not on_train_start: hooks that come after it may prepare what training_step needs.
         loader = trainer.train_dataloader
@@ -310,7 +314,7 @@ class _Bench:
     @contextmanager
     def around(cls, trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader) -> Iterator["_Bench"]:
         """Prepare the process for such runs, and put everything back."""
-        strategy, loop = cast(Any, trainer.strategy), trainer.fit_loop.epoch_loop
+        strategy, loop = cast("Exact", trainer.strategy), trainer.fit_loop.epoch_loop
         tensors = [*module.parameters(), *module.buffers()]
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
@@ -330,7 +334,9 @@ class _Bench:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield cls(trainer, module, undo)
 
-    def compare(self, whole: Any, first: Any, second: Any, *, sizes: list[int], strict: bool) -> Difference | None:
+    def compare(
+        self, whole: object, first: object, second: object, *, sizes: list[int], strict: bool
+    ) -> Difference | None:
         """Compare some samples with two parts of them; the first time the gradients too, and whether the loss draws."""
         weights: list[float] = [size / sum(sizes) for size in sizes]
         losses, given = zip(*(self.run(half) for half in (first, second)), strict=True)
@@ -359,15 +365,15 @@ class _Bench:
             return None
         return Difference(samples=sum(sizes), whole=loss, parts=mean, gradients=gradients, rounding=rounding)
 
-    def left(self, first: Any, second: Any, *, strict: bool) -> tuple[list[str], list[str]]:
+    def left(self, first: object, second: object, *, strict: bool) -> tuple[list[str], list[str]]:
         """Return the names of what changes from one shard to the next, though all that is watched is put back.
 
         What the first shard alone changes, such as a table that is computed when it is first used, does not count. And
         the names of lists that grow, where the second shard's loss is another one without the first.
         """
         self._reset()
-        strategy = cast(Any, self.trainer.strategy)
-        place: dict[str, Any] = {"device": strategy.root_device, "rank": 0, "world": 1, "judge": let_pass}
+        strategy = cast("Exact", self.trainer.strategy)
+        place: Options = {"device": strategy.root_device, "rank": 0, "world": 1, "judge": let_pass}
         optimizers, schedulers = self.trainer.optimizers, [each.scheduler for each in self.trainer.lr_scheduler_configs]
         buffers = Buffers(self.module, **place)
         watch = Watch(self.module, **place, optimizers=optimizers, schedulers=schedulers, say=let_pass)
@@ -393,9 +399,9 @@ class _Bench:
         same = alone == loss if strict else math.isclose(alone, loss, rel_tol=1e-3)
         return found, [] if same or math.isnan(loss) else grown or ["something that labtrain does not see"]
 
-    def asked(self, data: Any, *, strict: bool) -> list[str]:
+    def asked(self, data: object, *, strict: bool) -> list[str]:
         """Return what the step asks of the process that runs it, where its loss is another one in another process."""
-        strategy, losses = cast(Any, self.trainer.strategy), list[float]()
+        strategy, losses = cast("Exact", self.trainer.strategy), list[float]()
         for rank, world in ((0, 1), (1, 2)):
             self._reset()
             try:
@@ -418,7 +424,7 @@ class _Bench:
         return math.sqrt(self.eps)
 
     def run(
-        self, data: Any, *, seed: int = 0, backward: float = 0.0, watch: bool = False, fresh: bool = True
+        self, data: object, *, seed: int = 0, backward: float = 0.0, watch: bool = False, fresh: bool = True
     ) -> tuple[float, float | None]:
         """Return the loss of some samples and the weight that came with it.
 
@@ -434,7 +440,7 @@ class _Bench:
         seed_place("objective", seed)
         if seed:
             self.undo.seed(seed)
-        strategy, loop = cast(Any, self.trainer.strategy), self.trainer.fit_loop.epoch_loop
+        strategy, loop = cast("Exact", self.trainer.strategy), self.trainer.fit_loop.epoch_loop
         data = strategy.moved(copy.deepcopy(data), 0)
         if fresh:
             data = on_tensors(lambda each: each.float() if each.is_floating_point() and _is_half(each) else each, data)
@@ -483,7 +489,7 @@ class _Bench:
             self.eps = max(self.eps, torch.finfo(saved.dtype).eps)
         return saved.detach()
 
-    def _gradients(self, *runs: tuple[Any, float]) -> float:
+    def _gradients(self, *runs: tuple[object, float]) -> float:
         """Return the norm of what gradients add up to, over the largest on the way."""
         norms = []
         for data, factor in runs:
@@ -518,7 +524,7 @@ def _exact_products() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = cudnn
 
 
-def _refuse_unequal(whole: Any, first: Any, second: Any) -> None:
+def _refuse_unequal(whole: object, first: object, second: object) -> None:
     """Look whether the parts hold what the whole does: a transform may draw for all samples of a part at once."""
     leaves, *halves = (
         [leaf for leaf in tree_leaves(data) if isinstance(leaf, Tensor) and leaf.dim()]
@@ -536,9 +542,9 @@ def _refuse_unequal(whole: Any, first: Any, second: Any) -> None:
             )
 
 
-def _datasets(dataset: Any) -> Iterator[Any]:
+def _datasets(dataset: object) -> Iterator[object]:
     """Yield a dataset and those that it wraps."""
-    found: list[Any] = []
+    found: list[object] = []
     while hasattr(dataset, "__dict__") and not any(dataset is each for each in found):
         found.append(dataset)
         yield dataset

@@ -90,15 +90,15 @@ class Tally:
         self._module = module
         self.metrics: dict[str, torchmetrics.Metric] = {}
         self._new: dict[str, torchmetrics.Metric] = {}  # those that no step has updated yet
-        self._beside: dict[str, dict[str, Any]] = {}  # what they keep beside their states
-        self._tables: list[dict[str, Any]] = []  # the submodules of each module
-        self._members: list[Any] = []
+        self._beside: dict[str, dict[str, object]] = {}  # what they keep beside their states
+        self._tables: list[dict[str, object]] = []  # the submodules of each module
+        self._members: list[object] = []
         self._find_metrics()
         self._entries: dict[str, Entry] = {}
         self._scratch: dict[bool, Results] = {}
         self._held: dict[str, Held] = {}
         self._rows: list[Tensor] = []
-        self._lists: list[dict[str, list[Any]]] = []
+        self._lists: list[dict[str, list[object]]] = []
         self._template: Template | None = None
         self._logs = Results(training=True)
 
@@ -139,7 +139,7 @@ class Tally:
         self._held = {name: hold(metric) for name, metric in self.metrics.items() if metric._update_count}
         self._rows, self._lists, self._template = [], [], None
 
-    def open(self, data: Any, samples: int, dataloader_idx: int | None = None) -> Results:
+    def open(self, data: object, samples: int, dataloader_idx: int | None = None) -> Results:
         """Begin a shard, and return the collection that it logs into."""
         for metric in self.metrics.values():
             if metric._update_count:
@@ -183,7 +183,7 @@ class Tally:
         lists = {f"{name}.{state}": getattr(self.metrics[name], state) for name, state in self._list_states(touched)}
         self._lists.append({name: [_detached(item) for item in items] for name, items in lists.items()})
 
-    def _check_new(self, name: str, before: dict[str, Any]) -> None:
+    def _check_new(self, name: str, before: dict[str, object]) -> None:
         """Raise ConfigError where a step has changed what a metric keeps beside its states: it can't be combined."""
         metric = self._new[name]
         now = beside_states(metric)  # a wrapper may not count its updates
@@ -243,7 +243,7 @@ class Tally:
 
     def _together(
         self, counts: list[int], wishes: tuple[float, float], device: torch.device
-    ) -> tuple[Tensor, list[dict[str, list[Any]]], tuple[float, float]]:
+    ) -> tuple[Tensor, list[dict[str, list[object]]], tuple[float, float]]:
         template = self._template
         assert template is not None
         states = sum(default.numel() for _, _, default, _ in self._tensors(template.metrics))
@@ -267,7 +267,7 @@ class Tally:
             lists = [_mapped(part, lambda item: item.to(device)) for parts in gathered for part in parts]
         return rows, lists, (max(stops), max(saves))
 
-    def _release(self, rows: Tensor, lists: list[dict[str, list[Any]]]) -> None:
+    def _release(self, rows: Tensor, lists: list[dict[str, list[object]]]) -> None:
         """Give the metrics their states back, with this step's."""
         assert self._template is not None
         at = self._template.front + 2 * len(self._template.entries)
@@ -315,7 +315,7 @@ class Tally:
             into.updates += 1
             into.has_reset = False
 
-    def _metric(self, entry: Entry) -> Any:
+    def _metric(self, entry: Entry) -> object:
         """Return the metric that an entry logs: of the model, or one that wraps some of it."""
         if entry.key in self._logs:
             return self._logs[entry.key].value
@@ -386,16 +386,16 @@ def _kind(meta: ResultMeta) -> str:
     return str(meta.reduce_fx.__name__)  # Lightning allows mean, sum, min and max
 
 
-def global_already(value: Tensor, *_: Any, **__: Any) -> Tensor:
+def global_already(value: Tensor, *_: object, **__: object) -> Tensor:
     """Stand for Lightning's reduction over ranks, where a value is that of all ranks."""
     return value
 
 
-def _detached(item: Any) -> Any:
+def _detached(item: object) -> object:
     return item.detach() if isinstance(item, Tensor) else copy.deepcopy(item)
 
 
-def _mapped(lists: dict[str, list[Any]], change: Callable[[Tensor], Tensor]) -> dict[str, list[Any]]:
+def _mapped(lists: dict[str, list[object]], change: Callable[[Tensor], Tensor]) -> dict[str, list[object]]:
     return {
         name: [change(item) if isinstance(item, Tensor) else item for item in items] for name, items in lists.items()
     }

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -30,6 +30,7 @@ from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDe
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
 from labtrain.data.loader import DataLoader, Sharded
@@ -71,6 +72,12 @@ OF_PROCESSES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # variables of the environm
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
+if TYPE_CHECKING:
+    _Base = DDPStrategy  # one of the two that Exact is mixed into: they have the same methods
+else:
+    _Base = object
+
+
 @dataclass(kw_only=True, slots=True)
 class _Step:
     """One step of this rank.
@@ -95,10 +102,10 @@ class _Step:
     parameters: list[torch.nn.Parameter]
     older: list[Tensor | None]
     missing: bool
-    outputs: list[tuple[int, Any]] = field(default_factory=list)
+    outputs: list[tuple[int, object]] = field(default_factory=list)
 
 
-class Exact:
+class Exact(_Base):
     """What both strategies share; the classes below mix it into Lightning's.
 
     Args:
@@ -108,7 +115,7 @@ class Exact:
         options: of Lightning's strategy.
     """
 
-    _pretended: dict[str, Any] | None = None  # what the experiment's code is told of its process, in a trial
+    _pretended: Options | None = None  # what the experiment's code is told of its process, in a trial
 
     def __init__(self, *arguments: Any, shards: int, wishes: Wishes, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -135,7 +142,9 @@ class Exact:
     # ------------------------------------------------------------------------------------------- called by the Trainer
 
     def configure_ddp(self) -> None:
-        module = cast(Any, self).model  # torch broadcasts no sparse buffer; every rank makes or loads the same
+        module = cast(
+            torch.nn.Module, self.model
+        )  # torch broadcasts no sparse buffer; every rank makes or loads the same
         dense = {name: buffer for name, buffer in module.named_buffers() if buffer.layout == torch.strided}
         sparse = [name for name, _ in module.named_buffers() if name not in dense]
         other = [name for name, buffer in dense.items() if buffer.dtype not in SENT]
@@ -151,7 +160,7 @@ class Exact:
                     " ranks need it now",
                     hint="run a sample of zeros through the model at the end of its __init__; or name the sizes",
                 )
-        super().setup(trainer)  # type: ignore[misc]
+        super().setup(trainer)
         module = self._module
         if not module.automatic_optimization:
             raise ConfigError(
@@ -172,11 +181,11 @@ class Exact:
         )
         self._tally = Tally(module)
         guard = next((each for each in trainer.callbacks if isinstance(each, Guard)), None)  # type: ignore[attr-defined]
-        place: dict[str, Any] = {"device": self._device, "rank": self._rank, "world": self._world}
+        place: Options = {"device": self._device, "rank": self._rank, "world": self._world}
         self._buffers = Buffers(module, **place, judge=guard.judge if guard else let_pass)
         if guard is not None and guard.mode != "off" and self.shards > 1:
             schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
-            made: dict[str, Any] = {"optimizers": trainer.optimizers, "schedulers": schedulers}
+            made: Options = {"optimizers": trainer.optimizers, "schedulers": schedulers}
             self._watch = Watch(module, **made, **place, judge=guard.judge, say=guard.say)
             self._watch.listen()
         if self._watch is not None and guard is not None:
@@ -191,21 +200,21 @@ class Exact:
             prepare_again(self._module)
         if self._watch is not None:
             self._watch.close()
-        super().teardown()  # type: ignore[misc]
+        super().teardown()
 
     def grown(self) -> set[str]:
         """Return the names of the model's attributes with lists that steps have appended to."""
         return self._watch.grown() if self._watch is not None else set()
 
-    def process_dataloader(self, loader: Any) -> Any:
+    def process_dataloader(self, loader: object) -> object:
         if isinstance(loader, DataLoader):
             loader.shard(self.shards, rank=self._rank, world=self._world)
-        return super().process_dataloader(loader)  # type: ignore[misc]
+        return super().process_dataloader(loader)
 
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+    def batch_to_device(self, batch: object, device: torch.device | None = None, dataloader_idx: int = 0) -> object:
         self._handed = self.samples = None
         if not isinstance(batch, Sharded):
-            return super().batch_to_device(batch, device, dataloader_idx)  # type: ignore[misc]
+            return super().batch_to_device(batch, device, dataloader_idx)
         self.samples = batch.samples
         if self.shards > 1 and not self._takers.batch:
             return batch
@@ -213,7 +222,7 @@ class Exact:
         self._handed = self._hand(batch, dataloader_idx, *self._when(), dataloader_idx, index)
         return self._handed.batch
 
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+    def reduce(self, tensor: object, group: object = None, reduce_op: dist.ReduceOp | str | None = "mean") -> Any:
         """Return a tensor that is the same on all ranks as it is: a mean of three equal numbers may not be equal."""
         if self._inside or self._world == 1 or not isinstance(tensor, Tensor):
             return tensor
@@ -224,18 +233,18 @@ class Exact:
             self.on_reduce(gathered, equal, str(reduce_op))
         if reduce_op in ("mean", "avg") and equal:
             return tensor
-        return super().reduce(tensor, group, reduce_op)  # type: ignore[misc]
+        return super().reduce(tensor, group, reduce_op)
 
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+    def all_gather(self, tensor: Tensor, group: object = None, sync_grads: bool = False) -> Tensor:
         if self._inside:
             raise ConfigError(
                 f"self.all_gather in a step: with determinism.shards={self.shards} it would gather a part of the batch"
                 " that depends on the number of devices",
                 hint="determinism.shards=1, on one device: a step then has the whole batch",
             )
-        return cast(Tensor, super().all_gather(tensor, group, sync_grads))  # type: ignore[misc]
+        return super().all_gather(tensor, group, sync_grads)
 
-    def training_step(self, batch: Any, *args: Any) -> Any:
+    def training_step(self, batch: object, *args: object) -> Any:
         loop = self._trainer.fit_loop.epoch_loop
         epoch, index = cast(Any, self._trainer.fit_loop.epoch_progress.current).processed, loop.batch_idx
         if self.shards == 1:
@@ -257,9 +266,9 @@ class Exact:
             rows_SK = self._combined(batch, results, step.ranges)
         return self._end_step(step, rows_SK)
 
-    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: object, **kwargs: object) -> Tensor:
         if self._waiting is None:
-            return cast(Tensor, super().backward(closure_loss, optimizer, *args, **kwargs))  # type: ignore[misc]
+            return super().backward(closure_loss, optimizer, *args, **kwargs)
         # Here, and not in training_step: gradients that are not wanted any more are gone, and their memory is free.
         sums = cast(ShardSum, self._sum).total()
         has_gradient, shares = self._waiting
@@ -269,13 +278,13 @@ class Exact:
             if wanted:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._waiting = None
-        return cast(Tensor, cast(Any, self).precision_plugin.post_backward(closure_loss, self._module))
+        return self.precision_plugin.post_backward(closure_loss, self._module)
 
-    def validation_step(self, batch: Any, *args: Any) -> Any:
-        return self._evaluate(super().validation_step, batch, *args)  # type: ignore[misc]
+    def validation_step(self, batch: Any, *args: object) -> Any:
+        return self._evaluate(super().validation_step, batch, *args)
 
-    def test_step(self, batch: Any, *args: Any) -> Any:
-        return self._evaluate(super().test_step, batch, *args)  # type: ignore[misc]
+    def test_step(self, batch: object, *args: object) -> Any:
+        return self._evaluate(super().test_step, batch, *args)
 
     # --------------------------------------------------------------------------------------------------------- a step
 
@@ -296,7 +305,7 @@ class Exact:
             missing=not batch.parts,
         )
 
-    def _shard_step(self, step: "_Step", number: int, args: tuple[Any, ...]) -> None:
+    def _shard_step(self, step: "_Step", number: int, args: tuple[object, ...]) -> None:
         """Run forward and backward of one shard, from the state that the step began with."""
         (shard, samples, data), last = step.batch.parts[number], number == len(step.batch.parts) - 1
         if number:
@@ -309,7 +318,7 @@ class Exact:
         put_results(self._trainer.fit_loop.epoch_loop, self._tally.open(data, samples))
         seed_place("shard", step.epoch, step.index, shard)
         with alone():
-            output = super().training_step(data, *args)  # type: ignore[misc]
+            output = super().training_step(data, *args)
         loss = _loss(output)
         if loss is None:
             raise ConfigError(
@@ -332,8 +341,8 @@ class Exact:
         front = torch.cat([numbers.to(loss.device), row])
         self._tally.close(front, samples, None if given is None else (loss.detach(), given))
 
-    def _shard_backward(self, loss: Tensor, data: Any, args: tuple[Any, ...]) -> None:
-        module, plugin = self._module, cast(Any, self).precision_plugin
+    def _shard_backward(self, loss: Tensor, data: object, args: tuple[object, ...]) -> None:
+        module, plugin = self._module, self.precision_plugin
         scaled = plugin.pre_backward(loss, module)
         try:
             plugin.backward(scaled, module, None)
@@ -343,7 +352,7 @@ class Exact:
             raise
         self._filling = None
 
-    def _end_step(self, step: "_Step", rows_SK: Tensor) -> Any:
+    def _end_step(self, step: "_Step", rows_SK: Tensor) -> object:
         """Install what the shards of all ranks left; return what hooks get for the step."""
         parameters, buffers, watch = step.parameters, self._buffers, self._watch
         sizes = len(parameters), len(buffers.owned) + 1, Watch.NUMBERS if watch is not None else 0
@@ -364,10 +373,10 @@ class Exact:
         whole = self._as_one(step.outputs, step.ranges) if self._takers.outputs else None
         return {**whole, **combined} if isinstance(whole, dict) else mean
 
-    def _loss_again(self, data: Any, *args: Any) -> Any:
-        return _loss(super().training_step(data, *args))  # type: ignore[misc]
+    def _loss_again(self, data: object, *args: object) -> Any:
+        return _loss(super().training_step(data, *args))
 
-    def _evaluate(self, step: Callable[..., Any], batch: Any, *args: Any) -> Any:
+    def _evaluate(self, step: Callable[..., object], batch: object, *args: object) -> object:
         """Run a validation or test step once a shard; return what hooks get as its outputs."""
         batch, moved = self._shards_of(batch)
         if not isinstance(batch, Sharded):
@@ -376,7 +385,7 @@ class Exact:
         index = loop.batch_progress.current.ready - 1
         which, ranges = results_of(loop).dataloader_idx, shard_ranges(batch.shards, self._world)
         place = (*self._when(), which or 0, index)
-        outputs: list[tuple[int, Any]] = []
+        outputs: list[tuple[int, object]] = []
         taken = self._takers.outputs
         with self.scratch(loop) as results:
             self._tally.begin(training=False)
@@ -406,7 +415,7 @@ class Exact:
             like = of_no_shard(mine, average=False, device=self._device)
         return Handed(Sharded(parts, samples=batch.samples, shards=batch.shards), like)
 
-    def _shards_of(self, batch: Any) -> tuple[Any, bool]:
+    def _shards_of(self, batch: object) -> tuple[object, bool]:
         """Return the shards of a batch as hooks had it, and whether they are on the device."""
         if self._handed is None or batch is not self._handed.batch:
             return batch, False
@@ -414,7 +423,7 @@ class Exact:
             self._handed.check(self._trainer)
         return self._handed.sharded, True
 
-    def _as_one(self, outputs: list[tuple[int, Any]], ranges: list[range]) -> Any:
+    def _as_one(self, outputs: list[tuple[int, object]], ranges: list[range]) -> object:
         """Return what hooks get for the outputs of this rank's shards."""
         if not all(ranges):
             like = of_no_shard(outputs, average=True, device=self._device)
@@ -441,15 +450,15 @@ class Exact:
         self.wishes.agree(*agreed)
         return rows_SK
 
-    def _whole(self, batch: Any, epoch: int, index: int, *args: Any) -> Any:
+    def _whole(self, batch: object, epoch: int, index: int, *args: object) -> object:
         """Run a step of one shard as Lightning itself would: nothing is to be combined."""
         seed_place("shard", epoch, index, 0)
-        output = super().training_step(batch, *args)  # type: ignore[misc]
+        output = super().training_step(batch, *args)
         self.wishes.agree(*self.wishes.numbers())
         return output
 
     @contextmanager
-    def scratch(self, loop: Any) -> Any:
+    def scratch(self, loop: object) -> Any:
         """Put Lightning's collection of what is logged back, whatever happens."""
         results, self._inside = results_of(loop), True
         try:
@@ -458,13 +467,13 @@ class Exact:
             put_results(loop, results)
             self._inside = False
 
-    def moved(self, data: Any, dataloader_idx: int, *place: int | str) -> Any:
+    def moved(self, data: object, dataloader_idx: int, *place: int | str) -> object:
         """Do to a shard what Lightning does to a batch before its step."""
         if self._seeds_transfer:
             seed_place("transfer", *place)
-        data = cast(Any, self).precision_plugin.convert_input(data)
+        data = self.precision_plugin.convert_input(data)
         data = prepare_batch(self._module, data, dataloader_idx)
-        return super().batch_to_device(data, dataloader_idx=dataloader_idx)  # type: ignore[misc]
+        return super().batch_to_device(data, dataloader_idx=dataloader_idx)
 
     def _prepare(self) -> list[torch.nn.Parameter]:
         """Return the parameters that want a gradient; where they are others than before, lay out their sums anew."""
@@ -539,7 +548,7 @@ class Exact:
                 if value is not None:
                     os.environ[name] = value
 
-    def _told(self, name: str, value: Any) -> Any:
+    def _told(self, name: str, value: object) -> Any:
         """Return a property of the process; note code of the experiment that asks for it, to make something of it."""
         frame: types.FrameType | None = sys._getframe(2)
         if frame is None or frame.f_code.co_filename == __file__:
@@ -561,23 +570,23 @@ class Exact:
 
     @property
     def is_global_zero(self) -> bool:
-        return bool(self._told("is_global_zero", super().is_global_zero))  # type: ignore[misc]
+        return bool(self._told("is_global_zero", super().is_global_zero))
 
     @property
     def _module(self) -> pl.LightningModule:
-        return cast(pl.LightningModule, cast(Any, self).lightning_module)
+        return cast(pl.LightningModule, self.lightning_module)
 
     @property
     def _rank(self) -> int:
-        return int(cast(Any, self).global_rank)
+        return int(self.global_rank)
 
     @property
     def _world(self) -> int:
-        return int(cast(Any, self).world_size)
+        return int(self.world_size)
 
     @property
     def _device(self) -> torch.device:
-        return cast(torch.device, cast(Any, self).root_device)
+        return self.root_device
 
 
 class ExactSingleDevice(Exact, SingleDeviceStrategy):
@@ -639,7 +648,7 @@ class ExactDDP(Exact, DDPStrategy):
         ParallelStrategy.parallel_devices.fset(self, devices)  # type: ignore[attr-defined]
 
 
-def _judge_backward_hooks(guard: Guard, owners: list[Any]) -> None:
+def _judge_backward_hooks(guard: Guard, owners: list[object]) -> None:
     for each in owners:
         if is_overridden("on_before_backward", each):
             guard.judge(
@@ -653,7 +662,7 @@ def _name_of(parameter: Tensor, module: torch.nn.Module) -> str:
     return next(name for name, each in module.named_parameters() if each is parameter)
 
 
-def _loss(output: Any) -> Any:
+def _loss(output: object) -> Any:
     return output["loss"] if isinstance(output, dict) else output
 
 

@@ -45,15 +45,15 @@ NO_STATE = re.compile(
 CACHES = {"_flags_cache", "_value2member_map_", "_clear_cache"}
 STATE = (nn.Module, torch.Generator, Tensor, dict, list)
 
-Look = dict[str, Any]  # of a path, a fingerprint; of a list of numbers and texts they themselves, of a dict its keys
+Look = dict[str, object]  # of a path, a fingerprint; of a list of numbers and texts they themselves, of a dict its keys
 
 
 def look(
     module: nn.Module,
     *,
-    beside: Mapping[str, Any] | None = None,
-    known: Iterable[Any] = (),
-    kept: Iterable[tuple[Any, str]] = (),
+    beside: Mapping[str, object] | None = None,
+    known: Iterable[object] = (),
+    kept: Iterable[tuple[object, str]] = (),
 ) -> Look | None:
     """Return a fingerprint of everything that a model and its code can reach, by path; None if it is too much.
 
@@ -80,14 +80,14 @@ def look(
 
 
 def _entrance(
-    module: nn.Module, beside: Mapping[str, Any], known: Iterable[Any], kept: Iterable[tuple[Any, str]]
-) -> Callable[[Any, Any, Any], bool]:
+    module: nn.Module, beside: Mapping[str, object], known: Iterable[object], kept: Iterable[tuple[object, str]]
+) -> Callable[[object, object, object], bool]:
     """Return what decides whether `look` goes on from a holder to the value that it has under a name."""
     left_out = {id(each) for each in known}
     left_out |= {id(part) for part in module.modules() if isinstance(part, Metric | MetricCollection)}
     attributes, others = {(id(holder), name) for holder, name in kept}, set(map(id, beside.values()))
 
-    def enter(holder: Any, name: Any, value: Any) -> bool:
+    def enter(holder: object, name: object, value: object) -> bool:
         if id(value) in left_out or isinstance(value, NOT_LOOKED_INTO):
             return False
         if attributes and type(name) is str and (id(holder), name) in attributes:
@@ -114,7 +114,7 @@ def unlike(then: Look, now: Look) -> list[str]:
     ]
 
 
-def _is_same(then: Any, now: Any) -> bool:
+def _is_same(then: object, now: object) -> bool:
     if isinstance(then, tuple) and isinstance(now, tuple):
         now = now[: len(then)]
     if isinstance(then, frozenset) and isinstance(now, frozenset):
@@ -122,7 +122,7 @@ def _is_same(then: Any, now: Any) -> bool:
     return bool(then == now)
 
 
-def _prints(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+def _prints(path: str, value: object) -> Iterator[tuple[str, object]]:
     kind = type(value)
     if kind in SCALARS:
         yield path, repr(value)
@@ -183,7 +183,7 @@ def of_generator(generator: Any) -> str:
     if isinstance(generator, torch.Generator):
         return _of_tensor(generator.get_state())
     if isinstance(generator, random.Random):
-        state: Any = generator.getstate()
+        state: object = generator.getstate()
     elif isinstance(generator, np.random.RandomState):
         state = [part.tolist() if isinstance(part, np.ndarray) else part for part in generator.get_state(legacy=True)]
     else:

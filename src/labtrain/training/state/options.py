@@ -25,11 +25,11 @@ import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.checkpoints.staging import unsavable
 from labtrain.record.digests import PLACE, digest_tree
 
-State = dict[str, Any]
 Say = Callable[[str], None]
 
 PROBES = (0, 1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 144, 233, 377, 1000, 3000, 10_000, 30_000, 100_000, 1_000_000)
@@ -218,7 +218,7 @@ def _adopt_callbacks(saved: State, before: State, now: State, say: Say) -> None:
                 state[key] = carried
 
 
-def _carried(key: str, state: State, before: State, now: State) -> Any:
+def _carried(key: str, state: State, before: State, now: State) -> object:
     """Return a state's value: the new one of what only the configuration has ever changed."""
     if key in before and key in now and not _same(before[key], now[key]) and _same(state[key], before[key]):
         return now[key]
@@ -237,9 +237,9 @@ def _savable(state: State) -> State:
     return {key: value for key, value in state.items() if not any(unsavable(value))}
 
 
-def _probes(scheduler: Any) -> list[Any]:
+def _probes(scheduler: object) -> list[object]:
     """Return what functions of a schedule give at some steps: a state does not hold them (LambdaLR)."""
-    found: list[Any] = []
+    found: list[object] = []
     for part in [scheduler, *getattr(scheduler, "_schedulers", [])]:
         for function in getattr(part, "lr_lambdas", []):
             for step in PROBES:
@@ -251,20 +251,20 @@ def _probes(scheduler: Any) -> list[Any]:
     return found
 
 
-def _optimizer_of(trainer: pl.Trainer, scheduler: Any) -> int:
+def _optimizer_of(trainer: pl.Trainer, scheduler: object) -> int:
     owner = getattr(scheduler, "optimizer", None)
     return next((index for index, optimizer in enumerate(trainer.optimizers) if optimizer is owner), 0)
 
 
-def _name(value: Any) -> str:
+def _name(value: object) -> str:
     return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(one: object, other: object) -> bool:
     return digest_tree(one) == digest_tree(other)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return (
         f"{value:.6g}" if isinstance(value, float) else str(value.item() if isinstance(value, torch.Tensor) else value)
     )

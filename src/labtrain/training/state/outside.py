@@ -21,6 +21,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.data import Dataset
 
+from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.checkpoints.structure import first_of_another_kind
 from labtrain.data.loader import DataLoader
@@ -35,8 +36,6 @@ from labtrain.exact.attributes import (
 from labtrain.exact.plain_values import SCALARS, is_experiments, is_own
 from labtrain.training.lightning import train_loaders
 from labtrain.training.state.changes import of_generator
-
-State = dict[str, Any]
 
 KEY = "outside"  # of the place in a checkpoint
 MOST_BYTES = 2**20
@@ -128,7 +127,7 @@ def _settings(trainer: pl.Trainer) -> State:
     return settings | {name: getattr(_owner(trainer, name), name) for name in LOOPS}
 
 
-def _owner(trainer: pl.Trainer, name: str) -> Any:
+def _owner(trainer: pl.Trainer, name: str) -> object:
     return {"fit_loop": trainer.fit_loop, "epoch_loop": trainer.fit_loop.epoch_loop}.get(LOOPS.get(name, ""), trainer)
 
 
@@ -146,7 +145,7 @@ def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
         yield f"{type(optimizer).__name__}" if index == 0 else f"{type(optimizer).__name__}-{index}", optimizer
 
 
-def _shell(part: Any, trainer: pl.Trainer) -> nn.Module:
+def _shell(part: object, trainer: pl.Trainer) -> nn.Module:
     """Return a module with the attributes of an object that is none; tensors of the model are left out as its own."""
     shell, model = nn.Module(), trainer.lightning_module
     left_out = _counts(trainer) if isinstance(part, Dataset) else ()
@@ -155,7 +154,7 @@ def _shell(part: Any, trainer: pl.Trainer) -> nn.Module:
     return shell
 
 
-def _own(part: Any) -> list[tuple[str, Any]]:
+def _own(part: object) -> list[tuple[str, object]]:
     left_out = TORCHS if isinstance(part, Optimizer) else {"trainer"}
     torchs = type(part).__module__.partition(".")[0] == "torch"
     return [
@@ -165,7 +164,7 @@ def _own(part: Any) -> list[tuple[str, Any]]:
     ]
 
 
-def _is_kept(part: Any, value: Any) -> bool:
+def _is_kept(part: object, value: object) -> bool:
     if isinstance(part, Dataset):
         return type(value) in SCALARS
     return isinstance(part, Optimizer) or _size(value) <= MOST_BYTES
@@ -177,7 +176,7 @@ def _counts(trainer: pl.Trainer) -> set[str]:
     return {name.rpartition(".")[2] for loader in loaders for name in getattr(loader, "counts", ())}
 
 
-def _marks(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
+def _marks(trainer: pl.Trainer) -> Iterator[tuple[str, object]]:
     """Yield what tells whether an attribute that is not kept is another one, by name."""
     for label, part in _parts(trainer):
         if isinstance(part, Dataset):
@@ -192,7 +191,7 @@ def _marks(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
                 yield f"{label}.{name}", of_generator(value) if isinstance(value, RANDOM) else id(value)
 
 
-def _size(value: Any, depth: int = 0) -> int:
+def _size(value: object, depth: int = 0) -> int:
     """Return about how many bytes a value holds; of what is no container and no object of the experiment, none."""
     if isinstance(value, torch.Tensor | np.ndarray):
         return int(value.nbytes)
@@ -206,7 +205,7 @@ def _size(value: Any, depth: int = 0) -> int:
     return sum(_size(item, depth + 1) for _, item in attributes_of(value)) if is_own(type(value)) else 0
 
 
-def _tensors(node: Any) -> set[int]:
+def _tensors(node: object) -> set[int]:
     """Return the addresses of the tensors of a state."""
     if isinstance(node, torch.Tensor):
         return {node.data_ptr()}

@@ -17,7 +17,9 @@ from typing import Any, cast
 from labtrain.exact.plain_values import SCALARS, SIMPLE, is_experiments, is_experiments_module
 
 Items = list[tuple[Any, Any]]  # a name or a key or an index, and what is there
-Enter = Callable[[Any, Any, Any], bool]  # an object, a name in it, and what is there: whether it is looked into
+Enter = Callable[
+    [object, object, object], bool
+]  # an object, a name in it, and what is there: whether it is looked into
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +37,14 @@ class View:
     path: str | None = None
 
 
-def reach(roots: Mapping[str, Any], enter: Enter) -> Iterator[tuple[str, Any, list[tuple[View, Items]]]]:
+def reach(roots: Mapping[str, object], enter: Enter) -> Iterator[tuple[str, object, list[tuple[View, Items]]]]:
     """Yield each object that can be reached, once: its path, the object, and what it holds in each of its views.
 
     Args:
         roots: where to begin, by path.
         enter: asked before an object is looked at; of the roots it is not asked, nor of a list's numbers and texts.
     """
-    waiting, seen = deque(roots.items()), dict[int, Any]()  # the objects too, so that no id is given away again
+    waiting, seen = deque(roots.items()), dict[int, object]()  # the objects too, so that no id is given away again
     while waiting:
         path, value = waiting.popleft()
         if type(value) not in SCALARS:
@@ -60,12 +62,12 @@ def reach(roots: Mapping[str, Any], enter: Enter) -> Iterator[tuple[str, Any, li
                     waiting.append((f"{base}.{label(name)}" if base else label(name), item))
 
 
-def label(name: Any) -> str:
+def label(name: object) -> str:
     """Return how a name, a key or an index is written in a path."""
     return str(name) if type(name) in SCALARS or isinstance(name, tuple) else type(name).__name__
 
 
-def views(value: Any) -> Iterator[View]:
+def views(value: object) -> Iterator[View]:
     """Yield the ways in which an object holds others."""
     if type(value) in SCALARS:
         return
@@ -101,7 +103,7 @@ def views(value: Any) -> Iterator[View]:
         yield View(lambda: list(enumerate(_reduced(value))))
     if isinstance(getattr(value, "__dict__", None), dict):
         yield _mapping(vars(value))
-    if slots := _slots(cast(Any, type(value))):
+    if slots := _slots(cast(object, type(value))):
         yield View(
             lambda: [(name, getattr(value, name)) for name in slots if hasattr(value, name)],
             functools.partial(_set_slots, value),
@@ -110,7 +112,7 @@ def views(value: Any) -> Iterator[View]:
         yield View(lambda: [(kind.__qualname__, kind) for kind in type(value).__mro__ if is_experiments(kind)], path="")
 
 
-def _set_slots(value: Any, saved: Items) -> None:
+def _set_slots(value: object, saved: Items) -> None:
     for name, item in saved:
         object.__setattr__(value, name, item)
 
@@ -167,7 +169,7 @@ def _globals(code: types.CodeType) -> set[str]:
     return set(code.co_names).union(*inner)
 
 
-def _variables(table: dict[str, Any], names: Iterable[str], path: str) -> View:
+def _variables(table: dict[str, object], names: Iterable[str], path: str) -> View:
     """Return a view of some variables of a module."""
 
     def put(saved: Items) -> None:
@@ -179,7 +181,7 @@ def _variables(table: dict[str, Any], names: Iterable[str], path: str) -> View:
     return View(lambda: [(name, table[name]) for name in names if name in table], put, path)
 
 
-def _class(kind: type[Any]) -> View:
+def _class(kind: type[object]) -> View:
     def get() -> Items:
         return [(name, item) for name, item in vars(kind).items() if not name.startswith(("__", "_abc"))]
 
@@ -208,7 +210,7 @@ def _slots(kind: Any) -> list[str]:
     return found
 
 
-def _reduced(iterator: Any) -> tuple[Any, ...]:
+def _reduced(iterator: object) -> tuple[object, ...]:
     """Return what an iterator of the standard library goes through, and where it stands."""
     if type(iterator) is count:
         return (repr(iterator),)

@@ -25,6 +25,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain.base.console import shown
+from labtrain.base.contracts import State
 from labtrain.base.credentials import as_references
 from labtrain.base.errors import ConfigError, LabtrainError, in_words
 from labtrain.checkpoints.structure import first_of_another_kind
@@ -32,8 +33,6 @@ from labtrain.environment.doctor.report import few
 from labtrain.record.digests import PLACE
 from labtrain.record.sources import in_environment
 from labtrain.training.lightning import CheckpointConnector, call_module_hook
-
-State = dict[str, Any]
 
 KEY = "made"  # of the place in a checkpoint: what a training is made of, where that is not as it began
 IN_THE_MODEL = (
@@ -93,7 +92,7 @@ def lacks(before: State, now: State) -> tuple[str, str] | None:
     return None
 
 
-def cure(hint: str, made: State, state_dict: dict[str, Any]) -> str:
+def cure(hint: str, made: State, state_dict: dict[str, object]) -> str:
     """Return what to do, as `lacks` says; where a hook took parameters out of what is saved, that they are gone."""
     gone = [name for name in made["parameters"] if name not in state_dict]
     return f"an on_save_checkpoint has left out {few(gone)}" if gone else hint
@@ -247,7 +246,7 @@ def _numbers(loaded: State) -> list[int]:
     return [len(loaded.get(key, [])) for key in ("optimizer_states", "lr_schedulers")]
 
 
-def _refuse(lacking: tuple[str, str] | None, made: State, state_dict: dict[str, Any]) -> None:
+def _refuse(lacking: tuple[str, str] | None, made: State, state_dict: dict[str, object]) -> None:
     if lacking is not None:
         raise ConfigError(
             f"the checkpoint cannot be loaded: before it was saved, code had changed {lacking[0]}; here it has not",
@@ -255,7 +254,7 @@ def _refuse(lacking: tuple[str, str] | None, made: State, state_dict: dict[str, 
         )
 
 
-def _regroup(optimizer: Any, names: list[list[str]], parameters: dict[str, Any]) -> None:
+def _regroup(optimizer: Any, names: list[list[str]], parameters: State) -> None:
     """Give an optimizer the groups of parameters that it had; their options are loaded after that."""
     groups = optimizer.param_groups
     wanted = [[parameters[name] for name in group if name in parameters] for group in names]
@@ -276,7 +275,7 @@ def _buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
                 yield f"{path}.{name}" if path else name, buffer
 
 
-def _put_buffers(module: torch.nn.Module, shapes: dict[str, list[int]], saved: dict[str, Any]) -> None:
+def _put_buffers(module: torch.nn.Module, shapes: dict[str, list[int]], saved: State) -> None:
     """Make the model's buffers as they were saved, where they are not of one shape already."""
     modules, now = dict(module.named_modules()), dict(_buffers(module))
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))

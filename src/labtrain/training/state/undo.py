@@ -56,15 +56,15 @@ class Undo:
         TooLargeError: there is too much.
     """
 
-    def __init__(self, roots: Iterable[Any], *, shallow: Iterable[Any] = (), free: Iterable[Tensor] = ()) -> None:
+    def __init__(self, roots: Iterable[object], *, shallow: Iterable[object] = (), free: Iterable[Tensor] = ()) -> None:
         self._restore: list[Callable[[], object]] = []
         self._generators: list[_Generator] = []
-        self._kept: list[Any] = []
+        self._kept: list[object] = []
         self._free, left_bytes = set(map(id, free)), LARGEST_BYTES
         shallow = list(shallow)
         only = {id(each) for each in shallow}
 
-        def enter(holder: Any, name: Any, value: Any) -> bool:
+        def enter(holder: object, name: object, value: object) -> bool:
             if isinstance(holder, SHALLOW) or id(holder) in only:
                 return isinstance(value, RANDOM)
             return id(value) not in only and not isinstance(value, LEFT_OUT)
@@ -88,7 +88,7 @@ class Undo:
         for generator in self._generators:
             generator.seed(seed)
 
-    def _keep(self, each: Any) -> None:
+    def _keep(self, each: object) -> None:
         if isinstance(each, Tensor):
             self._restore.append(_tensor_restorer(each))
         elif isinstance(each, np.ndarray | array.array | bytearray):
@@ -159,7 +159,7 @@ class _Generator:
     seed: Callable[[int], object]
 
 
-def _generator(each: Any) -> _Generator | None:
+def _generator(each: object) -> _Generator | None:
     """Keep a random generator's state; None where it is no generator."""
     state: Any
     if isinstance(each, torch.Generator):

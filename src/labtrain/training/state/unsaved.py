@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from labtrain.base.contracts import Options, State
 from labtrain.base.errors import ConfigError
 from labtrain.exact.attributes import (
     Snapshot,
@@ -42,8 +43,6 @@ from labtrain.exact.attributes import (
 from labtrain.exact.checksums import two_sums
 from labtrain.exact.plain_values import SCALARS, is_experiments
 from labtrain.training.state.changes import Look, look, unlike
-
-State = dict[str, Any]
 
 CLOCKS = (time.time, time.monotonic, time.perf_counter)
 NUMBERS_AND_TEXTS = {kind.__name__ for kind in SCALARS}
@@ -167,7 +166,7 @@ class Unsaved:
     def _look(self) -> Look | None:
         trainer = self.module.trainer
         known = [*trainer.optimizers, *(each.scheduler for each in trainer.lr_scheduler_configs)]
-        beside: dict[str, Any] = {}
+        beside: Options = {}
         for each in cast(list[pl.Callback], trainer.callbacks):  # type: ignore[attr-defined]
             if is_experiments(type(each)) and not is_overridden("state_dict", each):
                 name = type(each).__name__
@@ -211,7 +210,7 @@ def _is_time(text: str) -> bool:
     return kind == "float" and any(begun_s <= float(number) <= now_s for begun_s, now_s in spans_s)
 
 
-def _functions(value: Any) -> list[Any]:
+def _functions(value: object) -> list[object]:
     """Return the functions of a scheduler's attribute: a rate's lambdas."""
     return [each for each in (value if type(value) is list else [value]) if isinstance(each, CODE)]
 
@@ -240,7 +239,7 @@ def _hidden_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | Non
             yield f"{path}.{name}" if path else name, part._buffers.get(name)
 
 
-def _sums(buffer: torch.Tensor | None) -> tuple[Any, ...]:
+def _sums(buffer: torch.Tensor | None) -> tuple[object, ...]:
     """Return what tells a tensor from any other."""
     if buffer is None:
         return ()

@@ -26,6 +26,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from labtrain.base.contracts import State
 from labtrain.exact.attributes import PRIVATE, fingerprint, hidden_weights, holders, own_objects
 from labtrain.exact.checksums import device_hash
 from labtrain.exact.plain_values import DICTS, LEAVES, SCALARS, Decoder, Encoder, Place, is_experiments
@@ -67,8 +68,8 @@ class Watch:
         self,
         module: nn.Module,
         *,
-        optimizers: Sequence[Any] = (),
-        schedulers: Sequence[Any] = (),
+        optimizers: Sequence[object] = (),
+        schedulers: Sequence[object] = (),
         device: torch.device,
         rank: int,
         world: int,
@@ -79,7 +80,7 @@ class Watch:
         self._weights = Weights(module)
         self._rates = Rates(module, optimizers, schedulers)
         self._attributes = Attributes(module)
-        self._left: dict[Key, Any] = {}  # what this rank's last shard changed
+        self._left: dict[Key, object] = {}  # what this rank's last shard changed
         self._unknown: set[str] = set()  # names of attributes with values that are not plain
         self._prints: dict[int, dict[str, str | None]] = {}  # by shard: a checksum of each attribute that it changed
         self._said: set[float] = set()  # numbers of sets of names
@@ -89,7 +90,7 @@ class Watch:
         self.numbers: list[list[float]] = []  # of this rank's shards
 
     @property
-    def schedulers(self) -> list[Any]:
+    def schedulers(self) -> list[object]:
         """The training's, and those that are attributes of the model."""
         return self._rates.schedulers
 
@@ -97,7 +98,7 @@ class Watch:
         """Be told where code sets an attribute of a module, until `close`: not all are looked at in each step."""
         told, self._setattr = self._told, nn.Module.__setattr__
 
-        def __setattr__(self: nn.Module, name: str, value: Any, *, usual: Any = self._setattr) -> None:  # noqa: N807
+        def __setattr__(self: nn.Module, name: str, value: object, *, usual: Any = self._setattr) -> None:  # noqa: N807
             for each in told:
                 each(self)
             usual(self, name, value)
@@ -239,7 +240,7 @@ class Weights:
         self.module = module
         self.names: list[str] = []
         self._parameters: list[Tensor] = []
-        self._tables: list[dict[str, Any]] = []  # each module's own parameters and submodules
+        self._tables: list[State] = []  # each module's own parameters and submodules
         self._members: list[Any] = []
         self._state: list[Any] = []
         self._memory: Memory | None = None
@@ -295,7 +296,7 @@ class Rates:
 
     def __init__(self, module: nn.Module, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
         self.module, self.optimizers, self.schedulers = module, optimizers, list(schedulers)
-        self._values: list[Any] = []
+        self._values: list[object] = []
         self._counts: list[int] = []
         self._step = 0
 
@@ -339,7 +340,7 @@ class Rates:
             "adds a param group to an optimizer",
         ]
 
-    def _now(self) -> list[Any]:
+    def _now(self) -> list[object]:
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         options = itertools.chain.from_iterable(map(dict.values, groups))
         return [*options, *[vars(scheduler).get("last_epoch") for scheduler in self.schedulers]]
@@ -437,9 +438,9 @@ class Attributes:
             self._set.append(table)
             self._looked.append(table)
 
-    def changes(self) -> dict[Key, Any]:
+    def changes(self) -> dict[Key, object]:
         """Return the attributes that are not as they were, with their values; ABSENT if one is gone."""
-        found: dict[Key, Any] = {}
+        found: dict[Key, object] = {}
         for table in self._looked:
             changed = table.changes()
             if changed and table not in self._hot:
@@ -454,9 +455,9 @@ class Attributes:
         for path, name in keys:
             tables[path].put_back(name)
 
-    def objects(self) -> Iterator[tuple[Place, Any]]:
+    def objects(self) -> Iterator[tuple[Place, object]]:
         """Yield what can change in place, as the step began, with places that are the same on every rank."""
-        waiting: list[tuple[Place, Any, Any]] = [((table.path,), table.holder, None) for table in self._tables]
+        waiting: list[tuple[Place, object, object]] = [((table.path,), table.holder, None) for table in self._tables]
         waiting += [item for table in self._tables for item in table.objects()]
         seen = set()
         for place, value, copy in waiting:
@@ -469,7 +470,7 @@ class Attributes:
                     if inner is not None
                 ]
 
-    def put(self, nodes: list[tuple[Key, Any]], device: torch.device) -> None:
+    def put(self, nodes: list[tuple[Key, object]], device: torch.device) -> None:
         """Set attributes to what another rank has encoded."""
         tables = {table.path: table for table in self._tables}
         decode = Decoder(device, dict(self.objects()))
@@ -485,14 +486,14 @@ class Attributes:
 class Table:
     """The attributes of one object: the values that they had, and copies of what can change in place."""
 
-    def __init__(self, path: str, holder: Any) -> None:
+    def __init__(self, path: str, holder: object) -> None:
         self.path, self.holder = path, holder
-        self.now: dict[str, Any] = vars(holder)
+        self.now: dict[str, object] = vars(holder)
         self.grown: set[str] = set()  # names of lists that a step has appended to
-        self._then: dict[str, Any] = {}
-        self._copies: dict[str, Any] = {}
-        self._values: list[Any] = []
-        self._objects: list[Any] = []  # of the experiment's classes
+        self._then: dict[str, object] = {}
+        self._copies: dict[str, object] = {}
+        self._values: list[object] = []
+        self._objects: list[object] = []  # of the experiment's classes
         self._note()
 
     def _note(self) -> None:
@@ -510,9 +511,9 @@ class Table:
         self._note()
         return len(before) != len(self._objects) or not all(map(is_, before, self._objects))
 
-    def changes(self) -> dict[str, Any]:
+    def changes(self) -> dict[str, object]:
         """Return the values of those that have changed; lists that have grown have not."""
-        found: dict[str, Any] = {}
+        found: dict[str, object] = {}
         if not self._is_same():
             for name, value in self.now.items():
                 if name not in PRIVATE and value is not self._then.get(name, ABSENT):
@@ -528,7 +529,7 @@ class Table:
                     self.grown.add(name)
         return found
 
-    def objects(self) -> Iterator[tuple[Place, Any, Any]]:
+    def objects(self) -> Iterator[tuple[Place, object, object]]:
         """Yield the place of each that can change in place, what it was, and its copy."""
         for name, copy in self._copies.items():
             if copy is not None:
@@ -547,7 +548,7 @@ class Table:
         return len(self.now) == len(self._values) and all(map(is_, self.now.values(), self._values))
 
 
-def copied(value: Any) -> Any:
+def copied(value: Any) -> object:
     """Return what `compared` and `put_back` need to know of a value that can change in place; None of any other."""
     kind = type(value)
     if kind is Tensor:
@@ -590,7 +591,7 @@ def compared(value: Any, copy: Any) -> int:
     return SAME if value == copy else CHANGED
 
 
-def _each(values: Iterable[Any], items: Iterable[tuple[Any, Any]]) -> int:
+def _each(values: Iterable[object], items: Iterable[tuple[object, object]]) -> int:
     worst = SAME
     for value, (then, copy) in zip(values, items, strict=False):
         if value is then:
@@ -600,7 +601,7 @@ def _each(values: Iterable[Any], items: Iterable[tuple[Any, Any]]) -> int:
     return worst
 
 
-def items_of(value: Any, copy: Any) -> list[tuple[Any, Any]]:
+def items_of(value: object, copy: Any) -> list[tuple[Any, object]]:
     """Return what a container held when it was copied, with the copies."""
     kind = type(value)
     if kind in (list, tuple):
@@ -608,7 +609,7 @@ def items_of(value: Any, copy: Any) -> list[tuple[Any, Any]]:
     return list(copy.values()) if kind in DICTS else list(copy) if kind is deque else []
 
 
-def _on_cpu(node: Any) -> Any:
+def _on_cpu(node: object) -> object:
     if isinstance(node, tuple | list):
         return type(node)(map(_on_cpu, node))
     return node.cpu() if isinstance(node, Tensor) else node
