@@ -13,10 +13,10 @@ import secrets
 import shlex
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TextIO, cast
 
 # The emoji of the Basic Multilingual Plane, and the blocks of pictographs, whose new ones this Python may not know.
 _EMOJI = (
@@ -119,7 +119,7 @@ def guarded() -> Iterator[None]:
 class _Guard:
     """A text stream that writes to another one. Its bytes are not to be had: that would be a way around it."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
@@ -133,11 +133,11 @@ class _Guard:
         self._stream.write(shown.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
-    def writelines(self, lines: Any) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name == "buffer":
             raise AttributeError(name)
         return getattr(self._stream, name)

@@ -13,7 +13,7 @@ Options = dict[str, Any]  # options, attributes or facts whose keys only other c
 State = dict[str, Any]  # a state_dict, or what state.pt holds: tensors and plain values by name
 
 
-def as_options(typed: Mapping[str, Any]) -> Options:
+def as_options(typed: Mapping[str, object]) -> Options:
     """Return one of the types below as a plain dict, the same object, for code that takes any of its keys."""
     return cast(Options, typed)
 

@@ -219,7 +219,7 @@ def holds_secret(text: str) -> bool:
     return _CODE.sub(_in_code, SECRET_VALUE.sub(_by_form, text)) != text
 
 
-def remember(config: Any, references: Iterable[tuple[Sequence[Any], str]] = ()) -> None:
+def remember(config: Any, references: Iterable[tuple[Sequence[object], str]] = ()) -> None:
     """Take the credentials of a configuration out of every text that this process passes on, whatever stands around.
 
     Args:

@@ -180,7 +180,7 @@ def loads(data: bytes | str) -> Any:
     return value
 
 
-def leaves(tree: Any) -> Iterator[object]:
+def leaves(tree: object) -> Iterator[object]:
     """Yield what nested lists and mappings hold, and the keys of these.
 
     Raises:

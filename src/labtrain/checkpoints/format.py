@@ -58,7 +58,7 @@ TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 PARTS = "parts"  # in state.pt: the paths of the tensors that lie in the parts
 
-Keys = tuple[Any, ...]
+Keys = tuple[object, ...]
 T = TypeVar("T")
 
 

@@ -89,5 +89,5 @@ def described(value: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}{of}"
 
 
-def _is_key(key: Any) -> bool:
+def _is_key(key: object) -> bool:
     return type(key) in PLAIN or (type(key) is tuple and all(map(_is_key, key)))

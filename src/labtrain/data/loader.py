@@ -291,7 +291,7 @@ class DataLoader:
             return Copies(device).of(loaded)
         return loaded if device.type == "cpu" else (on_tensors(lambda each: each.to(device), batch) for batch in loaded)
 
-    def _transformed(self, indices: Any, raw: object, draws: Draws) -> object:
+    def _transformed(self, indices: Indices, raw: object, draws: Draws) -> object:
         """Transform a part by itself: what code of one's own computes, or draws, is then the same on any devices."""
         if run_mode() == "off" or all(isinstance(each, Own) for each in self.transforms):
             return apply(self.transforms, raw, draws)
@@ -350,7 +350,7 @@ class _Fetch(Dataset[object]):
         self.after: list[object] = []  # the generators' states after each sample of the first part
         self.collated = False
 
-    def __getitem__(self, indices: Any) -> object:
+    def __getitem__(self, indices: Indices) -> object:
         if self.rows is not None:
             return self.rows(indices)
         try:
@@ -368,7 +368,7 @@ class _Fetch(Dataset[object]):
                 raise
             return error  # torch would raise it again as another exception, with this process's traceback as its text
 
-    def _compared(self, indices: Any) -> object:
+    def _compared(self, indices: Indices) -> object:
         """Load a part twice, and refuse what is not the same: generators that are not global are not seeded.
 
         What drew the first time and not the second keeps what it drew: the same in each epoch, until another worker
@@ -398,7 +398,7 @@ class _Fetch(Dataset[object]):
         counts = sorted(key for key, value in numbers[1].items() if numbers[0].get(key, value) != value)
         return Noted(batch, counts, said) if counts or said else batch
 
-    def _samples(self, indices: Any) -> list[object]:
+    def _samples(self, indices: Indices) -> list[object]:
         if hasattr(self.dataset, "__getitems__"):
             # One call, so one seed: of the part, which holds the same samples on any number of workers.
             return list(self._held(partial(self.dataset.__getitems__, indices.tolist()), int(indices[0]), "samples"))

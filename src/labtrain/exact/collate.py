@@ -98,7 +98,7 @@ class _Joiner:
             return self._mean(parts)
         return first if all(_equal(part, first) for part in parts) else parts
 
-    def _arrays(self, parts: list[Any]) -> Any:
+    def _arrays(self, parts: list[Any]) -> object:
         first = parts[0]
         if self._have_rows(parts) and all(part.shape[1:] == first.shape[1:] for part in parts):
             try:

@@ -43,7 +43,7 @@ BAGS = (types.SimpleNamespace, argparse.Namespace, UserDict, UserList, ChainMap)
 LIBRARIES = tuple(Path(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib", "purelib", "platlib"))
 
 
-def _numbers(kind: Any) -> Callable[[str], object]:
+def _numbers(kind: type[object]) -> Callable[[str], object]:
     return lambda text: kind(*map(int, text.split()))
 
 

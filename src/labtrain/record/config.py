@@ -311,7 +311,7 @@ def as_written() -> Iterator[list[str]]:
         seen.append(key)
         return f"${{oc.env:{','.join([key, *map(_argument, default)])}}}"
 
-    def decode(expr: Any, _parent_: Any, _node_: Any) -> Any:
+    def decode(expr: Any, _parent_: Any, _node_: Any) -> object:
         refers = isinstance(expr, str) and REFERENCE.search(expr)
         return f"${{oc.decode:{expr}}}" if refers else resolvers.oc.decode(expr, _parent_, _node_)
 
@@ -336,7 +336,7 @@ def references(cfg: Any, config: Config) -> References:
     """
     from omegaconf import OmegaConf
 
-    def walk(node: Any, real: Any, path: list[Any]) -> Iterator[tuple[list[object], str]]:
+    def walk(node: Any, real: Any, path: list[object]) -> Iterator[tuple[list[object], str]]:
         for key, value in real.items() if isinstance(real, dict) else enumerate(real):
             seen.clear()
             try:

@@ -191,7 +191,7 @@ def _data(crate: object, found: Receipt) -> list[object]:
     ]  # fmt: skip
 
 
-def _parameters(crate: object, found: Receipt, workflow: Any) -> list[Any]:
+def _parameters(crate: object, found: Receipt, workflow: Any) -> list[object]:
     """Return what was configured and can change bits; to a workflow its slots are added."""
     given = [(key, _plain(value)) for key, value in sorted(flat(what_counts(found["config"]), "").items())
              if value not in (None, {})]  # fmt: skip

@@ -352,7 +352,7 @@ def _put(progress: Any, done: int) -> None:
         setattr(progress, part.name, done)
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _moved(value: Any, device: torch.device) -> object:
     if type(value) in (list, tuple):
         return type(value)(_moved(item, device) for item in value)
     if type(value) is dict:

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from labtrain.base.nvml import NoDriverError, nvml
@@ -28,7 +29,7 @@ def checks(*, required: bool = False) -> Iterator[Check]:
         )
 
 
-def _check_all(pynvml: Any, *, required: bool) -> Iterator[Check]:
+def _check_all(pynvml: ModuleType, *, required: bool) -> Iterator[Check]:
     yield check_driver(pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion_v2())
     count = pynvml.nvmlDeviceGetCount()
     hint = "nvidia-smi -L; in a container, start it with --gpus all"
@@ -50,7 +51,7 @@ def check_driver(driver: str, cuda_number: int) -> Check:
     return judged(GROUP, "driver", cuda >= DRIVER_FLOOR, f"{driver}, of CUDA {cuda[0]}.{cuda[1]}", WANTED, hint)
 
 
-def check_gpu(pynvml: Any, index: int) -> Iterator[Check]:
+def check_gpu(pynvml: ModuleType, index: int) -> Iterator[Check]:
     """Check one GPU: its compute capability, and who else uses it; tell its memory, ECC, MIG and persistence."""
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     name = pynvml.nvmlDeviceGetName(handle)
@@ -79,7 +80,7 @@ def check_gpu(pynvml: Any, index: int) -> Iterator[Check]:
     )
 
 
-def check_p2p(pynvml: Any, count: int) -> Check:
+def check_p2p(pynvml: ModuleType, count: int) -> Check:
     """Tell which pairs of GPUs cannot read each other's memory; cards for the desk never can, so this does not fail."""
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
     read = 0  # pynvml's own constant for it is a tuple by mistake
@@ -94,7 +95,7 @@ def check_p2p(pynvml: Any, count: int) -> Check:
     return skipped(GROUP, "P2P", f"none between {few(without)}: NCCL goes through shared memory, slower", wanted)
 
 
-def _mode(pynvml: Any, handle: object, what: str) -> str:
+def _mode(pynvml: ModuleType, handle: object, what: str) -> str:
     functions = {"ECC": "EccMode", "MIG": "MigMode", "persistence": "PersistenceMode"}
     try:
         mode = getattr(pynvml, f"nvmlDeviceGet{functions[what]}")(handle)
@@ -103,7 +104,7 @@ def _mode(pynvml: Any, handle: object, what: str) -> str:
         return "not there"
 
 
-def _processes(pynvml: Any, handle: Any) -> list[tuple[int, int]]:
+def _processes(pynvml: ModuleType, handle: Any) -> list[tuple[int, int]]:
     try:
         return [
             (process.pid, process.usedGpuMemory or 0) for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)

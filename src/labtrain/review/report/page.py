@@ -8,10 +8,9 @@ import hashlib
 import json
 import shlex
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -242,11 +241,11 @@ def _determinism(found: dict[str, object]) -> str:
     return f"{found['mode']}, {shards}, {found['threads']} thread{'' if found['threads'] == 1 else 's'}"
 
 
-def _gpus(names: Any) -> str:
+def _gpus(names: Iterable[str]) -> str:
     return ", ".join(f"{count} × {name}" for name, count in Counter(map(str, names)).items()) or "none"  # noqa: RUF001
 
 
-def _in_turn(values: Any) -> str:
+def _in_turn(values: Iterable[object]) -> str:
     """Return what came one after the other, once where it stayed."""
     found: list[str] = []
     for value in map(str, values):

@@ -468,7 +468,7 @@ class FolderIO(TorchCheckpointIO):
     """Lets the Trainer load a checkpoint folder; a file is Lightning's own format."""
 
     def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
     ) -> dict[str, object]:
         if Path(path).is_dir():
             return load_folder(Path(path))

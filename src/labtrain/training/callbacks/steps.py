@@ -127,7 +127,9 @@ class Trail(pl.Callback):
     ) -> None:
         self.gradients = None
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Any) -> None:
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
         # Of manual optimization it is not known yet which optimizer's step is the batch's last, whose number counts.
         unwritten = pl_module.automatic_optimization and (trainer.global_step + 1) % self.every_n_steps
         if unwritten or (self.file is None and not self.spread):

@@ -178,7 +178,7 @@ def _hash(pieces: Iterable[bytes | memoryview]) -> str:
     return state.hexdigest()
 
 
-def of_generator(generator: Any) -> str:
+def of_generator(generator: object) -> str:
     """Return what tells the state of a generator of random numbers from any other."""
     if isinstance(generator, torch.Generator):
         return _of_tensor(generator.get_state())

@@ -164,7 +164,7 @@ def _enter_schedules(checkpoint: State, trainer: pl.Trainer, before: State, now:
     return entered
 
 
-def _step(trainer: pl.Trainer, scheduler: Any, steps: int) -> None:
+def _step(trainer: pl.Trainer, scheduler: torch.optim.lr_scheduler.LRScheduler, steps: int) -> None:
     name = type(scheduler).__name__
     if is_overridden("lr_scheduler_step", trainer.lightning_module):
         raise ConfigError(

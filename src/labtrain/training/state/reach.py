@@ -128,7 +128,7 @@ def _mapping(mapping: dict[Any, Any]) -> View:
     return View(lambda: list(kind.items(mapping)), put)
 
 
-def _items(items: Any, kind: Any) -> View:
+def _items(items: Iterable[object], kind: Any) -> View:
     def put(saved: Items) -> None:
         kind.clear(items)
         kind.extend(items, [item for _, item in saved])
@@ -199,7 +199,7 @@ def _class(kind: type[object]) -> View:
 
 
 @functools.cache
-def _slots(kind: Any) -> list[str]:
+def _slots(kind: type[object]) -> list[str]:
     found: list[str] = []
     for each in kind.__mro__:
         names = vars(each).get("__slots__", ())

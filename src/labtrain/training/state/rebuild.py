@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -254,7 +253,7 @@ def _refuse(lacking: tuple[str, str] | None, made: State, state_dict: dict[str, 
         )
 
 
-def _regroup(optimizer: Any, names: list[list[str]], parameters: State) -> None:
+def _regroup(optimizer: torch.optim.Optimizer, names: list[list[str]], parameters: State) -> None:
     """Give an optimizer the groups of parameters that it had; their options are loaded after that."""
     groups = optimizer.param_groups
     wanted = [[parameters[name] for name in group if name in parameters] for group in names]

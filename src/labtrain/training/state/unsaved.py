@@ -20,7 +20,7 @@ import time
 import types
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import lightning.pytorch as pl
 import torch
@@ -259,7 +259,7 @@ def _put_buffer(modules: dict[str, nn.Module], name: str, saved: torch.Tensor | 
             now.copy_(saved)
 
 
-def _local(tensor: Any) -> torch.Tensor:
+def _local(tensor: torch.Tensor) -> torch.Tensor:
     """Return a tensor, or this rank's part of one that is spread over the ranks."""
     found: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
     return found.detach()

@@ -294,7 +294,7 @@ class Weights:
 class Rates:
     """Whether a shard's step changed an option of an optimizer, such as its learning rate, or stepped a scheduler."""
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[Any], schedulers: Sequence[Any]) -> None:
+    def __init__(self, module: nn.Module, optimizers: Sequence[Any], schedulers: Sequence[object]) -> None:
         self.module, self.optimizers, self.schedulers = module, optimizers, list(schedulers)
         self._values: list[object] = []
         self._counts: list[int] = []
