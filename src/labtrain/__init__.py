@@ -1,23 +1,23 @@
-"""labtrain: training whose result is a function of what you wrote, not of how it ran.
+"""labtrain: training whose result depends on what you wrote, not on how it ran.
 
-Eleven packages; an import points down only, and `make check` holds that::
+It has twelve packages. A package imports only from those below it, and `make check` enforces this::
 
     cli                               each command parses, calls one function, prints
     project                           a new experiment, the demo
-    review                            questions about finished runs: verify, gate, ls, report, crate, sign
-    launch                            from a command line to a named job in a process of its own
+    review                            finished runs: verify, gate, ls, report, crate, sign
+    launch                            from a command line to a named job in its own process
     training                          trains one run; the only package that imports Lightning
     data  checkpoints  environment    the loader; a checkpoint's files; lock and doctor
     exact                             arithmetic with the same bits on any number of devices: torch, no Lightning
-    record                            what names a run and what it leaves: sources, receipt, trail, digests. No torch
-    stores                            where checkpoints lie: folders and object stores. No torch
-    base                              errors, text for terminals, credentials, files of other people. No torch
+    record                            a run's name and its records: sources, receipt, trail, digests. No torch
+    stores                            places for checkpoints: folders and object stores. No torch
+    base                              errors, text for terminals, credentials, untrusted files. No torch
 
-Beside them: `conf/`, the configuration that every experiment begins from; `bootstrap`, which makes the environment
-and so needs none; `augment`, a public module; `assets`.
+Besides these there are `conf/`, the default configuration of every experiment; `bootstrap`, which makes the
+environment; `augment`, a public module; and `assets`.
 
-`import labtrain` imports none of them: the public names below are loaded when first used, so that `labtrain --help`
-and the composition of a configuration never pay for torch. So is the module `labtrain.augment`.
+`import labtrain` imports none of them. The public names below and the module `labtrain.augment` are loaded at first
+use, so that `labtrain --help` and composing a configuration do not import torch.
 """
 
 import importlib
@@ -49,7 +49,7 @@ _HOMES = {
     "train": "labtrain.training.fit",
 }
 
-if os.environ.get("LABTRAIN_FROM_SOURCE") == "1":  # a training started this process: a loader's worker, say
+if os.environ.get("LABTRAIN_FROM_SOURCE") == "1":  # started by a training, for example a loader's worker
     importlib.import_module("labtrain.record.sources").load_from_source()
 
 if TYPE_CHECKING:

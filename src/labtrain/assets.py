@@ -1,4 +1,4 @@
-"""Files that labtrain needs beside its code: below `labtrain/assets` in a wheel, at their own places in a clone."""
+"""Files that labtrain needs besides its code: in `labtrain/assets` in a wheel, at their own paths in a clone."""
 
 from pathlib import Path
 
@@ -18,12 +18,12 @@ SOURCES = {
     "containers": "containers",
     "sbom.cdx.json": "sbom.cdx.json",
 }
-# What an experiment carries of them: the three locks, what seals them, and what makes images of them.
+# What an experiment gets: the three locks, their seal, and the files that build images.
 LOCKS = tuple(name for name in SOURCES if name.partition("/")[0] not in ("template", "golden"))
 
 
 def asset(name: str) -> Path:
-    """Return the path of an asset: a file or a folder of SOURCES."""
+    """Return the path of an asset, a file or folder in SOURCES."""
     package = Path(__file__).parent
     installed = package / "assets" / name
     return installed if installed.exists() else package.parents[1] / SOURCES[name]

@@ -1,11 +1,11 @@
-"""Make the environment: a `.venv` with exactly what `requirements.lock` names, every file checked against its hash.
+"""Make the environment: a `.venv` with exactly what `requirements.lock` names, every file checked by hash.
 
-Standard library only, and run before anything is installed: in the repository as `PYTHONPATH=src python3 -m
-labtrain.bootstrap --editable`, in an experiment straight from the wheel it carries, by `setup.sh`, which holds the
-wheel against labtrain.lock first. Does nothing where the environment is up to date: it was made from these locks, has
-the same distributions, and no file of theirs is missing or changed. Else it repairs.
+It uses only the standard library, because it runs before anything is installed. In the repository it runs as
+`PYTHONPATH=src python3 -m labtrain.bootstrap --editable`. In an experiment `setup.sh` checks the wheel in `vendor/`
+against labtrain.lock and runs it from there. If the environment is up to date (same locks, same distributions, no file
+missing or changed), it does nothing. Otherwise it repairs the environment.
 
-pip, from Python's own ensurepip, installs uv at the hash that the lock names; uv installs the rest.
+pip, from Python's ensurepip, installs uv at the locked hash. uv installs everything else.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from labtrain.base.permissions import close_umask
 from labtrain.record.installed import NEEDED, changes, names
 
 PYTHONS = ((3, 11), (3, 14))  # from, below
-DISK_BYTES = 8_000_000_000  # torch and its CUDA libraries are 7.1 GB; the rest is byte code and room to unpack
+DISK_BYTES = 9_000_000_000  # installed files 8.0 GB, with byte code 8.7 GB
 MEMORY_BYTES = 1_500_000_000
 LOCK = "requirements.lock"
 WHEEL_LOCK = "labtrain.lock"
@@ -52,7 +52,7 @@ def set_up(root: Path, *, editable: bool) -> None:
     """Make or update `root/.venv`.
 
     Raises:
-        LabtrainError: Python, disk or memory do not do, or a step failed.
+        LabtrainError: Python, disk or memory does not suffice, or a step failed.
     """
     check_python(sys.version_info[:2])
     venv = root / ".venv"
@@ -73,7 +73,7 @@ def set_up(root: Path, *, editable: bool) -> None:
         damaged = {}
         _make(venv, environment)
     damaged = _install_uv(venv, damaged, environment, lock=(root / LOCK).read_text())
-    say("installing what requirements.lock names, by hash (7.1 GB the first time)")
+    say("installing requirements.lock, by hash (the first time: 4.4 GB to download, 8 GB installed)")
     again = [name for name in damaged if name not in ("uv", "labtrain")]
     _remove_damaged(venv, {name: damaged[name] for name in again}, environment)
     _install(venv, environment, again=again, editable=editable)
@@ -81,9 +81,11 @@ def set_up(root: Path, *, editable: bool) -> None:
     folders = [*(venv / "lib").glob("python*/site-packages"), *([root / "src"] if editable else [])]
     _run([str(python), "-m", "compileall", "-q", "-j0", *map(str, folders)], environment, may_fail=True)
     if damaged := damaged_distributions(venv):
-        raise LabtrainError(f"still not as installed: {', '.join(damaged)}", hint="rm -r .venv; make setup")
+        raise LabtrainError(
+            f"files still missing or changed after reinstalling: {', '.join(damaged)}", hint="rm -r .venv; make setup"
+        )
     stamp.write_text(f"{state}\n{_installed(venv)}")
-    say("done: .venv is what requirements.lock says")
+    say("done: .venv matches requirements.lock")
 
 
 def _variables() -> dict[str, str]:
@@ -96,14 +98,14 @@ def _variables() -> dict[str, str]:
 
 
 def _install_uv(venv: Path, damaged: dict[str, Path], environment: dict[str, str], *, lock: str) -> dict[str, Path]:
-    """Install uv, if it is damaged or not the locked one; return what is damaged after that."""
+    """Install uv if it is damaged or not the locked version; return what is still damaged."""
     python = venv / "bin" / "python"
     if "uv" not in damaged and _is_pinned_uv(venv / "bin" / "uv", lock):
         return damaged
     say("installing uv, by hash")
     if not _has_pip(python):
         subprocess.run([str(python), "-m", "ensurepip"], env=environment, capture_output=True, check=False)
-    if not _has_pip(python):  # it is damaged itself, and ensurepip takes it for installed
+    if not _has_pip(python):  # pip itself is damaged, and ensurepip believes that it is installed
         damaged = {}
         _make(venv, environment)
     options = ["--quiet", "--force-reinstall", "--require-hashes", "--no-deps", "--disable-pip-version-check", "-r"]
@@ -115,20 +117,20 @@ def _install_uv(venv: Path, damaged: dict[str, Path], environment: dict[str, str
 
 
 def _remove_damaged(venv: Path, damaged: dict[str, Path], environment: dict[str, str]) -> None:
-    """Remove what uv could not replace by itself."""
+    """Remove what uv cannot replace."""
     if not damaged:
         return
-    say(f"reinstalling what was changed since it was installed: {', '.join(damaged)}")
+    say(f"reinstalling packages with missing or changed files: {', '.join(damaged)}")
     for folder in damaged.values():
         if not all((folder / file).exists() for file in NEEDED):
             shutil.rmtree(folder)  # uv does not touch what it cannot read
-    # A file that was changed in place is changed in uv's cache too, where it is a hard link of it.
+    # If uv's cache is hard-linked, a file changed in place is changed in the cache too.
     _run([str(venv / "bin" / "uv"), "cache", "clean", "--quiet", *damaged], environment, may_fail=True)
 
 
 def _install(venv: Path, environment: dict[str, str], *, again: list[str], editable: bool) -> None:
     uv, target = [str(venv / "bin" / "uv"), "pip"], ["--python", str(venv / "bin" / "python")]
-    # The one sdist of the lock is built with the setuptools of the lock, checked as well.
+    # The one sdist in the lock is built with the locked setuptools, also checked by hash.
     reinstalled = [option for name in again for option in ("--reinstall-package", name)]
     by_hash = [*target, "--require-hashes"]
     _run([*uv, "sync", "--quiet", *by_hash, *reinstalled, "--build-constraints", LOCK, LOCK], environment)
@@ -137,7 +139,7 @@ def _install(venv: Path, environment: dict[str, str], *, again: list[str], edita
 
 
 def damaged_distributions(venv: Path) -> dict[str, Path]:
-    """Return the .dist-info of each distribution of an environment that has a file missing or changed, by its name."""
+    """Return the .dist-info of each distribution with a missing or changed file, by distribution name."""
     return {
         re.sub(r"[-_.]+", "-", info.name.partition("-")[0]).lower(): info
         for folder in _site_packages(venv)
@@ -147,32 +149,32 @@ def damaged_distributions(venv: Path) -> dict[str, Path]:
 
 
 def check_python(version: tuple[int, ...]) -> None:
-    """Refuse a Python that labtrain is not locked for."""
+    """Raise if labtrain is not locked for this Python."""
     first, below = PYTHONS
     if not first <= version < below:
         found, wanted = ".".join(map(str, version)), f"{first[0]}.{first[1]} to {below[0]}.{below[1] - 1}"
-        raise LabtrainError(f"Python {found} found, {wanted} wanted", hint="make PYTHON=python3.12 setup")
+        raise LabtrainError(f"found Python {found}, need {wanted}", hint="make PYTHON=python3.12 setup")
 
 
 def check_disk(free_bytes: int) -> None:
-    """Refuse a disk that cannot hold the environment."""
+    """Raise if the environment does not fit on the disk."""
     if free_bytes < DISK_BYTES:
         raise LabtrainError(
-            f"{free_bytes / 1e9:.1f} GB of disk are free here, {DISK_BYTES / 1e9:.1f} GB wanted", hint="df -h ."
+            f"{free_bytes / 1e9:.1f} GB of disk free here, need {DISK_BYTES / 1e9:.1f} GB", hint="df -h ."
         )
 
 
 def check_memory(available_bytes: int) -> None:
-    """Refuse a machine that could not import what is installed."""
+    """Raise if there is too little memory to import what is installed."""
     if available_bytes < MEMORY_BYTES:
         raise LabtrainError(
-            f"{available_bytes / 1e9:.1f} GB of memory are available, {MEMORY_BYTES / 1e9:.1f} GB wanted",
+            f"{available_bytes / 1e9:.1f} GB of memory available, need {MEMORY_BYTES / 1e9:.1f} GB",
             hint="free -h",
         )
 
 
 def available_memory() -> int:
-    """Return the bytes of memory that can be had without swapping."""
+    """Return the available memory in bytes, without swapping."""
     match = (
         re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         if Path("/proc/meminfo").exists()
@@ -182,7 +184,7 @@ def available_memory() -> int:
 
 
 def locked_block(lock: str, name: str) -> str:
-    """Return one package's lines of a lock: its pin and its hashes."""
+    """Return one package's lines in a lock: its pin and its hashes."""
     match = re.search(rf"^{re.escape(name)}==.*?(?=^\S|\Z)", lock, re.MULTILINE | re.DOTALL)
     if match is None:
         raise LabtrainError(f"{LOCK} does not name {name}", hint="labtrain lock write")
@@ -199,7 +201,7 @@ def fingerprint(root: Path, *, editable: bool) -> str:
 
 
 def say(text: str) -> None:
-    """Print what is being done to standard error."""
+    """Print the current step to standard error."""
     sys.stderr.write(f"setup: {text}\n")
     sys.stderr.flush()
 
@@ -209,7 +211,7 @@ def _make(venv: Path, environment: dict[str, str]) -> None:
     shutil.rmtree(venv, ignore_errors=True)
     if subprocess.run([sys.executable, "-c", "import ensurepip"], capture_output=True, check=False).returncode:
         raise LabtrainError(
-            "this Python cannot make an environment: ensurepip is missing", hint="apt-get install python3-venv"
+            "this Python cannot create an environment: ensurepip is missing", hint="apt-get install python3-venv"
         )
     _run([sys.executable, "-m", "venv", str(venv)], environment)
 
@@ -219,7 +221,7 @@ def _site_packages(venv: Path) -> list[Path]:
 
 
 def _installed(venv: Path) -> str:
-    """Return what is installed, in the stamp's words."""
+    """Return the installed distributions as the stamp records them."""
     return " ".join(names(_site_packages(venv)))
 
 
@@ -237,7 +239,7 @@ def _version(python: Path) -> tuple[int, ...]:
 
 
 def _said(command: list[str]) -> str:
-    """Return what a program prints; empty where it fails, or is none."""
+    """Return what a program prints; empty if it fails or does not exist."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:
@@ -250,7 +252,7 @@ def _run(command: list[str], environment: dict[str, str], *, may_fail: bool = Fa
     if code and not may_fail:
         raise LabtrainError(
             f"{' '.join(command[:4])} ended with exit code {code}",
-            hint="the lines above say why; make setup tries again",
+            hint="see the lines above for the reason; then: make setup",
         )
 
 

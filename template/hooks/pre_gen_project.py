@@ -5,5 +5,5 @@ import sys
 
 name = "{{ cookiecutter.name }}"
 if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-    sys.stderr.write(f"error: {name!r} is no identifier: letters, digits and _ are, a digit not first\n\nhint: cookiecutter template/ name=digits\n")
+    sys.stderr.write(f"error: {name!r} is not a valid name: use ASCII letters, digits and _, and do not begin with a digit\n\nhint: cookiecutter template/ name=digits\n")
     sys.exit(2)

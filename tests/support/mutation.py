@@ -59,8 +59,8 @@ TEXTS = [
     "..",
     "../../victim",
     "/victim",
-    "\x1b[2K\ryes          the same bits, to its end",
-    "a\nyes          the same bits, to its end",
+    "\x1b[2K\ryes          the same bits to the end",
+    "a\nyes          the same bits to the end",
     "\u202egpj.exe\u2066",
     "x\x00y",
     "\x7f\x9b31m",
@@ -147,7 +147,7 @@ class World:
         (self.base / HISTORY).write_text("".join(json.dumps({**line, "step": step}) + "\n" for step in range(1, 6)))
         said = {"when": "2026-11-29T05:00:00+00:00", "by": "ada", "host": "vm", "cpu": "x", "gpus": [], "labtrain": "1",
                 "receipt": found["digest"], "from_step": 0, "to_step": 300, "whole": True, "same": True,
-                "found": "the same bits, to its end"}  # fmt: skip
+                "found": "the same bits to the end"}  # fmt: skip
         (self.base / VERIFIED).write_text(json.dumps(said) + "\n" + json.dumps({**said, "same": False}) + "\n")
         (self.base / "config.yaml").write_text("a: 1\n")
         (self.base / "code.patch").write_text("")

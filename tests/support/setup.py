@@ -103,7 +103,7 @@ def repairs(project: Path, damage: Callable[[Path], None]) -> None:
     before = contents(project)
     damage(project)
     assert contents(project) != before
-    assert "done: .venv is what requirements.lock says" in set_up(project)
+    assert "done: .venv matches requirements.lock" in set_up(project)
     assert contents(project) == before
     assert damaged_distributions(project / ".venv") == {}
     assert set_up(project) == ""

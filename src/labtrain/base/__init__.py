@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, text for terminals, credentials, files of other people. No torch."""
+"""The base of all other packages: errors, text for terminals, credentials, untrusted files. No torch."""

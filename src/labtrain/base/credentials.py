@@ -1,22 +1,22 @@
-"""Decides what is a credential: the one place. Whatever leaves the process is passed through `without_secrets` first.
+"""Decide what is a credential. Everything that leaves the process passes through `without_secrets` first.
 
-A text is a credential, or holds one, by
+A text is a credential, or contains one, by
 
 ==================== ==================================================================================================
 its key              `api_key`, `password`, `wandbToken`; not `pad_token`, `max_tokens`, `tokenizer`
 a name beside it     in a text: `password=...`, `{api_key: ...}`, `--token ...`, `AccountKey=...`, `?sig=...`
 its place in a line  of a program that takes one: `sshpass -p ...`, `mysql -p...`
-its form             those that services give theirs: `ghp_...`, `AKIA...`, a JSON web token, a private key
+its form             the forms of services: `ghp_...`, `AKIA...`, a JSON web token, a private key
 its place in a URL   `user:password@`, and the paths of webhooks
-how random it looks  beside a weaker name alone: `key`, `session`, `webhook`; digests and ids stand everywhere
-its value            it is the value of a variable that names one, or of the configuration's (`remember`)
+how random it looks  only next to a weaker name: `key`, `session`, `webhook`; digests and ids are everywhere
+its value            the value of a variable with a credential's name, or one from the configuration (`remember`)
 ==================== ==================================================================================================
 
-The rules of detect-secrets 1.5 were measured against ours: of 44 forms of credentials they found 15 (they look for
-lines of source code, and know neither overrides nor nested keys), so the list is our own.
+The rules of detect-secrets 1.5 found 15 of 44 forms of credentials in a comparison: they look for lines of source code
+and support neither overrides nor nested keys. So labtrain has its own list.
 
-`${oc.env:X}` is how a configuration refers to a credential: it is written as it is, and whoever runs the configuration
-again has X in the environment.
+`${oc.env:X}` is a configuration's reference to a credential. It is recorded unchanged, and whoever runs the
+configuration again needs X in the environment.
 """
 
 import base64
@@ -45,11 +45,11 @@ SECRET_KEY = re.compile(
     r" keys?|(?:access|secret|api|private) key id"
     r"|shared access signature|x amz signature|session ?id|sessid|sid|webhook(?: url)?|sentry dsn|pin code|t?otp|mfa"
     r"|csrf|oauth|(?:o?auth\d?|access|activation|recovery) codes?|seed phrase|mnemonic|service account(?= json))"
-    # which of several it is
+    # a suffix that says which of several
     r"(?: ?v?\d+)?(?: (?:value|prod|production|dev|staging|live|read|write|bot|github|gitlab|hf|confirm|confirmation"
     r"|repeat|old|current|primary|secondary|backup|json|pem|b64|base64))?(?: ?v?\d+)?$"
 )
-# Names of texts that are taken apart or counted, not of credentials.
+# Names of tokens of text or of counts, not of credentials.
 OF_TEXT = re.compile(
     r"(?:^| )(?:pad|padding|eos|bos|sos|unk|unknown|cls|sep|separator|mask|masked|special|start|stop|end|begin|image"
     r"|img|video|audio|vision|visual|speech|text|word|class|prefix|suffix|middle|fim|register|distillation|newline|eot|eod"
@@ -58,22 +58,22 @@ OF_TEXT = re.compile(
     r"|reserved|vocab|sentinel|trigger|placeholder|object|time|state|action|memory|context|completion|generated|draft|seq"
     r"|sequence|ignore|pooled|mean|all|by|drop) tokens?$"
 )
-# Beside these a text is a credential if it looks random.
+# Next to these names, a text is a credential if it looks random.
 WEAK_KEY = re.compile(
     r"(?:^| )(?:keys?|toks?|pass|session|sess|login|dsn|hook|pat|pin|salt|licen[cs]e|sig|signature|nonce)(?: ?v?\d+)?$"
 )
-# What stands under such names and says which way, not the credential.
+# Values under such names that select a method and are not credentials.
 PLAIN_WORDS = re.compile(
     r"(?i)(?:none|null|true|false|yes|no|on|off|auto|default|basic|digest|bearer|token|oauth2?|iam|ntlm|kerberos|anon"
     r"|anonymous|disabled|enabled|required|optional|env|environment|netrc|keyring|prompt|str|string|text|cls|mean|VALUE,?)"
 )
 _WORD = re.compile(r"(?<![A-Za-z0-9])[A-Za-z]{2,}(?![A-Za-z0-9])")
-MARKER = re.compile(r"\[[A-Z_]{2,16}\]|<[^<>\s]{1,30}>")  # "[PAD]" under model.token is no credential
-# What a text of a program puts in, f"{user}:{password}@", or a shell's variable.
+MARKER = re.compile(r"\[[A-Z_]{2,16}\]|<[^<>\s]{1,30}>")  # "[PAD]" under model.token is not a credential
+# Placeholders in program text, f"{user}:{password}@", or a shell variable.
 PLACEHOLDER = re.compile(r"\{\w*\}|%s|\$\w+|<\w+>|\0\d+\0")
 REFERENCE = re.compile(r"\$\{oc\.(?:env|decode):(?:[^{}]|\$\{(?:[^{}]|\$\{[^{}]*\})*\})*\}")
 
-# A name in a text, and what is given to it. A value goes on to where texts of that kind end it.
+# A name in a text, and its value, up to the end that this kind of text has.
 _NAME = r"(?<![\w.])(?<![\w.]-)(?P<name>[A-Za-z_][\w.\-]{0,200})"
 _QUOTED = r"(?P<quote>\\?[\"'])(?P<quoted>(?:(?!(?P=quote)).)*)(?P=quote)"
 _BARE = r"(?P<bare>[^\s;&\"'{}<>|][^\s;&\"'<>|]*)"
@@ -156,17 +156,17 @@ SECRET_VALUE = re.compile(
     r")"
 )
 
-_given: dict[str, str] = {}  # values that `remember` was given, and what stands for them
-_referred: dict[str, str] = {}  # of these, those from the environment
+_given: dict[str, str] = {}  # values passed to `remember`, and their replacements
+_referred: dict[str, str] = {}  # those of them from the environment
 
 
 def without_secrets(node: object, *, secret: bool = False, names: bool = True) -> Any:
-    """Return nested dicts, lists and texts without what looks like a credential; the same object where nothing does.
+    """Return nested dicts, lists and texts without credentials; the same object if there are none.
 
     Args:
         node: what leaves the process.
-        secret: it stands under a key that names one, so that each text in it is one.
-        names: what keys of dicts name counts. Not among names that nobody chose for a value: those of distributions.
+        secret: it is under a key that names a credential, so each text in it is one.
+        names: consider keys of dicts. Not for names that nobody chose for a value, such as those of distributions.
     """
     return _cleaned(node, secret, names, list(_values()))
 
@@ -209,22 +209,22 @@ def _cleaned(node: object, secret: bool, names: bool, values: list[tuple[str, st
 
 @lru_cache(maxsize=1 << 12)
 def names_a_secret(key: str) -> bool:
-    """Return whether what stands under a key, or in a variable of this name, is a credential."""
+    """Return whether a key or variable of this name has a credential as its value."""
     words = _words(key)
     return SECRET_KEY.search(words) is not None and OF_TEXT.search(words) is None
 
 
 def holds_secret(text: str) -> bool:
-    """Return whether a credential stands in source code: in a literal, by its name or its form."""
+    """Return whether source code contains a credential: a literal with a credential's name or form."""
     return _CODE.sub(_in_code, SECRET_VALUE.sub(_by_form, text)) != text
 
 
 def remember(config: Any, references: Iterable[tuple[Sequence[object], str]] = ()) -> None:
-    """Take the credentials of a configuration out of every text that this process passes on, whatever stands around.
+    """Remember a configuration's credentials, so that they are removed from every text that this process passes on.
 
     Args:
         config: resolved.
-        references: (path, text) of what it has from the environment; not all of that is a credential.
+        references: (path, text) of values from the environment; not all of them are credentials.
     """
     for value in _hidden_in(config, without_secrets(config)):
         _given.update(dict.fromkeys(_forms(value), NOT_RECORDED))
@@ -239,9 +239,9 @@ def remember(config: Any, references: Iterable[tuple[Sequence[object], str]] = (
 
 
 def as_references(node: object, *, back: bool = False) -> object:
-    """Return nested dicts, lists and texts with `${oc.env:X}` in place of a credential that is X's; or the other way.
+    """Replace credentials from variables X by `${oc.env:X}` in nested dicts, lists and texts; or the reverse.
 
-    For a state that is loaded again, and needs the value.
+    For a state that is loaded again and needs the values.
     """
     found = _of_environment() | _referred
     pairs = [(instead, value) if back else (value, instead) for value, instead in found.items()]
@@ -250,7 +250,7 @@ def as_references(node: object, *, back: bool = False) -> object:
 
 
 def looks_random(value: str) -> bool:
-    """Return whether a text could be a key that was drawn: letters and digits mixed as in no word, path or number."""
+    """Return whether a text could be a random key: letters and digits mixed unlike in words, paths and numbers."""
     if not re.fullmatch(r"[A-Za-z0-9+/_=~.\-]{16,}", value) or not (digits := re.findall(r"\d", value)):
         return False
     if value.count("/") == 1 and 2 * sum(map(len, _WORD.findall(value))) > len(value):  # meta-llama/Llama-2-7b-hf
@@ -265,7 +265,7 @@ def looks_random(value: str) -> bool:
 
 
 class CleanStream:
-    """A stream of text that passes on no credential: Hydra prints overrides, exceptions what a server was asked."""
+    """A text stream that removes credentials: Hydra prints overrides, and exceptions contain server requests."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
@@ -282,19 +282,19 @@ class CleanStream:
 
 
 def _words(key: str) -> str:
-    """Return the words of a name, small and apart."""
+    """Split a name into lower-case words."""
     parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", " ", key)
     return re.sub(r"[\W_]+", " ", parted).strip().lower()
 
 
 def _is_secret_number(key: str, value: object) -> bool:
-    """Return whether a value is a number and a credential: a password of digits; `tokens` are counted."""
+    """Return whether a value is a numeric credential, such as a password of digits; `tokens` is a count."""
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     return is_whole and len(str(value)) >= 6 and names_a_secret(key) and not _words(key).endswith("tokens")
 
 
 def _is_place(key: str, value: object) -> bool:
-    """Return whether a key says where credentials lie, not which: GOOGLE_APPLICATION_CREDENTIALS."""
+    """Return whether a value is the path of credentials: GOOGLE_APPLICATION_CREDENTIALS."""
     return (
         isinstance(value, str)
         and (value.startswith(("/", "./", "../", "~/")) or value.endswith((".json", ".pem")))
@@ -303,7 +303,7 @@ def _is_place(key: str, value: object) -> bool:
 
 
 def _of_command(words: Sequence[object]) -> Sequence[object]:
-    """Return the words of a command with its password left out; the same object if it has no password."""
+    """Remove the password from a command's words; return the same object if it has none."""
     if not all(isinstance(word, str) for word in words):
         return words
     line = "\n".join(f"\x1f{word}\x1f" for word in words)
@@ -313,7 +313,7 @@ def _of_command(words: Sequence[object]) -> Sequence[object]:
 
 
 def _names_option(item: object) -> bool:
-    """Return whether the item after this one of a list is what an option takes: ["--token", "..."]."""
+    """Return whether the next item of a list is a credential for this option: ["--token", "..."]."""
     return isinstance(item, str) and re.fullmatch(r"--?[\w\-]+", item) is not None and names_a_secret(item)
 
 
@@ -321,7 +321,7 @@ def _without(text: str, values: list[tuple[str, str]], *, secret: bool) -> str:
     references = REFERENCE.findall(text)
     if secret and not _is_plain(text):
         return _with_references_alone(text, references)
-    for number, reference in enumerate(references):  # set aside: what is in them is no value
+    for number, reference in enumerate(references):  # set aside: they contain no values
         text = text.replace(reference, f"\0{number}\0", 1)
     changed = SECRET_VALUE.sub(_by_form, text)
     changed = _by_names(changed)
@@ -342,7 +342,7 @@ def _replaced(node: Any, pairs: list[tuple[str, str]]) -> object:
     if isinstance(node, str):
         return _with_instead(node, pairs)
     if isinstance(node, dict):
-        done = copy.copy(node)  # of its own kind, a Counter say
+        done = copy.copy(node)  # keeps the type, such as Counter
         done.clear()
         done.update({_replaced(key, pairs): _replaced(value, pairs) for key, value in node.items()})
         return done
@@ -352,7 +352,7 @@ def _replaced(node: Any, pairs: list[tuple[str, str]]) -> object:
 
 
 def _by_form(match: re.Match[str]) -> str:
-    """Take out what has a credential's form; of a URL's user and password not what only refers to them."""
+    """Remove text with a credential's form, except placeholders for a URL's user and password."""
     if match.string.endswith("://", 0, match.start()):
         login = PLACEHOLDER.sub("", match[0])
         return match[0] if login != match[0] and not login.rpartition(":")[2] else NOT_RECORDED
@@ -360,7 +360,7 @@ def _by_form(match: re.Match[str]) -> str:
 
 
 def _by_names(text: str) -> str:
-    """Take out what a name in the text says to be a credential."""
+    """Remove values of names that name a credential."""
     if text.startswith("diff --git "):
         return "".join(_in_file(part) for part in re.split(r"(?m)^(?=diff --git )", text))
     if "=" not in text and ":" not in text and "-" not in text:
@@ -368,7 +368,7 @@ def _by_names(text: str) -> str:
     begin = 0
     for name in typed[0].split("=")[:-1] if (typed := _TYPED.match(text)) else ():
         begin += len(name) + 1
-        value = text[begin:]  # as it was typed, it may have spaces
+        value = text[begin:]  # a typed value may have spaces
         weak = WEAK_KEY.search(_words(name)) is not None and looks_random(value)
         if weak or (names_a_secret(name) and not _is_plain(value, name) and not _is_place(name, value)):
             return f"{text[:begin]}{NOT_RECORDED}"
@@ -384,7 +384,7 @@ def _by_names(text: str) -> str:
 
 
 def _given_to_names(text: str) -> str:
-    """Take out what is given to a name, wherever that stands in what is given to another one: a=b=password=..."""
+    """Remove values of credential names, also nested in another value: a=b=password=..."""
     for before, value in ((_BEFORE_VALUE, _VALUE), (_BEFORE_GROUP, _WHOLE_GROUP)):
         parts, end = [], 0
         for found in before.finditer(text):
@@ -401,7 +401,7 @@ def _given_to_names(text: str) -> str:
 
 
 def _holds_plain_words(group: str) -> bool:
-    """Return whether a text is a list or mapping in one line, of numbers, references and words that say how alone."""
+    """Return whether a text is a one-line list or mapping of only numbers, references and plain words."""
     items = [item.rpartition(":") for item in re.split(r"[\[\]{},]", group)]
     return group.startswith(("[", "{")) and all(
         _is_plain(value) or re.fullmatch(r"\s*[\d.+\-]+\s*", value) or "_target_" in key for key, _, value in items
@@ -409,7 +409,7 @@ def _holds_plain_words(group: str) -> bool:
 
 
 def _in_file(part: str) -> str:
-    """Take the credentials out of what a patch changes in one file. Of code, only literals: it has to stay code."""
+    """Remove credentials from a patch to one file. In code, only from literals, so that it stays valid code."""
     part = _CODE.sub(_in_code, part)
     if part.partition("\n")[0].endswith((".py", ".pyi", ".pyx", ".ipynb")):
         return part
@@ -437,7 +437,7 @@ def _in_query(match: re.Match[str]) -> str:
 
 
 def _in_code(match: re.Match[str]) -> str:
-    """Take a literal out that is given to such a name; a patch has to stay what it is wherever it holds none."""
+    """Remove a literal assigned to a credential name; leave the rest of a patch unchanged."""
     value = match["quoted"]
     varied = re.search(r"\d", value) or (re.search(r"[a-z]", value) and re.search(r"[A-Z]", value)) or "-" in value
     is_one = len(value) >= 6 and varied and not re.search(r"[\s{}/\\%]", value) and not _is_plain(value)
@@ -459,7 +459,7 @@ def _scheme(match: re.Match[str]) -> str:
 
 
 def _is_plain(value: str, name: str = "") -> bool:
-    """Return whether a text is none, whatever its key: a marker, a word that says how, one that was taken out."""
+    """Return whether a text is not a credential, whatever its key: a marker, a plain word, an already removed one."""
     if value.startswith("[") and not value.strip("[]\x000123456789., "):  # numbers, references
         return True
     if name.endswith("s") and value.startswith("["):  # an override of a list
@@ -477,7 +477,7 @@ def _is_plain(value: str, name: str = "") -> bool:
 
 
 def _with_references_alone(text: str, references: list[str]) -> str:
-    """Return a credential's text: of one that refers to the environment, the references and how they are used."""
+    """Return the replacement of a credential; if it has references to the environment, keep those."""
     if not references:
         return NOT_RECORDED
     rest = REFERENCE.sub("\0", text)
@@ -488,7 +488,7 @@ def _with_references_alone(text: str, references: list[str]) -> str:
 
 
 def _default_hidden(reference: str, *, secret: bool) -> str:
-    """Return `${oc.env:X,default}` with a default that is no credential."""
+    """Return `${oc.env:X,default}` without a credential as the default."""
     name, comma, default = reference.partition(",")
     if not comma:
         return reference
@@ -504,7 +504,7 @@ def _default_hidden(reference: str, *, secret: bool) -> str:
 
 
 def _values() -> Iterator[tuple[str, str]]:
-    """Yield the credentials that this process knows, and what stands for each; the longest first."""
+    """Yield the credentials that this process knows, with their replacements; longest first."""
     found = dict(_given)
     for value, instead in _of_environment().items():
         found |= dict.fromkeys(_forms(value), instead)
@@ -512,7 +512,7 @@ def _values() -> Iterator[tuple[str, str]]:
 
 
 def _of_environment() -> dict[str, str]:
-    """Return the values of variables that name a credential, and what stands for each."""
+    """Return the values of variables that name a credential, with their replacements."""
     named = {name: value for name, value in os.environ.items() if name != "PWD" and names_a_secret(name)}
     return {
         form: f"${{oc.env:{name}}}"
@@ -523,7 +523,7 @@ def _of_environment() -> dict[str, str]:
 
 
 def _forms(value: str) -> Iterator[str]:
-    """Yield a credential as it may stand in a text; nothing for one that could be any word or number."""
+    """Yield a credential's forms in text; nothing if it could be an ordinary word or number."""
     value = value.strip()
     if (
         len(value) < 6
@@ -540,7 +540,7 @@ def _forms(value: str) -> Iterator[str]:
 
 
 def _hidden_in(before: object, after: object) -> Iterator[str]:
-    """Yield the texts that were taken out as a whole, or what was taken out of them."""
+    """Yield the removed texts, or the removed parts of texts."""
     if before is after:
         return
     if isinstance(before, Mapping) and isinstance(after, Mapping):

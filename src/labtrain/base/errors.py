@@ -1,17 +1,17 @@
-"""The errors a person is meant to read.
+"""Errors for people.
 
 ::
 
-    LabtrainError            what is wrong, what was found, what is wanted; `hint` is what to type next
+    LabtrainError            what happened, what was found, what is expected; `hint` is what to type next
     ├── ConfigError          a key, a value or an override
     ├── DeviceError          devices, precision or memory that this machine does not have
-    ├── DamagedError         a receipt, checkpoint or lock that is not what it should be
-    ├── StoreError           a place for checkpoints that cannot be reached, is full, or refuses
+    ├── DamagedError         a damaged or changed receipt, checkpoint or lock
+    ├── StoreError           a store that cannot be reached, is full, or refuses access
     ├── LostError             the other processes of a training are gone
-    └── NotThereYetError     part of the design that this version does not have
+    └── NotThereYetError     an option that is not implemented
 
-Each ends a command with exit code 2, a CallbackError with 1. Anything else that is raised is a defect, or a person's
-own exception, and keeps its traceback.
+Each ends a command with exit code 2, a CallbackError with 1. Any other exception is a bug, or comes from the user's
+code, and keeps its traceback.
 """
 
 import os
@@ -24,7 +24,7 @@ from pathlib import Path
 from labtrain.base.console import message, one_line, quoted
 
 EXIT_USAGE = 2
-EXIT_STOPPED = 75  # a signal came, and the training was saved: EX_TEMPFAIL of sysexits.h
+EXIT_STOPPED = 75  # stopped by a signal, and saved: EX_TEMPFAIL of sysexits.h
 
 
 class LabtrainError(Exception):
@@ -50,41 +50,41 @@ class DeviceError(LabtrainError):
 
 
 class DamagedError(LabtrainError):
-    """A file of labtrain's that is broken, incomplete, or of an unknown version."""
+    """One of labtrain's files is broken, incomplete, or of an unknown version."""
 
 
 class StoreError(LabtrainError):
-    """A place for checkpoints that cannot be reached, is full, or refuses."""
+    """A store that cannot be reached, is full, or refuses access."""
 
 
 class LostError(LabtrainError):
-    """The other processes of a training are gone, and this one does not know why."""
+    """Lost contact with the other processes of a training."""
 
 
 class CallbackError(LabtrainError):
-    """A callback of the configuration has failed: says which, in which hook, and where in its code."""
+    """A configured callback failed: names the callback, the hook, and the place in its code."""
 
     exit_code = 1
 
 
 class NotThereYetError(LabtrainError):
-    """Something the design names and this version does not do."""
+    """An option that is not implemented."""
 
     def __init__(self, what: str, *, hint: str = "see CHANGELOG.md for what this version has") -> None:
-        super().__init__(f"{what}: not there yet", hint=hint)
+        super().__init__(f"{what}: not implemented", hint=hint)
 
 
 class JobFailedError(LabtrainError):
-    """A job of a sweep ended badly; it has printed why itself."""
+    """A job of a sweep failed; it has printed the reason itself."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.args = (message, exit_code)  # pickled so: it may come from another machine
+        self.args = (message, exit_code)  # for pickling: it may come from another machine
         self.exit_code = exit_code
 
 
 def not_readable(path: Path) -> ConfigError:
-    """Return the error for what this user may not read: which folder is closed, whose it is, how to open it."""
+    """Return the error for an unreadable path: which folder is closed, its owner, and how to open it."""
     path = path.absolute()
     way = [*reversed(path.parents), path]
     place = next((each for each in way if not os.access(each, os.X_OK)), path)
@@ -93,18 +93,18 @@ def not_readable(path: Path) -> ConfigError:
         owner = pwd.getpwuid(uid).pw_name
     except KeyError:
         owner = f"user {uid}"
-    command = "chmod -R a+rX" if place == path else "chmod a+x"  # never all of a home
+    command = "chmod -R a+rX" if place == path else "chmod a+x"  # never the whole home
     return ConfigError(
-        f"{place}: no permission to read it; it belongs to {owner}", hint=f"{owner} types: {command} {quoted(place)}"
+        f"{place}: no permission to read it; its owner is {owner}", hint=f"{owner} can run: {command} {quoted(place)}"
     )
 
 
 def explain_callback(error: BaseException, callbacks: Mapping[str, object]) -> CallbackError | None:
-    """Turn an exception that a callback's hook has raised into what happened and where; None for any other exception.
+    """Turn an exception from a callback's hook into a CallbackError; None for any other exception.
 
     Args:
-        error: what a training raised.
-        callbacks: those of the configuration, by their names there.
+        error: raised by a training.
+        callbacks: the configured callbacks, by name.
     """
     if not isinstance(error, Exception) or isinstance(error, LabtrainError):
         return None
@@ -117,18 +117,18 @@ def explain_callback(error: BaseException, callbacks: Mapping[str, object]) -> C
     callback, hook = trace.tb_frame.f_locals["self"], trace.tb_frame.f_code.co_name
     return CallbackError(
         f"callbacks.{names[id(callback)]} ({type(callback).__name__}.{hook}): {in_words(error)}{where(trace)}",
-        hint="HYDRA_FULL_ERROR=1 before the same command shows the whole traceback",
+        hint="put HYDRA_FULL_ERROR=1 before the same command for the full traceback",
     )
 
 
 def where(trace: types.TracebackType | None) -> str:
-    """Return the lines of a traceback that lie in no installed package, one below the other; else its last."""
+    """Return the lines of a traceback outside installed packages; if there are none, its last line."""
     frames = traceback.extract_tb(trace)
     own = [frame for frame in frames if "site-packages" not in Path(frame.filename).parts] or frames[-1:]
     return "".join(f"\n  {frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}" for frame in own)
 
 
 def in_words(error: BaseException) -> str:
-    """Return an exception's kind and message in a line."""
+    """Return an exception's type and message in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,6 +1,6 @@
-"""JSON that gives back what went in: keys that are no texts, and NaN and infinity, which JSON does not have.
+"""JSON that restores exactly what was written, including keys that are not text, NaN and infinity.
 
-A mapping with other keys than texts is written as ``{"(items)": [[3, 10.0], [7, 2.0]]}``, a number that JSON lacks as
+A mapping with keys that are not text is written as ``{"(items)": [[3, 10.0], [7, 2.0]]}``, and NaN as
 ``{"(float)": "nan"}``. Everything else is ordinary JSON. Keys keep their order.
 """
 
@@ -20,12 +20,12 @@ def dumps(value: object, **options: Any) -> str:
 
 
 def loads(text: str | bytes) -> Any:
-    """Return what `dumps` was given."""
+    """Return the value that was passed to `dumps`."""
     return json.loads(text, object_hook=restored)
 
 
 def plain(node: object) -> object:
-    """Return a value as JSON can hold it."""
+    """Return a value that JSON can hold."""
     if isinstance(node, dict):
         if all(isinstance(key, str) for key in node) and not node.keys() & {ITEMS, FLOAT}:
             return {key: plain(value) for key, value in node.items()}
@@ -38,13 +38,13 @@ def plain(node: object) -> object:
 
 
 def restored(node: Options) -> object:
-    """Return what an object of JSON stands for; the hook of a parser."""
+    """Return the value of a JSON object; an object_hook for json.loads."""
     if node.keys() == {ITEMS}:
         return dict(node[ITEMS])
     return float(node[FLOAT]) if node.keys() == {FLOAT} else node
 
 
 def digest_of(tree: dict[str, object]) -> str:
-    """Return the sha256 over a mapping without its own `digest`: JSON with sorted keys and no spaces, in ASCII."""
+    """Return the sha256 over a mapping without its key `digest`: ASCII JSON with sorted keys and no spaces."""
     rest = {key: value for key, value in tree.items() if key != "digest"}
     return hashlib.sha256(dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

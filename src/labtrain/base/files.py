@@ -1,4 +1,4 @@
-"""Files: written so that a crash leaves the old one or the new one, synced to the disk, and hashed. No torch."""
+"""Write files atomically, sync them to disk, and hash them. No torch."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the kernel write a file or a folder's entries to the disk: fsync(2)."""
+    """Sync a file, or a folder's entries, to disk: fsync(2)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""git, run in one place: with a time limit, and each byte as git prints it. No torch."""
+"""Run git, with a time limit, and keep every byte of its output. No torch."""
 
 import json
 import os
@@ -26,14 +26,14 @@ def run_git(
     """Return what git prints. Bytes that are not UTF-8 are kept (surrogateescape).
 
     Args:
-        folder: that it works in.
-        arguments: its command.
-        text: its standard input.
-        variables: its environment; None: this process's.
-        timeout_s: after which it is killed.
+        folder: the working directory.
+        arguments: git's arguments.
+        text: standard input.
+        variables: the environment; None: this process's.
+        timeout_s: kill git after this time.
 
     Raises:
-        GitError: it failed, is not installed, or did not end in time; says what git says.
+        GitError: git failed, is not installed, or did not end in time; contains git's message.
     """
     command = ["git", "-C", str(folder), *arguments]
     try:
@@ -42,7 +42,9 @@ def run_git(
     except FileNotFoundError as error:
         raise GitError("git is not installed", hint="apt-get install git") from error
     except (OSError, subprocess.TimeoutExpired) as error:
-        ended = f"no end in {timeout_s:g} seconds" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+        ended = (
+            f"did not end within {timeout_s:g} seconds" if isinstance(error, subprocess.TimeoutExpired) else str(error)
+        )
         raise GitError(f"git {' '.join(arguments[:4])}: {ended}", hint="git status") from error
     if done.returncode:
         said = done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}"
@@ -51,7 +53,7 @@ def run_git(
 
 
 def ask_git(folder: str | Path, *arguments: str, variables: dict[str, str] | None = None) -> str:
-    """Return what git prints; empty where it fails or is not installed."""
+    """Return what git prints; empty if it fails or is not installed."""
     try:
         return run_git(folder, *arguments, variables=variables)
     except GitError:
@@ -59,17 +61,17 @@ def ask_git(folder: str | Path, *arguments: str, variables: dict[str, str] | Non
 
 
 def borrow_commit(top: str, commit: str, clone: Path, *, filters: bool) -> bool:
-    """Make a repository of our own that takes a commit's objects from another one; return whether that has it.
+    """Make a repository that borrows a commit's objects from another one; return whether that one has the commit.
 
-    The other one may be somebody else's, and its configuration can start programs: hooks, filters, a file system
-    monitor, a fetch of what a partial clone lacks (git-config(1)). It is asked where its objects lie, which starts
-    none, and no more.
+    The other repository may be untrusted, and its configuration can start programs: hooks, filters, a file system
+    monitor, a fetch in a partial clone (git-config(1)). It is asked only for the place of its objects, which starts no
+    program.
 
     Args:
-        top: its folder.
+        top: the other repository's folder.
         commit: 40 hex digits, or 64.
         clone: a folder to make.
-        filters: heed the user's own configuration of git, the filters of Git LFS for one.
+        filters: use the user's own git configuration, such as the filters of Git LFS.
     """
     objects = ask_git(top, "rev-parse", "--path-format=absolute", "--git-path", "objects").removesuffix("\n")
     kind = ask_git(top, "rev-parse", "--show-object-format").strip()
@@ -78,7 +80,7 @@ def borrow_commit(top: str, commit: str, clone: Path, *, filters: bool) -> bool:
     variables = git_variables(filters=filters)
     clone.mkdir()
     ask_git(str(clone), "init", "-q", "--template=", f"--object-format={kind or 'sha1'}", variables=variables)
-    ask_git(str(clone), "config", "remote.origin.url", top, variables=variables)  # where Git LFS looks for files
+    ask_git(str(clone), "config", "remote.origin.url", top, variables=variables)  # Git LFS finds its files there
     alternates = clone / ".git" / "objects" / "info" / "alternates"
     alternates.parent.mkdir(exist_ok=True)
     alternates.write_bytes(f"{json.dumps(objects, ensure_ascii=False)}\n".encode("utf-8", "surrogateescape"))
@@ -86,10 +88,10 @@ def borrow_commit(top: str, commit: str, clone: Path, *, filters: bool) -> bool:
 
 
 def git_variables(*, filters: bool) -> dict[str, str]:
-    """Return the environment of a git that works in a repository of ours, whatever started this process.
+    """Return the environment for git in a repository of labtrain's, independent of this process's GIT_* variables.
 
     Args:
-        filters: heed the user's own configuration; else none at all.
+        filters: use the user's own configuration; else none.
     """
     variables = {name: value for name, value in os.environ.items()
                  if not name.startswith("GIT_") or name.startswith("GIT_CONFIG")}  # fmt: skip

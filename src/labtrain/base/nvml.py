@@ -1,4 +1,4 @@
-"""NVIDIA's driver, asked through NVML (https://docs.nvidia.com/deploy/nvml-api/). No torch."""
+"""Ask NVIDIA's driver through NVML (https://docs.nvidia.com/deploy/nvml-api/). No torch."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ def nvml() -> Iterator[ModuleType]:
     """Yield pynvml while the driver is open.
 
     Raises:
-        NoDriverError: there is none; says why.
+        NoDriverError: there is no driver; says why.
     """
     import pynvml
 

@@ -1,4 +1,4 @@
-"""Folders that others can reach: what is made there, and what is opened of what they may have made there. No torch."""
+"""Create and open files safely in folders that other users can write to. No torch."""
 
 import fcntl
 import os
@@ -12,17 +12,17 @@ from labtrain.base.errors import DamagedError
 
 
 def close_umask() -> int:
-    """Have this process, and what it starts, make no file that everybody can write; return its umask. umask(2)."""
-    before = os.umask(0o077)  # what another thread makes meanwhile is closed rather than open
+    """Prevent this process and its children from making world-writable files; return the umask. umask(2)."""
+    before = os.umask(0o077)  # files that another thread makes meanwhile are closed rather than open
     os.umask(before | 0o002)
     return before | 0o002
 
 
 def open_lock(path: Path) -> int:
-    """Open the file of a record lock, made where it is not there, and return its descriptor.
+    """Open the file of a record lock, creating it if needed, and return its descriptor.
 
-    Only who may write it can open it, so nobody else can hold a lock on it: fcntl(2) asks for no right to write where
-    a lock is shared. That is its owner; and its group, where the umask lets that write.
+    Only users who may write the file can open it, so nobody else can hold a lock: for a shared lock fcntl(2) does not
+    require write permission. These users are its owner, and its group if the umask allows that.
 
     Raises:
         OSError: this user may not write it, or it is a link.
@@ -32,17 +32,17 @@ def open_lock(path: Path) -> int:
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
-        raise FileExistsError(f"{path} is no file")
+        raise FileExistsError(f"{path} is not a regular file")
     shared = found.st_mode & 0o060 == 0o060
-    with suppress(OSError):  # another's of the group
-        os.fchmod(descriptor, 0o660 if shared else 0o600)  # an older labtrain's, or what was copied
+    with suppress(OSError):  # another group member owns it
+        os.fchmod(descriptor, 0o660 if shared else 0o600)  # from an older labtrain, or copied
     return descriptor
 
 
 def make_sign(path: Path) -> int:
-    """Make a file that shows everybody that this process lives, by a record lock, and return its descriptor.
+    """Make a file with a record lock that shows everybody that this process lives; return its descriptor.
 
-    Each time a new file, locked before anybody else can open it. Only where one process at a time can do so.
+    It is a new file each time, locked before anybody else can open it. Only one process at a time may call this.
     """
     scratch = path.with_name(f"{path.name}.{os.getpid()}")
     scratch.unlink(missing_ok=True)
@@ -54,15 +54,15 @@ def make_sign(path: Path) -> int:
 
 
 def open_inside(folder: Path, name: str, *, flags: int = os.O_RDONLY) -> BinaryIO:
-    """Open a file of a folder that somebody else may have made: a regular one, through no link.
+    """Open a regular file in an untrusted folder, following no link.
 
     Args:
-        folder: as a person named it; it may be a link itself.
-        name: of the file, relative to it.
+        folder: as the user named it; it may itself be a link.
+        name: of the file, relative to the folder.
         flags: of open(2).
 
     Raises:
-        DamagedError: a link, a folder, a pipe or a device is in the way; names it.
+        DamagedError: a part of the path is a link, or the file is a folder, a pipe or a device; names it.
         OSError: it cannot be opened.
     """
     place = folder
@@ -75,7 +75,7 @@ def open_inside(folder: Path, name: str, *, flags: int = os.O_RDONLY) -> BinaryI
             os.close(above)
             above = below
         place = _not_a_link(place / last, above)
-        # A pipe that nobody writes to would be waited for.
+        # O_NONBLOCK, because opening a pipe would wait for a writer.
         opened = os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=above)
     finally:
         os.close(above)
@@ -86,9 +86,9 @@ def open_inside(folder: Path, name: str, *, flags: int = os.O_RDONLY) -> BinaryI
 
 
 def _not_a_link(path: Path, folder: int) -> Path:
-    """Return a path whose last part is no link; what becomes one later, open(2) refuses."""
+    """Return the path if its last part is not a link; open(2) refuses one that appears later."""
     if path.name == "..":
-        raise _refused(path, "outside of its folder")
+        raise _refused(path, "outside its folder")
     with suppress(FileNotFoundError):
         mode = os.lstat(path.name, dir_fd=folder).st_mode
         if stat.S_ISLNK(mode):

@@ -1,9 +1,9 @@
-"""Signals that ask to stop: the step is finished and saved first, on all ranks together; a second Ctrl-C ends at once.
+"""Stop on signals: all ranks finish the step and save first; a second Ctrl-C ends at once.
 
-SIGTERM is what schedulers and `kill` send, SIGINT is Ctrl-C, SIGUSR1 is what Slurm sends before a time limit
-(`--signal=USR1@90`, https://slurm.schedmd.com/sbatch.html) to every process of a job: one that knows nothing of it
-would be ended. So it is blocked from the first line on. It waits in the kernel, over execve too, until a thread asks
-for it; what is started on the way (loader workers, wandb's service) has it blocked as well, and lives.
+Schedulers and `kill` send SIGTERM, Ctrl-C sends SIGINT. Slurm sends SIGUSR1 before the time limit (`--signal=USR1@90`,
+https://slurm.schedmd.com/sbatch.html) to every process of a job, which kills a process that does not handle it. So
+labtrain blocks it from the start. It stays pending in the kernel, also over execve, until a thread waits for it. Child
+processes (loader workers, wandb's service) inherit the block and survive.
 """
 
 import _thread
@@ -21,11 +21,11 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Stopped(BaseException):
-    """The training was asked to stop, and has saved. No Exception: `except Exception` must not swallow it.
+    """The training was stopped by a signal, and has saved. A BaseException, so that `except Exception` lets it through.
 
     Args:
         signum: the signal.
-        saved: False where there was nothing to save, or nobody to save with.
+        saved: False if there was nothing to save, or no other rank to save with.
     """
 
     def __init__(self, signum: int, *, saved: bool = True) -> None:
@@ -34,44 +34,44 @@ class Stopped(BaseException):
 
 
 class Wishes:
-    """What this process wants of all ranks: to stop, to save. What all agreed on at the last step is beside it.
+    """This process's requests to all ranks (stop, save), and what all ranks agreed on at the last step.
 
     Args:
-        every_seconds: how often to save.
+        every_seconds: interval of saves.
     """
 
     def __init__(self, *, every_seconds: float | None = None) -> None:
         self.every_seconds = every_seconds
         self.signum = 0
         self.saved = time.monotonic()
-        self.owed = False  # a save that was put off
+        self.owed = False  # a save that was postponed
         self.can_save: Callable[[], bool] = lambda: True
         self.agreed_stop = 0
-        self.begun = False  # there has been a step: the others are asked, and something is to be saved
+        self.begun = False  # there was a step, so other ranks take part, and there is something to save
         self.agreed_save = False
 
     def numbers(self) -> tuple[float, float]:
-        """Return them as numbers whose maximum over the ranks is what all do: a signal's number, 1 to save."""
+        """Return the requests as numbers; all ranks act on their maximum: a signal number, and 1 to save."""
         self.begun = True
         due = self.every_seconds is not None and time.monotonic() - self.saved >= self.every_seconds
         return float(self.signum), float((due or self.owed) and self.can_save())
 
     def keep_time(self) -> None:
-        """Note that a save was made now."""
+        """Record that a save was made now."""
         self.saved, self.owed = time.monotonic(), False
 
     def agree(self, stop: float, save: float) -> None:
-        """Take the maximum over the ranks."""
+        """Set the maximum over the ranks."""
         self.agreed_stop, self.agreed_save = int(stop), save > 0
 
     @contextmanager
     def listening(self, *, leads: bool) -> Iterator[None]:
-        """Listen to signals: the first is remembered, later ones are ignored, but for Ctrl-C, which ends the process.
+        """Handle signals: remember the first and ignore later ones, except Ctrl-C, which ends the process.
 
-        The kernel may send the same one several times: at a parent's death, once for each of its threads.
+        The kernel may send a signal several times: when a parent dies, once for each of its threads.
 
         Args:
-            leads: this is rank 0, which before the first step just stops: there is nothing to save.
+            leads: this is rank 0, which stops at once before the first step, because there is nothing to save.
 
         Raises:
             Stopped: before the first step.
@@ -90,7 +90,7 @@ class Wishes:
         done = threading.Event()
         waits = threading.Thread(target=_pass_on, args=(done,), daemon=True)
         try:
-            waits.start()  # one that has waited is raised here
+            waits.start()  # a pending signal is raised here
             yield
         finally:
             for number, handler in before.items():
@@ -103,23 +103,23 @@ class Wishes:
 
 
 def _pass_on(done: threading.Event) -> None:
-    """Wait for each SIGUSR1 and have the main thread handle it, until one comes after `done`."""
+    """Pass each SIGUSR1 on to the main thread, until one comes after `done`."""
     while signal.sigwait({signal.SIGUSR1}) and not done.is_set():
         _thread.interrupt_main(signal.SIGUSR1)
 
 
 def block() -> set[signal.Signals]:
-    """Let SIGUSR1 wait until this process, or what it becomes, asks for it; return what was blocked before."""
+    """Block SIGUSR1, also over execve, until a thread waits for it; return the earlier signal mask."""
     return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # type: ignore[return-value]
 
 
 def unblock() -> None:
-    """Let a SIGUSR1 come, also one that has waited."""
+    """Unblock SIGUSR1, including a pending one."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:
-    """Have the kernel send a signal to this process when its parent is killed, or end it where that has happened.
+    """Make the kernel send a signal to this process when its parent dies; exit if it is already dead.
 
     Linux: prctl(2), PR_SET_PDEATHSIG.
     """

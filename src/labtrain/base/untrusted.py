@@ -1,10 +1,10 @@
-"""Reads files that somebody else may have written: only plain files, of a bounded size, and JSON of a bounded depth.
+"""Read untrusted files: only regular files of a limited size, and JSON of a limited depth.
 
-And makes scratch folders for other people's code, and removes what that leaves there.
+Also make scratch folders for untrusted code, and remove them.
 
-What is read here may still say anything. It cannot hang (a pipe, a device), lead elsewhere (a link), fill the memory,
-or be two things to two readers (a key that is there twice). What is wrong is a ValueError or an OSError in a few words,
-or a DamagedError that names the file; never another exception.
+The content may still be false. But reading cannot hang (a pipe, a device), lead elsewhere (a link), or fill the memory,
+and two readers cannot see different values (a duplicate key). Errors are a short ValueError or OSError, or a
+DamagedError that names the file; never another exception.
 """
 
 import json
@@ -22,45 +22,45 @@ from labtrain.base import exact_json
 from labtrain.base.console import quoted, warn
 from labtrain.base.errors import ConfigError, DamagedError, not_readable
 
-# More than labtrain writes in the longest run; a file is read whole.
+# Limits, larger than anything that labtrain writes. Files are read as a whole.
 RECORD_BYTES = 256 << 20  # a receipt, a manifest, a header, a signature
 LINES_BYTES = 8 << 30  # a trail, a history
-LARGEST = 1 << 63  # of a whole number
-DEEPEST = 100  # level of lists and mappings
+LARGEST = 1 << 63  # integer
+DEEPEST = 100  # levels of lists and mappings
 MOST_VALUES = 5_000_000
-# A path that is no UTF-8 is written with \udc80 to \udcff (PEP 383); other halves of a pair are no text at all.
+# A path that is not UTF-8 has \udc80 to \udcff (PEP 383); other lone surrogates are not text.
 _BROKEN = re.compile(r"[\ud800-\udc7f\udd00-\udfff]")
 
 
 class NotPlainError(OSError):
-    """A link, a folder, a pipe, a device, or larger than what it should be."""
+    """The file is a link, a folder, a pipe or a device, or too large."""
 
 
 def open_plain(path: Path, limit: int = LINES_BYTES) -> BinaryIO:
-    """Open a file to read it.
+    """Open a regular file for reading.
 
     Args:
-        path: of the file; its last part is no link.
-        limit: the most bytes that it may have.
+        path: of the file; its last part must not be a link.
+        limit: maximum size in bytes.
 
     Raises:
-        NotPlainError: it is no plain file of at most that size.
+        NotPlainError: it is not a regular file, or larger than the limit.
         OSError: it cannot be opened.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except ValueError as error:  # a NUL in the name
-        raise NotPlainError(0, "no name of a file") from error
+        raise NotPlainError(0, "not a valid file name") from error
     except OSError as error:
         if Path(path).is_symlink():
             raise NotPlainError(error.errno, "a link, must be a file") from error
         if error.errno in (6, 19):  # ENXIO, ENODEV: a socket, a device
-            raise NotPlainError(error.errno, "no plain file") from error
+            raise NotPlainError(error.errno, "not a regular file") from error
         raise
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise NotPlainError(0, "a folder, must be a file" if stat.S_ISDIR(found.st_mode) else "no plain file")
+            raise NotPlainError(0, "a folder, must be a file" if stat.S_ISDIR(found.st_mode) else "not a regular file")
         if found.st_size > limit:
             raise NotPlainError(0, f"{found.st_size:,} bytes, at most {limit:,} expected")
         return os.fdopen(descriptor, "rb")
@@ -70,31 +70,31 @@ def open_plain(path: Path, limit: int = LINES_BYTES) -> BinaryIO:
 
 
 def read(path: Path, limit: int = RECORD_BYTES) -> bytes:
-    """Return a file's content; raises as `open_plain` does."""
+    """Return a file's content; raise like `open_plain`."""
     with open_plain(path, limit) as file:
-        return file.read(os.fstat(file.fileno()).st_size)  # allocated at once: no more than that
+        return file.read(os.fstat(file.fileno()).st_size)  # allocated at once, so no more than that
 
 
 def read_source(path: Path) -> bytes:
-    """Return the content of a file of an experiment, which may be a link to one.
+    """Return the content of an experiment's file; it may be a link to a regular file.
 
     Raises:
-        ConfigError: it is a pipe, a socket or a device, or a link to nothing.
+        ConfigError: it is a pipe, a socket or a device, or a broken link.
     """
     try:
         return read(Path(os.path.realpath(path)), 1 << 60)
     except (NotPlainError, FileNotFoundError) as error:
         if isinstance(error, FileNotFoundError) and not path.is_symlink():
             raise
-        what = error.strerror if isinstance(error, NotPlainError) else "a link to nothing"
+        what = error.strerror if isinstance(error, NotPlainError) else "a broken link"
         raise ConfigError(f"{path} is {what}", hint=f"ls -l {quoted(path)}; move it out of the experiment") from error
 
 
 @contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """Make a folder that other people's code writes to, and remove it at the end.
+    """Make a folder for untrusted code to write to, and remove it at the end.
 
-    Before Python 3.11.8 and 3.12.1, tempfile.TemporaryDirectory changes permissions through links when it cleans up
+    Before Python 3.11.8 and 3.12.1, the cleanup of tempfile.TemporaryDirectory changes permissions through links
     (CVE-2023-6597).
     """
     folder = Path(tempfile.mkdtemp(prefix=prefix))
@@ -104,18 +104,18 @@ def scratch_folder(prefix: str) -> Iterator[Path]:
         try:
             remove_tree(folder)
         except OSError as error:
-            warn(f"{folder} could not be removed: {error.strerror}. hint: rm -rf {quoted(folder)}")
+            warn(f"cannot remove {folder}: {error.strerror}. hint: rm -rf {quoted(folder)}")
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder and all below it: through no link, whatever its permissions, and however deep.
+    """Remove a folder with its contents, with any permissions and any depth, following no link.
 
     Raises:
-        OSError: something cannot be removed, or the folder is none.
+        OSError: something cannot be removed, or `path` is not a folder.
     """
     top = _open_own(str(path), None)
     try:
-        while names := os.listdir(top):  # noqa: PTH208  # of what is open
+        while names := os.listdir(top):  # noqa: PTH208  # needs a descriptor
             for name in names:
                 with suppress(NotADirectoryError):
                     _raise_folders(_open_own(name, top), top)
@@ -128,7 +128,7 @@ def remove_tree(path: Path) -> None:
 
 
 def _raise_folders(folder: int, top: int) -> None:
-    """Move the folders of an open one up to `top`, and remove its files; close it."""
+    """Move an open folder's subfolders up to `top`, remove its files, and close it."""
     try:
         for name in os.listdir(folder):
             try:
@@ -141,10 +141,10 @@ def _raise_folders(folder: int, top: int) -> None:
 
 
 def _open_own(name: str, parent: int | None) -> int:
-    """Open a folder, which gets the permissions for it. Linux: O_PATH needs none, and /proc/self/fd is what is open.
+    """Give a folder the needed permissions, and open it. Linux: O_PATH needs no permissions; chmod by /proc/self/fd.
 
     Raises:
-        NotADirectoryError: it is no folder, a link to one for example.
+        NotADirectoryError: it is not a folder, for example a link to one.
     """
     found = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     try:
@@ -155,16 +155,16 @@ def _open_own(name: str, parent: int | None) -> int:
 
 
 def is_part(name: object) -> bool:
-    """Return whether a value is one part of a path: a name that stays in its folder, and no hidden one."""
+    """Return whether a value is a single path component: it stays in its folder and is not hidden."""
     return isinstance(name, str) and 0 < len(name) < 256 and name[0] != "." and not re.search(r"[/\x00-\x1f\x7f]", name)
 
 
 def loads(data: bytes | str) -> Any:
-    """Return what JSON in UTF-8 holds, NaN and infinity as `exact_json` writes them.
+    """Parse JSON in UTF-8, with NaN and infinity as `exact_json` writes them.
 
     Raises:
-        ValueError: it is none, is nested too deeply, holds a key twice, a number that is none or too large, or half of
-            a character.
+        ValueError: it is not JSON, is nested too deeply, has a duplicate key, an invalid or too large number, or a lone
+            surrogate.
     """
     try:
         text = data.decode() if isinstance(data, bytes) else data
@@ -181,10 +181,10 @@ def loads(data: bytes | str) -> Any:
 
 
 def leaves(tree: object) -> Iterator[object]:
-    """Yield what nested lists and mappings hold, and the keys of these.
+    """Yield the values in nested lists and mappings, and the mappings' keys.
 
     Raises:
-        ValueError: they are too deep to walk, or hold one another over and over: more values than any file has.
+        ValueError: they are nested too deeply, or have too many values, for example in a cycle.
     """
     level, left = [tree], MOST_VALUES
     for _ in range(DEEPEST):
@@ -204,18 +204,18 @@ def leaves(tree: object) -> Iterator[object]:
 
 
 def is_number(value: object) -> bool:
-    """Return whether a value is a number, and no truth value."""
+    """Return whether a value is a number and not a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_count(value: object) -> bool:
-    """Return whether a value is a whole number from 0 on."""
+    """Return whether a value is an integer of 0 or more."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < LARGEST
 
 
 @contextmanager
 def damage_of(path: object, *, hint: str, what: str = "is broken") -> Iterator[None]:
-    """Turn what reading a file raises into a DamagedError that names it; that it is not there stays as it is."""
+    """Turn exceptions from reading a file into a DamagedError that names it; FileNotFoundError stays unchanged."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):
@@ -232,12 +232,12 @@ def damage_of(path: object, *, hint: str, what: str = "is broken") -> Iterator[N
 def _mapping(pairs: list[tuple[str, object]]) -> object:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key is there twice")
+        raise ValueError("a duplicate key")
     return exact_json.restored(found)
 
 
 def _refuse(name: str) -> object:
-    raise ValueError(f"{name} is no number of JSON's")
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def _whole(digits: str) -> int:

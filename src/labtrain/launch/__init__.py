@@ -1,1 +1,1 @@
-"""From a command line to a named job in a process of its own."""
+"""Turn a command line into a named job in its own process."""

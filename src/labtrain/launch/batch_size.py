@@ -1,8 +1,8 @@
-"""`labtrain batch-size`: the start of the search for the largest data.batch_size that fits.
+"""`labtrain batch-size`: start the search for the largest data.batch_size that fits.
 
-As a training starts (compose.py, job.py): composed without torch, then searched (training/largest_batch.py) in the
-process that this one becomes, with the variables that must precede torch. One device: a step takes the micro-batches
-of determinism.shards one after the other, so what fits on one fits on as many as there are shards.
+It starts like a training (compose.py, job.py): compose without torch, then replace this process by one that has the
+variables for torch and searches (training/largest_batch.py). It uses one device. A step computes the shards one after
+the other, so a size that fits on one device fits on up to as many devices as there are shards.
 """
 
 import os
@@ -18,22 +18,22 @@ from labtrain.record.resume import make_job
 
 
 def search(root: Path, overrides: list[str], *, mode: str, max_trials: int, steps: int) -> NoReturn:
-    """Become the process that searches, and prints what it finds to standard output.
+    """Replace this process by one that searches and prints the size to standard output.
 
     Args:
         root: the experiment's folder.
-        overrides: as train.py takes them.
+        overrides: as for train.py.
         mode: power or binsearch.
-        max_trials: how many sizes are tried at most.
-        steps: optimizer steps that each is trained for.
+        max_trials: maximum number of sizes to try.
+        steps: optimizer steps to train with each size.
 
     Raises:
-        LabtrainError: no experiment is here, or its configuration cannot be searched.
+        LabtrainError: there is no experiment here, or the search does not support its configuration.
     """
     config = composed(root, overrides)
     if config["trainer"]["strategy"] == SHARDED_STRATEGY:
         raise ConfigError(
-            "the search has one device, trainer.strategy=fsdp is for a model that no single one holds",
+            "batch-size does not support trainer.strategy=fsdp: it searches on one device",
             hint="trainer.strategy=auto",
         )
     config["trainer"] |= {"devices": 1, "num_nodes": 1, "fast_dev_run": False, "enable_progress_bar": False}
@@ -45,10 +45,10 @@ def search(root: Path, overrides: list[str], *, mode: str, max_trials: int, step
 
 
 def composed(root: Path, overrides: list[str]) -> Config:
-    """Return the configuration of the experiment in `root`, as its train.py would have it.
+    """Return the configuration of the experiment in `root`, as its train.py would compose it.
 
     Raises:
-        LabtrainError: there is none, or it is not right.
+        LabtrainError: there is no configuration, or it is not valid.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
@@ -60,7 +60,7 @@ def composed(root: Path, overrides: list[str]) -> Config:
     try:
         with initialize_config_dir(str(root / "conf"), version_base="1.3"):
             whole = compose("config", overrides=overrides, return_hydra_config=True)
-        HydraConfig.instance().set_config(whole)  # what the configuration itself may ask: ${hydra:...}
+        HydraConfig.instance().set_config(whole)  # for ${hydra:...} in the configuration
         cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
         if missing := sorted(OmegaConf.missing_keys(cfg)):
             raise ConfigError(f"{missing[0]} has no value", hint=f"labtrain batch-size {missing[0]}=VALUE")
@@ -72,11 +72,11 @@ def composed(root: Path, overrides: list[str]) -> Config:
 
 
 def main() -> None:
-    """Search with the job of this process, and print the size."""
+    """Search with this process's job, and print the size."""
     mode, max_trials, steps = sys.argv[1:]
     job = Job.from_json(os.environ[JOB_VARIABLE])
     out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what people's code prints
+    os.dup2(2, 1)  # user code may print
     job.enter_path()
     from labtrain.training.largest_batch import largest  # torch
 

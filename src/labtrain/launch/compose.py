@@ -1,9 +1,8 @@
-"""Stage 1 of a start: compose the configuration with Hydra, name the run, hand each job to a fresh process (job.py).
+"""Stage 1 of a start: compose the configuration with Hydra, name the run, hand each job to a new process (job.py).
 
-No torch here: `--help` and an error in the configuration cost a fraction of a second, and whatever must be in the
-environment before torch is imported is put there, in one place, per job. Writes nothing, so any number of copies of it
-may run at once (srun, torchrun). Hydra's own documents say how a task function, a search path and a launcher work:
-https://hydra.cc/docs/1.3/.
+No torch here, so `--help` and configuration errors take a fraction of a second. This is the one place that sets the
+environment variables that torch reads at import. It writes nothing, so any number of copies may run at once (srun,
+torchrun). For task functions, search paths and launchers see https://hydra.cc/docs/1.3/.
 """
 
 import atexit
@@ -28,28 +27,28 @@ from labtrain.record.identity import JOB_VARIABLE, Config, Job
 from labtrain.record.ranks import adopt, find_ranks, own_rank
 from labtrain.record.resume import changed_data, make_job, near_run
 
-# Linux takes one variable of at most 128 KiB (MAX_ARG_STRLEN).
+# Linux limits one variable to 128 KiB (MAX_ARG_STRLEN).
 MAX_JOB_BYTES = 120_000
-# What the jobs of Hydra's submitit launcher find in their environment: the signal that comes before the time limit
-# (submitit's own default is SIGUSR2), and that a rank that dies takes the others down (srun --kill-on-bad-exit).
+# Environment of jobs of Hydra's submitit launcher: the signal before the time limit (submitit's default is SIGUSR2),
+# and that a rank that dies ends all ranks (srun --kill-on-bad-exit).
 SUBMITTED = {"SUBMITIT_PREEMPT_SIGNAL": "USR1", "SLURM_KILL_BAD_EXIT": "1"}
 
 
 def main(config_path: str = "conf", config_name: str = "config") -> None:
-    """Compose the configuration and run it: all that a `train.py` has to call.
+    """Compose the configuration and run it. This is the only call that a `train.py` needs.
 
     Args:
-        config_path: the folder of the experiment's own configuration, relative to the calling file.
+        config_path: the folder of the experiment's configuration, relative to the calling file.
         config_name: its primary file, without `.yaml`.
 
-    Ends the process: 0 trained (or complete already), 2 wrong usage, else the training's own exit code.
+    It ends the process with exit code 0 (trained, or already complete), 2 (wrong usage), or the training's exit code.
     """
     block()
     close_umask()
     sys.stderr = cast(TextIO, CleanStream(sys.stderr))
     root = Path(sys._getframe(1).f_globals["__file__"]).resolve().parent
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra prints and exits by itself: hydra/_internal/utils.py run_and_report
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits: hydra/_internal/utils.py run_and_report
     os.environ["LABTRAIN_ROOT"] = str(root)  # conf/labtrain.yaml: paths.runs
     for name, value in SUBMITTED.items():
         os.environ.setdefault(name, value)
@@ -63,7 +62,7 @@ def main(config_path: str = "conf", config_name: str = "config") -> None:
 
 
 def end_if_known(error: Exception, *, wants_trace: bool) -> None:
-    """End the process with an error for people, where `error` is one; return where its traceback says more."""
+    """End the process with an error for people; return if `error` is another exception, which keeps its traceback."""
     known = configuration.explain(error)
     if known is not None and not wants_trace:
         print_error(known, own_rank())
@@ -76,7 +75,7 @@ def print_error(error: LabtrainError, rank: int = 0) -> None:
 
 
 def _run_hydra(root: Path, config_path: str, config_name: str, wants_trace: bool) -> None:
-    gc.disable()  # importing Hydra makes no garbage, and none of it becomes garbage later
+    gc.disable()  # importing Hydra creates no garbage, so collecting wastes time
     import hydra
 
     gc.freeze()
@@ -92,28 +91,28 @@ def _run_hydra(root: Path, config_path: str, config_name: str, wants_trace: bool
 
 @dataclass(frozen=True)
 class Start:
-    """The task function that Hydra calls once a job: an instance of a module's class, so that it can be pickled."""
+    """The task function that Hydra calls for each job; a class at module level, so that it can be pickled."""
 
     root: str
     command: list[str]
     wants_trace: bool = False
 
     def __call__(self, cfg: object) -> float | None:
-        """Check and name the run, then become its job, or supervise it where Hydra has more of them.
+        """Check and name the run, then become its job; in a sweep, supervise the job instead.
 
         Returns:
-            what a sweep compares runs by (sweep.py).
+            the value by which a sweep compares runs (sweep.py).
         """
         try:
             return self._run(cfg)
         except JobFailedError:
-            raise  # the other jobs of the sweep go on
+            raise  # the sweep continues with its other jobs
         except Exception as error:
-            end_if_known(error, wants_trace=self.wants_trace)  # by SystemExit: Hydra would add a line of its own
+            end_if_known(error, wants_trace=self.wants_trace)  # SystemExit, because Hydra would print another line
             raise
 
     def _run(self, cfg: object) -> float | None:
-        close_umask()  # of a worker of a sweep's launcher, which did not come by main
+        close_umask()  # a sweep launcher's worker did not call main
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode
         from omegaconf import OmegaConf
@@ -132,7 +131,7 @@ class Start:
         references = configuration.references(cfg, config)
         remember(config, references)
         single = HydraConfig.get().mode == RunMode.RUN
-        # hydra.mode=MULTIRUN, typed or in conf/, is -m too: whoever reads the command later has to know it.
+        # hydra.mode=MULTIRUN, typed or in conf/, equals -m: record it in the command.
         command = self.command if single or {"-m", "--multirun"} & set(self.command) else [*self.command, "-m"]
         supervisor = 0 if single else os.getpid()
         job = make_job(config, root=Path(self.root), command=command, supervisor=supervisor, references=references)
@@ -141,8 +140,8 @@ class Start:
         refuse_unwritable(Path(job.run_dir))
         if (near := near_run(job)) is not None:
             sys.stderr.write(
-                f"near: {shown(near)}, unfinished, has this configuration and other code or another environment"
-                f" (resume={shown(near)} goes on with it)\n"
+                f"note: the unfinished run {shown(near)} has this configuration, but other code or another environment"
+                f" (resume={shown(near)} resumes it)\n"
             )
         start, environment = process_of(job)
         if self.wants_trace:
@@ -156,10 +155,10 @@ class Start:
 
 
 def process_of(job: Job) -> tuple[list[str], dict[str, str]]:
-    """Return the command and the variables of the process that trains a job.
+    """Return the command and environment of the process that trains a job.
 
     Raises:
-        ConfigError: the configuration is too large to be handed over.
+        ConfigError: the configuration is too large to pass on.
     """
     config = job.config
     environment = {name: value for name, value in os.environ.items() if name != "HYDRA_FULL_ERROR"}
@@ -167,14 +166,14 @@ def process_of(job: Job) -> tuple[list[str], dict[str, str]]:
     environment[JOB_VARIABLE] = job.to_json()
     if len(environment[JOB_VARIABLE].encode()) > MAX_JOB_BYTES:
         raise ConfigError(
-            f"the resolved configuration is larger than {MAX_JOB_BYTES} bytes",
-            hint="keep data in a file and name the file",
+            f"the resolved configuration must be at most {MAX_JOB_BYTES} bytes",
+            hint="move data from the configuration to a file, and configure its path",
         )
     return [sys.executable, "-m", "labtrain.launch.job", shown(job.run_dir)], environment
 
 
 def finished(job: Job) -> bool:
-    """Print the result of a run that is complete; False if there is something to train."""
+    """Print the result of a complete run; return False if there is something to train."""
     found = receipt.read(Path(job.run_dir))
     if found is None or found["status"] != "complete" or job.origin:
         return False
@@ -182,31 +181,31 @@ def finished(job: Job) -> bool:
         return True
     if changed := [segment for segment in found["segments"] if segment.get("changed")]:
         names = ", ".join(change["key"] for segment in changed for change in segment["changed"])
-        sys.stderr.write(f"warning: {shown(job.run_dir)} was gone on with after changes: {names}\n")
+        sys.stderr.write(f"warning: {shown(job.run_dir)} was resumed with changes: {names}\n")
     if said := changed_data(job, found):
         sys.stderr.write(f"warning: {said}\n")
-    sys.stderr.write(f"{shown(job.run_dir)} is complete: nothing to train (resume=never starts anew beside it)\n")
+    sys.stderr.write(f"{shown(job.run_dir)} is complete: nothing to train (resume=never trains a new run)\n")
     sys.stdout.write(f"{shown(job.run_dir)} {found['results']['weights_digest']}\n")
     return True
 
 
 def refuse_unwritable(run_dir: Path) -> None:
-    """Refuse a run whose folder could not be written, before torch is imported."""
+    """Raise ConfigError if the run's folder cannot be written, before torch is imported."""
     parent = run_dir
     while not parent.exists() and parent != parent.parent:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         what = "no write permission" if parent.is_dir() else "not a folder"
         raise ConfigError(
-            f"{shown(parent)}: {what}, the run {shown(run_dir)} cannot be written", hint=f"ls -ld {shown(parent)}"
+            f"{shown(parent)}: {what}, so the run {shown(run_dir)} cannot be written", hint=f"ls -ld {shown(parent)}"
         )
 
 
 def supervise(command: list[str], environment: dict[str, str]) -> None:
-    """Run one job of a sweep in its own process: its own environment, rank variables and GPU memory.
+    """Run one job of a sweep in its own process, with its own environment, rank variables and GPU memory.
 
     Raises:
-        JobFailedError: it ended with another exit code than 0.
+        JobFailedError: its exit code is not 0.
     """
     block()
     child = subprocess.Popen(command, env=environment)
@@ -228,10 +227,11 @@ def supervise(command: list[str], environment: dict[str, str]) -> None:
     submitted = "SUBMITIT_FOLDER" in os.environ
     failure = code if code >= 0 else 128 - code
     if caught and (code in (0, EXIT_STOPPED) or not submitted):
-        # No Exception: it ends the sweep (hydra/core/utils.py run_job). Another rank's 0 stays: rank 0 may deliver yet.
+        # Not an Exception: this ends the sweep (hydra/core/utils.py run_job). Keep another rank's 0: rank 0 may still
+        # be delivering.
         sys.exit(failure if failure or own_rank() else 128 + caught[0])
     if not code:
         return
-    if submitted:  # where the error becomes the job's result, and all ranks would end with 0
+    if submitted:  # submitit stores the error as the job's result, and all ranks would end with 0
         atexit.register(os._exit, failure)
     raise JobFailedError(f"{command[-1]} ended with exit code {code}", failure)

@@ -1,8 +1,7 @@
 """Stage 2 of a start: `python -m labtrain.launch.job RUN_DIR` trains the job that stage 1 put in the environment.
 
-No Hydra application runs here, so Lightning's launcher starts this very command again for every local rank: each rank
-runs its parent's job, never the command line, and a sweep is never run by its ranks. RUN_DIR is for people who look at
-the list of processes.
+Hydra does not run here. Lightning's launcher starts this same command for every local rank, so each rank runs its
+parent's job and never a sweep. RUN_DIR is only for people who look at the process list.
 """
 
 import gc
@@ -28,14 +27,14 @@ from labtrain.record.sources import load_from_source
 if TYPE_CHECKING:
     from labtrain.training.fit import Result
 
-LOST_SECONDS = 600  # Slurm takes a node for dead after 300 (SlurmdTimeout)
-FIRST_RANK = "LABTRAIN_FIRST_RANK"  # the process that started this one as a rank of its own
+LOST_SECONDS = 600  # Slurm declares a node dead after 300 (SlurmdTimeout)
+FIRST_RANK = "LABTRAIN_FIRST_RANK"  # the process that started this rank
 
 
 def main() -> None:
-    """Train the job of this process; on rank 0, print its folder and its weights digest to standard output."""
+    """Train this process's job; on rank 0, print its folder and its weights digest to standard output."""
     if JOB_VARIABLE not in os.environ:
-        print_error(LabtrainError("labtrain.launch.job is started by train.py", hint="python train.py"))
+        print_error(LabtrainError("only train.py can start labtrain.launch.job", hint="python train.py"))
         sys.exit(2)
     close_umask()
     job = Job.from_json(os.environ[JOB_VARIABLE])
@@ -48,7 +47,7 @@ def main() -> None:
     job.enter_path()
     if job.config["determinism"]["mode"] != "off":
         load_from_source()
-    gc.disable()  # importing torch and Lightning makes no garbage: half a second of looking for it
+    gc.disable()  # importing torch and Lightning creates no garbage; this saves half a second
     from labtrain.training.fit import train
 
     gc.freeze()
@@ -60,21 +59,21 @@ def main() -> None:
             traceback.print_exc()
         print_error(error, rank)
         if ranks and isinstance(error, LostError):
-            time.sleep(LOST_SECONDS)  # the launcher acts first: it knows whether a rank failed, or a node
+            time.sleep(LOST_SECONDS)  # let the launcher act first: it knows whether a rank or a node failed
         sys.exit(error.exit_code)
     except Stopped as error:
-        if not rank:  # with another code Lightning, srun and torchrun kill rank 0, which may be delivering yet
+        if not rank:  # with another code Lightning, srun and torchrun kill rank 0, which may still be delivering
             _report_stop(job, error)
         sys.exit(EXIT_STOPPED if not rank else 0)
     if not rank:
-        # srun reads the two streams apart and joins them in any order: there the table comes before the digest in one.
+        # srun merges the two streams in any order; in one stream the table precedes the digest.
         print_table(result, out if in_slurm_step(os.environ) else sys.stderr)
         out.write(f"{shown(result.run_dir)} {result.weights_digest}\n")
         out.flush()
 
 
 def _end_with_starter(job: Job, ranks: Ranks | None) -> None:
-    """End this process with the one that started it."""
+    """End this process when its starter ends."""
     is_child = os.environ.get(FIRST_RANK) == str(os.getppid())
     os.environ[FIRST_RANK] = str(os.getpid())
     if is_child:
@@ -82,21 +81,21 @@ def _end_with_starter(job: Job, ranks: Ranks | None) -> None:
     elif job.supervisor:
         end_with_parent(job.supervisor, signal.SIGTERM)
     elif ranks and ranks.launcher == "torchrun":
-        end_with_parent(os.getppid(), signal.SIGTERM)  # its SIGUSR1, say, ends torchrun alone
+        end_with_parent(os.getppid(), signal.SIGTERM)  # SIGUSR1, for example, ends only torchrun
 
 
 def _report_stop(job: Job, stop: Stopped) -> None:
-    """Say that the training was stopped; under Slurm, queue it again if that is wanted."""
-    how = "saved" if stop.saved else "with nothing new to save"
+    """Print that the training was stopped; under Slurm, requeue the job after such a signal."""
+    how = "saved" if stop.saved else "nothing new to save"
     sys.stderr.write(f"\nstopped by {stop}, {how}: the same command resumes {shown(job.run_dir)}\n")
     if wants_requeue(stop.signum):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # with which Slurm ends what it queues again
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm sends it to the job that it requeues
         found = receipt.read(Path(job.run_dir))
         requeue(starts=len(found["segments"]) if found else 0, progress=stop.saved)
 
 
 def print_table(result: "Result", file: IO[str]) -> None:
-    """Print the metrics of a run: a row a metric, a column a stage."""
+    """Print a run's metrics: one row for each metric, one column for each stage."""
     from rich.console import Console
     from rich.table import Table
 
@@ -105,7 +104,7 @@ def print_table(result: "Result", file: IO[str]) -> None:
     for name, value in result.metrics.items():
         stage, _, metric = name.rpartition("/")
         if metric.endswith("_step"):
-            continue  # Lightning's value of the last batch, beside that of the epoch
+            continue  # Lightning's value of the last batch; the epoch's is shown
         rows.setdefault(metric.removesuffix("_epoch"), {})[stage] = value
         if stage not in stages:
             stages.append(stage)
@@ -120,9 +119,9 @@ def print_table(result: "Result", file: IO[str]) -> None:
 
 
 def _take_stdout() -> IO[str]:
-    """Return standard output for this module alone; everything else that is printed goes to standard error.
+    """Reserve standard output for this module; everything else printed goes to standard error.
 
-    gloo prints to it from C++, and people's code prints to it in every rank.
+    gloo prints from C++, and user code prints in every rank.
     """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

@@ -1,7 +1,7 @@
-"""Sweeps whose sweeper chooses each trial by the values of those before it: Optuna's, docs/guides/sweeps.md. No torch.
+"""Sweeps whose sweeper chooses trials by earlier results, such as Optuna's (docs/guides/sweeps.md). No torch.
 
-The callback is one of `hydra.callbacks` in conf/labtrain.yaml: the only place between the composition of a sweep and
-its sampler. https://hydra.cc/docs/1.3/plugins/optuna_sweeper/
+The callback is in `hydra.callbacks` in conf/labtrain.yaml: only a callback runs between composing a sweep and its
+sampler. https://hydra.cc/docs/1.3/plugins/optuna_sweeper/
 """
 
 import math
@@ -26,7 +26,7 @@ SQLITE = "sqlite:///"
 
 
 class SweepStart(Callback):
-    """Completes what a sweeper was not told, and refuses what it cannot use, before anything is trained."""
+    """Completes a sweeper's settings, and raises on unusable ones before anything is trained."""
 
     def on_multirun_start(self, config: object, **kwargs: object) -> None:
         try:
@@ -35,24 +35,24 @@ class SweepStart(Callback):
             save_without_secrets()
         except ConfigError as error:
             sys.stderr.write(f"error: {error}\n")
-            sys.exit(error.exit_code)  # Hydra makes a warning of any Exception: hydra/_internal/callbacks.py
+            sys.exit(error.exit_code)  # Hydra turns any Exception into a warning: hydra/_internal/callbacks.py
 
 
 def refuse_under_launcher() -> None:
     """Refuse `torchrun train.py -m` and `srun -n2 train.py hydra.mode=MULTIRUN`: each copy would run the whole sweep.
 
     Raises:
-        ConfigError: a launcher started this process with others.
+        ConfigError: a launcher started several copies of this process.
     """
     if (ranks := find_ranks()) is not None:
         raise ConfigError(
-            f"-m in each of {ranks.world} copies of one job (hydra.mode=MULTIRUN is the same)",
+            f"each of {ranks.world} processes would run the whole sweep (-m or hydra.mode=MULTIRUN)",
             hint="start the sweep once, without the launcher: python train.py -m ...",
         )
 
 
 def save_without_secrets() -> None:
-    """Have Hydra and its sweepers write no credential into multirun.yaml and optimization_results.yaml."""
+    """Keep credentials out of Hydra's multirun.yaml and optimization_results.yaml."""
     from omegaconf import OmegaConf
 
     save = OmegaConf.save
@@ -66,32 +66,32 @@ def save_without_secrets() -> None:
 
 
 def chooses(sweeper: Any) -> bool:
-    """Return whether a sweeper compares runs; Hydra's own trains every combination, whatever comes of them."""
+    """Return whether a sweeper compares runs; Hydra's basic sweeper trains every combination."""
     return "direction" in sweeper
 
 
 def complete(config: Any) -> None:
-    """Take a sweep's direction from checkpoint.mode and its sampler's seed from `seed`, where they are left open.
+    """Set a sweep's direction from checkpoint.mode and its sampler's seed from `seed`, if they are not set.
 
     Args:
-        config: the sweep's, as Hydra composed it, with its node `hydra`.
+        config: the sweep's configuration, as Hydra composed it, with its node `hydra`.
 
     Raises:
-        ConfigError: there is nothing to compare by, or the direction is another than checkpoint.mode's.
+        ConfigError: there is no metric to compare by, or the direction contradicts checkpoint.mode.
     """
     sweeper, checkpoint = config.hydra.sweeper, config.checkpoint
     if not chooses(sweeper):
         return
     if checkpoint.monitor is None:
         raise ConfigError(
-            "this sweeper chooses by a metric, and checkpoint.monitor names none", hint="checkpoint.monitor=val/acc"
+            "this sweeper needs a metric, but checkpoint.monitor is null", hint="checkpoint.monitor=val/acc"
         )
     wanted = f"{checkpoint.mode}imize"
-    if isinstance(sweeper.direction, Enum):  # the plugin's default; a person's is a text
+    if isinstance(sweeper.direction, Enum):  # the plugin's default; the user's value is a text
         sweeper.direction = wanted
     elif sweeper.direction != wanted:
         raise ConfigError(
-            f"hydra.sweeper.direction={sweeper.direction}, and checkpoint.mode={checkpoint.mode} wants {wanted} alone",
+            f"hydra.sweeper.direction={sweeper.direction}, but checkpoint.mode={checkpoint.mode} needs {wanted}",
             hint=f"hydra.sweeper.direction={wanted}, or leave it out",
         )
     if sweeper.sampler.get("seed", config.seed) is None:
@@ -102,17 +102,17 @@ def complete(config: Any) -> None:
 
 
 def value_of(job: Job, sweeper: object) -> float | None:
-    """Return what a sweeper compares a complete run by: the last value of checkpoint.monitor.
+    """Return the value by which a sweeper compares a complete run: the last value of checkpoint.monitor.
 
-    It is that of the weights that the receipt names, and so the same however the run was interrupted; the best value on
-    the way is not (verification.py).
+    It belongs to the weights in the receipt, so it does not depend on interruptions. The best value during the training
+    does (verification.py).
 
     Raises:
         ConfigError: the run logged no such metric.
-        JobFailedError: it is no number that can be compared.
+        JobFailedError: the value is not finite.
     """
     if own_rank():
-        return None  # rank 0 writes the receipt, and tells
+        return None  # rank 0 writes the receipt and returns the value
     monitor = job.config["checkpoint"]["monitor"]
     found = receipt.read(Path(job.run_dir))
     if monitor is None or found is None:
@@ -130,19 +130,21 @@ def value_of(job: Job, sweeper: object) -> float | None:
 
 
 def explain(error: Exception) -> Exception:
-    """Return what ended a sweep by Optuna or submitit as an error for people; anything else as it is."""
+    """Turn an error of Optuna or submitit into an error for people; return other errors unchanged."""
     if type(error).__name__ == "UncompletedJobError" or "failed during processing" in str(error):
         lines = [line for line in str(error).splitlines() if line.strip()]
         return JobFailedError(f"a job of this sweep left no result: {lines[0]} {lines[-1].strip()}", 1)
     if type(error).__name__ == "FailedJobError" or 'Could not detect "srun"' in str(error):
-        return ConfigError(f"Slurm takes no job: {' '.join(str(error).split())}", hint="sinfo; sbatch --version")
+        return ConfigError(
+            f"Slurm did not accept the job: {' '.join(str(error).split())}", hint="sinfo; sbatch --version"
+        )
     frames = [frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__)]
     if not any(name.startswith(PLUGIN) for name in frames):
         return error
     if isinstance(error, JobFailedError):
-        error.hint = "its own lines above say why; hydra.sweeper.max_failure_rate=0.5 goes on while half of them train"
+        error.hint = "see its lines above; hydra.sweeper.max_failure_rate=0.5 continues while at most half of them fail"
     elif "No trials are completed" in str(error):
-        return JobFailedError("every trial of this sweep failed: the lines above say why", 1)
+        return JobFailedError("every trial of this sweep failed: see the lines above", 1)
     elif isinstance(error, ValueError | AssertionError):
         spaces = "'choice(8,16)', 'range(8,64,8)', 'interval(0.001,0.1)', 'tag(log,interval(0.001,0.1))'"
         return ConfigError(f"the sweep: {error}", hint=f"a search space is one of {spaces}; docs/guides/sweeps.md")

@@ -1,1 +1,1 @@
-"""A new experiment, and the demonstration that four ways of training give one digest."""
+"""Create a new experiment, and demonstrate that four ways of training give one digest."""

@@ -1,7 +1,7 @@
-"""The golden run: one experiment, trained in several ways, and the digest of its weights that is the same in all.
+"""The demo: train one experiment in four ways and show that the weights digest is the same.
 
-Everything is real: the experiment comes from the template, the data is scikit-learn's digits, each way is a `train.py`
-of its own, and the kill is SIGKILL. `determinism.mode=portable` makes the bits those of every x86-64 CPU.
+The experiment comes from the template and the data is scikit-learn's digits. Each way runs `train.py` in its own
+process, and the kill is SIGKILL. `determinism.mode=portable` gives the same bits on every x86-64 CPU.
 """
 
 import os
@@ -27,7 +27,7 @@ from labtrain.review.report import write_report
 from labtrain.review.report.data import label_of
 from labtrain.review.verification import verify_run
 
-# What the dispatch of MKL, oneDNN, torch, glibc and numpy would choose on a CPU from before AVX (2008).
+# What MKL, oneDNN, torch, glibc and numpy would select on a CPU without AVX (2008).
 OLDER_CPU = {
     "ATEN_CPU_CAPABILITY": "default",
     "DNNL_MAX_CPU_ISA": "SSE41",
@@ -44,7 +44,7 @@ GOLDEN = asset("golden/receipt.json").parent
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """How one way ended: its run's folder, what the receipt says, and the seconds it took."""
+    """The result of one way: the run's folder, values from its receipt, and the seconds it took."""
 
     way: str
     run_dir: Path
@@ -55,10 +55,10 @@ class Outcome:
 
 
 def run_demo(folder: Path | None = None) -> bool:
-    """Train the golden run in each way, print the table, and return whether all digests are the golden one.
+    """Train the golden run in each way, print the table, and return whether every digest is the golden one.
 
     Args:
-        folder: where the experiment and its report are kept; a temporary folder that is removed where it is None.
+        folder: keeps the experiment and its report. None: a temporary folder, removed at the end.
     """
     keep = folder is not None
     with ExitStack() as stack:
@@ -88,9 +88,9 @@ def run_demo(folder: Path | None = None) -> bool:
         print_table(outcomes)
         good = judge(outcomes)
         verdict = verify_run(outcomes[0].run_dir)
-        print(f"verified, trained again from its receipt: {verdict.found}")
+        print(f"trained again from the receipt: {verdict.found}")
         ways = ", ".join(f"{label_of(place)} {outcome.way}" for place, outcome in enumerate(outcomes))
-        said = [f"{len(outcomes)} ways, {'one digest, the golden one' if good else 'and not one digest'}: {ways}."]
+        said = [f"{len(outcomes)} ways, {'one digest, the golden one' if good else 'different digests'}: {ways}."]
         write_report([outcome.run_dir for outcome in outcomes], folder / REPORT, said=said)
         if keep:
             print(f"report: {shown(folder / REPORT)}")
@@ -103,7 +103,7 @@ def as_it_is(command: list[str]) -> None:
 
 
 def as_an_older_cpu(command: list[str]) -> None:
-    """Train with this CPU's newer instructions hidden from every library that chooses by them."""
+    """Train with this CPU's newer instructions hidden from every library that selects code by CPU."""
     _train(command, OLDER_CPU)
 
 
@@ -122,8 +122,8 @@ def killed_and_resumed(command: list[str]) -> None:
         while not any(len(read_trail(path)) >= KILL_AT_STEP for path in runs.glob("*/*")):
             if child.poll() is not None or time.monotonic() > deadline:
                 raise LabtrainError(
-                    "the training ended before it could be killed",
-                    hint="labtrain demo --dir kept-demo, and look into it",
+                    "the training ended before the demo could kill it",
+                    hint="labtrain demo --dir kept-demo, then look at its files",
                 )
             time.sleep(0.005)
     finally:
@@ -133,15 +133,15 @@ def killed_and_resumed(command: list[str]) -> None:
 
 
 WAYS: dict[str, Callable[[list[str]], None]] = {
-    "as it is": as_it_is,
-    "as an older CPU computes it": as_an_older_cpu,
+    "plain run": as_it_is,
+    "on an older CPU (emulated)": as_an_older_cpu,
     "in 2 processes": on_two_processes,
     "killed (SIGKILL) and resumed": killed_and_resumed,
 }
 
 
 def read_outcome(way: str, runs: Path, seconds: float) -> Outcome:
-    """Return what the one receipt below `runs` says."""
+    """Read the outcome from the one receipt below `runs`."""
     (run_dir,) = (path for path in runs.glob("*/*") if path.is_dir())
     receipt = read(run_dir)
     assert receipt is not None
@@ -158,14 +158,14 @@ def read_outcome(way: str, runs: Path, seconds: float) -> Outcome:
 
 
 def golden_digest() -> str:
-    """Return the weights digest of the golden run, of its receipt."""
+    """Return the weights digest in the golden run's receipt."""
     receipt = read(GOLDEN)
     assert receipt is not None
     return str(receipt["results"]["weights_digest"])
 
 
 def print_table(outcomes: list[Outcome]) -> None:
-    """Print a row a way, and the golden digest below, to standard output."""
+    """Print one row for each way, then the golden digest, to standard output."""
     print(f"{'way':<30}{'steps':>6}{'test acc':>10}{'seconds':>9}  weights digest")
     for outcome in outcomes:
         print(f"{outcome.way:<30}{outcome.steps:>6}{outcome.accuracy:>10.4f}{outcome.seconds:>9.1f}  {outcome.digest}")
@@ -173,7 +173,7 @@ def print_table(outcomes: list[Outcome]) -> None:
 
 
 def judge(outcomes: list[Outcome]) -> bool:
-    """Print whether all digests are equal and the golden one, and where runs part if not."""
+    """Print whether every digest is the golden one; if not, the first step that differs."""
     first = outcomes[0]
     for other in outcomes[1:]:
         if other.digest != first.digest:
@@ -182,23 +182,23 @@ def judge(outcomes: list[Outcome]) -> bool:
         return False
     if first.digest != golden_digest():
         parted = first_difference(GOLDEN, first.run_dir)
-        print(f"differs: the ways agree with each other, not with the golden run: {parted}")
-        print("hint: is this environment the lock's? labtrain doctor")
+        print(f"differs: the ways give one digest, but not the golden one: {parted}")
+        print("hint: labtrain doctor compares this environment with the lock")
         return False
     print(f"{len(outcomes)} ways, one digest: the golden one")
     return True
 
 
 def make_empty(folder: Path) -> None:
-    """Make `folder`, or empty it where an earlier demo filled it.
+    """Make `folder`, or empty it if it holds an earlier demo.
 
     Raises:
-        ConfigError: something else is in it.
+        ConfigError: it holds other files.
     """
     import shutil
 
     if folder.exists() and {path.name for path in folder.iterdir()} - {NAME, REPORT}:
-        raise ConfigError(f"{shown(folder)} holds something else than a demo", hint="labtrain demo --dir another")
+        raise ConfigError(f"{shown(folder)} holds files that are not a demo's", hint="labtrain demo --dir NEW_FOLDER")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 

@@ -1,4 +1,4 @@
-"""Make an experiment: the cookiecutter template, and beside it the lock and the very labtrain that made it."""
+"""Make an experiment: the cookiecutter template, the locks, and the wheel of this labtrain."""
 
 import importlib.metadata
 import os
@@ -13,26 +13,26 @@ from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.files import file_sha256
 from labtrain.bootstrap import WHEEL_LOCK
 
-PLUGIN = "hydra_plugins/labtrain_searchpath.py"  # beside labtrain, in a folder that other distributions share
-ZIP_EPOCH = "315532800"  # 1980-01-01, the first day that a zip file can name: the same wheel from the same files
+PLUGIN = "hydra_plugins/labtrain_searchpath.py"  # next to labtrain, in a folder that other distributions use too
+ZIP_EPOCH = "315532800"  # 1980-01-01, the earliest date in a zip file: the same files give the same wheel
 SKIPPED = ("__pycache__", "*.pyc")
 
 
 def make_experiment(target: Path, *, author: str) -> None:
-    """Make the experiment `target`, named by its last part.
+    """Make the experiment `target`, named after its last part.
 
     Raises:
-        ConfigError: the folder exists, cannot be written, or its name is no identifier; nothing is left.
+        ConfigError: the folder exists or cannot be written, or its name is not an identifier. Nothing is left behind.
     """
     from cookiecutter.exceptions import CookiecutterException, FailedHookException
     from cookiecutter.main import cookiecutter
 
     target = target.resolve()
     if target.exists():
-        raise ConfigError(f"{target} exists already", hint=f"labtrain new {target.name}2, or remove it first")
+        raise ConfigError(f"{target} already exists", hint=f"labtrain new {target.name}2, or remove it first")
     if not target.name.isidentifier() or not target.name.isascii():
         raise ConfigError(
-            f"{target.name!r} is no identifier: letters, digits and _ are, a digit not first",
+            f"{target.name!r} is not a valid name: use ASCII letters, digits and _, and do not begin with a digit",
             hint="labtrain new digits",
         )
     missing = target.parent
@@ -41,7 +41,7 @@ def make_experiment(target: Path, *, author: str) -> None:
     if not os.access(missing, os.W_OK | os.X_OK):
         raise ConfigError(f"{missing}: no write permission", hint=f"ls -ld {missing}")
     with tempfile.TemporaryDirectory() as scratch:
-        # cookiecutter would leave its replay files in the home directory, and its rendered hooks in the temporary one
+        # cookiecutter would leave replay files in the home directory and rendered hooks in the temporary directory
         # (cookiecutter/hooks.py run_script_with_context).
         before, tempfile.tempdir = tempfile.tempdir, scratch
         config = Path(scratch) / "cookiecutter.yaml"
@@ -56,7 +56,7 @@ def make_experiment(target: Path, *, author: str) -> None:
             )
         except FailedHookException as error:
             raise LabtrainError(
-                f"{target}: the experiment could not be made", hint="the lines above say why"
+                f"{target}: cannot make the experiment", hint="see the lines above for the reason"
             ) from error
         except (CookiecutterException, OSError) as error:
             raise LabtrainError(f"{target}: {error}", hint=f"ls -ld {target.parent}") from error
@@ -74,7 +74,7 @@ def furnish(experiment: Path) -> None:
 
 
 def copy_asset(name: str, target: Path) -> None:
-    """Copy an asset, a file or a folder, to `target`."""
+    """Copy an asset (a file or folder) to `target`."""
     source = asset(name)
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
@@ -84,16 +84,16 @@ def copy_asset(name: str, target: Path) -> None:
 
 
 def build_wheel(folder: Path) -> Path:
-    """Pack the labtrain that runs into a wheel in `folder`: the same bytes from a clone and from an installed wheel.
+    """Pack this labtrain into a wheel in `folder`; a clone and an installed wheel give the same bytes.
 
     Raises:
-        LabtrainError: labtrain runs without being installed.
+        LabtrainError: labtrain is not installed.
     """
     try:
         distribution = importlib.metadata.distribution("labtrain")
     except importlib.metadata.PackageNotFoundError as error:
         raise LabtrainError(
-            "labtrain is not installed, so it cannot be packed into an experiment", hint="make setup"
+            "cannot pack labtrain into the experiment: labtrain is not installed", hint="make setup"
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
@@ -116,5 +116,5 @@ def build_wheel(folder: Path) -> Path:
             command, env={**os.environ, "SOURCE_DATE_EPOCH": ZIP_EPOCH}, capture_output=True, text=True, check=False
         )
     if done.returncode:
-        raise LabtrainError(f"the wheel could not be packed: {done.stderr.strip()}", hint="labtrain doctor")
+        raise LabtrainError(f"cannot pack the wheel: {done.stderr.strip()}", hint="labtrain doctor")
     return folder / f"labtrain-{distribution.version}-py3-none-any.whl"

@@ -1,1 +1,1 @@
-"""What names a run, and what it leaves: configuration, sources, receipt, trail, digests. No torch."""
+"""A run's name and its records: configuration, sources, receipt, trail, digests. No torch."""

@@ -1,7 +1,7 @@
-"""What a configuration may hold: its keys, the values they take, and Hydra's errors in words.
+"""Check a configuration: its keys and values; and explain Hydra's errors.
 
-Hydra refuses an unknown key on the command line, but a misspelt one in the experiment's own YAML just becomes a new
-key, and no type is checked anywhere: both are done here, before torch is imported.
+Hydra refuses an unknown key on the command line, but a misspelt key in the experiment's YAML becomes a new key, and
+Hydra checks no types. This module checks both, before torch is imported.
 """
 
 import copy
@@ -34,11 +34,11 @@ from labtrain.stores.backends import check_url
 
 CONF = Path(__file__).parents[1] / "conf"
 
-# Groups whose keys labtrain defines; in `model`, `data` and `callbacks` the keys are the person's own.
+# Groups whose keys labtrain defines; `model`, `data` and `callbacks` have the user's keys.
 GROUPS = ("trainer", "determinism", "checkpoint", "speed")
-# Those, and the loggers' options: what they have from the environment is recorded as a reference to it.
+# In these groups a value from the environment is recorded as a reference to the variable.
 REFERRING = ("model", "data", "callbacks", "logger")
-# What Lightning's Trainer takes and labtrain sets, and the key that is asked for.
+# Trainer arguments that labtrain sets, and the key to use instead.
 ELSEWHERE = {
     "trainer.deterministic": "determinism.mode",
     "trainer.benchmark": "determinism.mode",
@@ -51,8 +51,8 @@ ELSEWHERE = {
 }
 PRECISIONS = ("32-true", "16-mixed", "bf16-mixed", "bf16-true", "16-true", "64-true", "32", "64", "16", "bf16")
 MODES = ("off", "warn", "strict", "portable")
-# What Lightning's Trainer looks at after seconds of imports, or in the middle of the training: the least that each may
-# be, or null. What else it refuses of them, it says itself.
+# Minimum of Trainer arguments (or null) that Lightning checks only after seconds of imports, or during the training.
+# Lightning reports other wrong values.
 TRAINER_INTEGERS = {"max_epochs": -1, "check_val_every_n_epoch": 1, "reload_dataloaders_every_n_epochs": 0}
 TRAINER_NUMBERS = {
     "min_epochs": -1,
@@ -67,13 +67,13 @@ TRAINER_NUMBERS = {
 }
 TRAINER_SWITCHES = ("enable_progress_bar", "enable_model_summary", "inference_mode", "detect_anomaly", "sync_batchnorm")
 COMPOSE = "compose it with Hydra from a config.yaml that begins with `defaults: [labtrain, _self_]`"
-# torch.compile's modes; the second are those that choose kernels by timing, the third those with CUDA graphs.
+# torch.compile's modes; those that choose kernels by timing; those that use CUDA graphs.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 TIMED_MODES = ("max-autotune", "max-autotune-no-cudagraphs")
 GRAPH_MODES = ("reduce-overhead", "max-autotune")
 
 
-# The least value of each key that is a whole number.
+# The minimum of each integer key.
 LEAST = {
     "seed": 0,
     "data.batch_size": 1,
@@ -90,10 +90,10 @@ LEAST = {
 
 
 def check(config: Config) -> None:
-    """Refuse unknown keys and values of the wrong kind.
+    """Raise on unknown keys and values of the wrong type.
 
     Raises:
-        ConfigError: names the key, what was found and what is wanted.
+        ConfigError: names the key, the value and what is expected.
     """
     _check_plain(config, "")
     tree = as_options(config)
@@ -113,7 +113,12 @@ def check(config: Config) -> None:
     _check_checkpoint(tree["checkpoint"])
     _check_shards(config)
     _check_speed(config)
-    _want("resume", config["resume"], isinstance(config["resume"], str) and config["resume"], "auto, never or a run")
+    _want(
+        "resume",
+        config["resume"],
+        isinstance(config["resume"], str) and config["resume"],
+        "auto, never, or a run's id or folder",
+    )
     for key, url in (("checkpoint.url", config["checkpoint"]["url"]), ("resume", config["resume"])):
         if url is not None:
             _want(key, url, isinstance(url, str), "a path or a URL")
@@ -122,7 +127,7 @@ def check(config: Config) -> None:
 
 def _check_groups(config: Config) -> None:
     for key in ("model", "data", "callbacks", "trail", "paths"):
-        if not isinstance(config[key], dict):  # as data=NAME leaves it where conf/ has no options of it
+        if not isinstance(config[key], dict):  # the result of data=NAME if conf/ has no such group
             raise ConfigError(
                 f"{key}={config[key]}: must be a mapping; conf/{key}/ has no options to choose from",
                 hint=f"python train.py {key}.KEY=VALUE; python train.py --cfg job shows the keys",
@@ -136,7 +141,7 @@ def _check_names(config: Config) -> None:
     for key in ("experiment", "model._target_", "data._target_"):
         text = get(config, key)
         _want(key, text, isinstance(text, str) and text != "", "a name")
-    # It becomes a folder's name, of at most 255 bytes with what labtrain adds: nothing that could leave runs/.
+    # It becomes a folder's name (at most 255 bytes with what labtrain appends) and must not lead out of runs/.
     name = str(config["experiment"])
     simple = EXPERIMENT.fullmatch(name) and len(name.encode()) <= EXPERIMENT_BYTES
     _want("experiment", name, simple, f"at most {EXPERIMENT_BYTES} bytes of letters, digits and . _ - = , +")
@@ -155,7 +160,9 @@ def _check_numbers(config: Config) -> None:
 
 def _check_checkpoint(options: Options) -> None:
     if options["keep_best"] and options["monitor"] is None:
-        raise ConfigError("checkpoint.keep_best needs a metric to compare by", hint="checkpoint.monitor=val/acc")
+        raise ConfigError(
+            "checkpoint.keep_best needs a metric, but checkpoint.monitor is null", hint="checkpoint.monitor=val/acc"
+        )
     for key in ("every_n_steps", "keep_every_n_steps", "every_seconds", "deliver_seconds"):
         value, is_time, may_be_null = options[key], key.endswith("seconds"), key != "deliver_seconds"
         good = _is_int(value, 1) or (is_time and isinstance(value, float) and value > 0)
@@ -164,10 +171,10 @@ def _check_checkpoint(options: Options) -> None:
 
 
 def check_whole(config: Config) -> None:
-    """Refuse a configuration that lacks a key, as one does that was not composed with labtrain's defaults.
+    """Raise if a configuration lacks a key, for example because it was composed without labtrain's defaults.
 
     Raises:
-        ConfigError: names what it lacks.
+        ConfigError: names the missing keys.
     """
     wanted = {"experiment": None, "logger": {}} | _yaml(CONF / "labtrain.yaml")
     wanted |= {group: defaults(group) for group in GROUPS}
@@ -185,7 +192,7 @@ def check_whole(config: Config) -> None:
 
 
 def check_modules(config: Config, root: Path) -> None:
-    """Refuse a `_target_` whose module is neither beside train.py nor installed; imports none.
+    """Raise if a `_target_`'s module is neither next to train.py nor installed; import nothing.
 
     Raises:
         ConfigError: names the key and the module.
@@ -198,20 +205,20 @@ def check_modules(config: Config, root: Path) -> None:
         if not module or module in sys.modules or PathFinder.find_spec(module, [str(root)]) or find_spec(module):
             continue
         raise ConfigError(
-            f"{key}._target_={target}: no module {module} beside train.py, nor in the environment",
-            hint=f"correct {key} in conf/, or the class it names",
+            f"{key}._target_={target}: no module {module} next to train.py or in the environment",
+            hint=f"correct {key} in conf/, or its class",
         )
 
 
 def _check_plain(node: object, key: str) -> None:
-    """Refuse what does not reach the process that trains as it is: bytes, paths, members of an Enum."""
+    """Raise on values that JSON cannot pass to the training process unchanged: bytes, paths, Enum members."""
     children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for name, child in children:
         where = f"{key}.{name}" if key else str(name)
         for each in (name, child):
             if not isinstance(each, str | int | float | dict | list | None):
                 raise ConfigError(
-                    f"{where}: a {type(each).__name__} is no text, number, truth value, list or mapping",
+                    f"{where}: must be a text, number, bool, list or mapping, got {type(each).__name__}",
                     hint=f"write {where} as a text, and convert it in the class that takes it",
                 )
         _check_plain(child, where)
@@ -255,51 +262,51 @@ def _check_speed(config: Config) -> None:
         _want(f"speed.{key}", speed[key], isinstance(speed[key], bool), "true or false")
     if compiles and mode == "portable":
         raise ConfigError(
-            f"speed.compile={compiles}: the compiler writes code for the CPU that it runs on, determinism.mode=portable"
-            " wants the same bits on every CPU",
+            f"speed.compile={compiles} compiles for this CPU, but determinism.mode=portable needs the same bits on"
+            " every CPU",
             hint="speed.compile=false, or determinism.mode=strict",
         )
     if compiles in TIMED_MODES and mode == "strict":
         raise ConfigError(
-            f"speed.compile={compiles} chooses kernels by timing: other bits at each start, determinism.mode=strict",
+            f"speed.compile={compiles} chooses kernels by timing, so bits vary; determinism.mode=strict forbids that",
             hint="speed.compile=true, or determinism.mode=warn",
         )
     if compiles in GRAPH_MODES and shards_in_use(config) not in (None, 1):
         raise ConfigError(
-            f"speed.compile={compiles} replays CUDA graphs, each into the memory of the last: the gradients of a shard"
-            " would be lost to the next",
+            f"speed.compile={compiles} uses CUDA graphs, which reuse memory: each shard would overwrite the previous"
+            " shard's gradients",
             hint="speed.compile=true, or determinism.shards=1",
         )
     if speed["channels_last"] and config["trainer"]["strategy"] == SHARDED_STRATEGY:
         raise ConfigError(
-            "speed.channels_last and trainer.strategy=fsdp: torch's FSDP2 cuts contiguous weights alone",
+            "speed.channels_last does not work with trainer.strategy=fsdp: torch's FSDP2 needs contiguous weights",
             hint="speed.channels_last=false",
         )
 
 
 def too_many_devices(world: int, shards: int) -> ConfigError:
-    """Return the error for more devices than a batch has shards."""
+    """Return the error for more devices than shards."""
     return ConfigError(
-        f"{world} devices, and each batch is cut into determinism.shards={shards}",
-        hint=f"trainer.devices={shards}, or determinism.shards={world}: another run, with bits of its own",
+        f"more devices than shards: {world} devices, but determinism.shards={shards}",
+        hint=f"trainer.devices={shards}, or determinism.shards={world} (another run with other bits)",
     )
 
 
 def defaults(group: str) -> Options:
-    """Return the keys of a group, as they are where nobody sets them."""
+    """Return a group's keys with their default values."""
     return _yaml(CONF / group / "default.yaml")
 
 
 def completed(config: Config) -> Config:
-    """Return a configuration with the keys that one of an older labtrain does not have."""
+    """Add the keys that a configuration of an older labtrain lacks."""
     return cast(Config, {"speed": defaults("speed"), "gpu_stats": True, **config})
 
 
 @contextmanager
 def as_written() -> Iterator[list[str]]:
-    """Have `${oc.env:X}` resolve to its own text, for a while; gives the names of the variables, as they are met.
+    """Make `${oc.env:X}` resolve to its own text temporarily; yield the variables' names as they are resolved.
 
-    But for the folder of the experiment, which labtrain sets.
+    LABTRAIN_ROOT, which labtrain sets, still resolves to its value.
     """
     from omegaconf import OmegaConf, resolvers
 
@@ -325,10 +332,10 @@ def as_written() -> Iterator[list[str]]:
 
 
 def references(cfg: Any, config: Config) -> References:
-    """Return (path, text) of each text that a configuration has from `${oc.env:X}`, as it was written.
+    """Return (path, text) of each text value that comes from `${oc.env:X}`, directly or through other keys.
 
-    By way of other keys too. Only below the keys that are the person's own: by others labtrain looks for runs and
-    checkpoints again. What is no text is no credential.
+    Only in the groups of REFERRING: labtrain needs the other values to find runs and checkpoints again. Values that are
+    not text are not credentials.
 
     Args:
         cfg: as Hydra composed it.
@@ -341,7 +348,7 @@ def references(cfg: Any, config: Config) -> References:
             seen.clear()
             try:
                 child = node[key]
-            except Exception:  # a function that wants the value
+            except Exception:  # a resolver that needs the value
                 child = None
             if seen and isinstance(child, str) and not isinstance(value, int | float):
                 yield [*path, key], child
@@ -350,7 +357,7 @@ def references(cfg: Any, config: Config) -> References:
             elif isinstance(value, dict | list) and OmegaConf.is_config(child):
                 yield from walk(child, value, [*path, key])
 
-    own = copy.deepcopy(cfg)  # with its cache of what custom functions gave
+    own = copy.deepcopy(cfg)  # a copy, including the cache of custom resolvers
     OmegaConf.clear_cache(own)
     with as_written() as seen:
         found = [each for group in REFERRING if isinstance(config.get(group), dict)
@@ -359,7 +366,7 @@ def references(cfg: Any, config: Config) -> References:
 
 
 def _argument(value: object) -> str:
-    """Return a resolver's argument as it is written."""
+    """Format a resolver's argument."""
     if value is None:
         return "null"
     text = str(value)
@@ -368,10 +375,10 @@ def _argument(value: object) -> str:
 
 
 def from_environment(config: Config) -> tuple[Config, References]:
-    """Return a recorded configuration with the values that its references have here, and what `references` returned.
+    """Resolve a recorded configuration's references here; also return what `references` returned.
 
     Raises:
-        ConfigError: names a variable that is not set.
+        ConfigError: a variable is not set; names it.
     """
     found: list[tuple[list[object], str]] = []
 
@@ -380,7 +387,7 @@ def from_environment(config: Config) -> tuple[Config, References]:
             return {key: walk(child, [*path, key]) for key, child in node.items()}
         if isinstance(node, list):
             return [walk(child, [*path, index]) for index, child in enumerate(node)]
-        # Another function was written by hand, and is not called.
+        # Other resolvers are not called: labtrain does not write them.
         if isinstance(node, str) and variables_in(node) and not re.search(r"\$\{(?!oc\.(?:env|decode):)", node):
             found.append((path, node))
             return _referred(node, ".".join(map(str, path)))
@@ -391,7 +398,7 @@ def from_environment(config: Config) -> tuple[Config, References]:
 
 
 def variables_in(text: str) -> list[str]:
-    """Return the names of the variables that a recorded text refers to."""
+    """Return the variables that a recorded text refers to."""
     return re.findall(r"\$\{oc\.env:([^,{}]+)", text)
 
 
@@ -408,18 +415,18 @@ def _referred(text: str, key: str) -> object:
         names = variables_in(text)
         unset = next((name for name in names if name not in os.environ), names[0])
         raise ConfigError(
-            f"{key} is {without_secrets(text)} in the receipt, and {unset} is not set here",
+            f"{key} is {without_secrets(text)} in the receipt, but {unset} is not set here",
             hint=f"export {unset}=VALUE   # the value that the run was trained with",
         ) from error
 
 
 def refers(config: Mapping[str, object]) -> list[str]:
-    """Return the keys, dotted, of a recorded configuration whose values it does not hold."""
+    """Return the dotted keys of a recorded configuration whose values are not recorded."""
     return [key for key, value in flat_texts(config) if NOT_RECORDED in value or REFERENCE.search(value)]
 
 
 def flat_texts(node: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted key, text) of each text of a configuration."""
+    """Yield (dotted key, text) of each text in a configuration."""
     if isinstance(node, dict | list):
         for name, child in node.items() if isinstance(node, dict) else enumerate(node):
             yield from flat_texts(child, f"{key}.{name}" if key else str(name))
@@ -428,8 +435,8 @@ def flat_texts(node: object, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> ConfigError:
-    """Return the error for a key that does not exist, naming those that look like it."""
-    from difflib import get_close_matches  # for an error alone
+    """Return the error for an unknown key, with similar keys as the hint."""
+    from difflib import get_close_matches  # only needed for errors
 
     if key in ELSEWHERE:
         return ConfigError(f"unknown key {key}{where}: labtrain sets it", hint=f"use {ELSEWHERE[key]}")
@@ -438,12 +445,12 @@ def unknown_key(key: str, known: Iterable[str], *, where: str = "") -> ConfigErr
     leaves = get_close_matches(leaf, {name.rpartition(".")[2] for name in names}, n=3, cutoff=0.6)
     near = [name for name in names if name.rpartition(".")[2] in leaves]
     near.sort(key=lambda name: (name.rpartition(".")[0] != group, leaves.index(name.rpartition(".")[2])))
-    hint = f"near: {', '.join(near[:3])}" if near else "python train.py --help lists every key"
+    hint = f"similar keys: {', '.join(near[:3])}" if near else "python train.py --help lists all keys"
     return ConfigError(f"unknown key {key}{where}", hint=hint)
 
 
 def explain(error: BaseException) -> LabtrainError | None:
-    """Turn what Hydra and OmegaConf raise into an error for people; None if it is something else."""
+    """Turn an exception of Hydra or OmegaConf into an error for people; None for other exceptions."""
     from hydra.errors import MissingConfigException, OverrideParseException
     from omegaconf import OmegaConf
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError
@@ -456,7 +463,7 @@ def explain(error: BaseException) -> LabtrainError | None:
             return link
     for link in chain:
         if isinstance(link, PermissionError) and link.filename and not os.access(link.filename, os.R_OK):
-            with suppress(FileNotFoundError):  # it could not be made
+            with suppress(FileNotFoundError):  # it could not be created
                 return not_readable(Path(os.fsdecode(link.filename)))
     for link in chain:
         if isinstance(link, ConfigAttributeError | ConfigKeyError) and link.parent_node is not None:
@@ -465,12 +472,10 @@ def explain(error: BaseException) -> LabtrainError | None:
             return unknown_key(str(link.full_key), known)
     if isinstance(error, OverrideParseException):
         first = str(error).splitlines()[0]
-        hint = "write key=value, and quote what the shell would take apart: 'key=[1,2]'"
+        hint = "write key=value, and quote special characters for the shell: 'key=[1,2]'"
         return ConfigError(f"cannot read the override {error.override!r}: {first}", hint=hint)
     if type(error) is ValueError and str(error).startswith("Config group override must be"):
-        return ConfigError(
-            f"{error}: a group is set to a name", hint="quote a number that is a name: 'experiment=\"7\"'"
-        )
+        return ConfigError(f"{error}: a group takes a name", hint="quote a name that is a number: 'experiment=\"7\"'")
     if isinstance(error, MissingConfigException):
         text = " ".join(str(error).split())
         match = re.search(r"(In '[^']*': )?(Could not find '[^']*')(.*Available options in '[^']*': )?", text)
@@ -481,7 +486,7 @@ def explain(error: BaseException) -> LabtrainError | None:
 
 
 def _explain_content(error: BaseException, chain: list[BaseException]) -> ConfigError | None:
-    """Explain what is wrong inside a configuration that was found."""
+    """Explain an error in the content of a configuration."""
     from hydra.errors import HydraException
     from omegaconf.errors import KeyValidationError, OmegaConfBaseException
 
@@ -490,13 +495,15 @@ def _explain_content(error: BaseException, chain: list[BaseException]) -> Config
             first = str(link.msg or link).splitlines()[0]
             if isinstance(link, KeyValidationError):
                 return ConfigError(
-                    f"{link.full_key}: {first}, which OmegaConf does not take",
-                    hint="write that key in quotes, as a text",
+                    f"{link.full_key}: {first}, not supported by OmegaConf",
+                    hint="put the key in quotes, as a text",
                 )
             return ConfigError(f"{link.full_key or 'configuration'}: {first}", hint="python train.py --cfg job")
     for link in chain:
         if isinstance(link, yaml.YAMLError):
-            return ConfigError(f"conf/ holds no valid YAML: {' '.join(str(link).split())}", hint="correct that line")
+            return ConfigError(
+                f"a file in conf/ is not valid YAML: {' '.join(str(link).split())}", hint="correct that line"
+            )
     if isinstance(error, HydraException):
         first, *rest = str(error).splitlines() or [type(error).__name__]
         hint = " ".join(line.strip() for line in rest) or "python train.py --help"
@@ -507,7 +514,7 @@ def _explain_content(error: BaseException, chain: list[BaseException]) -> Config
 def _want(key: str, found: object, good: object, wanted: str) -> None:
     if not good:
         raise ConfigError(
-            f"{key}={found}: {wanted} is wanted", hint=f"python train.py {key}=VALUE, or set it in conf/config.yaml"
+            f"{key}={found}: must be {wanted}", hint=f"python train.py {key}=VALUE, or set it in conf/config.yaml"
         )
 
 

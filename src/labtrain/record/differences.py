@@ -1,8 +1,8 @@
-"""What differs between two runs: causes first, then where they part. No torch.
+"""Compare two runs: the causes of differences, then the first step that differs. No torch.
 
-A cause is what can change bits and is not the same: configuration, code, environment, hardware, determinism, data. What
-differs and cannot change them, as the number of devices cannot with shards, is told apart. Where they part is
-read in their trails (trail.py).
+A cause is a difference that can change bits: in configuration, code, environment, hardware, determinism or data. Other
+differences, such as the number of devices with shards, are listed apart. The trails show the first step that differs
+(trail.py).
 """
 
 import json
@@ -31,7 +31,7 @@ from labtrain.stores.store import Checkpoint, Manifest
 
 KEY_WIDTH, VALUE_WIDTH = 44, 60  # of the table
 
-# What of a receipt can change bits; the rest says when, by whom and how far.
+# The parts of a receipt that can change bits; the rest says when, by whom and how far.
 CAUSES = (
     "config",
     "code.sources",
@@ -53,21 +53,21 @@ CAUSES = (
     "determinism",
     "data",
 )
-OF_THE_PROCESSOR = ("hardware.cpu", "hardware.instruction_sets")  # which portable mode makes equal
+OF_THE_PROCESSOR = ("hardware.cpu", "hardware.instruction_sets")  # without effect in portable mode
 ORIGIN = "segments.0.origin.digest"
-AT_THE_END = ("environment.files", "environment.changed_files")  # told by a training that has ended
-# It follows from another, or is the same fact in other words.
+AT_THE_END = ("environment.files", "environment.changed_files")  # only in the receipt of a training that has ended
+# Derived from other keys.
 WITHOUT_A_SAY = ("code.digest", "determinism.notes", "determinism.any_number_of_devices")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """One fact of two receipts that is not the same.
+    """One difference between two receipts.
 
     Attributes:
-        key: its place in the receipt.
-        a: in the first.
-        b: in the second.
+        key: the dotted key in the receipt.
+        a: the first receipt's value.
+        b: the second receipt's value.
         matters: whether it can change bits.
     """
 
@@ -79,13 +79,13 @@ class Difference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Divergence:
-    """The first difference of two runs.
+    """The first difference between two runs.
 
     Attributes:
-        step: the first optimizer step whose trail differs; None where no trail shows one.
-        phase: what differs first in it: batch, loss, gradient or update; length where one trail ends.
-        tensor: the one tensor that differs in it; where it is more than one, the first, by name, that differs in the
-            first checkpoint with a difference.
+        step: the first optimizer step whose trail differs; None if the trails show none.
+        phase: the first phase that differs: batch, loss, gradient or update; length if one trail ends.
+        tensor: the tensor that differs, if there is only one; otherwise the first, by name, that differs in the first
+            checkpoint with a difference.
     """
 
     step: int | None
@@ -93,7 +93,7 @@ class Divergence:
     tensor: str | None
 
     def __str__(self) -> str:
-        parts = [f"first at step {self.step}, in the {self.phase}" if self.step is not None else "no step of the trail"]
+        parts = [f"first at step {self.step}, in the {self.phase}" if self.step is not None else "not in the trail"]
         if self.tensor is not None:
             parts.append(f"first tensor {self.tensor}")
         return ", ".join(parts)
@@ -101,14 +101,14 @@ class Divergence:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Comparison:
-    """What `labtrain diff` tells of two runs.
+    """The result of `labtrain diff`.
 
     Attributes:
-        differences: of their receipts, causes first.
-        overrides: what turns the first's configuration into the second's, as one types it.
-        divergence: where they part; None where trails and common checkpoints are the same.
-        metrics: (first, second) of each that is not the same, by name; None where one has it not.
-        same_weights: whether both ended with the same; None where one has not ended.
+        differences: between the receipts, causes first.
+        overrides: Hydra overrides that turn the first configuration into the second.
+        divergence: the first difference; None if trails and common checkpoints are the same.
+        metrics: (first, second) of each metric that differs, by name; None if a run has no such metric.
+        same_weights: whether the final weights are the same; None if a run is not complete.
     """
 
     differences: list[Difference]
@@ -151,8 +151,8 @@ def compare(one: Path, other: Path) -> Comparison:
 
 
 def lines_of(found: Comparison) -> Iterator[str]:
-    """Yield what a person reads of a comparison."""
-    for matters, title in ((True, "causes"), (False, "differs, and cannot change bits")):
+    """Yield a comparison as lines of text."""
+    for matters, title in ((True, "causes"), (False, "other differences: cannot change bits")):
         rows = [
             (each.key, shown_value(each.a), shown_value(each.b))
             for each in found.differences
@@ -164,17 +164,17 @@ def lines_of(found: Comparison) -> Iterator[str]:
             yield from (f"  {key:<{width}}  {a} -> {b}" for key, a, b in rows)
     if found.overrides:
         yield f"from A's configuration to B's: python train.py {' '.join(map(shlex.quote, found.overrides))}"
-    words = {True: "the same", False: "others", None: "not compared: a run is not complete"}
-    yield f"weights at the end: {words[found.same_weights]}"
-    yield f"trails and checkpoints: {found.divergence or 'the same wherever both have them'}"
+    words = {True: "the same", False: "different", None: "not compared: a run is not complete"}
+    yield f"final weights: {words[found.same_weights]}"
+    yield f"trails and checkpoints: {found.divergence or 'the same in all common steps'}"
     yield from (f"  {name}  {shown_value(a)} -> {shown_value(b)}" for name, (a, b) in found.metrics.items())
 
 
 def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference]:
-    """Yield what is not the same in two receipts, and whether it can change bits.
+    """Yield the differences between two receipts, and whether each can change bits.
 
-    A key of the configuration can where it is in the run's name under either receipt: the number of devices is not
-    where `determinism.shards` is in use. The processor cannot where both ran in portable mode.
+    A configuration key can change bits if it is part of either run's name. With `determinism.shards` the number of
+    devices is not part of it. The processor cannot change bits if both runs used portable mode.
     """
     counting = {key for each in (a, b) for key in flat(what_counts(each["config"]), "config")}
     portable = all(each["determinism"]["mode"] == "portable" for each in (a, b))
@@ -184,12 +184,12 @@ def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference
             if mine.get(key) == theirs.get(key) or key in WITHOUT_A_SAY:
                 continue
             if key.startswith(f"data.{OF_A_FILE}") and None in (mine.get(key), theirs.get(key)):
-                continue  # the same file lies elsewhere, or was read from a cache
+                continue  # the same file in another place, or read from a cache
             if key in AT_THE_END and None in (mine.get(key), theirs.get(key)):
                 continue
             wanted = {"determinism.seed": "seed"}.get(key, key)
             if section == "determinism" and get(a["config"], wanted) != get(b["config"], wanted):
-                continue  # told as the configuration's
+                continue  # reported as a difference of the configuration
             if section == "config":
                 matters = key in counting
             else:
@@ -204,7 +204,7 @@ def differences(a: receipts.Receipt, b: receipts.Receipt) -> Iterator[Difference
 def changes(before: receipts.Receipt, now: receipts.Receipt) -> list[Change]:
     """Return each cause that differs between two receipts of one run: key, before, now.
 
-    What a receipt tells of its end alone, the installed files, is left out.
+    Installed files are left out: only the receipt of a training that has ended has them.
     """
     return [
         {"key": each.key, "before": each.a, "now": each.b}
@@ -214,7 +214,7 @@ def changes(before: receipts.Receipt, now: receipts.Receipt) -> list[Change]:
 
 
 def overrides(a: dict[str, object], b: dict[str, object]) -> list[str]:
-    """Return what turns one configuration into another, as Hydra's overrides."""
+    """Return the Hydra overrides that turn one configuration into another."""
     mine, theirs = flat(a, ""), flat(b, "")
     changed = [f"{key}={_typed(theirs[key])}" for key in mine if key in theirs and mine[key] != theirs[key]]
     gone = [f"~{key}" for key in mine if key not in theirs]
@@ -223,9 +223,9 @@ def overrides(a: dict[str, object], b: dict[str, object]) -> list[str]:
 
 
 def first_difference(one: Path, other: Path) -> Divergence | None:
-    """Compare two run folders; None where every step and the weights of every common checkpoint are the same.
+    """Compare two run folders; None if every common step and the weights of every common checkpoint are the same.
 
-    Checkpoints that cannot be read, since their store is away, are not compared: that is said.
+    If checkpoints cannot be read, for example because the store is not reachable, warn and compare only the trails.
     """
     found = receipts.read(one)
     names = found["trail"]["tensors"] if found else []
@@ -238,35 +238,35 @@ def first_difference(one: Path, other: Path) -> Divergence | None:
 
 
 def open_run(run: Path) -> tuple[Path, receipts.Receipt]:
-    """Return a run's folder and its receipt, once its trail has been held against it.
+    """Return a run's folder and its receipt, after checking the trail's sha256.
 
     Args:
         run: a run's folder, or a receipt.
 
     Raises:
         ConfigError: there is no run.
-        DamagedError: the receipt or the trail is broken, or was changed.
+        DamagedError: the receipt or the trail is broken or was changed.
     """
     run_dir = run.parent if run.name == receipts.FILE else run
     found = receipts.read(run_dir)
     if found is None:
-        raise ConfigError(f"{shown(run_dir)} is no run: looked for {receipts.FILE}", hint="ls runs/*/")
+        raise ConfigError(f"{shown(run_dir)} is not a run: looked for {receipts.FILE}", hint="ls runs/*/")
     said, trail = found["trail"]["sha256"], run_dir / TRAIL
     there = None
     if said is not None and found["status"] != "running":
-        wrong = damage_of(shown(trail), hint="take it from where it was written")
+        wrong = damage_of(shown(trail), hint="copy it again from the machine that trained the run")
         with suppress(FileNotFoundError), wrong, open_plain(trail) as file:
             there = sha256_of(file)
     if said is not None and there not in (None, said):
         raise DamagedError(
             f"{shown(trail)} was changed after it was written: its receipt says sha256 {said[:12]}",
-            hint="take it from where it was written",
+            hint="copy it again from the machine that trained the run",
         )
     return run_dir, found
 
 
 def shown_value(value: object) -> str:
-    """Return a value of a receipt in one line, shortened."""
+    """Format a receipt's value in one line, shortened."""
     text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
     text = " ".join(text.split())
     return text if len(text) <= VALUE_WIDTH else f"{text[:VALUE_WIDTH]}..."
@@ -283,7 +283,7 @@ def flat(node: object, key: str) -> dict[str, object]:
 
 
 def _typed(value: object) -> str:
-    """Return a value in Hydra's grammar of overrides."""
+    """Format a value in Hydra's override grammar."""
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_typed(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list):
@@ -291,7 +291,7 @@ def _typed(value: object) -> str:
     if isinstance(value, str):
         plain = value and all(letter.isalnum() or letter in "_-./" for letter in value)
         plain = plain and not _means_something_else(value)
-        # In quotes a backslash is itself, but where it stands before a quote.
+        # In quotes a backslash is literal, except before a quote.
         return value if plain else "'" + re.sub(r"(\\*)('|$)", _escaped, value) + "'"
     return json.dumps(value)
 
@@ -301,7 +301,7 @@ def _escaped(match: re.Match[str]) -> str:
 
 
 def _means_something_else(text: str) -> bool:
-    """Return whether a text, typed as it is, is a number or a word of Hydra's."""
+    """Return whether an unquoted text is a number or a keyword to Hydra."""
     try:
         float(text)
     except ValueError:
@@ -310,9 +310,9 @@ def _means_something_else(text: str) -> bool:
 
 
 def _first_tensor(one: Path, other: Path) -> str | None:
-    """Return the first tensor, by name, that differs in the first checkpoint that both have with a difference.
+    """Return the first tensor, by name, that differs in the first common checkpoint with a difference.
 
-    Wherever their checkpoints lie; of two in a remote store, only those are fetched whose manifests differ.
+    From a remote store, fetch only checkpoints whose weights digests differ.
     """
     theirs = dict(_checkpoints(other))
     with TemporaryDirectory(prefix="labtrain-") as scratch:
@@ -330,7 +330,7 @@ def _first_tensor(one: Path, other: Path) -> str | None:
 
 
 def _checkpoints(run_dir: Path) -> Iterator[tuple[tuple[int, bool], tuple[Checkpoint, Manifest]]]:
-    """Yield the checkpoints of a run, by step and whether they hold its end: in its folder, or at checkpoint.url."""
+    """Yield a run's checkpoints, in its folder or at checkpoint.url, by step and whether they are the final one."""
     found = receipts.read(run_dir)
     place = checkpoints_of(run_dir, found) if found else str(run_dir / "checkpoints")
     for store in stores_of(run_dir, place):

@@ -1,9 +1,9 @@
-"""The weights digest: one sha256 over a state dict, the same from memory, from a checkpoint and from any language.
+"""The weights digest: one sha256 over a state dict, the same from memory, from a checkpoint and in any language.
 
-Over the entries sorted by key: key, NUL, dtype, NUL, shape joined by commas, NUL, the raw little-endian bytes in C
+It covers the entries sorted by key: key, NUL, dtype, NUL, shape joined by commas, NUL, the raw little-endian bytes in C
 order. The dtype is torch's name without its prefix (``float32``, ``bfloat16``, ``int64``). A sparse tensor counts as
-the dense ones that it is made of (`components`). No torch is imported here: a tensor is used through its own methods,
-and a ``.safetensors`` file is read as bytes.
+its dense components (`components`). This module does not import torch: it uses a tensor's methods, and reads a
+``.safetensors`` file as bytes.
 """
 
 import hashlib
@@ -45,13 +45,13 @@ BYTES = {
     name: 8 if name.endswith("64") else 4 if name.endswith("32") else 2 if name.endswith("16") else 1
     for name in _DTYPES.values()
 }
-MOST_BYTES = 1 << 50  # of a file of weights
-WHAT = "is not a whole safetensors file"
-HINT = "take it from where it was written; labtrain store ls URL shows which others there are"
+MOST_BYTES = 1 << 50  # maximum size of a weights file
+WHAT = "is not a complete safetensors file"
+HINT = "copy it again from the machine that wrote it; labtrain store ls URL lists all checkpoints"
 
 WEIGHT_DTYPE_NAMES = tuple(_DTYPES.values())
 
-SPREAD_WEIGHTS = "state_dict/"  # before the names of weights in the parts of a checkpoint (format.py)
+SPREAD_WEIGHTS = "state_dict/"  # prefix of weights' names in a checkpoint in several files (format.py)
 
 PLACE = "labtrain"  # labtrain's own key in Lightning's checkpoint dictionary (epoch_loop.py)
 
@@ -68,7 +68,7 @@ def digest(weights: Any) -> str:
         64 hex digits.
 
     Raises:
-        LabtrainError: an entry is no tensor.
+        LabtrainError: an entry is not a tensor.
     """
     state = weights if isinstance(weights, Mapping) else weights.state_dict()
     entries = dense_entries(state)
@@ -81,15 +81,15 @@ def digest_file(path: Path) -> str:
 
 
 def digest_folder(folder: Path) -> str:
-    """Return the weights digest of a checkpoint's folder, whole or in parts, reading one tensor at a time."""
+    """Return the weights digest of a checkpoint's folder, in one file or several, reading one tensor at a time."""
     return _digest(read_weights(folder))
 
 
 def state_digest(state: Mapping[str, Any]) -> str:
-    """Return the sha256 over a whole training state: tensors, plain values, and the weights by their digest.
+    """Return the sha256 over a whole training state: tensors, plain values, and the weights' digest.
 
-    Plain attributes are left out, the model's and those outside of it: a time that it took, say, is another in each
-    training. And so are how optimizers began, which the configuration says, and the names of what code has changed.
+    Plain attributes of the model and of other objects are left out: a duration, for example, differs in each training.
+    The optimizers' initial values, which follow from the configuration, and names of changed objects are left out too.
     """
     state = {**state, "state_dict": digest(state["state_dict"])}
     if PLACE in state:
@@ -101,9 +101,9 @@ def state_digest(state: Mapping[str, Any]) -> str:
 
 
 def components(tensor: Any) -> Options:
-    """Return the dense tensors that a sparse one is made of, by name; of a dense one itself, under an empty name.
+    """Return a sparse tensor's dense components, by name; for a dense tensor itself, under an empty name.
 
-    They are as they are: entries that occur twice are not added up, since that would round.
+    Duplicate entries are not added up, because that would round.
     """
     layout = str(getattr(tensor, "layout", "torch.strided")).removeprefix("torch.")
     if layout in ("strided", "_mkldnn"):
@@ -121,7 +121,7 @@ def components(tensor: Any) -> Options:
 
 
 def dense_entries(state: Mapping[str, Any]) -> State:
-    """Return a state dict with what sparse tensors are made of in their place: `table.sparse_coo.values`, ..."""
+    """Return a state dict with sparse tensors replaced by their components: `table.sparse_coo.values`, ..."""
     return {name + part: tensor for name in state for part, tensor in components(state[name]).items()}
 
 
@@ -135,12 +135,12 @@ def _digest(entries: Iterable[Entry]) -> str:
 
 def tensor_bytes(tensor: Any) -> memoryview:
     """Return a tensor's raw bytes in C order; copies only from a device or a strided view."""
-    torch: Any = sys.modules["torch"]  # imported by whoever made it
+    torch: Any = sys.modules["torch"]  # imported by the tensor's creator
     plain = tensor.detach()
     if not plain.is_cpu or not plain.is_contiguous():
         plain = plain.cpu().contiguous()
     if plain.dtype in (torch.float32, torch.int64, torch.float64) and plain.numel():
-        return memoryview(plain.numpy()).cast("B")  # half the time of what takes every dtype
+        return memoryview(plain.numpy()).cast("B")  # half the time of the general way
     return memoryview(plain.view(-1).view(torch.uint8).numpy())
 
 
@@ -148,7 +148,7 @@ def read_weights(folder: Path) -> Iterator[Entry]:
     """Yield (name, dtype, shape, bytes) of each tensor of a checkpoint's weights, by name.
 
     Raises:
-        DamagedError: a file is cut short or is no safetensors file, or a part is missing.
+        DamagedError: a file is truncated or not a safetensors file, or a part is missing.
     """
     parts = sorted(folder.glob("shard-*.safetensors"))
     if not parts:
@@ -161,7 +161,7 @@ def read_weights(folder: Path) -> Iterator[Entry]:
 
 
 def _tensors_of(parts: list[Path]) -> dict[str, list[tuple["_Part", list[int]]]]:
-    """Return the parts of each tensor that lies in several files, and where in it each begins."""
+    """Return the parts of each tensor from several files, with each part's offset in the tensor."""
     found: dict[str, list[tuple[_Part, list[int]]]] = {}
     for path in parts:
         metadata, tensors = _header(path)
@@ -176,13 +176,13 @@ def _tensors_of(parts: list[Path]) -> dict[str, list[tuple["_Part", list[int]]]]
 
 
 def check_weights(folder: Path) -> None:
-    """Hold the headers of a checkpoint's files, whole or in parts, against the files; reads nothing else.
+    """Check the headers of a checkpoint's weights files against the files; read nothing else.
 
     Raises:
-        DamagedError: one is cut short or no safetensors file, or a part is missing.
+        DamagedError: a file is truncated or not a safetensors file, or a part is missing.
     """
     if not (parts := sorted(folder.glob("*.safetensors"))):
-        raise DamagedError(f"{folder} holds no weights", hint=HINT)
+        raise DamagedError(f"{folder} contains no weights", hint=HINT)
     if parts == [folder / "weights.safetensors"]:
         check_safetensors(parts[0])
         return
@@ -194,7 +194,7 @@ def read_safetensors(path: Path) -> Iterator[Entry]:
     """Yield (name, dtype, shape, bytes) of each tensor of a ``.safetensors`` file, by name.
 
     Raises:
-        DamagedError: the file is cut short or is no safetensors file.
+        DamagedError: the file is truncated or not a safetensors file.
     """
     for name, part in sorted(_header(path)[1].items()):
         yield name, part.dtype, part.shape, part.read()
@@ -202,7 +202,7 @@ def read_safetensors(path: Path) -> Iterator[Entry]:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Where a tensor, or a part of one, lies."""
+    """The place of a tensor, or of a part of it, in a file."""
 
     path: Path
     dtype: str
@@ -215,21 +215,21 @@ class _Part:
             file.seek(self.first)
             raw = file.read(self.last - self.first)
             if len(raw) != self.last - self.first:
-                raise ValueError("cut short")
+                raise ValueError("truncated")
         return raw
 
 
 def check_safetensors(path: Path) -> None:
-    """Hold the header of a ``.safetensors`` file against its size, before anything of it is read.
+    """Check the header of a ``.safetensors`` file against the file's size, before reading the rest.
 
     Raises:
-        DamagedError: it is no plain file, cut short, or no safetensors file.
+        DamagedError: it is not a regular file, truncated, or not a safetensors file.
     """
     _header(path)
 
 
 def _header(path: Path) -> tuple[dict[str, str], dict[str, _Part]]:
-    """Return a ``.safetensors`` file's metadata, and where its tensors lie: in it, each byte of one alone."""
+    """Return a ``.safetensors`` file's metadata and its tensors' places: within the file, without overlap."""
     try:
         with damage_of(path, hint=HINT, what=WHAT), untrusted.open_plain(path, MOST_BYTES) as file:
             (size,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
@@ -239,23 +239,23 @@ def _header(path: Path) -> tuple[dict[str, str], dict[str, _Part]]:
             header = untrusted.loads(file.read(size))
             metadata = header.pop("__metadata__", {})
             if not all(isinstance(value, str) for value in metadata.values()):
-                raise ValueError("its metadata are no texts")
+                raise ValueError("metadata that is not text")
             found = {name: _part(path, 8 + size, room, entry) for name, entry in header.items()}
             end = 8 + size
             for part in sorted(found.values(), key=lambda each: (each.first, each.last)):
                 if part.first < end:
-                    raise ValueError("two tensors in one place")
+                    raise ValueError("two tensors overlap")
                 end = part.last
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise DamagedError(f"{path} is not there", hint=HINT) from error
+        raise DamagedError(f"{path}: no such file", hint=HINT) from error
     return metadata, found
 
 
 def _part(path: Path, begin: int, room: int, entry: Options) -> _Part:
-    """Return where a tensor lies.
+    """Return a tensor's place.
 
     Raises:
-        ValueError: not in the file, or it is not of its size.
+        ValueError: it is not within the file, or its size is wrong.
     """
     dtype, shape, (first, last) = _DTYPES[entry["dtype"]], tuple(entry["shape"]), entry["data_offsets"]
     if len(shape) > 64 or not all(map(untrusted.is_count, (first, last, *shape))) or not first <= last <= room:
@@ -266,14 +266,14 @@ def _part(path: Path, begin: int, room: int, entry: Options) -> _Part:
 
 
 def _shape_of(name: str, parts: list[tuple[_Part, list[int]]]) -> tuple[int, ...]:
-    """Return the shape that a tensor's parts have together.
+    """Return the shape of a tensor from its parts.
 
     Raises:
-        DamagedError: one is missing.
+        DamagedError: a part is missing.
     """
     folder = parts[0][0].path.parent
     if len({(len(part.shape), part.dtype) for part, _ in parts}) > 1:
-        raise DamagedError(f"{folder}: the parts of {name} are of different kinds", hint=HINT)
+        raise DamagedError(f"{folder}: the parts of {name} have different types", hint=HINT)
     shape = tuple(
         max(offset + size for offset, size in zip(sides, sizes, strict=True))
         for sides, sizes in zip(
@@ -284,12 +284,12 @@ def _shape_of(name: str, parts: list[tuple[_Part, list[int]]]) -> tuple[int, ...
     )
     filled = sum(math.prod(part.shape) for part, _ in parts)
     if filled != math.prod(shape):
-        raise DamagedError(f"{folder}: {name} is not whole: {filled} of {math.prod(shape)} values", hint=HINT)
+        raise DamagedError(f"{folder}: {name} is incomplete: {filled} of {math.prod(shape)} values", hint=HINT)
     return shape
 
 
 def _whole(name: str, parts: list[tuple[_Part, list[int]]]) -> tuple[str, tuple[int, ...], memoryview]:
-    """Put a tensor's parts together, each at its offsets."""
+    """Join a tensor's parts at their offsets."""
     import numpy as np
 
     shape = _shape_of(name, parts)
@@ -303,8 +303,8 @@ def _whole(name: str, parts: list[tuple[_Part, list[int]]]) -> tuple[str, tuple[
 
 def _parts(name: str, tensor: Any) -> tuple[str, tuple[int, ...], memoryview]:
     if not hasattr(tensor, "detach"):
-        raise LabtrainError(f"cannot digest {name}: {type(tensor).__name__} is no tensor")
-    if hasattr(tensor, "full_tensor"):  # spread over the ranks: brought together, by all of them at once
+        raise LabtrainError(f"cannot digest {name}: must be a tensor, got {type(tensor).__name__}")
+    if hasattr(tensor, "full_tensor"):  # sharded over the ranks; all of them must call this
         tensor = tensor.full_tensor()
     return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor_bytes(tensor)
 
@@ -313,8 +313,8 @@ def digest_tree(tree: Any, *, algorithm: Any = hashlib.sha256) -> str:
     """Return the sha256 over nested dicts, lists and tuples of tensors and plain values: a training state.
 
     Args:
-        tree: what is digested.
-        algorithm: another than sha256: a faster one, of what is compared in one process.
+        tree: the state.
+        algorithm: a faster one than sha256, for comparisons within one process.
 
     Raises:
         LabtrainError: a leaf is neither a tensor nor a plain value.
@@ -326,7 +326,7 @@ def digest_tree(tree: Any, *, algorithm: Any = hashlib.sha256) -> str:
 
 
 def digest_content(node: object) -> str:
-    """Return the sha256 over nested tensors, arrays and plain values; over other objects by their type alone."""
+    """Return the sha256 over nested tensors, arrays and plain values; other objects count only by their type."""
     sha = hashlib.sha256()
 
     def walk(each: Any) -> None:
@@ -345,7 +345,7 @@ def digest_content(node: object) -> str:
         elif hasattr(each, "__array_interface__"):
             import numpy as np
 
-            array = np.asarray(each)  # an image of PIL's too
+            array = np.asarray(each)  # also for PIL images
             sha.update(f"{array.dtype}{array.shape}".encode())
             if array.dtype.hasobject:
                 walk(array.tolist())
@@ -382,6 +382,6 @@ def _walk(node: Any, sha: Any, where: str) -> None:
         sha.update(repr(node).encode())
     else:
         raise LabtrainError(
-            f"{where} is a {type(node).__name__}: no tensor, number, string, list or dict, so no part of a checkpoint",
+            f"{where} is a {type(node).__name__}; checkpoints hold only tensors, numbers, strings, lists and dicts",
             hint="keep plain values in hyperparameters and state_dicts",
         )

@@ -1,13 +1,13 @@
-"""What a dataset's data is: one sha256 over the files, arrays and values that it holds. No torch.
+"""A dataset's fingerprint: one sha256 over the files, arrays and values that it holds. No torch.
 
-A dataset with a method `fingerprint()` is asked. Else what it holds is walked, attribute by attribute, through whatever
-is inside: tensors, arrays and pandas' tables by dtype, shape and content; paths, texts that name a file or folder, and
-memory maps of a file, by the files' sha256, relative to the folder; plain values as they are; objects, transforms say,
-by their type and what they hold; functions by their name. What can only be told by its type is listed, and so is a
-folder of more than 100,000 files: the digest says nothing of its inside.
+If a dataset has a method `fingerprint()`, its result counts. Otherwise labtrain walks the dataset's attributes, at any
+depth. Tensors, arrays and pandas tables count by dtype, shape and content. Paths, texts that name a file or folder, and
+memory maps count by the files' sha256, relative to the folder. Plain values count as such, objects (such as transforms)
+by type and attributes, functions by name. Objects without readable content and folders of more than 100,000 files are
+listed as opaque: the digest does not cover their content.
 
-Files are hashed once: their sha256 is kept in ~/.cache/labtrain, by place, size, inode and both times: that of the last
-change, which the file system keeps, sees an edit after which somebody put the time of the content back.
+Files are hashed once. ~/.cache/labtrain keeps the sha256 by path, size, inode, mtime and ctime. The ctime detects an
+edit after which the mtime was set back.
 """
 
 import builtins
@@ -36,13 +36,13 @@ from labtrain.base.files import file_sha256
 from labtrain.record.digests import tensor_bytes
 from labtrain.record.sources import in_environment, texts_in
 
-SETTLED_NS = 2_000_000_000  # a file that was written since may be written again within the same tick of its clock
+SETTLED_NS = 2_000_000_000  # a younger file may change again within the same clock tick
 SAID_BYTES = 5_000_000_000
 MOST_FILES = 100_000
-OUTER_PARTS = 2  # / and /data: a place for datasets
-MOST_PLACES = 100  # that a receipt names; of more, the folder that holds them all
+OUTER_PARTS = 2  # / and /data hold many datasets
+MOST_PLACES = 100  # in a receipt; if there are more, their common folder
 LONGEST_PLACE = 4096
-OF_A_FILE = "file "  # before the name of each in a receipt's data
+OF_A_FILE = "file "  # prefix of each file's name in a receipt's data
 SYSTEM = ("/proc/", "/sys/", "/dev/")
 PLAIN = (type(None), bool, int, float, complex, str, bytes)
 TOLD_BY_THEIR_WORDS = (range, slice, datetime.date, datetime.time, datetime.timedelta, Decimal, Enum)
@@ -51,43 +51,43 @@ TORCH_WORDS = ("torch.dtype", "torch.device", "torch.memory_format")
 
 @dataclass
 class _Seen:
-    """What a walk came by."""
+    """What a walk found."""
 
     files: int = 0
     size: int = 0
-    said: int = 0  # of the size, to the person who waits
+    said: int = 0  # the size that was last printed
     opaque: set[str] = field(default_factory=set)
     places: list[Path] = field(default_factory=list)
-    objects: dict[int, int] = field(default_factory=dict)  # by id, in the order in which they were met
-    kept: list[object] = field(default_factory=list)  # so that no id is given away meanwhile
+    objects: dict[int, int] = field(default_factory=dict)  # by id, in order of discovery
+    kept: list[object] = field(default_factory=list)  # keeps objects alive, so that no id is reused
 
 
 def fingerprint(dataset: object) -> dict[str, object]:
     """Return what identifies a dataset's data.
 
     Args:
-        dataset: any dataset; one with a method `fingerprint()` that returns a text is asked instead of walked.
+        dataset: any dataset; if it has a method `fingerprint()` that returns a text, that is used instead.
 
     Returns:
-        digest: 64 hex digits; type; samples, where it has a length; files and bytes that were read, and opaque: the
-        types of what has no content that could be told.
+        digest: 64 hex digits; type; samples, if it has a length; files and bytes that were read; and opaque: the types
+        whose content cannot be read.
 
     Raises:
-        ConfigError: its own method returns no text.
+        ConfigError: its own method does not return a text.
     """
     return fingerprint_and_places(dataset)[0]
 
 
 def fingerprint_and_places(dataset: object) -> tuple[dict[str, object], list[Path]]:
-    """Return a dataset's fingerprint, and the files and folders that it is of."""
+    """Return a dataset's fingerprint, and the files and folders that it covers."""
     seen, sha = _Seen(), hashlib.sha256()
     own = getattr(dataset, "fingerprint", None)
     if callable(own):
         said = own()
         if not isinstance(said, str) or not said:
             raise ConfigError(
-                f"{type(dataset).__qualname__}.fingerprint() returned {said!r}",
-                hint="return a text that names the data",
+                f"{type(dataset).__qualname__}.fingerprint() must return a text, got {said!r}",
+                hint="return a text that identifies the data",
             )
         sha.update(f"own:{said}".encode())
     else:
@@ -107,8 +107,8 @@ def files_read(places: Iterable[Path], root: Path) -> dict[str, dict[str, object
     """Return the fingerprints of the files and folders that a training read, for its receipt.
 
     Args:
-        places: absolute, or relative to the working directory; what is not there any more is left out.
-        root: the experiment's folder: what lies in it is named by its place there.
+        places: absolute, or relative to the working directory; missing ones are left out.
+        root: the experiment's folder; paths in it are relative to it.
     """
     found = {Path(os.path.abspath(place)) for place in places}  # noqa: PTH100
     found = {place for place in found if place.exists() and not any(parent in found for parent in place.parents)}
@@ -119,16 +119,16 @@ def files_read(places: Iterable[Path], root: Path) -> dict[str, dict[str, object
 
 
 def files_now(data: dict[str, object], root: Path, *, outside: bool = True) -> dict[str, dict[str, object]]:
-    """Return what `files_read` gave for a receipt, as it is now; without what is not here.
+    """Return today's fingerprints of the files in a receipt; missing files are left out.
 
     Args:
         data: of a receipt.
         root: the experiment's folder.
-        outside: what lies outside of it too; a receipt of somebody else may name any file of this user's.
+        outside: include files outside that folder; an untrusted receipt could name any of this user's files.
     """
     found = {}
     for name in data:
-        with suppress(OSError, ValueError):  # what cannot be read is not here
+        with suppress(OSError, ValueError):  # an unreadable file counts as missing
             if name.startswith(OF_A_FILE) and (place := root / name.removeprefix(OF_A_FILE)).exists():
                 real = place.resolve()
                 if not str(real).startswith(SYSTEM) and (outside or real.is_relative_to(root.resolve())):
@@ -137,7 +137,7 @@ def files_now(data: dict[str, object], root: Path, *, outside: bool = True) -> d
 
 
 def changed_files(data: Options, root: Path) -> list[str]:
-    """Return the files and folders that are not what a receipt's training read."""
+    """Return the files and folders that changed since a receipt's training read them."""
     now = files_now(data, root)
     return [name.removeprefix(OF_A_FILE) for name in now if now[name]["digest"] != data[name]["digest"]]
 
@@ -153,13 +153,13 @@ def _of_place(place: Path) -> dict[str, object]:
 
 
 def places_in(node: object) -> Iterator[Path]:
-    """Yield each text in a configuration that names a file or a folder."""
+    """Yield each text in a configuration that names an existing file or folder."""
     return (Path(text) for text in texts_in(node) if _exists(text))
 
 
 @contextmanager
 def noting_opened(found: set[Path]) -> Iterator[None]:
-    """Note which files are opened for reading meanwhile, by Python's own open: numpy, pandas, torch and PIL call it."""
+    """Record which files are opened for reading by Python's open, which numpy, pandas, torch and PIL call."""
     real = builtins.open
 
     @functools.wraps(real)
@@ -180,9 +180,9 @@ def noting_opened(found: set[Path]) -> Iterator[None]:
 
 @functools.cache
 def _systems_own() -> tuple[str, ...]:
-    """Return how the names of files begin that the standard library reads of the system, and are no data.
+    """Return path prefixes of system files that the standard library reads and that are not data.
 
-    Zones of time, kinds of files, the system's name. Not /usr/share: Debian puts datasets there.
+    Time zones, MIME types, the system's name. Not /usr/share: Debian puts datasets there.
     """
     import mimetypes
     import zoneinfo
@@ -219,7 +219,7 @@ def _walk(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryvie
             return
         try:
             content = _content(node)
-        except Exception:  # a sparse tensor, a table of lists: it is listed
+        except Exception:  # a sparse tensor, a table of lists: listed as opaque
             content = None
             seen.opaque.add(_name(kind))
         if content is None:
@@ -230,7 +230,7 @@ def _walk(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryvie
 
 
 def _maps_a_file(node: Any) -> bool:
-    """Return whether an array is a file as it lies there: numpy's memory map, for reading, and no part of one."""
+    """Return whether an array is a whole read-only numpy memory map of a file."""
     return (
         _name(type(node)) in ("numpy.memmap", "numpy.core.memmap.memmap")
         and node.mode == "r"
@@ -241,7 +241,7 @@ def _maps_a_file(node: Any) -> bool:
 
 
 def _content(node: Any) -> list[bytes | memoryview] | None:
-    """Return the content of a tensor, an array, a table or a generator; None for anything else."""
+    """Return the content of a tensor, array, table or generator; None for anything else."""
     kind = type(node)
     if hasattr(node, "detach") and hasattr(node, "element_size"):
         return [f"tensor:{node.dtype}{tuple(node.shape)};".encode(), tensor_bytes(node)]
@@ -254,7 +254,7 @@ def _content(node: Any) -> list[bytes | memoryview] | None:
     if hasattr(node, "__array_interface__") and hasattr(node, "dtype") and not node.dtype.hasobject:
         import numpy as np
 
-        raw = np.ascontiguousarray(node).reshape(-1).view(np.uint8)  # of a memory map, its pages
+        raw = np.ascontiguousarray(node).reshape(-1).view(np.uint8)  # for a memory map, its pages
         return [f"array:{node.dtype.str}{node.shape};".encode(), raw.data]
     if isinstance(node, random.Random):
         return [f"generator:{node.getstate()!r};".encode()]
@@ -292,8 +292,8 @@ def _inside(node: object, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memo
 
 
 def _has_hidden_state(kind: type) -> bool:
-    """Return whether an object of a class holds what Python does not see: a base that is written in C."""
-    heap_type = 1 << 9  # Py_TPFLAGS_HEAPTYPE: made by a class statement, nearly always
+    """Return whether a class has a base written in C, whose state Python cannot see."""
+    heap_type = 1 << 9  # Py_TPFLAGS_HEAPTYPE: nearly always a class statement
     return any(base is not object and not base.__flags__ & heap_type for base in kind.__mro__)
 
 
@@ -310,7 +310,7 @@ def _exists(text: str) -> bool:
 
 
 def _place(path: Path, seen: _Seen, cache: "_Cache") -> Iterator[bytes]:
-    """Yield what identifies a file, or all files below a folder: wherever it lies, and whatever it is called there."""
+    """Yield what identifies a file, or all files below a folder, independent of its path and name."""
     seen.places.append(path)
     if not path.exists():
         yield f"path:{path};".encode()
@@ -324,20 +324,20 @@ def _place(path: Path, seen: _Seen, cache: "_Cache") -> Iterator[bytes]:
     seen.size += sum(file.stat().st_size for file in files)
     if seen.size > seen.said + SAID_BYTES:
         seen.said = seen.size
-        sys.stderr.write(f"fingerprint: {seen.size / 1e9:,.0f} GB of data, hashed once\n")
+        sys.stderr.write(f"fingerprint: {seen.size / 1e9:,.0f} GB hashed so far; the result is cached\n")
     yield f"files {len(files)}:".encode()
     for file in files:
         yield f"{file.relative_to(path) if file != path else ''}\0{cache.sha256(file)};".encode()
 
 
 def _files(path: Path) -> list[Path] | None:
-    """Return a path's files, sorted; None where it holds too many to be one dataset, as / and a home do."""
+    """Return a path's files, sorted; None if there are too many for one dataset, as in / or a home."""
     if path.is_file():
         return [path]
     if len(path.resolve().parts) <= OUTER_PARTS:
         return None
     files: list[Path] = []
-    entered: set[Path] = set()  # a link may lead back
+    entered: set[Path] = set()  # links may form a cycle
     for folder, folders, names in os.walk(path, followlinks=True):
         entered.add(Path(folder).resolve())
         folders[:] = [name for name in folders if Path(folder, name).resolve() not in entered]
@@ -348,14 +348,14 @@ def _files(path: Path) -> list[Path] | None:
 
 
 class _Cache:
-    """The sha256 of files, by place, size, times and inode; where it cannot be kept, each is hashed."""
+    """The sha256 of files, by path, size, times and inode; if it cannot be stored, every file is hashed."""
 
     def __init__(self) -> None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
         self.database: sqlite3.Connection | None = None
         with suppress(OSError, sqlite3.Error):
             (home / "labtrain").mkdir(parents=True, exist_ok=True)
-            # Each file is kept as soon as it is hashed, and nobody waits for another's.
+            # Autocommit: each file is stored as soon as it is hashed, and no process waits for another's transaction.
             self.database = sqlite3.connect(home / "labtrain" / "files.sqlite", timeout=10, isolation_level=None)
             self.database.execute("pragma synchronous = off")
             self.database.execute("create table if not exists files (place text primary key, stamp text, sha256 text)")

@@ -1,4 +1,4 @@
-"""What is installed in a site-packages folder, against what each distribution's RECORD says. Standard library only."""
+"""Compare installed files in site-packages with each distribution's RECORD. Standard library only."""
 
 import base64
 import csv
@@ -10,19 +10,19 @@ from pathlib import Path
 from labtrain.base.contracts import InstalledFiles
 from labtrain.base.files import file_sha256
 
-NEEDED = ("METADATA", "RECORD")  # of each .dist-info: without them no installer knows what it has
+NEEDED = ("METADATA", "RECORD")  # in each .dist-info: without these, installers cannot read it
 
 
 def names(folders: Iterable[Path]) -> list[str]:
-    """Return the name and version of each distribution, as its folder has them."""
+    """Return the name and version of each distribution, from its folder's name."""
     return sorted(info.name.removesuffix(".dist-info") for folder in folders for info in folder.glob("*.dist-info"))
 
 
 def changes(folder: Path, *, deep: bool = False) -> Iterator[tuple[Path, str, str]]:
-    """Yield the .dist-info, the name and the fate of each installed file; the fate of an unchanged one is empty.
+    """Yield .dist-info, name and change of each installed file; the change of an unchanged file is empty.
 
-    By default only those are read whose size or time says that they changed after they were installed: seven gigabytes
-    take longer than a second. RECORD comes out of the wheel, and the wheel's own hash was checked then.
+    By default only files are hashed whose size or time shows a change since the installation: hashing all 8 GB takes
+    long. RECORD comes from the wheel, whose hash was checked at installation.
     """
     for info in folder.glob("*.dist-info"):
         for name in NEEDED:
@@ -38,7 +38,7 @@ def changes(folder: Path, *, deep: bool = False) -> Iterator[tuple[Path, str, st
 
 
 def _fate(path: str, digest: str, size: str, installed: float, *, deep: bool) -> str:
-    try:  # plain functions: sixty thousand Path objects take half a second
+    try:  # os.stat: sixty thousand Path objects take half a second
         stat = os.stat(path)  # noqa: PTH116
     except OSError:
         return "is missing"
@@ -50,15 +50,15 @@ def _fate(path: str, digest: str, size: str, installed: float, *, deep: bool) ->
 
 
 def files_state() -> InstalledFiles:
-    """Return what a receipt says of the installed files: how many, and each that is not as it was installed."""
+    """Return the receipt's entry about installed files: their number, and each one that changed."""
     changed, files = changed_files()
     return {"files": files, "changed_files": changed}
 
 
 def changed_files(*, deep: bool = False) -> tuple[list[str], int]:
-    """Return each installed file that is not what its distribution's RECORD says, and how many there are.
+    """Return each installed file that differs from its RECORD, and the number of all files.
 
-    By default only those are read whose size or time says that they changed.
+    By default only files are hashed whose size or time shows a change.
     """
     changed, files = [], 0
     for entry in dict.fromkeys(sys.path):

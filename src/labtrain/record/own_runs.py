@@ -1,7 +1,8 @@
-"""Which runs this user trained, and which stores: `labtrain verify` asks nothing for them, and a store is opened.
+"""Record which runs this user trained and which stores this user named. No torch.
 
-Recorded in the state directory (https://specifications.freedesktop.org/basedir-spec/): an empty file for each, named by
-a digest. Nothing of a receipt can say so itself. No torch.
+`labtrain verify` does not ask before it trains such a run, and labtrain opens such a store. The records are empty files
+named by a digest, in the state directory (https://specifications.freedesktop.org/basedir-spec/). A receipt itself
+cannot prove this.
 """
 
 import hashlib
@@ -20,13 +21,13 @@ from labtrain.record.receipt import Receipt
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import checkpoint_place
 
-MOST = 10_000  # that are remembered of each kind; the older half is forgotten
+MOST = 10_000  # records of each kind; beyond that, the older half is deleted
 
 
 def remember(receipt: Receipt, root: Path) -> None:
-    """Note that this user trains a run in a folder, and where its checkpoints go.
+    """Record that this user trains a run in a folder, and where its checkpoints go.
 
-    Where that cannot be written, it is as if somebody else had trained it.
+    If the record cannot be written, the run counts as somebody else's.
 
     Args:
         receipt: with the whole patch.
@@ -37,9 +38,9 @@ def remember(receipt: Receipt, root: Path) -> None:
 
 
 def is_own(receipt: Receipt, run_dir: Path, home: Path) -> bool:
-    """Return whether this user's labtrain trained a run in a folder: its configuration, code and patch, all of them.
+    """Return whether this user trained exactly this run (configuration, code and patch) in a folder.
 
-    The folder counts, since what lies there beside the sources runs as well, or is read: data, say.
+    The folder counts, because other files there can also run or be read, such as data.
     """
     with suppress(OSError, ValueError, DamagedError):
         return _is_noted("trained", _name_of(receipt, patch_of(receipt, run_dir), home))
@@ -47,56 +48,56 @@ def is_own(receipt: Receipt, run_dir: Path, home: Path) -> bool:
 
 
 def patch_of(receipt: Receipt, run_dir: Path) -> str | None:
-    """Return what turns the commit into the receipt's code: of a long one the file beside it; None where it is not.
+    """Return the patch from the commit to the receipt's code, from code.patch if it is long; None if that is missing.
 
     Raises:
-        DamagedError: it is a link, a pipe or a device, or too large.
+        DamagedError: code.patch is a link, a pipe or a device, or too large.
     """
     patch: str | None = receipt["code"]["patch"]
     if patch is None:
-        hint = "get it again from whoever trained the run"
+        hint = "ask whoever trained the run for the file again"
         with suppress(FileNotFoundError), damage_of(shown(run_dir / PATCH), hint=hint):
             patch = untrusted.read(run_dir / PATCH).decode("utf-8", "surrogateescape")
     return patch
 
 
 def remember_store(url: str) -> None:
-    """Note that this user named a store on another machine."""
+    """Record that this user named a remote store."""
     if not is_local(url):
         _note("stores", _digest(url.rstrip("/")))
 
 
 def checkpoints_of(run_dir: Path, receipt: Receipt, *, named: str = "") -> str:
-    """Return where a run's checkpoints lie by its receipt: in its folder, or in a store that this user has named.
+    """Return the place of a run's checkpoints by its receipt: in its folder, or in a store that this user has named.
 
     Args:
-        run_dir: of the run.
-        receipt: its own.
+        run_dir: the run's folder.
+        receipt: the run's receipt.
         named: a store that the user names now.
 
     Raises:
-        StoreError: it is a store that this user has not named.
+        StoreError: the receipt names a store that this user has not named.
     """
     place = checkpoint_place(run_dir, receipt["config"]["checkpoint"]["url"])
     return place if named and named.rstrip("/") in _above(place) else opened(place)
 
 
 def opened(place: str) -> str:
-    """Return a place that a receipt names, where it may be opened: it is, with this user's credentials.
+    """Return a place that a receipt names, if it may be opened with this user's credentials.
 
     Raises:
-        StoreError: it is a store on another machine, and this user has named neither it nor one above it.
+        StoreError: it is a remote store, and this user has named neither it nor a parent of it.
     """
     if is_local(place) or any(_is_noted("stores", _digest(url)) for url in _above(place)):
         return place
     raise StoreError(
-        f"{place} is not opened: a receipt names it, and you have not, on this machine",
+        f"{place} is not opened: a receipt names it, but you have not named it on this machine",
         hint=f"labtrain store ls {quoted(place)}, then the same command again",
     )
 
 
 def _above(url: str) -> Iterator[str]:
-    """Yield a URL, and each that it lies below."""
+    """Yield a URL and all its parents."""
     scheme, _, path = url.rstrip("/").partition("://")
     while path:
         yield f"{scheme}://{path}"
@@ -104,7 +105,7 @@ def _above(url: str) -> Iterator[str]:
 
 
 def _name_of(receipt: Receipt, patch: str | None, root: Path) -> str:
-    """Return the digest of what a replay of a run would execute, and of where."""
+    """Return the digest of what a rerun would execute, and of the folder."""
     code = {key: receipt["code"].get(key) for key in ("sources", "outside", "shadows", "commit", "folder")}
     facts = [receipt["run_id"], receipt["config"], code, patch or "", str(root.resolve())]
     return _digest(exact_json.dumps(facts, sort_keys=True))
@@ -115,7 +116,7 @@ def _digest(text: str) -> str:
 
 
 def _folder(kind: str) -> Path:
-    """Return where a kind is noted; RuntimeError where the user has no home."""
+    """Return the folder for records of a kind; raise RuntimeError if the user has no home."""
     state = os.environ.get("XDG_STATE_HOME", "")
     return Path(state if Path(state).is_absolute() else Path.home() / ".local" / "state", "labtrain", kind)
 
@@ -131,7 +132,7 @@ def _note(kind: str, name: str) -> None:
 
 
 def _is_noted(kind: str, name: str) -> bool:
-    """Return whether this user noted it, in a folder that nobody else can write to."""
+    """Return whether this user recorded it, in a folder that nobody else can write to."""
     try:
         file, place = (_folder(kind) / name).lstat(), _folder(kind).lstat()
     except (OSError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Where a run comes from: its code, its environment, its machine. Facts for the receipt and the doctor; no torch."""
+"""A run's code, environment and machine: facts for the receipt and the doctor. No torch."""
 
 import hashlib
 import json
@@ -17,22 +17,22 @@ from labtrain.base.git import GitError, ask_git, run_git
 from labtrain.record.identity import Job, route
 from labtrain.record.sources import labtrain_sources, read_code, sources
 
-PATCH = "code.patch"  # of a run's folder
+PATCH = "code.patch"  # in a run's folder
 INSTRUCTION_SETS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "amx_tile")
 
 
 def timestamp() -> str:
-    """Return the time now: UTC, ISO 8601, to the second."""
+    """Return the current time: UTC, ISO 8601, in seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def code_digests(job: Job, *, path: list[str] | None = None) -> dict[str, object]:
-    """Return what the code is, by its bytes: no git, and nothing is imported.
+    """Return the digests of the code, by content: run no git and import nothing.
 
     Returns:
-        digest; sources: the sha256 of each of the experiment's; outside, where there are some: of each that is imported
-        from outside of the environment; shadows, where there are some: the names of modules that come before those of
-        the environment; labtrain: the digest of its own.
+        digest; sources: the sha256 of each of the experiment's files; outside, if any: of each file imported from
+        outside the environment; shadows, if any: names of modules that shadow the environment's; labtrain: the digest
+        of labtrain's own sources.
     """
     code = read_code(Path(job.root), as_options(job.config), path=path)
     return {
@@ -45,14 +45,14 @@ def code_digests(job: Job, *, path: list[str] | None = None) -> dict[str, object
 
 
 def code_state(job: Job) -> Code:
-    """Return what the code is, and what git says of it where the experiment is in a repository.
+    """Return the digests of the code, and git's state if the experiment is in a repository.
 
-    For a run of one's own: git does what the repository's configuration says, filters and a file system monitor too.
+    Only for the user's own runs: git runs the programs in the repository's configuration, such as filters.
 
     Returns:
-        what `code_digests` does; commit, branch and dirty; folder: of the experiment in its repository; untracked: the
-        sources that git does not know; ignored: those that it is told to ignore; patch: what turns the commit into this
-        code, the untracked with it, None where git fails.
+        the result of `code_digests`; commit, branch and dirty; folder: of the experiment in its repository; untracked:
+        sources unknown to git; ignored: sources that git ignores; patch: from the commit to this code, including
+        untracked sources; None if git fails.
     """
     root = job.root
     commit = ask_git(root, "rev-parse", "HEAD").strip()
@@ -70,7 +70,7 @@ def code_state(job: Job) -> Code:
 
 
 def unknown_sources(root: str) -> tuple[list[str], list[str]]:
-    """Return the Python sources of an experiment that git does not know, and those that it is told to ignore."""
+    """Return an experiment's Python sources that are unknown to git, and those that git ignores."""
     here = {path.relative_to(root).as_posix() for path in sources(Path(root))}
     known = set(ask_git(root, "ls-files", "-z", "--", ".").split("\0"))
     new = set(ask_git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", ".").split("\0"))
@@ -78,10 +78,10 @@ def unknown_sources(root: str) -> tuple[list[str], list[str]]:
 
 
 def uncommitted_change(root: str, untracked: list[str]) -> str | None:
-    """Return what turns HEAD into the experiment's folder as it is: `git diff HEAD`, with the sources that it lacks.
+    """Return the patch from HEAD to the experiment's folder: `git diff HEAD` with untracked sources; None if git fails.
 
-    Those are added to an index of our own, and to objects of our own: the repository is as it was. What git is told to
-    ignore is not taken: credentials lie there. None where git fails.
+    Untracked sources are added to a separate index and object folder, so the repository does not change. Files that git
+    ignores are left out: they may contain credentials.
     """
     diff = ("-c", "core.quotepath=off", "diff", "--binary", "--no-color", "--no-ext-diff", "--no-textconv",
             "--no-relative", "-U3", "--submodule=short", "--src-prefix=a/", "--dst-prefix=b/",
@@ -96,7 +96,7 @@ def uncommitted_change(root: str, untracked: list[str]) -> str | None:
             "GIT_ALTERNATE_OBJECT_DIRECTORIES": objects,
         }
         index = Path(ask_git(root, "rev-parse", "--path-format=absolute", "--git-path", "index").strip())
-        if index.exists():  # with what is staged: a new file is known to git by it alone
+        if index.exists():  # keep what is staged: only the index knows a new file
             shutil.copyfile(index, own["GIT_INDEX_FILE"])
         if _or_none(root, "add", "--", *untracked, variables=own) is None:
             return None
@@ -123,7 +123,7 @@ def environment_state(job: Job) -> Installed:
 def distributions() -> dict[str, str]:
     """Return the version of each installed distribution, by normalised name.
 
-    Read from the names of the `.dist-info` folders: two hundred METADATA files would cost a fifth of a second.
+    Read from the names of the `.dist-info` folders: reading two hundred METADATA files takes 0.2 seconds.
     """
     found: dict[str, str] = {}
     for entry in reversed(sys.path):  # the first on the path wins
@@ -134,12 +134,12 @@ def distributions() -> dict[str, str]:
 
 
 def normalised(name: str) -> str:
-    """Return a distribution's name as PEP 503 writes it."""
+    """Normalise a distribution's name (PEP 503)."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def memory_bytes() -> int:
-    """Return the memory of this machine."""
+    """Return this machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
@@ -158,7 +158,7 @@ def machine() -> dict[str, object]:
 
 
 def _model(cpu: dict[str, str]) -> str:
-    """Return a processor's name and its numbers: a virtual machine's name may say no more than Xeon."""
+    """Return a processor's name and model numbers: in a virtual machine the name may be only "Xeon"."""
     numbers = [f"{name} {cpu[key]}" for name, key in (("family", "cpu family"), ("model", "model"),
                                                        ("stepping", "stepping")) if key in cpu]  # fmt: skip
     return (cpu.get("model name") or platform.machine()) + (f" ({', '.join(numbers)})" if numbers else "")

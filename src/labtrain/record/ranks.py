@@ -1,7 +1,7 @@
-"""Which of several processes this is, where a launcher started them: srun, or torchrun. Its variables, in one form.
+"""This process's rank, from the variables of srun or torchrun. No torch.
 
-srun's are those of the step, not of the job, which may be larger (https://slurm.schedmd.com/srun.html, "OUTPUT
-ENVIRONMENT VARIABLES"); torchrun's are in https://docs.pytorch.org/docs/2.9/elastic/run.html. No torch.
+srun: the variables of the step, because the job may be larger (https://slurm.schedmd.com/srun.html, "OUTPUT ENVIRONMENT
+VARIABLES"). torchrun: https://docs.pytorch.org/docs/2.9/elastic/run.html.
 """
 
 import os
@@ -16,22 +16,22 @@ from dataclasses import dataclass
 from labtrain.base.errors import ConfigError
 from labtrain.record.identity import Config
 
-FIRST_PORT, PORTS = 15000, 10000  # by the job's number, as Lightning chooses, and the step's
+FIRST_PORT, PORTS = 15000, 10000  # chosen by job id, as in Lightning, and step id
 FRUITLESS_RESTARTS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ranks:
-    """This process among those of one training.
+    """This process's place among the processes of one training.
 
     Attributes:
         launcher: srun or torchrun.
         rank: 0 to world - 1.
-        local_rank: among those of its node; the number of its GPU.
+        local_rank: rank within its node; the number of its GPU.
         node: 0 to nodes - 1.
-        address: of rank 0, where all meet.
-        port: there.
-        name: of this start, the same in all ranks and after a requeue, another in the next start; empty: not known.
+        address: of rank 0, the rendezvous address.
+        port: the rendezvous port.
+        name: of this start: the same in all ranks and after a requeue, new in the next start; empty: unknown.
     """
 
     launcher: str
@@ -46,7 +46,7 @@ class Ranks:
 
 
 def find_ranks(variables: Mapping[str, str] = os.environ) -> Ranks | None:
-    """Return what a launcher says in its variables; None where this process was started by itself.
+    """Read the launcher's variables; None if no launcher started this process.
 
     Raises:
         ConfigError: nodes have different numbers of processes.
@@ -68,9 +68,9 @@ def find_ranks(variables: Mapping[str, str] = os.environ) -> Ranks | None:
             name="" if name == "none" else name,
         )
     if in_slurm_step(variables) and (world := int(variables["SLURM_STEP_NUM_TASKS"])) > 1:
-        if "," in variables["SLURM_STEP_TASKS_PER_NODE"]:  # 2,1; as many on each is 2(x2)
+        if "," in variables["SLURM_STEP_TASKS_PER_NODE"]:  # uneven: 2,1; even: 2(x2)
             raise uneven(world, "srun --ntasks-per-node=N")
-        job, step = int(variables["SLURM_JOB_ID"]), int(variables["SLURM_STEP_ID"])  # steps count anew after a requeue
+        job, step = int(variables["SLURM_JOB_ID"]), int(variables["SLURM_STEP_ID"])  # step ids restart after a requeue
         return Ranks(
             launcher="srun",
             rank=int(variables["SLURM_PROCID"]),
@@ -86,14 +86,14 @@ def find_ranks(variables: Mapping[str, str] = os.environ) -> Ranks | None:
 
 
 def own_rank() -> int:
-    """Return the rank of this process; 0 where it was started by itself."""
+    """Return the rank of this process; 0 if no launcher started it."""
     ranks = find_ranks()
     return ranks.rank if ranks else 0
 
 
 def uneven(world: int, hint: str) -> ConfigError:
     """Return the error for nodes with different numbers of processes."""
-    return ConfigError(f"{world} processes are not as many on each node", hint=hint)
+    return ConfigError(f"{world} processes are not evenly distributed over the nodes", hint=hint)
 
 
 def first_node(nodes: str) -> str:
@@ -102,39 +102,39 @@ def first_node(nodes: str) -> str:
 
 
 def in_slurm_step(variables: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether srun started this process; it did not in a batch script alone, nor in a shell that it started."""
+    """Return whether srun started this process, directly: not in a batch script or an interactive shell."""
     shell = variables.get("SLURM_JOB_NAME") in ("bash", "interactive")  # Lightning's names for it
     return "SLURM_STEP_ID" in variables and "SLURM_PROCID" in variables and not shell
 
 
 def alone(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return variables for a process that is none of a launcher's, whoever started this one."""
+    """Return variables without the launcher's, for a process that is not one of its ranks."""
     launchers = ("SLURM_JOB_ID", "SLURM_STEP_ID", "TORCHELASTIC_RUN_ID")
     return {name: value for name, value in variables.items() if name not in launchers}
 
 
 def restarted() -> bool:
-    """Tell whether a launcher started this process again, after a requeue or a failure."""
+    """Return whether a launcher restarted this process, after a requeue or a failure."""
     return any(os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
 
 
 def adopt(config: Config, ranks: Ranks | None) -> None:
-    """Set `trainer.devices` and `trainer.num_nodes` to what the launcher started; they may have been left as they were.
+    """Set `trainer.devices` and `trainer.num_nodes` to what the launcher started.
 
     Raises:
-        ConfigError: they were set to something else, or there are nodes and no launcher.
+        ConfigError: the user set them to something else, or there are several nodes and no launcher.
     """
     trainer = config["trainer"]
     if ranks is None:
         if isinstance(trainer["num_nodes"], int) and trainer["num_nodes"] > 1:
             raise ConfigError(
-                f"trainer.num_nodes={trainer['num_nodes']}, and nothing started processes on the others",
+                f"trainer.num_nodes={trainer['num_nodes']}, but no launcher started processes on other nodes",
                 hint="srun python train.py in a Slurm job, or torchrun on each node (docs/guides/cluster.md)",
             )
         tasks = int(os.environ.get("SLURM_NTASKS", "1"))
         if tasks > 1 and not in_slurm_step():
             sys.stderr.write(
-                f"warning: Slurm gave this job {tasks} tasks, and srun did not start this one: it is alone"
+                f"warning: this Slurm job has {tasks} tasks, but srun did not start this process: it trains alone"
                 " (srun python train.py starts all)\n"
             )
         return
@@ -143,9 +143,9 @@ def adopt(config: Config, ranks: Ranks | None) -> None:
     devices = len(said[0]) if isinstance(said[0], list) else said[0]
     if said != (1, 1) and not (devices in ("auto", per_node) and said[1] in (1, ranks.nodes)):
         raise ConfigError(
-            f"trainer.devices={said[0]} trainer.num_nodes={said[1]}, and {ranks.launcher} started {ranks.world}"
+            f"trainer.devices={said[0]} trainer.num_nodes={said[1]}, but {ranks.launcher} started {ranks.world}"
             f" process{'es' if ranks.world > 1 else ''} on {ranks.nodes} node{'s' if ranks.nodes > 1 else ''}",
-            hint="leave both out: they are what the launcher starts",
+            hint="leave both out: labtrain takes them from the launcher",
         )
     if not isinstance(trainer["devices"], list):
         trainer["devices"] = per_node
@@ -153,9 +153,9 @@ def adopt(config: Config, ranks: Ranks | None) -> None:
 
 
 def wants_requeue(signum: int) -> bool:
-    """Tell whether a signal asks for a start later: SIGUSR1, and SIGTERM where Slurm preempts the job.
+    """Return whether the job must be requeued after a signal: after SIGUSR1, and after SIGTERM if Slurm preempts it.
 
-    A preempted job that ends by itself before Slurm kills it is over for Slurm: it is not queued again.
+    Slurm does not requeue a preempted job that ends by itself before Slurm kills it.
     """
     job = os.environ.get("SLURM_JOB_ID")
     if job is None or signum == signal.SIGUSR1:
@@ -168,16 +168,16 @@ def wants_requeue(signum: int) -> bool:
 
 
 def requeue(*, starts: int, progress: bool) -> None:
-    """Have Slurm start this job again; say so, or why it does not.
+    """Requeue this Slurm job, and print the result.
 
     Args:
-        starts: that came to a step, of this run.
-        progress: this was one of them. A job whose time limit is too short for a step is not queued for ever.
+        starts: how many starts of this run did at least one step.
+        progress: whether this start did. A job whose time limit is too short for one step is not requeued for ever.
     """
     job = os.environ["SLURM_JOB_ID"]
     if not progress and int(os.environ.get("SLURM_RESTART_COUNT", "0")) - starts >= FRUITLESS_RESTARTS:
         sys.stderr.write(
-            f"warning: job {job} is not queued again: its time does not suffice for a step (sbatch --time)\n"
+            f"warning: job {job} is not requeued: its time limit is too short for one step (sbatch --time)\n"
         )
         return
     try:
@@ -186,6 +186,6 @@ def requeue(*, starts: int, progress: bool) -> None:
     except (OSError, subprocess.TimeoutExpired) as failure:
         error = str(failure)
     if error:
-        sys.stderr.write(f"warning: Slurm does not start job {job} again: {error} (sbatch --requeue allows it)\n")
+        sys.stderr.write(f"warning: Slurm did not requeue job {job}: {error} (sbatch --requeue allows it)\n")
     else:
-        sys.stderr.write(f"job {job} is in Slurm's queue again\n")
+        sys.stderr.write(f"job {job} was requeued\n")

@@ -1,10 +1,10 @@
-"""The receipt: what a run leaves behind for whoever checks it. Schema ``labtrain/receipt/1``, receipt.schema.json.
+"""The receipt: the record of a run, for verification. Schema ``labtrain/receipt/1``, receipt.schema.json.
 
-One JSON file a run, written whole by the first process of rank 0 and replaced atomically at each change of status:
-``running``, then ``interrupted``, ``complete`` or ``failed``. It ends with its own digest: a change by hand or by a
-disk is found, one by somebody who writes the digest anew is not.
+One JSON file for each run. Rank 0 writes it and replaces it atomically at each change of status: ``running``, then
+``interrupted``, ``complete`` or ``failed``. It ends with its own digest, which detects accidental changes, but not a
+change by somebody who recomputes the digest.
 
-What looks like a credential is never in it (credentials.py). A text that comes from `${oc.env:X}` is in it as that.
+It never contains what looks like a credential (credentials.py). A text from `${oc.env:X}` is recorded as a reference.
 """
 
 import functools
@@ -24,8 +24,8 @@ from labtrain.base.files import write_atomically
 
 SCHEMA = "labtrain/receipt/1"
 FILE = "receipt.json"
-LOCK = ".lock"  # a record lock, beside it: held by the process that trains the run (recorder.py)
-SIGN = ".training"  # another, which that process holds to be seen by those who may not open the first
+LOCK = ".lock"  # a record lock next to it, held by the process that trains the run (recorder.py)
+SIGN = ".training"  # a second lock of that process, visible to users who may not open the first
 STATUSES = ("running", "interrupted", "complete", "failed")
 KEYS = (
     "schema",
@@ -49,7 +49,7 @@ Receipt = contracts.Receipt
 
 
 def write(run_dir: Path, receipt: Receipt) -> None:
-    """Replace the run's receipt in one step, with its digest: a reader sees the old one or the new one, whole."""
+    """Replace the run's receipt, with its digest, in one step: a reader sees the old or the new one, complete."""
     assert tuple(receipt) == KEYS
     assert receipt["status"] in STATUSES
     receipt["digest"] = exact_json.digest_of(as_options(receipt))
@@ -58,7 +58,7 @@ def write(run_dir: Path, receipt: Receipt) -> None:
 
 @functools.cache
 def _validator() -> Callable[[object], None]:
-    """Return what holds a receipt against receipt.schema.json: a tenth of a second to make, then 0.3 ms a receipt."""
+    """Return a validator for receipt.schema.json: 0.1 s to compile, then 0.3 ms for each receipt."""
     import fastjsonschema
 
     schema = json.loads(Path(__file__).with_name("receipt.schema.json").read_text())
@@ -66,10 +66,10 @@ def _validator() -> Callable[[object], None]:
 
 
 def hold_against_schema(receipt: object, path: Path) -> None:
-    """Hold a receipt against its schema: whoever wrote it may have given it a right digest, and a path for a name.
+    """Check a receipt against its schema: a forged receipt can have a correct digest and a path as a name.
 
     Raises:
-        DamagedError: names the first place that is not as the schema says.
+        DamagedError: names the first key that violates the schema.
     """
     import fastjsonschema
 
@@ -80,7 +80,7 @@ def hold_against_schema(receipt: object, path: Path) -> None:
         said = str(error.message).removeprefix(str(error.name)).strip()
         raise DamagedError(
             f"{path}: {place} {said[:200]}, got {reprlib.repr(error.value)}",
-            hint="labtrain wrote no such receipt; get it again from whoever trained the run",
+            hint="labtrain does not write such receipts; ask whoever trained the run for it again",
         ) from error
 
 
@@ -91,7 +91,7 @@ def origin_digest(receipt: Receipt) -> str:
 
 
 def time_of(text: str) -> datetime:
-    """Return what `provenance.timestamp` wrote, in UTC; ValueError where it is no time of this calendar."""
+    """Parse a time of `provenance.timestamp`, in UTC; raise ValueError if it is not a valid time."""
     try:
         return datetime.fromisoformat(text).astimezone(UTC)
     except OverflowError as error:
@@ -99,17 +99,16 @@ def time_of(text: str) -> datetime:
 
 
 def read(run_dir: Path) -> Receipt | None:
-    """Return the receipt of a run folder, as its schema says; None if there is none.
+    """Return the valid receipt of a run's folder; None if there is no receipt.
 
-    What it names is safe to use: ids and names are single parts of a path, the folder of the code lies in its
-    repository.
+    Its names are safe to use: ids and names are single path components, and the code's folder is in its repository.
 
     Raises:
-        DamagedError: it is there and cannot be trusted: broken JSON, another schema, changed, not as its schema says.
+        DamagedError: the receipt is broken, changed, or does not match its schema.
         ConfigError: this user may not read it.
     """
     path = run_dir / FILE
-    hint = f"mv {quoted(run_dir)} {quoted(f'{run_dir}.broken')}   # or start anew beside it: resume=never"
+    hint = f"mv {quoted(run_dir)} {quoted(f'{run_dir}.broken')}   # or train a new run: resume=never"
     try:
         receipt = untrusted.loads(untrusted.read(path))
         schema, said = receipt["schema"], receipt["digest"]
@@ -120,7 +119,7 @@ def read(run_dir: Path) -> Receipt | None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{path} is broken: {error!r}", hint=hint) from error
     if schema != SCHEMA:
-        hint = "install the labtrain that wrote it: the wheel is in the experiment's vendor/"
+        hint = "install the labtrain that wrote it: its wheel is in the experiment's vendor/"
         raise DamagedError(f"{path}: schema {schema!r}, this labtrain reads {SCHEMA!r}", hint=hint)
     if said != (found := exact_json.digest_of(as_options(receipt))):
         raise DamagedError(
@@ -132,12 +131,12 @@ def read(run_dir: Path) -> Receipt | None:
         for text in times:
             time_of(text)
     except ValueError as error:
-        raise DamagedError(f"{path}: a time that is none: {error}", hint=hint) from error
+        raise DamagedError(f"{path}: not a valid time: {error}", hint=hint) from error
     if receipt["status"] == "complete":
         steps = receipt["results"]["steps"]
         for segment in receipt["segments"]:
             if segment["from_step"] > steps:
                 raise DamagedError(
-                    f"{path}: a segment from step {segment['from_step']} on, of a run of {steps} steps", hint=hint
+                    f"{path}: a segment begins at step {segment['from_step']}, but the run has {steps} steps", hint=hint
                 )
     return cast(Receipt, dict(receipt))

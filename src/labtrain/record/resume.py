@@ -1,4 +1,4 @@
-"""Which run a start trains: the one its configuration, code and lock name, or one that it goes on with. No torch."""
+"""Choose the run to train: the one named by configuration, code and lock, or one to resume. No torch."""
 
 import hashlib
 import json
@@ -46,7 +46,7 @@ def make_job(config: Config, *, root: Path, command: list[str], supervisor: int 
         begun, origin = find_origin(str(config["resume"]), experiment_runs, named=config["checkpoint"]["url"] or "")
         found = receipt.read(begun)
         if found is not None and same_run(found, config, references, code=code, lock=lock):
-            run_dir, run_id, origin = begun, found["run_id"], ""  # there is nothing to train
+            run_dir, run_id, origin = begun, found["run_id"], ""  # already complete
         elif found["status"] == "complete" if found is not None else begun.name != run_id:
             digest = newest_digest(str(config["resume"]), origin)
             run_id = name(config, code=code, lock=lock, origin=digest)
@@ -72,11 +72,11 @@ def make_job(config: Config, *, root: Path, command: list[str], supervisor: int 
 
 
 def same_run(found: receipt.Receipt, config: Config, references: References, *, code: str, lock: str) -> bool:
-    """Return whether a run is complete, and what is asked for is what it was: configuration, code and lock."""
+    """Return whether a run is complete and has the requested configuration, code and lock."""
     if found["status"] != "complete":
         return False
     recorded = what_counts(as_recorded(config, references))
-    if refers(recorded):  # what it does not hold may be another: the name tells
+    if refers(recorded):  # values that are not recorded may differ: compare the name
         origin = origin_digest(found)
         if found["run_id"][:12] != name(config, code=code, lock=lock, origin=origin):
             return False
@@ -88,31 +88,31 @@ def same_run(found: receipt.Receipt, config: Config, references: References, *, 
 
 
 def newest_digest(resume: str, origin: str) -> str:
-    """Return the digest of the newest checkpoint of a folder or URL.
+    """Return the digest of the newest checkpoint in a folder or URL.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no checkpoint to resume from.
     """
     store = Store(origin)
     there = [checkpoint for checkpoint in store.checkpoints() if not checkpoint.finished]
     if not there:
-        raise ConfigError(f"resume={resume}: that run has no checkpoint that could be resumed", hint="resume=never")
+        raise ConfigError(f"resume={resume}: that run has no checkpoint to resume from", hint="resume=never")
     return checkpoint_digest(store.manifest(there[-1]))
 
 
 def checkpoint_digest(manifest: Manifest) -> str:
-    """Return the sha256 over a checkpoint's files, by name: what stands for the state that a run begins from."""
+    """Return the sha256 over a checkpoint's files, by name: it identifies the state that a run begins from."""
     files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def fresh(run_dir: Path) -> Path:
-    """Return the folder of a run that is started anew: RUN, RUN-2, ...; RUN-NAME of all ranks of a launcher's start.
+    """Return a new folder for a run: RUN, RUN-2, ...; with a launcher RUN-NAME, the same in all ranks.
 
-    Slurm's name of it, its job's number, stays over a requeue: what started anew goes on.
+    Under Slurm NAME is the job's number, which stays the same after a requeue, so the new run resumes.
 
     Raises:
-        ConfigError: the ranks have no name to agree on.
+        ConfigError: the ranks have no common name.
     """
     if (ranks := find_ranks()) is None:
         job = os.environ.get("SLURM_JOB_ID")
@@ -122,25 +122,25 @@ def fresh(run_dir: Path) -> Path:
         return of_job if restarted() else first_free(of_job)
     if not ranks.name:
         raise ConfigError(
-            f"resume=never in {ranks.world} processes that agree on no name for a new folder",
-            hint="torchrun --standalone, or --rdzv-id=NAME, a new one for each start",
+            f"resume=never: {ranks.world} processes have no common name for the new folder",
+            hint="torchrun --standalone, or --rdzv-id=NAME with a new NAME for each start",
         )
     named = f"{run_dir.name}-{ranks.name}"
     if not RUN_ID.fullmatch(named):
         raise ConfigError(
-            f"resume=never names the new folder {named}: expected letters, digits, _ and - in the launcher's name",
-            hint="torchrun --rdzv-id=NAME of these letters, or --standalone",
+            f"resume=never: invalid folder name {named}: the launcher's name may have only letters, digits, _ and -",
+            hint="torchrun --rdzv-id=NAME with these characters, or --standalone",
         )
     return run_dir.with_name(named)
 
 
 def find_origin(resume: str, experiment_runs: Path, *, named: str = "") -> tuple[Path, str]:
-    """Return the run's folder that resume=RUN goes on with, and the folder of its checkpoints.
+    """Return the folder of the run that resume=RUN resumes, and the folder of its checkpoints.
 
     Args:
-        resume: a run's folder, its id in this experiment, or a folder or URL that holds its checkpoints.
+        resume: a run's folder, its id in this experiment, or a folder or URL with its checkpoints.
         experiment_runs: the folder of this experiment's runs.
-        named: the store that this command's checkpoints go to.
+        named: the store for this command's checkpoints.
 
     Raises:
         ConfigError: there is no run.
@@ -151,8 +151,8 @@ def find_origin(resume: str, experiment_runs: Path, *, named: str = "") -> tuple
         there = store.checkpoints()
         if not there or there[-1].run:
             raise ConfigError(
-                f"resume={resume}: {'it holds the folders of runs' if there else 'no checkpoint is there'}",
-                hint=f"labtrain store ls {resume}; the folder of one run is wanted",
+                f"resume={resume}: {'it contains several runs' if there else 'it contains no checkpoint'}",
+                hint=f"labtrain store ls {resume}; name the folder of one run",
             )
         return experiment_runs / _run_of(store.manifest(there[-1]), store.url), store.url
     places = [Path(resume.removeprefix("file://")).resolve(), experiment_runs / resume]
@@ -166,36 +166,38 @@ def find_origin(resume: str, experiment_runs: Path, *, named: str = "") -> tuple
     here = f"labtrain ls {shown(experiment_runs)}" if experiment_runs.is_dir() else "labtrain ls DIR lists runs"
     looked = ", ".join(f"{shown(place)}/{name}" for place in places for name in (receipt.FILE, "step-*"))
     raise ConfigError(
-        f"resume={resume}: no run is there: looked for {looked}",
-        hint=f"{here}; auto goes on with the run of the same id, never starts anew",
+        f"resume={resume}: no run found: looked for {looked}",
+        hint=f"{here}; resume=auto resumes the run of the same id, resume=never trains a new one",
     )
 
 
 def _run_of(manifest: Manifest, place: str) -> str:
-    """Return the id of the run that a checkpoint is of: it becomes the name of a folder.
+    """Return the run id in a checkpoint's manifest; it becomes a folder's name.
 
     Raises:
-        DamagedError: it is no id.
+        DamagedError: it is not a run id.
     """
     found = str(manifest["run_id"])
     if not RUN_ID.fullmatch(found):
         raise DamagedError(
             f"{place}: its manifest says run {found[:40]!r}, expected 12 hex digits",
-            hint="take it from where it was written; an imported checkpoint belongs to no run",
+            hint="copy it again from the machine that wrote it; an imported checkpoint does not belong to a run",
         )
     return found
 
 
 def changed_data(job: Job, done: receipt.Receipt) -> str:
-    """Return, in words, which files that a complete run read are others now; empty where none is."""
+    """Return a sentence about the files that changed since a complete run read them; empty if none did."""
     changed = changed_files(done["data"], Path(job.root))
     if not changed:
         return ""
-    return f"changed since {shown(job.run_dir)} was trained: {', '.join(changed)} (resume=never trains with it)"
+    return (
+        f"changed since {shown(job.run_dir)} was trained: {', '.join(changed)} (resume=never trains with the new data)"
+    )
 
 
 def near_run(job: Job) -> Path | None:
-    """Return the newest unfinished run of the same experiment and configuration, but other code or environment."""
+    """Return the newest unfinished run with the same experiment and configuration, but other code or environment."""
     run_dir = Path(job.run_dir)
     if job.config["resume"] != "auto" or run_dir.exists():
         return None

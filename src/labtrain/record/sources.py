@@ -1,12 +1,12 @@
-"""The code that a run depends on: the experiment's, labtrain's, and what both import from outside of the environment.
+"""Find and hash the code that a run depends on: the experiment, labtrain, and their imports from outside.
 
-The environment is named by its lock: the standard library and the folders that distributions are installed in. Outside
-are folders of PYTHONPATH, editable installs, the user's site and what links point to: their modules are found from the
-imports of the experiment's sources and the names in the configuration, without importing any of them. A package is one
-unit: all its sources are hashed, and their imports followed.
+The lock identifies the environment: the standard library and the folders of installed distributions. Outside it are
+folders on PYTHONPATH, editable installs, the user's site and link targets. Their modules are found from the imports in
+the experiment's sources and the names in the configuration, without importing them. A package is one unit: all its
+sources are hashed, and their imports followed.
 
-What runs is what was hashed: modules outside of the environment are compiled from their source (`load_from_source`).
-https://docs.python.org/3.11/reference/import.html says how finders, loaders and bytecode work.
+The code that runs is the code that was hashed: modules outside the environment are compiled from source
+(`load_from_source`). See https://docs.python.org/3.11/reference/import.html for finders, loaders and bytecode.
 """
 
 import ast
@@ -27,11 +27,11 @@ from pathlib import Path
 from labtrain.base.errors import ConfigError
 from labtrain.base.untrusted import read_source
 
-SUFFIXES = (".py", ".pyc", ".so")  # bytecode that has no source beside it, and extension modules
+SUFFIXES = (".py", ".pyc", ".so")  # also bytecode without source, and extension modules
 OWN = Path(__file__).parents[1]
-FROM_SOURCE = "LABTRAIN_FROM_SOURCE"  # tells processes that are started from here to load from source too
-STARTS_WITH_PYTHON = ("sitecustomize", "usercustomize")  # which the interpreter imports by itself
-MOST_FILES, MOST_BYTES = 20_000, 1_000_000_000  # outside of the environment: more is an environment of its own
+FROM_SOURCE = "LABTRAIN_FROM_SOURCE"  # makes child processes load from source too
+STARTS_WITH_PYTHON = ("sitecustomize", "usercustomize")  # imported by the interpreter itself
+MOST_FILES, MOST_BYTES = 20_000, 1_000_000_000  # outside the environment; more than this is another environment
 IMPORT = re.compile(r"(?:^|[;:])[ \t]*(?:from[ \t]+([^\W\d]\w*)|import[ \t]+([\w.,\t ]+))", re.MULTILINE)
 BY_NAME = re.compile(r"""(?:import_module|__import__)\(\s*['"]([^\W\d]\w*)""")
 DOTTED = re.compile(r"([^\W\d]\w*)(?:\.\w+)+")
@@ -39,14 +39,14 @@ DOTTED = re.compile(r"([^\W\d]\w*)(?:\.\w+)+")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Code:
-    """What a run depends on.
+    """The code that a run depends on.
 
     Attributes:
-        sources: sha256 of each of the experiment's files, by its path there.
-        outside: of each file outside of experiment and environment, by its path in the folder that it is imported from.
-        shadows: names of modules that come before those of the environment.
-        files: sha256 of all these, by their real paths on this machine.
-        path: where modules were looked for.
+        sources: sha256 of each of the experiment's files, by path in the experiment.
+        outside: sha256 of each file outside experiment and environment, by path in its import folder.
+        shadows: names of modules that shadow the environment's.
+        files: sha256 of all these, by real path on this machine.
+        path: the module search path.
     """
 
     sources: dict[str, str]
@@ -57,7 +57,7 @@ class Code:
 
     @property
     def digest(self) -> str:
-        """The sha256 over names and contents: part of the run's name."""
+        """The sha256 over names and contents; part of the run's name."""
         sha = hashlib.sha256()
         parts = [self.sources, labtrain_sources(), *([self.outside] if self.outside else [])]
         for digests in parts:
@@ -69,15 +69,15 @@ class Code:
 
 
 def read_code(root: Path, config: dict[str, object], *, path: Iterable[str] | None = None) -> Code:
-    """Find and hash the code that a run depends on; imports nothing.
+    """Find and hash the code that a run depends on; import nothing.
 
     Args:
         root: the experiment's folder.
-        config: its configuration: in `model`, `data` and `callbacks` a text that looks like a module's name may be one.
-        path: where modules are looked for after `root`; None: sys.path.
+        config: its configuration; texts in `model`, `data` and `callbacks` may be module names.
+        path: the module search path after `root`; None: sys.path.
 
     Raises:
-        ConfigError: it is more than code: a folder with an environment of its own; or a file of it is a pipe, say.
+        ConfigError: it is too large to be code, for example another environment; or a file is not a regular file.
     """
     path = search_path(root, sys.path if path is None else path)
     sources = source_digests(root)
@@ -101,15 +101,15 @@ def read_code(root: Path, config: dict[str, object], *, path: Iterable[str] | No
             outside[key if outside.get(key, digest) == digest else f"{key}#{len(outside)}"] = digest
             if len(outside) > MOST_FILES or size > MOST_BYTES:
                 raise ConfigError(
-                    f"{name} is imported from {file}: {len(outside)} files, {size} bytes are more than code",
-                    hint="unset PYTHONPATH; labtrain doctor names what comes before the locked packages",
+                    f"{name} is imported from {file}: {len(outside)} files with {size} bytes are too much to be code",
+                    hint="unset PYTHONPATH; labtrain doctor lists what shadows the locked packages",
                 )
         queue += _mention(named, (file for _, file in unit))
     return Code(sources=sources, outside=dict(sorted(outside.items())), shadows=shadows, files=files, path=path)
 
 
 def source_digests(root: Path) -> dict[str, str]:
-    """Return the sha256 of each of the experiment's files that a run can depend on, by its path."""
+    """Return the sha256 of each of the experiment's files that a run can depend on, by path."""
     return {
         path.relative_to(root).as_posix(): hashlib.sha256(read_source(path)).hexdigest()
         for path in sorted(sources(root))
@@ -117,12 +117,12 @@ def source_digests(root: Path) -> dict[str, str]:
 
 
 def labtrain_sources() -> dict[str, str]:
-    """Return the sha256 of each of labtrain's own sources: the same of a wheel, which encloses more, and of a tree."""
+    """Return the sha256 of each of labtrain's sources; the same for an installed wheel and for a source tree."""
     return {name: digest for name, digest in source_digests(OWN).items() if not name.startswith("assets/")}
 
 
 def sources(root: Path) -> Iterator[Path]:
-    """Yield the modules below `root` that a run can depend on: no tests, runs, hidden folders or environments."""
+    """Yield the modules below `root` that a run can depend on; skip tests, runs, hidden folders and environments."""
     for folder, folders, files in os.walk(root):
         here = Path(folder)
         folders[:] = [name for name in folders if not name.startswith("__") and not _is_left_out(here / name)]
@@ -141,38 +141,38 @@ def _is_left_out(folder: Path) -> bool:
 
 @cache
 def installed_folders() -> tuple[str, ...]:
-    """Return the folders that distributions are installed in; each ends with a slash."""
+    """Return the folders of installed distributions; each ends with a slash."""
     found = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()}
     return tuple(sorted({f"{place}/" for folder in found for place in (folder, os.path.realpath(folder))}))
 
 
 @cache
 def environment_folders() -> tuple[str, ...]:
-    """Return those, the folders of the standard library, and labtrain's own: its plugin for Hydra lies beside it."""
+    """Return `installed_folders`, the standard library's folders, and labtrain's own, with its Hydra plugin."""
     found = {sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), str(OWN), f"{OWN.parent}/hydra_plugins"}
     return (*installed_folders(), *(f"{place}/" for folder in found for place in (folder, os.path.realpath(folder))))
 
 
 def in_environment(file: str) -> bool:
-    """Return whether a file is the standard library's, labtrain's or a distribution's that was installed."""
+    """Return whether a file belongs to the standard library, labtrain or an installed distribution."""
     return file.startswith(environment_folders())
 
 
 def _is_pythons_own(file: str) -> bool:
-    """Return whether a file lies in the standard library, as a link too: Debian links its sitecustomize into /etc."""
+    """Return whether a file is in the standard library, even as a link: Debian links sitecustomize to /etc."""
     stdlib = tuple(f"{sysconfig.get_path(kind)}/" for kind in ("stdlib", "platstdlib"))
     return file.startswith(stdlib) and not file.startswith(installed_folders())
 
 
 def search_path(root: Path, path: Iterable[str]) -> list[str]:
-    """Return where a training in `root` looks for modules: without the folder of the script that asks."""
+    """Return the module search path of a training in `root`, without the folder of this script."""
     scripts = sysconfig.get_path("scripts")
     others = [entry or os.getcwd() for entry in path if entry != scripts]  # noqa: PTH109
     return list(dict.fromkeys([str(root), *others]))
 
 
 def moved(path: Iterable[str], home: Path, root: Path) -> list[str]:
-    """Return where modules are looked for by code that lies in `root` instead of `home`."""
+    """Return the module search path for code in `root` instead of `home`."""
     home = home.resolve()
     places = [(entry, (home / entry).resolve()) for entry in path]
     return [str(root / place.relative_to(home)) if entry and place.is_relative_to(home) else entry
@@ -180,7 +180,7 @@ def moved(path: Iterable[str], home: Path, root: Path) -> list[str]:
 
 
 def shadowing(path: list[str]) -> list[str]:
-    """Return the names of modules on `path` that are imported instead of those of the environment."""
+    """Return the names of modules on `path` that shadow the environment's."""
     found = set()
     for folder in path:
         if in_environment(f"{folder}/") or not os.path.isdir(folder):  # noqa: PTH112
@@ -206,7 +206,7 @@ def _is_installed(name: str) -> bool:
 
 
 def _unit(name: str, path: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield (key, file) of what belongs to a module of the top level; nothing where it is the environment's."""
+    """Yield (key, file) of each file of a top-level module; nothing if the environment has it."""
     if (spec := _spec(name, path)) is None:
         return
     if isinstance(archive := getattr(spec.loader, "archive", None), str):
@@ -223,10 +223,10 @@ def _unit(name: str, path: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _spec(name: str, path: list[str]) -> ModuleSpec | None:
-    """Return what an import of a top level's name would find; nothing is imported for it.
+    """Return what importing a top-level name would find; import nothing.
 
-    Other finders, those of editable installs, are asked of what the environment does not have: setuptools' changes
-    its ways when it is asked of pip (_distutils_hack).
+    Other finders, such as those of editable installs, are asked only if the environment has no such module: the finder
+    of setuptools changes its behaviour when asked for pip (_distutils_hack).
     """
     if name in sys.builtin_module_names:
         return None
@@ -236,7 +236,7 @@ def _spec(name: str, path: list[str]) -> ModuleSpec | None:
     for finder in sys.meta_path:
         try:
             found = own if finder is PathFinder else finder.find_spec(name, None)
-        except Exception:  # a finder of somebody's
+        except Exception:  # a third-party finder can raise anything
             continue
         if found is not None:
             return found
@@ -257,7 +257,7 @@ def _files_of(folder: str) -> Iterator[str]:
 
 @cache
 def _is_recorded(file: str) -> bool:
-    """Return whether a distribution's RECORD lists what lies in the environment as a link, as uv and conda make."""
+    """Return whether a distribution's RECORD lists a link in the environment; uv and conda install links."""
     folder = next((folder for folder in environment_folders() if file.startswith(folder)), None)
     if folder is None:
         return False
@@ -266,7 +266,7 @@ def _is_recorded(file: str) -> bool:
 
 
 def texts_in(node: object) -> Iterator[str]:
-    """Yield each text of a configuration, keys left out."""
+    """Yield each text in a configuration, without keys."""
     if isinstance(node, dict):
         node = list(node.values())
     if isinstance(node, list):
@@ -282,7 +282,7 @@ def _names_in(node: object) -> Iterator[str]:
 
 
 def _mention(named: dict[str, list[str]], files: Iterable[str]) -> list[str]:
-    """Note which files seem to import a name, and return the names that are new."""
+    """Record which files seem to import a name; return the new names."""
     new = []
     for file in files:
         if not file.endswith(".py"):
@@ -303,7 +303,7 @@ def _mention(named: dict[str, list[str]], files: Iterable[str]) -> list[str]:
 
 
 def _imports(file: str, name: str) -> bool:
-    """Return whether a file imports a module of the top level: a sentence in its docstring is no import."""
+    """Return whether a file really imports a top-level module; a sentence in a docstring does not count."""
     try:
         tree = ast.parse(Path(file).read_bytes())
     except (SyntaxError, ValueError):
@@ -325,10 +325,10 @@ _compiled: dict[str, str] = {}  # sha256 of what was compiled, by its file
 
 
 def load_from_source() -> None:
-    """From now on compile each module outside of the environment from its source, whatever bytecode lies beside it.
+    """From now on, compile each module outside the environment from source and ignore its bytecode.
 
-    Python itself runs bytecode that says of itself that it is unchecked, or that bears the source's time and size. In
-    processes that are started from this one too, as soon as these import labtrain.
+    Python runs bytecode that is marked as unchecked, or that has the source's time and size. This also applies to child
+    processes, as soon as they import labtrain.
     """
     os.environ[FROM_SOURCE] = "1"
     read = SourceFileLoader.get_code
@@ -349,15 +349,15 @@ def _from_source(self: SourceFileLoader, fullname: str) -> types.CodeType | None
     return code
 
 
-_executed: dict[str, bool] = {}  # files of code that ran: whether `newly_executed` has told it
+_executed: dict[str, bool] = {}  # files of code that ran: whether `newly_executed` has returned them
 _is_hooked = False
 
 
 def note_executed() -> None:
-    """Note from now on the files of all code that this process executes: as a module, by its path, or in exec."""
+    """From now on, record the files of all code that this process executes: as a module, by path, or in exec."""
     global _is_hooked
     _executed.clear()
-    if not _is_hooked:  # it stays, and forked processes inherit it
+    if not _is_hooked:  # a hook cannot be removed, and forked processes inherit it
         _is_hooked = True
         sys.addaudithook(_note)
 
@@ -368,32 +368,32 @@ def _note(event: str, arguments: tuple[object, ...]) -> None:
 
 
 def newly_executed() -> list[str]:
-    """Return the files of code that this process has executed since it was last asked."""
+    """Return the files of code that this process has executed since the last call."""
     found = [file for file, told in _executed.items() if not told]
     _executed.update(dict.fromkeys(found, True))
     return found
 
 
 def add_executed(files: Iterable[str]) -> None:
-    """Note files of code that another process has executed: a loader's worker."""
+    """Record files of code that another process executed, such as a loader's worker."""
     for file in files:
         _executed.setdefault(file, False)
 
 
 def count_of_code() -> int:
-    """Return a number that grows where a module is imported or other code executed."""
+    """Return a number that grows when a module is imported or other code is executed."""
     return len(sys.modules) + len(_executed)
 
 
 def unnamed_modules(code: Code, before: set[str]) -> list[tuple[str, str]]:
-    """Return (name, file) of code that ran and is in no digest: neither the environment's nor hashed.
+    """Return (name, file) of code that ran but is neither in the environment nor hashed.
 
     Args:
-        code: what was hashed.
-        before: names that are left out: of the modules that were there before the training, in a notebook.
+        code: the hashed code.
+        before: module names to leave out: those imported before the training, in a notebook.
     """
     found: list[tuple[str, str]] = []
-    # What torch.compile has compiled: triton/knobs.py and torch/_inductor/runtime/cache_dir_utils.py.
+    # Output of torch.compile: triton/knobs.py and torch/_inductor/runtime/cache_dir_utils.py.
     compiled = (
         os.environ.get("TRITON_CACHE_DIR") or os.path.join(os.environ.get("TRITON_HOME") or Path.home(), ".triton/"),  # noqa: PTH118
         os.environ.get("TORCHINDUCTOR_CACHE_DIR") or f"{tempfile.gettempdir()}/torchinductor_",
@@ -408,7 +408,7 @@ def unnamed_modules(code: Code, before: set[str]) -> list[tuple[str, str]]:
             continue
         top = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None) or ""
         if in_environment(file) or (top != file and in_environment(top)):
-            continue  # a module that a library wrote and named as its own, as torch.compile does, is the library's
+            continue  # a module that a library generates under its own name, as torch.compile does
         real = os.path.realpath(file)
         if in_environment(real):
             continue
@@ -418,15 +418,15 @@ def unnamed_modules(code: Code, before: set[str]) -> list[tuple[str, str]]:
 
 
 def can_be_found(name: str, file: str, path: list[str]) -> bool:
-    """Return whether `import NAME` in a source of the experiment would have the file hashed, found on `path`."""
+    """Return whether `import NAME` in the experiment's sources would find this file on `path`, so that it is hashed."""
     unit = _unit(name.partition(".")[0], path)
     return os.path.realpath(file) in {os.path.realpath(each) for _, each in unit}
 
 
 def stale_modules(code: Code) -> list[str]:
-    """Return the names of modules that are not as in their file: edited since, or loaded from bytecode."""
+    """Return the names of modules that differ from their file: edited since, or loaded from bytecode."""
     found = []
-    real_folder = cache(os.path.realpath)  # of five thousand modules, few folders
+    real_folder = cache(os.path.realpath)  # five thousand modules are in few folders
     for name, module in sys.modules.copy().items():
         file = getattr(module, "__file__", None)
         loader = getattr(getattr(module, "__spec__", None), "loader", None)

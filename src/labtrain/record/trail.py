@@ -1,8 +1,8 @@
-"""The trail: a line a step, what it holds, how it is read, and where two of them part. No torch.
+"""The trail: one line for each step. Read it, and find the first difference between two trails. No torch.
 
-A line says step, epoch, loss (exactly), and digests: of the batch's indices, of the gradients before the optimizer's
-step and of the weights after it (checksums.py). Nothing in a line depends on when or how a run was trained, so two
-trails of one run have the same lines, wherever both have one.
+A line has step, epoch, loss (exact), and digests of the batch's indices, of the gradients before the optimizer's step
+and of the weights after it (checksums.py). No part of a line depends on when or how a run was trained. So two trails
+of one run have the same lines in all common steps.
 """
 
 import hashlib
@@ -18,9 +18,9 @@ from labtrain.base.console import quoted
 from labtrain.base.contracts import FileMark, HistoryLine, Manifest
 
 TRAIL = "trail.jsonl"
-HISTORY = "history.jsonl"  # its companion, of one machine and its time of day (history.py)
+HISTORY = "history.jsonl"  # the lines that depend on the machine and the time (history.py)
 BEST_UNSURE = "the best value that the receipt names may be wrong"  # ends a note of the receipt
-# In the order in which a step makes them; and the phase of the step that the first one that differs names.
+# Fields in the order in which a step computes them; the first that differs names the phase.
 PHASES = {
     "step": "step",
     "epoch": "epoch",
@@ -37,19 +37,19 @@ SUMS = re.compile(r"(?:[0-9a-f]{2}){1,64}")  # two numbers of one width
 
 
 def read_trail(run_dir: Path) -> list[Line]:
-    """Return a run's trail, a dict a step; a last line cut by a crash is left out.
+    """Return a run's trail, one dict for each line; an incomplete last line is left out.
 
     Raises:
-        DamagedError: a line in the middle is broken.
+        DamagedError: another line is broken.
     """
     return parse_trail(trail_bytes(run_dir), run_dir)
 
 
 def trail_bytes(run_dir: Path) -> bytes:
-    """Return a run's trail as it lies there, without a last line cut by a crash; empty if there is no file.
+    """Return the bytes of a run's trail, without an incomplete last line; empty if there is no file.
 
     Raises:
-        DamagedError: it is no plain file.
+        DamagedError: it is not a regular file.
     """
     path = run_dir / TRAIL
     with suppress(FileNotFoundError, NotADirectoryError), untrusted.damage_of(path, hint=_aside(path)):
@@ -59,23 +59,23 @@ def trail_bytes(run_dir: Path) -> bytes:
 
 
 def parse_trail(lines: bytes, run_dir: Path) -> list[Line]:
-    """Return whole lines of a run's trail, a dict a step.
+    """Parse complete lines of a run's trail, one dict for each.
 
     Raises:
-        DamagedError: a line is none of a trail.
+        DamagedError: a line is not a trail line.
     """
     path = run_dir / TRAIL
     with untrusted.damage_of(path, hint=f"mv {quoted(run_dir)} {quoted(f'{run_dir}.broken')}"):
-        text = b"[" + lines.rstrip(b"\n").replace(b"\n", b",") + b"]"  # a third faster than by lines
+        text = b"[" + lines.rstrip(b"\n").replace(b"\n", b",") + b"]"  # a third faster than line by line
         found: list[Line] = json.loads(text.decode())
         for number, line in enumerate(found, 1):
             if not _is_line(line):
-                raise ValueError(f"line {number} is none of a trail: {json.dumps(line)[:100]}")
+                raise ValueError(f"line {number} is not a trail line: {json.dumps(line)[:100]}")
     return found
 
 
 def _is_line(line: object) -> bool:
-    """Return whether a value has what is read of a line: older trails, and those of a test, have less."""
+    """Return whether a value is a trail line; lines of older trails and of tests have fewer keys."""
     return (
         isinstance(line, dict)
         and untrusted.is_count(line.get("step"))
@@ -86,10 +86,10 @@ def _is_line(line: object) -> bool:
 
 
 def read_history_lines(run_dir: Path) -> Iterator[HistoryLine]:
-    """Yield the lines of a run's history; one that a kill cut short is no JSON, and is passed over.
+    """Yield the lines of a run's history; skip lines truncated by a kill, which are not JSON.
 
     Raises:
-        DamagedError: it is no plain file, or a line is whole and none of a history.
+        DamagedError: it is not a regular file, or a complete line is not a history line.
     """
     path, lines = run_dir / HISTORY, b""
     with suppress(FileNotFoundError, NotADirectoryError), untrusted.damage_of(path, hint=_aside(path)):
@@ -101,12 +101,12 @@ def read_history_lines(run_dir: Path) -> Iterator[HistoryLine]:
             continue
         with untrusted.damage_of(path, hint=_aside(path)):
             if not is_history_line(line):
-                raise ValueError(f"line {number} is none of a history: {text[:100].decode(errors='replace')}")
+                raise ValueError(f"line {number} is not a history line: {text[:100].decode(errors='replace')}")
         yield line
 
 
 def is_history_line(line: object) -> bool:
-    """Return whether a value has what every line of a history has: a step, and metrics by name."""
+    """Return whether a value is a history line: it has a step, and metrics by name."""
     return (
         isinstance(line, dict)
         and untrusted.is_count(line.get("step"))
@@ -116,12 +116,12 @@ def is_history_line(line: object) -> bool:
 
 
 def _aside(path: Path) -> str:
-    """Return what to type so that a file is out of the way, and kept."""
+    """Return a command that moves a file out of the way."""
     return f"mv {quoted(path)} {quoted(f'{path}.broken')}"
 
 
 def cut_trail(path: Path, *, last_step: int) -> None:
-    """Keep a trail's lines up to `last_step`; a last line without its end, left by a crash, goes too."""
+    """Truncate a trail after `last_step`; also remove an incomplete last line."""
     if not path.exists():
         return
     lines = untrusted.read(path, untrusted.LINES_BYTES)
@@ -132,11 +132,11 @@ def cut_trail(path: Path, *, last_step: int) -> None:
             break
         end = begin
     if end < len(lines):
-        os.truncate(path, end)  # in one step: a crash leaves the one or the other
+        os.truncate(path, end)  # atomic: a crash leaves the old or the new file
 
 
 class Record:
-    """A file of a run that only grows, as the manifests of its checkpoints hold it: bytes, and their sha256.
+    """An append-only file of a run, as recorded in checkpoint manifests: size and sha256.
 
     Args:
         path: of the trail or the history.
@@ -146,7 +146,7 @@ class Record:
         self.path, self.size_bytes, self.sha = path, 0, hashlib.sha256()
 
     def up_to(self, size_bytes: int) -> FileMark:
-        """Return what a manifest holds of the first bytes, once they are on the disk; only new bytes are read."""
+        """Return the manifest's entry for the first bytes, after syncing them to disk; read only new bytes."""
         if size_bytes < self.size_bytes:
             self.size_bytes, self.sha = 0, hashlib.sha256()
         with self.path.open("rb") as file:
@@ -159,14 +159,14 @@ class Record:
 
 
 def first_step_of(path: Path) -> int:
-    """Return the step of a trail's first line; 0 if it has no lines."""
+    """Return the step of a trail's first line; 0 if there are no lines."""
     with path.open("rb") as file, suppress(ValueError, KeyError, TypeError):
         return int(json.loads(file.readline())["step"])
     return 0
 
 
 def is_as_recorded(path: Path, said: FileMark) -> bool:
-    """Return whether a file begins with what a checkpoint's manifest says that it was when that was saved."""
+    """Return whether a file begins with the bytes that a checkpoint's manifest recorded."""
     try:
         return Record(path).up_to(said["size_bytes"]) == {key: said[key] for key in ("size_bytes", "sha256")}
     except OSError:
@@ -174,15 +174,15 @@ def is_as_recorded(path: Path, said: FileMark) -> bool:
 
 
 def missing_steps(run_dir: Path, manifest: Manifest, *, every_n_steps: int, from_step: int = 0) -> list[list[int]]:
-    """Return the ranges of steps, first and last, up to a checkpoint's, of which the trail has not the lines it had.
+    """Return ranges (first, last) of steps up to a checkpoint whose trail lines are missing or changed.
 
-    Those that are not there; where all are, and yet it is not the trail that it was, all. The manifest of an older
-    labtrain does not say what the trail was: then what is missing at its end.
+    If no line is missing but the trail changed, return all steps. The manifest of an older labtrain does not record the
+    trail: then return only what is missing at its end.
 
     Args:
         run_dir: the run's folder.
         manifest: of the checkpoint.
-        every_n_steps: how often a line was written; 0: never.
+        every_n_steps: interval of the trail's lines; 0: no trail.
         from_step: the step that the run began from.
     """
     said, every = manifest.get("trail"), every_n_steps or 1
@@ -206,7 +206,7 @@ def missing_steps(run_dir: Path, manifest: Manifest, *, every_n_steps: int, from
 
 
 def _steps_in(path: Path) -> Iterator[int]:
-    """Yield the step of each line of a trail that is one."""
+    """Yield the step of each valid line of a trail."""
     with suppress(OSError):
         for text in path.read_bytes().splitlines():
             with suppress(ValueError, KeyError, TypeError, RecursionError):
@@ -214,16 +214,16 @@ def _steps_in(path: Path) -> Iterator[int]:
 
 
 def phase_of(mine: Line, theirs: Line) -> str | None:
-    """Return the first phase of one step that is not the same in two trails; None where all are."""
+    """Return the first phase of a step that differs between two trails; None if all are the same."""
     return next((phase for field, phase in PHASES.items() if mine.get(field) != theirs.get(field)), None)
 
 
 def differing_tensor(mine: Line, theirs: Line, names: list[str]) -> str | None:
-    """Return the one tensor that differs in the first phase of a step that does; None where it is more than one.
+    """Return the tensor that differs in a step's first differing phase; None if several differ.
 
     Args:
         mine: a line of one trail.
-        theirs: the line of the same step of the other.
+        theirs: the line of the same step in the other trail.
         names: of the tensors, by number.
     """
     phase = phase_of(mine, theirs)
@@ -241,9 +241,9 @@ def differing_tensor(mine: Line, theirs: Line, names: list[str]) -> str | None:
 
 
 def first_step(one: Path, other: Path, names: list[str] | None = None) -> tuple[int, str, str | None] | None:
-    """Return the first step that differs in the trails of two run folders, its phase, and the tensor where it is one.
+    """Return the first step that differs in the trails of two run folders, its phase, and the tensor if it is only one.
 
-    None where every step that both have is the same, and both go equally far; the phase `length` where one ends.
+    None if all common steps are the same and both trails end together; phase `length` if one trail ends earlier.
     """
     mine, theirs = trail_bytes(one), trail_bytes(other)
     if not mine or not theirs or mine == theirs:
@@ -256,7 +256,7 @@ def first_step(one: Path, other: Path, names: list[str] | None = None) -> tuple[
         )
         if first["step"] == second["step"]:
             return first["step"], phase_of(first, second) or "line", differing_tensor(first, second, names or [])
-    # One is written less often, begins later or ends earlier: by the steps that both have.
+    # One trail has fewer lines, begins later or ends earlier: compare the common steps.
     steps = {line["step"]: line for line in read_trail(other)}
     trail = read_trail(one)
     for line in trail:
@@ -272,7 +272,7 @@ def first_step(one: Path, other: Path, names: list[str] | None = None) -> tuple[
 
 
 def _line_of_the_first_difference(one: bytes, other: bytes) -> int:
-    """Return where the first line begins that differs, by bisection over how far both are the same."""
+    """Return the offset of the first line that differs, by bisection over the common prefix."""
     same, most = 0, min(len(one), len(other))
     while same < most:
         half = (same + most + 1) // 2

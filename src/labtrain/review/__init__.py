@@ -1,1 +1,1 @@
-"""Questions about finished runs: verify, gate, ls, report, crate, sign."""
+"""Work on finished runs: verify, gate, ls, report, crate, sign."""

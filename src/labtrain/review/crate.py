@@ -1,13 +1,12 @@
-"""A run as an RO-Crate, which archives, journals and WorkflowHub take: `labtrain crate`.
+"""`labtrain crate`: export a run as an RO-Crate, which archives, journals and WorkflowHub accept.
 
-RO-Crate 1.1 with the profile Workflow Run Crate 0.5 (https://w3id.org/ro/wfrun/workflow/0.5). Where the sources that
-ran are not at hand there is no workflow to enclose, and it is a Process Run Crate 0.5. The metadata say what the
-receipt says, of the configuration only what the bits depend on, and hold no path of a machine. The enclosed files are
-the run's own, byte for byte: the receipt and the configuration name the folder that the runs lay in. The same run gives
-the same bytes.
+RO-Crate 1.1 with the profile Workflow Run Crate 0.5 (https://w3id.org/ro/wfrun/workflow/0.5). If the sources that ran
+are not available, the crate is a Process Run Crate 0.5. The metadata contains the receipt's facts, the part of the
+configuration that can change the bits, and no local path. The files are unchanged copies, so the receipt and the
+configuration still name the folder of the runs. The same run gives the same bytes.
 
-A run may come from elsewhere, and a crate is published: what is enclosed is a regular file of the run's folder, reached
-through no link, or of a place that the receipt names the weights of by their digest.
+A run may come from somebody else, and a crate is published. So a crate contains only regular files of the run's folder,
+reached through no link, and weights whose digest the receipt names.
 """
 
 import json
@@ -32,27 +31,27 @@ from labtrain.record.sources import source_digests, sources
 from labtrain.review.crate_metadata import FILES, MAIN, WEIGHTS, describe
 from labtrain.stores.layout import newest_whole, stores_of
 
-EPOCH = (1980, 1, 1, 0, 0, 0)  # the first that a zip can hold
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest date in a zip file
 
 
 def write_crate(run_dir: Path, file: Path, *, weights: bool, author: str | None, licence: str | None) -> Path:
-    """Write a run as an RO-Crate and return its file, which is replaced if it is there.
+    """Write a run as an RO-Crate and return the file; an existing file is replaced.
 
     Args:
         run_dir: the run's folder.
-        file: to write, a .zip.
-        weights: enclose those of the newest checkpoint that is whole.
-        author: the name of who trained it.
+        file: the .zip file to write.
+        weights: include the weights of the newest undamaged checkpoint.
+        author: the name of the person who trained the run.
         licence: an SPDX identifier or a URL.
 
     Raises:
-        ConfigError: there is no run, or `file` or `licence` is none.
-        DamagedError: a file is not what the receipt says, or is a link, a pipe or a device.
-        LabtrainError: the run is trained now or has no weights, or `file` cannot be written.
+        ConfigError: there is no run, `file` is not a .zip, or `licence` is not valid.
+        DamagedError: a file does not match the receipt, or is a link, a pipe or a device.
+        LabtrainError: the run is being trained or has no weights, or `file` cannot be written.
     """
     with ExitStack() as opened:
         folder = run_dir.parent if run_dir.name == receipts.FILE else run_dir
-        files = _opened(folder, FILES, opened) if folder.is_dir() else {}  # looked at before any is read
+        files = _opened(folder, FILES, opened) if folder.is_dir() else {}  # checked before any file is read
         return _write_crate(run_dir, file, files, opened, weights=weights, author=author, licence=licence)
 
 
@@ -68,12 +67,12 @@ def _write_crate(
 ) -> Path:
     run_dir, found = open_run(run_dir)
     if found["status"] == "running":
-        hint = "wait for its end, or start it again, then export it"
-        raise LabtrainError(f"{shown(run_dir)} is being trained, or was killed", hint=hint)
+        hint = "wait until it ends, or resume it with the same command; then export it"
+        raise LabtrainError(f"{shown(run_dir)} is still training, or was killed", hint=hint)
     if file.suffix != ".zip":
-        raise ConfigError(f"{file} is no .zip", hint=f"-o {quoted(f'{file}.zip')}")
+        raise ConfigError(f"{file}: the name must end in .zip", hint=f"-o {quoted(f'{file}.zip')}")
     if not file.absolute().parent.is_dir():
-        raise ConfigError(f"{file}: there is no folder {file.parent}", hint=f"mkdir -p {quoted(file.parent)}")
+        raise ConfigError(f"{file}: folder {file.parent} does not exist", hint=f"mkdir -p {quoted(file.parent)}")
     with TemporaryDirectory(prefix="labtrain-") as scratch:
         if weights:
             enclosed[WEIGHTS] = _weights(run_dir, found, Path(scratch), opened)
@@ -83,10 +82,12 @@ def _write_crate(
 
 
 def _opened(folder: Path, names: Iterable[str], opened: ExitStack) -> dict[str, Path]:
-    """Open a folder's files, those that are there, and return each one's path: of what is open, whatever becomes of it.
+    """Open those files of a folder that exist, and return paths to the open files.
+
+    The paths stay valid if a file is replaced.
 
     Raises:
-        DamagedError: one is a link, a pipe or a device, or lies behind a link.
+        DamagedError: a file is a link, a pipe or a device, or is reached through a link.
     """
     found = {}
     for name in names:
@@ -95,33 +96,35 @@ def _opened(folder: Path, names: Iterable[str], opened: ExitStack) -> dict[str, 
             if name in FILES and (size := os.fstat(file.fileno()).st_size) > LINES_BYTES:
                 raise DamagedError(
                     f"{folder / name} has {size:,} bytes, at most {LINES_BYTES:,} expected",
-                    hint="take it from where it was written",
+                    hint="copy it again from the machine that trained the run",
                 )
             found[name] = Path(f"/proc/self/fd/{file.fileno()}")
     return found
 
 
 def _weights(run_dir: Path, found: receipts.Receipt, scratch: Path, opened: ExitStack) -> Path:
-    """Return the weights of the newest checkpoint that is whole."""
+    """Return the weights file of the newest undamaged checkpoint."""
     place = checkpoints_of(run_dir, found)
     newest = newest_whole(stores_of(run_dir, place), into=scratch, run_id=found["run_id"])
     if newest is None:
-        raise LabtrainError(f"{shown(run_dir)} has no checkpoint that is whole", hint="leave out --weights")
+        raise LabtrainError(f"{shown(run_dir)} has no undamaged checkpoint", hint="leave out --weights")
     _, folder, manifest = newest
     claimed = found["results"].get("weights_digest")
     if claimed not in (None, manifest.get("weights_digest")):
         raise DamagedError(
-            f"{folder}: weights {manifest.get('weights_digest')}, the receipt says {claimed}",
+            f"{folder}: weights digest {manifest.get('weights_digest')}, the receipt says {claimed}",
             hint=f"labtrain digest {quoted(shown(run_dir))}",
         )
     if not (folder / WEIGHTS).exists():
         hint = f"leave out --weights, and labtrain store export {quoted(shown(run_dir))} FILE.ckpt"
-        raise LabtrainError(f"{folder.name}: its weights are in parts, of fsdp", hint=hint)
+        raise LabtrainError(f"{folder.name}: its weights are in several files (FSDP)", hint=hint)
     inside = folder.absolute().is_relative_to(run_dir.absolute())
     named = {claimed, *(each["weights_digest"] for each in found["checkpoints"])} - {None}
-    if not inside and manifest.get("weights_digest") not in named:  # else a receipt could name any place of this user's
+    if (
+        not inside and manifest.get("weights_digest") not in named
+    ):  # otherwise a receipt could name any of this user's files
         raise DamagedError(
-            f"{place}: the receipt names the digest of no weights there, so they are not enclosed",
+            f"{place}: its weights are not in the receipt, so they cannot be included",
             hint="leave out --weights",
         )
     base = run_dir if inside else folder
@@ -130,19 +133,19 @@ def _weights(run_dir: Path, found: receipts.Receipt, scratch: Path, opened: Exit
 
 
 def _sources(run_dir: Path, found: receipts.Receipt, opened: ExitStack) -> dict[str, Path]:
-    """Return the experiment's sources by their names in the crate: those that ran, or none and a word why."""
+    """Return the sources that ran, by name in the crate; without them, warn why and return nothing."""
     root = next((folder for folder in run_dir.resolve().parents if (folder / MAIN).is_file()), None)
     if root is None:
-        _leave_out(found, "the run lies in no experiment's folder")
+        _leave_out(found, "the run is not in an experiment's folder")
         return {}
     if source_digests(root) != found["code"]["sources"]:
-        _leave_out(found, f"the sources in {root} are not those that ran")
+        _leave_out(found, f"the sources in {root} are not the ones that ran")
         return {}
     enclosed: dict[str, Path] = {}
     for path in sorted(sources(root)):
         name = path.relative_to(root).as_posix()
         if name in found["code"]["ignored"] or holds_secret(path.read_text(errors="replace")):
-            _warn(f"{name} is not enclosed: git is told to ignore it, or it holds what looks like a credential")
+            _warn(f"{name} is left out: git ignores it, or it contains what looks like a credential")
         else:
             enclosed |= _opened(root, [name], opened)
     return enclosed
@@ -150,7 +153,7 @@ def _sources(run_dir: Path, found: receipts.Receipt, opened: ExitStack) -> dict[
 
 def _leave_out(found: receipts.Receipt, why: str) -> None:
     commit = found["code"]["commit"]
-    _warn(f"{why}: they are not enclosed, and the crate names {f'commit {commit}' if commit else 'their digest'} alone")
+    _warn(f"{why}: sources left out; the crate names only {f'commit {commit}' if commit else 'their digest'}")
 
 
 def _warn(text: str) -> None:
@@ -158,7 +161,7 @@ def _warn(text: str) -> None:
 
 
 def _write(file: Path, metadata: dict[str, object], enclosed: dict[str, Path]) -> None:
-    """Write the zip in one step: names sorted, all of one date, so that the same files are the same bytes."""
+    """Write the zip in one step, with sorted names and one date, so that the same files give the same bytes."""
     text = json.dumps(metadata, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
     scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
@@ -178,6 +181,6 @@ def _write(file: Path, metadata: dict[str, object], enclosed: dict[str, Path]) -
 
 def _entry(name: str) -> zipfile.ZipInfo:
     entry = zipfile.ZipInfo(name, EPOCH)
-    entry.compress_type = zipfile.ZIP_STORED if name == WEIGHTS else zipfile.ZIP_DEFLATED  # floats do not get smaller
+    entry.compress_type = zipfile.ZIP_STORED if name == WEIGHTS else zipfile.ZIP_DEFLATED  # floats do not compress
     entry.external_attr = 0o644 << 16
     return entry

@@ -1,7 +1,7 @@
-"""What an RO-Crate says of a run: ro-crate-metadata.json, by the profile's own words.
+"""ro-crate-metadata.json: the metadata of a run's RO-Crate.
 
-https://w3id.org/ro/wfrun/process/0.5 and https://w3id.org/ro/wfrun/workflow/0.5, which are of RO-Crate 1.1. An entity
-is named by what it stands for, and by no random number.
+Profiles https://w3id.org/ro/wfrun/process/0.5 and https://w3id.org/ro/wfrun/workflow/0.5, both of RO-Crate 1.1. Entity
+names describe the entity and contain no random number.
 """
 
 import json
@@ -25,17 +25,17 @@ from labtrain.review.verdicts import VERIFIED
 
 MAIN = "train.py"
 WEIGHTS = "weights.safetensors"
-# A run's files, where it has them: media type, what it is, does the training give it, does it tell of the training.
+# A run's files, if present: media type, description, is it a result of the training, is it about the training.
 FILES = {
-    receipts.FILE: ("application/json", "The receipt: what ran, on what, and what came of it", True, True),
+    receipts.FILE: ("application/json", "The receipt: what was run, on what, and the result", True, True),
     signature.FILE: ("text/plain", "The receipt's signature by an SSH key", False, True),
     "config.yaml": ("application/yaml", "The resolved configuration", False, False),
-    PATCH: ("text/x-diff", "What turns the commit into the code that ran", False, False),
-    TRAIL: ("application/jsonl", "A line a step: loss, digests of batch, gradients and weights", True, True),
+    PATCH: ("text/x-diff", "The patch from the commit to the code that ran", False, False),
+    TRAIL: ("application/jsonl", "One line for each step: loss, digests of batch, gradients and weights", True, True),
     HISTORY: ("application/jsonl", "Time, throughput, memory and metrics of the training", True, True),
     VERIFIED: (
         "application/json",
-        "What is claimed of running it again; a line may be signed",
+        "Claims of people who ran it again; a line may be signed",
         False,
         True,
     ),
@@ -64,13 +64,13 @@ SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 def describe(
     found: Receipt, enclosed: dict[str, Path], code: dict[str, Path], *, author: str | None, licence: str | None
 ) -> dict[str, object]:
-    """Return the metadata of a run's crate: a JSON-LD document, its entities sorted by name.
+    """Return the metadata of a run's crate: a JSON-LD document, entities sorted by name.
 
     Args:
         found: the receipt.
         enclosed: the run's files in the crate, by name.
-        code: the experiment's sources in it, by name; without train.py it is no crate of a workflow.
-        author: the name of who trained it.
+        code: the experiment's sources in the crate, by name; without train.py it is not a workflow crate.
+        author: the name of the person who trained the run.
         licence: an SPDX identifier or a URL.
 
     Raises:
@@ -120,12 +120,12 @@ def _files(crate: object, enclosed: dict[str, Path], action: object) -> dict[str
 def _describe_root(root: Any, found: Receipt, action: Any) -> None:
     experiment, segments = found["config"]["experiment"], found["segments"]
     root["name"], root["mentions"] = action["name"], action
-    root["description"] = f"A training of {experiment} with labtrain, and the receipt by which it can be verified."
+    root["description"] = f"A training of {experiment} with labtrain, and the receipt to verify it with."
     root["datePublished"] = segments[-1]["ended"] or segments[-1]["started"]
 
 
 def _action(crate: object, found: Receipt) -> Any:
-    """Return the training: when, how it was called, and how it ended."""
+    """Add the training: when, with which command, and how it ended."""
     first, last, complete = found["segments"][0], found["segments"][-1], found["status"] == "complete"
     title = f"Training of {found['config']['experiment']}, run {found['run_id']}"
     action = _add(crate, f"#run-{found['run_id']}", "CreateAction", name=title)
@@ -140,7 +140,7 @@ def _action(crate: object, found: Receipt) -> Any:
 
 
 def _workflow(crate: Any, found: Receipt, code: dict[str, Path]) -> object:
-    """Return what was run: the enclosed train.py, or the code that the receipt names; and what it needed."""
+    """Add what was run: the train.py in the crate, or the code that the receipt names; and its requirements."""
     from rocrate.model import ComputerLanguage
 
     version = found["code"]["commit"] or found["code"]["digest"]
@@ -160,7 +160,7 @@ def _workflow(crate: Any, found: Receipt, code: dict[str, Path]) -> object:
 
 
 def _software(crate: object, found: Receipt) -> list[object]:
-    """Return what decides the bits, by package URL: Python, the libraries, on a GPU CUDA's; and the lock of all."""
+    """Add the software that determines the bits, by package URL: Python, libraries, CUDA on a GPU; and the lock."""
     environment, hardware = found["environment"], found["hardware"]
     kind = "generic" if environment["route"] == "conda" else "pypi"
     versions = {
@@ -182,7 +182,7 @@ def _software(crate: object, found: Receipt) -> list[object]:
 
 
 def _data(crate: object, found: Receipt) -> list[object]:
-    """Return the data, which are not enclosed, by their fingerprints."""
+    """Add the data by fingerprint; the data itself is not in the crate."""
     return [
         _add(crate, f"#data-{quote(name)}", "CreativeWork", name=f"{name} data, {each['type']}",
              description=f"{each.get('samples', 'an unknown number of')} samples; labtrain's fingerprint of them",
@@ -192,7 +192,7 @@ def _data(crate: object, found: Receipt) -> list[object]:
 
 
 def _parameters(crate: object, found: Receipt, workflow: Any) -> list[object]:
-    """Return what was configured and can change bits; to a workflow its slots are added."""
+    """Add the configuration that can change bits; for a workflow, also its formal parameters."""
     given = [(key, _plain(value)) for key, value in sorted(flat(what_counts(found["config"]), "").items())
              if value not in (None, {})]  # fmt: skip
     values = [_value(crate, "config", key, value) for key, value in given]
@@ -208,7 +208,7 @@ def _parameters(crate: object, found: Receipt, workflow: Any) -> list[object]:
 
 
 def _results(crate: object, found: Receipt) -> list[object]:
-    """Return what came of it that is no file: metrics, steps, and the digests of weights and state."""
+    """Add the results that are not files: metrics, steps, and the digests of weights and state."""
     results = found["results"]
     digests = {key: results[key] for key in ("state_digest", "steps", "weights_digest") if key in results}
     return [
@@ -218,7 +218,7 @@ def _results(crate: object, found: Receipt) -> list[object]:
 
 
 def _licence(crate: object, licence: str | None) -> object:
-    """Return the licence: Workflow RO-Crate wants one, and that none was chosen is said in so many words."""
+    """Add the licence. Workflow RO-Crate requires one, so the metadata says explicitly if none was chosen."""
     if licence is None:
         text = "No licence was chosen for this crate: all rights are reserved."
         return _add(crate, "#no-licence", "CreativeWork", name="No licence", description=text)
@@ -231,7 +231,7 @@ def _licence(crate: object, licence: str | None) -> object:
 
 
 def _file(crate: Any, name: str, path: Path, media_type: str, *kinds: str) -> Any:
-    """Add a file that is enclosed, with its size and sha256."""
+    """Add a file of the crate, with its size and sha256."""
     properties = {"name": name, "encodingFormat": media_type, "sha256": file_sha256(path),
                   "contentSize": str(path.stat().st_size)}  # fmt: skip
     return crate.add_file(path, name, properties={**({"@type": ["File", *kinds]} if kinds else {}), **properties})
@@ -248,12 +248,12 @@ def _add(crate: Any, identifier: str, kind: str, /, **properties: object) -> Any
 
 
 def _plain(value: object) -> object:
-    """Return a value as JSON-LD can hold it: a number, a truth or a text; what is nested as JSON."""
+    """Return a value that JSON-LD can hold: a number, bool or text; nested values as JSON."""
     if isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return _portable(value if isinstance(value, str) else json.dumps(value))
 
 
 def _portable(text: str) -> str:
-    """Return a text without the paths of a machine in it."""
+    """Replace local paths in a text."""
     return LOCAL_PATH.sub("(local path)", text)

@@ -1,7 +1,7 @@
-"""`labtrain gate`: may the environment be upgraded? Baselines are trained again in today's. No torch here.
+"""`labtrain gate`: decide whether an environment may be upgraded, by training baselines again in it. No torch.
 
-The same bits are a yes. Where an upgrade changes bits, and most do, runs of several seeds on both sides are compared by
-an equivalence test on their final metric (equivalence.py), within a margin that the person gives.
+The same bits mean yes. Most upgrades change bits. Then runs of several seeds on both sides are compared by an
+equivalence test on their final metric (equivalence.py), within a margin that the user gives.
 """
 
 import json
@@ -29,7 +29,7 @@ from labtrain.review.verification import NOT_COMPARED, results_differently, soft
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trained:
-    """A run that has ended: its folder and its receipt."""
+    """A complete run: its folder and its receipt."""
 
     run_dir: Path
     receipt: Receipt
@@ -41,15 +41,15 @@ class Trained:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GateOptions:
-    """What an upgrade is judged by.
+    """How an upgrade is judged.
 
     Attributes:
-        seeds: on how many seeds both sides are compared where bits differ; 0: not at all.
-        metric: the final metric that is compared; None: `checkpoint.monitor`.
+        seeds: number of seeds to compare on both sides if bits differ; 0: do not compare.
+        metric: the final metric to compare; None: `checkpoint.monitor`.
         margin: the largest difference of its mean that does not matter.
         alpha: level of the test.
-        old_python: the recorded side's interpreter, which trains the seeds that no baseline has.
-        trust: train them without a question, whoever wrote them.
+        old_python: interpreter of the recorded environment; it trains the seeds that have no baseline.
+        trust: train baselines without asking, whoever wrote them.
     """
 
     seeds: int = 0
@@ -62,16 +62,16 @@ class GateOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """What the gate says of one configuration.
+    """The gate's result for one configuration.
 
     Attributes:
         experiment: its name.
         before: the recorded runs, and those that the old interpreter trained.
-        now: today's, of the same seeds in the same order.
-        why: where bits are not the same: which, in words; empty where they are.
-        metric: that is compared; None where none is.
-        test: of equivalence; None where bits are the same, or no seeds were asked for.
-        bits: of each of today's runs, where it parts from the one before, in words; empty: the same bits.
+        now: today's runs, of the same seeds in the same order.
+        why: which bits differ, in words; empty if none do.
+        metric: the compared metric; None if no metric is compared.
+        test: the equivalence test; None if bits are the same, or no seeds were requested.
+        bits: for each of today's runs, where it first differs from the recorded one; empty: the same bits.
     """
 
     experiment: str
@@ -87,7 +87,7 @@ class Outcome:
         return not self.why or (self.test is not None and self.test.equivalent)
 
     def values(self) -> list[tuple[int, float, float]]:
-        """Return (seed, before, now) of the metric, of each pair that has ended."""
+        """Return (seed, before, now) of the metric for each complete pair."""
         if self.metric is None:
             return []
         return [(one.seed, value_of(one, self.metric), value_of(other, self.metric))
@@ -102,19 +102,19 @@ def judge_upgrade(
     ask: Ask | None = None,
     say: Say = lambda _: None,
 ) -> list[Outcome]:
-    """Train baselines again in today's environment and judge what comes out, a configuration at a time.
+    """Train baselines again in today's environment and judge the results, one configuration at a time.
 
-    What cannot be trained or compared is a no with its reason; the other experiments are judged all the same.
+    A baseline that cannot be trained or compared gives "no" with the reason. The other experiments are still judged.
 
     Args:
-        baselines: folders of complete runs, or receipts; those that differ in nothing but the seed are one experiment.
-        options: what it is judged by.
-        scratch: a folder below which today's runs are made.
-        ask: shows a person what would run, and returns whether it may; None: only this user's own runs may.
-        say: is told how it goes.
+        baselines: folders of complete runs, or receipts; those that differ only in the seed are one experiment.
+        options: how the upgrade is judged.
+        scratch: the folder below which today's runs are made.
+        ask: shows the user what would run, and returns whether it may; None: only this user's own runs may.
+        say: receives progress lines.
 
     Raises:
-        ConfigError: a baseline is not complete or may not run, or seeds, metric or margin are missing; before
+        ConfigError: a baseline is not complete or may not run, or seeds, metric or margin are missing. Raised before
             anything is trained.
     """
     if options.old_python is not None:
@@ -127,7 +127,7 @@ def judge_upgrade(
 
 
 def _prepared(group: list[Trained], options: GateOptions, place: Path, ask: Ask | None, say: Say) -> "Outcome | _Sides":
-    """Find an experiment's code and ask whether it may run; an outcome where that cannot be found."""
+    """Find an experiment's code and ask whether it may run; return an outcome if the code is not found."""
     place.mkdir(parents=True)
     first = group[0]
     made = Outcome(experiment=str(first.receipt["config"]["experiment"]), before=list(group), now=[], why="",
@@ -145,31 +145,34 @@ def _prepared(group: list[Trained], options: GateOptions, place: Path, ask: Ask 
 
 
 def _grouped(baselines: list[Path]) -> list[list[Trained]]:
-    """Return the runs of each experiment: they have one configuration and one code, and different seeds.
+    """Group runs by experiment: the same configuration and code, different seeds.
 
     Raises:
-        ConfigError: a run is not complete, or was named twice.
+        ConfigError: a run is not complete, or is named twice.
     """
     groups: dict[str, list[Trained]] = defaultdict(list)
     for path in baselines:
         run_dir, receipt = open_run(path)
         if receipt["status"] != "complete":
-            raise ConfigError(f"{shown(run_dir)} is {receipt['status']}: it must be complete", hint="finish it")
+            raise ConfigError(
+                f"{shown(run_dir)} is {receipt['status']}: a baseline must be complete",
+                hint="resume it: start the same command again",
+            )
         rest = {key: value for key, value in what_counts(receipt["config"]).items() if key != "seed"}
         group = groups[json.dumps([rest, receipt["code"]["sources"]], sort_keys=True)]
         run = Trained(run_dir=run_dir, receipt=receipt)
         for other in group:
             if other.seed == run.seed:
                 raise ConfigError(
-                    f"{shown(other.run_dir)} and {shown(run_dir)} are one run: the same configuration, code and seed",
-                    hint="name one of them",
+                    f"{shown(other.run_dir)} and {shown(run_dir)} are the same run: same configuration, code and seed",
+                    hint="name only one of them",
                 )
         group.append(run)
     return list(groups.values())
 
 
 def _metric_of(group: list[Trained], options: GateOptions) -> str | None:
-    """Return the metric that is compared: the one that was named, or the first baseline's monitored one."""
+    """Return the metric to compare: the one the user named, or the first baseline's `checkpoint.monitor`."""
     return options.metric or group[0].receipt["config"]["checkpoint"]["monitor"]
 
 
@@ -177,7 +180,7 @@ def value_of(run: Trained, metric: str) -> float:
     """Return a run's final metric.
 
     Raises:
-        ConfigError: it has none of that name.
+        ConfigError: the run has no metric of that name.
     """
     metrics = run.receipt["results"]["metrics"]
     if metric not in metrics:
@@ -188,25 +191,24 @@ def value_of(run: Trained, metric: str) -> float:
 
 
 def _refuse(group: list[Trained], options: GateOptions) -> None:
-    """Refuse what could not be judged, before anything is trained."""
+    """Raise ConfigError for what could not be judged, before anything is trained."""
     first, metric = group[0], _metric_of(group, options)
     if metric is not None and (options.metric or options.seeds):
         for run in group:
             if not math.isfinite(value_of(run, metric)):
-                raise ConfigError(f"{shown(run.run_dir)}: {metric} is not finite", hint="another baseline")
+                raise ConfigError(f"{shown(run.run_dir)}: {metric} is not finite", hint="leave out this baseline")
     if not options.seeds:
         return
     if metric is None:
         names = ", ".join(sorted(first.receipt["results"]["metrics"]))
-        raise ConfigError(f"which metric is compared? {shown(first.run_dir)} has {names}", hint="--metric NAME")
+        raise ConfigError(f"no metric to compare; {shown(first.run_dir)} has {names}", hint="--metric NAME")
     if options.margin is None:
-        raise ConfigError(f"how large a difference of {metric} does not matter?", hint="--margin 0.005, say")
+        raise ConfigError(f"no margin: the largest difference of {metric} that does not matter", hint="--margin 0.005")
     check_levels(options.margin, options.alpha)
     if options.old_python is None and len(group) < options.seeds:
         raise ConfigError(
-            f"{options.seeds} seeds are wanted on both sides, {len(group)} recorded:"
-            f" {shown(first.run_dir)} and its like",
-            hint="record more before the upgrade, python train.py -m seed=1,2,3, and name them all;"
+            f"--seeds {options.seeds}, but only {len(group)} recorded with the configuration of {shown(first.run_dir)}",
+            hint="record more before the upgrade (python train.py -m seed=1,2,3) and name them all;"
             " or --old-python OLD_ENVIRONMENT/bin/python",
         )
     if options.old_python is not None:
@@ -214,7 +216,7 @@ def _refuse(group: list[Trained], options: GateOptions) -> None:
         if other := sorted(name for name in {*there, *recorded} if there.get(name) != recorded.get(name)):
             raise ConfigError(
                 f"{options.old_python} is not the environment of {shown(first.run_dir)}: {', '.join(other[:8])}",
-                hint="the environment that recorded the baselines is wanted",
+                hint="--old-python PYTHON of the environment that recorded the baselines",
             )
 
 
@@ -222,7 +224,7 @@ def distributions_of(python: Path) -> dict[str, str]:
     """Return the version of each distribution of another environment.
 
     Raises:
-        ConfigError: it is no Python, or has no labtrain.
+        ConfigError: `python` is not a Python interpreter, or has no labtrain.
     """
     code = "import json; from labtrain.record.provenance import distributions; print(json.dumps(distributions()))"
     try:
@@ -235,7 +237,7 @@ def distributions_of(python: Path) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Sides:
-    """Trains one experiment on two sides: as it was recorded, and in today's environment."""
+    """Trains one experiment in the recorded and in today's environment."""
 
     made: Outcome
     place: Path
@@ -244,7 +246,7 @@ class _Sides:
     options: GateOptions
 
     def train_now(self, like: Trained, seed: int) -> str:
-        """Train one seed in today's environment; return what is wrong with it, or nothing."""
+        """Train one seed in today's environment; return an error text, or an empty one."""
         trained = len(self.made.now)
         wrong = self._add(self.made.now, "today's environment", like, seed, f"seed-{seed}", None)
         if len(self.made.now) > trained:
@@ -253,9 +255,9 @@ class _Sides:
         return wrong
 
     def train_before(self, like: Trained, seed: int) -> str:
-        """Train one seed in the old environment; return what is wrong with it, or nothing."""
+        """Train one seed in the old environment; return an error text, or an empty one."""
         python = self.options.old_python
-        return self._add(self.made.before, f"that of {python}", like, seed, f"seed-{seed}-before", python)
+        return self._add(self.made.before, f"the environment of {python}", like, seed, f"seed-{seed}-before", python)
 
     def _add(self, side: list[Trained], where: str, like: Trained, seed: int, name: str, python: Path | None) -> str:
         try:
@@ -273,7 +275,7 @@ class _Sides:
         return "" if value is not None and math.isfinite(value) else f"seed {seed}: {metric} is {value} in {where}"
 
     def judged(self, say: Say) -> Outcome:
-        """Train the recorded runs again; return what comes out, with its judgement."""
+        """Train the recorded runs again and return the judged outcome."""
         try:
             return self._judged(say)
         except LabtrainError as error:
@@ -285,12 +287,12 @@ class _Sides:
         for run in group:
             if broken := self.train_now(run, run.seed):
                 return replace(made, why=broken)
-            say(f"seed {run.seed:<7} {'other bits' if made.bits[-1] else 'the same bits'}")
+            say(f"seed {run.seed:<7} {'different bits' if made.bits[-1] else 'the same bits'}")
             why = why or made.bits[-1]
         if not why:
             return made
         if options.margin is None or not options.seeds:
-            return replace(made, why=f"{why} (--seeds 5 --margin M tells whether they are as good)")
+            return replace(made, why=f"{why} (--seeds 5 --margin M tests whether results are equivalent)")
         taken = {run.seed for run in group}
         free = (seed for seed in range(first.seed, first.seed + len(group) + options.seeds) if seed not in taken)
         while len(made.before) < options.seeds:
@@ -305,21 +307,21 @@ class _Sides:
 
 
 def write_page(outcomes: list[Outcome], page: Path) -> None:
-    """Write the report of all runs, with what the gate says of each experiment."""
+    """Write the report of all runs, with the gate's result for each experiment."""
     runs = [run.run_dir for outcome in outcomes for run in (*outcome.before, *outcome.now)]
     said = [f"Gate, {each.experiment}: {words_of(each)}." for each in outcomes]
     write_report(runs, page, said=said, verdicts=verdicts_of(outcomes))
 
 
 def other_bits(recorded: Trained, now: Trained) -> str:
-    """Return where two trainings of one run part, and what else is not as recorded; empty where bits are the same."""
+    """Return where two trainings of a run first differ, and the causes; empty if the bits are the same."""
     parted = first_difference(recorded.run_dir, now.run_dir)
     wrong = _other_results(recorded, now).keys() - soft_results(recorded.receipt)
     if not parted and not wrong:
         return ""
     causes = [each.key for each in differences(recorded.receipt, now.receipt) if each.matters]
     where = str(parted) if parted else ", ".join(sorted(wrong))
-    return f"other bits, {where}; not as recorded: {', '.join(causes) or 'nothing that a receipt holds'}"
+    return f"different bits, {where}; possible causes: {', '.join(causes) or 'none recorded in the receipt'}"
 
 
 def _other_results(recorded: Trained, now: Trained) -> dict[str, tuple[object, object]]:
@@ -327,7 +329,7 @@ def _other_results(recorded: Trained, now: Trained) -> dict[str, tuple[object, o
 
 
 def words_of(outcome: Outcome) -> str:
-    """Return what a person reads of an outcome."""
+    """Return an outcome as one line of text."""
     if not outcome.why:
         soft = {key for pair in zip(outcome.before, outcome.now, strict=True) for key in _other_results(*pair)}
         said = f"yes: {len(outcome.before)} of {len(outcome.before)} give the same bits"
@@ -341,14 +343,14 @@ def words_of(outcome: Outcome) -> str:
     )
     if test.equivalent:
         return f"yes: statistically the same: {said}; {outcome.why}"
-    more = "" if test.power >= 0.8 else "; too few runs or too large a spread to show it: more seeds"
+    more = "" if test.power >= 0.8 else "; too few runs or too large a spread: use more seeds"
     if test.low == test.high:
-        more = "; each pair differs by the same: no spread to judge by, a finer metric or more seeds"
+        more = "; all pairs differ by the same amount, so there is no spread: use a finer metric or more seeds"
     return f"no: not shown to be the same: {said}{more}; {outcome.why}"
 
 
 def summary_of(outcome: Outcome) -> dict[str, object]:
-    """Return an outcome as plain values, for --json."""
+    """Return an outcome as plain values for --json."""
     return {
         "experiment": outcome.experiment,
         "passed": outcome.passed,
@@ -362,24 +364,24 @@ def summary_of(outcome: Outcome) -> dict[str, object]:
 
 
 def verdicts_of(outcomes: list[Outcome]) -> dict[Path, Verdict]:
-    """Return what the page says of each run that was compared, by its folder."""
+    """Return the page's verdict for each compared run, by folder."""
     found = {}
     for outcome in outcomes:
         for before, now, bits in zip(outcome.before, outcome.now, outcome.bits, strict=False):
             mark, word = ("differs", "Differs") if bits else ("same", "The same bits today")
             told = f"{bits[0].upper()}{bits[1:]}" if bits else "The same bits"
             pair = ((before, "Trained again in today's environment by this gate"),
-                    (now, f"Trained by this gate, against {before.receipt['run_id']}"))  # fmt: skip
+                    (now, f"Trained by this gate, compared with {before.receipt['run_id']}"))  # fmt: skip
             for run, how in pair:
                 found[run.run_dir] = Verdict(mark=mark, word=word, text=f"{how}. {told}.", command="")
     return found
 
 
 def keep_runs(outcomes: list[Outcome], folder: Path) -> list[Path]:
-    """Move today's runs below a folder, the next baselines: EXPERIMENT-RUN, or EXPERIMENT-RUN-2 beside one.
+    """Move today's runs to a folder as the next baselines: EXPERIMENT-RUN, or EXPERIMENT-RUN-2 if that exists.
 
     Returns:
-        where they are.
+        their new folders.
     """
     kept = []
     for outcome in outcomes:

@@ -1,4 +1,4 @@
-"""What a receipt says of code, environment, machine, configuration and checkpoints, against what is here. No torch."""
+"""Compare a receipt with this machine: code, environment, hardware, configuration and checkpoints. No torch."""
 
 import ast
 import os
@@ -34,10 +34,10 @@ def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool
     """Return how today's code, environment, machine and data differ from a receipt's.
 
     Args:
-        receipt: that says how they were.
+        receipt: the recorded state.
         root: the folder of its code.
         home: the experiment's folder here.
-        outside: look at data that lies outside of it.
+        outside: also read data outside that folder.
     """
     job = Job(
         run_id="",
@@ -51,7 +51,7 @@ def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool
     code = {key: value for key, value in receipt["code"].items() if key not in ("outside", "shadows")}
     now: Options = {
         **receipt,
-        # By its bytes: the repository may be somebody else's, and git does what its configuration says.
+        # Compared by content, without git: the repository may be untrusted, and its configuration can run programs.
         "code": code | code_digests(job, path=moved(sys.path, home, root)),
         "environment": environment_state(job) | files_state(),
         "hardware": receipt["hardware"] | machine(),
@@ -62,7 +62,7 @@ def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool
 
 
 def _variables(determinism: Options) -> dict[str, str]:
-    """Return the variables that a training here would have: what labtrain sets for it is as the receipt says."""
+    """Return the variables that a training here would have; those that labtrain sets come from the receipt."""
     ours = variables(determinism["mode"], threads=determinism["threads"])
     said = {name: value for name, value in determinism["variables"].items() if name in ours}
     here = {name: value for name, value in os.environ.items() if is_recorded(name) and name not in ours}
@@ -70,41 +70,44 @@ def _variables(determinism: Options) -> dict[str, str]:
 
 
 def composed_differently(receipt: Receipt, root: Path) -> list[Difference]:
-    """Return how the receipt's command composes today, if that is another configuration; no cause: it is not used."""
+    """Return how the configuration that the receipt's command gives today differs from the recorded one.
+
+    The difference is not a cause: the rerun uses the recorded configuration.
+    """
     command = receipt["command"]
     if not command or {"-m", "--multirun"} & set(command):
         return []
     try:
-        with as_written():  # whoever typed the command would choose what of this environment is shown
+        with as_written():  # else the command's author could choose which variables are shown
             now = without_secrets(composed(root, Path(command[0]).name, command[1:]))
         recorded = without_secrets(receipt["config"])
         changed = overrides(what_counts(recorded), what_counts(_as_recorded(now, recorded)))
-    except Exception as error:  # whatever YAML and overrides of somebody else's make of Hydra
+    except Exception as error:  # untrusted YAML and overrides can raise anything in Hydra
         said = str(error.args[0]) if isinstance(error, ConfigError) else in_words(error)
-        return [Difference(key="config", a="composes", b=f"does not: {said[:200]}", matters=False)]
+        return [Difference(key="config", a="composes", b=f"cannot be composed: {said[:200]}", matters=False)]
     return [Difference(key="config", a="this", b=" ".join(changed), matters=False)] if changed else []
 
 
 def _as_recorded(now: Any, recorded: object) -> Any:
-    """Return a configuration, where it refers to the environment, with the value that was recorded."""
+    """Return a configuration with the recorded values in place of references to the environment."""
     if isinstance(now, dict) and isinstance(recorded, dict):
         return {key: _as_recorded(value, recorded[key]) if key in recorded else value for key, value in now.items()}
     return recorded if isinstance(now, str) and REFERENCE.search(now) else now
 
 
 def composed(root: Path, script: str, typed: list[str]) -> object:
-    """Compose what a train.py would, from the files of its configuration alone: none of the experiment's code runs.
+    """Compose what a train.py would compose, from its configuration files only: no code of the experiment runs.
 
-    So plugins and configurations are those of this environment, and resolvers OmegaConf's and Hydra's own.
+    Plugins and packaged configurations come from this environment. Only OmegaConf's and Hydra's resolvers exist.
 
     Args:
         root: the experiment's folder.
-        script: the name of its train.py, which is read.
+        script: the name of its train.py, which is read but not run.
         typed: what followed it on the command line.
 
     Raises:
-        ConfigError: it takes more than that.
-        Exception: Hydra's and OmegaConf's, of what cannot be composed.
+        ConfigError: composing needs the experiment's code.
+        Exception: from Hydra and OmegaConf, if the configuration cannot be composed.
     """
     from hydra import compose, initialize_config_dir
     from hydra.core.hydra_config import HydraConfig
@@ -116,13 +119,13 @@ def composed(root: Path, script: str, typed: list[str]) -> object:
     place = (root / folder).resolve()
     primary = place / f"{name.removesuffix('.yaml')}.yaml"
     if not primary.is_relative_to(root.resolve()) or not primary.is_file():
-        raise ConfigError(f"no {folder}/{name}.yaml")
+        raise ConfigError(f"{folder}/{name}.yaml: no such file")
     if options := [word for word in typed if word.startswith("-")]:
-        raise ConfigError(f"with {options[0]} it is composed by {script} alone, which is not run")
+        raise ConfigError(f"with {options[0]} only {script} can compose it, and labtrain does not run that here")
     places = OmegaConf.select(OmegaConf.load(primary), "hydra.searchpath")
     parsed = OverridesParser.create().parse_overrides(typed)
     if places or any(each.get_key_element() == "hydra.searchpath" for each in parsed):
-        raise ConfigError(f"with hydra.searchpath it is composed by {script} alone, which is not run")  # pkg:// imports
+        raise ConfigError(f"with hydra.searchpath only {script} can compose it, and labtrain does not run that here")
     with _as_main_does(root), initialize_config_dir(str(place), version_base="1.3"):
         cfg = compose(name, typed, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
@@ -132,7 +135,7 @@ def composed(root: Path, script: str, typed: list[str]) -> object:
 
 
 def _named(name: str, typed: list[str]) -> tuple[str, list[str]]:
-    """Return the name of the configuration, which the command line may give, and what else was typed."""
+    """Return the configuration's name, which the command line may set, and the remaining words."""
     if typed[:1] in (["--config-name"], ["-cn"]):
         return typed[1], typed[2:]
     if typed[:1] and (named := typed[0].removeprefix("--config-name=")) != typed[0]:
@@ -142,7 +145,7 @@ def _named(name: str, typed: list[str]) -> tuple[str, list[str]]:
 
 @contextmanager
 def _as_main_does(root: Path) -> Iterator[None]:
-    """Set what labtrain.main sets before Hydra composes, without the experiment's own modules; then put it back."""
+    """Set up what labtrain.main sets up before Hydra composes, without the experiment's modules; then restore it."""
     from hydra.core.singleton import Singleton
 
     state, path, before = Singleton.get_state(), sys.path[:], os.environ.get(ROOT)
@@ -160,7 +163,7 @@ def _as_main_does(root: Path) -> Iterator[None]:
 
 
 def called_with(script: Path) -> tuple[str, str]:
-    """Return the config_path and config_name that a script gives labtrain.main: it is read, and not run."""
+    """Return the config_path and config_name that a script passes to labtrain.main, by reading the script."""
     given = {"config_path": "conf", "config_name": "config"}
     for node in ast.walk(ast.parse(script.read_bytes())):
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("labtrain.main", "main"):
@@ -173,7 +176,7 @@ def called_with(script: Path) -> tuple[str, str]:
 
 
 def _here(config: Config) -> Config:
-    """Return a receipt's configuration with the values of this environment, or as it is where they are not here."""
+    """Return a receipt's configuration with this environment's values, or unchanged if a variable is not set."""
     try:
         return from_environment(config)[0]
     except ConfigError:
@@ -181,16 +184,16 @@ def _here(config: Config) -> Config:
 
 
 def check_checkpoints(run_dir: Path, receipt: Receipt) -> str:
-    """Hold the checkpoints that lie on this machine against their manifests and the receipt, and say what was seen.
+    """Compare local checkpoints with their manifests and the receipt; return a summary line.
 
     Raises:
-        DamagedError: names the first that is not what they say.
+        DamagedError: a checkpoint does not match; names the first.
     """
     place = checkpoint_place(run_dir, receipt["config"]["checkpoint"]["url"])
     if receipt["status"] == "running":
-        return "not looked at: they come and go while it is trained"
+        return "not checked: the run is training"
     if not is_local(place):
-        return f"not looked at: {place} (labtrain store check reads them)"
+        return f"not checked: {place} (labtrain store check reads them)"
     said = {Path(entry["path"]).name: (entry["step"], entry["weights_digest"]) for entry in receipt["checkpoints"]}
     results = receipt["results"]
     store = Store(place)
@@ -213,17 +216,17 @@ def check_checkpoints(run_dir: Path, receipt: Receipt) -> str:
             if says != is_:
                 raise DamagedError(
                     f"{shown(folder)}: {what} {str(says)[:40]}, expected {str(is_)[:40]}",
-                    hint="get the checkpoint again from whoever trained the run",
+                    hint="ask whoever trained the run for the checkpoint again",
                 )
     absent = len(said.keys() - {each.name for each in there})
-    more = f"; {absent} that the receipt names: not here" if absent else ""
-    return (f"{len(there)} here, each as its manifest and the receipt say" if there else "none here") + more
+    more = f"; {absent} in the receipt, but not here" if absent else ""
+    return (f"{len(there)} here, all match their manifests and the receipt" if there else "none here") + more
 
 
 def told_differences(receipt: Receipt, now: Receipt) -> Iterator[Difference]:
-    """Yield the differences that a person wants to know: not where things lie, and not how the code came here.
+    """Yield the differences worth showing: not paths, and not how the code came here.
 
-    Nor the checkpoint of another run that it began from: that is looked up by its digest (retrace.py).
+    The checkpoint of another run that it began from is left out too: retrace.py finds that by its digest.
     """
     for each in differences(receipt, now):
         if each.key != ORIGIN and (each.matters or not each.key.startswith(("config.", "code."))):

@@ -1,4 +1,4 @@
-"""Which runs lie below a folder, and how each of them stands: `labtrain ls`. No torch; a receipt is read once."""
+"""`labtrain ls`: list the runs below a folder with their status. No torch; each receipt is read once."""
 
 import fcntl
 import json
@@ -18,24 +18,24 @@ from labtrain.record.identity import get
 from labtrain.record.trail import HISTORY, is_history_line
 
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
-TAIL_BYTES = 1 << 16  # of a history: more than its last lines
+TAIL_BYTES = 1 << 16  # the end of a history, with more than its last line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """How one run stands.
+    """The state of one run.
 
     Attributes:
-        run: its folder, as a person would type it here.
-        status: complete, interrupted, failed, running; killed: no process trains it, and none said that it ended;
-            broken: its receipt cannot be read, and `error` says why.
-        steps: optimizer steps that it has come to, as far as it has said so.
-        metric: whose value it is; None where it has none.
-        value: the last one.
+        run: its folder, as the user would type it here.
+        status: complete, interrupted, failed or running; killed: its process died; broken: its receipt cannot be
+            read, and `error` says why.
+        steps: optimizer steps done, as far as recorded.
+        metric: name of the metric; None if the run has none.
+        value: the metric's last value.
         weights_digest: of a complete run, 64 hex digits.
         started: UTC, ISO 8601.
-        seconds: for which it was trained, over all its starts that ended.
-        error: of a broken one.
+        seconds: training time, over all segments that ended.
+        error: why a broken run cannot be read.
     """
 
     run: str
@@ -50,34 +50,34 @@ class Row:
 
 
 def list_runs(folders: Iterable[str | Path], *, metric: str | None = None) -> list[Row]:
-    """Return a row for each run in or below `folders`, oldest first; those that are broken first of all.
+    """Return a row for each run in or below `folders`: broken runs, then the others from old to new.
 
-    Not for the process that trains one of them: to close a file drops the locks that the same process has on it.
+    Do not call it in a process that trains one of the runs: closing a file drops that process's locks on it.
 
     Args:
-        folders: runs, or what holds them.
+        folders: runs, or folders of runs.
         metric: its name; None: each run's checkpoint.monitor, else the first of its test, validation and other metrics.
 
     Raises:
-        ConfigError: a folder is not there, or no run has the metric.
+        ConfigError: a folder does not exist, or no run has the metric.
     """
     found: dict[Path, Row] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise ConfigError(f"{folder}: no such folder", hint="labtrain ls DIR; runs/ lies beside train.py")
+            raise ConfigError(f"{folder}: no such folder", hint="labtrain ls DIR; runs/ is next to train.py")
         found |= {run_dir: row_of(run_dir, metric) for run_dir in runs_below(folder)}
     rows = sorted(found.values(), key=lambda row: (row.started or "", row.run))
     if metric is not None and rows and all(row.metric is None for row in rows):
         names = sorted({row.metric for row in list_runs(found) if row.metric})
         raise ConfigError(
             f"no run has a metric {metric}",
-            hint=f"without --metric it is {', '.join(names)}" if names else "labtrain ls",
+            hint=f"the default without --metric is {', '.join(names)}" if names else "labtrain ls",
         )
     return rows
 
 
 def runs_below(folder: Path) -> Iterator[Path]:
-    """Yield each folder that holds a receipt, or that is closed to this user; none in a run, and no hidden ones."""
+    """Yield each folder with a receipt, and each that this user cannot read; skip hidden folders and those in runs."""
     closed: list[OSError] = []
     for here, folders, files in os.walk(folder, onerror=closed.append):
         if receipt.FILE in files:
@@ -88,7 +88,7 @@ def runs_below(folder: Path) -> Iterator[Path]:
 
 
 def row_of(run_dir: Path, metric: str | None = None) -> Row:
-    """Return how the run in a folder stands."""
+    """Return the state of the run in a folder."""
     try:
         return _row_of(run_dir, metric)
     except (LabtrainError, OSError, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
@@ -99,7 +99,7 @@ def row_of(run_dir: Path, metric: str | None = None) -> Row:
 def _row_of(run_dir: Path, metric: str | None) -> Row:
     found = receipt.read(run_dir)
     if found is None:
-        raise LabtrainError(f"{shown(run_dir)}: its {receipt.FILE} is gone")
+        raise LabtrainError(f"{shown(run_dir)}: {receipt.FILE} is missing")
     monitor = get(found["config"], "checkpoint.monitor")
     segments, results, status = found["segments"], found["results"], found["status"]
     if status == "running" and not is_trained(run_dir):
@@ -108,7 +108,7 @@ def _row_of(run_dir: Path, metric: str | None) -> Row:
             return row_of(run_dir, metric)
         status = "killed"
     elif status in ("interrupted", "failed") and is_trained(run_dir):
-        status = "running"  # its process has not done its first step yet
+        status = "running"  # it has resumed, and its first step is not done yet
     steps, metrics = results.get("steps"), results.get("metrics", {})
     if status != "complete":
         steps, metrics = last_of(run_dir)
@@ -128,26 +128,26 @@ def _row_of(run_dir: Path, metric: str | None) -> Row:
 
 
 def rank(name: str) -> tuple[int, str]:
-    """Return a key that sorts metrics: those of the test, of the validation, others."""
+    """Return a sort key for metrics: test, then validation, then the rest."""
     return ("test", "val").index(stage) if (stage := name.partition("/")[0]) in ("test", "val") else 2, name
 
 
 def is_trained(run_dir: Path) -> bool:
-    """Return whether a process, on whichever node, shows that it trains the run; takes nothing from it."""
+    """Return whether a process on any node trains the run, without disturbing it."""
     try:
         with open_plain(run_dir / receipt.SIGN) as file:
-            # A shared lock is in nobody's way but of one who may write: what a reader holds is not told.
+            # Ask for a shared lock: it conflicts only with a process that may write. Readers' locks do not count.
             asked = struct.pack(FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
             kind: int = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
             return kind != fcntl.F_UNLCK
     except (FileNotFoundError, NotPlainError):
         return False
     except OSError:
-        return True  # a file system without locks: it is as its receipt says
+        return True  # a file system without locks: believe the receipt
 
 
 def last_of(run_dir: Path) -> tuple[int, dict[str, float]]:
-    """Return the last step of a run's history, and the last value of each metric near its end."""
+    """Return the last step in a run's history, and the last value of each metric near its end."""
     step, metrics = 0, dict[str, float]()
     with suppress(OSError), open_plain(run_dir / HISTORY) as file:
         size = file.seek(0, os.SEEK_END)
@@ -163,7 +163,7 @@ def last_of(run_dir: Path) -> tuple[int, dict[str, float]]:
 
 
 def sort_rows(rows: list[Row], key: str) -> list[Row]:
-    """Return rows in the order of a field, downwards with a leading -; those that lack it come last."""
+    """Sort rows by a field, descending with a leading -; rows without a value come last."""
     name = key.removeprefix("-")
     field = "value" if name == "metric" else name
     with_it = [row for row in rows if comparable(getattr(row, field))]
@@ -172,12 +172,12 @@ def sort_rows(rows: list[Row], key: str) -> list[Row]:
 
 
 def comparable(value: object) -> bool:
-    """Return whether a value has a place in an order: it is there, and no NaN."""
+    """Return whether a value can be sorted: not None and not NaN."""
     return value is not None and value == value
 
 
 def lines_of(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the lines of a table of runs; its column of metrics is named by the metric where it is one for all."""
+    """Yield the lines of a table of runs; if all have the same metric, its name heads the column."""
     names = {row.metric for row in rows if row.metric}
     heading = names.pop() if len(names) == 1 else "metric"
     table = [("run", "status", "steps", heading, "weights", "started", "time")]
@@ -206,12 +206,12 @@ def lines_of(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def duration(seconds: float) -> str:
-    """Return hours, minutes and seconds."""
+    """Format seconds as H:MM:SS."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def as_json(row: Row) -> dict[str, object]:
-    """Return a row for machines: JSON has no NaN."""
+    """Return a row as JSON values: NaN and infinity become None."""
     finite = row.value is None or math.isfinite(row.value)
     return asdict(row) | ({} if finite else {"value": None})

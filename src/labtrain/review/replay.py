@@ -1,7 +1,7 @@
-"""A run trained again from its receipt, in a scratch place, and its trail read while it is written. No torch here.
+"""Train a run again from its receipt in a scratch folder, and read its trail while it is written. No torch here.
 
-What trains is the ordinary job in a process of its own (job.py), with the receipt's configuration but for what only
-says where things go. Code that is not what the receipt says is checked out beside: the commit, and the receipt's patch.
+The ordinary job (job.py) trains in its own process, with the receipt's configuration except for output paths. If the
+code here differs from the receipt, the commit is checked out elsewhere and the receipt's patch applied.
 """
 
 import copy
@@ -41,23 +41,23 @@ class Replay:
     """Trains a receipt's run below `scratch`, in one or more legs.
 
     Args:
-        receipt: whose configuration is taken.
+        receipt: the receipt whose configuration is used.
         root: the folder of the experiment's code.
-        home: where it is started: relative paths of the data begin here.
-        scratch: a folder that it makes; its caller removes it.
-        changes: keys of the configuration to set, dotted, such as a seed.
+        home: the working directory: relative data paths begin here.
+        scratch: a folder that this makes; the caller removes it.
+        changes: configuration keys to set, dotted, such as a seed.
         python: the interpreter; None: this one.
-        sandbox: what it is trained in; None: as this process.
-        keep_trail: write the trail as often as the receipt's; else at each step, so that any interval is compared.
+        sandbox: the sandbox to train in; None: as this process.
+        keep_trail: write the trail as often as the receipt's; else at each step, so that any interval can be compared.
 
     Attributes:
-        run_dir: of the run that is made: nothing of the receipt says where it lies.
-        code: how its last process ended.
-        others: variables of the environment that the configuration refers to, one of which is not as it was.
+        run_dir: of the new run; the receipt has no influence on it.
+        code: exit code of its last process.
+        others: environment variables that the configuration refers to, at least one of which has changed.
 
     Raises:
-        DamagedError: the receipt's configuration is none.
-        LabtrainError: a run lies there already.
+        DamagedError: the receipt's configuration is not valid.
+        LabtrainError: a run already exists there.
     """
 
     def __init__(
@@ -83,19 +83,19 @@ class Replay:
         self.run_id = name(self.config, code=self.code_digest, lock=self.lock_digest)
         self.run_dir = scratch / "runs" / str(self.config["experiment"]) / self.run_id
         self.others = self._other_values()
-        # Beside it, not in it: what runs in a sandbox could put a link there, and this process writes to it.
+        # Next to `scratch`, not in it: sandboxed code could put a link there, and this process writes to the log.
         self.scratch, self.log, self.sandbox = scratch, scratch.with_name(f"{scratch.name}.log"), sandbox
         scratch.mkdir()
         if self.run_dir.resolve().parent.parent != (scratch / "runs").resolve() or self.run_dir.exists():
             raise LabtrainError(
-                f"{self.run_dir} is not a new folder of {scratch}", hint="choose an empty folder: TMPDIR=DIR"
+                f"{self.run_dir} must be a new folder in {scratch}", hint="choose an empty folder: TMPDIR=DIR"
             )
         self.code: int | None = None
 
     def _other_values(self) -> list[str]:
-        """Return the variables that this configuration refers to, where one has another value than in the recorded run.
+        """Return the variables that the configuration refers to, if any of them has changed since the recorded run.
 
-        The run's name tells, where it is named by this code, this environment and this configuration alone.
+        The run's name shows it, if only this code, this environment and this configuration determine the name.
         """
         segments, code = self.recorded["segments"], self.recorded["code"]
         named = name(self.config, code=self.code_digest, lock=self.lock_digest,
@@ -114,11 +114,11 @@ class Replay:
         """Train, and yield each line of the trail as it is written. To stop early, close the iterator.
 
         Args:
-            devices: on how many; None: as the receipt says.
-            stop_at: the step after which it saves and stops, so that another leg can go on; 0: its end.
+            devices: number of devices; None: as in the receipt.
+            stop_at: the step after which it saves and stops, so that another leg can resume; 0: train to the end.
 
         Raises:
-            LabtrainError: the training failed; its own words are in it.
+            LabtrainError: the training failed; contains the end of its output.
         """
         command, environment = self._process(self._job(devices, stop_at))
         trail = self.run_dir / TRAIL
@@ -130,7 +130,7 @@ class Replay:
         self.code = None
         try:
             while self.code is None:
-                self.code = child.poll()  # before the trail is read: nothing is written after
+                self.code = child.poll()  # before reading the trail, so that the last line is not missed
                 with suppress(FileNotFoundError), open_plain(trail) as file:
                     file.seek(at)
                     new = file.read()
@@ -141,7 +141,7 @@ class Replay:
                 if self.code is None:
                     time.sleep(POLL_S)
         finally:
-            child.kill()  # and with it the ranks that it started
+            child.kill()  # the ranks that it started end with it
             child.wait()
         self._check_end(stop_at)
 
@@ -155,22 +155,22 @@ class Replay:
             root=str(self.root),
             config=config,
             command=self.recorded["command"],
-            code_digest="" if self.python else self.code_digest,  # another environment has a labtrain of its own
+            code_digest="" if self.python else self.code_digest,  # another environment has another labtrain
             lock_digest=self.lock_digest,
-            supervisor=0 if self.sandbox else os.getpid(),  # a sandbox has processes, and numbers, of its own
+            supervisor=0 if self.sandbox else os.getpid(),  # a sandbox has its own process ids
             stop_at=stop_at,
             within="" if self.python else str(self.scratch.resolve()),
             references=self.references,
         )
 
     def _process(self, job: Job) -> tuple[list[str], dict[str, str]]:
-        """Return the command of a job and its environment: in the scratch folder, and in a sandbox if there is one."""
+        """Return a job's command and environment: in the scratch folder, and in the sandbox if there is one."""
         command, environment = process_of(job)
         environment = alone(environment)
         if self.python is not None:
             command[0] = str(self.python)
         environment["TMPDIR"] = str(self.scratch)  # torch leaves files when it is killed
-        environment["XDG_STATE_HOME"] = str(self.scratch / "state")  # it is not one of the user's own runs
+        environment["XDG_STATE_HOME"] = str(self.scratch / "state")  # a rerun is not recorded as the user's own run
         if path := environment.get("PYTHONPATH"):
             environment["PYTHONPATH"] = os.pathsep.join(moved(path.split(os.pathsep), self.home, self.root))
         if self.sandbox is not None:
@@ -179,47 +179,47 @@ class Replay:
 
     def _check_end(self, stop_at: int) -> None:
         if self.code == EXIT_STOPPED and not stop_at:
-            raise LabtrainError("the rerun was stopped by a signal", hint="start it again")
+            raise LabtrainError("the rerun was stopped by a signal", hint="start the same command again")
         if self.code in (0, EXIT_STOPPED):
             return
         if self.sandbox:
-            hint = "--set KEY=PATH shows the sandbox a file or folder of data"
+            hint = "--set KEY=PATH gives the sandbox access to a file or folder of data"
         elif self.absent:
-            hint = f"PYTHONPATH=FOLDER before the same command, with the folder that holds {self.absent[0]}"
+            hint = f"PYTHONPATH=FOLDER before the same command, with the folder that contains {self.absent[0]}"
         else:
-            hint = "labtrain doctor; the code and data of the receipt are needed"
+            hint = "labtrain doctor; the rerun needs the receipt's code and data"
         raise LabtrainError(f"the rerun ended with exit code {self.code}:\n{self.said()}", hint=hint)
 
     def said(self) -> str:
-        """Return the end of what it printed."""
+        """Return the end of its output."""
         return "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-15:])
 
     def receipt(self) -> Receipt | None:
-        """Return its own receipt, which is there from its start on."""
+        """Return the rerun's own receipt, which exists from its start."""
         return receipts.read(self.run_dir)
 
     def trail_sha256(self, every_n_steps: int) -> str:
-        """Return the sha256 of its trail as it is when a line is written every so many steps."""
+        """Return the sha256 of its trail, with only the lines of every `every_n_steps`-th step."""
         lines = trail_bytes(self.run_dir).splitlines(keepends=True)
         steps = (line["step"] for line in parse_trail(b"".join(lines), self.run_dir))
         kept = (line for line, step in zip(lines, steps, strict=True) if step % every_n_steps == 0)
         return hashlib.sha256(b"".join(kept)).hexdigest()
 
     def begin_at(self, checkpoint: Path) -> None:
-        """Begin from a checkpoint's folder, before the first leg."""
+        """Copy a checkpoint to begin from; call it before the first leg."""
         copy_as(checkpoint, self.run_dir, self.run_id)
 
 
 def _config_of(
     receipt: Receipt, scratch: Path, changes: dict[str, object], *, keep_trail: bool, sandboxed: bool
 ) -> tuple[Config, References]:
-    """Return a receipt's configuration with its output in `scratch`, and one checkpoint that is kept."""
+    """Return a receipt's configuration with its output in `scratch`, and one checkpoint kept."""
     config = completed(copy.deepcopy(receipt["config"]))
     try:
         check_whole(config)
         config["paths"]["runs"] = str(scratch / "runs")
         config["resume"] = "auto"
-        # The model's code may use them. A service would be told, by the user's own key, wherever the options say it is.
+        # The model's code may use loggers. With their options they would send data to a service, with the user's key.
         config["logger"] = {name: {"mode": "offline"} if name == "wandb" else {} for name in config["logger"]}
         if not keep_trail:
             config["trail"]["every_n_steps"] = 1
@@ -243,7 +243,7 @@ def _config_of(
         config, references = from_environment(config)
     if lost := list(_not_recorded(what_counts(config), "")):
         raise ConfigError(
-            f"{lost[0]} names a credential, so the receipt does not hold it: the run cannot be started from it",
+            f"{lost[0]} is a credential and not in the receipt, so the run cannot be trained from the receipt",
             hint=f"python train.py resume=never {lost[0]}=VALUE, then labtrain diff; '{lost[0]}=${{oc.env:X}}' would be"
             " recorded",
         )
@@ -262,15 +262,17 @@ def _change(config: Config, changes: dict[str, object]) -> None:
         for parent in parents:
             node = node.get(parent) or {}
         if last not in node:
-            raise ConfigError(f"{key}: the receipt's configuration has no such key", hint="labtrain report shows it")
+            raise ConfigError(
+                f"{key}: the receipt's configuration has no such key", hint="labtrain report RUN shows the keys"
+            )
         node[last] = value
 
 
 def _refuse_variables(config: Config) -> None:
-    """Refuse a configuration for a sandbox that would show its code what is in this user's environment.
+    """Raise if a configuration would give sandboxed code values from this user's environment.
 
     Raises:
-        ConfigError: names the first variable that a sandbox does not have.
+        ConfigError: names the first variable that the sandbox does not have.
     """
     for key, text in flat_texts({group: as_options(config)[group] for group in REFERRING if group in config}):
         for variable in variables_in(text):
@@ -279,18 +281,18 @@ def _refuse_variables(config: Config) -> None:
                 text = without_secrets(text)
                 raise ConfigError(
                     f"--sandbox: {key} is {text} in the receipt, and the sandbox does not have {variable}",
-                    hint=f"--set {key}=VALUE, where the code may know that value",
+                    hint=f"--set {key}=VALUE, if the code may know that value",
                 )
 
 
 def _no_configuration(error: Exception) -> DamagedError:
     return DamagedError(
-        f"the receipt's configuration: {error.args[0]}", hint="get it again from whoever trained the run"
+        f"the receipt's configuration: {error.args[0]}", hint="ask whoever trained the run for the receipt again"
     )
 
 
 def _without_lost(node: object) -> Any:
-    """Return a configuration without the options that a receipt does not hold, of loggers say: they have defaults."""
+    """Return a configuration without options that are not recorded, such as those of loggers; these have defaults."""
     if isinstance(node, dict):
         kept = {key: value for key, value in node.items() if not (isinstance(value, str) and NOT_RECORDED in value)}
         return {key: _without_lost(value) for key, value in kept.items()}
@@ -312,10 +314,10 @@ def _not_recorded(node: Any, key: str) -> Iterator[str]:
 
 
 def home_of(run_dir: Path, receipt: Receipt) -> Path:
-    """Return the folder of the experiment here: one above the run, or the working directory, or of its repository.
+    """Return the experiment's folder: above the run, the working directory, or in the repository.
 
     Raises:
-        ConfigError: the script that started the run is in none of them.
+        ConfigError: none of these has the script that started the run.
     """
     script = Path(receipt["command"][0]).name if receipt["command"] else "train.py"
     here = Path.cwd()
@@ -325,38 +327,40 @@ def home_of(run_dir: Path, receipt: Receipt) -> Path:
         if (place / script).is_file():
             return place
     raise ConfigError(
-        f"the experiment is not here: looked for {script} above {shown(run_dir)} and in {here}",
-        hint="cd to the experiment's folder, a clone of its repository for one",
+        f"cannot find the experiment: looked for {script} above {shown(run_dir)} and in {here}",
+        hint="cd to the experiment's folder, for example in a clone of its repository",
     )
 
 
 def code_of(receipt: Receipt, run_dir: Path, home: Path, scratch: Path, *, filters: bool = False) -> tuple[Path, str]:
-    """Return the folder of a receipt's code, and where it comes from: it is here, or is checked out into `scratch`.
+    """Return the folder of a receipt's code, and its origin: unchanged here, or checked out into `scratch`.
 
-    None of it runs, and nothing that the repository's configuration names.
+    Nothing of it runs, and no program that the repository's configuration names.
 
     Args:
         receipt: whose code it is.
         run_dir: of its run.
         home: the experiment's folder here.
-        scratch: a folder that is there.
-        filters: run those of the user's own configuration of git, of Git LFS for one, on what is checked out.
+        scratch: an existing folder.
+        filters: run the filters of the user's own git configuration, such as Git LFS, on checkout.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: the code is neither here nor can it be checked out.
     """
     code = receipt["code"]
     if source_digests(home) == code["sources"]:
-        return home, "as it is here"
-    here = f"{shown(home)} holds other code than the receipt's"
+        return home, "unchanged"
+    here = f"the code in {shown(home)} is not the receipt's"
     if not code["commit"]:
-        raise ConfigError(f"{here}, which was in no git repository", hint=f"labtrain diff {shown(run_dir)} ANOTHER_RUN")
+        raise ConfigError(
+            f"{here}, and that was not in a git repository", hint=f"labtrain diff {shown(run_dir)} ANOTHER_RUN"
+        )
     top = ask_git(str(home), "rev-parse", "--show-toplevel").strip()
     clone = scratch / "code"
     if not top or not borrow_commit(top, code["commit"], clone, filters=filters):
         raise ConfigError(f"{here}, and commit {code['commit'][:12]} is not in this repository", hint="git fetch --all")
     if (patch := patch_of(receipt, run_dir)) is None:
-        raise ConfigError(f"{here}, and its patch is not beside the receipt", hint="put code.patch beside it")
+        raise ConfigError(f"{here}, and code.patch is missing", hint="put code.patch beside the receipt")
     _git(clone, "checkout", "-q", "--detach", code["commit"], filters=filters)
     if patch:
         _git(clone, "apply", "--whitespace=nowarn", "-", text=patch, filters=filters)
@@ -366,15 +370,15 @@ def code_of(receipt: Receipt, run_dir: Path, home: Path, scratch: Path, *, filte
         names = sorted(name for name in {*there, *code["sources"]} if there.get(name) != code["sources"].get(name))
         raise ConfigError(
             f"{found} does not give the receipt's code: {', '.join(names)}",
-            hint="sources that git was told to ignore are in no patch; or the receipt is wrong",
+            hint="the patch has no sources that git ignores; or the receipt is wrong",
         )
     return root, found
 
 
 def with_filters(root: Path, receipt: Receipt, run_dir: Path, home: Path, scratch: Path) -> Path:
-    """Return the folder of a receipt's code as this user's filters of git make it: Git LFS's data for one.
+    """Return the folder of a receipt's code after this user's git filters, such as Git LFS.
 
-    They are programs of the user's that read what the commit holds: they run once the receipt's code may.
+    Filters are the user's programs and read the commit's content. So they run only once the receipt's code may run.
 
     Args:
         root: what `code_of` found.
@@ -395,4 +399,4 @@ def _git(clone: Path, *arguments: str, text: str = "", filters: bool) -> None:
     try:
         run_git(clone, *arguments, text=text, variables=git_variables(filters=filters), timeout_s=GIT_TIMEOUT_S)
     except GitError as error:
-        raise ConfigError(str(error.args[0]), hint="is the receipt of this repository?") from error
+        raise ConfigError(str(error.args[0]), hint="check that the receipt belongs to this repository") from error

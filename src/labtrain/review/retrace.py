@@ -1,4 +1,4 @@
-"""A recorded run is trained again, step by step beside its trail: up to the first difference, and once more.
+"""Train a recorded run again and compare each step with its trail, up to the first difference; then train once more.
 
 No torch.
 """
@@ -30,7 +30,7 @@ Say = Callable[[str], None]
 
 @dataclass(kw_only=True)
 class Case:
-    """What is verified, and what was found of it so far."""
+    """What is verified, and the findings so far."""
 
     run_dir: Path
     receipt: Receipt
@@ -47,16 +47,16 @@ class Case:
     hardware: dict[str, object] = field(default_factory=machine)
 
     def tell(self, found: list[Difference]) -> None:
-        """Tell what is new of differences."""
+        """Print the differences that were not printed before."""
         known = {each.key for each in self.told}
         new = [each for each in found if each.key not in known]
         self.told += new
         for each in new:
-            kind = "differs" if each.matters else "no cause"
+            kind = "differs" if each.matters else "no effect"
             self.say(f"{kind:<11}  {each.key}  {shown_value(each.a)} -> {shown_value(each.b)}")
 
     def replay(self, name: str, begin: int) -> Replay:
-        """Return a training that begins at a recorded checkpoint."""
+        """Return a rerun that begins at a recorded checkpoint."""
         made = Replay(
             self.receipt,
             self.root,
@@ -66,23 +66,23 @@ class Case:
             sandbox=self.sandbox,
         )
         if made.others and not self.changes:
-            self.tell([Difference(key=f"environment variable {' or '.join(made.others)}", a="as the run had it",
-                                  b="another", matters=True)])  # fmt: skip
+            self.tell([Difference(key=f"environment variable {' or '.join(made.others)}", a="the run's value",
+                                  b="another value", matters=True)])  # fmt: skip
         if begin:
             made.begin_at(self.fetched(begin))
         return made
 
     def checkpoints(self) -> dict[int, Checkpoint]:
-        """Return the recorded checkpoints that a training can begin from, by step, wherever they lie."""
+        """Return the recorded checkpoints that a training can begin from, by step, from every store of the run."""
         place = checkpoints_of(self.run_dir, self.receipt)
         return {each.step: each for store in stores_of(self.run_dir, place) for each in store.checkpoints()
                 if not each.finished}  # fmt: skip
 
     def fetched(self, step: int) -> Path:
-        """Return the folder of a recorded checkpoint, once it was held against its manifest.
+        """Return the folder of a recorded checkpoint, after comparing it with its manifest.
 
         Raises:
-            ConfigError: there is none of that step.
+            ConfigError: there is no checkpoint of that step.
         """
         there = self.checkpoints()
         if step not in there and self.origin is not None and self.origin["step"] == step:
@@ -90,17 +90,17 @@ class Case:
         if step not in there:
             steps = ", ".join(map(str, sorted(there)[-10:])) or "none"
             raise ConfigError(
-                f"no checkpoint of step {step}: there are {steps}", hint=f"labtrain store ls {shown(self.run_dir)}"
+                f"no checkpoint of step {step}, only of {steps}", hint=f"labtrain store ls {shown(self.run_dir)}"
             )
         return there[step].store.fetch(there[step], self.scratch / there[step].name)[0]
 
     @property
     def origin(self) -> Origin | None:
-        """What the receipt says of the checkpoint of another run that this one began from."""
+        """The receipt's entry about the checkpoint of another run that this run began from."""
         return self.receipt["segments"][0].get("origin")
 
     def _fetched_origin(self, origin: Origin) -> Path:
-        beside = self.run_dir.resolve().parent / origin["run_id"]  # where the runs lie now, maybe another machine
+        beside = self.run_dir.resolve().parent / origin["run_id"]  # where the runs are now, maybe on another machine
         for store in (*stores_of(beside, str(beside / "checkpoints")), Store(opened(origin["url"]))):
             for checkpoint in store.checkpoints():
                 if (
@@ -109,20 +109,20 @@ class Case:
                 ):
                     return store.fetch(checkpoint, self.scratch / checkpoint.name)[0]
         raise ConfigError(
-            f"the run began from {origin['checkpoint']} of the run {origin['run_id']}, which is neither beside it nor"
+            f"the run began from {origin['checkpoint']} of run {origin['run_id']}, found neither next to it nor"
             f" in {origin['url']}",
-            hint=f"put {origin['run_id']} beside it; or --from a step whose checkpoint is kept",
+            hint=f"put the folder {origin['run_id']} next to this run; or --from STEP of a kept checkpoint",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reached:
-    """How far a training was followed.
+    """How far a rerun was compared.
 
     Attributes:
-        trained: the last step that this process saw trained.
-        same: the last step that was compared, and was the same.
-        line: the first that was not; None: each was.
+        trained: the last step that was trained.
+        same: the last step that was compared and was the same.
+        line: the first line that differs; None if all are the same.
     """
 
     trained: int
@@ -131,14 +131,14 @@ class Reached:
 
 
 def follow(case: Case, replay: Replay, legs: list[tuple[int | None, int]], *, start: int, last: int) -> Reached:
-    """Train until a line is not as in the trail.
+    """Train until a line differs from the trail.
 
     Args:
-        case: whose trail it is; a step that it lacks is trained and not compared.
-        replay: what is trained.
-        legs: (devices, step at which it stops, 0: its end) of each.
-        start: the step that it begins from.
-        last: the step at which it is enough; 0: its end.
+        case: has the trail; a step without a line is trained and not compared.
+        replay: the rerun.
+        legs: (devices, step to stop at, 0: the end) of each leg.
+        start: the step to begin from.
+        last: the last step to compare; 0: the end.
     """
     trained, same, begun = start, start, False
     end = case.receipt["results"].get("steps") or max(case.trail, default=0)
@@ -164,9 +164,9 @@ def follow(case: Case, replay: Replay, legs: list[tuple[int | None, int]], *, st
 
 
 def narrow(case: Case, line: Line, *, reached: int, start: int) -> tuple[Divergence, str]:
-    """Say which phase and tensor of a step differ, and whether they do again, from the last common checkpoint on.
+    """Return which phase and tensor of a step differ, and whether they differ again from the last common checkpoint.
 
-    What is found stands, whatever keeps it from being trained again.
+    If the second rerun fails, the first result is still returned.
     """
     step, wanted = line["step"], case.trail.get(line["step"])
     if wanted is None:
@@ -185,13 +185,13 @@ def narrow(case: Case, line: Line, *, reached: int, start: int) -> tuple[Diverge
     except LabtrainError as error:
         return found, f"not trained again from step {begin}: {error.args[0]}{more}"
     if again is not None and phase_of(wanted, again) is None:
-        told = f"not when trained again from step {begin}: this machine does not give the same bits twice"
+        told = f"no difference when trained again from step {begin}: this machine does not repeat itself"
     elif again == line:
-        told = f"the same bits again when trained again from step {begin}: this machine agrees with itself"
+        told = f"the same difference when trained again from step {begin}: this machine repeats itself"
     else:
-        told = f"other bits again when trained again from step {begin}: this machine does not agree with itself"
+        told = f"another difference when trained again from step {begin}: this machine does not repeat itself"
     if reached + 1 < step:
-        told = f"or since step {reached + 1}, of which the trail has no line; {told}"
+        told = f"or since step {reached + 1}: the trail has no line for it; {told}"
     if names:
         found = replace(found, tensor=names[0])
         told += f"; {len(names)} tensors differ at step {after}"
@@ -199,7 +199,7 @@ def narrow(case: Case, line: Line, *, reached: int, start: int) -> tuple[Diverge
 
 
 def _again(case: Case, step: int, *, begin: int, after: int) -> tuple[Line | None, Path]:
-    """Train again from a checkpoint to a step, or to one after it; return that step's line, and the run's folder."""
+    """Train again from a checkpoint to a step or a later one; return that step's line and the run's folder."""
     found: Line | None = None
     second = case.replay("second", begin)
     with closing(second.lines(devices=case.devices, stop_at=after or step)) as lines:
@@ -212,7 +212,7 @@ def _again(case: Case, step: int, *, begin: int, after: int) -> tuple[Line | Non
 
 
 def different_tensors(checkpoint: Path, run_dir: Path) -> list[str]:
-    """Return the names of the weights that differ between a checkpoint and the newest one of a run."""
+    """Return the names of the weights that differ between a checkpoint and a run's newest one."""
     (newest, _) = list_checkpoints(run_dir / "checkpoints")[-1]
     pairs = zip_longest(read_weights(checkpoint), read_weights(newest))
     return [(mine or theirs or ("",))[0] for mine, theirs in pairs if mine != theirs]

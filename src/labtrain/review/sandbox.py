@@ -1,8 +1,8 @@
-"""Trains somebody else's code where it finds nothing of the user's: bubblewrap, https://github.com/containers/bubblewrap.
+"""Train untrusted code in a sandbox: bubblewrap, https://github.com/containers/bubblewrap.
 
-Inside there are no network, no home, no other processes, and of the environment's variables those alone that a
-training needs. It can read the environment, the experiment and the data that the user names, and write to the scratch
-folder. A defect of the kernel or of a GPU's driver could still lead out; memory and time are not limited.
+The sandbox has no network, no home and no other processes, and only the environment variables that a training needs.
+It can read the environment, the experiment and the data that the user names, and write to the scratch folder. A bug in
+the kernel or in a GPU driver could still let code out. Memory and time are not limited.
 """
 
 import os
@@ -21,29 +21,30 @@ from labtrain.base.errors import ConfigError
 from labtrain.exact.determinism import is_recorded
 from labtrain.record.identity import ORDERED
 
-# What programs need of the system, where it is there. Of /etc what the loader and the C library read, no passwords or
-# host keys: root in a sandbox is root's user still, to files. /opt and /nix have libraries and toolkits.
+# What programs need of the system, if it exists. Of /etc only what the loader and the C library read, no passwords or
+# host keys, because root in the sandbox reads files as root. /opt and /nix have libraries and toolkits.
 SYSTEM = ("/usr", "/opt", "/nix/store", "/gnu/store", "/sys")
 LINKS = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32")  # to /usr, on most
 ETC = ("alternatives", "fonts", "group", "hosts", "ld.so.cache", "ld.so.conf", "ld.so.conf.d", "localtime",
        "nsswitch.conf", "passwd")  # fmt: skip
-DEVICES = ("nvidia*", "dxg")  # beside bubblewrap's own, /dev/null and its like
-# Beside what can change bits, which a receipt holds (determinism.py). No list of credentials' names could be whole.
+DEVICES = ("nvidia*", "dxg")  # besides those of bubblewrap, such as /dev/null
+# Besides the variables that can change bits, which a receipt records (determinism.py). An allow list, since no list of
+# credentials' names is complete.
 KEPT = ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "HYDRA_FULL_ERROR", "LANG", "LANGUAGE", "LC_ALL", "LC_COLLATE",
         "LC_CTYPE", "LC_MESSAGES", "LC_NUMERIC", "LC_TIME", "PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONNOUSERSITE",
         "PYTHONPATH", "PYTHONSAFEPATH", "PYTHONUNBUFFERED", "PYTHONUTF8", "TMPDIR", "TZ")  # fmt: skip
-OURS = ("LABTRAIN_FROM_SOURCE", "LABTRAIN_JOB", "LABTRAIN_ROOT")  # labtrain itself sets them, for the training
+OURS = ("LABTRAIN_FROM_SOURCE", "LABTRAIN_JOB", "LABTRAIN_ROOT")  # set by labtrain for the training
 ISOLATED = ("--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--cap-drop", "ALL")
 PROBE_TIMEOUT_S = 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sandbox:
-    """What a training sees.
+    """What a training can see.
 
     Attributes:
-        home: the folder that it is started in.
-        reads: folders and files that it can read, beside the system's.
+        home: its working directory.
+        reads: folders and files that it can read, besides the system's.
     """
 
     home: Path
@@ -53,7 +54,7 @@ class Sandbox:
         return f"no network, no home; reads {', '.join(str(path) for path in dict.fromkeys(self.reads))}"
 
     def hidden(self, config: Config) -> list[str]:
-        """Return KEY=PATH of what a configuration names and is there, and is not seen inside."""
+        """Return KEY=PATH of each existing path in the configuration that the sandbox hides."""
         return [f"{key}={text}" for group in ORDERED for key, text in _texts(as_options(config).get(group), group)
                 if Path(text).is_absolute() and not any(Path(text).is_relative_to(path) for path in self.reads)
                 and _paths_in(text, self.home)]  # fmt: skip
@@ -61,12 +62,12 @@ class Sandbox:
     def around(
         self, command: list[str], environment: dict[str, str], *, scratch: Path
     ) -> tuple[list[str], dict[str, str]]:
-        """Return the command, and its variables, that runs another one inside.
+        """Return a command, and its variables, that runs another command in the sandbox.
 
         Args:
             command: what to run.
             environment: its variables; those that it does not need are left out.
-            scratch: the one folder that it can write to.
+            scratch: the only folder that it can write to.
         """
         own_home = scratch / "home"
         own_home.mkdir(exist_ok=True)
@@ -85,17 +86,17 @@ class Sandbox:
 
 
 def make_sandbox(*, code: Path, home: Path, changes: dict[str, object]) -> Sandbox:
-    """Return what a training of a receipt's code sees, once it is known that this machine can do so.
+    """Return the sandbox for a receipt's code, after checking that this machine can make one.
 
-    Nothing of the receipt says what that is: data outside of the experiment's folder has to be named by the user.
+    The receipt has no influence on it: the user must name data outside the experiment's folder.
 
     Args:
         code: the folder of the code.
         home: the experiment's folder here.
-        changes: keys of the configuration that the user has set, dotted: what of it are paths can be read.
+        changes: configuration keys that the user has set, dotted; paths in them can be read.
 
     Raises:
-        ConfigError: bubblewrap is missing, may not make namespaces, or a folder would show the user's home.
+        ConfigError: bubblewrap is missing or may not make namespaces, or a folder would show the user's home.
     """
     check_bubblewrap()
     home = home.resolve()
@@ -103,17 +104,17 @@ def make_sandbox(*, code: Path, home: Path, changes: dict[str, object]) -> Sandb
     for path in [*reads, *_interpreter()]:
         if shows_a_home(path):
             raise ConfigError(
-                f"--sandbox: {path} is a home, or above one, and the sandbox would show it",
-                hint="move the experiment and its data to folders of their own, and start it from there",
+                f"--sandbox: {path} is a home directory or contains one, and the sandbox would show it",
+                hint="move the experiment and its data to separate folders, and run labtrain verify there",
             )
     return Sandbox(home=home, reads=tuple(reads))
 
 
 def check_bubblewrap() -> None:
-    """Raise ConfigError, with what helps, where bubblewrap is missing or may not make what a sandbox is made of."""
+    """Raise ConfigError, with a hint, if bubblewrap is missing or may not make namespaces."""
     if shutil.which("bwrap") is None:
         raise ConfigError(
-            "--sandbox: bubblewrap is not installed: no program bwrap on PATH",
+            "--sandbox: bubblewrap is not installed: bwrap is not on PATH",
             hint="apt-get install bubblewrap; or dnf install bubblewrap",
         )
     probe = ["bwrap", *ISOLATED, "--ro-bind", "/", "/", "--proc", "/proc", "--dev", "/dev", "true"]
@@ -123,13 +124,13 @@ def check_bubblewrap() -> None:
         )
         said = "" if not done.returncode else " ".join(done.stderr.split()) or f"exit code {done.returncode}"
     except subprocess.TimeoutExpired:
-        said = f"no end in {PROBE_TIMEOUT_S} seconds"
+        said = f"it did not end within {PROBE_TIMEOUT_S} seconds"
     if said:
         raise ConfigError(f"--sandbox: bubblewrap cannot make a sandbox here: {said[:300]}", hint=_remedy())
 
 
 def _remedy() -> str:
-    """Return the command that lets users make namespaces, by what this kernel says."""
+    """Return the command that lets users make namespaces on this kernel."""
     for name, off, on in (
         ("kernel.unprivileged_userns_clone", "0", "1"),  # Debian's
         ("kernel.apparmor_restrict_unprivileged_userns", "1", "0"),  # Ubuntu's, from 24.04 on
@@ -145,14 +146,14 @@ def _remedy() -> str:
 
 
 def is_kept(name: str, value: str = "") -> bool:
-    """Return whether a sandbox has a variable: one that a training needs, and no credential."""
+    """Return whether a sandbox has a variable: a training needs it, and it is not a credential."""
     needed = name in KEPT or is_recorded(name)
     return needed and not names_a_secret(name) and without_secrets(value, names=False) == value
 
 
 @contextmanager
 def only_kept() -> Iterator[None]:
-    """Leave in this process's environment, for a while, what a sandbox has."""
+    """Reduce this process's environment temporarily to what a sandbox has."""
     others = {name: value for name, value in os.environ.items() if not is_kept(name, value)}
     for name in others:
         del os.environ[name]
@@ -163,21 +164,21 @@ def only_kept() -> Iterator[None]:
 
 
 def shows_a_home(path: Path) -> bool:
-    """Return whether a folder is this user's home, or one that contains it."""
+    """Return whether a folder is this user's home or contains it."""
     real = path.resolve()
     return real == Path("/") or any(home.resolve().is_relative_to(real) for home in _homes())
 
 
 def _homes() -> set[Path]:
-    """Return this user's home, as the environment and as the system name it."""
+    """Return this user's home directories, by the environment and by the system."""
     found = {os.environ.get("HOME", "")}
-    with suppress(KeyError):  # a user of a container, without an entry
+    with suppress(KeyError):  # in a container the user may have no entry
         found.add(pwd.getpwuid(os.geteuid()).pw_dir)
     return {Path(home) for home in found if home not in ("", "/")}
 
 
 def _system() -> list[str]:
-    """Return the arguments for what programs need of the system."""
+    """Return bubblewrap's arguments for the system's files."""
     bound = [part for path in SYSTEM for part in ("--ro-bind-try", path, path)]
     bound += [part for name in ETC for part in ("--ro-bind-try", f"/etc/{name}", f"/etc/{name}")]
     for path in map(Path, LINKS):
@@ -193,7 +194,7 @@ def _system() -> list[str]:
 
 
 def _interpreter() -> list[Path]:
-    """Return the folders of this interpreter and of what it imports."""
+    """Return the folders of this interpreter and of its imports."""
     named = [sys.prefix, sys.base_prefix, sys.exec_prefix, *(entry for entry in sys.path if entry)]
     named += os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep)
     found = {place for name in named if name for place in (Path(name).absolute(), Path(name).resolve())}
@@ -201,7 +202,7 @@ def _interpreter() -> list[Path]:
 
 
 def _links(program: Path, shown: list[Path]) -> list[tuple[Path, str]]:
-    """Return the links between a program and its file that no shown folder has: ~/.local/bin/python3.11, for one."""
+    """Return the links from a program to its file that are in no visible folder, such as ~/.local/bin/python3.11."""
     links: list[tuple[Path, str]] = []
     here = program.absolute()
     while here.is_symlink() and len(links) < 40:
@@ -213,12 +214,12 @@ def _links(program: Path, shown: list[Path]) -> list[tuple[Path, str]]:
 
 
 def _paths_in(node: object, home: Path) -> list[Path]:
-    """Return the paths of this machine that values name, relative ones from the experiment's folder."""
+    """Return the existing paths in nested values; relative ones begin at the experiment's folder."""
     if isinstance(node, dict | list):
         return [
             path for child in (node.values() if isinstance(node, dict) else node) for path in _paths_in(child, home)
         ]
-    with suppress(OSError, RuntimeError, ValueError):  # too long, of an unknown user, a NUL: no path
+    with suppress(OSError, RuntimeError, ValueError):  # not a path: too long, an unknown user, a NUL
         if isinstance(node, str) and node and (path := home / Path(node).expanduser()).exists():
             return [path]
     return []

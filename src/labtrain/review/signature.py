@@ -1,8 +1,8 @@
-"""Who vouches for a receipt: signatures by OpenSSH, as git has them for commits (ssh-keygen(1), -Y; PROTOCOL.sshsig).
+"""Sign receipts with OpenSSH keys, as git signs commits (ssh-keygen(1), -Y; PROTOCOL.sshsig).
 
-A receipt's signature is a file beside it, over its bytes; a verdict's stands in its line (verdicts.py). Who may sign
-stands in an allowed signers file, the one that the lab's commits are checked with. What git is set to is asked where
-the person stands, never in the run's folder: that may be somebody else's, and would name its own signers.
+A receipt's signature is a file next to it, over its bytes. A verdict's signature is in its line (verdicts.py). An
+allowed signers file says who may sign; it can be the one for the lab's commits. git's settings are read in the working
+directory, never in the run's folder, which may be untrusted and could name its own signers.
 """
 
 import base64
@@ -21,19 +21,19 @@ from labtrain.base.untrusted import damage_of, read
 from labtrain.record import receipt
 
 FILE = f"{receipt.FILE}.sig"
-LONGEST = 1 << 20  # bytes of a signature
-NAMESPACE = "labtrain-receipt"  # a signature for another purpose is none of a receipt
+LONGEST = 1 << 20  # maximum size of a signature, in bytes
+NAMESPACE = "labtrain-receipt"  # a signature for another purpose does not count
 VERDICT = "labtrain-verification"
-BATCH_TIMEOUT_S = 60.0  # for an agent, or a touch of a hardware key, that nobody may be there to give
+BATCH_TIMEOUT_S = 60.0  # for an agent, or a hardware key that waits for a touch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Signature:
-    """A signature that was checked.
+    """A checked signature.
 
     Attributes:
-        principal: who the allowed signers file says has signed.
-        fingerprint: of their key: SHA256:...
+        principal: the signer's name in the allowed signers file.
+        fingerprint: of the signer's key: SHA256:...
     """
 
     principal: str
@@ -41,24 +41,24 @@ class Signature:
 
 
 def sign(run_dir: Path, *, key: Path | None) -> Path:
-    """Sign a run's receipt and return the signature's file; an older one is replaced.
+    """Sign a run's receipt and return the signature's file; an older signature is replaced.
 
     Args:
         run_dir: the run's folder.
-        key: a private key, or a public one whose private half an agent holds. None: what git signs commits with, where
-            that is an SSH key, else ~/.ssh/id_ed25519.
+        key: a private key, or a public key whose private half an agent holds. None: the key that git signs commits
+            with, if it is an SSH key, else ~/.ssh/id_ed25519.
 
     Raises:
         DamagedError: the receipt cannot be trusted.
-        LabtrainError: the run is trained now, or the key cannot be used.
+        LabtrainError: the run is being trained, or the key cannot be used.
     """
     found = receipt.read(run_dir)
     if found is None:
-        raise ConfigError(f"{shown(run_dir)} is no run: looked for {receipt.FILE}", hint="ls runs/*/")
+        raise ConfigError(f"{shown(run_dir)} is not a run: looked for {receipt.FILE}", hint="ls runs/*/")
     if found["status"] == "running":
         raise LabtrainError(
-            f"{shown(run_dir)} is being trained, or was killed: its receipt will change",
-            hint="wait for its end, or start it again, then sign",
+            f"{shown(run_dir)} is still training, or was killed: its receipt will change",
+            hint="wait until it ends, or resume it with the same command; then sign",
         )
     signature = run_dir / FILE
     text = sign_text(read(run_dir / receipt.FILE), key=key, purpose=NAMESPACE)
@@ -70,18 +70,18 @@ def sign(run_dir: Path, *, key: Path | None) -> Path:
 
 
 def sign_text(text: bytes, *, key: Path | None, purpose: str) -> str:
-    """Return a signature of a text, armored.
+    """Return an armored signature of a text.
 
     Args:
-        text: what is signed.
-        key: as of `sign`.
-        purpose: a namespace of ssh-keygen: a signature holds for no other.
+        text: what to sign.
+        key: as in `sign`.
+        purpose: a namespace of ssh-keygen; the signature is valid only for it.
 
     Raises:
         LabtrainError: the key cannot be used.
     """
     with TemporaryDirectory(prefix="labtrain-") as folder:
-        # On a copy: asked to sign a file that is signed already, ssh-keygen asks whether to replace the old signature.
+        # Sign a copy: for a file that is already signed, ssh-keygen asks whether to replace the signature.
         copy = Path(folder, "text")
         copy.write_bytes(text)
         path = key or _usual_key(Path(folder))
@@ -94,15 +94,15 @@ def sign_text(text: bytes, *, key: Path | None, purpose: str) -> str:
 
 
 def check_signature(run_dir: Path, *, signers: Path | None) -> Signature | None:
-    """Return who signed a run's receipt; None where it is not signed.
+    """Return who signed a run's receipt; None if it is not signed.
 
     Args:
         run_dir: the run's folder.
         signers: an allowed signers file. None: git's.
 
     Raises:
-        DamagedError: the signature is not one of these bytes.
-        LabtrainError: the signer is none of those that are allowed, or it is not known who is.
+        DamagedError: the signature does not belong to these bytes.
+        LabtrainError: the signer is not allowed, or there is no allowed signers file.
     """
     file = run_dir / FILE
     try:
@@ -113,39 +113,39 @@ def check_signature(run_dir: Path, *, signers: Path | None) -> Signature | None:
     try:
         text = read(run_dir / receipt.FILE)
     except OSError as error:
-        raise DamagedError(f"{shown(file)} is there, and no {receipt.FILE}", hint="ls runs/*/") from error
+        raise DamagedError(f"{shown(file)} exists, but no {receipt.FILE}", hint="ls runs/*/") from error
     fingerprint, wrong = check_text(text, file, purpose=NAMESPACE)
     if wrong:
         raise DamagedError(
             f"{shown(file)} does not sign this {receipt.FILE}: {wrong}",
-            hint=f"one of them was changed; if the training went on since: labtrain sign {quoted(shown(run_dir))}",
+            hint=f"one of them was changed; if the run was resumed since: labtrain sign {quoted(shown(run_dir))}",
         )
     return whose(text, file, fingerprint, purpose=NAMESPACE, signers=signers, name=shown(file))
 
 
 def check_text(text: bytes, file: Path, *, purpose: str) -> tuple[str, str]:
-    """Return (fingerprint of the key, "") where a signature is one of a text; else ("", what is wrong)."""
+    """Return (fingerprint of the key, "") if a signature belongs to a text; else ("", what is wrong)."""
     done = _ssh_keygen("check-novalidate", "-s", str(file), purpose=purpose, text=text)
-    return (done.stdout.split()[-1], "") if done.returncode == 0 else ("", done.stderr.strip() or "it is none")
+    return (done.stdout.split()[-1], "") if done.returncode == 0 else ("", done.stderr.strip() or "not a signature")
 
 
 def whose(text: bytes, file: Path, fingerprint: str, *, purpose: str, signers: Path | None, name: str) -> Signature:
-    """Return who of the allowed signers has made a signature that was checked.
+    """Return which allowed signer made a checked signature.
 
     Args:
-        text: what is signed.
-        file: with the signature.
+        text: the signed text.
+        file: contains the signature.
         fingerprint: of its key.
-        purpose: that it was made for.
+        purpose: the signature's namespace.
         signers: an allowed signers file. None: git's.
         name: of the signature, for errors.
 
     Raises:
-        LabtrainError: none of them has, or it is not known who they are.
+        LabtrainError: no allowed signer made it, or there is no allowed signers file.
     """
     allowed = signers or _usual_signers()
     if not allowed.is_file():
-        raise LabtrainError(f"{allowed}: there is no such file of allowed signers", hint="--signers FILE")
+        raise LabtrainError(f"{allowed}: no such file (allowed signers)", hint="--signers FILE")
     done = _ssh_keygen("find-principals", "-s", str(file), "-f", str(allowed), purpose=purpose)
     for principal in done.stdout.splitlines():
         done = _ssh_keygen("verify", "-f", str(allowed), "-I", principal, "-s", str(file), purpose=purpose, text=text)
@@ -155,16 +155,16 @@ def whose(text: bytes, file: Path, fingerprint: str, *, purpose: str, signers: P
     if public.split()[-1] in allowed.read_text():  # expired, not yet valid, or for other namespaces
         raise LabtrainError(
             f"{name}: {allowed} does not allow the key {fingerprint} to sign this: {done.stderr.strip()}",
-            hint=f"have it signed with another key, or change the key's options in {allowed}",
+            hint=f"sign with another key, or change the key's options in {allowed}",
         )
     raise LabtrainError(
-        f"{name} is by the key {fingerprint}, which is nobody's in {allowed}",
-        hint=f'if you know whose it is, add to {allowed}: NAME@HOST namespaces="{purpose}" {public}',
+        f"{name}: made with the key {fingerprint}, which is not in {allowed}",
+        hint=f'if you know its owner, add to {allowed}: NAME@HOST namespaces="{purpose}" {public}',
     )
 
 
 def _usual_key(scratch: Path) -> Path:
-    """Return the key that git signs with, else the usual one; of a key that git has by value, a file in `scratch`."""
+    """Return the key that git signs with, else the default; a key given by value is written to `scratch`."""
     configured = ask_git(".", "config", "--get", "user.signingkey").strip()
     if configured and ask_git(".", "config", "--get", "gpg.format").strip() == "ssh":
         if configured.startswith(("key::", "ssh-")):
@@ -182,18 +182,18 @@ def _usual_key(scratch: Path) -> Path:
 
 
 def _usual_signers() -> Path:
-    """Return git's allowed signers file; a relative one lies below the working tree, as for git."""
+    """Return git's allowed signers file; a relative path begins at the working tree, as in git."""
     configured = ask_git(".", "config", "--type=path", "--get", "gpg.ssh.allowedSignersFile").strip()
     if not configured:
         raise LabtrainError(
-            "it is signed, and it is not known who may sign: git has no gpg.ssh.allowedSignersFile",
+            "cannot check the signature: no allowed signers, and git has no gpg.ssh.allowedSignersFile",
             hint="--signers FILE, or git config --global gpg.ssh.allowedSignersFile FILE",
         )
     return Path(ask_git(".", "rev-parse", "--show-toplevel").strip(), configured)
 
 
 def _public_key(signature: Path) -> str:
-    """Return the public key that a signature holds, as a line of an allowed signers file has it."""
+    """Return the public key in a signature, as written in an allowed signers file."""
     blob = base64.b64decode("".join(signature.read_text().strip().splitlines()[1:-1]))
     key, _ = _field(blob[10:])  # after the magic SSHSIG and a version of four bytes
     return f"{_field(key)[0].decode()} {base64.b64encode(key).decode()}"
@@ -208,9 +208,9 @@ def _field(blob: bytes) -> tuple[bytes, bytes]:
 def _ssh_keygen(
     action: str, *arguments: str, purpose: str, text: bytes | None = None, may_ask: bool = False
 ) -> subprocess.CompletedProcess[str]:
-    """Run `ssh-keygen -Y`; it can ask for a passphrase only where `may_ask`.
+    """Run `ssh-keygen -Y`; it can ask for a passphrase only if `may_ask`.
 
-    In a batch it gets no terminal, not even the one of its session: it would open that and wait.
+    Otherwise it gets a session without a terminal, because it would open the terminal and wait.
     """
     namespace = [] if action == "find-principals" else ["-n", purpose]
     command = ["ssh-keygen", "-Y", action, *namespace, *arguments]

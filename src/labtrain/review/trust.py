@@ -1,9 +1,7 @@
-"""Whether code that came with a receipt may run as this user: said first, then asked, unless it is the user's own run.
+"""Show what a receipt's code would run, and ask whether it may run, unless the run is the user's own. No torch.
 
-What a replay runs is the receipt's code, and what its configuration names: Hydra makes an object of each `_target_`,
-and Hydra's list of refused ones is no protection (https://hydra.cc/docs/1.3/advanced/instantiate_objects/overview/).
-
-No torch.
+A rerun executes the receipt's code and what its configuration names: Hydra instantiates each `_target_`. Hydra's list
+of refused targets is not a protection (https://hydra.cc/docs/1.3/advanced/instantiate_objects/overview/).
 """
 
 import ast
@@ -20,8 +18,8 @@ from labtrain.record.receipt import Receipt
 
 Ask = Callable[[list[str]], bool]  # shows lines to a person and returns whether they agree
 
-# What these modules have under a name with a capital are classes of a training's parts: layers, optimizers, schedules,
-# datasets, metrics, callbacks. Their functions are not among them: torch.load and torch.hub.load run code.
+# In these modules, names that begin with a capital are classes for training: layers, optimizers, schedules, datasets,
+# metrics, callbacks. Functions are excluded: torch.load and torch.hub.load run code.
 LIBRARY = re.compile(
     r"(?:torch\.nn(?:\.modules(?:\.[a-z]+)?)?|torch\.optim(?:\.lr_scheduler|\.swa_utils)?|torch\.utils\.data"
     r"|lightning\.pytorch(?:\.callbacks)?|torchmetrics(?:\.[a-z]+)?|labtrain(?:\.augment)?)\.[A-Z]\w*"
@@ -29,7 +27,7 @@ LIBRARY = re.compile(
 DOTTED = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
 A_PLACE = re.compile(r"[/~]|.*(?:\.\.|://)", re.DOTALL)
 HUNK = re.compile(r"@@ -\d+(?:,(\d+))? \+\d+(?:,(\d+))? @@")
-MOST_IMPORTS = 10  # from one of the experiment's files to the next, until a class's own
+MOST_IMPORTS = 10  # to follow from file to file until a class's definition
 
 
 def admit(
@@ -43,43 +41,43 @@ def admit(
     ask: Ask | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> None:
-    """Say what training a receipt's run would execute here, and return where it may.
+    """Show what training a receipt's run would execute here, and return if it may run.
 
     Args:
-        receipt: whose run is trained.
-        run_dir: where it lies.
+        receipt: of the run to train.
+        run_dir: the run's folder.
         root: the folder of its code.
-        home: the experiment's folder here, which it is started in.
-        sandboxed: it is trained in a sandbox, where it may.
-        trust: it may, whatever it is.
-        ask: asks the person; None: there is no terminal.
-        say: is told, where nobody is asked.
+        home: the experiment's folder here, the working directory of the rerun.
+        sandboxed: it runs in a sandbox, so it may run.
+        trust: it may run without asking.
+        ask: asks the user; None: there is no terminal.
+        say: receives the lines if nobody is asked.
 
     Raises:
-        ConfigError: it may not. Nothing was run.
+        ConfigError: it may not run. Nothing was run.
     """
     if is_own(receipt, run_dir, home):
         return
     runs = "in the sandbox" if sandboxed else "as you, with your files and your network"
-    lines = [f"runs         {runs}, what you did not train in this folder:", *what_runs(receipt, run_dir, root, home)]
+    lines = [f"runs         {runs}, code that you did not train here:", *what_runs(receipt, run_dir, root, home)]
     if ask is not None and not trust and not sandboxed:
         if ask(lines):
             return
-        raise ConfigError("not confirmed, and nothing of the receipt's was run", hint=_ways(run_dir))
+        raise ConfigError("not confirmed; none of the receipt's code was run", hint=_ways(run_dir))
     for line in lines:
         say(line)
     if not trust and not sandboxed:
         raise ConfigError(
-            f"{shown(run_dir)} was not trained by you in {home}: its code is somebody else's, and there is no terminal"
-            " to ask on",
+            f"{shown(run_dir)} was not trained by you in {home}, so its code is untrusted, and there is no terminal to"
+            " ask on",
             hint=_ways(run_dir),
         )
 
 
 def _ways(run_dir: Path) -> str:
     return (
-        f"labtrain verify {shown(run_dir)} --sandbox trains it without network and home; --trust, where you trust who"
-        " sent it; --steps 0 runs nothing"
+        f"labtrain verify {shown(run_dir)} --sandbox trains it without network and home; --trust runs it as you;"
+        " --steps 0 runs nothing"
     )
 
 
@@ -87,11 +85,11 @@ def _ways(run_dir: Path) -> str:
 
 
 def what_runs(receipt: Receipt, run_dir: Path, root: Path, home: Path) -> list[str]:
-    """Return what a replay executes, for a person to read: the code and where it is from, the patch, other targets."""
+    """Return what a rerun executes, as lines: the code and its origin, the patch, other targets."""
     code, lines = receipt["code"], list[str]()
     if root == home:
         names = ", ".join(sorted(code["sources"])[:8]) + (", ..." if len(code["sources"]) > 8 else "")
-        lines.append(f"  code       the {len(code['sources'])} sources in {home.resolve()}, as they are: {names}")
+        lines.append(f"  code       the {len(code['sources'])} sources in {home.resolve()}: {names}")
     else:
         patch = patch_of(receipt, run_dir) or ""
         lines.append(f"  code       commit {code['commit']} of {home.resolve()}{', with the patch' if patch else ''}")
@@ -103,9 +101,9 @@ def what_runs(receipt: Receipt, run_dir: Path, root: Path, home: Path) -> list[s
 
 
 def _summary(patch: str) -> list[str]:
-    """Return which files a patch changes, and how much of each: the last that is read before the question."""
+    """Return which files a patch changes, and how much: shown directly before the question."""
     found: dict[str, list[Any]] = {}
-    name, before, after = "", 0, 0  # the file, and how many lines of a hunk are still to come of each side
+    name, before, after = "", 0, 0  # the file, and the remaining lines of the hunk on each side
     for line in patch.split("\n"):
         if before > 0 or after > 0:
             before -= line[:1] not in ("+", "\\")
@@ -119,22 +117,22 @@ def _summary(patch: str) -> list[str]:
             name = line.rpartition(" b/")[2]
             found.setdefault(name, [0, 0, ""])
         elif line.startswith(("--- ", "+++ ")) and not line.startswith("/dev/null", 4):
-            name = re.sub("^[ab]/", "", line[4:].partition("\t")[0])  # git apply goes by these
+            name = re.sub("^[ab]/", "", line[4:].partition("\t")[0])  # git apply uses these
         elif line.startswith("GIT binary patch"):
-            found.setdefault(name, [0, 0, ""])[2] = ", binary: it cannot be read here"
+            found.setdefault(name, [0, 0, ""])[2] = ", binary: not shown"
     return [f"{name} +{added} -{removed}{more}" for name, (added, removed, more) in found.items()]
 
 
 def foreign_targets(config: object, root: Path, sources: dict[str, str]) -> list[tuple[str, str]]:
-    """Return (key, what it names) of all that Hydra would make or call that is neither the experiment's nor a part.
+    """Return (key, what it names) for everything Hydra would make or call outside the experiment and LIBRARY.
 
-    A part is a class of torch, lightning, torchmetrics or labtrain that trainings are made of. A text with `${` is
-    returned too: Hydra resolves it when it makes the object, and it may become a `_target_`.
+    LIBRARY has the training classes of torch, lightning, torchmetrics and labtrain. A text with `${` is returned too:
+    Hydra resolves it when it makes the object, and it may become a `_target_`.
 
     Args:
-        config: resolved, from somebody else.
+        config: resolved, untrusted.
         root: the folder of the experiment's code.
-        sources: its files that were hashed, by their paths there.
+        sources: its hashed files, by path.
     """
     found = [(key, str(target)) for key, target in _targets(config, "") if not is_known(target, root, sources)]
     made = {group: config.get(group) for group in ORDERED} if isinstance(config, dict) else {}
@@ -143,20 +141,22 @@ def foreign_targets(config: object, root: Path, sources: dict[str, str]) -> list
 
 
 def is_known(target: object, root: Path, sources: dict[str, str]) -> bool:
-    """Return whether a target is a class or function of the experiment's own, or a class of a library's parts.
+    """Return whether a target is the experiment's own class or function, or a class in LIBRARY.
 
-    What is reached through a module that another one imports is not: `model.os.system`, `torch.nn.functools.partial`.
+    A target reached through another module's import is not known: `model.os.system`, `torch.nn.functools.partial`.
     """
     if not isinstance(target, str) or not DOTTED.fullmatch(target):
         return False
     top = target.partition(".")[0]
-    if any(name.partition("/")[0] in (top, f"{top}.py") for name in sources):  # its modules come before a library's
+    if any(
+        name.partition("/")[0] in (top, f"{top}.py") for name in sources
+    ):  # the experiment's modules take precedence
         return _is_defined(target.split("."), root, sources, MOST_IMPORTS)
     return LIBRARY.fullmatch(target) is not None
 
 
 def _is_defined(parts: list[str], root: Path, sources: dict[str, str], imports: int) -> bool:
-    """Return whether a source of the experiment's defines what `package.module.Name` names; nothing is imported."""
+    """Return whether a source of the experiment defines `package.module.Name`; imports nothing."""
     *module, name = parts
     if not module or not imports:
         return False
@@ -179,7 +179,7 @@ def _is_defined(parts: list[str], root: Path, sources: dict[str, str], imports: 
 
 
 def _bound_by(node: ast.stmt) -> set[str]:
-    """Return the names that a statement of a module gives; of one that holds others, all that stand in it."""
+    """Return the names that a module's statement binds, including nested statements."""
     if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         return {node.name}
     if isinstance(node, ast.Import | ast.ImportFrom):
@@ -199,7 +199,7 @@ def _targets(node: object, key: str) -> Iterator[tuple[str, object]]:
 
 
 def _places(node: object, key: str) -> Iterator[tuple[str, str]]:
-    """Yield (key, text) of each path and URL that a library's part is given: ModelCheckpoint's dirpath, say."""
+    """Yield (key, text) of each path and URL given to a class in LIBRARY, such as ModelCheckpoint's dirpath."""
     if isinstance(node, dict) and LIBRARY.fullmatch(str(node.get("_target_"))):
         yield from ((name, text) for name, text in _texts(node, key) if A_PLACE.match(text))
         return

@@ -1,9 +1,9 @@
-"""verified.jsonl, beside a receipt: a line each time that somebody ran it again. No torch.
+"""verified.jsonl, next to a receipt: one line for each time that somebody ran it again. No torch.
 
-A line is the word of whoever could write the file. One that is signed (`labtrain verify --key`) is the word of whoever
-has the key: the signature is over the line without it, as JSON with sorted keys and no spaces, so over the receipt's
-digest, what was found, the steps, the machine and the time. Only such a line is a verification to who reads it, where
-the reader knows whose key that is; the others are shown as claims.
+A line is a claim of whoever could write the file. A signed line (`labtrain verify --key`) is a claim of the key's
+owner. The signature covers the line without it, as JSON with sorted keys and no spaces: the receipt's digest, the
+result, the steps, the machine and the time. A line counts as a verification only if the reader knows the signer's key.
+All other lines are shown as claims.
 """
 
 import getpass
@@ -29,30 +29,30 @@ from labtrain.review.signature import VERDICT, Signature, check_text, sign_text,
 
 VERIFIED = "verified.jsonl"
 NOT_SIGNED = "it is not signed"
-MOST_CHECKED = 50  # signatures of one file: each costs ssh-keygen three starts
+MOST_CHECKED = 50  # signatures in one file: each starts ssh-keygen three times
 TEXTS = ("when", "by", "host", "cpu", "labtrain", "receipt", "found")
 KINDS = {**dict.fromkeys(TEXTS, str), "gpus": list, "from_step": int, "to_step": int, "whole": bool}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verification:
-    """A line of it.
+    """One line of verified.jsonl.
 
     Attributes:
         when: in UTC.
-        by: a user's name.
-        host: where, with its processor and GPUs.
+        by: a user name.
+        host: the machine's name.
         cpu: its processor.
-        gpus: their names.
+        gpus: names of its GPUs.
         labtrain: the version.
-        receipt: the digest of the receipt that was verified; another's says nothing of this one.
-        from_step: that the training began from.
+        receipt: the digest of the verified receipt; the line says nothing about another one.
+        from_step: the step that the rerun began from.
         to_step: the last step that was the same.
-        whole: from its beginning to its end.
-        same: whether bits were; None where nothing was trained.
-        found: a sentence.
-        signer: who of the allowed signers has signed the line.
-        doubt: why it is no more than a claim; empty where there is a signer.
+        whole: from the beginning to the end.
+        same: whether the bits were the same; None if nothing was trained.
+        found: the result as a sentence.
+        signer: the allowed signer who signed the line.
+        doubt: why it is only a claim; empty if there is a signer.
     """
 
     when: datetime
@@ -83,7 +83,7 @@ def note(
     found: str,
     key: Path | None = None,
 ) -> None:
-    """Append a verification, of this user, machine and time; where that cannot be written or signed, say so."""
+    """Append a verification with this user, machine and time; warn if it cannot be written or signed."""
     line = {
         "when": timestamp(),
         "by": _user(),
@@ -108,28 +108,24 @@ def note(
             file.write((json.dumps(line) + "\n").encode())
     except (OSError, DamagedError) as error:
         why = f"{shown(run_dir / VERIFIED)}: {error.strerror}" if isinstance(error, OSError) else error.args[0]
-        sys.stderr.write(f"warning: {why}: the verdict is not kept\n")
+        sys.stderr.write(f"warning: {why}: the verdict is not recorded\n")
 
 
 def check_key(key: Path) -> None:
-    """Refuse a key that cannot sign, before hours of training.
-
-    Raises:
-        LabtrainError: says why.
-    """
+    """Raise LabtrainError if a key cannot sign, before hours of training."""
     sign_text(b"", key=key, purpose=VERDICT)
 
 
 def read_verifications(run_dir: Path, *, digest: str = "", signers: Path | None = None) -> list[Verification]:
-    """Read who has run a receipt again, newest first; none without the file.
+    """Read verified.jsonl, newest line first; empty if there is no file.
 
     Args:
         run_dir: the run's folder.
-        digest: of the receipt whose lines have their signatures checked.
+        digest: of the receipt; signatures are checked only on its lines.
         signers: an allowed signers file. None: git's.
 
     Raises:
-        DamagedError: the file is broken, or none.
+        DamagedError: the file is broken, or not a regular file.
     """
     path = run_dir / VERIFIED
     aside = f"mv {quoted(path)} {quoted(f'{path}.broken')}"
@@ -145,14 +141,14 @@ def read_verifications(run_dir: Path, *, digest: str = "", signers: Path | None 
         found = [(_parsed(entry), entry) for entry in entries]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise DamagedError(f"{shown(path)} is broken: {error!r}", hint=aside) from error
-    newest_first = sorted(found, key=lambda pair: pair[0].when)[::-1]  # of one second, by their lines
+    newest_first = sorted(found, key=lambda pair: pair[0].when)[::-1]  # within one second, by line
     return list(_checked(newest_first, digest, signers))
 
 
 def _checked(
     found: Iterable[tuple[Verification, dict[str, object]]], digest: str, signers: Path | None
 ) -> Iterable[Verification]:
-    """Yield verifications, each with who signed it or why it is but a claim."""
+    """Yield verifications, each with its signer or with the reason why it is only a claim."""
     left = MOST_CHECKED
     for line, entry in found:
         signature = entry.get("signature")
@@ -169,10 +165,10 @@ def _checked(
 
 
 def _signer(entry: dict[str, object], signature: str, signers: Path | None) -> Signature:
-    """Return who of the allowed signers has signed a line.
+    """Return the allowed signer who signed a line.
 
     Raises:
-        LabtrainError: says why it is not known.
+        LabtrainError: there is no known signer; says why.
     """
     with TemporaryDirectory(prefix="labtrain-") as folder:
         file = Path(folder, "sig")
@@ -180,21 +176,21 @@ def _signer(entry: dict[str, object], signature: str, signers: Path | None) -> S
         text = _signed(entry)
         fingerprint, wrong = check_text(text, file, purpose=VERDICT)
         if wrong:
-            raise DamagedError("its signature is none of this line: the line, or the signature, was changed")
+            raise DamagedError("its signature does not match this line: one of the two was changed")
         return whose(text, file, fingerprint, purpose=VERDICT, signers=signers, name="its signature")
 
 
 def _signed(line: dict[str, object]) -> bytes:
-    """Return what the signature of a line is over: `jq -cSj 'del(.signature)'` of it."""
+    """Return what a line's signature covers: `jq -cSj 'del(.signature)'`."""
     rest = {key: value for key, value in line.items() if key != "signature"}
     return json.dumps(rest, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode(errors="surrogatepass")
 
 
 def _parsed(entry: Options) -> Verification:
-    """Return a line as what it says.
+    """Parse a line.
 
     Raises:
-        KeyError, TypeError, ValueError: it lacks something, or that is of another kind.
+        KeyError, TypeError, ValueError: a key is missing or has the wrong type.
     """
     for key, kind in KINDS.items():
         if type(entry[key]) is not kind:
@@ -205,6 +201,6 @@ def _parsed(entry: Options) -> Verification:
 
 
 def _user() -> str:
-    with suppress(KeyError, OSError):  # a container without an entry for this user
+    with suppress(KeyError, OSError):  # in a container the user may have no entry
         return getpass.getuser()
     return str(os.getuid())

@@ -1,10 +1,10 @@
-"""`labtrain verify`: is a receipt true of this machine? First what can be told without running, then the run again.
+"""`labtrain verify`: check whether a receipt is true on this machine, first without training, then by training again.
 
-The trail of the run that is trained again is held against the recorded one line by line, and the training is stopped at
-the first difference. Then it is trained once more, from the last common checkpoint: that tells whether this machine
-gives the difference again, and, where the trail's sums cannot say which tensor it is, gives tensors to compare.
+The rerun's trail is compared with the recorded one line by line, and the rerun stops at the first difference. Then it
+trains once more, from the last common checkpoint. This shows whether this machine gives the same difference again. If
+the trail's sums cannot identify the tensor, it also gives tensors to compare.
 
-No verdict is given of what was not compared: it takes at least one line of the trail, or the results of a whole run.
+A verdict needs a comparison: at least one line of the trail, or the results of a whole run.
 """
 
 from collections.abc import Callable
@@ -32,17 +32,17 @@ NOT_COMPARED = "not compared"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What verifying a receipt came to.
+    """The result of verifying a receipt.
 
     Attributes:
-        same: whether the same bits came out, as far as it was trained; None: nothing was compared.
-        differences: of what can be told without running, and of the run's own start.
-        from_step: that the training began from.
+        same: whether the rerun gave the same bits, as far as it trained; None: nothing was compared.
+        differences: found without training, and at the rerun's start.
+        from_step: the step that the rerun began from.
         to_step: the last step that was the same.
-        whole: it was trained from the beginning to its end, and its results were compared.
-        divergence: where it parts from the receipt.
-        results: (receipt's, now) of each result that is not the same.
-        found: all that in a sentence.
+        whole: it trained from the beginning to the end, and the results were compared.
+        divergence: the first difference from the trail.
+        results: (receipt's, now) of each result that differs.
+        found: the result as a sentence.
     """
 
     same: bool | None
@@ -56,29 +56,29 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """`yes` for steps that were trained here and gave the same bits, alone; where none was trained `unverified`."""
+        """`yes` only if steps were trained here and gave the same bits; `unverified` if none was trained."""
         return {True: "yes", False: "no", None: "unverified"}[self.same]
 
     @property
     def agrees(self) -> bool:
-        """Whether nothing speaks against it: the same bits, or, where nothing was trained, no cause for others."""
+        """Whether the bits are the same, or, if nothing was trained, no difference can change them."""
         return self.same if self.same is not None else not any(each.matters for each in self.differences)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyOptions:
-    """How a run is verified.
+    """How to verify a run.
 
     Attributes:
-        steps: how many to train; None: to its end; 0: none, and nothing of the receipt's runs.
+        steps: number of steps to train; None: to the end; 0: none, and no code of the receipt runs.
         start: the step of a recorded checkpoint to begin from; 0: the beginning.
-        segments: train it in the receipt's own segments, stopped and resumed as it was, on as many devices.
-        devices: on how many, in one go; None: as the receipt says.
-        signers: an allowed signers file: one of them must have signed the receipt; None: whom git allows may have.
-        key: an SSH key, to sign the line of verified.jsonl with.
-        changes: keys of the configuration that differ here, dotted: where the data lies, say.
-        trust: train it without a question, whoever wrote it.
-        sandbox: train it where it finds no network and nothing of the user's (sandbox.py).
+        segments: stop and resume as the recorded run did, on the same number of devices each time.
+        devices: number of devices, in one go; None: as in the receipt.
+        signers: an allowed signers file: one of them must have signed the receipt; None: use git's, if there is one.
+        key: an SSH key to sign the line of verified.jsonl with.
+        changes: configuration keys that differ here, dotted, such as the place of the data.
+        trust: train without asking, whoever wrote the code.
+        sandbox: train without network and without the user's files (sandbox.py).
     """
 
     steps: int | None = None
@@ -94,7 +94,7 @@ class VerifyOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Plan:
-    """Which steps are trained: `start` to `last`, in the receipt's segments or in one go; to the end if `whole`."""
+    """Which steps to train: `start` to `last`, in the receipt's segments or in one go; to the end if `whole`."""
 
     start: int
     last: int
@@ -110,19 +110,19 @@ def verify_run(
     say: Say = lambda _: None,
     tick: Callable[[int], None] = lambda _: None,
 ) -> Verdict:
-    """Verify a run: whether its receipt is true here, and whether training it again gives the same bits.
+    """Verify a run: check its receipt here, train it again, and compare the bits.
 
     Args:
-        run: its folder, or its receipt alone, in a clone of the experiment's repository.
-        options: the defaults verify all of it.
-        ask: shows a person what would run, and returns whether it may; None: only this user's own runs may.
-        say: is told what was found, as it is found.
-        tick: is told each step that was the same.
+        run: its folder, or only its receipt, in a clone of the experiment's repository.
+        options: by default the whole run is verified.
+        ask: shows the user what would run, and returns whether it may; None: only this user's own runs may.
+        say: receives each finding.
+        tick: receives each step that was the same.
 
     Raises:
-        ConfigError: the run, its code or the checkpoint cannot be found, or nothing could be compared.
-        DamagedError: receipt, trail or a checkpoint was changed after it was written.
-        LabtrainError: the training fails, or was stopped.
+        ConfigError: the run, its code or the checkpoint cannot be found, or there is nothing to compare.
+        DamagedError: the receipt, the trail or a checkpoint was changed after it was written.
+        LabtrainError: the training failed or was stopped.
     """
     options = options or VerifyOptions()
     _check_can_sign(options)
@@ -144,7 +144,7 @@ def verify_run(
             case.sandbox = _sandbox(receipt, root, home, case.changes, say)
         admit(receipt, run_dir=run_dir, root=root, home=home, sandboxed=options.sandbox, trust=options.trust,
               ask=ask, say=say)  # fmt: skip
-        if not options.sandbox:  # nobody was asked, and they would run outside of it
+        if not options.sandbox:  # in a sandbox nobody is asked, and filters would run outside it
             case.root = with_filters(root, receipt, run_dir, home, folder / "filtered")
         return _trained(case, plan, key=options.key)
 
@@ -162,9 +162,9 @@ def _planned(receipt: Receipt, trail: dict[int, Line], options: VerifyOptions) -
 
 
 def _say_recorded(run_dir: Path, receipt: Receipt, trail: dict[int, Line], options: VerifyOptions, say: Say) -> None:
-    say(f"receipt      {receipt['run_id']}, {receipt['status']}, {len(trail)} lines in its trail, digest right")
+    say(f"receipt      {receipt['run_id']}, {receipt['status']}, {len(trail)} lines in its trail, digest correct")
     if (origin := receipt["segments"][0].get("origin")) is not None:
-        say(f"origin       {origin['checkpoint']} of the run {origin['run_id']}, which is not verified here")
+        say(f"origin       {origin['checkpoint']} of run {origin['run_id']}, which is not verified here")
     _say_signer(run_dir, options.signers, say)
     say(f"checkpoints  {check_checkpoints(run_dir, receipt)}")
 
@@ -174,7 +174,7 @@ def _untrained(case: Case, plan: _Plan) -> Verdict:
 
 
 def _trained(case: Case, plan: _Plan, *, key: Path | None) -> Verdict:
-    """Train the run again, and note the verdict beside it."""
+    """Train the run again, and record the verdict in verified.jsonl."""
     first = case.replay("first", plan.start)
     legs = legs_of(case.receipt) if plan.segments else [(case.devices, 0)]
     found = follow(case, first, legs, start=plan.start, last=plan.last)
@@ -187,7 +187,7 @@ def _trained(case: Case, plan: _Plan, *, key: Path | None) -> Verdict:
 def _check_can_sign(options: VerifyOptions) -> None:
     if options.key is not None:
         if options.steps == 0:
-            raise ConfigError("--steps 0 trains nothing: there is no verdict to sign", hint="without --key")
+            raise ConfigError("--steps 0 trains nothing, so there is no verdict to sign", hint="leave out --key")
         check_key(options.key)
 
 
@@ -195,19 +195,19 @@ def _home(run_dir: Path, receipt: Receipt, *, sandbox: bool) -> Path:
     """Return the experiment's folder.
 
     Raises:
-        ConfigError: a sandbox would show code all of a folder that only the receipt names.
+        ConfigError: the sandbox would show a whole folder that only the receipt names.
     """
     home = home_of(run_dir, receipt)
     if sandbox and home != Path.cwd() and not (home / "train.py").is_file():
         raise ConfigError(
-            f"--sandbox would show all of {shown(home)}, which the receipt's command alone names",
-            hint=f"cd {quoted(home)}, where that is the experiment's folder",
+            f"--sandbox would show all of {shown(home)}, which only the receipt's command names",
+            hint=f"cd {quoted(home)}, if that is the experiment's folder",
         )
     return home
 
 
 def _judged(case: Case, first: Replay, found: Reached, plan: _Plan) -> Verdict:
-    """Return the verdict of what was trained: where it parted from the trail, or how its results differ."""
+    """Return the verdict: where the rerun first differed from the trail, or how its results differ."""
     receipt, trail = case.receipt, case.trail
     divergence, results, reached, more = None, dict[str, tuple[object, object]](), found.same, ""
     if found.line is not None:
@@ -224,8 +224,8 @@ def _judged(case: Case, first: Replay, found: Reached, plan: _Plan) -> Verdict:
             divergence = Divergence(step=reached + 1, phase="length", tensor=None)
     elif reached < plan.last:
         raise LabtrainError(
-            f"the rerun ended at step {reached}, before step {plan.last}, up to which it was to be compared",
-            hint="labtrain verify without --steps; or was it stopped?",
+            f"the rerun ended at step {reached}, expected step {plan.last}",
+            hint="labtrain verify without --steps; or start it again, if it was stopped",
         )
     same = divergence is None and not results.keys() - soft_results(receipt)
     return _verdict(case, same, start=plan.start, reached=reached, ended=plan.whole, divergence=divergence,
@@ -233,7 +233,7 @@ def _judged(case: Case, first: Replay, found: Reached, plan: _Plan) -> Verdict:
 
 
 def legs_of(receipt: Receipt) -> list[tuple[int | None, int]]:
-    """Return (devices, step at which it stops) of each segment that the run's end came from; 0: its end."""
+    """Return (devices, step to stop at, 0: the end) of each segment that contributed to the final state."""
     segments = receipt["segments"]
     legs = []
     for segment, after in zip_longest(segments, segments[1:]):
@@ -244,10 +244,10 @@ def legs_of(receipt: Receipt) -> list[tuple[int | None, int]]:
 
 
 def soft_results(receipt: Receipt) -> set[str]:
-    """Return which results can be others without any other bits of the training: they are told as not verified.
+    """Return the results that can differ although the training's bits are the same; they are reported as not verified.
 
-    The trail's digest and the best value, where the receipt itself says that a part of what they are read off was lost;
-    and the state's digest, where there are callbacks of one's own: Lightning's ModelCheckpoint keeps paths in its.
+    These are the trail's digest and the best value, if the receipt says that part of their source was lost; and the
+    state's digest, if there are user callbacks: Lightning's ModelCheckpoint has paths in its state.
     """
     notes, own = receipt["determinism"]["notes"], receipt["config"]["callbacks"] or {}
     has_no_best = receipt["results"].get("best") is None or any(note.endswith(BEST_UNSURE) for note in notes)
@@ -256,12 +256,12 @@ def soft_results(receipt: Receipt) -> set[str]:
 
 
 def results_differently(receipt: Receipt, now: Receipt, *, trail: str | None) -> dict[str, tuple[object, object]]:
-    """Return (receipt's, now) of each result that is not the same: a metric's key is `metric NAME`.
+    """Return (receipt's, now) of each result that differs; a metric's key is `metric NAME`.
 
     Args:
         receipt: of a complete run.
-        now: of another.
-        trail: the sha256 of the other's trail, with as many lines; None: it has none; NOT_COMPARED.
+        now: of the rerun.
+        trail: the sha256 of the rerun's trail, with lines of the same steps; None: no trail; NOT_COMPARED.
     """
     mine, theirs = (
         {key: value for key, value in each["results"].items() if key != "metrics"}
@@ -277,40 +277,43 @@ def results_differently(receipt: Receipt, now: Receipt, *, trail: str | None) ->
 
 
 def _last_step(receipt: Receipt, trail: dict[int, Line], *, steps: int | None, start: int, segments: bool) -> int:
-    """Return the step at which enough is compared, 0 for its end, and refuse what cannot be told."""
+    """Return the last step to compare, 0 for the end; raise ConfigError if nothing can be compared."""
     complete, end = receipt["status"] == "complete", max(trail, default=0)
     if segments and start:
-        raise ConfigError("--segments begins at the beginning", hint="without --from")
+        raise ConfigError("--segments always begins at step 1, so --from cannot be used", hint="leave out --from")
     config = receipt["config"]
     if config["trainer"]["num_nodes"] > 1 and not receipt["determinism"]["any_number_of_devices"]:
         raise ConfigError(
-            f"without shards its bits depend on its {config['trainer']['num_nodes']} nodes, and here is one",
-            hint="labtrain verify RUN --steps 0 tells of code and environment on one of those nodes",
+            f"without shards the bits depend on the run's {config['trainer']['num_nodes']} nodes, and verify uses one",
+            hint="labtrain verify RUN --steps 0 on one of those nodes checks code and environment",
         )
-    # Where another machine or environment came in the middle, bits may differ; with another configuration it is no run.
+    # If the machine or environment changed midway, bits may differ. If the configuration changed, no rerun gives them.
     written = ("config.", "code.", "data.")
     changed = [segment["from_step"] for segment in receipt["segments"]
                if any(each["key"].startswith(written) for each in segment["changed"])]  # fmt: skip
     if changed and start < changed[-1]:
         raise ConfigError(
-            f"the run went on after changes at step {changed[-1]}: no one configuration gives it from the beginning",
-            hint=f"--from {changed[-1]}, where that checkpoint is kept",
+            f"the run resumed with changes at step {changed[-1]}, so it cannot be trained again from the beginning",
+            hint=f"--from {changed[-1]}, if that checkpoint is kept",
         )
     if steps == 0:
         return start
     if steps is None and complete:
         if start >= receipt["results"]["steps"]:
-            raise ConfigError(f"it has {receipt['results']['steps']} steps", hint="--from a checkpoint before its end")
+            raise ConfigError(
+                f"the run has {receipt['results']['steps']} steps",
+                hint="--from STEP of a checkpoint before the last step",
+            )
         return 0
     last = start + steps if steps is not None else end
     compared = [step for step in trail if start < step <= last]
     if not compared:
-        about = f"the trail's lines are of steps {min(trail)} to {end}" if trail else f"no {TRAIL} lies beside it"
+        about = f"the trail has steps {min(trail)} to {end}" if trail else f"there is no {TRAIL}"
         raise ConfigError(
-            f"nothing could be compared of steps {start + 1} to {last if last > start else 'its end'}: {about}",
+            f"nothing to compare in steps {start + 1} to {last if last > start else 'the end'}: {about}",
             hint="--steps and --from within the trail"
             if trail
-            else f"put {TRAIL} beside the receipt, or without --steps",
+            else f"put {TRAIL} next to the receipt, or leave out --steps",
         )
     if steps is not None and last > end:
         raise ConfigError(f"the trail ends at step {end}", hint=f"--steps {end - start}")
@@ -322,7 +325,7 @@ def _sandbox(receipt: Receipt, root: Path, home: Path, changes: dict[str, object
     say(f"sandbox      {made}")
     for place in made.hidden(receipt["config"]):
         if place.partition("=")[0] not in changes:
-            say(f"             hides {place}: --set {place} shows it")
+            say(f"             hidden: {place} (--set {place} shows it)")
     return made
 
 
@@ -337,7 +340,7 @@ def _say_signer(run_dir: Path, signers: Path | None, say: Say) -> None:
         say(f"signature    not checked: {error.args[0]}")
         return
     if found is not None:
-        say(f"signature    of {found.principal}, {found.fingerprint}")
+        say(f"signature    by {found.principal}, {found.fingerprint}")
     elif signers is not None:
         raise ConfigError(
             f"{shown(run_dir)} is not signed", hint=f"labtrain sign {shown(run_dir)}, by one of {signers}"
@@ -358,17 +361,17 @@ def _verdict(
     causes = ", ".join(each.key for each in case.told if each.matters)
     names = ", ".join(f"{key} {shown_value(a)}, now {shown_value(b)}" for key, (a, b) in results.items())
     if same is None:
-        told = f"not the same: {causes}" if causes else "the same"
-        found = f"nothing was trained again; what can be told without is {told}"
+        told = f"different: {causes}" if causes else "no difference that can change bits"
+        found = f"metadata only, nothing was trained; {told}"
     elif same:
         begun = f"from step {start + 1} " if start else ""
-        found = f"the same bits, {begun}to its end" if ended else f"the same bits, steps {start + 1} to {reached}"
+        found = f"the same bits {begun}to the end" if ended else f"the same bits, steps {start + 1} to {reached}"
         found += f", although these differ: {causes}" if causes else ""
         found += f"; not verified: {names}" if names else ""
     elif divergence is not None:
         found = f"not the same bits: {divergence}" + (f"; {more}" if more else "")
-        found += f"; what differs and can be the cause: {causes or 'nothing that the receipt holds'}"
+        found += f"; possible causes: {causes or 'none recorded in the receipt'}"
     else:
-        found = f"each step that could be compared is the same, the results are not as the receipt says: {names}"
+        found = f"all compared steps are the same, but these results differ: {names}"
     return Verdict(same=same, differences=case.told, from_step=start, to_step=reached, whole=ended and not start,
                    divergence=divergence, results=results, found=found)  # fmt: skip

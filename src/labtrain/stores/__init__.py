@@ -1,1 +1,1 @@
-"""Where checkpoints lie: folders and object stores, and what is in them. No torch."""
+"""Stores for checkpoints: folders and object stores. No torch."""

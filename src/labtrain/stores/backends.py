@@ -1,7 +1,7 @@
-"""Opens what a URL names, as an fsspec filesystem, and puts what a backend raises into words. No torch.
+"""Open URLs as fsspec filesystems, and explain the backends' errors. No torch.
 
-Credentials come from where each backend looks for them: environment, ~/.aws, ~/.ssh/config, an agent, a metadata
-service. A URL that holds a password is refused, since a URL stands in configurations, receipts and logs.
+Each backend finds its own credentials: environment, ~/.aws, ~/.ssh/config, an agent, a metadata service. A URL with a
+password is refused, because URLs are in configurations, receipts and logs.
 """
 
 from collections.abc import Iterator
@@ -21,41 +21,41 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 60
-ATTEMPTS = 2  # of a request; a delivery is tried again as a whole
-# Credentials that a server might repeat in what it answers.
+ATTEMPTS = 2  # of one request; a whole delivery is retried anyway
+# The package of each scheme's backend.
 NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
 
 
-# Those that are stores. fsspec has others that lead elsewhere (`reference::`, `simplecache::`) or run what they read.
+# Schemes that are stores. Other fsspec schemes lead elsewhere (`reference::`, `simplecache::`) or run what they read.
 SCHEMES = {"file", "local", "ssh", "abfss", "adl", "hdfs", "webhdfs", "oss", "oci", "smb", "memory", *NEEDS}
 
 
 def is_local(url: str) -> bool:
-    """Return whether a URL is a path of this machine."""
+    """Return whether a URL is a local path."""
     return "://" not in url or url.startswith("file://")
 
 
 def check_url(url: str) -> None:
-    """Refuse a URL that holds a password, or is none.
+    """Raise on a URL that contains a password or is not a store's.
 
     Raises:
-        ConfigError: without the password in it.
+        ConfigError: does not repeat the password.
     """
     parts = urlsplit(url)
     if parts.password is not None:
         raise ConfigError(
-            f"a password stands in the URL of {parts.scheme}://{parts.hostname}: it would stand in receipts and logs",
-            hint="docs/guides/storage.md says where each backend looks for credentials",
+            f"the URL {parts.scheme}://{parts.hostname} contains a password, which would end up in receipts and logs",
+            hint="docs/guides/storage.md says where each backend finds credentials",
         )
     if one_line(url) != url:
-        raise ConfigError(f"{url}: a URL without control characters is wanted", hint="docs/guides/storage.md")
+        raise ConfigError(f"{url}: must be a URL without control characters", hint="docs/guides/storage.md")
     if "?" in url or "#" in url:
-        raise ConfigError(f"{url.partition('?')[0]}: a URL without ? and # is wanted", hint="docs/guides/storage.md")
+        raise ConfigError(f"{url.partition('?')[0]}: must be a URL without ? and #", hint="docs/guides/storage.md")
     scheme, separator, _ = url.partition("://")
     if separator and scheme not in SCHEMES:
         raise ConfigError(
-            f"{url}: {scheme} is no store for checkpoints",
-            hint=f"docs/guides/storage.md; one of {', '.join(sorted(SCHEMES))}",
+            f"{url}: {scheme} is not supported for checkpoints",
+            hint=f"use one of {', '.join(sorted(SCHEMES))}; docs/guides/storage.md",
         )
 
 
@@ -63,8 +63,8 @@ def open_url(url: str) -> tuple["AbstractFileSystem", str]:
     """Return the filesystem of a URL and the path in it.
 
     Raises:
-        ConfigError: the URL cannot be used, or the package of its backend is not installed.
-        StoreError: the server cannot be reached, or refuses.
+        ConfigError: the URL cannot be used, or its backend's package is not installed.
+        StoreError: the server cannot be reached or refuses access.
     """
     import fsspec
 
@@ -94,11 +94,11 @@ def open_url(url: str) -> tuple["AbstractFileSystem", str]:
 
 
 def _connected(name: str, options: Options) -> tuple[object, object]:
-    """Return an SSH client that is connected as ssh would be, and its SFTP session.
+    """Connect as ssh would; return the SSH client and its SFTP session.
 
     Args:
-        name: of the host, as the URL or ~/.ssh/config has it.
-        options: port and username of the URL.
+        name: of the host, from the URL, or an alias in ~/.ssh/config.
+        options: port and username from the URL.
     """
     import paramiko
 
@@ -120,7 +120,7 @@ def _connected(name: str, options: Options) -> tuple[object, object]:
             known.check(key.public_blob.key_blob if key.public_blob else key.asbytes())
 
     client = paramiko.SSHClient()
-    client.set_missing_host_key_policy(Known())  # it is given no keys: each is one that it misses
+    client.set_missing_host_key_policy(Known())  # the client has no known keys, so it asks this policy for each
     try:
         client.connect(
             host,
@@ -135,15 +135,15 @@ def _connected(name: str, options: Options) -> tuple[object, object]:
         session = client.open_sftp()
         session.get_channel().settimeout(ANSWER_SECONDS)
     except BaseException:
-        client.close()  # a server takes only so many that have not logged in yet
+        client.close()  # a server limits connections that have not logged in
         raise
     return client, session
 
 
 def _sftp(url: str) -> tuple["AbstractFileSystem", str]:
-    """Connect as ssh would: ~/.ssh/config, agent and keys; and only to a host whose key is known.
+    """Connect as ssh would, with ~/.ssh/config, agent and keys, and only to a host whose key is known.
 
-    fsspec's own default accepts any key.
+    fsspec's default accepts any key.
     """
     from fsspec.implementations.sftp import SFTPFileSystem
 
@@ -160,7 +160,7 @@ def _sftp(url: str) -> tuple["AbstractFileSystem", str]:
 
 @contextmanager
 def explained(url: str) -> Iterator[None]:
-    """Turn what a backend raises into a StoreError that names the URL, with no credential in it."""
+    """Turn a backend's exception into a StoreError that names the URL and contains no credential."""
     try:
         yield
     except (StoreError, ConfigError, NotPlainError):
@@ -169,13 +169,15 @@ def explained(url: str) -> Iterator[None]:
         if isinstance(error, ImportError | ValueError) and not isinstance(error, UnicodeError):
             raise
         text = without_secrets(" ".join(str(error).split()) or type(error).__name__)
-        raise StoreError(f"{url}: {text}", hint=_hint(error, text, url)) from None  # its context may hold requests
+        raise StoreError(
+            f"{url}: {text}", hint=_hint(error, text, url)
+        ) from None  # the context may contain requests with credentials
 
 
 def _hint(error: Exception, text: str, url: str) -> str:
     kind = type(error).__name__
     if "RequestTimeTooSkewed" in text or "skew" in text.lower() or "difference between the request time" in text:
-        return "date; timedatectl set-ntp true: the clocks of this machine and the server are too far apart"
+        return "timedatectl set-ntp true: the clocks of this machine and the server differ too much"
     if "NoCredentials" in kind or "credentials" in text.lower():
         return "aws configure, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     if (
@@ -184,9 +186,9 @@ def _hint(error: Exception, text: str, url: str) -> str:
         or "SignatureDoesNotMatch" in text
     ):
         scheme = url.partition("://")[0]
-        return f"credentials that may write there: docs/guides/storage.md says where {scheme} looks for them"
+        return f"use credentials that may write there: docs/guides/storage.md says where {scheme} finds them"
     if isinstance(error, FileNotFoundError):
-        return f"make it first: {url}"
+        return f"create it first: {url}"
     if isinstance(error, OSError) and error.errno in (28, 122):
-        return "df -h: free space, then the same command goes on"
-    return "the server, its address and port; docs/guides/storage.md has a command to try it"
+        return "df -h: free space, then start the same command again; it resumes"
+    return "check the server, its address and port; docs/guides/storage.md has a command to try it"

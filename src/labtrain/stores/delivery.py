@@ -1,7 +1,7 @@
-"""Brings checkpoints from the spool to a remote store, in a thread of its own: the newest first, until it is there.
+"""Deliver checkpoints from the spool to a remote store, newest first, in a background thread.
 
-When the store is away the training goes on. What waits is kept in the spool, a folder of the run, and tried again,
-after longer and longer pauses; what retention would remove anyway is not delivered at all.
+The training continues while the store is unavailable. Waiting checkpoints stay in the spool, a folder of the run, and
+delivery is retried with increasing pauses. Checkpoints that retention would remove are not delivered.
 """
 
 import random
@@ -24,10 +24,10 @@ class Delivery:
     """One run's deliveries.
 
     Args:
-        spool: where its checkpoints wait.
-        remote: where they go.
-        token: what this process is known by there.
-        spool_bytes: how much may wait.
+        spool: the local store where checkpoints wait.
+        remote: the destination.
+        token: identifies this process as the writer.
+        spool_bytes: maximum size of waiting checkpoints.
     """
 
     def __init__(self, spool: Store, remote: Store, *, token: str, spool_bytes: int) -> None:
@@ -44,13 +44,13 @@ class Delivery:
         self.thread.start()
 
     def add(self, name: str, manifest: Manifest) -> None:
-        """Deliver a checkpoint of the spool."""
+        """Queue a checkpoint in the spool for delivery."""
         with self.changed:
             self.waiting[name] = manifest
             self.changed.notify_all()
 
     def drop(self, names: set[str]) -> None:
-        """Remove checkpoints from the spool at once, and from the store when nothing newer waits.
+        """Remove checkpoints from the spool now, and from the store once nothing newer waits.
 
         Raises:
             TakenOverError: another process writes to the spool.
@@ -64,7 +64,7 @@ class Delivery:
             self.spool.discard(name, self.token)
 
     def check(self) -> None:
-        """Raise what ends the training: another process has taken over, or the spool is full."""
+        """Raise if the training must end: another process has taken over, or the spool is full."""
         if self.error is not None:
             raise self.error
         with self.changed:
@@ -72,14 +72,14 @@ class Delivery:
         size = sum(_size(manifest) for manifest in waiting.values())
         if size > self.spool_bytes:
             raise StoreError(
-                f"{len(waiting)} checkpoints of {size:,} bytes wait in {self.spool} for {self.url}, "
+                f"{len(waiting)} checkpoints of {size:,} bytes wait in {self.spool} for {self.url}, more than "
                 f"checkpoint.spool_bytes={self.spool_bytes}: {self.trouble or 'the store is slower than the training'}",
-                hint="the same command goes on from them and delivers them, once the store answers;"
-                " or a larger checkpoint.spool_bytes",
+                hint="start the same command again once the store answers: it resumes and delivers them;"
+                " or set a larger checkpoint.spool_bytes",
             )
 
     def wait(self, seconds: float) -> bool:
-        """Wait until everything is delivered and return whether it is; say each 5 s what is on its way."""
+        """Wait until everything is delivered, and return whether it is; print the progress every 5 s."""
         deadline, said = time.monotonic() + seconds, time.monotonic()
         with self.changed:
             while self.waiting or self.doomed:
@@ -95,14 +95,14 @@ class Delivery:
         return True
 
     def status(self) -> str:
-        """Return what is on its way, in a line; empty when all is delivered."""
+        """Return a line about pending deliveries; empty if there are none."""
         waiting = len(self.waiting)
         if not waiting:
             return ""
-        return f"{waiting} to deliver to {self.url}: {self.progress or self.trouble or 'begins'}"
+        return f"{waiting} to deliver to {self.url}: {self.progress or self.trouble or 'starting'}"
 
     def stop(self) -> None:
-        """End the thread once it is idle; what waits stays in the spool."""
+        """End the thread once it is idle; waiting checkpoints stay in the spool."""
         with self.changed:
             self.stopping = True
             self.changed.notify_all()
@@ -126,13 +126,13 @@ class Delivery:
                     self.error = error
                     self.changed.notify_all()
                 return
-            except Exception as error:  # whatever a backend raises: it is tried again
+            except Exception as error:  # a backend can raise anything; the delivery is retried
                 if name is not None and name not in self.waiting:
-                    continue  # superseded while it was on its way, its files are gone
+                    continue  # superseded during delivery: its files are gone
                 self.remote = None  # an SFTP connection that broke stays broken
                 text = without_secrets(str(error.args[0] if error.args else type(error).__name__))
                 if not failures:
-                    sys.stderr.write(f"warning: {text}: the training goes on, checkpoints wait in {self.spool}\n")
+                    sys.stderr.write(f"warning: {text}: the training continues, and checkpoints wait in {self.spool}\n")
                 failures += 1
                 with self.changed:
                     self.trouble, self.progress = text, ""
@@ -158,7 +158,7 @@ class Delivery:
             self.changed.notify_all()
 
     def _remove(self) -> None:
-        """Remove what is superseded; not before what supersedes it is there."""
+        """Remove superseded checkpoints, only after their successor is delivered."""
         if self.waiting:
             return
         for name in sorted(self.doomed):
@@ -175,7 +175,7 @@ class Delivery:
 
 
 class _Progress(Callback):  # type: ignore[misc]
-    """Tells how much of a checkpoint is on its way; fsspec's interface."""
+    """Tracks how much of a checkpoint is uploaded; fsspec's interface."""
 
     def __init__(self, delivery: Delivery, name: str, total: int) -> None:
         super().__init__()

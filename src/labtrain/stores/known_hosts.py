@@ -1,8 +1,8 @@
-"""Which server is the one that was meant: known_hosts files, read as OpenSSH reads them (sshd(8), hostfile.c).
+"""Check a server's key with known_hosts files, as OpenSSH does (sshd(8), hostfile.c). No torch.
 
-paramiko ends at a line that it does not understand, and knows neither patterns nor certificates. Here a line that is
-none is passed over. A ``@revoked`` key is refused; a key that a ``@cert-authority`` has signed is taken while its
-certificate holds (PROTOCOL.certkeys); every other key must stand in a line of its host. No torch.
+paramiko stops at a line that it does not understand, and supports neither patterns nor certificates. Here invalid lines
+are skipped. A ``@revoked`` key is refused. A key signed by a ``@cert-authority`` is accepted while its certificate is
+valid (PROTOCOL.certkeys). Every other key must be in a line of its host.
 """
 
 import base64
@@ -24,17 +24,17 @@ USERS = "~/.ssh/known_hosts ~/.ssh/known_hosts2"
 GLOBAL = "/etc/ssh/ssh_known_hosts /etc/ssh/ssh_known_hosts2"
 HOST_CERTIFICATE = 2
 CERTIFIED = "-cert-v01@openssh.com"
-NUMBERS = {"ssh-ed25519": 1, "ssh-rsa": 2, "ssh-dss": 4}  # of strings that a public key has; of ecdsa 2
+NUMBERS = {"ssh-ed25519": 1, "ssh-rsa": 2, "ssh-dss": 4}  # number of strings in a public key; ecdsa has 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """A line that is of the host.
+    """A known_hosts line of the host.
 
     Attributes:
-        where: its file and number.
+        where: its file and line number.
         marker: revoked, cert-authority, or empty.
-        kind: of key.
+        kind: type of the key.
         blob: the key, in SSH's wire format.
     """
 
@@ -45,12 +45,12 @@ class Line:
 
 
 class KnownHosts:
-    """What is known of one host.
+    """The known keys of one host.
 
     Args:
-        host: its name, as ssh looks it up: after HostName, or HostKeyAlias.
-        port: that it listens on.
-        config: of ssh, for this host.
+        host: its name after applying HostName or HostKeyAlias.
+        port: its port.
+        config: ssh's configuration for this host.
     """
 
     def __init__(self, host: str, port: int, config: Mapping[str, Any]) -> None:
@@ -62,13 +62,13 @@ class KnownHosts:
         revoked = config.get("revokedhostkeys", "none")
         self.revoked = [] if revoked == "none" else [Path(revoked).expanduser()]
         self.lines = [line for path in self.files for line in _lines(path, self.name)]
-        # A server on another port than 22 may be known by its name alone, where nothing is known of the port.
+        # For a port other than 22, lines with only the name count if there is no line with the port.
         self.less = [] if self.name == self.host or alias else [
             line for path in self.files for line in _lines(path, self.host)
         ]  # fmt: skip
 
     def kinds(self, offered: tuple[str, ...]) -> tuple[str, ...]:
-        """Return kinds of key in the order in which the server is asked for them: first those that are known of it."""
+        """Return key types in the order to request them: first the known ones."""
         of_authorities = any(line.marker == "cert-authority" for line in self.lines + self.less)
         known = {line.kind for line in self.lines if not line.marker} or {line.kind for line in self.less}
 
@@ -80,15 +80,15 @@ class KnownHosts:
         return tuple(sorted(offered, key=rank))
 
     def check(self, blob: bytes) -> None:
-        """Refuse a server whose key, or certificate, is not known.
+        """Raise if a server's key or certificate is not known.
 
         Raises:
-            StoreError: says what was found, where another key stands, and what to do.
+            StoreError: names the key, the lines with other keys, and what to do.
         """
         try:
             kind, key, certificate = _opened(blob)
         except ValueError as error:
-            raise StoreError(f"{self.name} shows a key that is none: {error}", hint=f"ssh {self.host}") from error
+            raise StoreError(f"{self.name} sent an invalid key: {error}", hint=f"ssh {self.host}") from error
         self._refuse_revoked([key] if certificate is None else [key, certificate.authority])
         why = ""
         if certificate is not None:
@@ -104,14 +104,14 @@ class KnownHosts:
         if plain:
             places = ", ".join(f"{line.where} ({line.kind} {fingerprint(line.blob)})" for line in plain)
             raise StoreError(
-                f"{self.name} shows the {shown}, and another is known for it: {places}: the server was set up anew, or"
-                " somebody stands in between",
-                hint=f"ask the administrator of {self.host} for its key's fingerprint before anything else",
+                f"{self.name} sent the {shown}, but known_hosts has another: {places}: the server was reinstalled, or"
+                " somebody intercepts the connection",
+                hint=f"first ask the administrator of {self.host} for its key's fingerprint",
             )
         raise StoreError(
-            f"{self.name} shows the {shown}, which does not stand in {' or '.join(map(str, self.files)) or 'any file'}"
+            f"{self.name} sent the {shown}, which is not in {' or '.join(map(str, self.files)) or 'any known_hosts'}"
             + (f"; its certificate: {why}" if why else ""),
-            hint=f"ssh -p {self.port} {self.host}: it asks whether that is the fingerprint; compare it with your"
+            hint=f"ssh -p {self.port} {self.host}: it shows the fingerprint and asks; compare it with your"
             " administrator's",
         )
 
@@ -124,30 +124,30 @@ class KnownHosts:
                 raise StoreError(f"RevokedHostKeys {path}: {error.strerror}", hint=f"ls -l {path}") from error
             if text.startswith(b"SSHKRL\n"):
                 raise StoreError(
-                    f"RevokedHostKeys {path} is a KRL; a list of keys can be read", hint="docs/guides/storage.md"
+                    f"RevokedHostKeys {path} is a KRL; only a list of keys is supported", hint="docs/guides/storage.md"
                 )
             blobs = (_key(line.split()) for line in text.decode(errors="replace").splitlines())
             places += [str(path) for found in blobs if found is not None and found[1] in keys]
         if places:
             raise StoreError(
-                f"{self.name} shows a key that is revoked: {places[0]}",
-                hint=f"ask the administrator of {self.host}: whoever has the key can pass for the server",
+                f"{self.name} sent a revoked key: {places[0]}",
+                hint=f"ask the administrator of {self.host}: whoever has that key can impersonate the server",
             )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Certificate:
-    """A certificate of a host's key, with what its authority says of it.
+    """A certificate of a host's key.
 
     Attributes:
-        kind: 2 of a host, 1 of a user.
-        principals: names of hosts; none: of every host.
-        after: the first second since the epoch at which it holds.
-        before: the first at which it does not.
-        critical: options that whoever does not know them must not pass over.
-        authority: the key that has signed.
-        signed: what was signed.
-        signature: of the authority.
+        kind: 2 for a host, 1 for a user.
+        principals: host names; empty: every host.
+        after: start of validity, in seconds since the epoch.
+        before: end of validity, in seconds since the epoch.
+        critical: options that must not be ignored if unknown.
+        authority: the key that signed it.
+        signed: the signed bytes.
+        signature: the authority's signature.
     """
 
     kind: int
@@ -160,16 +160,16 @@ class Certificate:
     signature: bytes
 
     def wrong(self, host: str) -> str:
-        """Return why it is none for a host now; empty where it is one."""
+        """Return why it is not valid for a host now; empty if it is valid."""
         now = int(time.time())
         if self.kind != HOST_CERTIFICATE:
-            return "it is a user's, not a host's"
+            return "it is for a user, not for a host"
         if self.principals and host not in self.principals:
-            return f"it is of {', '.join(self.principals)}"
+            return f"it is for {', '.join(self.principals)}"
         if not self.after <= now < self.before:
-            return "it does not hold yet" if now < self.after else "it has expired"
+            return "it is not valid yet" if now < self.after else "it has expired"
         if self.critical:
-            return "it has critical options, of which hosts have none"
+            return "it has critical options, which are not defined for hosts"
         return "" if _verifies(self.authority, self.signed, self.signature) else "its signature is wrong"
 
 
@@ -179,19 +179,19 @@ def fingerprint(blob: bytes) -> str:
 
 
 def _paths(text: str) -> list[Path]:
-    """Return the files that an option of ssh names, those that are there; `none` is none."""
+    """Return the existing files that an ssh option names; `none` means no file."""
     try:
         words = shlex.split(text)
     except ValueError:
         words = text.split()
     home = str(Path("~").expanduser())
-    words = [text] if Path(text).expanduser().is_file() else words  # paramiko takes the quotes of a single one away
+    words = [text] if Path(text).expanduser().is_file() else words  # paramiko removes the quotes of a single path
     named = [Path(os.path.expandvars(word.replace("%d", home))).expanduser() for word in words if word != "none"]
     return [path for path in named if path.is_file()]
 
 
 def _lines(path: Path, name: str) -> Iterator[Line]:
-    """Yield the lines of a file that are of a host, without those that are none."""
+    """Yield a file's valid lines for a host."""
     try:
         text = path.read_text(errors="replace")
     except OSError:
@@ -209,7 +209,7 @@ def _lines(path: Path, name: str) -> Iterator[Line]:
 
 
 def _key(words: list[str]) -> tuple[str, bytes] | None:
-    """Return (kind, blob) of a public key's words, None where they are none."""
+    """Return (kind, blob) of a public key's words; None if they are not a key."""
     if len(words) < 2 or words[0].startswith("#"):
         return None
     try:
@@ -221,7 +221,7 @@ def _key(words: list[str]) -> tuple[str, bytes] | None:
 
 
 def _is_of(names: str, name: str) -> bool:
-    """Return whether a line's names are of a host: hashed, or patterns of which one that is negated ends it."""
+    """Return whether a line's names match a host: hashed, or patterns, of which a negated match excludes it."""
     if names.startswith("|"):
         try:
             _, kind, salt, digest = names.split("|")
@@ -236,13 +236,13 @@ def _is_of(names: str, name: str) -> bool:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Match as ssh_config(5) has patterns: `*` and `?`, no brackets."""
+    """Match a pattern of ssh_config(5): `*` and `?`, no brackets."""
     parts = {"*": ".*", "?": "."}
     return re.fullmatch("".join(parts.get(each) or re.escape(each) for each in pattern), name, re.DOTALL) is not None
 
 
 def _opened(blob: bytes) -> tuple[str, bytes, Certificate | None]:
-    """Return (kind, plain key, certificate or None) of what a server shows."""
+    """Parse a server's key: return (kind, plain key, certificate or None)."""
     name, rest = _string(blob)
     kind = name.decode()
     if not kind.endswith(CERTIFIED):
@@ -281,7 +281,7 @@ def _verifies(key: bytes, text: bytes, signature: bytes) -> bool:
         return False
     try:
         return bool(PKey.from_type_string(kind.decode(), key).verify_ssh_sig(text, Message(signature)))
-    except Exception:  # whatever it is, it is no signature
+    except Exception:  # any exception means that it is not a valid signature
         return False
 
 

@@ -1,7 +1,4 @@
-"""Which checkpoints are meant: where a run's lie, the newest that is whole, those that are kept, the next one's name.
-
-No torch.
-"""
+"""A run's checkpoints: their place, the newest undamaged one, which ones to keep, the next name. No torch."""
 
 import re
 import shutil
@@ -14,11 +11,11 @@ from labtrain.base.contracts import Link
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.stores.store import Checkpoint, Manifest, Store, links_error
 
-NAMED = re.compile(r"[0-9a-f]{12}(-[\w-]+)?", re.ASCII)  # a run's id, as runs are named
+NAMED = re.compile(r"[0-9a-f]{12}(-[\w-]+)?", re.ASCII)  # a run id
 
 
 def checkpoint_place(run_dir: Path, url: str | None) -> str:
-    """Return where a run's checkpoints lie: in its own folder, or below `url` in one of the run's name."""
+    """Return the place of a run's checkpoints: in its own folder, or below `url` in a folder with the run's name."""
     return f"{url.rstrip('/')}/{run_dir.name}" if url else str(run_dir / "checkpoints")
 
 
@@ -28,10 +25,10 @@ def spool_of(run_dir: Path) -> Path:
 
 
 def stores_of(run_dir: Path, place: str) -> list[Store]:
-    """Return where a run's checkpoints are looked for: what still waits in its spool, and their place.
+    """Return the stores that may have a run's checkpoints: its spool, if there is one, and `place`.
 
     Raises:
-        LabtrainError: one of both is a link.
+        LabtrainError: one of them is a link.
     """
     spool = spool_of(run_dir)
     stores = [*([Store(spool)] if spool.is_dir() else []), Store(place)]
@@ -48,17 +45,17 @@ def newest_whole(
     run_id: str | None = None,
     look: Callable[[Path, Manifest], None] = lambda folder, manifest: None,
 ) -> tuple[Checkpoint, Path, Manifest] | None:
-    """Return the newest checkpoint whose files are what its manifest says, fetched; name each that is not.
+    """Fetch the newest checkpoint whose files match its manifest; warn about each damaged one.
 
     Args:
-        stores: of one run; where two have a checkpoint, the first is asked first.
-        into: a folder below which a remote one is copied, under its name.
-        to_resume: leave out one that holds what became of the weights after the training's end.
-        run_id: of the run; None where that is not known.
-        look: raises a DamagedError for what a manifest does not tell.
+        stores: of one run; if two have the same checkpoint, the first is used.
+        into: a folder to copy a remote checkpoint into, under its name.
+        to_resume: skip a checkpoint with final weights only, which cannot be resumed.
+        run_id: of the run; None if it is not known.
+        look: an additional check; raises DamagedError.
 
     Raises:
-        LabtrainError: one is a link, or that of another run.
+        LabtrainError: a checkpoint is a link, or belongs to another run.
     """
     found = [(checkpoint.order, -place, checkpoint) for place, store in enumerate(stores)
              for checkpoint in without_links(store.find())
@@ -70,14 +67,14 @@ def newest_whole(
             folder, manifest = checkpoint.store.fetch(checkpoint, into / checkpoint.name)
             look(folder, manifest)
         except DamagedError as error:
-            warn(f"{error.args[0]}: going on from an older checkpoint than {shown(checkpoint.url)}")
+            warn(f"{error.args[0]}: using an older checkpoint than {shown(checkpoint.url)}")
             continue
         return checkpoint, folder, manifest
     return None
 
 
 def without_links(found: list[Checkpoint]) -> list[Checkpoint]:
-    """Return what was found in a run's place.
+    """Return the checkpoints unchanged.
 
     Raises:
         LabtrainError: one of them is a link.
@@ -89,7 +86,7 @@ def without_links(found: list[Checkpoint]) -> list[Checkpoint]:
 
 
 def check_run(checkpoint: Checkpoint, manifest: Manifest, run_id: str) -> None:
-    """Refuse another run's checkpoint.
+    """Raise if a checkpoint belongs to another run.
 
     Raises:
         LabtrainError: names both runs.
@@ -97,30 +94,30 @@ def check_run(checkpoint: Checkpoint, manifest: Manifest, run_id: str) -> None:
     if manifest["run_id"] != run_id:
         place = shown(checkpoint.url)
         raise LabtrainError(
-            f"{place} is a checkpoint of the run {manifest['run_id']}, it lies among those of {run_id}",
+            f"{place} is a checkpoint of run {manifest['run_id']}, but it is in the folder of run {run_id}",
             hint=f"mv {quoted(place)} {manifest['run_id']}.{checkpoint.name}"
             if checkpoint.store.local
-            else f"labtrain store ls {quoted(checkpoint.store.url)}; move it to where it belongs",
+            else f"labtrain store ls {quoted(checkpoint.store.url)}; move it to its own run",
         )
 
 
 def check_chain(manifests: dict[str, Manifest]) -> None:
-    """Refuse a run's checkpoints, by name, where one was not saved after the one that lies beside it.
+    """Raise if a run's checkpoints (by name) come from two trainings.
 
-    Each manifest says which checkpoint its training had saved, or gone on from, before. That one may be gone by now.
+    Each manifest names the checkpoint that its training saved, or resumed from, before. That one may have been removed.
 
     Raises:
-        LabtrainError: names both.
+        LabtrainError: names the two checkpoints.
     """
     for name, wrong in broken_links(manifests):
         raise LabtrainError(
-            f"{name} {wrong}: they are of two trainings of one run",
-            hint="move away the one that was put there, and the same command goes on from the other",
+            f"{name} {wrong}: the checkpoints come from two trainings of one run",
+            hint="move the foreign checkpoint away; the same command then resumes from the remaining one",
         )
 
 
 def broken_links(manifests: dict[str, Manifest]) -> Iterator[tuple[str, str]]:
-    """Yield the name of each checkpoint that was saved after another one than lies beside it, and which that is."""
+    """Yield each checkpoint whose predecessor is not the checkpoint of that name here, and an error text."""
     for name, manifest in manifests.items():
         before = manifest.get("before")
         beside = manifests.get(before["name"]) if before else None
@@ -132,18 +129,19 @@ def broken_links(manifests: dict[str, Manifest]) -> Iterator[tuple[str, str]]:
         ):
             continue
         digests = f"{before['digest'][:12]}, here it is {beside['digest'][:12]}"
-        yield name, f"was saved after another {before['name']} than lies beside it: its manifest's digest was {digests}"
+        yield name, f"was saved after another {before['name']} than the one here: its manifest's digest was {digests}"
 
 
 def link_to(name: str, manifest: Manifest) -> Link:
-    """Return what the manifest of the next checkpoint says of this one."""
+    """Return the entry about this checkpoint for the next one's manifest."""
     return {"run_id": manifest["run_id"], "name": name, "digest": manifest["digest"]}
 
 
 def misplaced(manifests: dict[str, tuple[Checkpoint, Manifest]]) -> dict[str, str]:
-    """Return what is wrong, by path, with whole checkpoints that do not belong to those in the same folder.
+    """Return an error text, by path, for each undamaged checkpoint that does not belong in its folder.
 
-    Whose a folder is: the run's that it is named after, or that the folder around `checkpoints` is; else of the most.
+    A folder belongs to the run in its name, or in the name of the folder above `checkpoints`; else to the run with the
+    most checkpoints.
     """
     runs: dict[str, dict[str, Manifest]] = {}
     for checkpoint, manifest in manifests.values():
@@ -157,13 +155,13 @@ def misplaced(manifests: dict[str, tuple[Checkpoint, Manifest]]) -> dict[str, st
         by_name = {path.rpartition("/")[2]: (path, manifest) for path, manifest in there.items()}
         for name, wrong in broken_links({name: manifest for name, (_, manifest) in by_name.items()}):
             found[by_name[name][0]] = wrong
-        found |= {path: f"is of the run {manifest['run_id']}, among those of {owner}"
+        found |= {path: f"belongs to run {manifest['run_id']}, not to run {owner}"
                   for path, manifest in there.items() if manifest["run_id"] != owner}  # fmt: skip
     return found
 
 
 def copy_as(checkpoint: Path, run_dir: Path, run_id: str) -> None:
-    """Copy a checkpoint into a run that has none, as that run's own: it begins there, and has no record before."""
+    """Copy a checkpoint into a run without checkpoints, as its own starting point, without earlier records."""
     store = Store(run_dir / "checkpoints")
     source = Store(checkpoint.parent)
     manifest = source.manifest(Checkpoint(source, checkpoint.name, {}))
@@ -175,7 +173,7 @@ def copy_as(checkpoint: Path, run_dir: Path, run_id: str) -> None:
 
 
 def list_checkpoints(folder: Path) -> list[tuple[Path, Manifest]]:
-    """Return the complete checkpoints of a folder of this machine, oldest first."""
+    """Return the complete checkpoints in a local folder, oldest first."""
     store, found = Store(folder), []
     for checkpoint in store.checkpoints():
         with suppress(DamagedError):
@@ -192,14 +190,14 @@ def kept(
     every: int | None = None,
     mode: str = "max",
 ) -> set[str]:
-    """Return which checkpoints are kept: the last, the best, and each whose step is a multiple.
+    """Return which checkpoints to keep: the newest, the best, and those at multiples of a step.
 
     Args:
         steps: of each checkpoint, by name, oldest first.
-        scores: by name, of those that were validated.
-        last: how many of the newest.
-        best: how many of the best scores.
-        every: each whose step is a multiple of this.
+        scores: by name, of validated checkpoints.
+        last: how many of the newest to keep.
+        best: how many of the best to keep.
+        every: keep each whose step is a multiple of this.
         mode: max or min: which score is better.
     """
     ranked = sorted((name for name in steps if name in scores), key=lambda name: scores[name], reverse=mode == "max")
@@ -208,7 +206,7 @@ def kept(
 
 
 def free_name(step: int, taken: set[str], *, finished: bool = False) -> str:
-    """Return a checkpoint's name that is not taken, and take it."""
+    """Return an unused checkpoint name, and add it to `taken`."""
     number, name = 1, f"step-{step:010d}{'-end' if finished else ''}"
     free = name
     while free in taken:

@@ -1,4 +1,4 @@
-"""What crashes left in a store, told from what is being written: `labtrain store prune`. No torch."""
+"""`labtrain store prune`: find what crashes left in a store, without touching what is being written. No torch."""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,14 +15,14 @@ from labtrain.stores.store import MANIFEST, NAME, Checkpoint, Store, writer_live
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A folder without a manifest, or an upload in parts that nobody ended.
+    """A folder without a manifest, or an unfinished multipart upload.
 
     Attributes:
         path: relative to the store.
-        size_bytes: what is there of it; 0 where the backend does not say.
-        age_s: since something was last written to it, by the store's own clock.
+        size_bytes: its size; 0 if the backend does not report it.
+        age_s: seconds since the last write, by the store's clock.
         in_progress: whether it may still be written.
-        upload: the backend's number of an upload in parts.
+        upload: the backend's id of a multipart upload.
     """
 
     path: str
@@ -33,11 +33,11 @@ class Leftover:
 
 
 def leftovers(store: Store, *, older_than_s: float) -> list[Leftover]:
-    """Find what has no manifest.
+    """Find folders without a manifest and unfinished uploads.
 
-    It is in progress where its writer lives on this machine: a training, or an import. Where that is dead, or has
-    ended, it is not; of a writer on another machine or in another container, what was touched in the last
-    `older_than_s` seconds may be. Ages are between two times of the store, never of this machine's clock.
+    A leftover is in progress if its writer (a training or an import) lives on this machine. If the writer is on another
+    machine or in another container, it counts as in progress for `older_than_s` seconds after the last write. Ages are
+    differences of the store's clock, never of this machine's.
     """
     incomplete = [checkpoint for checkpoint in store.find() if not checkpoint.complete and not checkpoint.is_link]
     uploads = _uploads(store)
@@ -58,9 +58,9 @@ def leftovers(store: Store, *, older_than_s: float) -> list[Leftover]:
         try:
             touched = max(map(store.modified, paths))
         except FileNotFoundError:
-            continue  # its writer has removed it since, or given it its name
+            continue  # its writer has removed or renamed it since
         each = left(checkpoint.run, checkpoint.path, sum(checkpoint.sizes.values()), touched)
-        # Asked after the writer: one that had ended by then has finished what it was writing when this began to look.
+        # Check after asking for the writer: a writer that has ended may have finished the checkpoint meanwhile.
         if each.in_progress or not (NAME.fullmatch(checkpoint.name) and _is_finished(store, checkpoint)):
             found.append(each)
     for path, upload in uploads:
@@ -70,20 +70,20 @@ def leftovers(store: Store, *, older_than_s: float) -> list[Leftover]:
 
 
 def clear(store: Store, leftover: Leftover) -> None:
-    """Remove what a crash left."""
+    """Remove a leftover."""
     with explained(store.url):
         if leftover.upload:
-            with suppress(FileNotFoundError):  # its writer has ended it since
+            with suppress(FileNotFoundError):  # its writer has finished it since
                 store.fs.abort_mpu(*f"{store.root}/{leftover.path}".split("/", 1), leftover.upload)
         else:
             store.remove(leftover.path)
 
 
 def superseded(store: Store, *, keep_last: int) -> list[Checkpoint]:
-    """Return each run's checkpoints that are older than its newest `keep_last`, of which one must be whole.
+    """Return each run's checkpoints that are older than its newest `keep_last`, at least one of which is undamaged.
 
     Raises:
-        LabtrainError: none of those that would be kept is whole.
+        LabtrainError: all that would be kept are damaged.
     """
     doomed = []
     runs: dict[str, list[Checkpoint]] = {}
@@ -95,7 +95,7 @@ def superseded(store: Store, *, keep_last: int) -> list[Checkpoint]:
         going = [each for each in found if each.path not in stay]
         if going and not any(check(each) is None for each in reversed(found) if each.path in stay):
             raise LabtrainError(
-                f"{store.url}/{run}: none of the {len(stay)} checkpoints that would stay is whole: nothing is removed",
+                f"{store.url}/{run}: all {len(stay)} checkpoints that would remain are damaged; nothing was removed",
                 hint=f"labtrain store check {store.url}",
             )
         doomed += going
@@ -103,7 +103,7 @@ def superseded(store: Store, *, keep_last: int) -> list[Checkpoint]:
 
 
 def check(checkpoint: Checkpoint) -> str | None:
-    """Read a checkpoint and compare it with its manifest; return what is wrong, None if it is whole."""
+    """Read a checkpoint and compare it with its manifest; return an error text, None if it is undamaged."""
     with TemporaryDirectory() as folder:
         try:
             checkpoint.store.fetch(checkpoint, Path(folder))
@@ -118,11 +118,11 @@ def _is_finished(store: Store, checkpoint: Checkpoint) -> bool:
 
 
 def _uploads(store: Store) -> list[tuple[str, Options]]:
-    """Return (path, upload) of each upload in parts below the store that is a checkpoint's; another program's stay."""
+    """Return (path, upload) of each multipart upload of a checkpoint; leave out other programs' uploads."""
     if "s3" not in store.fs.protocol:
         return []
     bucket, _, folder = store.root.partition("/")
-    prefix = f"{folder}/" if folder else ""  # s3://lab/digits2 is no part of s3://lab/digits
+    prefix = f"{folder}/" if folder else ""  # s3://lab/digits2 is not in s3://lab/digits
     with explained(store.url), suppress(FileNotFoundError):
         found = [(each["Key"].removeprefix(prefix), each) for each in store.fs.list_multipart_uploads(bucket)
                  if each["Key"].startswith(prefix)]  # fmt: skip

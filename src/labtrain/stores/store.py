@@ -1,31 +1,31 @@
-"""Where checkpoints lie: a folder each below any fsspec URL, complete when its manifest is there. No torch.
+"""Store checkpoints below any fsspec URL, one folder each, complete once the manifest exists. No torch.
 
 ::
 
-    .writer.json                          who trains this run, by its token; gone when it has ended
+    .writer.json                          the token of the process that trains this run; removed when it ends
     step-0000000120/weights.safetensors   the state dict of the LightningModule
                     state.pt              the rest of the training state; loads with weights_only=True
-                    manifest.json         sha256 and size of each file, place, weights digest, its own digest
-    step-0000000120.2/                    the same step once more, where the first name was taken
-    step-0000000300-end/                  only where a callback changed the weights after the last step: the result
-    step-0000000140.writing-TOKEN/        being written, by the writer of this token; renamed once, when it is whole
+                    manifest.json         sha256 and size of each file, step, weights digest, its own digest
+    step-0000000120.2/                    the same step again, if the first name was taken
+    step-0000000300-end/                  final weights, only if a callback changed them after the last step
+    step-0000000140.writing-TOKEN/        being written by the writer with this token; renamed once, when complete
 
-The rule: a name is used once, and appears when everything in it is there: by a rename, or, in a store that renames
-nothing (S3), by the creation of its manifest. So a reader sees a whole checkpoint or none, and the newest is found by
-looking, not by a pointer that could lie. Five methods change something (`create`, `replace`, `put`, `move`, `remove`):
-a crash between any two of them is what the tests walk through.
+The rule: a name is used once, and it appears only when everything in it exists: by a rename, or, in a store without
+renames (S3), by creating its manifest. So a reader sees a complete checkpoint or none, and finds the newest by listing,
+not by a pointer that could be wrong. Five methods change something (`create`, `replace`, `put`, `move`, `remove`). The
+tests simulate a crash between any two of them.
 
-Two writers. A writer may be stopped for an hour between any two of its instructions, and wake up when another has taken
-over, trained the run to its end, and left. So whatever it does late must harm nothing
-(tests/quick/stores/test_writers.py):
+Two writers: a writer may be suspended for an hour between any two instructions, and wake up after another process has
+taken over, trained the run to the end, and left. Its late actions must do no harm (tests/quick/stores/test_writers.py):
 
-- it becomes the writer only where .writer.json is as it was when it looked: it renames that aside, looks at it, and
-  creates its own; and it ends where a checkpoint has appeared meanwhile;
-- it looks for its own token in .writer.json before each write, each removal and each rename, and ends where it is not;
-- what it writes lies under a name with its token, or, where nothing is renamed, with the sha256 of the content;
-- who takes over renames away what others were writing (`sweep`), so that a late rename finds nothing; where nothing is
-  renamed it puts an empty manifest there, which a late creation runs into;
-- a removal begins with a rename aside (S3: with the manifest alone), looks at the token once more, and takes it back.
+- It becomes the writer only if .writer.json has not changed since it looked. It renames the file aside, checks it, and
+  creates its own. It stops if a checkpoint has appeared meanwhile.
+- Before each write, removal and rename it checks that .writer.json has its token, and stops if not.
+- It writes to names with its token, or, without renames, with the sha256 of the content.
+- A process that takes over renames away what others were writing (`sweep`), so that a late rename finds nothing.
+  Without renames it creates an empty manifest, so that a late creation fails.
+- A removal first renames the folder aside (S3: removes only the manifest), checks the token again, and undoes the
+  rename if the token changed.
 """
 
 import errno
@@ -60,22 +60,22 @@ NAME = re.compile(r"step-(\d{10})(-end)?(?:\.(\d+))?")
 ASIDE = re.compile(rf"({NAME.pattern})\.(?P<why>writing|removing|removed)-(?P<token>[0-9a-f]{{16}})")
 RUN_ID = re.compile(r"\w[\w-]{0,99}", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}")
-PART_BYTES = 16 << 20  # of an upload; some at once
+PART_BYTES = 16 << 20  # of a multipart upload
 PARTS_AT_ONCE = 4
-LEAVING_S = 0.3  # for so long .writer.json may be out of sight while a writer before leaves
+LEAVING_S = 0.3  # .writer.json may be missing this long while an earlier writer leaves
 
 Manifest = contracts.Manifest
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """One checkpoint's folder: complete, or what a crash or an unfinished upload left.
+    """One checkpoint's folder: complete, or left by a crash or an unfinished upload.
 
     Attributes:
-        store: where it is.
+        store: its store.
         path: its folder, relative to the store.
         sizes: bytes of each file, by name.
-        is_link: it is a symbolic link: labtrain makes none, reads none, and writes through none.
+        is_link: it is a symbolic link; labtrain never makes, reads or writes through one.
     """
 
     store: "Store"
@@ -85,7 +85,7 @@ class Checkpoint:
 
     @property
     def complete(self) -> bool:
-        """Whether it is a checkpoint; an empty manifest keeps its name from a writer that was taken over."""
+        """Whether it is complete; an empty manifest only blocks the name for a writer that was taken over."""
         return bool(NAME.fullmatch(self.name)) and self.sizes.get(MANIFEST, 0) > 0
 
     @property
@@ -102,7 +102,7 @@ class Checkpoint:
 
     @property
     def finished(self) -> bool:
-        """Whether it is what became of the weights after the last step; nothing goes on from it."""
+        """Whether it has final weights only, so that it cannot be resumed."""
         return self.order[1]
 
     @property
@@ -130,7 +130,7 @@ class Store:
 
     Raises:
         ConfigError: the URL cannot be used.
-        StoreError: it cannot be reached, or refuses.
+        StoreError: the store cannot be reached or refuses access.
     """
 
     def __init__(self, place: str | Path) -> None:
@@ -147,7 +147,7 @@ class Store:
         """Write a small file that must not exist yet, in one step.
 
         Raises:
-            FileExistsError: it does.
+            FileExistsError: it exists.
         """
         full = f"{self.root}/{path}"
         scratch = f"{full}.{secrets.token_hex(4)}"
@@ -158,7 +158,7 @@ class Store:
                 sync(Path(full).parent)
             elif self._is_sftp:
                 self._write(scratch, data)
-                self.fs.ftp.rename(scratch, full)  # fails where it exists, unlike posix_rename
+                self.fs.ftp.rename(scratch, full)  # fails if it exists, unlike posix_rename
             else:
                 self.fs.pipe_file(full, data, mode="create")
         except OSError as error:
@@ -170,7 +170,7 @@ class Store:
             raise
 
     def replace(self, path: str, data: bytes) -> None:
-        """Write a small file, over the one that is there, in one step."""
+        """Write a small file in one step, replacing an existing one."""
         full = f"{self.root}/{path}"
         if not self.local and not self._is_sftp:
             self.fs.pipe_file(full, data)
@@ -186,13 +186,13 @@ class Store:
         """Rename a folder, in one step.
 
         Raises:
-            FileNotFoundError: it is not there.
-            FileExistsError: something has that name.
+            FileNotFoundError: it does not exist.
+            FileExistsError: the new name exists.
         """
         source, target = f"{self.root}/{path}", f"{self.root}/{to}"
         try:
             if self.local:
-                Path(source).rename(target)  # over an empty folder, which is no checkpoint
+                Path(source).rename(target)  # may replace an empty folder, which is not a checkpoint
             else:
                 self.fs.ftp.rename(source, target)
         except FileNotFoundError:
@@ -203,7 +203,7 @@ class Store:
             raise
 
     def put(self, local: Path, path: str, callback: object = None) -> None:
-        """Upload a file, in parts at once where the backend has parts."""
+        """Upload a file, with parallel parts if the backend supports it."""
         options: dict[str, object] = {"callback": callback} if callback is not None else {}
         if "s3" in self.fs.protocol:
             part = max(PART_BYTES, local.stat().st_size // 9000)  # S3 has at most 10,000
@@ -211,7 +211,7 @@ class Store:
         self.fs.put_file(str(local), f"{self.root}/{path}", **options)
 
     def remove(self, path: str) -> None:
-        """Remove a file, or a folder and all below it; nothing where it is gone already."""
+        """Remove a file, or a folder with its contents; do nothing if it does not exist."""
         full = f"{self.root}/{path}"
         with suppress(FileNotFoundError):
             if self.local and Path(full).is_dir() and not Path(full).is_symlink():
@@ -223,7 +223,7 @@ class Store:
 
     @property
     def renames(self) -> bool:
-        """Whether it renames folders; else a checkpoint is made to exist by its manifest alone."""
+        """Whether it can rename folders; else only the manifest makes a checkpoint exist."""
         return self.local or self._is_sftp
 
     @property
@@ -241,7 +241,7 @@ class Store:
         self._put(full, data)
 
     def _put(self, full: str, data: bytes) -> None:
-        """Write a file to a folder that is there, and have it on the disk."""
+        """Write a file to an existing folder, and sync it to disk."""
         if not self.local:
             self.fs.pipe_file(full, data)
             return
@@ -253,7 +253,7 @@ class Store:
     # -------------------------------------------------------------------------------------------------- looking
 
     def find(self) -> list[Checkpoint]:
-        """Return every checkpoint's folder below the store, complete or not, links too: by run, oldest first."""
+        """Return every checkpoint folder below the store, complete or not, including links: by run, oldest first."""
         folders: dict[str, dict[str, int]] = {}
         links: set[str] = set()
         with explained(self.url):
@@ -270,7 +270,7 @@ class Store:
         return sorted(found, key=lambda checkpoint: (checkpoint.run, checkpoint.order, checkpoint.name))
 
     def _entries(self) -> Iterator[tuple[str, str, int]]:
-        """Yield path, kind (file, directory, link) and bytes of what lies below the store; through no link."""
+        """Yield path, kind (file, directory, link) and bytes of each entry below the store; follow no link."""
         if self.local:
             yield from self._local_entries()
             return
@@ -298,14 +298,14 @@ class Store:
                     yield f"{at}/{name}".lstrip("/"), kind, entry.st_size
 
     def checkpoints(self) -> list[Checkpoint]:
-        """Return the complete ones: by run, oldest first."""
+        """Return the complete checkpoints: by run, oldest first."""
         return [checkpoint for checkpoint in self.find() if checkpoint.complete]
 
     def refuse_link(self) -> None:
-        """Refuse a store whose own folder is a link. Not for one that a person has typed: that is theirs.
+        """Raise if the store's own folder is a link. Do not call it for a store that the user typed.
 
         Raises:
-            LabtrainError: names it.
+            LabtrainError: names the link.
         """
         mode = 0
         with explained(self.url), suppress(FileNotFoundError):
@@ -326,12 +326,12 @@ class Store:
         """Return a checkpoint's manifest.
 
         Raises:
-            DamagedError: it is none.
+            DamagedError: it is not a valid manifest.
             StoreError: it cannot be read.
         """
         where = f"{checkpoint.path}/{MANIFEST}" if checkpoint.path else MANIFEST
         with untrusted.damage_of(
-            f"{checkpoint.url}/{MANIFEST}", what=f"is no manifest of {SCHEMA}", hint=_prune_hint(self)
+            f"{checkpoint.url}/{MANIFEST}", what=f"is not a {SCHEMA} manifest", hint=_prune_hint(self)
         ):
             if checkpoint.sizes.get(MANIFEST, 0) > untrusted.RECORD_BYTES:
                 raise ValueError(f"{checkpoint.sizes[MANIFEST]:,} bytes")
@@ -344,21 +344,21 @@ class Store:
         return manifest
 
     def fetch(self, checkpoint: Checkpoint, into: Path) -> tuple[Path, Manifest]:
-        """Return a folder of this machine that holds a checkpoint, whole, and its manifest.
+        """Return a local folder with a checked checkpoint, and its manifest.
 
         Args:
             checkpoint: one of this store.
-            into: the folder to copy it to, where the store is remote; a local one is read where it lies.
+            into: the folder to copy it to, if the store is remote; a local checkpoint is read in place.
 
         Raises:
-            DamagedError: a file is missing, or is not what the manifest says.
+            DamagedError: a file is missing or does not match the manifest.
             StoreError: it cannot be read.
         """
         manifest = self.manifest(checkpoint)
         folder = checkpoint.folder if self.local else into
         for name, wanted in manifest["files"].items():
             wrong = _wrong(folder / name, wanted)
-            if wrong and not self.local:  # else another rank of this machine has copied it, and may be reading it
+            if wrong and not self.local:  # else another rank on this machine has copied it, and may be reading it
                 into.mkdir(parents=True, exist_ok=True)
                 with explained(self.url), suppress(FileNotFoundError):
                     key = self.key(name, wanted)
@@ -378,19 +378,19 @@ class Store:
     # -------------------------------------------------------------------------------------------------- writing
 
     def key(self, name: str, entry: SavedFile) -> str:
-        """Return what a checkpoint's file is called here.
+        """Return the name of a checkpoint's file in this store.
 
-        Where nothing is renamed, two writers may put files to one checkpoint's name: each under what it holds, so that
-        neither puts one over the other's.
+        Without renames, two writers may upload files for the same checkpoint. Names with the content's hash prevent
+        them from overwriting each other's files.
         """
         return name if self.renames else f"{entry['sha256'][:16]}.{name}"
 
     def writing(self, path: str, token: str) -> str:
-        """Return the folder that a writer writes a checkpoint to, until `publish` makes it exist."""
+        """Return the folder that a writer writes a checkpoint to before `publish`."""
         return f"{path}.writing-{token}" if self.renames else path
 
     def publish(self, path: str, manifest: Manifest, token: str) -> None:
-        """Make a checkpoint exist, all of whose files lie in `writing`: with its manifest, in one step.
+        """Make a checkpoint with all files in `writing` exist: add its manifest, in one step.
 
         Args:
             path: of the checkpoint.
@@ -398,7 +398,7 @@ class Store:
             token: of the writer.
 
         Raises:
-            TakenOverError: another process has become the writer, or has made a checkpoint of this name.
+            TakenOverError: another process became the writer, or made a checkpoint of this name.
         """
         if not self.renames:
             self.check_writer(token)
@@ -409,7 +409,7 @@ class Store:
             self._write_into(folder, MANIFEST, _as_bytes(manifest))
             self.check_writer(token)
             self.move(folder, path)
-        except FileNotFoundError as error:  # who took over has renamed the folder away
+        except FileNotFoundError as error:  # the new writer has renamed the folder away
             raise taken_over(str(self)) from error
         except FileExistsError as error:
             if not self.holds(path, manifest):
@@ -418,51 +418,51 @@ class Store:
             sync(Path(self.root, path).parent)
 
     def _write_into(self, folder: str, name: str, data: bytes) -> None:
-        """Write a file to a folder that must be there, and have the folder on the disk."""
+        """Write a file to an existing folder, and sync the folder to disk."""
         full = f"{self.root}/{folder}/{name}"
         self._put(full, data)
         if self.local:
             sync(Path(full).parent)
 
     def commit(self, path: str, manifest: Manifest) -> None:
-        """Make a checkpoint exist whose files lie there: create its manifest.
+        """Make a checkpoint whose files are in place exist: create its manifest.
 
         Raises:
-            TakenOverError: another process has made a checkpoint of this name.
+            TakenOverError: another process made a checkpoint of this name.
         """
         try:
             self.create(f"{path}/{MANIFEST}", _as_bytes(manifest))
         except FileExistsError:
-            if not self.holds(path, manifest):  # else it is this one, whose answer was lost
+            if not self.holds(path, manifest):  # else it is this very one, and the answer was lost
                 raise taken_over(f"{self}/{path}") from None
         if self.local:
             sync(Path(self.root, path).parent)
 
     def holds(self, path: str, manifest: Manifest) -> bool:
-        """Return whether this very checkpoint exists here."""
+        """Return whether exactly this checkpoint exists here."""
         with suppress(FileNotFoundError, NotADirectoryError):
             return self.read(f"{path}/{MANIFEST}") == _as_bytes(manifest)
         return False
 
     def upload(self, folder: Path, manifest: Manifest, path: str, callback: object = None) -> None:
-        """Copy a checkpoint's files here from a folder of this machine; it exists once it is committed."""
+        """Upload a checkpoint's files from a local folder; it exists only after commit."""
         if self._is_sftp:
             self.fs.makedirs(f"{self.root}/{path}", exist_ok=True)
         for name, wanted in manifest["files"].items():
             key = self.key(name, wanted)
             self.put(folder / name, f"{path}/{key}", callback)
             if (size := self.fs.info(f"{self.root}/{path}/{key}")["size"]) != wanted["size_bytes"]:
-                raise StoreError(f"{self.url}/{path}/{key}: {size} bytes arrived of {wanted['size_bytes']}")
+                raise StoreError(f"{self.url}/{path}/{key}: only {size} of {wanted['size_bytes']} bytes arrived")
 
     def discard(self, path: str, token: str = "") -> None:
         """Remove a checkpoint, so that a crash leaves all of it or none.
 
         Args:
-            path: of the checkpoint; nothing is done where it is gone already.
-            token: of the writer; none for a person, who says which.
+            path: of the checkpoint; nothing happens if it does not exist.
+            token: of the writer; empty if the user asked for the removal.
 
         Raises:
-            TakenOverError: another process has become the writer; the checkpoint is there.
+            TakenOverError: another process became the writer; the checkpoint still exists.
         """
 
         def check() -> None:
@@ -482,7 +482,7 @@ class Store:
             except TakenOverError:
                 self.move(aside, path)
                 raise
-            self.move(aside, gone)  # from here on nobody takes it back
+            self.move(aside, gone)  # from here on nobody restores it
             self.remove(gone)
 
     def _discard_by_manifest(self, path: str, check: Callable[[], None]) -> None:
@@ -493,17 +493,17 @@ class Store:
             try:
                 check()
             except TakenOverError:
-                with suppress(FileExistsError):  # who took over has taken it for what a crash left
+                with suppress(FileExistsError):  # the new writer has treated it as a crash's leftover
                     self.create(manifest, data)
                 raise
         self.remove(path)
 
     def sweep(self, token: str, *, keep: Collection[str] = ()) -> None:
-        """Have the writers before make no checkpoint exist from now on; remove what they were writing or removing.
+        """Prevent earlier writers from finishing a checkpoint; remove what they were writing or removing.
 
         Args:
-            token: of the writer, which has taken over.
-            keep: names of checkpoints of which a part may be there, and which this writer is to complete.
+            token: of the writer that has taken over.
+            keep: names of checkpoints that may be partly uploaded, and that this writer will complete.
         """
         with explained(self.url):
             for left in self.find():
@@ -518,27 +518,27 @@ class Store:
     def _sweep_folder(self, left: Checkpoint, found: re.Match[str], token: str) -> None:
         name = left.path.removesuffix(left.name) + found[1]
         with suppress(FileNotFoundError):
-            if found["why"] == "removing":  # who wanted to remove it may want so no more
+            if found["why"] == "removing":  # restore it: the removal may no longer be due
                 with suppress(FileExistsError):
                     self.move(left.path, name)
                     return
             gone = f"{name}.removed-{token}"
             self.remove(gone)
-            self.move(left.path, gone)  # first, so that a late rename finds nothing
+            self.move(left.path, gone)  # before removing, so that a late rename finds nothing
             self.remove(gone)
 
     def _sweep_name(self, left: Checkpoint) -> None:
         if MANIFEST not in left.sizes:
             try:
                 self.create(f"{left.path}/{MANIFEST}", b"")
-            except FileExistsError:  # its writer was quicker: it is complete
+            except FileExistsError:  # its writer was faster: it is complete
                 return
         for name in left.sizes:
             if name != MANIFEST:
                 self.remove(f"{left.path}/{name}")
 
     def now(self) -> datetime:
-        """Return what the store takes the time to be, by writing a file: so it can be written."""
+        """Return the store's time by writing a file, which also proves that the store is writable."""
         probe = f".probe-{secrets.token_hex(8)}"
         with explained(self.url):
             self.replace(probe, b"")
@@ -550,7 +550,7 @@ class Store:
     # -------------------------------------------------------------------------------------------------- its one writer
 
     def take_over(self) -> str:
-        """Become the store's one writer and return what it is known by; the one before finds out at its next save."""
+        """Become the store's only writer and return the token; the earlier writer notices at its next save."""
         token = secrets.token_hex(8)
         if self.renames:
             self.renew(token, seen=self.seen())
@@ -560,10 +560,10 @@ class Store:
         return token
 
     def enter(self) -> str:
-        """Become the store's one writer, where it has none that lives, and return what it is known by.
+        """Become the store's only writer, if there is no live writer, and return the token.
 
         Raises:
-            StoreError: another writes there, or may.
+            StoreError: another process writes there, or may.
         """
         token, found = secrets.token_hex(8), self.writer()
         with explained(self.url), suppress(FileExistsError):
@@ -571,19 +571,19 @@ class Store:
                 self.create(WRITER, _who(token))
                 return token
         who = f"process {found.get('process')} on {found.get('host')}" if found else "another process"
-        raise StoreError(f"{who} writes checkpoints to {self}", hint=f"another folder: {self.url}/imported")
+        raise StoreError(f"{who} writes checkpoints to {self}", hint=f"use another folder: {self.url}/imported")
 
     def renew(self, token: str, *, seen: str | None) -> None:
-        """Write who the writer is, where it is still who it was when this process looked.
+        """Become the writer, if the writer has not changed since this process looked.
 
-        Where nothing is renamed another may come between the look and the write; who writes looks again (saver.py).
+        Without renames another process may come in between; saver.py checks again before it writes.
 
         Args:
             token: of the new writer.
-            seen: what `seen` returned.
+            seen: the result of `seen`.
 
         Raises:
-            TakenOverError: another process has come between.
+            TakenOverError: another process came in between.
         """
         with explained(self.url):
             if not self.renames and self.seen() == seen:
@@ -596,7 +596,7 @@ class Store:
         raise taken_over(str(self))
 
     def seen(self, path: str = WRITER) -> str | None:
-        """Return the token of who writes here; None where nobody does, empty where what is there says none."""
+        """Return the writer's token; None if there is no writer, empty if the file has no token."""
         data: bytes | None = None
         try:
             with explained(self.url), suppress(FileNotFoundError):
@@ -606,7 +606,7 @@ class Store:
             return ""
 
     def writer(self) -> dict[str, object] | None:
-        """Return who writes here: token, host, process; None where nobody does, or it ended as it should."""
+        """Return the writer's token, host and process; None if there is no writer, or it ended properly."""
         try:
             with explained(self.url), suppress(FileNotFoundError):
                 return dict(untrusted.loads(self.read(WRITER)))
@@ -615,10 +615,10 @@ class Store:
         return None
 
     def check_writer(self, token: str) -> None:
-        """Refuse to go on where this process is the writer no more.
+        """Raise if this process is no longer the writer.
 
         Raises:
-            TakenOverError: names who is, or says that another one was and has ended.
+            TakenOverError: names the writer, or says that another one was and has ended.
         """
         deadline = time.monotonic() + LEAVING_S
         while (found := self.writer()) is None and time.monotonic() < deadline:
@@ -629,7 +629,7 @@ class Store:
             raise taken_over(str(self), f" (process {found.get('process')} on {found.get('host')})")
 
     def leave(self, token: str) -> None:
-        """Be its writer no more; of another's `.writer.json` nothing is lost, whenever that comes."""
+        """Stop being the writer; another writer's `.writer.json` is never lost."""
         found = self.writer()
         if found is None or found.get("token") != token:
             return
@@ -637,11 +637,11 @@ class Store:
             self._take_away(token, by=token)
 
     def _take_away(self, token: str, *, by: str) -> bool:
-        """Remove a writer's `.writer.json` and return whether it was there; another's is put back.
+        """Remove a writer's `.writer.json` and return whether it existed; put back another writer's.
 
         Args:
             token: of that writer.
-            by: the token of who does this.
+            by: the caller's token.
         """
         own = f"{WRITER}.{by}"
         with suppress(FileNotFoundError):
@@ -652,7 +652,7 @@ class Store:
             if self.seen(own) == token:
                 self.fs.rm_file(f"{self.root}/{own}")
                 return True
-            with suppress(FileExistsError):  # it was not that one's any more
+            with suppress(FileExistsError):  # it was no longer that writer's
                 if self.local:
                     _rename_to_new(Path(self.root, own), Path(self.root, WRITER))
                 else:
@@ -661,30 +661,30 @@ class Store:
 
 
 class TakenOverError(StoreError):
-    """Another process writes to this place."""
+    """Another process has become the writer of this store."""
 
 
 def taken_over(where: str, who: str = "", *, was: bool = False) -> TakenOverError:
-    """Return the error for two runs that write to one place."""
+    """Return the error for two processes that write to one place."""
     doing = f"has taken over {where}, and has ended" if was else f"writes checkpoints to {where}"
     return TakenOverError(
-        f"another process{who} {doing}: this one stops, and has changed nothing of what the other needs",
-        hint="the same command goes on from the newest; or keep two apart: resume=never, or another checkpoint.url",
+        f"another process{who} {doing}: this one stops, and has not changed the other's checkpoints",
+        hint="the same command resumes from the newest checkpoint; for two runs: resume=never, or other checkpoint.url",
     )
 
 
 def links_error(place: str) -> LabtrainError:
-    """Return the error for a checkpoint, or a run's folder of checkpoints, that is a symbolic link."""
+    """Return the error for a checkpoint, or a folder of checkpoints, that is a symbolic link."""
     path, copy = quoted(place), quoted(f"{place}.copy")
     replace = f"cp -rL {path} {copy} && rm {path} && mv {copy} {path}; " if is_local(place) else ""
     return LabtrainError(
-        f"{place} is a symbolic link: labtrain reads and writes checkpoints through no link in a run's folder",
+        f"{place} is a symbolic link: in a run's folder labtrain follows no links to checkpoints",
         hint=f"{replace}for another disk: checkpoint.url=FOLDER",
     )
 
 
 def sealed(manifest: Manifest) -> Manifest:
-    """Return a manifest with its own digest, as it is written."""
+    """Return a manifest with its own digest."""
     return {**manifest, "digest": digest_of(as_options(manifest))}
 
 
@@ -693,9 +693,9 @@ def _as_bytes(manifest: Manifest) -> bytes:
 
 
 def _contradiction(manifest: Manifest, checkpoint: Checkpoint) -> str:
-    """Return how a manifest contradicts itself or the name of its folder; empty where it does not.
+    """Return how a manifest contradicts itself or its folder's name; empty if it does not.
 
-    Its digest is against accidents: who changes a manifest by hand may write it anew.
+    Its digest detects accidents. Somebody who changes a manifest can recompute it.
     """
     said, found = str(manifest.get("digest")), digest_of(as_options(manifest))
     if said != found:
@@ -703,9 +703,9 @@ def _contradiction(manifest: Manifest, checkpoint: Checkpoint) -> str:
     if NAME.fullmatch(checkpoint.name) and (manifest["step"], manifest.get("finished", False)) != checkpoint.order[:2]:
         return f"is that of step {manifest['step']}"
     if not RUN_ID.fullmatch(manifest["run_id"]):
-        return "has no run's id"
+        return "has no valid run id"
     if not all(SHA256.fullmatch(entry["sha256"]) for entry in manifest["files"].values()):
-        return "has no sha256 of its files"
+        return "has no valid sha256 of its files"
     return ""
 
 
@@ -714,17 +714,17 @@ def _is_ours(name: str) -> bool:
 
 
 def identity(process: int) -> dict[str, object]:
-    """Return what tells a process of this machine from every other one, by name.
+    """Return what identifies a process on this machine.
 
-    A number alone is used again, and means another process in another container of the same host name: so with it go
-    the kernel's start, the namespace of process numbers, and when it began (in clock ticks since then). Linux, proc(5).
+    A process id is reused, and exists in several containers. So the result also has the boot id, the PID namespace and
+    the process's start time (in clock ticks since boot). Linux, proc(5).
 
     Raises:
         OSError: there is no such process.
     """
     status = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     if status[0] == "Z":
-        raise ProcessLookupError(process)  # it has ended, and only its parent has not asked how
+        raise ProcessLookupError(process)  # a zombie: it has ended
     return {
         "process": process,
         "boot": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
@@ -738,30 +738,30 @@ def _who(token: str) -> bytes:
 
 
 def writer_lives(writer: Options | None) -> bool | None:
-    """Return whether what a store says of its writer is of a process that lives; None where that is not known here."""
+    """Return whether a store's writer is a live process; None if this machine cannot know."""
     if writer is None:
         return False
     here = identity(os.getpid())
     if any(writer.get(key) != here[key] for key in ("boot", "namespace")):
-        return None  # its number says nothing here: another machine or container, or one that was started anew since
+        return None  # another machine or container, or a reboot since: its process id says nothing here
     with suppress(OSError, ValueError, TypeError, OverflowError):
         return identity(int(writer["process"])) == {key: writer.get(key) for key in here}
     return False
 
 
 def _check_manifest(manifest: Any) -> None:
-    """Hold a manifest against what is read of it; another version may say more, and an older one less.
+    """Check the keys of a manifest that labtrain reads; other versions may have more or fewer keys.
 
-    Each file is read, and copied, by its name: none may lead out of the folder.
+    Files are read and copied by name, so no name may lead out of the folder.
 
     Raises:
-        KeyError: something is not there.
-        ValueError: something is not what it should be.
+        KeyError: a key is missing.
+        ValueError: a value is not valid.
     """
     if manifest["schema"] != SCHEMA:
         raise ValueError(f"schema {manifest['schema']!r}")
     if missing := [key for key in ("files", "run_id", "step") if key not in manifest]:
-        raise ValueError(f"without {', '.join(missing)}")
+        raise ValueError(f"missing {', '.join(missing)}")
     for key, good in MANIFEST_KINDS.items():
         if key in manifest and not good(manifest[key]):
             raise ValueError(f"{key} is {manifest[key]!r}"[:200])
@@ -771,7 +771,7 @@ def _check_manifest(manifest: Any) -> None:
         if not _is_digest(entry["sha256"]):
             raise ValueError(f"sha256 {entry['sha256']!r}"[:200])
     if not any(name.endswith(".safetensors") for name in manifest["files"]):
-        raise ValueError("no file of weights")
+        raise ValueError("no weights file")
     if STATE not in manifest["files"]:
         raise ValueError(f"no {STATE}")
 
@@ -818,12 +818,12 @@ def _are_ranges(value: Any, first: object) -> bool:
 
 
 def _wrong(path: Path, wanted: SavedFile) -> str:
-    """Return how a file differs from what a manifest says of it; empty where it does not."""
+    """Return how a file differs from its manifest entry; empty if it does not."""
     try:
         with untrusted.open_plain(path, 1 << 60) as file:
             size = os.fstat(file.fileno()).st_size
             if size != wanted["size_bytes"]:
-                return f"of {size} bytes, manifest says {wanted['size_bytes']}"
+                return f"{size} bytes, manifest says {wanted['size_bytes']}"
             found = sha256_of(file)
     except FileNotFoundError:
         return f"no file, manifest says {wanted['size_bytes']} bytes"
@@ -835,13 +835,13 @@ def _wrong(path: Path, wanted: SavedFile) -> str:
 
 
 def _rename_to_new(scratch: Path, target: Path) -> None:
-    """Give a file its name, which nothing may have yet."""
+    """Rename a file to a name that must not exist yet."""
     try:
         os.link(scratch, target)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
-        if target.exists():  # a file system without links: the writer's name alone keeps others away
+        if target.exists():  # a file system without hard links: only .writer.json keeps other writers away
             raise FileExistsError(target) from error
         scratch.rename(target)
     scratch.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ def test_trials_that_fail_end_the_sweep_unless_it_may_lose_them(experiment: Expe
     assert "ended with val/loss nan" in lossy.err
     assert results("runs")["best_params"] == {"model.learning_rate": 0.01}
     strict = experiment.train(*sweep, space, code=1)
-    assert "hydra.sweeper.max_failure_rate=0.5 goes on" in strict.err
+    assert "hydra.sweeper.max_failure_rate=0.5 continues" in strict.err
     assert strict.err.count("is complete: nothing to train") == 2
     typo = experiment.train(*sweep, space, "checkpoint.monitor=val/typo", code=2)
     assert (

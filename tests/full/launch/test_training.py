@@ -166,8 +166,8 @@ def test_a_run_of_edited_code_names_the_near_one(own_experiment: Experiment) -> 
     model = own_experiment.root / "model.py"
     model.write_text(f"{model.read_text()}\n# a thought\n")
     new = own_experiment.train(*kept, "trainer.max_epochs=4")
-    assert f"near: {shown(near[0])}, unfinished, has this configuration and other code" in new.err
-    assert f"(resume={shown(near[0])} goes on with it)" in new.err
+    assert f"note: the unfinished run {shown(near[0])} has this configuration, but other code" in new.err
+    assert f"(resume={shown(near[0])} resumes it)" in new.err
     assert new.folder.resolve() != near[0]
     on = own_experiment.train(*kept, f"resume={near[0]}")
     assert on.folder.resolve() == near[0]

@@ -97,4 +97,4 @@ def test_its_gate_runs_where_a_lock_changes(own_experiment: Experiment, tmp_path
     receipt.write(baseline, found)
     done = run("sh", "-c", command, cwd=own_experiment.root)
     assert done.returncode == 1
-    assert "no: other bits, weights_digest" in done.stdout
+    assert "no: different bits, weights_digest" in done.stdout

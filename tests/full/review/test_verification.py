@@ -60,11 +60,8 @@ def test_a_trail_that_lacks_its_beginning_is_compared_where_it_has_lines(copy: P
     run = experiment.train(*command, cwd=experiment.root)
     first = run.trail()[0]["step"]
     assert first > 10
-    assert "the same bits, to its end" in verify(run.folder, cwd=experiment.root).out
-    assert (
-        "nothing could be compared of steps 1 to 5"
-        in verify(run.folder, "--steps", "5", code=2, cwd=experiment.root).err
-    )
+    assert "the same bits to the end" in verify(run.folder, cwd=experiment.root).out
+    assert "nothing to compare in steps 1 to 5" in verify(run.folder, "--steps", "5", code=2, cwd=experiment.root).err
     (weights,) = (tmp_path / "store").glob("*/step-0000000400/weights.safetensors")
     raw = bytearray(weights.read_bytes())
     raw[-10] ^= 1
@@ -79,21 +76,21 @@ def test_a_trail_of_every_seventh_step_is_compared_at_those(copy: Path) -> None:
     assert [line["step"] for line in run.trail()] == [7, 14]
     found = json.loads(verify(run.folder, "--json", code=1).out)
     assert (found["divergence"]["step"], found["to_step"]) == (14, 7)
-    assert "or since step 8, of which the trail has no line" in found["found"]
-    assert "this machine agrees with itself" in found["found"]
-    assert "nothing could be compared of steps 1 to 3" in verify(run.folder, "--steps", "3", code=2).err
+    assert "or since step 8: the trail has no line for it" in found["found"]
+    assert "this machine repeats itself" in found["found"]
+    assert "nothing to compare in steps 1 to 3" in verify(run.folder, "--steps", "3", code=2).err
     sound = experiment.train(*command, "resume=never", cwd=experiment.root)
-    assert "the same bits, to its end" in verify(sound.folder).out
+    assert "the same bits to the end" in verify(sound.folder).out
 
 
 def test_a_run_without_a_trail_is_compared_by_its_results(copy: Path) -> None:
     experiment = Experiment(copy.parents[2])
     run = experiment.train(*TWO_EPOCHS, "trail.every_n_steps=0", "seed=7", cwd=experiment.root)
-    assert "the same bits, to its end" in verify(run.folder).out
+    assert "the same bits to the end" in verify(run.folder).out
     assert json.loads((run.folder / "verified.jsonl").read_text())["to_step"] == STEPS
-    assert "no trail.jsonl lies beside it" in verify(run.folder, "--steps", "5", code=2).err
+    assert "there is no trail.jsonl" in verify(run.folder, "--steps", "5", code=2).err
     changed(run.folder, "results/metrics", {**run.receipt["results"]["metrics"], "test/acc": 1.0})
-    assert "the results are not as the receipt says: metric test/acc 1.0, now 0." in verify(run.folder, code=1).out
+    assert "but these results differ: metric test/acc 1.0, now 0." in verify(run.folder, code=1).out
 
 
 def test_results_that_were_changed_are_no_yes_whatever_else_the_receipt_claims(copy: Path) -> None:
@@ -102,13 +99,13 @@ def test_results_that_were_changed_are_no_yes_whatever_else_the_receipt_claims(c
     run = experiment.train(*TWO_EPOCHS, "seed=8", "checkpoint.monitor=val/acc", cwd=experiment.root)
     found = run.receipt
     changed(run.folder, "segments", [*found["segments"], found["segments"][0] | {"from_step": 3}])
-    assert "the same bits, to its end" in verify(run.folder).out
+    assert "the same bits to the end" in verify(run.folder).out
     changed(run.folder, "results/best", {**found["results"]["best"], "value": 1.0})
-    assert "the results are not as the receipt says: best" in verify(run.folder, code=1).out
+    assert "but these results differ: best" in verify(run.folder, code=1).out
     changed(run.folder, "results/best", found["results"]["best"])
     changed(run.folder, "config/callbacks", {"nothing": None})
     changed(run.folder, "results/state_digest", "0" * 64)
-    assert "the results are not as the receipt says: state_digest 0000" in verify(run.folder, code=1).out
+    assert "but these results differ: state_digest 0000" in verify(run.folder, code=1).out
 
 
 def test_callbacks_with_paths_and_a_model_that_logs_by_itself_are_verified(copy: Path) -> None:
@@ -123,7 +120,7 @@ def test_callbacks_with_paths_and_a_model_that_logs_by_itself_are_verified(copy:
         "+callbacks.keep={_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: val/acc}",
         cwd=experiment.root)  # fmt: skip
     found = verify(run.folder).out
-    assert "the same bits, to its end; not verified: state_digest" in found
+    assert "the same bits to the end; not verified: state_digest" in found
 
 
 def test_a_path_of_the_data_can_be_another_here(copy: Path) -> None:
@@ -149,7 +146,7 @@ def test_code_below_pythonpath_is_that_of_the_commit(copy: Path) -> None:
     source.write_text("SLOPE = 0.5\n")
     found = verify(run.folder, cwd=experiment.root, **path)
     assert "code         commit " in found.out
-    assert "the same bits, to its end" in found.out
+    assert "the same bits to the end" in found.out
     diff = experiment.train(*TWO_EPOCHS, cwd=experiment.root, env=path).folder
     done = subprocess.run([LABTRAIN, "diff", run.folder, diff], capture_output=True, text=True, check=False)
     assert done.returncode == 1
@@ -166,7 +163,7 @@ def test_a_machine_that_does_not_repeat_itself_is_said_so(copy: Path) -> None:
     """From the last checkpoint the fault's own count of steps begins anew: it does not come again."""
     found = json.loads(verify(copy, "--json", code=1, FAULT="8 weight:net.9.bias 4 counted").out)
     assert found["divergence"] == {"step": 8, "phase": "update", "tensor": "net.9.bias"}
-    assert "not when trained again from step 5: this machine does not give the same bits twice" in found["found"]
+    assert "no difference when trained again from step 5: this machine does not repeat itself" in found["found"]
 
 
 def test_each_wrong_result_is_named(copy: Path) -> None:
@@ -184,7 +181,7 @@ def test_each_wrong_result_is_named(copy: Path) -> None:
     assert "not the same bits: first at step 21, in the length" in found["found"]
     assert list(found["results"]) == ["steps", "weights_digest", "state_digest", "trail's sha256"]
     changed(copy, "results/steps", 20)
-    assert "the results are not as the receipt says: weights_digest 0000" in verify(copy, code=1).out
+    assert "but these results differ: weights_digest 0000" in verify(copy, code=1).out
     changed(copy, "results/weights_digest", found["results"]["weights_digest"][1])
     changed(copy, "results/state_digest", found["results"]["state_digest"][1])
     assert "trail's sha256 2222" in verify(copy, code=1).out
@@ -213,7 +210,7 @@ def test_killed_and_moved_runs_come_out_in_their_own_segments_and_in_one_go(copy
     assert [(each["devices"], each["status"]) for each in segments] == [(2, "killed"), (1, "complete")]
     assert 0 < segments[1]["from_step"] < STEPS
     for options in ((), ("--segments",)):
-        assert "yes          the same bits, to its end" in verify(run.folder, *options).out
+        assert "yes          the same bits to the end" in verify(run.folder, *options).out
 
 
 def test_what_was_found_stands_where_the_store_is_away(copy: Path) -> None:
@@ -221,7 +218,7 @@ def test_what_was_found_stands_where_the_store_is_away(copy: Path) -> None:
     changed(copy, "config/checkpoint/url", "sftp://127.0.0.1:1/gone")
     found = json.loads(verify(copy, "--json", code=1, FAULT="7 weight:net.9.bias 3").out)
     assert found["divergence"] == {"step": 7, "phase": "update", "tensor": "net.9.bias"}
-    assert "the same bits again when trained again from step 0" in found["found"]
+    assert "the same difference when trained again from step 0" in found["found"]
     assert "its checkpoints cannot be read: sftp://127.0.0.1:1/gone/" in found["found"]
 
 
@@ -235,8 +232,8 @@ def test_what_went_on_after_a_change_is_verified_from_there(copy: Path) -> None:
     assert training.wait(timeout=300) == 75
     run = experiment.train(*command, "model.dropout=0.1", f"resume={there()[0]}", cwd=experiment.root)
     (after,) = [segment["from_step"] for segment in run.receipt["segments"] if segment["changed"]]
-    assert f"went on after changes at step {after}" in verify(run.folder, code=2).err
-    assert f"the same bits, from step {after + 1} to its end" in verify(run.folder, "--from", str(after)).out
+    assert f"the run resumed with changes at step {after}" in verify(run.folder, code=2).err
+    assert f"the same bits from step {after + 1} to the end" in verify(run.folder, "--from", str(after)).out
 
 
 def test_one_flipped_bit_is_named_by_step_and_tensor(copy: Path) -> None:
@@ -261,7 +258,7 @@ def test_a_clone_and_the_receipt_give_yes_and_another_line_of_code_is_checked_ou
     shutil.copy(run.folder / "receipt.json", tmp_path / "given" / "receipt.json")
     found = verify(tmp_path / "given" / "receipt.json", cwd=clone)
     assert "with the patch" in found.out
-    assert found.out.splitlines()[-1] == "yes          the same bits, to its end"
+    assert found.out.splitlines()[-1] == "yes          the same bits to the end"
     assert not subprocess.run(
         ["git", "-C", clone, "status", "--porcelain"], capture_output=True, text=True, check=True
     ).stdout
@@ -270,7 +267,7 @@ def test_a_clone_and_the_receipt_give_yes_and_another_line_of_code_is_checked_ou
     assert "does not give the receipt's code: model.py, more.py" in verify(tmp_path / "given", code=2, cwd=clone).err
     changed(tmp_path / "given", "code/commit", "0" * 40)
     assert "is not in this repository" in verify(tmp_path / "given", code=2, cwd=clone).err
-    assert "the experiment is not here" in verify(tmp_path / "given", code=2, cwd=tmp_path).err
+    assert "cannot find the experiment" in verify(tmp_path / "given", code=2, cwd=tmp_path).err
 
 
 def test_a_run_is_verified_while_it_is_trained(copy: Path) -> None:
@@ -297,21 +294,18 @@ def test_a_run_that_began_from_a_complete_one_is_verified_from_there(copy: Path)
     )
     assert run.folder != copy
     found = verify(run.folder).out
-    assert f"origin       step-{STEPS:010d} of the run {copy.name}, which is not verified here" in found
-    assert f"the same bits, from step {STEPS + 1} to its end" in found
+    assert f"origin       step-{STEPS:010d} of run {copy.name}, which is not verified here" in found
+    assert f"the same bits from step {STEPS + 1} to the end" in found
     assert "differ" not in found
     shutil.rmtree(copy / "checkpoints")
-    assert (
-        f"the run began from step-{STEPS:010d} of the run {copy.name}, which is neither"
-        in verify(run.folder, code=2).err
-    )
+    assert f"the run began from step-{STEPS:010d} of run {copy.name}, found neither" in verify(run.folder, code=2).err
 
 
 def test_the_golden_receipt_alone_comes_out_on_an_older_cpu(shared_experiment: Experiment, tmp_path: Path) -> None:
     """Recorded in portable mode, on another machine; here with this CPU's newer instructions hidden."""
     shutil.copy(ROOT / "tests" / "golden" / "receipt.json", tmp_path)
     found = verify(tmp_path / "receipt.json", cwd=shared_experiment.root, **OLDER_CPU)
-    assert "yes          the same bits, to its end" in found.out
+    assert "yes          the same bits to the end" in found.out
     assert "differs      hardware.cpu" not in found.out
 
 
@@ -324,14 +318,14 @@ def test_code_that_only_train_py_finds_is_asked_for(own_experiment: Experiment, 
         file.write_text(file.read_text().replace("\nimport ", f"\n{line}\nimport ", 1))
     run_dir = own_experiment.train("trainer.max_epochs=1", *QUICK, cwd=own_experiment.root).folder
     refused = verify(run_dir, "--steps", "2", code=2, cwd=own_experiment.root).err
-    assert "hint: PYTHONPATH=FOLDER before the same command, with the folder that holds lab_utils.py" in refused
+    assert "hint: PYTHONPATH=FOLDER before the same command, with the folder that contains lab_utils.py" in refused
     verify(run_dir, "--steps", "2", cwd=own_experiment.root, PYTHONPATH="../shared")
 
 
 def test_from_a_checkpoint_is_not_the_whole(copy: Path) -> None:
     found = json.loads(verify(copy, "--from", "15", "--json").out)
-    assert (found["whole"], found["found"]) == (False, "the same bits, from step 16 to its end")
-    assert "it has 20 steps" in verify(copy, "--from", "20", code=2).err
+    assert (found["whole"], found["found"]) == (False, "the same bits from step 16 to the end")
+    assert "the run has 20 steps" in verify(copy, "--from", "20", code=2).err
 
 
 def test_who_verified_is_told_of_this_machine(copy: Path) -> None:

@@ -69,7 +69,9 @@ def test_the_order_of_keys_reaches_the_code_and_counts(tmp_path: Path) -> None:
 def test_what_json_cannot_carry_is_refused(tmp_path: Path) -> None:
     config = configure()
     config["model"]["file"] = [tmp_path]
-    with pytest.raises(ConfigError, match=r"model\.file\.0: a PosixPath is no text, number"):
+    with pytest.raises(
+        ConfigError, match=r"model\.file\.0: must be a text, number, bool, list or mapping, got PosixPath"
+    ):
         configuration.check(config)
 
 

@@ -212,11 +212,11 @@ def test_a_header_is_held_against_the_file(data: bytes, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     path.write_bytes(data)
     for read in (lambda: list(read_safetensors(path)), lambda: load_weights(path)):
-        with pytest.raises(DamagedError, match="is not a whole safetensors file"):
+        with pytest.raises(DamagedError, match="is not a complete safetensors file"):
             read()
     done = CliRunner().invoke(main, ["digest", str(path)])
     assert (done.exit_code, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"error: {path} is not a whole safetensors file: ")
+    assert done.stderr.startswith(f"error: {path} is not a complete safetensors file: ")
 
 
 class Evil:
@@ -377,7 +377,7 @@ def test_a_resume_takes_the_older_checkpoint(kind: str, tmp_path: Path, capsys: 
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.startswith("warning: ")
-    assert "going on from an older checkpoint than" in said
+    assert "using an older checkpoint than" in said
     assert not (newer / "canary").exists()
 
 
@@ -439,7 +439,7 @@ def test_a_resume_passes_over_a_state_of_another_structure(
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert said.startswith(f"warning: {newer}/state.pt is broken: ")
-    assert "going on from an older checkpoint than" in said
+    assert "using an older checkpoint than" in said
 
 
 def test_a_tensor_that_lies_in_the_parts_is_one(tmp_path: Path) -> None:
@@ -473,7 +473,7 @@ def test_a_manifest_is_held_against_what_is_read_of_it(change: dict[str, Any], t
     for command in (["store", "check", str(tmp_path)], ["store", "ls", str(tmp_path)], ["digest", str(newer)]):
         done = CliRunner().invoke(main, command)
         assert isinstance(done.exception, SystemExit) or done.exception is None, done.exception
-        assert "is no manifest of" in done.output or "was changed" in done.output, done.output
+        assert "is not a labtrain/checkpoint/1 manifest" in done.output or "was changed" in done.output, done.output
     found = newest_whole([Store(tmp_path)], into=tmp_path)
     assert found is not None
     assert found[1] == older

@@ -44,7 +44,7 @@ def test_the_digest_of_a_run_a_checkpoint_and_a_file(experiment: Experiment) -> 
     ("target", "says"),
     [
         ("nothing", "neither a run nor a checkpoint: looked for receipt.json, manifest.json and step-*"),
-        ("gopher://host/run", "gopher is no store for checkpoints"),
+        ("gopher://host/run", "gopher is not supported for checkpoints"),
         ("gs://bucket/run", "gcsfs is not installed"),
     ],
 )

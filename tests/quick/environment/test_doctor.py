@@ -149,7 +149,7 @@ def test_a_torch_that_asks_for_another_cuda_is_explained(tmp_path: Path) -> None
     code, checks = doctor(PYTHONPATH=str(tmp_path))
     assert (code, checks["torch"]["status"]) == (1, "failed")
     assert "libcudart.so.11.0: cannot open shared object file" in checks["torch"]["found"]
-    assert checks["torch"]["hint"].startswith("old/_C.so asks for libcudart.so.11.0")
+    assert checks["torch"]["hint"].startswith("old/_C.so needs libcudart.so.11.0")
 
 
 def test_a_torch_that_hangs_is_given_up(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def test_a_changed_data_file_is_said_at_the_next_start(runner: Any, tmp_path: Pa
     (root / "noise.txt").write_text("0.7")
     (root / "named" / "a.txt").write_text("0.6")
     assert runner.run(config) == run_dir
-    assert "was trained: named, noise.txt (resume=never trains with it)" in runner.said()
+    assert "was trained: named, noise.txt (resume=never trains with the new data)" in runner.said()
     assert receipt.read(run_dir) == found
     keys = {each.key for each in state_differences(found, root, root) if each.matters}
     assert {"data.file named.digest", "data.file noise.txt.digest"} <= keys

@@ -45,7 +45,7 @@ def test_parts_have_the_digest_of_the_whole(dtype: torch.dtype, tmp_path: Path) 
     write_part(tmp_path, 3, rows=(rows[5:], (5, 0)))
     assert digest_folder(tmp_path) == digest({"rows": rows, "columns": columns, "scalar": scalar})
     write_part(tmp_path, 2, rows=(rows[4:], (4, 0)), columns=(columns[:, :2], (0, 0)))
-    with pytest.raises(DamagedError, match="rows is not whole: 16 of 20 values"):
+    with pytest.raises(DamagedError, match="rows is incomplete: 16 of 20 values"):
         digest_folder(tmp_path)
 
 
@@ -73,12 +73,12 @@ def test_a_file_that_is_cut_short_is_refused(keep: int, tmp_path: Path) -> None:
     path = tmp_path / "w.safetensors"
     save_file({"x": torch.ones(100)}, path)
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(DamagedError, match="not a whole safetensors file"):
+    with pytest.raises(DamagedError, match="not a complete safetensors file"):
         list(read_safetensors(path))
 
 
 def test_what_is_no_tensor_is_refused_by_name() -> None:
-    with pytest.raises(LabtrainError, match="cannot digest lr: float is no tensor"):
+    with pytest.raises(LabtrainError, match="cannot digest lr: must be a tensor, got float"):
         digest({"lr": 0.1})
 
 
@@ -92,5 +92,5 @@ def test_a_training_state_is_digested_whole() -> None:
         {**state, "exp_avg": torch.ones(2, 1)},
     ]
     assert len({digest_tree(tree) for tree in [state, *others]}) == 4
-    with pytest.raises(LabtrainError, match=r"state\.path is a object: no tensor"):
+    with pytest.raises(LabtrainError, match=r"state\.path is a object; checkpoints hold only"):
         digest_tree({"path": object()})

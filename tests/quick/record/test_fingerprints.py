@@ -181,7 +181,7 @@ def test_its_own_word_counts() -> None:
     other.said = "v2"
     assert digest_of(own) != digest_of(other)
     other.said = 3
-    with pytest.raises(ConfigError, match="returned 3"):
+    with pytest.raises(ConfigError, match="must return a text, got 3"):
         fingerprint(other)
 
 

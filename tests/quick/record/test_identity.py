@@ -152,7 +152,7 @@ def test_a_job_of_a_replay_writes_below_its_own_folder_alone(tmp_path: Path) -> 
     (tmp_path / "scratch" / "link").symlink_to(tmp_path)
     held.hold(tmp_path / "scratch" / "runs" / "digits")
     for place in ("", "../scratch2/x", "scratch2", "scratch/../x", "scratch/link/x"):
-        with pytest.raises(LabtrainError, match="the only folder that this training may write in"):
+        with pytest.raises(LabtrainError, match="the only folder that this training may write to"):
             held.hold(tmp_path / place)
 
 
@@ -165,7 +165,7 @@ def test_a_launchers_name_is_part_of_a_folders_name(name: str, good: bool, monke
     if good:
         assert fresh(Path("runs/0123456789ab")).name == f"0123456789ab-{name}"
     else:
-        with pytest.raises(ConfigError, match="expected letters, digits, _ and -"):
+        with pytest.raises(ConfigError, match="may have only letters, digits, _ and -"):
             fresh(Path("runs/0123456789ab"))
 
 

@@ -96,7 +96,7 @@ def test_a_patch_beside_a_receipt_is_a_plain_file(tmp_path: Path) -> None:
         patch_of(receipt, tmp_path)
     (tmp_path / "code.patch").unlink()
     os.mkfifo(tmp_path / "code.patch")
-    with pytest.raises(DamagedError, match=r"code\.patch is broken: no plain file"):
+    with pytest.raises(DamagedError, match=r"code\.patch is broken: not a regular file"):
         patch_of(receipt, tmp_path)
     assert not is_own(receipt, tmp_path, tmp_path)
 

@@ -58,7 +58,7 @@ def test_one_task_and_a_batch_script_are_processes_by_themselves() -> None:
 
 
 def test_nodes_with_different_numbers_of_tasks_are_refused() -> None:
-    with pytest.raises(ConfigError, match="3 processes are not as many on each node"):
+    with pytest.raises(ConfigError, match="3 processes are not evenly distributed over the nodes"):
         find_ranks(STEP | {"SLURM_STEP_NUM_TASKS": "3", "SLURM_STEP_TASKS_PER_NODE": "2,1"})
 
 
@@ -83,8 +83,8 @@ def test_other_numbers_are_refused(devices: object, nodes: int) -> None:
 
 
 def test_several_nodes_need_a_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="nothing started processes on the others"):
+    with pytest.raises(ConfigError, match="no launcher started processes on other nodes"):
         adopt(config(1, 2), None)
     monkeypatch.setenv("SLURM_NTASKS", "4")
     adopt(config(1, 1), None)
-    assert "warning: Slurm gave this job 4 tasks" in capsys.readouterr().err
+    assert "warning: this Slurm job has 4 tasks" in capsys.readouterr().err

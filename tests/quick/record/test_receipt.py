@@ -169,7 +169,7 @@ def test_results_are_compared_whatever_a_metric_is_called() -> None:
 def test_a_segment_begins_before_the_runs_end(tmp_path: Path) -> None:
     """Else a training that follows the segments has nothing to stop at."""
     (tmp_path / "receipt.json").write_text(json.dumps(with_value("segments.0.from_step", 10**18)))
-    with pytest.raises(DamagedError, match="a segment from step 1000000000000000000 on, of a run of 300 steps"):
+    with pytest.raises(DamagedError, match="a segment begins at step 1000000000000000000, but the run has 300 steps"):
         receipt.read(tmp_path)
 
 

@@ -234,7 +234,7 @@ def test_a_near_run_is_found(runner: Runner, tmp_path: Path) -> None:
 
 
 def test_a_run_that_is_not_there_names_the_places(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no run is there: looked for ") as caught:
+    with pytest.raises(ConfigError, match="no run found: looked for ") as caught:
         find_origin("0123456789ab", tmp_path / "runs" / "digits")
     assert "runs/digits/0123456789ab/receipt.json" in str(caught.value)
     assert "ls " in caught.value.hint
@@ -286,5 +286,5 @@ def test_another_runs_checkpoint_is_not_adopted(runner: Runner) -> None:
     (put / "manifest.json").write_text(json.dumps(sealed(manifest)))
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     runner.run(config, code=2)
-    assert f"is a checkpoint of the run 0123456789ab, it lies among those of {run_dir.name}" in runner.said()
+    assert f"is a checkpoint of run 0123456789ab, but it is in the folder of run {run_dir.name}" in runner.said()
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before

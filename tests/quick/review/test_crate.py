@@ -256,11 +256,14 @@ def test_without_the_sources_that_ran_it_is_a_process_run_crate(
     changed(run_dir, lambda found: found["code"].update(commit=COMMIT, ignored=[]))
     shutil.copytree(run_dir, tmp_path / "alone")
     (run_dir.parents[2] / "train.py").write_text("import another\n")
-    for folder, why in ((run_dir, "are not those that ran"), (tmp_path / "alone", "lies in no experiment's folder")):
+    for folder, why in (
+        (run_dir, "are not the ones that ran"),
+        (tmp_path / "alone", "is not in an experiment's folder"),
+    ):
         _, entities, files = export(folder, tmp_path / "a.zip")
         said = capsys.readouterr().err
         assert why in said
-        assert f"commit {COMMIT} alone" in said
+        assert f"names only commit {COMMIT}" in said
         assert not any(name.endswith(".py") for name in files)
         assert entities["./"]["conformsTo"] == {"@id": PROCESS}
         assert "mainEntity" not in entities["./"]
@@ -308,7 +311,7 @@ def test_the_weights_are_there_only_if_asked_for(run_dir: Path, tmp_path: Path) 
     with pytest.raises(DamagedError, match=f"the receipt says {'0' * 64}"):
         export(run_dir, tmp_path / "b.zip", weights=True)
     shutil.rmtree(run_dir / "checkpoints")
-    with pytest.raises(LabtrainError, match="no checkpoint that is whole"):
+    with pytest.raises(LabtrainError, match="no undamaged checkpoint"):
         export(run_dir, tmp_path / "b.zip", weights=True)
     assert not (tmp_path / "b.zip").exists()
 
@@ -339,11 +342,11 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(run_dir: Path, tm
     receipt.write(running, {**found, "status": "running", "results": {}})
     (damaged / "trail.jsonl").write_text("{}\n")
     cases = [
-        (tmp_path, "out/a.zip", "is no run: looked for receipt.json"),
-        (running, "out/a.zip", "is being trained, or was killed"),
+        (tmp_path, "out/a.zip", "is not a run: looked for receipt.json"),
+        (running, "out/a.zip", "is still training, or was killed"),
         (damaged, "out/a.zip", "trail.jsonl was changed after it was written"),
-        (run_dir, "none/a.zip", "there is no folder none"),
-        (run_dir, f"{run_dir}/receipt.json", "is no .zip"),
+        (run_dir, "none/a.zip", "folder none does not exist"),
+        (run_dir, f"{run_dir}/receipt.json", "the name must end in .zip"),
     ]
     for run, file, says in cases:
         command = [LABTRAIN, "crate", str(run), "-o", file]
@@ -406,7 +409,7 @@ def test_weights_behind_a_link_are_in_no_crate(run_dir: Path, tmp_path: Path, pl
     path.rename(tmp_path / "moved")
     path.symlink_to(tmp_path / "moved")
     with pytest.raises(
-        LabtrainError, match=r"is a link to|is a symbolic link|has no checkpoint that is whole|the receipt says"
+        LabtrainError, match=r"is a link to|is a symbolic link|has no undamaged checkpoint|the receipt says"
     ):
         export(run_dir, tmp_path / "a.zip", weights=True)
     assert not (tmp_path / "a.zip").exists()
@@ -423,7 +426,7 @@ def test_a_receipt_chooses_no_weights_of_another_place(run_dir: Path, tmp_path: 
     if not above:
         assert "weights.safetensors" in export(run_dir, tmp_path / "a.zip", weights=True)[2]
     changed(run_dir, lambda found: found.update(results={}, checkpoints=[], status="interrupted"))
-    with pytest.raises(DamagedError, match=r"names the digest of no weights there|outside of its folder"):
+    with pytest.raises(DamagedError, match=r"its weights are not in the receipt|outside its folder"):
         export(run_dir, tmp_path / "b.zip", weights=True)
     assert not (tmp_path / "b.zip").exists()
 

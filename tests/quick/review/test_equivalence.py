@@ -58,8 +58,8 @@ def test_without_a_spread_nothing_is_shown() -> None:
     ("before", "now", "margin", "says"),
     [
         ([1.0], [1.0], 0.1, "1 pair of runs"),
-        ([1.0, 2.0], [1.0, 2.0], 0.0, "margin 0"),
-        ([1.0, 2.0], [1.0, 2.0], -1.0, "margin -1"),
+        ([1.0, 2.0], [1.0, 2.0], 0.0, r"margin must be above 0, got 0\.0"),
+        ([1.0, 2.0], [1.0, 2.0], -1.0, r"margin must be above 0, got -1\.0"),
         ([1.0, 2.0], [1.0, float("nan")], 0.1, "not finite"),
     ],
 )

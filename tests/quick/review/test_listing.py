@@ -96,7 +96,7 @@ def test_it_is_sorted_and_machines_can_read_it(runs: Path) -> None:
         (
             ["--metric", "val/typo"],
             2,
-            "error: no run has a metric val/typo\n\nhint: without --metric it is test/acc, val/acc",
+            "error: no run has a metric val/typo\n\nhint: the default without --metric is test/acc, val/acc",
         ),
         (["--sort", "colour"], 2, "colour"),
         (["empty"], 0, "no runs found in empty\n\nhint: python train.py"),

@@ -105,7 +105,7 @@ def test_a_patch_is_summed_up_by_file() -> None:
         "diff --git a/a.py b/a.py\n--- a/a.py\n+++ b/a.py\n@@ -1,2 +1,2 @@\n-x\n+y\n+z\n same\n"
         "diff --git a/b.so b/b.so\nindex 1..2\nGIT binary patch\nliteral 3\nzz\n"
     )
-    assert _summary(patch) == ["a.py +2 -1", "b.so +0 -0, binary: it cannot be read here"]
+    assert _summary(patch) == ["a.py +2 -1", "b.so +0 -0, binary: not shown"]
 
 
 def test_a_patch_is_summed_up_by_what_git_apply_changes() -> None:
@@ -146,11 +146,11 @@ def test_it_composes_as_train_py_does_and_runs_none_of_it(own_experiment: Experi
         assert found == yaml.safe_load(done.out)
         assert composed(root, "train.py", ["--config-name", "config", "seed=3"])["seed"] == 3
         for typed in (["hydra.searchpath=[pkg://evil]"], ["--config-dir=/etc"]):
-            with pytest.raises(Exception, match="alone, which is not run"):
+            with pytest.raises(Exception, match="labtrain does not run that here"):
                 composed(root, "train.py", typed)
         conf = root / "conf" / "config.yaml"
         conf.write_text(conf.read_text() + "\nhydra: {searchpath: [pkg://evil]}\n")
-        with pytest.raises(Exception, match="alone, which is not run"):
+        with pytest.raises(Exception, match="labtrain does not run that here"):
             composed(root, "train.py", [])
     finally:
         os.chdir(before[0])
@@ -252,7 +252,7 @@ def test_a_sandbox_shows_no_folder_that_a_receipt_alone_names(tmp_path: Path, mo
     receipts.write(run_dir, receipt)
     (tmp_path / ".env").write_text("PRIVATE=1")
     monkeypatch.chdir(tmp_path / "lab")
-    with pytest.raises(ConfigError, match=r"--sandbox would show all of .*, which the receipt's command alone names"):
+    with pytest.raises(ConfigError, match=r"--sandbox would show all of .*, which only the receipt's command names"):
         verify_run(run_dir, VerifyOptions(sandbox=True))
 
 
@@ -288,7 +288,7 @@ def test_a_sandbox_shows_no_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not shows_a_home(tmp_path / "home" / "you")
     monkeypatch.setattr("labtrain.review.sandbox.check_bubblewrap", lambda: None)
     for changes in ({"data.root": "~"}, {"data.roots": [{"a": str(tmp_path)}]}, {"data.root": "/"}):
-        with pytest.raises(Exception, match="is a home, or above one"):
+        with pytest.raises(Exception, match="is a home directory or contains one"):
             make_sandbox(code=tmp_path / "home", home=tmp_path / "home" / "me" / "lab", changes=changes)
 
 

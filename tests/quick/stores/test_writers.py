@@ -74,7 +74,7 @@ def test_a_writer_whose_file_is_gone_stops(tmp_path: Path) -> None:
     save(saver, 1)
     with pytest.raises(TakenOverError, match=r"another process has taken over .*checkpoints, and has ended") as error:
         saver.wait()
-    assert "goes on from the newest" in error.value.hint
+    assert "resumes from the newest" in error.value.hint
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 

@@ -103,7 +103,7 @@ def test_without_its_manifest_a_checkpoint_does_not_exist(text: str, tmp_path: P
     (path / "manifest.json").write_text(text)
     assert list_checkpoints(tmp_path) == []
     assert newest(tmp_path) is None
-    with pytest.raises(DamagedError, match="is no manifest of labtrain/checkpoint/1"):
+    with pytest.raises(DamagedError, match="is not a labtrain/checkpoint/1 manifest"):
         fetch(path)
 
 
@@ -143,21 +143,19 @@ def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 3)
     other = write(tmp_path, 5)
     (other / "manifest.json").write_text(json.dumps(sealed({**manifest_of(other), "run_id": "def"})))
-    with pytest.raises(
-        LabtrainError, match=r"step-0000000005 is a checkpoint of the run def, .* those of abc"
-    ) as error:
+    with pytest.raises(LabtrainError, match=r"step-0000000005 is a checkpoint of run def, .* of run abc") as error:
         newest_whole([Store(tmp_path)], into=tmp_path, run_id="abc")
     assert error.value.hint.startswith("mv ")
     saver = saver_of(tmp_path, str(tmp_path))
-    with pytest.raises(LabtrainError, match="is a checkpoint of the run def"):
+    with pytest.raises(LabtrainError, match="is a checkpoint of run def"):
         saver.open()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000000003", "step-0000000005"]
     write(tmp_path, 1)
     listed = CliRunner().invoke(main, ["store", "ls", str(tmp_path)])
-    assert "MB  is of the run def, among those of abc" in listed.stdout.splitlines()[2]
+    assert "MB  belongs to run def, not to run abc" in listed.stdout.splitlines()[2]
     checked = CliRunner().invoke(main, ["store", "check", str(tmp_path)])
     assert checked.exit_code == 1
-    assert checked.stdout.splitlines()[2].endswith("step-0000000005  is of the run def, among those of abc")
+    assert checked.stdout.splitlines()[2].endswith("step-0000000005  belongs to run def, not to run abc")
     assert checked.stdout.count("  ok") == 2
 
 
@@ -178,7 +176,7 @@ def test_a_checkpoint_of_another_training_of_the_run_is_refused(tmp_path: Path) 
     saver_of(tmp_path / "mine").open()  # the one before may be gone
     shutil.copytree(theirs / "step-0000000001", mine / "step-0000000001")
     with pytest.raises(
-        LabtrainError, match="step-0000000002 was saved after another step-0000000001 than lies beside it"
+        LabtrainError, match="step-0000000002 was saved after another step-0000000001 than the one here"
     ):
         saver_of(tmp_path / "mine").open()
     checked = CliRunner().invoke(main, ["store", "check", str(mine)])

@@ -83,7 +83,7 @@ def test_git_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.Monk
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr("labtrain.review.replay.GIT_TIMEOUT_S", 0.5)
-    with pytest.raises(ConfigError, match=r"git checkout there: no end in 0\.5 seconds"):
+    with pytest.raises(ConfigError, match=r"git checkout there: did not end within 0\.5 seconds"):
         _git(tmp_path, "checkout", "there", filters=True)
 
 

@@ -55,7 +55,7 @@ def test_without_shards_it_trains_and_says_what_is_off(fault: str, runner: Runne
 
 def test_more_devices_than_shards_are_refused(runner: Runner) -> None:
     runner.run(configure("mlp", "even", determinism={"shards": 2}), world=3, code=None)
-    assert "3 devices, and each batch is cut into determinism.shards=2" in runner.said()
+    assert "3 devices, but determinism.shards=2" in runner.said()
     assert "hint: trainer.devices=2, or determinism.shards=3" in runner.said()
 
 

@@ -188,7 +188,7 @@ def test_a_reference_is_recorded_and_read_where_the_run_is_trained_again(own_exp
     assert "Pl4nted-token" not in said
     code, said = verify(run.folder, SCALE="3")
     assert code == 2, said
-    assert "model.token is ${oc.env:LAB_TOKEN} in the receipt, and LAB_TOKEN is not set here" in said
+    assert "model.token is ${oc.env:LAB_TOKEN} in the receipt, but LAB_TOKEN is not set here" in said
 
 
 def test_a_start_with_another_value_is_another_run(own_experiment: Experiment) -> None:

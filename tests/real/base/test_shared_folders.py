@@ -226,11 +226,11 @@ def test_a_second_user_is_told_what_is_closed_and_whose_it_is(closed: str) -> No
         place.chmod(0o700 if place.is_dir() else 0o600)
         place = min(place, run_dir)  # of a file, the run: its others are closed as well
         said = as_second_user(lambda: receipt.read(run_dir) and None)
-        assert said.startswith(f"{place}: no permission to read it; it belongs to root\n\nhint: root types: chmod ")
+        assert said.startswith(f"{place}: no permission to read it; its owner is root\n\nhint: root can run: chmod ")
         assert said.endswith(f"chmod -R a+rX {run_dir}" if place == run_dir else f"chmod a+x {place}")
         listed = as_second_user(lambda: sys.exit(str(list_runs([Path(folder, "runs")]))))
         assert f"run='{place}', status='broken'" in listed
-        assert f"error='{place}: no permission to read it; it belongs to root'" in listed
+        assert f"error='{place}: no permission to read it; its owner is root'" in listed
 
         def start() -> None:
             try:
@@ -355,6 +355,6 @@ def test_one_bad_manifest_does_not_hide_the_others(tmp_path: Path) -> None:
     )
     bad, whole = json.loads(done.stdout)
     assert bad["manifest"] is None
-    assert "is no manifest of" in bad["error"]
+    assert "is not a labtrain/checkpoint/1 manifest" in bad["error"]
     assert (whole["manifest"], whole["error"]) == (good, None)
     assert "step-0000000001" in done.stderr

@@ -55,7 +55,7 @@ def test_gpus_that_cannot_reach_each_other_are_told(tmp_path: Path) -> None:
     assert doctor(**driver(tmp_path / "with", COUNT=3))[1]["P2P"]["status"] == "ok"
     code, checks = doctor(**driver(tmp_path / "without", COUNT=3, P2P=5))
     assert code == 0
-    assert checks["P2P"]["found"].startswith("none between 0-1; 0-2; 1-2")
+    assert checks["P2P"]["found"].startswith("not between 0-1; 0-2; 1-2")
 
 
 def in_namespace(script: str) -> subprocess.CompletedProcess[str]:

@@ -64,7 +64,7 @@ def test_a_broken_lock_is_a_row_of_the_table(locks: Path) -> None:
     done = subprocess.run([LABTRAIN, "lock", "check"], cwd=locks, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert done.stdout.splitlines()[0].split() == ["file", "what", "found", "expected"]
-    assert done.stdout.splitlines()[1].startswith("conda-lock.yml  the file  no conda lock")
+    assert done.stdout.splitlines()[1].startswith("conda-lock.yml  the file  not a conda lock")
 
 
 def hashes_of(name: str, pattern: str) -> list[tuple[int, str]]:
@@ -119,7 +119,7 @@ def edit_conda(locks: Path, edit: Callable[[dict], None]) -> None:
         (lambda entry: entry["hash"].pop("sha256"), "sha256 missing"),
         (lambda entry: entry["hash"].update(md5="1234"), "md5 1234"),
         (lambda entry: entry["dependencies"].update(pytorch=">=3"), "pytorch 2.9.1"),
-        (lambda entry: entry["dependencies"].update(nothing=">=1"), "nothing of that name, for its need nothing >=1"),
+        (lambda entry: entry["dependencies"].update(nothing=">=1"), "missing dependency nothing >=1"),
         (lambda entry: entry.update(version="2.6.9"), "url https"),
     ],
 )

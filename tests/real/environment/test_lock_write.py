@@ -40,5 +40,5 @@ def test_a_conda_spec_that_changed_needs_a_channel(locks: Path) -> None:
         [LABTRAIN, "lock", "write"], cwd=locks, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 2
-    assert "could not be solved anew" in done.stderr
+    assert "could not be solved again" in done.stderr
     assert (locks / "conda-lock.yml").read_text() == before

@@ -61,7 +61,7 @@ def test_a_data_module_without_a_batch_size_is_refused(own_experiment: Experimen
     ("arguments", "says"),
     [
         (("data.batch=4",), "unknown key data.batch"),
-        (("trainer.strategy=fsdp",), "the search has one device"),
+        (("trainer.strategy=fsdp",), "it searches on one device"),
         (("speed.compile=sometimes",), "speed.compile=sometimes: true, false or one of"),
     ],
 )

@@ -50,14 +50,14 @@ def test_a_killed_sweep_goes_on_where_it_stood_and_finds_the_same(experiment: Ex
 @pytest.mark.parametrize(
     ("overrides", "says", "hint"),
     [
-        (["checkpoint.monitor=null"], "checkpoint.monitor names none", "checkpoint.monitor=val/acc"),
+        (["checkpoint.monitor=null"], "checkpoint.monitor is null", "checkpoint.monitor=val/acc"),
         (
             ["hydra.sweeper.direction=minimize"],
-            "checkpoint.mode=max wants maximize",
+            "checkpoint.mode=max needs maximize",
             "hydra.sweeper.direction=maximize",
         ),
-        (["hydra.sweeper.direction=maximize", "checkpoint.mode=min"], "wants minimize", "direction=minimize"),
-        (["hydra.sweeper.direction=[maximize,minimize]"], "wants maximize alone", "or leave it out"),
+        (["hydra.sweeper.direction=maximize", "checkpoint.mode=min"], "needs minimize", "direction=minimize"),
+        (["hydra.sweeper.direction=[maximize,minimize]"], "needs maximize", "or leave it out"),
         (["model.dropout=interval(0.5,0.1)"], "must be smaller than or equal to", "'interval(0.001,0.1)'"),
         (["hydra.sweeper.n_trials=many"], "could not be converted to Integer", "--cfg job"),
     ],

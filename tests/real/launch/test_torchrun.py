@@ -92,5 +92,5 @@ def test_a_worker_that_fails_is_heard_alone(own_experiment: Experiment, tmp_path
 
 def test_a_sweep_in_each_worker_is_refused(experiment: Experiment) -> None:
     done = subprocess.run([*command(experiment), "-m"], capture_output=True, text=True, check=False, timeout=300)
-    assert "error: -m in each of 2 copies of one job" in done.stderr
+    assert "error: each of 2 processes would run the whole sweep" in done.stderr
     assert not Path("runs").exists()

@@ -23,11 +23,11 @@ def test_four_ways_one_digest_the_golden_one(tmp_path: Path) -> None:
     assert {row.split()[-1] for row in rows} == {GOLDEN}
     assert done.stdout.splitlines()[-3:] == [
         "4 ways, one digest: the golden one",
-        "verified, trained again from its receipt: the same bits, to its end",
+        "trained again from the receipt: the same bits to the end",
         "report: kept/report.html",
     ]
     page = (tmp_path / "kept" / "report.html").read_text()
-    assert "4 ways, one digest, the golden one: A as it is, B as an older CPU computes it" in page
+    assert "4 ways, one digest, the golden one: A plain run, B on an older CPU (emulated)" in page
     assert page.count(GOLDEN) >= 4
     receipts = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("kept/golden/runs/*/*/*/receipt.json"))]
     assert [len(receipt["segments"]) for receipt in receipts] == [1, 1, 1, 2]
@@ -43,6 +43,6 @@ def test_the_readme_shows_the_golden_digest() -> None:
 
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
-    with pytest.raises(ConfigError, match="something else than a demo"):
+    with pytest.raises(ConfigError, match="holds files that are not a demo's"):
         make_empty(tmp_path)
     assert (tmp_path / "thesis.tex").exists()

@@ -114,7 +114,7 @@ def test_experiment_names_the_runs_and_picks_a_file_where_there_is_one(
 def test_a_number_is_no_name_of_an_experiment(shared_experiment: Experiment) -> None:
     done = shared_experiment.train("experiment=7", code=2)
     assert "Got int" in done.err
-    assert "hint: quote a number that is a name: 'experiment=\"7\"'" in done.err
+    assert "hint: quote a name that is a number: 'experiment=\"7\"'" in done.err
 
 
 def test_the_lock_names_the_wheel_that_made_it(shared_experiment: Experiment) -> None:
@@ -161,10 +161,10 @@ def test_the_packed_wheel_holds_what_hatchlings_does(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "says"),
     [
-        (["new", "two words"], "'two words' is no identifier"),
-        (["new", "9lives"], "'9lives' is no identifier"),
-        (["new", "there"], "there exists already"),
-        (["new", "missing/../there"], "there exists already"),
+        (["new", "two words"], "'two words' is not a valid name"),
+        (["new", "9lives"], "'9lives' is not a valid name"),
+        (["new", "there"], "there already exists"),
+        (["new", "missing/../there"], "there already exists"),
     ],
 )
 def test_a_bad_target_is_refused_and_nothing_is_made(command: list[str], says: str, tmp_path: Path) -> None:
@@ -189,5 +189,5 @@ def test_a_bad_name_is_refused_by_cookiecutter_too(tmp_path: Path) -> None:
         env={"HOME": str(tmp_path / "home")},
     )
     assert done.returncode != 0
-    assert "'two words' is no identifier" in done.stderr
+    assert "'two words' is not a valid name" in done.stderr
     assert not (tmp_path / "out" / "two words").exists()

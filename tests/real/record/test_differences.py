@@ -134,7 +134,7 @@ def test_on_other_devices_it_is_the_same(run_dir: Path, tmp_path: Path) -> None:
     done = subprocess.run([LABTRAIN, "diff", str(run_dir), str(other)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     assert "config.trainer.devices  1 -> 2" in done.stdout
-    assert "differs, and cannot change bits" in done.stdout
+    assert "other differences: cannot change bits" in done.stdout
     assert "cause" not in done.stdout
 
 
@@ -199,7 +199,7 @@ def test_overrides_turn_one_configuration_into_the_other() -> None:
 
 
 def test_what_is_no_run_or_was_changed_is_refused(run_dir: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"is no run: looked for receipt\.json"):
+    with pytest.raises(ConfigError, match=r"is not a run: looked for receipt\.json"):
         compare(run_dir, tmp_path)
     copied = tmp_path / "copy"
     shutil.copytree(run_dir, copied)

@@ -27,11 +27,11 @@ def test_the_same_bits_are_a_yes_and_the_runs_are_kept_as_the_next_baselines(
 def test_other_bits_are_a_no_and_it_says_where_they_begin(recorded: list[Path], tmp_path: Path) -> None:
     page = tmp_path / "gate.html"
     found = gate(recorded[0], "--report", page, code=1, OTHER_BITS="1")
-    assert "no: other bits, first at step 1, in the loss" in found.out
+    assert "no: different bits, first at step 1, in the loss" in found.out
     assert "--seeds 5 --margin M" in found.out
     assert recorded[0].name in page.read_text()
     assert "Not verified yet" not in page.read_text()
-    assert "Trained again in today&#39;s environment by this gate. Other bits, first at step 1" in page.read_text()
+    assert "Trained again in today&#39;s environment by this gate. Different bits, first at step 1" in page.read_text()
 
 
 def test_one_that_cannot_be_judged_keeps_none_of_the_others_from_it(recorded: list[Path], tmp_path: Path) -> None:
@@ -58,17 +58,17 @@ def refused(recorded: list[Path], tmp_path: Path) -> list[tuple[tuple[Any, ...],
     found |= {"status": "interrupted", "results": {}}
     receipts.write(running, found)
     return [
-        ((tmp_path,), "is no run"),
-        ((running,), "is interrupted: it must be complete"),
-        ((recorded[0], "--seeds", "2"), "which metric is compared?"),
+        ((tmp_path,), "is not a run"),
+        ((running,), "is interrupted: a baseline must be complete"),
+        ((recorded[0], "--seeds", "2"), "no metric to compare"),
         ((recorded[0], "--seeds", "2", "--metric", "no/such"), "has no metric no/such; it has test/acc"),
-        ((recorded[0], recorded[0] / "receipt.json"), "are one run"),
+        ((recorded[0], recorded[0] / "receipt.json"), "are the same run"),
         ((recorded[0], "--metric", "typo"), "has no metric typo"),
-        ((*recorded, "--seeds", "2", "--metric", "test/acc", "--margin", "-1"), "margin -1.0"),
+        ((*recorded, "--seeds", "2", "--metric", "test/acc", "--margin", "-1"), "margin must be above 0, got -1.0"),
         ((recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "1", "--old-python", "no/python"), "no/python"),
         ((recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "1", "--old-python", "/usr/bin/python3"), "/usr/bin/python3: "),
-        ((recorded[0], "--seeds", "2", "--metric", "test/acc"), "how large a difference of test/acc does not matter?"),
-        ((recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "0.1"), "2 seeds are wanted on both sides, 1 recorded"),
+        ((recorded[0], "--seeds", "2", "--metric", "test/acc"), "no margin: the largest difference of test/acc"),
+        ((recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "0.1"), "--seeds 2, but only 1 recorded"),
     ]  # fmt: skip
 
 

@@ -220,10 +220,7 @@ def test_what_no_verification_covers_is_said_beside_the_curves(run_dir: Path, tm
     """No digest is over history.jsonl, and a page may say "Verified"."""
     write_report([run_dir], tmp_path / "report.html")
     curves = (tmp_path / "report.html").read_text().partition('<section id="curves"')[2].partition("</section>")[0]
-    assert (
-        "Only the training loss is part of what is verified: other curves and timings are what history.jsonl says."
-        in curves
-    )
+    assert "Verification covers only the training loss. Other curves and timings come from history.jsonl" in curves
 
 
 def test_a_receipt_is_downloaded_as_it_lies_in_the_run(opened: Any, written: Path, runs: list[Path]) -> None:
@@ -242,7 +239,7 @@ def test_each_chart_has_a_curve_of_each_run_and_marks_where_they_part(
     counts = page.eval_on_selector_all(".plot:not(#plot-0)", "all => all.map(plot => plot.data.length)")
     assert counts == [len(runs)] * (len(curves_of(read)) + len(machine_of(read)))
     assert page.evaluate("document.getElementById('plot-1').layout.shapes.map(shape => shape.x0)") == [30]
-    assert page.evaluate("document.getElementById('plot-1').layout.annotations[0].text") == "B parts from A"
+    assert page.evaluate("document.getElementById('plot-1').layout.annotations[0].text") == "B differs from A"
     assert page.evaluate("new Set(document.getElementById('plot-1').data.map(trace => trace.line.dash)).size") == len(
         runs
     )
@@ -386,7 +383,7 @@ def test_a_screen_reader_finds_its_way(opened: Any, written: Path) -> None:
     assert page.evaluate("document.activeElement.id") == "main"
     loss = page.get_attribute("#plot-1", "aria-label")
     assert "A: first 1 at step 1, last 0.01667 at step 60" in loss
-    assert "B parts from A at step 30" in loss
+    assert "B differs from A at step 30" in loss
 
 
 def test_without_javascript_everything_but_the_charts_is_there(opened: Any, written: Path) -> None:
@@ -453,12 +450,12 @@ def test_runs_of_every_kind_have_a_page(opened: Any, run_dir: Path, tmp_path: Pa
     assert len(page.locator(".facts thead th").all()) == len(runs)
     assert page.evaluate("document.scrollingElement.scrollWidth <= innerWidth")
     text = page.inner_text("main")
-    assert {"running, without a trail and a history": "running, or killed and not started again",
+    assert {"running, without a trail and a history": "running, or killed and not resumed",
             "interrupted and failed": "failed: ValueError: loss", "twelve": "L against A"}.get(kind, "Verdict") in text  # fmt: skip
     if kind == "no finite loss":
         page.locator("figure:has(#plot-1) summary").click()
         said = page.inner_text("figure:has(#plot-1)")
-        assert "2 values are no finite number, first at step 2: a gap." in said
+        assert "2 values are not finite, first at step 2: a gap." in said
         assert page.evaluate("document.getElementById('plot-1').data[0].y") == [1, None, None, 0.5]
 
 
@@ -529,14 +526,14 @@ EARLIER = {"receipt": "0" * 64}
 @pytest.mark.parametrize(
     ("entries", "mark", "words"),
     [
-        ([], "none", ["Nobody has run this receipt again"]),
-        ([{}], "none", ["claims: Run again to its end, steps 1 to 15", "By ada on ws2 (A CPU, 2 \u00d7 A GPU), 2027-01-16 10:00:00 UTC"]),
-        ([{"whole": False, "to_step": 7}], "none", ["steps 1 to 7, not to its end"]),
-        ([{"same": False, "found": "step 3 differs."}], "none", ["not the same: step 3 differs. By ada"]),
+        ([], "none", ["No rerun of this receipt is recorded"]),
+        ([{}], "none", ["claims: A rerun to the end, steps 1 to 15, gave", "By ada on ws2 (A CPU, 2 \u00d7 A GPU), 2027-01-16 10:00:00 UTC"]),
+        ([{"whole": False, "to_step": 7}], "none", ["steps 1 to 7, not to the end"]),
+        ([{"same": False, "found": "step 3 differs."}], "none", ["A rerun differed: step 3 differs. By ada"]),
         ([{}, {"same": False, "when": "2027-01-15T12:00:00+02:00"}], "none", ["Of 2 verifications of this receipt, 1 differed."]),
-        ([EARLIER], "none", ["A verification is of an earlier state of this receipt"]),
-        ([{}, EARLIER, EARLIER], "none", ["2 verifications are of an earlier state"]),
-        ([{"same": None}], "none", ["Nobody has run"]),
+        ([EARLIER], "none", ["A verification is about an earlier state of this receipt"]),
+        ([{}, EARLIER, EARLIER], "none", ["2 verifications are about an earlier state"]),
+        ([{"same": None}], "none", ["No rerun"]),
     ],
 )  # fmt: skip
 def test_the_verdict_is_of_this_very_receipt(
@@ -573,12 +570,12 @@ def test_what_cannot_be_reported_is_refused(run_dir: Path, tmp_path: Path) -> No
     (changed / TRAIL).write_text((changed / TRAIL).read_text()[:-20] + "\n")
     (tmp_path / "folder.html").mkdir()
     for arguments, words in (
-        ([tmp_path], "is no run: looked for receipt.json"),
+        ([tmp_path], "is not a run: looked for receipt.json"),
         ([run_dir, run_dir / receipt.FILE], "is named twice"),
-        ([run_dir, "-o", "page"], "ends in .html"),
-        ([run_dir, "-o", run_dir / receipt.FILE], "ends in .html"),
+        ([run_dir, "-o", "page"], "the name must end in .html"),
+        ([run_dir, "-o", run_dir / receipt.FILE], "the name must end in .html"),
         ([run_dir, "-o", "folder.html"], "is a folder"),
-        ([run_dir, "-o", "nowhere/page.html"], "nowhere is no folder"),
+        ([run_dir, "-o", "nowhere/page.html"], "folder nowhere does not exist"),
         ([broken], "verified.jsonl is broken"),
         ([changed], "trail.jsonl was changed after it was written"),
     ):

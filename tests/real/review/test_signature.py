@@ -123,7 +123,7 @@ def test_a_changed_signature_is_refused(run_dir: Path, key: Path) -> None:
 def test_a_signature_without_a_receipt_is_refused(run_dir: Path, key: Path) -> None:
     sign(run_dir, key=key)
     (run_dir / receipt.FILE).unlink()
-    with pytest.raises(DamagedError, match=r"is there, and no receipt\.json"):
+    with pytest.raises(DamagedError, match=r"exists, but no receipt\.json"):
         check_signature(run_dir, signers=allow(key))
 
 
@@ -135,7 +135,7 @@ def test_anothers_key_is_refused_with_its_fingerprint_and_the_line_to_add(
     stranger = make_key(tmp_path / "other" / "key")
     sign(run_dir, key=stranger)
     signers = allow(key)
-    with pytest.raises(LabtrainError, match="nobody's") as caught:
+    with pytest.raises(LabtrainError, match="which is not in") as caught:
         check_signature(run_dir, signers=signers)
     assert not isinstance(caught.value, DamagedError)
     assert fingerprint(stranger) in str(caught.value)
@@ -197,7 +197,7 @@ def test_what_cannot_be_trusted_is_not_signed(run_dir: Path, tmp_path: Path, key
     (run_dir / receipt.FILE).write_text((run_dir / receipt.FILE).read_text().replace("0123456789ab", "0123456789ad"))
     with pytest.raises(DamagedError, match="was changed after it was written"):
         sign(run_dir, key=key)
-    with pytest.raises(LabtrainError, match=r"is no run: looked for receipt\.json"):
+    with pytest.raises(LabtrainError, match=r"is not a run: looked for receipt\.json"):
         sign(tmp_path, key=key)
     assert not (run_dir / FILE).exists()
 
@@ -274,7 +274,7 @@ def test_the_keys_and_signers_of_git_are_the_usual_ones(run_dir: Path, key: Path
         check_signature(run_dir, signers=None)
     assert "--signers FILE" in caught.value.hint
     git_config("gpg.ssh.allowedSignersFile", "~/.ssh/allowed_signers")
-    with pytest.raises(LabtrainError, match="there is no such file"):
+    with pytest.raises(LabtrainError, match="no such file"):
         check_signature(run_dir, signers=None)
     allow(usual)
     assert check_signature(run_dir, signers=None) == Signature(principal="ada@lab", fingerprint=fingerprint(usual))
@@ -285,7 +285,7 @@ def test_the_keys_and_signers_of_git_are_the_usual_ones(run_dir: Path, key: Path
     assert check_signature(run_dir, signers=None) is not None
     git_config("gpg.format", "ssh")
     sign(run_dir, key=None)
-    with pytest.raises(LabtrainError, match="nobody's"):
+    with pytest.raises(LabtrainError, match="which is not in"):
         check_signature(run_dir, signers=None)
     assert check_signature(run_dir, signers=allow(key)) is not None
 
@@ -301,7 +301,7 @@ def test_a_repository_names_its_signers_and_a_runs_folder_does_not(run_dir: Path
         )
         (folder / "trusted").mkdir()
         shutil.copy(signers, folder / "trusted")
-    with pytest.raises(LabtrainError, match="it is not known who may sign"):
+    with pytest.raises(LabtrainError, match="no allowed signers"):
         check_signature(run_dir, signers=None)
     (tmp_path / "lab" / "runs").mkdir()
     os.chdir(tmp_path / "lab" / "runs")

@@ -324,7 +324,7 @@ def test_in_the_sandbox_the_bits_are_the_same(own: tuple[Experiment, Path], tmp_
     run = Experiment(root).train(*SHORT, cwd=root)
     shutil.copytree(run.folder, tmp_path / "mail")
     found = verify(tmp_path / "mail", "--sandbox", "--devices", "2", cwd=root, code=0)
-    assert found.out.splitlines()[-1] == "yes          the same bits, to its end"
+    assert found.out.splitlines()[-1] == "yes          the same bits to the end"
 
 
 def test_the_users_git_filters_do_not_run_for_a_sandbox(own: tuple[Experiment, Path], tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def noted(run_dir: Path, key: Path | None = None, **more: Any) -> None:
     found = receipt.read(run_dir)
     assert found is not None
     note(run_dir, found, **{"hardware": {"cpu": "A CPU"}, "from_step": 0, "to_step": 300, "whole": True, "same": True,
-         "found": "the same bits, to its end", "key": key, **more})  # fmt: skip
+         "found": "the same bits to the end", "key": key, **more})  # fmt: skip
 
 
 def read(run_dir: Path, signers: Path | None) -> list[Verification]:
@@ -77,14 +77,14 @@ def test_a_line_by_hand_is_shown_as_what_it_claims(run_dir: Path, key: Path) -> 
     verdict = shown(run_dir, allow(key))
     assert (verdict.mark, verdict.word) == ("none", "Claimed, not verified")
     assert verdict.text.startswith(
-        "verified.jsonl claims: Run again to its end, steps 1 to 300: the same bits. By nature-reviewer-2 on "
+        "verified.jsonl claims: A rerun to the end, steps 1 to 300, gave the same bits. By nature-reviewer-2 on "
     )
-    assert "Nothing here shows that it is true: it is not signed." in verdict.text
+    assert "Nothing proves this claim: it is not signed." in verdict.text
     assert verdict.command == "labtrain verify run"
     subprocess.run([LABTRAIN, "report", run_dir, "-o", "a.html"], check=True, capture_output=True)
     page = Path("a.html").read_text()
     assert "<strong>Claimed, not verified</strong>" in page
-    assert "nobody known: it is not signed" in page
+    assert "no known signer: it is not signed" in page
     assert "<strong>Verified" not in page
 
 
@@ -100,7 +100,7 @@ def test_a_signed_line_is_verified_by_whom_the_reader_knows(run_dir: Path, key: 
     subprocess.run([LABTRAIN, "report", run_dir, "-o", "a.html", "--signers", "allowed_signers"], check=True)
     assert "<strong>Verified</strong>" in Path("a.html").read_text()
 
-    assert "it is not known who may sign" in shown(run_dir, None).text
+    assert "no allowed signers" in shown(run_dir, None).text
     assert shown(run_dir, None).mark == "none"
     subprocess.run(["git", "config", "--global", "gpg.ssh.allowedSignersFile", str(allow(key))], check=True)
     assert shown(run_dir, None).mark == "same"
@@ -108,7 +108,7 @@ def test_a_signed_line_is_verified_by_whom_the_reader_knows(run_dir: Path, key: 
     other = allow(make_key(key.parent / "theirs/key"))
     verdict = shown(run_dir, other)
     assert (verdict.mark, verdict.word) == ("none", "Claimed, not verified")
-    assert f"its signature is by the key {fingerprint(key)}, which is nobody's in {other}" in verdict.text
+    assert f"its signature: made with the key {fingerprint(key)}, which is not in {other}" in verdict.text
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_a_signature_holds_for_every_word_of_its_line(run_dir: Path, key: Path, 
     rewrite(run_dir, lines(run_dir)[0] | change)
     (found,) = read(run_dir, allow(key))
     assert found.signer is None
-    assert "its signature is none of this line" in found.doubt
+    assert "its signature does not match this line" in found.doubt
     assert shown(run_dir, allow(key)).mark == "none"
 
 
@@ -154,10 +154,8 @@ def test_signed_lines_outweigh_claims(run_dir: Path, key: Path) -> None:
     rewrite(run_dir, line, *[claim] * 10)
     verdict = shown(run_dir, allow(key))
     assert (verdict.mark, verdict.word) == ("differs", "Differs")
-    assert verdict.text.startswith(
-        "Run again, it was not the same: not the same bits: first at step 3, in the loss. By ada@lab, "
-    )
-    assert verdict.text.endswith(f"10 more in {VERIFIED} are claims that nobody known has signed.")
+    assert verdict.text.startswith("A rerun differed: not the same bits: first at step 3, in the loss. By ada@lab, ")
+    assert verdict.text.endswith(f"10 more in {VERIFIED} are claims without a known signer.")
     noted(run_dir, key, whole=False, to_step=7)
     assert shown(run_dir, allow(key)).word == "Verified in part"
 
@@ -199,7 +197,7 @@ def test_no_verdict_is_written_through_a_link(
         "folder": path.mkdir,
     }[kind]()
     noted(run_dir)
-    assert "the verdict is not kept" in capsys.readouterr().err
+    assert "the verdict is not recorded" in capsys.readouterr().err
     assert (tmp_path / "authorized_keys").read_text() == "mine\n"
     with pytest.raises(DamagedError, match=r"verified\.jsonl is (a link to|not a regular file)"):
         read_verifications(run_dir)

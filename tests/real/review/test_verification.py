@@ -21,7 +21,7 @@ def test_a_run_of_two_devices_comes_out_again_on_two_and_on_one(trained: tuple[E
     for options in ((), ("--devices", "1", "--steps", "7"), ("--from", "15"), ("--from", "5", "--steps", "3")):
         found = verify(run_dir, *options)
         assert "differs" not in found.out
-        assert found.out.splitlines()[-1].startswith("yes          the same bits, ")
+        assert found.out.splitlines()[-1].startswith("yes          the same bits")
     told = [json.loads(line) for line in (run_dir / "verified.jsonl").read_text().splitlines()]
     (run_dir / "verified.jsonl").unlink()
     assert [(each["from_step"], each["to_step"], each["whole"], each["same"]) for each in told] == [
@@ -120,18 +120,16 @@ def test_a_run_of_mine_is_no_place_for_a_replay(copy: Path, tmp_path: Path) -> N
 
 def test_bad_input_is_refused(copy: Path, tmp_path: Path) -> None:
     for options, says in (
-        ((str(tmp_path),), "is no run"),
-        ((str(copy), "--from", "3"), "there are 5, 10, 15, 20"),
+        ((str(tmp_path),), "is not a run"),
+        ((str(copy), "--from", "3"), "only of 5, 10, 15, 20"),
         ((str(copy), "--steps", "99"), "the trail ends at step 20"),
-        ((str(copy), "--from", "5", "--segments"), "without --from"),
+        ((str(copy), "--from", "5", "--segments"), "leave out --from"),
     ):
         found = verify(*options, code=2)
         assert says in found.err
         assert "hint: " in found.err
     changed(copy, "config/model/token", "(not recorded)")
-    assert (
-        "config.model.token" in verify(copy, code=2).err or "model.token names a credential" in verify(copy, code=2).err
-    )
+    assert "config.model.token" in verify(copy, code=2).err or "model.token is a credential" in verify(copy, code=2).err
 
 
 def test_who_signed_it_is_said_and_can_be_asked_for(copy: Path, tmp_path: Path) -> None:
@@ -142,7 +140,7 @@ def test_who_signed_it_is_said_and_can_be_asked_for(copy: Path, tmp_path: Path) 
     few = ("--steps", "1", "--signers", str(signers))
     assert "is not signed" in verify(copy, *few, code=2).err
     subprocess.run([LABTRAIN, "sign", copy, "--key", key], check=True, capture_output=True)
-    assert "signature    of ada@lab, SHA256:" in verify(copy, *few).out
+    assert "signature    by ada@lab, SHA256:" in verify(copy, *few).out
     quiet = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
     assert "signature    not checked: " in verify(copy, "--steps", "1", **quiet).out
     changed(copy, "run_id", "0" * 12)
@@ -151,8 +149,10 @@ def test_who_signed_it_is_said_and_can_be_asked_for(copy: Path, tmp_path: Path) 
 
 def test_where_nothing_was_trained_the_word_is_unverified(copy: Path) -> None:
     """Exit code 0 if nothing recorded differs, else 1; a yes is for steps that were trained alone."""
-    assert verify(copy, "--steps", "0").out.splitlines()[-1].startswith("unverified   nothing was trained again")
+    assert (
+        verify(copy, "--steps", "0").out.splitlines()[-1].startswith("unverified   metadata only, nothing was trained")
+    )
     found = verify(copy, "--steps", "0", code=1, MKL_ENABLE_INSTRUCTIONS="SSE4_2").out
     assert "differs      determinism.variables.MKL_ENABLE_INSTRUCTIONS  - -> SSE4_2" in found
-    assert found.splitlines()[-1].startswith("unverified   nothing was trained again")
+    assert found.splitlines()[-1].startswith("unverified   metadata only, nothing was trained")
     assert not (copy / "verified.jsonl").exists()

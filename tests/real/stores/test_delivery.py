@@ -141,5 +141,5 @@ def test_a_store_that_stays_away(
     wait_until(lambda: run.delivery.trouble)
     assert not run.delivery.wait(0.5)
     said = capfd.readouterr().err
-    assert said.count("the training goes on, checkpoints wait in ") == 1
+    assert said.count("the training continues, and checkpoints wait in ") == 1
     between.close()

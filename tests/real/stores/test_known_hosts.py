@@ -97,27 +97,27 @@ CASES = {
     "its key": ("plain", "{h} {ed25519}\n", ""),
     "its second kind of key alone": ("plain", "{h} {ecdsa}\n", ""),
     "its third": ("plain", "{h} {rsa}\n", ""),
-    "nothing": ("plain", "", "does not stand in"),
-    "another key of that kind": ("plain", "{h} {other}\n", "another is known for it"),
+    "nothing": ("plain", "", "which is not in"),
+    "another key of that kind": ("plain", "{h} {other}\n", "but known_hosts has another"),
     "another key, and its own": ("plain", "{h} {other}\n{h} {ed25519}\n", ""),
-    "another key of a kind, its own of another": ("plain", "{h} {other}\n{h} {rsa}\n", "another is known for it"),
-    "another host's": ("plain", "other.example {ed25519}\n", "does not stand in"),
+    "another key of a kind, its own of another": ("plain", "{h} {other}\n{h} {rsa}\n", "but known_hosts has another"),
+    "another host's": ("plain", "other.example {ed25519}\n", "which is not in"),
     "among names": ("plain", "a,{h},b {ed25519}\n", ""),
     "a pattern": ("plain", "[127.*]:* {ed25519}\n", ""),
     "a pattern of a letter": ("plain", "[127.?.0.1]:* {ed25519}\n", ""),
-    "brackets are no pattern": ("plain", "[[]127.0.0.1[]]:* {ed25519}\n", "does not stand in"),
-    "a negated name": ("plain", "[*]:*,!{h} {ed25519}\n", "does not stand in"),
-    "a negated name first": ("plain", "!{h},[*]:* {ed25519}\n", "does not stand in"),
+    "brackets are no pattern": ("plain", "[[]127.0.0.1[]]:* {ed25519}\n", "which is not in"),
+    "a negated name": ("plain", "[*]:*,!{h} {ed25519}\n", "which is not in"),
+    "a negated name first": ("plain", "!{h},[*]:* {ed25519}\n", "which is not in"),
     "a negated other": ("plain", "[*]:*,!other.example {ed25519}\n", ""),
     "a negated name, and a line": ("plain", "[*]:*,!{h} {other}\n{h} {ed25519}\n", ""),
     "without the port": ("plain", "127.0.0.1 {ed25519}\n", ""),
-    "another without the port": ("plain", "127.0.0.1 {other}\n", "does not stand in"),
-    "another with it": ("plain", "127.0.0.1 {ed25519}\n{h} {other}\n", "another is known for it"),
-    "revoked": ("plain", "@revoked * {ed25519}\n{h} {ed25519}\n", "is revoked"),
-    "revoked after": ("plain", "{h} {ed25519}\n@revoked {h} {ed25519}\n", "is revoked"),
+    "another without the port": ("plain", "127.0.0.1 {other}\n", "which is not in"),
+    "another with it": ("plain", "127.0.0.1 {ed25519}\n{h} {other}\n", "but known_hosts has another"),
+    "revoked": ("plain", "@revoked * {ed25519}\n{h} {ed25519}\n", "sent a revoked key"),
+    "revoked after": ("plain", "{h} {ed25519}\n@revoked {h} {ed25519}\n", "sent a revoked key"),
     "another revoked": ("plain", "@revoked * {other}\n{h} {ed25519}\n", ""),
     "an authority of others": ("plain", "@cert-authority *.lab.example {ca}\n{h} {ed25519}\n", ""),
-    "an authority is no host": ("plain", "@cert-authority {h} {ed25519}\n", "does not stand in"),
+    "an authority is no host": ("plain", "@cert-authority {h} {ed25519}\n", "which is not in"),
     "malformed lines": (
         "plain",
         "{h}\n{h} ssh-ed25519\n{h} ssh-ed25519 AAAA\n{h} ssh-ed25519 !!!\n@unknown {h} {other}\n@revoked\n@cert-authority {h}\n"
@@ -134,17 +134,17 @@ CASES = {
     "an authority without the port": ("ed25519", "@cert-authority 127.0.0.1 {ca}\n", ""),
     "an authority of a pattern": ("ed25519", "@cert-authority * {ca}\n", ""),
     "two authorities": ("ed25519", "@cert-authority {h} {another_ca}\n" + CA, ""),
-    "another authority": ("ed25519", "@cert-authority {h} {another_ca}\n", "does not stand in"),
-    "an authority elsewhere": ("ed25519", "@cert-authority *.lab.example {ca}\n", "does not stand in"),
-    "a revoked authority": ("ed25519", CA + "@revoked * {ca}\n", "is revoked"),
-    "a certificate of a revoked key": ("ed25519", CA + "@revoked * {ed25519}\n", "is revoked"),
+    "another authority": ("ed25519", "@cert-authority {h} {another_ca}\n", "which is not in"),
+    "an authority elsewhere": ("ed25519", "@cert-authority *.lab.example {ca}\n", "which is not in"),
+    "a revoked authority": ("ed25519", CA + "@revoked * {ca}\n", "sent a revoked key"),
+    "a certificate of a revoked key": ("ed25519", CA + "@revoked * {ed25519}\n", "sent a revoked key"),
     "a certificate, and its key": ("ed25519", "{h} {ed25519}\n", ""),
     "a certificate, and another key": ("ed25519", CA + "{h} {other}\n", ""),
-    "a certificate of elsewhere": ("elsewhere", CA, "its certificate: it is of other.example"),
+    "a certificate of elsewhere": ("elsewhere", CA, "its certificate: it is for other.example"),
     "an expired one": ("expired", CA, "its certificate: it has expired"),
     "an expired one, and its key": ("expired", CA + "{h} {ed25519}\n", ""),
-    "one to come": ("not yet", CA, "its certificate: it does not hold yet"),
-    "a user's": ("a user's", CA, "its certificate: it is a user's"),
+    "one to come": ("not yet", CA, "its certificate: it is not valid yet"),
+    "a user's": ("a user's", CA, "its certificate: it is for a user"),
 }
 
 
@@ -195,7 +195,7 @@ def test_hashed_names_are_read(lab: Lab, tmp_path: Path, name: str, monkeypatch:
     file.write_text(f"{name.format(p=lab.ports['plain'])} {lab.key('ed25519')}\n")
     keygen("-H", "-f", file)
     assert file.read_text().startswith("|1|")
-    assert ("does not stand in" in takes(config, monkeypatch)) == (name == "other.example")
+    assert ("which is not in" in takes(config, monkeypatch)) == (name == "other.example")
 
 
 @pytest.mark.parametrize(
@@ -257,14 +257,14 @@ def test_a_changed_key_is_no_key_to_add(lab: Lab, tmp_path: Path, monkeypatch: p
         )
         return done.stdout.split()[1]
 
-    assert f"shows the ssh-ed25519 key {shown('ed25519')}, and another is known for it: " in said
+    assert f"sent the ssh-ed25519 key {shown('ed25519')}, but known_hosts has another: " in said
     assert f"{config.with_name('kh')}:2 (ssh-ed25519 {shown('other')})" in said
-    assert said.endswith("hint: ask the administrator of 127.0.0.1 for its key's fingerprint before anything else")
+    assert said.endswith("hint: first ask the administrator of 127.0.0.1 for its key's fingerprint")
     assert "keyscan" not in said
     assert "ssh-keygen -R" not in said
     config.with_name("kh").write_text("")
     said = takes(config, monkeypatch)
-    assert f"hint: ssh -p {port} 127.0.0.1: it asks whether that is the fingerprint" in said
+    assert f"hint: ssh -p {port} 127.0.0.1: it shows the fingerprint and asks" in said
     assert ">>" not in said
 
 

@@ -1,8 +1,8 @@
-"""Judge this machine and environment against the lock: each check with what was found, what is wanted, and a hint.
+"""Check this machine and environment: each check has what was found, what is expected, and a hint.
 
-`environment` looks at Python and what is installed, `nvidia` at the driver and the GPUs, `machine` at memory, limits,
-disks and the clock, `libraries` at torch, in a process of its own, last and with a time limit: a broken torch must not
-take the doctor with it.
+`environment` checks Python and the installed packages, `nvidia` the driver and the GPUs, `machine` memory, limits,
+disks and the clock. `libraries` checks torch, last, in its own process and with a time limit, so that a broken torch
+cannot crash the doctor.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ def examine(*, gpu_required: bool = False, deep: bool = False, checkpoints: str 
     """Yield the result of each check, the slow ones last.
 
     Args:
-        gpu_required: a machine without an NVIDIA driver fails instead of being skipped.
-        deep: hash every installed file, not only those that changed since they were installed.
-        checkpoints: the folder that checkpoints are written to; by default the runs' below the working directory.
+        gpu_required: fail without an NVIDIA driver instead of skipping the check.
+        deep: hash every installed file, not only those that changed since the installation.
+        checkpoints: the folder or URL for checkpoints; by default runs/ in the working directory.
     """
     lock = find_lock()
     pins = read_lock(lock)

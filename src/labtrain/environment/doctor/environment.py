@@ -1,4 +1,4 @@
-"""Python, the route, every installed distribution and its files, and what shadows them."""
+"""Check Python, the route, every installed distribution and its files, and what shadows them."""
 
 import os
 import platform
@@ -18,11 +18,11 @@ from labtrain.record.sources import shadowing
 
 GROUP = "environment"
 GLIBC = (2, 28)
-# What makes an environment that of the lock again, by route.
+# How to restore the locked environment, by route.
 REPAIR = {
     "wheels": "make setup",
-    "conda": "make it anew from conda-lock.yml: docs/start/install.md",
-    "nix": "nix develop, which makes it anew",
+    "conda": "create it again from conda-lock.yml: docs/start/install.md",
+    "nix": "nix develop creates it again",
 }
 CUDA_LIBRARIES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libcufft", "libcusparse", "libcusolver", "libnvrtc")
 
@@ -37,30 +37,35 @@ def checks(pins: dict[str, Pin], lock: Path, *, deep: bool = False) -> Iterator[
 
 
 def check_python(version: tuple[int, ...] = sys.version_info[:2]) -> Check:
-    """Check the interpreter's version, and say which route made the environment."""
+    """Check the interpreter's version, and show which route made the environment."""
     found = f"{version[0]}.{version[1]}, {route()} route"
     return judged(GROUP, "Python", (3, 11) <= version < (3, 14), found, "3.11 to 3.13", "make PYTHON=python3.12 setup")
 
 
 def check_glibc() -> Check:
-    """Check that the C library is new enough for the wheels."""
+    """Check that glibc is new enough for the wheels."""
     name, version = platform.libc_ver()
     wanted = f"glibc {GLIBC[0]}.{GLIBC[1]} or later"
     if name != "glibc":
         return judged(
-            GROUP, "glibc", False, name or "another C library", wanted, "another distribution, or the container"
+            GROUP,
+            "glibc",
+            False,
+            name or "another C library",
+            wanted,
+            "use another Linux distribution, or the container",
         )
     found = tuple(int(part) for part in version.split(".")[:2])
-    return judged(GROUP, "glibc", found >= GLIBC, version, wanted, "a newer distribution, or the container")
+    return judged(GROUP, "glibc", found >= GLIBC, version, wanted, "use a newer Linux distribution, or the container")
 
 
 def check_packages(pins: dict[str, Pin], lock: Path) -> Check:
-    """Compare the version of every installed distribution with the lock of the wheels."""
+    """Compare the version of every installed distribution with requirements.lock."""
     if route() == "conda":
         return skipped(
             GROUP,
             "packages",
-            f"{len(distributions())} distributions of conda's own builds",
+            f"{len(distributions())} distributions, built by conda",
             "conda list --explicit --md5",
         )
     wrong = not_as_locked(pins)
@@ -69,7 +74,7 @@ def check_packages(pins: dict[str, Pin], lock: Path) -> Check:
 
 
 def not_as_locked(pins: dict[str, Pin]) -> list[str]:
-    """Return each distribution that is not as the wheels' lock says: another version, missing, or not locked."""
+    """Return each distribution that differs from requirements.lock: another version, missing, or not locked."""
     here = distributions()
     wrong = [
         f"{name} {here.get(name, 'missing')} (locked {pin.version})"
@@ -80,10 +85,10 @@ def not_as_locked(pins: dict[str, Pin]) -> list[str]:
 
 
 def unlike_lock(root: Path) -> list[str]:
-    """Return each package of this environment that is not as an experiment's lock of its route says.
+    """Return each package of this environment that differs from the experiment's lock for its route.
 
     Args:
-        root: the experiment's folder; nothing is returned where it has no lock.
+        root: the experiment's folder; if it has no lock, the result is empty.
     """
     if not all((root / name).exists() for name in ROUTES[route()]):
         return []
@@ -100,9 +105,9 @@ def unlike_lock(root: Path) -> list[str]:
 
 
 def check_files(*, deep: bool = False) -> Check:
-    """Compare installed files with the hashes in their distribution's RECORD."""
+    """Compare installed files with the hashes in each distribution's RECORD."""
     changed, files = installed.changed_files(deep=deep)
-    found = few(changed) if changed else f"{files} files {'hashed' if deep else 'unchanged since they were installed'}"
+    found = few(changed) if changed else f"{files} files {'hashed' if deep else 'unchanged since the installation'}"
     return judged(
         GROUP,
         "files",
@@ -114,12 +119,12 @@ def check_files(*, deep: bool = False) -> Check:
 
 
 def check_strays() -> Iterator[Check]:
-    """Check what could be imported or loaded before the locked files: PYTHONPATH, the user's site, LD_LIBRARY_PATH."""
+    """Check what could shadow the locked files: PYTHONPATH, the user's site, LD_LIBRARY_PATH."""
     paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     packages = [path for path in paths if any(Path(path).glob("*.dist-info"))]
     shadows = shadowing(list(dict.fromkeys([*paths, *sys.path])))
-    wrong = [f"{few(packages)} holds packages"] if packages else []
-    wrong += [f"{few(shadows)} from it is imported instead of the environment's"] if shadows else []
+    wrong = [f"{few(packages)} contains packages"] if packages else []
+    wrong += [f"{few(shadows)} from it shadows the environment's"] if shadows else []
     yield judged(
         GROUP,
         "PYTHONPATH",
@@ -150,6 +155,6 @@ def check_strays() -> Iterator[Check]:
         "LD_LIBRARY_PATH",
         not cuda,
         f"another CUDA: {few(cuda)}" if cuda else few(folders) or "not set",
-        "no CUDA library but the environment's",
-        "unset LD_LIBRARY_PATH; torch finds its own",
+        "no CUDA library except the environment's",
+        "unset LD_LIBRARY_PATH; torch finds the environment's libraries",
     )

@@ -1,4 +1,4 @@
-"""torch and the CUDA libraries that it loads, asked in a process of its own with a time limit."""
+"""Check torch and the CUDA libraries that it loads, in a separate process with a time limit."""
 
 import json
 import re
@@ -15,7 +15,7 @@ from labtrain.record.identity import route
 
 GROUP = "libraries"
 TIMEOUT_S = 120.0
-# What is loaded is read from the process's own map: the files that the dynamic linker has really chosen.
+# /proc/self/maps shows the files that the dynamic linker really loaded.
 PROBE = """
 import json, torch
 found = {"torch": torch.__version__, "CUDA runtime": torch.version.cuda}
@@ -28,7 +28,7 @@ with open("/proc/self/maps") as maps:
     found["loaded"] = sorted({line.split()[-1] for line in maps if "/libcu" in line or "/libnccl" in line})
 print(json.dumps(found))
 """
-# What the probe finds, and the distribution of the lock that says what is wanted.
+# What the probe reports, and the locked distribution with the expected version.
 PROBED = {
     "torch": "torch",
     "CUDA runtime": "nvidia-cuda-runtime-cu12",
@@ -39,7 +39,7 @@ DRIVER_LIBRARY = "libcuda.so"
 
 
 def checks(pins: dict[str, Pin], *, python: str = sys.executable, timeout_s: float = TIMEOUT_S) -> Iterator[Check]:
-    """Yield the group's checks: import torch, multiply two matrices, and compare what it loaded with the lock."""
+    """Yield the group's checks: import torch, multiply two matrices, and compare the loaded versions with the lock."""
     try:
         done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False, timeout=timeout_s)
         found: Options = json.loads(done.stdout) if done.returncode == 0 else {}
@@ -47,7 +47,7 @@ def checks(pins: dict[str, Pin], *, python: str = sys.executable, timeout_s: flo
     except subprocess.TimeoutExpired:
         found, reason = {}, f"no answer in {timeout_s:.0f} seconds"
     except ValueError:
-        found, reason = {}, "it prints something else"
+        found, reason = {}, "unexpected output"
     if not found:
         yield judged(
             GROUP, "torch", False, reason, "a torch that can be imported", explain_missing(reason) or REPAIR[route()]
@@ -66,7 +66,7 @@ def checks(pins: dict[str, Pin], *, python: str = sys.executable, timeout_s: flo
         for path in found["loaded"]
         if not str(Path(path).resolve()).startswith(prefix) and DRIVER_LIBRARY not in path
     ]
-    count = f"{len(found['loaded'])} of the environment's own"
+    count = f"{len(found['loaded'])}, all from this environment"
     yield judged(
         GROUP,
         "CUDA libraries",
@@ -78,9 +78,9 @@ def checks(pins: dict[str, Pin], *, python: str = sys.executable, timeout_s: flo
 
 
 def explain_missing(reason: str) -> str:
-    """Return who asks for a shared library that is not found, and what helps: the classic `libcudart.so.11.0`.
+    """Return which file needs a missing shared library, such as `libcudart.so.11.0`, and a hint.
 
-    The name stands in the file that needs it, in its dynamic section: a search for its bytes finds the file.
+    The library's name is in the dynamic section of the file that needs it, so a byte search finds that file.
     """
     match = re.search(r"(lib[\w.+-]+\.so[.\d]*): cannot open shared object file", reason)
     if match is None:
@@ -93,5 +93,5 @@ def explain_missing(reason: str) -> str:
         ):
             if path.is_file() and path.stat().st_size < 50_000_000 and library.encode() + b"\0" in path.read_bytes():
                 needy.append(f"{path.relative_to(entry)}")
-    asks = f"{few(needy, 3)} asks for {library}" if needy else f"nothing in this environment names {library}"
+    asks = f"{few(needy, 3)} needs {library}" if needy else f"no file in this environment names {library}"
     return f"{asks}: that package was built for another CUDA. {REPAIR[route()]}"

@@ -1,4 +1,4 @@
-"""What a training needs of the machine: shared memory, open files, NCCL's settings, disks and the clock."""
+"""Check what a training needs of the machine: shared memory, open files, NCCL's settings, disks and the clock."""
 
 import os
 import resource
@@ -17,14 +17,14 @@ from labtrain.stores.store import Store
 
 GROUP = "machine"
 SHM = Path("/dev/shm")
-SHM_BYTES = 64 * 2**20  # what a container gets by default is just not enough for loader workers and NCCL
+SHM_BYTES = 64 * 2**20  # a container's default, too little for loader workers and NCCL
 OPEN_FILES = 1024
 DISK_BYTES = 5_000_000_000
-KEPT_CHECKPOINTS = 3  # the two of checkpoint.keep_last, and the one that is being written
+KEPT_CHECKPOINTS = 3  # two by checkpoint.keep_last, and one being written
 
 
 def checks(folder: Path, checkpoints: str | None = None) -> Iterator[Check]:
-    """Yield the group's checks; `folder` is where a training would be started."""
+    """Yield the group's checks; `folder` is where a training would start."""
     yield check_shared_memory(SHM)
     yield check_open_files()
     yield check_nccl()
@@ -34,7 +34,7 @@ def checks(folder: Path, checkpoints: str | None = None) -> Iterator[Check]:
 
 
 def check_shared_memory(shm: Path) -> Check:
-    """Check the size of shared memory, which loader workers and NCCL pass data through."""
+    """Check the size of shared memory, which loader workers and NCCL use."""
     if not shm.is_dir():
         return judged(
             GROUP,
@@ -45,14 +45,14 @@ def check_shared_memory(shm: Path) -> Check:
             "mount -t tmpfs tmpfs /dev/shm",
         )
     size = shutil.disk_usage(shm).total
-    hint = "docker run --shm-size=8g, or --ipc=host; in Kubernetes an emptyDir of medium Memory on /dev/shm"
+    hint = "docker run --shm-size=8g, or --ipc=host; in Kubernetes mount an emptyDir with medium Memory on /dev/shm"
     return judged(
         GROUP, "shared memory", size > SHM_BYTES, f"{size / 2**20:,.0f} MB", f"more than {SHM_BYTES >> 20} MB", hint
     )
 
 
 def check_open_files() -> Check:
-    """Check how many files a process may open; each rank and each loader worker takes some."""
+    """Check how many files a process may open; each rank and each loader worker needs some."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = "no limit" if soft == resource.RLIM_INFINITY else str(soft)
     good = soft == resource.RLIM_INFINITY or soft >= OPEN_FILES
@@ -60,7 +60,7 @@ def check_open_files() -> Check:
 
 
 def check_nccl() -> Check:
-    """Check the NCCL_* variables: each that switches a transport off makes several GPUs slow, or hang."""
+    """Check the NCCL_* variables: switching a transport off makes several GPUs slow, or hang."""
     variables = {name: value for name, value in sorted(os.environ.items()) if name.startswith("NCCL_")}
     off = [name for name in ("NCCL_P2P_DISABLE", "NCCL_SHM_DISABLE") if variables.get(name, "0") not in ("", "0")]
     found = " ".join(f"{name}={value}" for name, value in variables.items()) or "none set"
@@ -70,14 +70,14 @@ def check_nccl() -> Check:
 
 
 def check_disk(folder: Path) -> Check:
-    """Check the free space where runs are written."""
+    """Check the free disk space for runs."""
     free = shutil.disk_usage(folder).free
     hint = "checkpoint.url=/another/disk, or remove old runs"
     return judged(GROUP, "disk", free >= DISK_BYTES, f"{free / 1e9:.1f} GB free", f"{DISK_BYTES / 1e9:.0f} GB", hint)
 
 
 def check_checkpoints(folder: Path, url: str | None) -> Check:
-    """Check that the checkpoints' folder can be written, and that the last one's size fits there a few times."""
+    """Check that the checkpoints' folder is writable and has room for a few of the last checkpoint's size."""
     name = "checkpoints"
     if url is not None and not is_local(url):
         return _check_remote(name, url)
@@ -94,7 +94,7 @@ def check_checkpoints(folder: Path, url: str | None) -> Check:
             name,
             False,
             f"{shown(place)}: {error.strerror}",
-            "a folder that can be written",
+            "a writable folder",
             f"ls -ld {shown(place)}",
         )
     free = shutil.disk_usage(place).free
@@ -105,32 +105,32 @@ def check_checkpoints(folder: Path, url: str | None) -> Check:
     )
     last = list_checkpoints(newest)[-1:] if newest is not None else []
     if not last:
-        return judged(GROUP, name, True, f"{shown(place)} can be written", "a folder that can be written", "")
+        return judged(GROUP, name, True, f"{shown(place)} is writable", "a writable folder", "")
     size = sum(file["size_bytes"] for file in last[0][1]["files"].values())
-    found = f"{free / 1e6:,.0f} MB free, the last one has {size / 1e6:,.1f} MB"
+    found = f"{free / 1e6:,.0f} MB free, the last checkpoint has {size / 1e6:,.1f} MB"
     return judged(
         GROUP,
         name,
         free > KEPT_CHECKPOINTS * size,
         found,
-        f"room for {KEPT_CHECKPOINTS}",
+        f"room for {KEPT_CHECKPOINTS} checkpoints",
         "checkpoint.url=/another/disk",
     )
 
 
 def _check_remote(name: str, url: str) -> Check:
-    wanted = "a store that can be written"
+    wanted = "a writable store"
     try:
         Store(url).now()
     except LabtrainError as error:
         return judged(GROUP, name, False, str(error.args[0]), wanted, error.hint)
-    return judged(GROUP, name, True, f"{url} can be written", wanted, "")
+    return judged(GROUP, name, True, f"{url} is writable", wanted, "")
 
 
 def check_clock() -> Check:
-    """Check that the clock is not behind the files of this environment: certificates would be refused."""
+    """Check that the clock is not earlier than this environment's files: certificates would be refused."""
     written = Path(__file__).stat().st_mtime
     now = time.time()
     found = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
-    wanted = f"later than labtrain's own files, of {time.strftime('%Y-%m-%d', time.gmtime(written))}"
+    wanted = f"later than labtrain's files, of {time.strftime('%Y-%m-%d', time.gmtime(written))}"
     return judged(GROUP, "clock", now > written - 86400, found, wanted, "timedatectl set-ntp true")

@@ -1,4 +1,4 @@
-"""The driver, through NVML, against the CUDA 12.1 floor; and each GPU against what this torch was built for."""
+"""Check the driver (by NVML) against the CUDA 12.1 minimum, and each GPU against what this torch was built for."""
 
 import itertools
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from labtrain.base.nvml import NoDriverError, nvml
 from labtrain.environment.doctor.report import Check, few, judged, skipped
 
 GROUP = "NVIDIA"
-DRIVER_FLOOR = (12, 1)  # the CUDA version of the oldest driver that every environment is locked for
-# Compute capabilities that upstream's 2.9 wheels hold code for; a later minor of the same major runs it too.
+DRIVER_FLOOR = (12, 1)  # CUDA version of the oldest supported driver
+# Compute capabilities in the torch 2.9 wheels; a later minor version of the same major runs that code too.
 CAPABILITIES = ((7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
 WANTED = f"a driver of CUDA {DRIVER_FLOOR[0]}.{DRIVER_FLOOR[1]} or later (530.30.02 or later)"
 
 
 def checks(*, required: bool = False) -> Iterator[Check]:
-    """Yield the group's checks; one, where there is no driver."""
+    """Yield the group's checks; only one if there is no driver."""
     try:
         with nvml() as pynvml:
             yield from _check_all(pynvml, required=required)
@@ -43,7 +43,7 @@ def _check_all(pynvml: ModuleType, *, required: bool) -> Iterator[Check]:
 
 
 def check_driver(driver: str, cuda_number: int) -> Check:
-    """Hold a driver against the floor; `cuda_number` is NVML's, 12010 for CUDA 12.1."""
+    """Compare a driver with the minimum; `cuda_number` is NVML's, 12010 for CUDA 12.1."""
     cuda = (cuda_number // 1000, cuda_number % 1000 // 10)
     hint = "install NVIDIA's driver 530.30.02 or later (it runs older programs too); the CUDA toolkit need not change"
     if cuda[0] < 12:
@@ -52,7 +52,7 @@ def check_driver(driver: str, cuda_number: int) -> Check:
 
 
 def check_gpu(pynvml: ModuleType, index: int) -> Iterator[Check]:
-    """Check one GPU: its compute capability, and who else uses it; tell its memory, ECC, MIG and persistence."""
+    """Check one GPU: its compute capability and other users; report its memory, ECC, MIG and persistence."""
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     name = pynvml.nvmlDeviceGetName(handle)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
@@ -67,23 +67,23 @@ def check_gpu(pynvml: ModuleType, index: int) -> Iterator[Check]:
         good,
         found,
         f"a compute capability of {built}",
-        "another GPU, or a torch that is built for this one",
+        "use another GPU, or a torch built for this one",
     )
     others = _processes(pynvml, handle)
     yield judged(
         GROUP,
         f"GPU {index} in use",
         not others,
-        ", ".join(f"process {pid} holds {size / 1e9:.1f} GB" for pid, size in others) or "by nobody",
-        "by nobody else",
-        "nvidia-smi; wait, or choose another: trainer.devices=[1]",
+        ", ".join(f"process {pid} holds {size / 1e9:.1f} GB" for pid, size in others) or "not in use",
+        "no other process",
+        "nvidia-smi; wait, or choose another GPU: trainer.devices=[1]",
     )
 
 
 def check_p2p(pynvml: ModuleType, count: int) -> Check:
-    """Tell which pairs of GPUs cannot read each other's memory; cards for the desk never can, so this does not fail."""
+    """Report which pairs of GPUs cannot read each other's memory; consumer cards never can, so this does not fail."""
     handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-    read = 0  # pynvml's own constant for it is a tuple by mistake
+    read = 0  # pynvml's constant is a tuple by mistake
     without = [
         f"{one}-{other}"
         for one, other in itertools.combinations(range(count), 2)
@@ -92,7 +92,7 @@ def check_p2p(pynvml: ModuleType, count: int) -> Check:
     wanted = "between all GPUs"
     if not without:
         return judged(GROUP, "P2P", True, wanted, wanted, "")
-    return skipped(GROUP, "P2P", f"none between {few(without)}: NCCL goes through shared memory, slower", wanted)
+    return skipped(GROUP, "P2P", f"not between {few(without)}: NCCL uses shared memory, which is slower", wanted)
 
 
 def _mode(pynvml: ModuleType, handle: object, what: str) -> str:
@@ -101,7 +101,7 @@ def _mode(pynvml: ModuleType, handle: object, what: str) -> str:
         mode = getattr(pynvml, f"nvmlDeviceGet{functions[what]}")(handle)
         return "on" if (mode[0] if isinstance(mode, list) else mode) else "off"
     except pynvml.NVMLError:
-        return "not there"
+        return "not available"
 
 
 def _processes(pynvml: ModuleType, handle: Any) -> list[tuple[int, int]]:
@@ -114,7 +114,7 @@ def _processes(pynvml: ModuleType, handle: Any) -> list[tuple[int, int]]:
 
 
 def _wsl_hint() -> str:
-    """Return what helps under WSL, where the driver is Windows'."""
+    """Return a hint for WSL, where Windows has the driver."""
     if "microsoft" not in Path("/proc/version").read_text().lower():
         return ""
-    return "; under WSL, install the driver in Windows, none in Linux: its libcuda is in /usr/lib/wsl/lib"
+    return "; under WSL, install the driver only in Windows: its libcuda is in /usr/lib/wsl/lib"

@@ -1,4 +1,4 @@
-"""What a check says."""
+"""The result of a check."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,15 +8,15 @@ Status = Literal["ok", "failed", "skipped"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Check:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
         group: environment, NVIDIA, machine or libraries.
         name: of the check, unique.
         status: ok, failed or skipped.
-        found: what is there.
-        wanted: what should be.
-        hint: what to type or install; empty where nothing is wrong.
+        found: the actual state.
+        wanted: the expected state.
+        hint: what to type or install; empty if nothing is wrong.
     """
 
     group: str
@@ -28,7 +28,7 @@ class Check:
 
 
 def judged(group: str, name: str, good: bool, found: str, wanted: str, hint: str) -> Check:
-    """Return a check that is ok or failed; the hint is for the failed one."""
+    """Return a check that is ok or failed; only a failed check keeps the hint."""
     return Check(
         group=group, name=name, status="ok" if good else "failed", found=found, wanted=wanted, hint="" if good else hint
     )
@@ -40,5 +40,5 @@ def skipped(group: str, name: str, found: str, wanted: str) -> Check:
 
 
 def few(names: list[str], most: int = 8) -> str:
-    """Return names in a line; of many, the first and how many more."""
+    """Join names in a line; if there are many, the first ones and the number of the rest."""
     return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")

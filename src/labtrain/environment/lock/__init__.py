@@ -8,9 +8,9 @@
     virtual-packages.yml           │
                                    └──────────▶ requirements-conda.lock   what the conda lock lacks, by hash
 
-    sbom.cdx.json seals them all: every package of every route with its hashes (CycloneDX).
+    sbom.cdx.json seals all of them: every package of every route with its hashes (CycloneDX).
 
-`pins` reads the wheels' lock, `derive` computes what follows from it, `check` compares, `write` makes them anew.
+`pins` reads requirements.lock, `derive` computes the derived locks, `check` compares them, `write` writes them again.
 """
 
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, find_lock, read_lock

@@ -1,4 +1,4 @@
-"""Compare the locks with what they come from and with each other: offline, and every disagreement at once."""
+"""Compare the locks with their sources and with each other, offline; report all disagreements at once."""
 
 import itertools
 import json
@@ -23,13 +23,13 @@ from labtrain.record.provenance import normalised
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Disagreement:
-    """One thing that is not as it should be.
+    """One disagreement between locks.
 
     Attributes:
-        file: the lock, or what it comes from.
+        file: the lock, or its source.
         what: the package, or the part of the file.
-        found: what it says.
-        wanted: what the rest says.
+        found: the actual value.
+        wanted: the expected value.
     """
 
     file: str
@@ -39,9 +39,9 @@ class Disagreement:
 
 
 def check_locks(folder: Path) -> list[Disagreement]:
-    """Return every disagreement among the locks of a project or an experiment; none: they agree.
+    """Return every disagreement among the locks of a project or an experiment; empty if they agree.
 
-    A file that cannot be read is one, and what depends on it is left out.
+    An unreadable file is a disagreement too, and checks that need it are skipped.
     """
     found: list[Disagreement] = []
     parts = (check_requirements, check_spec, check_conda, check_conda_pins, check_wheels, check_conda_requirements,
@@ -52,14 +52,14 @@ def check_locks(folder: Path) -> list[Disagreement]:
         except DamagedError as error:
             path, _, text = str(error.args[0]).partition(": ")
             file = str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
-            damaged = Disagreement(file=file, what="the file", found=text, wanted="a lock that can be read")
+            damaged = Disagreement(file=file, what="the file", found=text, wanted="a readable lock")
             if damaged not in found:
                 found.append(damaged)
     return found
 
 
 def check_requirements(folder: Path) -> Iterator[Disagreement]:
-    """Check requirements.lock: hashes and no address; and pyproject.toml's pins, where labtrain is developed."""
+    """Check requirements.lock: hashes and no index address; in labtrain's repository also pyproject.toml's pins."""
     text = (folder / LOCK_FILE).read_text() if (folder / LOCK_FILE).exists() else ""
     for address in re.findall(r"^.*(?:://|--(?:extra-)?index-url).*$", text, re.MULTILINE):
         yield Disagreement(
@@ -75,7 +75,7 @@ def check_requirements(folder: Path) -> Iterator[Disagreement]:
 
 
 def check_spec(folder: Path) -> Iterator[Disagreement]:
-    """Check environment.yml: its pins hold for the wheels' lock too."""
+    """Check that environment.yml's pins match requirements.lock."""
     pins = {pin.name: pin.version for pin in read_pins(folder / LOCK_FILE)}
     names = {conda_name: name for name, conda_name in conda.CONDA_NAMES.items()} | {"pytorch-gpu": "torch"}
     for dependency in _conda_spec(folder):
@@ -86,12 +86,12 @@ def check_spec(folder: Path) -> Iterator[Disagreement]:
 
 
 def check_conda(folder: Path) -> Iterator[Disagreement]:
-    """Check conda-lock.yml: solved from environment.yml and virtual-packages.yml as they are, and whole in itself."""
+    """Check that conda-lock.yml is solved from today's environment.yml and virtual-packages.yml, and is complete."""
     lock = conda.read_conda_lock(folder)
     locked = str((lock.get("metadata") or {}).get("content_hash", {}).get(conda.PLATFORM))
     try:
         now = conda.content_hash(folder)
-    except Exception as error:  # whatever conda-lock's parsers raise on a broken spec
+    except Exception as error:  # conda-lock's parsers can raise anything on a broken spec
         raise DamagedError(f"{folder / conda.SPEC}: {' '.join(str(error).split())[:200]}") from error
     if now != locked:
         what = f"content hash of {conda.SPEC} and {conda.VIRTUAL}"
@@ -101,10 +101,10 @@ def check_conda(folder: Path) -> Iterator[Disagreement]:
 
 
 def check_conda_pins(folder: Path) -> Iterator[Disagreement]:
-    """Check what is installed together there: conda-lock.yml against each pin and requirement that it has to satisfy.
+    """Check conda-lock.yml against each pin and requirement that it has to satisfy.
 
-    Those of environment.yml and pyproject.toml; and what the packages of requirements-conda.lock say that they need.
-    The last are read from this environment, where it has them in the pinned version: a lock does not hold them.
+    These are in environment.yml, in pyproject.toml, and in the metadata of the packages of requirements-conda.lock. A
+    lock has no metadata, so it is read from this environment if the pinned version is installed.
     """
     from rattler import MatchSpec
 
@@ -139,7 +139,7 @@ def check_conda_pins(folder: Path) -> Iterator[Disagreement]:
 
 
 def _needs_of(pin: Pin) -> Iterator[Requirement]:
-    """Yield what a package needs in the conda environment; nothing where it is not installed here in that version."""
+    """Yield a package's requirements in the conda environment; nothing if that version is not installed here."""
     try:
         installed = metadata.distribution(pin.name)
     except metadata.PackageNotFoundError:
@@ -153,7 +153,7 @@ def _needs_of(pin: Pin) -> Iterator[Requirement]:
 
 
 def check_wheels(folder: Path) -> Iterator[Disagreement]:
-    """Check nix/wheels.json: one file of each package of the wheels' lock, at its hash."""
+    """Check nix/wheels.json: one file for each package of requirements.lock, with its hash."""
     pins = read_lock(folder / LOCK_FILE, PYTHON_312_LINUX)
     entries = derive.read_wheels(folder)
     for entry in entries:
@@ -171,7 +171,7 @@ def check_wheels(folder: Path) -> Iterator[Disagreement]:
 
 
 def check_conda_requirements(folder: Path) -> Iterator[Disagreement]:
-    """Check requirements-conda.lock: exactly what conda-lock.yml lacks."""
+    """Check that requirements-conda.lock has exactly the packages that conda-lock.yml lacks."""
     wanted = {pin.name: pin for pin in parse_pins(derive.conda_requirements(folder), folder / LOCK_FILE)}
     found = {pin.name: pin for pin in read_pins(folder / derive.CONDA_REQUIREMENTS)}
     for name in sorted(set(wanted) | set(found)):
@@ -179,7 +179,7 @@ def check_conda_requirements(folder: Path) -> Iterator[Disagreement]:
             state = (
                 ("missing", wanted[name].version)
                 if name in wanted
-                else (found[name].version, f"not needed beside {conda.LOCK}")
+                else (found[name].version, f"not needed with {conda.LOCK}")
             )
             yield Disagreement(file=derive.CONDA_REQUIREMENTS, what=name, found=state[0], wanted=state[1])
         elif found[name].text != wanted[name].text:
@@ -190,7 +190,7 @@ def check_conda_requirements(folder: Path) -> Iterator[Disagreement]:
 
 
 def check_seal(folder: Path) -> Iterator[Disagreement]:
-    """Check sbom.cdx.json: it seals every package of every lock as it is."""
+    """Check that sbom.cdx.json seals every package of every lock."""
     path = folder / derive.SEAL
     try:
         components = json.loads(path.read_text())["components"]
@@ -203,9 +203,9 @@ def check_seal(folder: Path) -> Iterator[Disagreement]:
         route, _, name = key.partition(" ")
         file = derive.FLAKE_LOCK if key == "nix nixpkgs" else files.get(route, derive.SEAL)
         if key not in sealed:
-            yield Disagreement(file=file, what=name, found="an entry", wanted=f"none ({derive.SEAL})")
+            yield Disagreement(file=file, what=name, found="an entry", wanted=f"no entry, as in {derive.SEAL}")
         elif key not in now:
-            yield Disagreement(file=file, what=name, found="no entry", wanted=f"the one of {derive.SEAL}")
+            yield Disagreement(file=file, what=name, found="no entry", wanted=f"the entry in {derive.SEAL}")
         elif now[key] != sealed[key]:
             yield Disagreement(
                 file=file, what=name, found=now[key][:12], wanted=f"{sealed[key][:12]}, its seal in {derive.SEAL}"

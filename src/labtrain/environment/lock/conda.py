@@ -1,4 +1,4 @@
-"""The conda lock: its entries, what they need of each other, and its content hash. No solver runs here."""
+"""The conda lock: its entries, their dependencies, and its content hash. No solver runs here."""
 
 import functools
 import re
@@ -17,7 +17,7 @@ VIRTUAL = "virtual-packages.yml"
 LOCK = "conda-lock.yml"
 PLATFORM = "linux-64"
 
-# conda-forge's names of what the registry calls otherwise.
+# Packages that have another name on conda-forge than on PyPI.
 CONDA_NAMES = {
     "antlr4-python3-runtime": "antlr-python-runtime",
     "fastjsonschema": "python-fastjsonschema",
@@ -27,7 +27,7 @@ CONDA_NAMES = {
     "tzdata": "python-tzdata",
     "xxhash": "python-xxhash",
 }
-# The CUDA libraries are packages of conda-forge's own there.
+# conda-forge has its own packages for the CUDA libraries.
 CUDA_PREFIX = "nvidia-"
 CUDA_SUFFIX = "-cu12"
 
@@ -35,10 +35,10 @@ Entry = Options
 
 
 def read_conda_lock(folder: Path) -> Options:
-    """Return conda-lock.yml as it stands.
+    """Read conda-lock.yml.
 
     Raises:
-        DamagedError: it is missing, no YAML, or no conda lock.
+        DamagedError: it is missing, not YAML, or not a conda lock.
     """
     path = folder / LOCK
     try:
@@ -48,17 +48,17 @@ def read_conda_lock(folder: Path) -> Options:
         return dict(lock)
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         text = " ".join(str(error).split())
-        raise DamagedError(f"{path}: no conda lock ({text})", hint="git checkout conda-lock.yml") from error
+        raise DamagedError(f"{path}: not a conda lock ({text})", hint="git checkout conda-lock.yml") from error
 
 
 @functools.lru_cache(maxsize=1)
 def _parse(text: str) -> Any:
-    """Parse a lock once for all checks of one command; callers only read it."""
+    """Parse a lock once for all checks of a command; callers must not change the result."""
     return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def provides(entries: list[Entry], name: str) -> bool:
-    """Return whether the conda lock holds what the registry calls `name`."""
+    """Return whether the conda lock has the package that PyPI calls `name`."""
     names = {normalised(entry["name"]) for entry in entries}
     if name.startswith(CUDA_PREFIX) and name.endswith(CUDA_SUFFIX):
         return True
@@ -66,9 +66,9 @@ def provides(entries: list[Entry], name: str) -> bool:
 
 
 def content_hash(folder: Path) -> str:
-    """Return the content hash of environment.yml and virtual-packages.yml, by conda-lock's own API.
+    """Return the content hash of environment.yml and virtual-packages.yml, by conda-lock's API.
 
-    The same steps as `conda_lock.conda_lock.make_lock_files`; nothing is looked up in a channel.
+    The same steps as `conda_lock.conda_lock.make_lock_files`, without access to a channel.
     """
     from conda_lock import content_hash as hashes
     from conda_lock import lookup, src_parser, virtual_package
@@ -82,9 +82,9 @@ def content_hash(folder: Path) -> str:
 
 
 def wrong_entries(entries: list[Entry]) -> Iterator[tuple[str, str, str]]:
-    """Yield (package, found, wanted) for each entry that is malformed or whose needs are not met in the lock.
+    """Yield (package, found, wanted) for each malformed entry and each dependency that the lock does not satisfy.
 
-    A package's needs are conda match specs, read and compared by rattler, the library of conda's current solver.
+    Dependencies are conda match specs; rattler, the library of conda's current solver, compares them.
     """
     from rattler import MatchSpec
 
@@ -104,13 +104,13 @@ def wrong_entries(entries: list[Entry]) -> Iterator[tuple[str, str, str]]:
                 continue  # a virtual package: virtual-packages.yml
             wanted = f"{needed} {spec}".strip()
             if needed not in records:
-                yield entry["name"], f"nothing of that name, for its need {wanted}", wanted
+                yield entry["name"], f"missing dependency {wanted}", wanted
             elif not MatchSpec(wanted).matches(records[needed]):
                 yield entry["name"], f"{needed} {records[needed].version}", wanted
 
 
 def records_of(entries: list[Entry]) -> Options:
-    """Return rattler's record of each entry by name, as conda's solver would compare it; without the malformed ones."""
+    """Return rattler's record of each well-formed entry, by name, for comparisons as in conda's solver."""
     from rattler import BuildString, PackageRecord
 
     records: dict[str, PackageRecord] = {}
@@ -127,6 +127,6 @@ def records_of(entries: list[Entry]) -> Options:
 
 
 def _file_of(entry: Entry) -> re.Match[str] | None:
-    """Return the parts of an entry's address: subdir, name, version, build; None where it is another package's."""
+    """Return the parts of an entry's URL: subdir, name, version, build; None if it is another package's."""
     file = re.search(r"/([^/]+)/([^/]+)-([^-/]+)-([^-/]+)\.(conda|tar\.bz2)$", str(entry.get("url", "")))
     return file if file and (file.group(2), file.group(3)) == (entry["name"], str(entry["version"])) else None

@@ -1,4 +1,4 @@
-"""What follows from the locks: the part that conda lacks, the seal, and the versions that a route implies."""
+"""Derive from the locks: what conda lacks, the seal, and the versions of each route."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ CONDA_REQUIREMENTS = "requirements-conda.lock"
 WHEELS = "nix/wheels.json"
 FLAKE_LOCK = "flake.lock"
 SEAL = "sbom.cdx.json"
-GLIBC = (2, 28)  # the newest that a wheel may ask for; environment.yml is solved for the same
+GLIBC = (2, 28)  # the newest that a wheel may need; environment.yml is solved for the same
 
 Seal = dict[str, str]
 
@@ -31,7 +31,7 @@ def conda_requirements(folder: Path) -> str:
 
 
 def choose_file(pin: Pin, files: list[tuple[str, str]]) -> tuple[str, str]:
-    """Return the file that CPython 3.12 on x86-64 Linux installs: the wheel of the best tag, else the sdist.
+    """Return the file that CPython 3.12 on x86-64 Linux installs: the wheel with the best tag, else the sdist.
 
     Args:
         pin: the package.
@@ -65,7 +65,7 @@ def choose_file(pin: Pin, files: list[tuple[str, str]]) -> tuple[str, str]:
 
 
 def wheel_entry(pin: Pin, file: str, sha256: str) -> dict[str, object]:
-    """Return one entry of wheels.json: what nixpkgs' fetchPypi is called with, so that no file names a host."""
+    """Return one entry of wheels.json: the arguments of nixpkgs' fetchPypi, so that no file names a host."""
     entry: dict[str, object] = {"name": pin.name, "version": pin.version, "hash": sri(sha256)}
     if file.endswith(".whl"):
         parts = file.removesuffix(".whl").split("-")
@@ -85,19 +85,19 @@ def wheel_entry(pin: Pin, file: str, sha256: str) -> dict[str, object]:
 
 
 def sri(sha256: str) -> str:
-    """Return a sha256 as Nix writes it (Subresource Integrity)."""
+    """Format a sha256 for Nix (Subresource Integrity)."""
     return f"sha256-{base64.b64encode(bytes.fromhex(sha256)).decode()}"
 
 
 def hex_digest(hash_sri: str) -> str:
-    """Return what `sri` was made from."""
+    """Return the hex digits of an SRI hash, the inverse of `sri`."""
     return base64.b64decode(hash_sri.removeprefix("sha256-")).hex()
 
 
 def seal(folder: Path) -> Seal:
-    """Return a digest for each package of each lock, by route and name: what sbom.cdx.json must hold.
+    """Return a digest for each package of each lock, by route and name, as sbom.cdx.json must have it.
 
-    Over everything that a lock says of it, so that no character of a hash, pin or address can change unseen.
+    It covers the whole entry, so that no character of a hash, pin or address can change unnoticed.
     """
     sealed: Seal = {}
     for pin in read_pins(folder / LOCK_FILE):
@@ -113,7 +113,7 @@ def seal(folder: Path) -> Seal:
 
 
 def read_wheels(folder: Path) -> list[Options]:
-    """Return nix/wheels.json.
+    """Read nix/wheels.json.
 
     Raises:
         DamagedError: it is missing or broken.
@@ -129,7 +129,7 @@ def read_wheels(folder: Path) -> list[Options]:
 
 
 def stack(folder: Path) -> dict[str, dict[str, str]]:
-    """Return the versions of what decides the numbers, by route: torch, CUDA runtime, cuDNN, NCCL."""
+    """Return the versions of torch, CUDA runtime, cuDNN and NCCL, which determine the bits, by route."""
     pins = read_lock(folder / LOCK_FILE, PYTHON_312_LINUX)
     entries = {entry["name"]: str(entry["version"]) for entry in conda.read_conda_lock(folder)["package"]}
     nix = {entry["name"]: entry["version"] for entry in read_wheels(folder)}

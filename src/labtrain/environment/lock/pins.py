@@ -1,4 +1,4 @@
-"""The lock of the plain wheels, `requirements.lock`: pins, hashes and no index address."""
+"""Read requirements.lock, the lock of the wheels: pins and hashes, without an index address."""
 
 import re
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from labtrain.base.errors import DamagedError
 from labtrain.record.identity import LOCK_FILE
 from labtrain.record.provenance import normalised
 
-# The markers' values in the conda and Nix environments, which are locked for one Python and one platform.
+# Marker values in the conda and Nix environments, which are locked for one Python and one platform.
 PYTHON_312_LINUX = {
     "implementation_name": "cpython",
     "os_name": "posix",
@@ -26,7 +26,7 @@ PYTHON_312_LINUX = {
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Pin:
-    """One entry of the lock: name, version, marker, the sha256 of each of its files, and its lines as they stand."""
+    """One entry of the lock: name, version, marker, the sha256 of each of its files, and its unchanged lines."""
 
     name: str
     version: str
@@ -36,7 +36,7 @@ class Pin:
 
 
 def find_lock() -> Path:
-    """Return the lock that this environment should be: the working directory's, else the one labtrain brings."""
+    """Return the lock for this environment: the one in the working directory, else labtrain's own."""
     here = Path.cwd() / LOCK_FILE
     return here if here.exists() else asset(LOCK_FILE)
 
@@ -46,10 +46,10 @@ def read_lock(path: Path, environment: dict[str, str] | None = None) -> dict[str
 
     Args:
         path: the lock.
-        environment: the markers' values, such as PYTHON_312_LINUX; by default those of this Python and platform.
+        environment: marker values, such as PYTHON_312_LINUX; by default those of this Python and platform.
 
     Raises:
-        DamagedError: a line is no pin, or has no hash.
+        DamagedError: a line is not a pin, or has no hash.
     """
     pins = read_pins(path)
     return {pin.name: pin for pin in pins if not pin.marker or Marker(pin.marker).evaluate(environment)}
@@ -59,7 +59,7 @@ def read_pins(path: Path) -> list[Pin]:
     """Return every pin, whatever its marker.
 
     Raises:
-        DamagedError: a line is no pin, or has no hash.
+        DamagedError: a line is not a pin, or has no hash.
     """
     try:
         text = path.read_text()
@@ -69,7 +69,7 @@ def read_pins(path: Path) -> list[Pin]:
 
 
 def parse_pins(text: str, path: Path) -> list[Pin]:
-    """Return every pin of a lock's text; `path` is for the error."""
+    """Return every pin in a lock's text; `path` is for the error message."""
     pins = []
     for block in re.findall(r"^[^\s#].*(?:\n[ \t].*)*", text, re.MULTILINE):
         lines = [line for line in block.splitlines() if not line.lstrip().startswith("#")]

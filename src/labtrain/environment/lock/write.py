@@ -1,4 +1,4 @@
-"""Make anew what is derived: requirements.lock, nix/wheels.json, requirements-conda.lock, and the seal."""
+"""Write the derived locks again: requirements.lock, nix/wheels.json, requirements-conda.lock, and the seal."""
 
 import hashlib
 import json
@@ -21,22 +21,22 @@ EXTRAS = ("--extra", "lab", "--extra", "dev")
 
 
 def write_locks(folder: Path, *, upgrade: bool = False) -> Iterator[str]:
-    """Write each derived lock, yielding a line for each.
+    """Write each derived lock, and yield a line for each.
 
     Args:
-        folder: the project's; it holds pyproject.toml with the extras lab and dev.
-        upgrade: take the newest releases that pyproject.toml allows; else pins are kept where they still fit.
+        folder: the project's folder; it has pyproject.toml with the extras lab and dev.
+        upgrade: use the newest releases that pyproject.toml allows; else keep pins that still fit.
 
     Raises:
         LabtrainError: a tool failed, or the conda spec changed and no channel can be reached.
     """
     if not (folder / "pyproject.toml").exists() or not (folder / conda.SPEC).exists():
-        hint = "an experiment's locks are those of the labtrain that made it: make another with a newer one"
-        raise ConfigError(f"{folder} holds no pyproject.toml and {conda.SPEC} to resolve from", hint=hint)
+        hint = "in an experiment the locks come from labtrain: labtrain new DIR with a newer version"
+        raise ConfigError(f"{folder} must have pyproject.toml and {conda.SPEC} to resolve from", hint=hint)
     before = (folder / LOCK_FILE).read_text() if (folder / LOCK_FILE).exists() else ""
     options = [*COMPILE, *EXTRAS, *(["--upgrade"] if upgrade else [])]
     _run(folder, "uv", "pip", "compile", *options, "pyproject.toml", "-o", LOCK_FILE)
-    yield f"{LOCK_FILE}: {'unchanged' if (folder / LOCK_FILE).read_text() == before else 'resolved anew'}"
+    yield f"{LOCK_FILE}: {'unchanged' if (folder / LOCK_FILE).read_text() == before else 'resolved again'}"
     yield from _lock_conda(folder)
     wheels = choose_wheels(folder)
     (folder / derive.WHEELS).parent.mkdir(exist_ok=True)
@@ -52,7 +52,7 @@ def write_locks(folder: Path, *, upgrade: bool = False) -> Iterator[str]:
 def choose_wheels(folder: Path) -> list[dict[str, object]]:
     """Return the entries of wheels.json, sorted by name.
 
-    A lock with hashes has no file names: uv tells them in a pylock.toml, which is not kept, since it names hosts.
+    A lock with hashes has no file names. uv writes them to a pylock.toml, which is deleted because it names hosts.
     """
     with tempfile.TemporaryDirectory() as scratch:
         constraints = Path(scratch) / "constraints.txt"
@@ -78,9 +78,9 @@ def choose_wheels(folder: Path) -> list[dict[str, object]]:
 
 
 def sbom(folder: Path) -> str:
-    """Return sbom.cdx.json: a CycloneDX 1.6 document of every package of every route, by CycloneDX's own library.
+    """Return sbom.cdx.json: a CycloneDX 1.6 document of every package of every route, by CycloneDX's library.
 
-    https://cyclonedx.org/docs/1.6/json/. The same locks give the same text: no time, and a serial number of their own.
+    https://cyclonedx.org/docs/1.6/json/. The same locks give the same text: no time, a serial number from the seals.
     """
     from cyclonedx.model import HashType, Property
     from cyclonedx.model.bom import Bom
@@ -122,7 +122,7 @@ def sbom(folder: Path) -> str:
 
 
 def _lock_conda(folder: Path) -> Iterator[str]:
-    """Solve the conda lock anew if what it was solved from has changed."""
+    """Solve the conda lock again if its sources changed."""
     locked = conda.read_conda_lock(folder)["metadata"]["content_hash"].get(conda.PLATFORM)
     if conda.content_hash(folder) == locked:
         yield f"{conda.LOCK}: unchanged"
@@ -140,21 +140,23 @@ def _lock_conda(folder: Path) -> Iterator[str]:
     try:
         _run(folder, "conda-lock", "lock", *options)
     except LabtrainError as error:
-        what = f"{conda.SPEC} or {conda.VIRTUAL} changed, and {conda.LOCK} could not be solved anew"
+        what = f"{conda.SPEC} or {conda.VIRTUAL} changed, but {conda.LOCK} could not be solved again"
         raise LabtrainError(
-            f"{what}: {error.args[0]}", hint="run it where conda-forge can be reached, or take the change back"
+            f"{what}: {error.args[0]}", hint="run it with access to conda-forge, or revert the change"
         ) from error
-    yield f"{conda.LOCK}: solved anew"
+    yield f"{conda.LOCK}: solved again"
 
 
 def _run(folder: Path, program: str, *arguments: str) -> None:
     """Run a program of this environment.
 
     Raises:
-        LabtrainError: it failed; with the end of what it printed.
+        LabtrainError: it failed; contains the end of its output.
     """
     command = [str(Path(sys.executable).with_name(program)), *arguments]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         text = " ".join((done.stderr.strip() or done.stdout.strip()).split())
-        raise LabtrainError(f"{program} {arguments[0]} failed: {text[-400:]}", hint="labtrain doctor, or the network")
+        raise LabtrainError(
+            f"{program} {arguments[0]} failed: {text[-400:]}", hint="labtrain doctor; or check the network"
+        )

@@ -1,10 +1,10 @@
-"""A report: one or several runs as one HTML file that asks no network for anything. No torch.
+"""The report: one or several runs as one HTML file that loads nothing from a network. No torch.
 
 ::
 
     data.py      reads a run's folder: receipt, trail, history, verifications
-    charts.py    what is drawn: curves over each other, reduced where they are long, and their numbers in words
-    page.py      puts the page together: page.html.j2, page.css, page.js, and plotly.js whole
+    charts.py    the charts: curves of all runs, reduced if long, and their numbers in words
+    page.py      assembles the page: page.html.j2, page.css, page.js, and all of plotly.js
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,16 +28,15 @@ def write_report(
     """Write the page of one or several runs; the same runs give the same bytes.
 
     Args:
-        runs: folders of runs, or their receipts; the others are held against the first.
+        runs: folders of runs, or their receipts; each is compared with the first.
         output: a file ending in .html, replaced in one step.
-        said: sentences that stand before the verdicts, such as a gate's.
-        verdicts: of runs that were compared just now, by their folders; the others' are in what they left.
-
+        said: sentences above the verdicts, such as a gate's.
+        verdicts: of runs that were compared just now, by folder; the rest are read from the runs' folders.
         signers: an allowed signers file: whose signed verdicts count. None: git's.
 
     Raises:
-        ConfigError: there is no such run, one is named twice, or the page cannot lie there.
-        DamagedError: a receipt, a trail or a record of verifications is broken, or was changed.
+        ConfigError: there is no such run, a run is named twice, or the page cannot be written there.
+        DamagedError: a receipt, a trail or a record of verifications is broken or was changed.
     """
     check_page(output)
     page = render(read_runs(runs, signers), said=said, verdicts=verdicts)
@@ -48,14 +47,10 @@ def write_report(
 
 
 def check_page(output: Path) -> None:
-    """Refuse a place where no page can be written.
-
-    Raises:
-        ConfigError: says why.
-    """
+    """Raise ConfigError if no page can be written to `output`."""
     if output.suffix not in (".html", ".htm"):
-        raise ConfigError(f"{output} is no name of a page: wanted one that ends in .html", hint=f"-o {output}.html")
+        raise ConfigError(f"{output}: the name must end in .html", hint=f"-o {output}.html")
     if output.is_dir():
         raise ConfigError(f"{output} is a folder", hint=f"-o {output / 'report.html'}")
     if not output.parent.is_dir():
-        raise ConfigError(f"{output.parent} is no folder: the page cannot lie there", hint=f"mkdir -p {output.parent}")
+        raise ConfigError(f"folder {output.parent} does not exist", hint=f"mkdir -p {output.parent}")

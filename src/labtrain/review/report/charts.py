@@ -1,7 +1,7 @@
-"""What is drawn: curves of all runs over each other, and when each was trained; and the same in words and numbers.
+"""The charts: curves of all runs and a timeline, and the same as sentences and numbers.
 
-A curve longer than `AT_MOST` points is reduced to the least and the greatest of each of many equal stretches, so that
-no spike is lost; around each step at which runs part every point is kept. The numbers beside a chart are of all of it.
+A curve of more than `AT_MOST` points is reduced to the minimum and maximum of equal intervals, so that no spike is
+lost. Around each step where runs first differ, every point is kept. The numbers below a chart cover all points.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -12,22 +12,22 @@ import numpy as np
 from labtrain.base.contracts import Options
 from labtrain.review.report.data import Numbers, Run, Series, seconds_of
 
-AT_MOST = 4_000  # points of a reduced curve, but for those around a step at which runs part
+AT_MOST = 4_000  # points of a reduced curve, without those around a step where runs first differ
 AROUND = 100  # steps before and after it
-DIGITS = 7  # of a drawn point: more than a screen shows
+DIGITS = 7  # of a drawn point: more than a screen can show
 SPANS = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
 STATUSES = ("complete", "interrupted", "killed", "failed", "running")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
-    """What is said of one curve.
+    """The numbers of one curve.
 
     Attributes:
-        run: its label.
-        of: which of several of this run; empty where there is one.
-        first, last, least, greatest: (where, value); None where there is no number.
-        count: of points.
+        run: the run's label.
+        of: which of the run's curves; empty if it has only one.
+        first, last, least, greatest: (where, value); None if there is no number.
+        count: number of points.
     """
 
     run: str
@@ -46,10 +46,10 @@ class Chart:
     Attributes:
         title: what it shows.
         unit: of the numbers in `lines`.
-        where: what they stand against: step, or the time since the run's first start.
-        summary: a few sentences for whoever does not see it.
-        lines: one a curve.
-        drawn: what page.js draws.
+        where: the x axis: step, or the time since the run's first start.
+        summary: a few sentences for people who cannot see the chart.
+        lines: one for each curve.
+        drawn: the input of page.js.
     """
 
     title: str
@@ -61,7 +61,7 @@ class Chart:
 
 
 def curves_of(runs: list[Run]) -> list[Chart]:
-    """Return the loss of the trail, and each metric of a history by its name."""
+    """Return charts of the trail's loss and of each metric in the history."""
     charts = [_by_step("Training loss", runs, lambda run: [("", run.loss)])]
     names = {name: None for run in runs for name in run.history.metrics}
     charts += [_by_step(name, runs, _metric(name)) for name in sorted(names)]
@@ -69,7 +69,7 @@ def curves_of(runs: list[Run]) -> list[Chart]:
 
 
 def machine_of(runs: list[Run]) -> list[Chart]:
-    """Return throughput and memory against the time, and the learning rates against the step."""
+    """Return charts of throughput and memory over time, and of learning rates over steps."""
     charts = [
         _by_time("Throughput", "samples/s", runs, lambda run: run.history.throughput),
         _by_time("Memory of the process", "bytes", runs, lambda run: run.history.memory),
@@ -80,7 +80,7 @@ def machine_of(runs: list[Run]) -> list[Chart]:
 
 
 def timeline_of(runs: list[Run]) -> dict[str, object]:
-    """Return the bars of the segments: one trace a status, so that each has its own pattern."""
+    """Return the timeline's bars: one trace for each status, so that each has its own pattern."""
     bars = list(_bars(runs))
     return {
         "kind": "timeline",
@@ -94,15 +94,15 @@ def timeline_of(runs: list[Run]) -> dict[str, object]:
 
 
 def reduced(y: Numbers, *, at_most: int = AT_MOST, keep: Iterable[int] = ()) -> list[int]:
-    """Return which points of a curve to draw, in order.
+    """Return the indices of a curve's points to draw, in order.
 
     Args:
         y: a curve; NaN is a gap.
-        at_most: so many, without those that are kept anyway.
-        keep: places that are kept.
+        at_most: number of points, without those in `keep`.
+        keep: indices that are always kept.
 
     Returns:
-        Of each of at_most / 2 stretches the least and the greatest, and one of its gaps; the first and the last.
+        The minimum, the maximum and one gap of each of at_most / 2 intervals; the first and the last point.
     """
     count = len(y)
     if count <= at_most:
@@ -115,7 +115,7 @@ def reduced(y: Numbers, *, at_most: int = AT_MOST, keep: Iterable[int] = ()) -> 
     empty = np.isnan(table)
     start = np.arange(rows) * size
     numbers = ~empty.all(axis=1)
-    empty.reshape(-1)[count:] = False  # beyond the end there is no gap
+    empty.reshape(-1)[count:] = False  # the padding is not a gap
     chosen = [
         (start + np.where(np.isnan(table), np.inf, table).argmin(axis=1))[numbers],
         (start + np.where(np.isnan(table), -np.inf, table).argmax(axis=1))[numbers],
@@ -131,7 +131,7 @@ def _metric(name: str) -> Callable[[Run], list[tuple[str, Series]]]:
 
 
 def _rates(run: Run) -> list[tuple[str, Series]]:
-    """Return a run's learning rates, those that are the same once."""
+    """Return a run's learning rates; if all are the same, only one."""
     rates = run.history.rates
     if all(np.array_equal(rate.y, rates[0].y) for rate in rates):
         return [("", rate) for rate in rates[:1]]
@@ -158,7 +158,7 @@ def _by_step(title: str, runs: list[Run], series_of: Callable[[Run], list[tuple[
             if series.gaps:
                 at = series.x[np.isnan(series.y)][0]
                 points = "1 value is" if series.gaps == 1 else f"{series.gaps:,} values are"
-                summary[-1] += f" {points} no finite number, first at step {at:.0f}: a gap."
+                summary[-1] += f" {points} not finite, first at step {at:.0f}: a gap."
     marks = [_mark(step, labels, runs[0].label) for step, labels in sorted(parts.items())]
     summary += [f"{mark['text']} at step {mark['at']}." for mark in marks]
     drawn = {"kind": "step", "title": title, "axis": "step", "unit": "", "traces": traces, "marks": marks}
@@ -186,7 +186,7 @@ def _by_time(title: str, unit: str, runs: list[Run], series_of: Callable[[Run], 
 
 def _mark(step: int, labels: list[str], first: str) -> dict[str, object]:
     names = ", ".join(labels)
-    return {"at": step, "labels": names, "text": f"{names} part{'s' if len(labels) == 1 else ''} from {first}"}
+    return {"at": step, "labels": names, "text": f"{names} differ{'s' if len(labels) == 1 else ''} from {first}"}
 
 
 def _around(x: Numbers, step: int) -> range:
@@ -198,14 +198,14 @@ def _trace(run: int, of: str, x: Numbers, y: Numbers) -> dict[str, object]:
 
 
 def _short(value: float) -> float | int | None:
-    """Return a number of `DIGITS` digits; a step of any length is itself, NaN is None."""
+    """Round a number to `DIGITS` digits; whole numbers stay exact, NaN becomes None."""
     if value != value:
         return None
     return int(value) if value == int(value) and abs(value) < 1e15 else float(f"{value:.{DIGITS}g}")
 
 
 def _corners(series: Series) -> list[float]:
-    """Return where the first, the last, the least and the greatest stand."""
+    """Return the x values of the first, last, least and greatest points."""
     if np.isnan(series.y).all():
         return [series.x[0], series.x[-1]]
     return [float(series.x[place]) for place in (0, -1, np.nanargmin(series.y), np.nanargmax(series.y))]

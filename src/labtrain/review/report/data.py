@@ -1,4 +1,4 @@
-"""Reads what a run has left, for the page: each file but the receipt may be missing, and none is believed unread."""
+"""Read a run's files for the page. Each file except the receipt may be missing, and each is checked."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from labtrain.record.differences import Comparison, compare, open_run
 from labtrain.record.trail import HISTORY, TRAIL, read_history_lines, read_trail
 from labtrain.review.verdicts import Verification, read_verifications
 
-LATEST_S = 253_402_300_800.0  # the year 10000, which no calendar of Python's has
+LATEST_S = 253_402_300_800.0  # the year 10000, beyond Python's datetime
 MOST_GROUPS = 10_000
 
 Numbers = npt.NDArray[np.float64]
@@ -28,10 +28,10 @@ class Series:
     """A curve.
 
     Attributes:
-        x: steps, or seconds since the epoch; rising.
-        y: what was measured there; NaN where it was no finite number, or where nothing was measured.
-        last: the last value as it was written, which may be no finite number; None of an empty curve.
-        gaps: how many of `y` were written, and are no finite numbers.
+        x: steps, or seconds since the epoch; increasing.
+        y: measured values; NaN if a value was not finite or nothing was measured.
+        last: the last written value, which may be NaN or infinite; None if the curve is empty.
+        gaps: number of written values that are not finite.
     """
 
     x: Numbers
@@ -42,15 +42,15 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class History:
-    """What history.jsonl tells.
+    """The contents of history.jsonl.
 
     Attributes:
-        metrics: by name, against the step.
-        rates: the learning rate of each parameter group, against the step.
-        throughput: samples a second, against the time of day.
-        memory: bytes of the process, against the time of day.
-        gpu_memory: the same of the GPU; empty without one.
-        last_time: of its last line, in seconds since the epoch.
+        metrics: by name, over steps.
+        rates: the learning rate of each parameter group, over steps.
+        throughput: samples per second, over time.
+        memory: bytes of the process, over time.
+        gpu_memory: bytes of the GPU, over time; empty without a GPU.
+        last_time: of the last line, in seconds since the epoch.
     """
 
     metrics: dict[str, Series]
@@ -63,13 +63,13 @@ class History:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """A run, read.
+    """A run that was read.
 
     Attributes:
-        label: what it is called on the page: A, B, ...
-        folder: as it was named.
-        verifications: newest first; also those of an earlier state of this receipt.
-        comparison: with the first run; None of that one.
+        label: its name on the page: A, B, ...
+        folder: as the user named it.
+        verifications: newest first; including those of an earlier state of this receipt.
+        comparison: with the first run; None for the first run.
     """
 
     label: str
@@ -82,17 +82,17 @@ class Run:
 
     @property
     def parts_at(self) -> int | None:
-        """The first step at which it is not as the first run."""
+        """The first step where it differs from the first run."""
         found = self.comparison.divergence if self.comparison else None
         return found.step if found else None
 
 
 def read_runs(paths: Iterable[Path], signers: Path | None = None) -> list[Run]:
-    """Read runs, each by its folder or its receipt; `signers` is a file of those whose signed verdicts count.
+    """Read runs, each by its folder or its receipt; `signers` is a file of people whose signed verdicts count.
 
     Raises:
-        ConfigError: there is no run, or one is named twice.
-        DamagedError: a file is broken, or was changed.
+        ConfigError: there is no run, or a run is named twice.
+        DamagedError: a file is broken or was changed.
     """
     found: dict[Path, receipts.Receipt] = {}
     for path in paths:
@@ -101,7 +101,7 @@ def read_runs(paths: Iterable[Path], signers: Path | None = None) -> list[Run]:
             raise ConfigError(f"{shown(folder)} is named twice", hint="name each run once")
         found[folder] = receipt
     if signers is not None and not signers.is_file():
-        raise ConfigError(f"{signers}: there is no such file of allowed signers", hint="--signers FILE")
+        raise ConfigError(f"{signers}: no such file (allowed signers)", hint="--signers FILE")
     first = next(iter(found))
     return [
         _read_run(folder, receipt, label_of(place), None if folder == first else compare(first, folder), signers)
@@ -110,7 +110,7 @@ def read_runs(paths: Iterable[Path], signers: Path | None = None) -> list[Run]:
 
 
 def label_of(place: int) -> str:
-    """Return A, ..., Z, AA, AB, ...: the name of a run on the page."""
+    """Return a run's name on the page: A, ..., Z, AA, AB, ..."""
     letter = chr(ord("A") + place % 26)
     return letter if place < 26 else label_of(place // 26 - 1) + letter
 
@@ -133,14 +133,14 @@ def _read_run(
 
 
 def read_history(folder: Path, starts: Iterable[float] = ()) -> History:
-    """Read a run's history; empty without one. Of a step that was done twice, the later line counts.
+    """Read a run's history; empty if there is none. If a step was done twice, the later line counts.
 
     Args:
-        folder: of the run.
-        starts: of its segments, in seconds since the epoch: no curve against the time is drawn across one.
+        folder: the run's folder.
+        starts: start times of its segments, in seconds since the epoch: curves over time have a gap there.
 
     Raises:
-        DamagedError: a line is whole and not what a history has.
+        DamagedError: a complete line is not a line of a history.
     """
     metrics: dict[str, dict[float, float]] = {}
     rates: list[dict[float, float]] = []
@@ -151,7 +151,7 @@ def read_history(folder: Path, starts: Iterable[float] = ()) -> History:
         with damage_of(shown(path), hint=f"mv {quoted(path)} {quoted(f'{path}.broken')}"):
             time, step = float(line["time"]), int(line["step"])
             if not 0 <= time < LATEST_S:
-                raise ValueError(f"{time} is no time")
+                raise ValueError(f"time {time} is out of range")
             if len(line["lr"]) > MOST_GROUPS:
                 raise ValueError(f"{len(line['lr'])} learning rates")
             for name, value in line["metrics"].items():
@@ -185,7 +185,7 @@ def _starts(receipt: receipts.Receipt) -> list[float]:
 
 
 def _with_gaps(points: list[tuple[float, float]], cuts: list[float]) -> Iterator[tuple[float, float]]:
-    """Yield points in the order of time, and NaN before the first of each segment."""
+    """Yield points in order of time, with a NaN before the first point of each segment."""
     left = list(cuts)
     for number, (time, value) in enumerate(points):
         begun = bool(left) and left[0] <= time

@@ -1,16 +1,16 @@
-// Draws the charts with plotly.js and lets a person zoom, by mouse or by keyboard, change to a log scale, hide a run.
+// Draws the charts with plotly.js. The reader can zoom by mouse or keyboard, use a log scale, and hide runs.
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const root = document.documentElement;
   const shown = new Set(data.names.keys());
-  const touch = matchMedia("(pointer: coarse)").matches;  // where a finger on a chart must scroll the page
+  const touch = matchMedia("(pointer: coarse)").matches;  // there a finger on a chart must scroll the page
   const plots = data.charts.map((chart, number) => ({ chart, number, place: document.getElementById(`plot-${number}`) }));
   const PATTERNS = { complete: "", interrupted: "/", killed: "x", failed: "\\", running: "." };
   const TONES = { complete: "good", interrupted: "part", killed: "bad", failed: "bad", running: "muted" };
   let printing = false;
 
-  // Charts against the same thing begin and end at the same.
+  // Charts with the same kind of x axis share its range.
   const whole = {};
   for (const kind of ["step", "time"]) {
     let low = Infinity, high = -Infinity;
@@ -26,7 +26,7 @@
 
   const colour = (name) => getComputedStyle(root).getPropertyValue(`--${name}`).trim();
   const of_run = (run) => colour(`run-${run % data.colours}`);
-  // Plotly reads texts as a kind of HTML.
+  // Plotly interprets text as a subset of HTML.
   const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 
   const axis = () => ({
@@ -56,7 +56,7 @@
       };
     }
     const { marks } = plot.chart, narrow = plot.place.clientWidth < 480, [from, to] = whole[plot.chart.kind];
-    const apart = ((narrow ? 40 : 110) / Math.max(plot.place.clientWidth, 1)) * (to - from);  // what a label takes
+    const apart = ((narrow ? 40 : 110) / Math.max(plot.place.clientWidth, 1)) * (to - from);  // the width of a label
     const close = marks.some((mark, place) => place && mark.at - marks[place - 1].at < apart);
     const rows = close ? Math.min(marks.length, 3) : Math.min(marks.length, 1);
     return {
@@ -114,7 +114,7 @@
     plot.drawn = true;
   }
 
-  // What is seen of the steps in one chart is seen in all of them; the event comes back from each, and ends there.
+  // Show the same range of x in all charts of the kind. Each of them fires the event again, and finds nothing to change.
   function follow(plot) {
     const { range } = plot.place.layout.xaxis;
     for (const other of plots) {
@@ -123,7 +123,7 @@
     }
   }
 
-  // The height of what is seen between two ends; nothing where no point is.
+  // The y range of the points between two x values; nothing if there are no points.
   function fitted(plot, [from, to]) {
     if (plot.chart.kind === "timeline") return {};
     let low = Infinity, high = -Infinity;
@@ -163,7 +163,7 @@
     },
   };
 
-  // Colours and width anew, what is seen as it was.
+  // Update colours and width, and keep the visible range.
   function restyle() {
     for (const plot of plots.filter((each) => each.drawn)) {
       const before = plot.place.layout, after = layout(plot);
@@ -196,7 +196,7 @@
     link.hidden = false;
   }
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", restyle);
-  // In print every chart and every number is there, in light colours and as wide as the paper; the receipts are not.
+  // In print, show every chart and every number in light colours at paper width, but not the receipts.
   const closed = [];
   addEventListener("beforeprint", () => {
     printing = true;
@@ -210,7 +210,7 @@
     for (const each of closed.splice(0)) each.open = false;
   });
 
-  // One after the other, so that the page can be read and scrolled meanwhile.
+  // Draw one at a time, so that the page stays responsive.
   const waiting = [...plots];
   (function next() {
     const plot = waiting.shift();

@@ -1,6 +1,6 @@
-"""Puts the page together. What comes from a run is text that nobody has looked at: it is escaped, and never run.
+"""Assemble the page. Text from a run is untrusted: it is escaped and never runs.
 
-The page's policy (Content-Security-Policy) lets two scripts run, by their hashes, and loads nothing from anywhere.
+The page's Content-Security-Policy allows two scripts, by hash, and loads nothing.
 """
 
 import base64
@@ -26,21 +26,21 @@ from labtrain.review.report.data import Run, seconds_of
 from labtrain.review.verdicts import VERIFIED, Verification
 
 HERE = Path(__file__).parent
-SHORT = 12  # characters of a digest that is shown whole when it is opened
-DASHES = ("", "6 3", "2 2", "8 3 2 3", "11 4", "11 3 2 3 2 3")  # of the runs' lines, in turn; colours are the sheet's
+SHORT = 12  # characters of a digest until the reader opens it
+DASHES = ("", "6 3", "2 2", "8 3 2 3", "11 4", "11 3 2 3 2 3")  # of the runs' lines, in turn; page.css has the colours
 COLOURS = 8
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cell:
-    """What stands in a table.
+    """A table cell.
 
     Attributes:
-        text: as a person reads it.
-        code: it is to be copied as it is.
-        number: it is not to be broken into two lines.
-        full: a digest whose beginning, or whose name, `text` is.
-        mark: status or verdict whose sign stands before it.
+        text: what it shows.
+        code: show it as code, for copying.
+        number: do not break it into two lines.
+        full: the whole digest that `text` abbreviates or names.
+        mark: status or verdict whose icon precedes the text.
     """
 
     text: str
@@ -52,13 +52,13 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
-    """What is known of one run's being the same when it is run again.
+    """Whether a run was verified.
 
     Attributes:
         mark: same, differs, partly or none.
         word: the mark, in words.
         text: a sentence: when, by whom, on what.
-        command: that would tell more; empty where nothing is left to try.
+        command: a command that verifies more; empty if nothing is left to verify.
     """
 
     mark: str
@@ -68,7 +68,7 @@ class Verdict:
 
 
 def render(runs: list[Run], *, said: Sequence[str], verdicts: Mapping[Path, Verdict]) -> str:
-    """Return the page of runs; `verdicts` holds those that are not read from what a run left, by its folder."""
+    """Return the page of runs; `verdicts` has those that are not read from a run's files, by folder."""
     curves, machine = curves_of(runs), machine_of(runs)
     drawn = [timeline_of(runs), *(chart.drawn for chart in [*curves, *machine])]
     names = [f"{run.label} {run.receipt['run_id']}" for run in runs]
@@ -102,11 +102,11 @@ def render(runs: list[Run], *, said: Sequence[str], verdicts: Mapping[Path, Verd
         shown_value=_shown_value,
         typed=lambda overrides: " ".join(map(shlex.quote, overrides)),
     )
-    return page.encode("utf-8", "backslashreplace").decode()  # a lone surrogate, of a path that is no UTF-8
+    return page.encode("utf-8", "backslashreplace").decode()  # a lone surrogate, from a path that is not UTF-8
 
 
 def facts_of(runs: list[Run]) -> list[tuple[str, list[Cell]]]:
-    """Return the rows of the table of runs: what each was, and what it came to."""
+    """Return the rows of the table of runs: what was run, and the results."""
     receipts = [run.receipt for run in runs]
     rows = [
         ("Run", [Cell(text=receipt["run_id"], code=True) for receipt in receipts]),
@@ -144,9 +144,9 @@ def facts_of(runs: list[Run]) -> list[tuple[str, list[Cell]]]:
 
 
 def verdict_of(run: Run) -> Verdict:
-    """Say whether a run has been verified: by the newest signed verification of this very receipt.
+    """Return whether a run was verified, by the newest signed verification of exactly this receipt.
 
-    Without one, what verified.jsonl says is told as what it is: a claim of whoever could write the file.
+    Without a signature, a line of verified.jsonl counts only as a claim of whoever could write the file.
     """
     trained = [each for each in run.verifications if each.same is not None]
     of_this = [each for each in trained if each.receipt == run.receipt["digest"]]
@@ -154,13 +154,13 @@ def verdict_of(run: Run) -> Verdict:
     earlier = len(trained) - len(of_this)
     more = []
     if earlier:
-        found, tell = ("a verification is", "tells") if earlier == 1 else (f"{earlier} verifications are", "tell")
+        found, tell = ("a verification is", "says") if earlier == 1 else (f"{earlier} verifications are", "say")
         more.append(
-            f"{found[0].upper()}{found[1:]} of an earlier state of this receipt and {tell} nothing of this one."
+            f"{found[0].upper()}{found[1:]} about an earlier state of this receipt and {tell} nothing about this one."
         )
     command = f"labtrain verify {shlex.quote(shown(run.folder))}"
     if not of_this:
-        text = " ".join(["Nobody has run this receipt again and recorded it.", *more])
+        text = " ".join(["No rerun of this receipt is recorded.", *more])
         return Verdict(mark="none", word="Not verified yet", text=text, command=command)
     counted = signed or of_this
     newest = counted[0]
@@ -169,26 +169,26 @@ def verdict_of(run: Run) -> Verdict:
         more.append(f"Of {len(counted)} verifications of this receipt, {others} {said}.")
     steps = f"steps {newest.from_step + 1} to {newest.to_step}"
     if not newest.same:
-        found, mark, word = f"Run again, it was not the same: {newest.found.rstrip('.')}.", "differs", "Differs"
+        found, mark, word = f"A rerun differed: {newest.found.rstrip('.')}.", "differs", "Differs"
     elif newest.whole:
-        found, mark, word = f"Run again to its end, {steps}: the same bits.", "same", "Verified"
+        found, mark, word = f"A rerun to the end, {steps}, gave the same bits.", "same", "Verified"
     else:
-        found = f"Run again in {steps}, not to its end: the same bits there."
+        found = f"A rerun of {steps}, not to the end, gave the same bits."
         mark, word = "partly", "Verified in part"
     where = f"on {_machine(newest)}, {when(newest.when.isoformat())}, labtrain {newest.labtrain}"
     if newest.signer is None:
         claim = f"{VERIFIED} claims: {found} By {newest.by} {where}."
-        text = " ".join([claim, f"Nothing here shows that it is true: {newest.doubt}.", *more])
+        text = " ".join([claim, f"Nothing proves this claim: {newest.doubt}.", *more])
         return Verdict(mark="none", word="Claimed, not verified", text=text, command=command)
     by = f"By {newest.signer.principal}, who signed it with the key {newest.signer.fingerprint}, {where}."
     if claims := len(of_this) - len(signed):
         are = "is a claim" if claims == 1 else "are claims"
-        more.append(f"{claims} more in {VERIFIED} {are} that nobody known has signed.")
+        more.append(f"{claims} more in {VERIFIED} {are} without a known signer.")
     return Verdict(mark=mark, word=word, text=" ".join([found, by, *more]), command=command if mark == "partly" else "")
 
 
 def when(text: str | None) -> str:
-    """Return a receipt's time as a person reads it."""
+    """Format a receipt's time for people."""
     return "not yet" if text is None else text[:19].replace("T", " ") + text[19:].replace("+00:00", " UTC")
 
 
@@ -199,13 +199,13 @@ def _machine(found: Verification) -> str:
 
 def _status(run: Run) -> Cell:
     status, last = run.receipt["status"], run.receipt["segments"][-1]
-    if status == "running":  # so says a killed one too, until it is started again
-        return Cell(text="running, or killed and not started again", mark=status)
+    if status == "running":  # the receipt of a killed run says this too
+        return Cell(text="running, or killed and not resumed", mark=status)
     return Cell(text=f"{status}: {last['why']}" if last["why"] else status, mark=status)
 
 
 def _origin(receipt: Receipt) -> Cell | None:
-    """Say from which checkpoint of another run a run began; None where it began by itself."""
+    """Return the checkpoint of another run that a run began from; None if there is none."""
     found = next((segment["origin"] for segment in receipt["segments"] if segment.get("origin")), None)
     if found is None:
         return None
@@ -246,7 +246,7 @@ def _gpus(names: Iterable[str]) -> str:
 
 
 def _in_turn(values: Iterable[object]) -> str:
-    """Return what came one after the other, once where it stayed."""
+    """Join values in order, without repeats."""
     found: list[str] = []
     for value in map(str, values):
         if not found or found[-1] != value:
@@ -272,7 +272,7 @@ def _shown_value(value: object) -> str:
 
 
 def _json(data: object) -> Markup:
-    """Return data for a script element: no text in it can end the element."""
+    """Return data for a script element; no text in it can close the element."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
