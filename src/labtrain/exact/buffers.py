@@ -222,8 +222,8 @@ def broadcast(tensor: Tensor, *, src: int) -> None:
 
 def _differs(name: str, kind: str, buffer: Tensor) -> tuple[str, str]:
     return (
-        f"buffer {name} of {kind} ({buffer.dtype}) comes out differently in the shards of a step, and it is no"
-        " running statistic of a normalisation, which could be averaged",
+        f"buffer {name} of {kind} ({buffer.dtype}) differs between the shards of a step, and it is not a"
+        " running statistic of a normalisation: labtrain averages only those",
         "change it in on_train_batch_end, which runs once a step, or determinism.shards=1",
     )
 

@@ -75,7 +75,7 @@ def variables(mode: str, *, threads: int) -> dict[str, str]:
         return {}
     if mode == "portable" and threads != 1:
         raise ConfigError(
-            f"determinism.threads={threads}: portable takes one thread",
+            f"determinism.threads={threads}: portable mode needs one thread",
             hint="determinism.threads=1, or determinism.mode=strict",
         )
     wanted = {
@@ -117,7 +117,7 @@ def apply(mode: str, *, threads: int, tf32: bool = False) -> None:
         ]
         if absent:
             raise ConfigError(
-                f"portable, but this process was started without {' '.join(absent)}",
+                f"determinism.mode=portable, but this process was started without {' '.join(absent)}",
                 hint="start it with train.py, which sets them before torch is imported",
             )
         from labtrain.exact import portable

@@ -371,8 +371,8 @@ def _wants_factory(node: Any) -> bool:
 
 def _gone(name: str) -> ConfigError:
     return ConfigError(
-        f"the checkpoint holds a {name}, and the code has none of that name now",
-        hint="give it the name again that it had; or resume=never",
+        f"the checkpoint holds a {name}, which the code does not define now",
+        hint="restore its former name; or resume=never",
     )
 
 
