@@ -93,7 +93,7 @@ class Scale(_Inputs):
 
     def change(self, inputs: Tensor, draws: Draws) -> Tensor:
         if inputs.dtype != torch.uint8:
-            raise ConfigError(f"Scale of {inputs.dtype}: torch.uint8 is wanted", hint="leave it out, or put it first")
+            raise ConfigError(f"Scale of {inputs.dtype}: expected torch.uint8", hint="remove it, or put it first")
         device = inputs.device
         scaled = inputs.to(torch.float32).div_(_constant(255.0, device))
         if self.mean is not None:
@@ -103,8 +103,8 @@ class Scale(_Inputs):
     def _spread(self, value: float | tuple[float, ...], inputs: Tensor) -> Tensor:
         if isinstance(value, tuple) and (inputs.dim() <= IMAGE_DIMENSIONS or inputs.shape[1] != len(value)):
             raise ConfigError(
-                f"{self} has {len(value)} channels, inputs are {tuple(inputs.shape)}",
-                hint="one number, or one for each channel of (B, C, H, W)",
+                f"{self} has {len(value)} channels, inputs have shape {tuple(inputs.shape)}",
+                hint="set one number, or one for each channel of (B, C, H, W)",
             )
         constant = _constant(value, inputs.device)
         return constant.view(-1, 1, 1) if isinstance(value, tuple) else constant
@@ -199,11 +199,11 @@ class Mixup(Own):
         """Mix the first half of a batch with its second, whose samples are the partners."""
         inputs, *rest = _parts(batch, self)
         if not rest or not isinstance(rest[0], Tensor) or rest[0].dim() != 1 or rest[0].is_floating_point():
-            raise ConfigError(f"{self} of a batch without labels", hint="(inputs, labels), labels as integers (B,)")
+            raise ConfigError(f"{self} of a batch without labels", hint="return (inputs, labels), labels as integers")
         _floating(inputs, self)
         if rest[0].device.type == "cpu" and not (rest[0].min() >= 0 and rest[0].max() < self.num_classes):
             raise ConfigError(
-                f"{self} of labels of {rest[0].min()} to {rest[0].max()}: 0 to {self.num_classes - 1} are wanted",
+                f"{self} of labels of {rest[0].min()} to {rest[0].max()}: expected 0 to {self.num_classes - 1}",
                 hint=f"Mixup(num_classes={int(rest[0].max()) + 1}), or labels from 0",
             )
         half = len(draws) // 2
@@ -236,28 +236,28 @@ def _parts(batch: Any, transform: Any) -> list[Any]:
     if not parts or not isinstance(parts[0], Tensor):
         found = type(parts[0] if parts else batch).__name__
         raise ConfigError(
-            f"{transform} of a batch of {found}: a tensor is wanted, or (inputs, targets)",
-            hint="write a callable (batch, draws) -> batch for others",
+            f"{transform} of a batch of {found}: expected a tensor or (inputs, targets)",
+            hint="write your own callable (batch, draws) -> batch",
         )
     return parts
 
 
 def _wanted(transform: Any, holds: bool, what: str) -> None:
     if not holds:
-        raise ConfigError(f"{transform}: wanted is {what}", hint=f"help(labtrain.augment.{type(transform).__name__})")
+        raise ConfigError(f"{transform}: expected {what}", hint=f"help(labtrain.augment.{type(transform).__name__})")
 
 
 def _images(inputs: Tensor, transform: Any) -> None:
     if inputs.dim() < IMAGE_DIMENSIONS:
         raise ConfigError(
-            f"{transform} of inputs {tuple(inputs.shape)}: images are wanted, (B, ..., H, W)",
+            f"{transform} of inputs {tuple(inputs.shape)}: expected images (B, ..., H, W)",
             hint="reshape the dataset's array: images.reshape(-1, 1, 28, 28)",
         )
 
 
 def _floating(inputs: Tensor, transform: Any) -> None:
     if not inputs.is_floating_point():
-        raise ConfigError(f"{transform} of {inputs.dtype}: floats are wanted", hint=f"Scale() before {transform}")
+        raise ConfigError(f"{transform} of {inputs.dtype}: expected floats", hint=f"Scale() before {transform}")
 
 
 def _over(values: Tensor, inputs: Tensor) -> Tensor:

@@ -34,13 +34,13 @@ class Arrays(Dataset[Any]):
         others = [type(array).__name__ for array in arrays if not _is_array(array)]
         if others:
             raise ConfigError(
-                f"dataset is a tuple of arrays and a {others[0]}: arrays, memory maps or tensors are wanted",
+                f"dataset is a tuple of arrays and a {others[0]}: each must be an array, a memory map or a tensor",
                 hint="numpy.asarray(values)",
             )
         lengths = [len(array) for array in arrays]
         if len(set(lengths)) > 1:
             raise ConfigError(
-                f"dataset is a tuple of arrays with {', '.join(map(str, lengths))} rows: as many in each are wanted",
+                f"dataset is a tuple of arrays with {', '.join(map(str, lengths))} rows: all must have the same number",
                 hint="for array in dataset: print(array.shape)",
             )
         self.arrays = arrays

@@ -53,7 +53,7 @@ class Draws:
         63 bits modulo their number: the chance of one differs from another's by a part in 2^63 / (high - low).
         """
         if high <= low:
-            raise ConfigError(f"integers {name!r} from {low} to {high}: there are none", hint="high above low")
+            raise ConfigError(f"integers {name!r} from {low} to {high}: the range is empty", hint="set high above low")
         return (self.bits(name, *shape) & ((1 << 63) - 1)).remainder_(high - low).add_(low)
 
     def uniform(self, name: str, *shape: int) -> Tensor:

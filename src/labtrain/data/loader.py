@@ -105,7 +105,7 @@ class DataLoader:
     ) -> None:
         if others:
             raise ConfigError(
-                f"labtrain.DataLoader({next(iter(others))}=...): order, workers and seeds are made from the run's seed",
+                f"labtrain.DataLoader({next(iter(others))}=...): order, workers and seeds come from the run's seed",
                 hint="shuffle, num_workers, collate_fn, drop_last, pin_memory, draws, transform and device can be set",
             )
         if not batch_size or batch_size < 1:  # None is what torch takes where the dataset makes its batches
@@ -187,8 +187,8 @@ class DataLoader:
         counts = {name.rpartition(".")[2] for name in self.counts}
         now = scalars_of(self.dataset)
         return [
-            f"{name} of {type(self.dataset).__name__} was changed in mid-epoch, when a batch had been loaded ahead and"
-            " workers had a copy: the result depends on data.num_workers, and a training that goes on loads otherwise"
+            f"{name} of {type(self.dataset).__name__} was changed in mid-epoch, after a batch was loaded ahead and"
+            " workers had a copy: the result depends on data.num_workers, and a resumed training loads other samples"
             " (change it in on_train_epoch_end)"
             for name, value in self.begun.items()
             if name not in counts and now.get(name) != value
@@ -299,7 +299,7 @@ class DataLoader:
             seed_all(*place)
             made = apply(self.transforms, raw, draws)
             if digest_content(made) != first:
-                run_say(refuse_other("transform", "the first batch, transformed twice under one seed"))
+                run_say(refuse_other("transform", "the first batch, transformed twice with one seed"))
             return made
         seed_all(*place)
         return apply(self.transforms, raw, draws)
@@ -383,14 +383,14 @@ class _Fetch(Dataset[Any]):
         name, said = type(self.dataset).__name__, ""
         if first != again:
             index = next(index for index, a, b in zip(indices, first, again, strict=True) if a != b)
-            said = refuse_other(name, f"sample {index}, loaded twice under one seed", self.mode)
+            said = refuse_other(name, f"sample {index}, loaded twice with one seed", self.mode)
         elif drawn[0] != drawn[1]:
             index = next(index for index, a, b in zip(indices, *drawn, strict=False) if a != b)
             said = refuse_other(
-                name, f"what it draws for sample {index}, loaded twice under one seed", self.mode, kept=True
+                name, f"the random state after sample {index}, loaded twice with one seed", self.mode, kept=True
             )
         elif one != other:
-            said = refuse_other("collate_fn", "the first batch, collated twice under one seed", self.mode)
+            said = refuse_other("collate_fn", "the first batch, collated twice with one seed", self.mode)
         counts = sorted(key for key, value in numbers[1].items() if numbers[0].get(key, value) != value)
         return Noted(batch, counts, said) if counts or said else batch
 
@@ -408,7 +408,7 @@ class _Fetch(Dataset[Any]):
         if _generators() != before:
             raise ConfigError(
                 "draws=False, but collate_fn drew random numbers for the first batch",
-                hint="leave draws out: each batch is then seeded",
+                hint="remove draws=False: labtrain then seeds each batch",
             )
         return batch
 
@@ -425,7 +425,7 @@ class _Fetch(Dataset[Any]):
         if _generators() != before:
             raise ConfigError(
                 f"draws=False, but {type(self.dataset).__name__} drew random numbers for sample {index}",
-                hint="leave draws out: each sample is then seeded",
+                hint="remove draws=False: labtrain then seeds each sample",
             )
         return sample
 
@@ -546,10 +546,10 @@ def refuse_other(who: str, what: str, mode: str | None = None, *, kept: bool = F
         ConfigError: in strict and portable.
     """
     if kept:
-        why = "it keeps what it drew the first time, so samples depend on workers, devices and kills"
-        hint = "keep the sample as it is before anything is drawn for it, and augment it each time"
+        why = "it keeps its first random numbers, so samples depend on workers, devices and kills"
+        hint = "cache the sample before it is augmented, and augment it each time"
     else:
-        why = "it draws from a generator of its own, or depends on something that changes"
+        why = "it has its own random generator, or depends on something that changes"
         hint = (
             "draw from torch, random or numpy.random, which labtrain seeds for each sample; or make the generator in"
             " __getitem__: numpy.random.default_rng(torch.randint(2**62, ()).item())"
