@@ -101,7 +101,7 @@ def together(group: Any, action: Callable[[], T]) -> list[T]:
     for rank, (_, failed) in enumerate(all_of_them):
         if failed is not None:
             raise LabtrainError(
-                f"rank {rank}: {failed[0]}", hint=failed[1] or "the same command goes on from the newest"
+                f"rank {rank}: {failed[0]}", hint=failed[1] or "the same command resumes from the newest"
             )
     return [result for result, _ in all_of_them]
 
@@ -155,11 +155,11 @@ def check_loads(folder: Path, manifest: Manifest) -> None:
         structure.check(state)
         place = state[PLACE]
         if not place["ranks"]:
-            raise ValueError(f"its {PLACE}.ranks are none")
+            raise ValueError(f"its {PLACE}.ranks is empty")
         said = [manifest[key] for key in ("step", "epoch", "batch")]
         found = [place[key] for key in ("global_step", "epoch", "batch")]
         if said != found:
-            raise ValueError(f"its step, epoch and batch are {found}, its manifest says {said}")
+            raise ValueError(f"its step, epoch and batch are {found}, but its manifest says {said}")
     check_weights(folder)
 
 
@@ -190,9 +190,9 @@ def load_plain(path: Path, *, mapped: bool = False) -> State:
                 raise DamagedError(
                     f"{path} cannot be read without running code from it: it holds {found[1]}", hint=_ask(path.parent)
                 ) from error
-            raise ValueError("not a whole file of torch.save with plain values alone") from error
+            raise ValueError("not a complete file of torch.save, or not only plain values") from error
         if not isinstance(loaded, dict):
-            raise ValueError(f"a {type(loaded).__name__}, no dict")
+            raise ValueError(f"a {type(loaded).__name__}, expected a dict")
         for leaf in untrusted.leaves(loaded):
             if isinstance(leaf, torch.Tensor):
                 _check_tensor(leaf, size)
@@ -208,14 +208,14 @@ def _check_archive(file: IO[bytes], size: int) -> None:
         raise ValueError(str(error)) from error
     declared = sum(entry.file_size for entry in entries)
     if declared > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError(f"its parts are said to be {declared:,} bytes, it has {size:,}")
+        raise ValueError(f"it declares parts of {declared:,} bytes, but has {size:,}")
 
 
 def _check_tensor(tensor: torch.Tensor, size: int) -> None:
     """Refuse a tensor that is no plain one, or larger than the file that it came from."""
     layout = str(tensor.layout).removeprefix("torch.")
     if type(tensor) not in TENSORS or tensor.device.type != "cpu" or tensor.is_quantized or layout not in LAYOUTS:
-        raise ValueError(f"holds a {type(tensor).__name__} on {tensor.device}, {layout}: no plain tensor")
+        raise ValueError(f"holds a {type(tensor).__name__} on {tensor.device}, {layout}: expected a plain tensor")
     for part in components(tensor).values():
         if part.numel() * part.element_size() > max(size, 1 << 10):
             raise ValueError(f"a tensor of {tuple(part.shape)} in a file of {size:,} bytes")
@@ -336,7 +336,7 @@ def _write_part(folder: Path, state: State, group: Any) -> Manifest:
         if hidden := [name for name in files if not (folder / name).exists()]:
             raise StoreError(
                 f"{folder}/{hidden[0]} was written by another rank, and rank 0 does not see it",
-                hint="paths.runs on a folder that all nodes share",
+                hint="set paths.runs to a folder that all nodes share",
             )
         return {"files": files, "weights_digest": digest_folder(folder)}
 
@@ -405,7 +405,7 @@ def _load_parts(folder: Path, names: Any, now: State, *, alone: bool) -> State:
         except CheckpointException as error:
             cause, _ = next(iter(error.failures.values()))
             raise LabtrainError(
-                f"{folder} does not fit: {cause}", hint="the model it was saved of; or resume=never"
+                f"{folder} does not fit: {cause}", hint="use the model that it was saved from; or resume=never"
             ) from error
     return tensors
 

@@ -27,7 +27,7 @@ def export_checkpoint(target: str, file: Path) -> None:
         file: must not exist yet.
     """
     if file.exists():
-        raise ConfigError(f"{file} is there already", hint=f"another name, or rm {quoted(file)}")
+        raise ConfigError(f"{file} already exists", hint=f"choose another name, or rm {quoted(file)}")
     with found_checkpoint(target) as (folder, _):
         scratch = file.with_name(f".{file.name}.part")
         torch.save(load_folder(folder), scratch)
@@ -46,7 +46,7 @@ def import_checkpoint(file: Path, url: str) -> str:
     try:
         loaded = load_plain(Path(os.path.realpath(file)))  # which the person has named, be it a link
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"{file} is not there", hint=f"ls {quoted(file.parent)}") from error
+        raise ConfigError(f"{file} does not exist", hint=f"ls {quoted(file.parent)}") from error
     except DamagedError as error:
         hint = "in the program that made it: torch.save(model.state_dict(), FILE)"
         raise DamagedError(str(error.args[0]), hint=hint) from error
@@ -93,11 +93,11 @@ def _check(file: Path, state: dict[str, Any]) -> None:
         for name, tensor in weights.items():
             if not isinstance(name, str) or name == "__metadata__" or not isinstance(tensor, torch.Tensor):
                 raise ValueError(
-                    f"its state_dict holds a {type(tensor).__name__} under {name!r}: no tensor by its name"
+                    f"its state_dict holds a {type(tensor).__name__} under {name!r}: expected a tensor under a text"
                 )
             name.encode()
             if str(tensor.dtype).removeprefix("torch.") not in WEIGHT_DTYPE_NAMES:
-                raise ValueError(f"{name} is of {tensor.dtype}, which safetensors does not know")
+                raise ValueError(f"{name} is of {tensor.dtype}, which safetensors does not support")
         for key in ("global_step", "epoch"):
             if not untrusted.is_count(state.get(key, 0)) or state.get(key, 0) >= 10**10:
                 raise ValueError(f"its {key} is {state[key]!r}")

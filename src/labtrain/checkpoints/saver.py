@@ -268,7 +268,7 @@ class Saver:
     def _explained(self, name: str, error: BaseException) -> StoreError:
         return StoreError(
             f"{self.home}/{name} could not be written: {getattr(error, 'strerror', None) or error}",
-            hint=f"df -h {self.home}; ls -ld {self.home}; then the same command goes on from the newest",
+            hint=f"df -h {self.home}; ls -ld {self.home}; then the same command resumes from the newest",
         )
 
     def _deliver_what_was_left(self) -> None:
@@ -290,4 +290,4 @@ class Saver:
                 for name in doomed:
                     self.home.discard(name, self.token)
         except OSError as error:
-            sys.stderr.write(f"warning: {self.home}: what is superseded could not be removed: {error}\n")
+            sys.stderr.write(f"warning: {self.home}: superseded checkpoints could not be removed: {error}\n")

@@ -50,7 +50,7 @@ class Staging:
         if kind in PLAIN:
             return value
         raise LabtrainError(
-            f"{key} is a {described(value)}: no tensor, number, string, list or dict, so no part of a checkpoint",
+            f"{key} is a {described(value)}: a checkpoint can hold only tensors, numbers, strings, lists and dicts",
             hint="keep plain values in hyperparameters and state_dicts",
         )
 

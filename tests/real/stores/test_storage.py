@@ -139,7 +139,7 @@ def test_to_lightning_and_back(experiment: Experiment, tmp_path: Path) -> None:
         return done
 
     store("export", str(run.folder), "x.ckpt")
-    assert "is there already" in store("export", str(run.folder), "x.ckpt", code=2).stderr
+    assert "already exists" in store("export", str(run.folder), "x.ckpt", code=2).stderr
     import torch
 
     loaded = torch.load("x.ckpt", weights_only=True)
