@@ -114,9 +114,9 @@ def resolve(ranks: Ranks) -> str:
         return str(socket.getaddrinfo(ranks.address, ranks.port, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise DeviceError(
-            f"{os.uname().nodename} does not know the node {ranks.address}, where all {ranks.world} processes are to"
+            f"{os.uname().nodename} cannot resolve the node {ranks.address}, where all {ranks.world} processes must"
             f" meet: {error.strerror}",
-            hint=f"getent hosts {ranks.address}; MASTER_ADDR=ADDRESS before {ranks.launcher} names it otherwise",
+            hint=f"getent hosts {ranks.address}; or set MASTER_ADDR=ADDRESS before {ranks.launcher}",
         ) from error
 
 
@@ -128,9 +128,9 @@ def refuse_port_in_use(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise DeviceError(
-                f"port {port} of {os.uname().nodename}, where all processes are to meet, is not to be had:"
+                f"port {port} of {os.uname().nodename}, where all processes must meet, is not available:"
                 f" {error.strerror}",
-                hint=f"MASTER_PORT={port + 1}, before srun; ss -ltnp 'sport = :{port}' shows who has it",
+                hint=f"MASTER_PORT={port + 1}, before srun; ss -ltnp 'sport = :{port}' shows which process uses it",
             ) from error
 
 
@@ -161,4 +161,7 @@ def explain_loss(error: BaseException, wishes: Wishes) -> BaseException:
     if not wishes.begun:
         return error
     last = str(error).strip().splitlines()[-1]
-    return LostError(f"the other processes are gone: {last}", hint="one of them says why; the same command goes on")
+    return LostError(
+        f"lost contact with the other ranks: {last}",
+        hint="the error of another rank says why; the same command resumes",
+    )

@@ -223,8 +223,8 @@ class EpochLoop(TrainingEpochLoop):
                 mine = self._of_this_rank(at)
                 if mine is None:
                     raise ConfigError(
-                        f"the training data's state is that of {len(at['ranks'])} ranks, here are"
-                        f" {self.trainer.world_size}: which samples each would go on with is not known",
+                        f"the checkpoint holds the data's state for {len(at['ranks'])} ranks, this training has"
+                        f" {self.trainer.world_size}: the next samples of each rank are unknown",
                         hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
                     )
                 loader.start_at(
@@ -250,7 +250,7 @@ class EpochLoop(TrainingEpochLoop):
         kept: State = at["ranks"][0] if mine is None else mine
         if mine is None and kept.get("gradients") and is_spread(self.trainer.lightning_module.state_dict()):
             raise ConfigError(
-                f"gradients wait in this checkpoint, those of {len(at['ranks'])} ranks, here are"
+                f"the checkpoint holds accumulated gradients of {len(at['ranks'])} ranks, this training has"
                 f" {self.trainer.world_size}",
                 hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
             )

@@ -212,7 +212,7 @@ class _Session:
                 self.run_dir, self.start.resumed, self.before or self.config, say=say
             )
         if self.config["determinism"]["mode"] != "off" and (unlike := unlike_lock(Path(self.job.root))):
-            say(f"this environment is not that of the experiment's lock: {few(unlike)}. {REPAIR[route()]}")
+            say(f"this environment differs from the experiment's lock: {few(unlike)}. {REPAIR[route()]}")
 
     def fit(self) -> Result:
         """Train to the end, test, and close the receipt."""
@@ -293,14 +293,14 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
     batches = config["trainer"]["overfit_batches"]
     if batches and isinstance(error, ValueError) and "needs to subclass `torch.utils.data.DataLoader`" in str(error):
         return ConfigError(
-            f"trainer.overfit_batches={batches}: Lightning would put a sampler of its own into labtrain.DataLoader",
+            f"trainer.overfit_batches={batches}: Lightning would replace the sampler of labtrain.DataLoader",
             hint=f"trainer.limit_train_batches={batches} trainer.limit_val_batches={batches}, and shuffle=False in"
             " train_dataloader",
         )
     if isinstance(error, FileNotFoundError | PermissionError) and not started:
         return ConfigError(
             f"{error.strerror}: {error.filename}",
-            hint="python train.py --cfg job shows the paths that data and model were given",
+            hint="python train.py --cfg job shows the paths of data and model",
         )
     return None
 
@@ -345,8 +345,8 @@ def _refuse_classes_of_no_file(config: Config) -> None:
         if text.startswith("__main__."):
             name = text.removeprefix("__main__.")
             raise ConfigError(
-                f"{text} is defined in the notebook, so no file holds its code, and no run can be named by it",
-                hint=f"%%writefile own.py in the first line of its cell, and _target_: own.{name}",
+                f"{text} is defined in the notebook: a run is named by its code, and no file holds this code",
+                hint=f"%%writefile own.py as the first line of its cell, then _target_: own.{name}",
             )
 
 

@@ -87,7 +87,7 @@ class Guard(pl.Callback):
             self._judge(stale(self.code))
             if self.code.shadows:
                 names = ", ".join(self.code.shadows)
-                self.say(f"imported instead of the environment's: {names} (unset PYTHONPATH, or give them other names)")
+                self.say(f"these modules hide the environment's: {names} (unset PYTHONPATH, or rename them)")
         self._judge(left_out_asserts())
         self._refuse(uncuttable_loaders(trainer, self.shards))
         self._refuse(unclippable(trainer))
@@ -137,8 +137,9 @@ class Guard(pl.Callback):
         for loader in train_loaders(trainer):
             for name in dict.fromkeys(getattr(loader, "counts", ())):
                 self.say(
-                    f"{name} changes each time a sample is loaded, in each worker and on each device by itself: samples"
-                    " that are computed from it depend on their number (compute them from the index and random numbers)"
+                    f"{name} changes each time a sample is loaded, separately in each worker and on each device:"
+                    " samples computed from it depend on the number of workers and devices (compute them from the index"
+                    " and random numbers)"
                 )
 
     def _say_device_reads(self, trainer: pl.Trainer) -> None:
@@ -148,15 +149,15 @@ class Guard(pl.Callback):
             shown = path.relative_to(self.root) if path.is_relative_to(self.root) else path
             if name == "global_rank":
                 self.say(
-                    f"{shown}:{line} reads trainer.global_rank: what is computed from it differs between the devices,"
-                    " so the result depends on their number (leave it out; trainer.is_global_zero says who prints and"
-                    " writes)"
+                    f"{shown}:{line} reads trainer.global_rank: values computed from it differ between devices, so the"
+                    " result depends on the number of devices (remove it; use trainer.is_global_zero to print or write"
+                    " once)"
                 )
                 continue
             self.say(
-                f"{shown}:{line} reads trainer.{name}: a batch is the whole batch of all devices, so a learning rate or"
-                " a batch size that is computed from the number of devices makes the result depend on it (leave it"
-                " out: data.batch_size and the learning rate are those of the whole batch)"
+                f"{shown}:{line} reads trainer.{name}: a learning rate or a batch size computed from the number of"
+                " devices makes the result depend on it (remove it: data.batch_size and the learning rate are those of"
+                " the whole batch of all devices)"
             )
 
     def judge(self, what: str, hint: str) -> None:
@@ -181,7 +182,7 @@ def stale(code: Code) -> Iterator[Finding]:
     """Find modules that are not as the file that names the run."""
     for name in stale_modules(code):
         yield (
-            f"{name} is not as in its file: it was edited since it was imported, or loaded from bytecode",
+            f"{name} differs from its file: it was edited after the import, or loaded from bytecode",
             "start again; in a notebook, restart the kernel",
         )
 
@@ -195,7 +196,7 @@ def unnamed(code: Code, there: set[str], root: Path) -> Iterator[tuple[str, Find
         elif late:  # code that ran has changed sys.path
             before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
             path = os.pathsep.join([os.path.abspath(late[0]), *before])  # noqa: PTH100
-            hint = f"PYTHONPATH={path} python train.py; code is looked for before model and data are imported"
+            hint = f"PYTHONPATH={path} python train.py; labtrain looks for code before it imports model and data"
         else:
             hint = f"put {file} into {root} and import it by its name"
         what = f"{name} was imported from {file}: it is neither in the environment nor in the run's name"
@@ -209,12 +210,12 @@ def uncuttable_loaders(trainer: pl.Trainer, shards: int | None) -> Iterator[Find
         return
     kinds = " and ".join(_kind(getattr(loader, "loader", loader)) for loader in loaders)
     if len(loaders) == 1 and isinstance(loaders[0], StatefulLoader):
-        hint = "determinism.shards=null: an exact resume, by its state_dict, on one number of devices"
+        hint = "determinism.shards=null: resumes exactly by its state_dict, on the same number of devices"
     else:
         hint = f"{OURS}, or determinism.shards=null determinism.mode=warn"
     yield (
         f"the training data comes from {kinds}: its batches cannot be cut into determinism.shards={shards}, and its"
-        " order and draws are no function of seed and epoch",
+        " order and draws are not a function of seed and epoch",
         hint,
     )
 
@@ -255,15 +256,15 @@ def training_loaders(trainer: pl.Trainer) -> Iterator[Finding]:
     loaders = list(train_loaders(trainer))
     hint = f"{OURS}, or determinism.mode=warn"
     if len(loaders) > 1:
-        yield f"{len(loaders)} training loaders at once: where each stands cannot be found again after a resume", hint
+        yield f"{len(loaders)} training loaders at once: a resume cannot restore the place of each", hint
     for loader in loaders:
         if not isinstance(loader, DataLoader | StatefulLoader):
-            what = "its order and draws are no function of seed and epoch"
+            what = "its order and draws are not a function of seed and epoch"
             yield f"the training data comes from {_kind(loader)}: {what}", hint
         elif isinstance(loader, StatefulLoader) and trainer.world_size > 1:
             yield (
                 f"the training data comes from {_kind(loader.loader)}, in {trainer.world_size} processes: unless it"
-                " cuts its samples by rank itself, each of them trains on the same",
+                " splits its samples by rank, each process trains on the same samples",
                 "trainer.devices=1; or determinism.mode=warn, if each rank gets samples of its own",
             )
 
@@ -272,8 +273,8 @@ def batch_size_finders(trainer: pl.Trainer) -> Iterator[Finding]:
     """Find what sets the batch size to the largest that the machine's memory holds, in any mode."""
     if any(isinstance(callback, pl.callbacks.BatchSizeFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         yield (
-            "a BatchSizeFinder would set another batch size than data.batch_size, by the memory of this machine",
-            "leave it out of callbacks; labtrain batch-size prints the largest data.batch_size that fits",
+            "a BatchSizeFinder would replace data.batch_size by a size that depends on this machine's memory",
+            "remove it from callbacks; labtrain batch-size prints the largest data.batch_size that fits",
         )
 
 
@@ -283,7 +284,7 @@ def evaluation_loaders(stage: str, loaders: Iterable[Any]) -> Iterator[Finding]:
         if not isinstance(loader, DataLoader):
             yield (
                 f"the {stage} data comes from {_kind(loader)}: its metrics would depend on the number of devices,"
-                " and its draws on what was drawn before",
+                " and its draws on earlier draws",
                 "return labtrain.DataLoader(dataset, batch_size), or determinism.mode=warn",
             )
 
@@ -293,8 +294,8 @@ def compiled(module: torch.nn.Module) -> Iterator[Finding]:
     for name, part in module.named_modules():
         if isinstance(part, torch._dynamo.OptimizedModule) or getattr(part, "_compiled_call_impl", None) is not None:
             yield (
-                f"{name or type(part).__name__} is compiled by torch.compile: its kernels are chosen by timing, and by"
-                " the shapes that the process has seen, so a resumed training may compute with others",
+                f"{name or type(part).__name__} is compiled by torch.compile, which chooses kernels by timing and by"
+                " the shapes that the process has seen: a resumed training may use different kernels",
                 "speed.compile=true instead, or determinism.mode=warn",
             )
             return
@@ -310,14 +311,14 @@ def changed_flags(threads: int) -> Iterator[Finding]:
     ):
         if found != wanted:
             yield (
-                f"{name} is {found}, determinism.mode had set {wanted}: something in the experiment's code changed it",
+                f"{name} is {found}, but determinism.mode set {wanted}: the experiment's code changed it",
                 "remove that line, or determinism.mode=warn",
             )
     for name in TF32_VARIABLES:
         if name in os.environ:
             yield (
-                f"the environment has {name}={os.environ[name]}: it changes bits, and is no part of the run's name",
-                f"unset {name}; TF32 is had by speed.tf32=true",
+                f"the environment has {name}={os.environ[name]}: it changes bits, and is not part of the run's name",
+                f"unset {name}; for TF32 set speed.tf32=true",
             )
 
 
@@ -325,7 +326,7 @@ def left_out_asserts() -> Iterator[Finding]:
     """Find Python's option that leaves asserts out, and with them what they call."""
     if sys.flags.optimize:
         yield (
-            "Python leaves out asserts (-O, PYTHONOPTIMIZE): what they do is then not done, in a run of the same name",
+            "Python skips asserts (-O, PYTHONOPTIMIZE): the run has the same name, but does not do what its asserts do",
             "unset PYTHONOPTIMIZE, and start python without -O",
         )
 
@@ -334,15 +335,15 @@ def clocks(trainer: pl.Trainer) -> Iterator[Finding]:
     """Find what happens at a time, or depends on when a process began."""
     if checks_validation_by_time(trainer):
         yield (
-            "trainer.val_check_interval is a time: validations come at other steps each time",
-            "a number of batches, or determinism.mode=warn",
+            "trainer.val_check_interval is a time: validations then run at different steps each time",
+            "set a number of batches, or determinism.mode=warn",
         )
     if any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         yield "trainer.max_time ends the training by the clock", "trainer.max_steps, or determinism.mode=warn"
     if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
         yield (
-            "trainer.reload_dataloaders_every_n_epochs: what is loaded may depend on the epoch a process began in",
-            "set_epoch, which labtrain.DataLoader has; or determinism.mode=warn",
+            "trainer.reload_dataloaders_every_n_epochs: the data may depend on the epoch in which a process started",
+            "use set_epoch of labtrain.DataLoader, or determinism.mode=warn",
         )
 
 

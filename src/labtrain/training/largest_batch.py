@@ -40,7 +40,7 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     model = instantiate(config["model"], "model", pl.LightningModule)
     hasten(model, config["speed"], mode=determined["mode"], say=say)
     if accelerator == "cpu":
-        say("on a CPU nothing says when memory is full: sizes are tried until the data, 8192 or --max-trials ends them")
+        say("a CPU does not report full memory: the search ends at the size of the data, 8192 or --max-trials")
     let_lightning_say_how_it_goes()
     with tempfile.TemporaryDirectory() as scratch:  # for the weights, which each trial begins with
         alone = make_environment(None, accelerator=accelerator)
@@ -53,7 +53,7 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
             if datamodule.batch_size >= smallest:
                 raise
             raise DeviceError(
-                f"out of memory at data.batch_size={smallest}, the smallest that determinism.shards={shards} take",
+                f"out of memory at data.batch_size={smallest}, the smallest size for determinism.shards={shards}",
                 hint="trainer.precision=bf16-mixed, speed.checkpoint_activations=true, or a smaller model",
             ) from error
     assert found is not None
@@ -70,8 +70,8 @@ def _sized(datamodule: Any) -> Any:
     """
     if not hasattr(datamodule, "batch_size"):
         raise ConfigError(
-            f"{type(datamodule).__name__} has no attribute batch_size: the search sets it and asks for loaders",
-            hint="self.batch_size = batch_size in its __init__, and the loaders made with self.batch_size",
+            f"{type(datamodule).__name__} has no attribute batch_size: the search sets it, then asks for loaders",
+            hint="set self.batch_size = batch_size in its __init__, and make the loaders with self.batch_size",
         )
     return datamodule
 
@@ -92,10 +92,10 @@ def _noting_sizes(trainer: pl.Trainer, datamodule: Any) -> list[int]:
 def held_at_once(size: int, shards: int | None) -> str:
     """Return, in words, how much of a batch is in memory at once, and on how many devices it fits so."""
     if shards is None:
-        return "on one device; without determinism.shards each of several would take its part of it"
+        return "on one device; without determinism.shards, several devices would divide it"
     return (
-        f"determinism.shards={shards} micro-batches of {-(-size // shards)} samples, one after the other, on one device"
-        f" or on up to {shards}"
+        f"determinism.shards={shards}, shards of {-(-size // shards)} samples, one after the other on one device,"
+        f" or on up to {shards} devices"
     )
 
 

@@ -80,13 +80,13 @@ def refuse_unknown(name: str, options: dict[str, Any]) -> None:
     for key in options:
         if key in OURS or (takes is not None and key not in takes):
             why = (
-                "labtrain makes this logger, and has it write into the run's folder"
+                "labtrain sets this option, so that the logger writes into the run's folder"
                 if key in OURS
                 else "no such option"
             )
             taken = ", ".join(sorted(takes)) if takes else "project, entity, group, tags, notes, mode"
             raise ConfigError(
-                f"logger.{name}.{key}={options[key]}: {why}", hint=f"leave {key} out; logger.{name} takes {taken}"
+                f"logger.{name}.{key}={options[key]}: {why}", hint=f"remove {key}; logger.{name} takes {taken}"
             )
 
 
@@ -274,9 +274,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
 def _wandb(job: Job, options: dict[str, Any], position: int) -> WandbLogger:
     mode = options.pop("mode", "auto")
     if mode not in ("auto", "online", "offline"):
-        raise ConfigError(
-            f"logger.wandb.mode={mode}: one of auto, online, offline is wanted", hint="logger.wandb.mode=auto"
-        )
+        raise ConfigError(f"logger.wandb.mode={mode}: must be auto, online or offline", hint="logger.wandb.mode=auto")
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
     options = {key: value for key, value in options.items() if value not in (None, [])}
@@ -297,7 +295,7 @@ def _wandb(job: Job, options: dict[str, Any], position: int) -> WandbLogger:
         )
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "logger=wandb, and wandb is not installed", hint="make setup, or logger=tensorboard"
+            "logger=wandb needs wandb, which is not installed", hint="make setup, or logger=tensorboard"
         ) from error
     return logger
 

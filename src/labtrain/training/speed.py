@@ -62,9 +62,9 @@ class Speed(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.speed["tf32"] and trainer.strategy.root_device.type == "cpu":
-            self.say("speed.tf32: a CPU computes as without it")
+            self.say("speed.tf32 has no effect on a CPU")
         if self.speed["compile"] and self.mode == "warn":
-            self.say("speed.compile, not in strict mode: its kernels depend on the sizes that a process has met")
+            self.say("speed.compile outside strict mode: its kernels depend on the sizes that a process has seen")
         hasten(pl_module, self.speed, mode=self.mode, say=self.say)
         self.looks = bool(self.speed["compile"])
 
@@ -72,7 +72,7 @@ class Speed(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if self.looks and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
-            self.say("speed.compile: nothing was compiled: training_step calls neither the model nor a module of it")
+            self.say("speed.compile: nothing was compiled: training_step calls neither the model nor its modules")
         self.looks = False
 
 
@@ -105,9 +105,9 @@ def check_compiler(speed: dict[str, Any], accelerator: str) -> None:
     names = [os.environ.get("CXX", "g++")] if accelerator == "cpu" else [os.environ.get("CC", ""), "gcc", "clang"]
     headers = Path(sysconfig.get_path("include"), "Python.h")
     if not any(shutil.which(name) for name in names if name):
-        found, wanted = f"{' or '.join(filter(None, names))} is not there", f"apt-get install {package}"
+        found, wanted = f"{' or '.join(filter(None, names))} was not found", f"apt-get install {package}"
     elif not headers.exists():
-        found, wanted = f"{headers} is not there", "apt-get install python3-dev"
+        found, wanted = f"{headers} was not found", "apt-get install python3-dev"
     else:
         return
     raise DeviceError(f"speed.compile needs a compiler: {found}", hint=f"{wanted}, or speed.compile=false")
@@ -159,9 +159,9 @@ def explain_compile(error: BaseException) -> ConfigError | None:
     if type(error).__name__ != "FailOnRecompileLimitHit":
         return None
     return ConfigError(
-        f"speed.compile: something was compiled for {COMPILED_SIZES} different sizes or numbers; torch would now go on"
-        " without, and a resumed training would compute otherwise",
-        hint="pad the inputs to a few sizes; TORCH_LOGS=recompiles names what differs; or speed.compile=false",
+        f"speed.compile: a function was compiled for {COMPILED_SIZES} different sizes or numbers; torch would now stop"
+        " compiling it, and a resumed training would compute differently",
+        hint="pad the inputs to a few sizes; TORCH_LOGS=recompiles shows what differs; or speed.compile=false",
     )
 
 
@@ -217,7 +217,7 @@ def _recomputed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     output = checkpoint(forward, *args, use_reentrant=False, context_fn=_same_draws)
     if before != [buffer._version for buffer in self.buffers()]:
         raise ConfigError(
-            f"speed.checkpoint_activations: {self._labtrain_name} changes a buffer when it is called, so twice",
+            f"speed.checkpoint_activations: {self._labtrain_name} changes a buffer in each call, and is called twice",
             hint="speed.checkpoint_activations=false",
         )
     return output
@@ -252,7 +252,7 @@ def put_channels_last(module: nn.Module) -> None:
     images = [parameter for parameter in module.parameters() if parameter.dim() == 4]
     if not images:
         raise ConfigError(
-            "speed.channels_last: the model has no 4-D weight, a convolution's for one",
+            "speed.channels_last: the model has no 4-D weight, such as a convolution's",
             hint="speed.channels_last=false",
         )
     for parameter in images:

@@ -153,7 +153,7 @@ def refuse_outdated(before: receipt.Receipt | None, run_dir: Path) -> None:
     """
     if (receipt.read(run_dir) or {}).get("digest") != (before or {}).get("digest"):
         raise LabtrainError(
-            f"{shown(run_dir)}: another process trained it while this one started", hint="the same command goes on"
+            f"{shown(run_dir)}: another process trained it while this process started", hint="the same command resumes"
         )
 
 
@@ -168,9 +168,9 @@ def origin_of(job: Job, found: Found | None) -> dict[str, Any] | None:
     name, manifest = found.name, found.manifest
     if (digest := checkpoint_digest(manifest)) != job.origin_digest:
         raise ConfigError(
-            f"resume={job.config['resume']}: its newest checkpoint cannot be read, and the run would begin from"
-            f" {name}, an older one",
-            hint=f"labtrain store check {job.origin}; rm -r the damaged one, and the same command begins from {name}",
+            f"resume={job.config['resume']}: its newest checkpoint cannot be read, and the run would start from"
+            f" an older checkpoint, {name}",
+            hint=f"labtrain store check {job.origin}; rm -r the damaged one, then the same command starts from {name}",
         )
     return {
         "run_id": manifest["run_id"],
@@ -199,18 +199,15 @@ def hold_records(
     )
     if missing:
         steps = ", ".join(f"{first} to {last}" if first < last else f"{first}" for first, last in missing)
-        say(
-            f"{TRAIL} is not what it was when {name} was saved: the lines of these steps are missing, or were changed:"
-            f" {steps}"
-        )
+        say(f"{TRAIL} was changed after {name} was saved: the lines of these steps are missing or different: {steps}")
     if (said := manifest.get("history")) and not is_as_recorded(run_dir / HISTORY, said):
-        say(f"{HISTORY} is not what it was when {name} was saved: {BEST_UNSURE}")
+        say(f"{HISTORY} was changed after {name} was saved: {BEST_UNSURE}")
     return missing
 
 
 def warn_resumed(run_dir: Path, name: str, origin: dict[str, Any] | None) -> None:
     """Say that a run goes on, or begins from another, and from where."""
     if origin is not None:
-        warn(f"{shown(run_dir)} is a new run: it begins from {name} of {origin['run_id']}, which stays as it is")
+        warn(f"{shown(run_dir)} is a new run: it starts from {name} of {origin['run_id']}, which does not change")
         return
-    warn(f"{shown(run_dir)} goes on from {name} (resume=never starts anew beside it)")
+    warn(f"{shown(run_dir)} resumes from {name} (resume=never starts a new run beside it)")

@@ -93,7 +93,7 @@ def named_code(job: Job) -> Code | None:
     note_executed()
     code = read_code(Path(job.root), job.config)
     if job.code_digest not in ("", code.digest):
-        raise ConfigError("the code was changed while the training started", hint="start it again")
+        raise ConfigError("the code changed while the training started", hint="start it again")
     return code
 
 
@@ -132,7 +132,7 @@ def instantiate(options: Config, key: str, kind: type[Made]) -> Made:
         raise cause from None
     if not isinstance(made, kind):
         raise ConfigError(
-            f"{key}._target_={target} makes a {type(made).__name__}, a {kind.__name__} is wanted",
+            f"{key}._target_={target} makes a {type(made).__name__}, expected a {kind.__name__}",
             hint=f"derive it from lightning.pytorch.{kind.__name__}",
         )
     return made
@@ -176,12 +176,12 @@ def wants_progress(config: Config, own: dict[str, pl.Callback]) -> bool:
     bars = [name for name, callback in own.items() if isinstance(callback, ProgressBar)]
     if bars and config["trainer"]["enable_progress_bar"] is False:
         raise ConfigError(
-            f"callbacks.{bars[0]} is a progress bar, and trainer.enable_progress_bar is false",
+            f"callbacks.{bars[0]} is a progress bar, but trainer.enable_progress_bar is false",
             hint=f"callbacks.{bars[0]}=null, or trainer.enable_progress_bar=true",
         )
     if len(bars) > 1:
         both = " and ".join(f"callbacks.{name}" for name in bars)
-        raise ConfigError(f"{both} are progress bars: a training has one", hint=f"callbacks.{bars[1]}=null")
+        raise ConfigError(f"{both} are progress bars: a training can have only one", hint=f"callbacks.{bars[1]}=null")
     return bool(config["trainer"]["enable_progress_bar"]) and not bars
 
 

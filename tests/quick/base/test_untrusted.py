@@ -185,7 +185,7 @@ def test_a_line_that_is_none_of_a_history(line: str, tmp_path: Path, capsys: pyt
     with pytest.raises(DamagedError, match=r"history\.jsonl is broken: line 1 "):
         list(read_history_lines(tmp_path))
     assert best_of(tmp_path, monitor="a", mode="max") is None
-    assert "the best value is not known" in capsys.readouterr().err
+    assert "the best value is unknown" in capsys.readouterr().err
 
 
 def header(value: Any, rest: bytes = b"", size: int | None = None) -> bytes:

@@ -32,7 +32,7 @@ def test_a_block_under_reentrant_checkpointing_gets_the_gradient_of_all_its_uses
 def test_a_block_used_more_often_than_before_is_an_error_on_several_devices(runner: Runner) -> None:
     runner.run(model("Reentrant", "more and more"), world=2, code=None)
     assert "reentrant checkpointing used it more often than in any step before" in runner.said()
-    assert "hint: torch.utils.checkpoint.checkpoint(..., use_reentrant=False)" in runner.said()
+    assert "hint: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)" in runner.said()
 
 
 @pytest.mark.parametrize("size", [33, 34, 37])

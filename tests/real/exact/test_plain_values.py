@@ -150,4 +150,4 @@ def test_an_attribute_that_hooks_set_on_some_ranks_is_said(kind: str, name: str,
     ]  # type: ignore[operator]
     assert len(said) == len(notes) == bool(name)
     if name:
-        assert said[0].startswith(f"warning: {name} was the same on all ranks when the training began, and differs")
+        assert said[0].startswith(f"warning: {name} was the same on all ranks when the training began, but differs")

@@ -45,7 +45,7 @@ def test_a_run_goes_on_elsewhere_from_its_store_alone(url: str, runner: Runner, 
     assert store.writer() is None
     shutil.rmtree(run_dir)
     assert runner.run(config, world=2, environment=variables()) == run_dir
-    assert "goes on from step-0000000007" in runner.said()
+    assert "resumes from step-0000000007" in runner.said()
     same(outcome(run_dir), reference, trail_from=7)
     paths = [entry["path"] for entry in json.loads((run_dir / "receipt.json").read_text())["checkpoints"]]
     assert paths == [f"{url}/{run_dir.name}/step-{step:010d}" for step in (10, 15)]

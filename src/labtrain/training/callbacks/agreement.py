@@ -25,7 +25,7 @@ from labtrain.training.sharded.strategy import Exact
 
 HINT = (
     "compute it from labtrain.gather_outputs(list), the outputs of all ranks, without sync_dist (docs/guides/data.md);"
-    " for what is a rank's own, such as a time: self.log(..., rank_zero_only=True)"
+    " for a value of one rank, such as a time: self.log(..., rank_zero_only=True)"
 )
 
 
@@ -84,7 +84,7 @@ class Agreement(pl.Callback):
             self._judge(f"{first.name}, logged in {first.hook},", numbers, equal=equal, synced=first.synced)
             if first.synced and len(found) < len(ranks):
                 raise ConfigError(
-                    f"{first.name} is logged with sync_dist on rank {', '.join(map(str, found))} alone",
+                    f"{first.name} is logged with sync_dist on rank {', '.join(map(str, found))} only",
                     hint="log it on every rank, or without sync_dist",
                 )
 
@@ -100,7 +100,7 @@ class Agreement(pl.Callback):
             shown = ", ".join(f"{number:.6g} on rank {rank}" for rank, number in numbers.items())
             text = f"{what} differs between the ranks ({shown}): it is computed from a part of the outputs"
         elif synced == "sum" and any(numbers.values()):
-            text = f"{what} is summed over the ranks (sync_dist, reduce_fx=sum), which have it whole or in parts"
+            text = f"{what} is summed over the ranks (sync_dist, reduce_fx=sum): each has all of it, or a part"
         else:
             return
         if self.mode in STRICT_MODES:

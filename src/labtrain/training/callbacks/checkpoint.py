@@ -91,9 +91,9 @@ class Checkpoints(pl.Callback):
         step = self.newest[1] if self.newest else 0
         if (first := trainer.strategy.broadcast(step)) != step:
             raise LabtrainError(
-                f"rank {trainer.global_rank} goes on from step {step}, rank 0 from {first}: they do not see the same"
+                f"rank {trainer.global_rank} resumes from step {step}, rank 0 from {first}: they see different"
                 " checkpoints",
-                hint="paths.runs on a folder that all nodes share",
+                hint="set paths.runs to a folder that all nodes share",
             )
 
     def on_load_checkpoint(
@@ -129,13 +129,13 @@ class Checkpoints(pl.Callback):
             unsaved = loop_of(trainer).unsaved
             if unsaved is not None and unsaved.lost:
                 self.say(
-                    f"the training that saved this checkpoint had changed {few(sorted(unsaved.lost))}, which no"
-                    " checkpoint holds: this one goes on with what __init__ makes"
+                    f"the training changed {few(sorted(unsaved.lost))}, which its checkpoint does not hold:"
+                    " the resumed training starts with the values from __init__"
                 )
             for name, value in unsaved.overruled.items() if unsaved is not None else ():
                 self.say(
-                    f"{name} begins as {value} here; the training had changed it, and goes on with"
-                    " what it was when the checkpoint was saved (to begin with the new value: resume=never)"
+                    f"{name} starts as {value} in the code, but the training had changed it: it resumes with"
+                    " the value in the checkpoint (to start with the new value: resume=never)"
                 )
         if is_spread(pl_module.state_dict()):
             self.saver.group = dist.new_group(backend="gloo")  # the writers', beside what the loop exchanges
@@ -167,10 +167,10 @@ class Checkpoints(pl.Callback):
         told = self.validated or not trainer.enable_validation
         if self.monitor is not None and self.monitor not in found and told:
             wrong = f"checkpoint.monitor={self.monitor}: no such metric"
-            logged = f"logged are {', '.join(sorted(found)) or 'none'}"
+            logged = f"logged metrics: {', '.join(sorted(found)) or 'none'}"
             if self.keep_best:
-                raise LabtrainError(f"{wrong}; {logged}", hint="checkpoint.keep_best=0, or name one of these")
-            self.say(f"{wrong}, and no best value is recorded; {logged}")
+                raise LabtrainError(f"{wrong}; {logged}", hint="checkpoint.keep_best=0, or the name of a logged metric")
+            self.say(f"{wrong}, so no best value is recorded; {logged}")
 
     def save(self, trainer: pl.Trainer, *, required: bool) -> None:
         """Save the training's state as it is now; on every rank: rank 0 writes, and each its part of what is spread.
@@ -212,8 +212,8 @@ class Checkpoints(pl.Callback):
         unsaved = loop_of(trainer).unsaved
         if unsaved is not None and (lost := unsaved.newly_lost()):
             self.say(
-                f"the training changes {few(lost)}, which no checkpoint holds: a resumed training starts"
-                " with what __init__ makes (keep a number, a tensor or a list in an attribute of the model, or save and"
+                f"the training changes {few(lost)}, which no checkpoint holds: a resumed training starts with"
+                " the values from __init__ (keep a number, a tensor or a list in an attribute of the model, or save and"
                 " load it in on_save_checkpoint and on_load_checkpoint; a callback in state_dict and load_state_dict)"
             )
 
@@ -224,7 +224,7 @@ class Checkpoints(pl.Callback):
             lacking = None if can_differ(trainer.lightning_module) else lacks(self.made, made)
             if lacking is not None:
                 hint = cure(lacking[1], made, state["state_dict"])
-                self.say(f"checkpoints from here on cannot be resumed: code has changed {lacking[0]}; {hint}")
+                self.say(f"checkpoints from now on cannot be resumed: code has changed {lacking[0]}; {hint}")
 
     def _say_unkept(self, trainer: pl.Trainer) -> None:
         outside, unsaved = loop_of(trainer).outside, loop_of(trainer).unsaved
@@ -251,10 +251,10 @@ class Checkpoints(pl.Callback):
             if names := list(dict.fromkeys(str(path[1]) for path, _ in found if path[0] == key and len(path) > 1)):
                 kinds = ", ".join(f"{path[1]} is a {described(value)}" for path, value in found if path[0] == key)
                 raise ConfigError(
-                    f"save_hyperparameters in {type(getattr(trainer, owner)).__name__} puts into each checkpoint what"
-                    f" it cannot hold: {kinds}",
+                    f"save_hyperparameters in {type(getattr(trainer, owner)).__name__} saves values that"
+                    f" a checkpoint cannot hold: {kinds}",
                     hint=f"self.save_hyperparameters(ignore={json.dumps(names)}), and self.{names[-1]} = {names[-1]}"
-                    f" where the code reads self.hparams.{names[-1]}",
+                    f" instead of self.hparams.{names[-1]}",
                 )
             if any(path == (key,) for path, _ in found):
                 raise ConfigError(
@@ -263,20 +263,20 @@ class Checkpoints(pl.Callback):
                 )
         for path, value in found:
             raise ConfigError(
-                f"{'.'.join(map(str, path))} is a {described(value)}: no tensor, number, string, list or dict, so no"
-                " checkpoint can hold it",
-                hint=f"leave it out in {_whose(path)}",
+                f"{'.'.join(map(str, path))} is a {described(value)}: a checkpoint can hold only tensors, numbers,"
+                " strings, lists and dicts",
+                hint=f"leave it out of {_whose(path)}",
             )
         for name, tensor in state["state_dict"].items():
             if not isinstance(tensor, torch.Tensor):
                 raise ConfigError(
-                    f"{name} of the model's state_dict is a {described(tensor)}: a checkpoint holds tensors there",
-                    hint="register_buffer, or a plain attribute of the model: both are saved",
+                    f"{name} of the model's state_dict is a {described(tensor)}: expected a tensor",
+                    hint="use register_buffer or a plain attribute of the model: checkpoints hold both",
                 )
             if tensor.dtype not in WEIGHT_DTYPES:
                 raise ConfigError(
-                    f"{name} of the model's state_dict is of {tensor.dtype}, which safetensors does not know",
-                    hint="keep its real and imaginary part: torch.view_as_real"
+                    f"{name} of the model's state_dict is of {tensor.dtype}, which safetensors does not support",
+                    hint="keep its real and imaginary parts: torch.view_as_real"
                     if tensor.is_complex()
                     else "tensor.float()",
                 )
@@ -366,10 +366,10 @@ class Alike:
         if unlike:
             one = len(unlike) == 1
             self.say(
-                f"{', '.join(unlike)} {'was' if one else 'were'} the same on all ranks when the training began, and"
-                f" {'differs' if one else 'differ'} between them at step {step}: what is computed from"
-                f" {'it' if one else 'them'} depends on the number of devices (set attributes on every rank alike: look"
-                " for global_rank, and for what a hook computes from this rank's batch or outputs)"
+                f"{', '.join(unlike)} {'was' if one else 'were'} the same on all ranks when the training began, but"
+                f" {'differs' if one else 'differ'} between ranks at step {step}: results computed from"
+                f" {'it' if one else 'them'} depend on the number of devices (set the same value on every rank: look"
+                " for global_rank, and for hooks that use this rank's batch or outputs)"
             )
 
     def _texts(self) -> dict[str, str]:
@@ -403,9 +403,9 @@ def check_ranks(trainer: pl.Trainer) -> None:
         named += list(trainer.lightning_module.named_buffers())
     if (name := first_unlike(named)) is not None:
         raise LabtrainError(
-            f"{name} differs between the ranks after step {trainer.global_step}: code changed it on some of them",
-            hint="change weights on every rank alike: look for global_rank, rank_zero_only, random numbers and this"
-            " rank's batch, outputs or part of a loader in hooks",
+            f"{name} differs between the ranks after step {trainer.global_step}: code changed it on some ranks only",
+            hint="change weights alike on every rank: in hooks, look for global_rank, rank_zero_only, random numbers,"
+            " and this rank's batch, outputs or part of a loader",
         )
 
 
@@ -449,7 +449,7 @@ def _whose(path: tuple[Any, ...]) -> str:
         return f"state_dict or on_save_checkpoint of the callback {str(path[1]).partition('{')[0]}"
     if path[0] in ("optimizer_states", "lr_schedulers"):
         return f"the state_dict of the {'optimizer' if path[0] == 'optimizer_states' else 'scheduler'}"
-    return "on_save_checkpoint of the model or the data module, or in the data module's state_dict"
+    return "on_save_checkpoint of the model or the data module, or of the data module's state_dict"
 
 
 def as_floats(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:

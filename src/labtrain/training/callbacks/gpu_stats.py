@@ -97,7 +97,7 @@ class Sensors:
         try:
             self.driver.enter_context(nvml())
         except NoDriverError as error:
-            warn(f"gpu_stats: the driver tells nothing of the GPUs ({error}): torch's own account alone is logged")
+            warn(f"gpu_stats: the driver does not report the GPUs ({error}): only torch's own numbers are logged")
             return
         for number, uuid in cards.items():
             if (handle := handle_of(uuid)) is not None:

@@ -101,7 +101,7 @@ def best_of(run_dir: Path, *, monitor: str | None, mode: str) -> dict[str, Any] 
         found = [(line["metrics"][monitor], line["step"]) for line in read_history_lines(run_dir)
                  if monitor in line["metrics"]]  # fmt: skip
     except DamagedError as error:
-        warn(f"{error.args[0]}: the best value is not known")
+        warn(f"{error.args[0]}: the best value is unknown")
         return None
     if not found:
         return None

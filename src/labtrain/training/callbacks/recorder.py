@@ -86,13 +86,13 @@ class Recorder(pl.Callback):
         except PermissionError as error:
             owner = (path if path.exists() else self.run_dir).stat().st_uid
             raise LabtrainError(
-                f"{shown(path)} of user {owner} cannot be written by this user: the run is another user's",
-                hint=f"umask 002 where it is trained, and a common group: chmod -R g+rwX {shown(self.run_dir)};"
+                f"cannot write {shown(path)} of user {owner}: the run belongs to another user",
+                hint=f"train with umask 002 and a common group, then chmod -R g+rwX {shown(self.run_dir)};"
                 " or resume=never",
             ) from error
         except OSError as error:
             raise LabtrainError(
-                f"{shown(path)} cannot be a lock: {error.strerror or 'it is no file'}", hint=f"ls -l {shown(path)}"
+                f"cannot lock {shown(path)}: {error.strerror or 'it is not a file'}", hint=f"ls -l {shown(path)}"
             ) from error
         try:
             # A record lock: the loader's workers have no share in it, and do not hold it when this process is killed.
@@ -103,7 +103,7 @@ class Recorder(pl.Callback):
             self.lock, self.made_folder = None, False
             raise LabtrainError(
                 f"{shown(self.run_dir)} is being trained by {holder}",
-                hint="wait for it, or start another beside it: resume=never",
+                hint="wait for it, or start a new run beside it: resume=never",
             ) from error
         os.ftruncate(self.lock, 0)
         os.pwrite(self.lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
@@ -227,7 +227,7 @@ class Recorder(pl.Callback):
         assert self.receipt is not None
         segment["changed"] = changes(before, self.receipt) or self._other_values(before)
         for change in segment["changed"]:
-            self.say(f"goes on with another {change['key']}: {change['before']} before, now {change['now']}")
+            self.say(f"resumes with a different {change['key']}: was {change['before']}, now {change['now']}")
 
     def _other_values(self, before: receipt.Receipt) -> list[dict[str, Any]]:
         """Return what the configuration refers to, where the run's name tells that its value is another now."""
@@ -280,7 +280,7 @@ def nothing_to_train(config: Config, step: int) -> ConfigError:
     by_steps = isinstance(trainer["max_steps"], int) and 0 < trainer["max_steps"] <= step
     longer = f"trainer.max_steps={step + 1}" if by_steps else f"trainer.max_epochs={(trainer['max_epochs'] or 0) + 1}"
     return ConfigError(
-        f"resume={config['resume']}: that run ended at step {step}, and this command trains no further",
+        f"resume={config['resume']}: that run ended at step {step}, and this command trains no further step",
         hint=f"the same command with {longer}, or more",
     )
 
@@ -315,7 +315,7 @@ def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, 
             except LabtrainError:
                 raise
             except Exception as error:  # whatever a person's dataset holds
-                say(f"the {name} data has no fingerprint: {type(error).__name__}: {error}")
+                say(f"cannot fingerprint the {name} data: {type(error).__name__}: {error}")
     return found, places
 
 

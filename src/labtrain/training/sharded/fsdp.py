@@ -62,7 +62,7 @@ class FullySharded(ModelParallelStrategy):
         folder = Path(checkpoint_path)
         if not folder.is_dir() or not in_parts(folder):
             raise ConfigError(
-                f"{folder} holds a whole state: trainer.strategy=fsdp goes on from one that was saved under it",
+                f"{folder} holds a whole state: trainer.strategy=fsdp resumes only from its own checkpoints",
                 hint="trainer.strategy=auto; or labtrain.load_weights in the model, and resume=never",
             )
         like = {

@@ -144,9 +144,9 @@ def _check_resumed(trainer: pl.Trainer) -> None:
     """Raise ConfigError where no checkpoint has held the outputs of this epoch's first batches."""
     if getattr(trainer.fit_loop.epoch_loop, "epoch_without_outputs", None) == trainer.current_epoch:
         raise ConfigError(
-            "labtrain.gather_outputs: this epoch was resumed in its middle, and its checkpoint does not have the"
-            " outputs of the batches before",
-            hint="append them to a list that is an attribute of the model: checkpoints hold those",
+            "labtrain.gather_outputs: this epoch was resumed in the middle, and its checkpoint lacks the"
+            " outputs of earlier batches",
+            hint="append them to a list that is an attribute of the model: checkpoints hold such lists",
         )
 
 
@@ -174,7 +174,7 @@ def _order(lengths: list[int], calls: list[Calls], trainer: pl.Trainer | None) -
     if trainer is not None:
         step = f"{'training' if trainer.training else 'test' if trainer.testing else 'validation'}_step"
     raise ConfigError(
-        f"labtrain.gather_outputs: the list has {_each(lengths)} items, {step} was called {_each(expected)} times",
+        f"labtrain.gather_outputs: the list has {_each(lengths)} items, but {step} was called {_each(expected)} times",
         hint="append exactly one item in each call of the step, not in a hook, and clear the list at the epoch's end",
     )
 

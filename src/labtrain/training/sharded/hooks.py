@@ -69,7 +69,7 @@ class Handed:
         if is_changed(self.batch, self._marks):
             raise ConfigError(
                 f"a hook changed its batch (on_{PREFIXES[_stage(trainer)]}_batch_start): the step gets the batch's"
-                " shards, which do not have the change",
+                " shards, without that change",
                 hint="change it in on_after_batch_transfer of the model, which gets each shard; or"
                 " determinism.shards=null",
             )

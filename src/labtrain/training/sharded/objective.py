@@ -72,7 +72,7 @@ def weight_of(output: Any) -> float | None:
     )
     raise ConfigError(
         f"training_step returned {shown} as weight of its loss; expected a finite number, 0 or more",
-        hint=f"{WEIGHT_HINT}; or return it by another name than weight",
+        hint=f"{WEIGHT_HINT}; or return it under a name other than weight",
     )
 
 
@@ -177,15 +177,15 @@ class Objective(pl.Callback):
             self.judge(*self._uncounted(changed))
         elif read:
             self.judge(
-                f"training_step's loss of a shard depends on what the shard before it left in {few(read)}: with"
-                f" determinism.shards={self.shards} that depends on the number of devices",
+                f"training_step's loss of a shard depends on {few(read)}, which the shard before it changed: with"
+                f" determinism.shards={self.shards} the result then depends on the number of devices",
                 "append to it in on_train_batch_end, which runs once a step; or determinism.shards=1",
             )
         if asked:
             self.judge(
-                f"training_step's loss depends on the process that computes it, by {few(asked)}: which shards are in"
-                " which process depends on the number of devices",
-                "leave it out of the loss: a step sees a shard of the batch, and the gradient is the mean over all"
+                f"training_step's loss depends on the process that computes it, through {few(asked)}: the number of"
+                " devices decides which process computes which shard",
+                "remove it from the loss: a step sees a shard of the batch, and the gradient is the mean over all"
                 " shards, on any number of devices; or determinism.shards=null determinism.mode=warn",
             )
         if found is not None:
@@ -193,8 +193,8 @@ class Objective(pl.Callback):
 
     def _uncounted(self, names: list[str]) -> tuple[str, str]:
         return (
-            f"training_step changes {few(names)}: with determinism.shards={self.shards} it runs that often in a step,"
-            " so what it leaves there depends on the number of devices",
+            f"training_step changes {few(names)}: with determinism.shards={self.shards} it runs once a shard, so the"
+            " result depends on the number of devices",
             "change it in on_train_batch_end, which runs once a step; or keep a number, a tensor or a list in an"
             " attribute of the model; or draw from torch's own generator, which is seeded for each shard; or"
             " determinism.shards=1",
@@ -203,13 +203,13 @@ class Objective(pl.Callback):
     def _sentence(self, found: Difference, size: int) -> str:
         shards = f"{self.shards} shards of {_sizes(size, self.shards)} samples"
         return (
-            f"training_step's loss depends on how a batch is cut: of {found.samples} samples it is {found.whole:.4g},"
-            f" as the mean of two parts of them {found.parts:.4g}, and the gradients differ by"
+            f"training_step's loss depends on how a batch is cut: for {found.samples} samples it is {found.whole:.4g},"
+            f" the mean over two parts of them is {found.parts:.4g}, and the gradients differ by"
             f" {_percent(found.gradients)} (rounding explains up to {_percent(found.rounding)})."
             " Each step minimises the mean of the losses of"
             f" {shards}, not the loss of the batch of {size}. determinism.shards=1 minimises the loss of the batch."
-            " Where"
-            f" the loss is a mean over something else than samples, a weight does too: {WEIGHT_HINT}"
+            " If"
+            f" the loss is a mean over something other than samples, use a weight: {WEIGHT_HINT}"
         )
 
 
@@ -391,7 +391,7 @@ class _Bench:
         self._reset()
         alone, _ = self.run(second, fresh=False)
         same = alone == loss if strict else math.isclose(alone, loss, rel_tol=1e-3)
-        return found, [] if same or math.isnan(loss) else grown or ["something that labtrain does not see"]
+        return found, [] if same or math.isnan(loss) else grown or ["something that labtrain cannot see"]
 
     def asked(self, data: Any, *, strict: bool) -> list[str]:
         """Return what the step asks of the process that runs it, where its loss is another one in another process."""
@@ -531,7 +531,7 @@ def _refuse_unequal(whole: Any, first: Any, second: Any) -> None:
         together = torch.cat([left, right])
         if not torch.allclose(together.double(), leaf.double(), rtol=1e-4, atol=1e-6, equal_nan=True):
             raise NotComparedError(
-                "a sample comes out of the loader otherwise beside other samples; a transform, collate_fn or"
+                "the loader changes a sample when it loads other samples with it; a transform, collate_fn or"
                 " __getitems__ may draw random numbers for several at once"
             )
 

@@ -127,9 +127,9 @@ class Tally:
             for state, default in metric._defaults.items():
                 if isinstance(default, Tensor) and not reduction(metric, state):
                     raise ConfigError(
-                        f"{name} ({type(metric).__name__}): its state {state!r} is combined by a function of its own,"
-                        " and not by sum, mean, min, max or concatenation",
-                        hint="another metric, or determinism.shards=null",
+                        f"{name} ({type(metric).__name__}): its state {state!r} has its own reduction;"
+                        " expected sum, mean, min, max or concatenation",
+                        hint="use another metric, or determinism.shards=null",
                     )
 
     def begin(self, *, training: bool) -> None:
@@ -165,7 +165,7 @@ class Tally:
         for name in touched if run_mode() != "off" else ():
             if self.metrics[name]._computed is not None and name not in self._inner:
                 raise ConfigError(
-                    f"a step calls {name}.compute(): it would be of one shard, not of all that was seen so far",
+                    f"a step calls {name}.compute(): the value would be of one shard, not of all data so far",
                     hint=f"self.log({name.rpartition('.')[2]!r}, self.{name}), which computes it at the epoch's end;"
                     f" or {name}.compute() in on_train_epoch_end",
                 )
@@ -190,9 +190,9 @@ class Tally:
         for attribute, value in before.items():
             if attribute != "_update_count" and now.get(attribute, value) != value:
                 raise ConfigError(
-                    f"{name} ({type(metric).__name__}): an update changes its {attribute}, which is no state of it, so"
+                    f"{name} ({type(metric).__name__}): an update changes its {attribute}, which is not a state, so"
                     " the updates of several shards cannot be combined",
-                    hint="add_state in the metric for all that an update changes, another metric, or"
+                    hint="use add_state in the metric for all that an update changes, use another metric, or"
                     " determinism.shards=null",
                 )
         if now["_update_count"] != before["_update_count"]:
@@ -258,7 +258,7 @@ class Tally:
         by_rank = all_rows.view(len(counts), max(counts), padded)
         signatures, stops, saves = by_rank[:, 0, :HEAD].T.tolist()
         if len(set(signatures)) > 1:
-            raise _unequal(f"{_names(template)} on rank {dist.get_rank()}, something else on another")
+            raise _unequal(f"{_names(template)} on rank {dist.get_rank()}, other names on another rank")
         rows = torch.cat([by_rank[number, :count, HEAD:length] for number, count in enumerate(counts)])
         lists = self._lists
         if any(True for _ in self._list_states(template.metrics)):

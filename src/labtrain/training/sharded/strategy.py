@@ -147,22 +147,22 @@ class Exact:
         for name, parameter in self._module.named_parameters():
             if isinstance(parameter, torch.nn.UninitializedParameter):
                 raise ConfigError(
-                    f"{name} has no shape before a first batch: it is a lazy layer's, and the optimizer and the other"
-                    " ranks need it now",
-                    hint="run a sample of zeros through the model at the end of its __init__; or name the sizes",
+                    f"{name} of a lazy layer has no shape before the first batch, but the optimizer and the other"
+                    " ranks need its shape now",
+                    hint="run a sample of zeros through the model at the end of its __init__; or set the sizes",
                 )
         super().setup(trainer)  # type: ignore[misc]
         module = self._module
         if not module.automatic_optimization:
             raise ConfigError(
-                f"{type(module).__name__} optimizes manually: its steps cannot be cut into determinism.shards",
-                hint="determinism.shards=null: Lightning's plain strategy, bits depend on the number of devices",
+                f"{type(module).__name__} uses manual optimization: its steps cannot be cut into determinism.shards",
+                hint="determinism.shards=null (Lightning's strategy; results then depend on the number of devices)",
             )
         for name, part in module.named_modules():
             if isinstance(part, torch.nn.SyncBatchNorm):
                 raise ConfigError(
                     f"{name or 'the model'} is a SyncBatchNorm: its statistics are summed in the order of the devices",
-                    hint="BatchNorm, whose statistics are then those of a shard; or determinism.shards=null",
+                    hint="use BatchNorm, which has the statistics of a shard; or determinism.shards=null",
                 )
         self._trainer, self._takers = trainer, Takers(trainer)
         self._seeds_transfer = any(
@@ -250,8 +250,8 @@ class Exact:
                 self._shard_step(step, number, args)
             if self._trainer.should_stop and not stopping:
                 raise ConfigError(
-                    "training_step sets trainer.should_stop: one shard, on one of the devices, would decide",
-                    hint="set it in on_train_batch_end, by self.trainer.callback_metrics: these are of the whole batch",
+                    "training_step sets trainer.should_stop: one shard on one device would decide",
+                    hint="set it in on_train_batch_end, from self.trainer.callback_metrics, those of the whole batch",
                 )
             cast(ShardSum, self._sum).send()
             rows_SK = self._combined(batch, results, step.ranges)
@@ -314,7 +314,7 @@ class Exact:
         if loss is None:
             raise ConfigError(
                 f"training_step returned no loss for shard {shard} of batch {step.index}",
-                hint="return the loss of every shard, 0 * loss to leave one out; or determinism.shards=null",
+                hint="return the loss of every shard (0 * loss to skip one); or determinism.shards=null",
             )
         weight, given = samples / step.batch.samples, weight_of(output)
         share = weight if given is None else given / step.batch.samples
@@ -491,7 +491,7 @@ class Exact:
                 raise ConfigError(
                     f"the gradient of {_name_of(parameter, self._module)} grew after it was sent: reentrant"
                     " checkpointing used it more often than in any step before",
-                    hint="torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or trainer.devices=1",
+                    hint="use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or trainer.devices=1",
                 )
             if self._added[number] == self._uses[number]:  # reentrant checkpointing adds to it once a use
                 assert self._sum is not None
@@ -643,9 +643,9 @@ def _judge_backward_hooks(guard: Guard, owners: list[Any]) -> None:
     for each in owners:
         if is_overridden("on_before_backward", each):
             guard.judge(
-                f"{type(each).__name__}.on_before_backward runs once a shard, so as often in a step as this rank has"
-                " shards",
-                "on_after_backward or on_before_optimizer_step, which run once a step; or determinism.shards=1",
+                f"{type(each).__name__}.on_before_backward runs once a shard, so the number of calls in a step"
+                " depends on the number of devices",
+                "use on_after_backward or on_before_optimizer_step, which run once a step; or determinism.shards=1",
             )
 
 
@@ -666,6 +666,6 @@ def _not_sparse(gradient: Tensor) -> Tensor:
     if gradient.layout != torch.strided:
         raise ConfigError(
             "a gradient is sparse: it cannot be summed along the tree of determinism.shards",
-            hint="nn.Embedding(..., sparse=False), or determinism.shards=null",
+            hint="use nn.Embedding(..., sparse=False), or determinism.shards=null",
         )
     return gradient

@@ -113,14 +113,14 @@ def _tell(say: Say, step: int, optimizer: str, text: str) -> None:
 
 
 def _check_optimizers(checkpoint: State, before: State, now: State) -> None:
-    hint = "resume=never, and labtrain.load_weights in the model to begin with its weights"
+    hint = "resume=never, and labtrain.load_weights in the model to start with its weights"
     saved = checkpoint["optimizer_states"]
     if not len(saved) == len(before["optimizers"]) == len(now["optimizers"]):
         raise ConfigError(f"the checkpoint has {len(saved)} optimizers, the model {len(now['optimizers'])}", hint=hint)
     for old, new in zip(before["optimizers"], now["optimizers"], strict=True):
         if old["class"] != new["class"]:
             raise ConfigError(
-                f"the state of {old['class']}, which the run was trained with, is none for {new['class']}", hint=hint
+                f"the checkpoint holds the state of {old['class']}, which does not fit {new['class']}", hint=hint
             )
         if len(old["groups"]) != len(new["groups"]):
             raise ConfigError(
@@ -143,8 +143,8 @@ def _enter_schedules(checkpoint: State, trainer: pl.Trainer, before: State, now:
         name = type(config.scheduler).__name__
         if old is not None and (state is None or not old["state"].keys() <= state.keys()):
             raise ConfigError(
-                f"{name} is changed, and in the checkpoint another scheduler is in its place",
-                hint="the schedule as it was: StochasticWeightAveraging, say, has put its own there; or resume=never",
+                f"{name} is changed, but the checkpoint holds another scheduler in its place",
+                hint="restore the schedule: StochasticWeightAveraging, say, put its own there; or resume=never",
             )
         if _by_metric(config):
             if old is not None and state is not None and old["class"] == new["class"]:
@@ -168,8 +168,8 @@ def _step(trainer: pl.Trainer, scheduler: Any, steps: int) -> None:
     name = type(scheduler).__name__
     if is_overridden("lr_scheduler_step", trainer.lightning_module):
         raise ConfigError(
-            f"{name} is changed, and lr_scheduler_step is the model's own: where the schedule is entered is not known",
-            hint="the schedule as it was; or resume=never",
+            f"{name} is changed, but the model has its own lr_scheduler_step: labtrain cannot find the schedule's step",
+            hint="restore the schedule; or resume=never",
         )
     try:
         with warnings.catch_warnings(action="ignore"):  # that the optimizer has made no step
@@ -177,9 +177,8 @@ def _step(trainer: pl.Trainer, scheduler: Any, steps: int) -> None:
                 scheduler.step()
     except Exception as error:
         raise ConfigError(
-            f"{name}, as it is configured now, cannot be entered at its step {steps}, where the run stands:"
-            f" {' '.join(str(error).split())}",
-            hint="a schedule that is longer (trainer.max_epochs, trainer.max_steps); or resume=never",
+            f"the new {name} cannot continue at step {steps}, where the run resumes: {' '.join(str(error).split())}",
+            hint="use a longer schedule (trainer.max_epochs, trainer.max_steps); or resume=never",
         ) from error
 
 

@@ -93,7 +93,7 @@ class Outside:
             vars(part).update({name: vars(shell)[name] for name in kept.get(label, {}).get("", {})})
             if missing and entering:
                 raise ConfigError(
-                    f"{label}.{missing[0]} cannot be put back: the object that it is an attribute of is made during the"
+                    f"{label}.{missing[0]} cannot be restored: its object is made during the"
                     " training, and this process does not have it yet",
                     hint="make it in __init__ or setup; or resume=never",
                 )
@@ -103,8 +103,8 @@ class Outside:
         for name, mark in _marks(self.trainer):
             if mark != self.marks.get(name, mark):
                 yield (
-                    f"{name} was changed during the training, and no checkpoint holds it: a training that goes on has"
-                    " what it began with (save it in the state_dict of the data module or optimizer)"
+                    f"{name} was changed during the training, and no checkpoint holds it: a resumed training has"
+                    " the initial value (save it in the state_dict of the data module or optimizer)"
                 )
         for loader in train_loaders(self.trainer):
             if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -115,7 +115,7 @@ class Outside:
                 if isinstance(inner, Optimizer) and not _tensors(inner.state) <= _tensors(part.state_dict()):
                     yield (
                         f"{label}.{name} is an optimizer whose state the state_dict of {type(part).__name__} does not"
-                        " hold: a training that goes on begins with a new one (put it there)"
+                        " hold: a resumed training starts with a new one (put it there)"
                     )
 
 

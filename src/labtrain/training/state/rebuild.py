@@ -78,8 +78,8 @@ def lacks(before: State, now: State) -> tuple[str, str] | None:
             path = path.rpartition(".")[0]
     parts = [
         ("new parameters", [name for name in new if name not in old]),
-        ("no more", [name for name in old if name not in new]),
-        ("of another shape", [name for name in new if name in old and new[name] != old[name]]),
+        ("removed", [name for name in old if name not in new]),
+        ("changed shape", [name for name in new if name in old and new[name] != old[name]]),
         ("buffers of new modules", [name for name in now["buffers"] if name.rpartition(".")[0] not in modules]),
     ]
     if changed := [f"{what}: {few(names)}" for what, names in parts if names]:
@@ -89,7 +89,7 @@ def lacks(before: State, now: State) -> tuple[str, str] | None:
         return f"the optimizers ({few(kinds) or 'none'} instead of {few(others) or 'none'})", IN_OPTIMIZERS
     for made, began in zip(now["optimizers"], before["optimizers"], strict=True):
         if made["groups"] != began["groups"] and any("" in group for group in made["groups"]):
-            return f"the groups of {made['class']} (a parameter that is none of the model's)", IN_OPTIMIZERS
+            return f"the groups of {made['class']} (a parameter that is not in the model)", IN_OPTIMIZERS
     return None
 
 
@@ -133,7 +133,7 @@ def explain_step(error: BaseException) -> ConfigError | None:
 def _unfit(why: str) -> ConfigError:
     return ConfigError(
         f"the state of optimizers and schedulers in the checkpoint does not fit the model: {why}",
-        hint="the model as it was; or resume=never, and labtrain.load_weights in the model to begin with its weights",
+        hint="restore the model; or resume=never, and labtrain.load_weights in the model to start with its weights",
     )
 
 
@@ -168,9 +168,9 @@ class Connector(CheckpointConnector):
             if is_own or elsewhere or self.resumed is None:
                 raise
             raise LabtrainError(
-                f"{shown(self.resumed)} cannot be put back: {in_words(error)} ({frames[-1].f_code.co_qualname})",
-                hint="ask who wrote it; without this checkpoint the same command goes on from the one before it, with"
-                " resume=never from the beginning",
+                f"cannot restore {shown(self.resumed)}: {in_words(error)} ({frames[-1].f_code.co_qualname})",
+                hint="ask who wrote it; without this checkpoint the same command resumes from the one before it;"
+                " resume=never starts from the beginning",
             ) from error
 
     def restore_training_state(self) -> None:
@@ -189,7 +189,7 @@ class Connector(CheckpointConnector):
         made = [len(self.trainer.optimizers), len(self.trainer.lr_scheduler_configs)]
         if saved != made and not self.changed_by_hook:
             both = [f"{optimizers} optimizers and {schedulers} schedulers" for optimizers, schedulers in (saved, made)]
-            raise _unfit(f"it is of {both[0]}, the model has {both[1]}")
+            raise _unfit(f"it has {both[0]}, the model has {both[1]}")
 
     def restore_model(self) -> None:
         if not self.loaded:
@@ -210,8 +210,8 @@ class Connector(CheckpointConnector):
                 raise
             raise ConfigError(
                 f"the checkpoint's weights do not fit into {type(module).__name__}: {' '.join(rest.split())}",
-                hint="the model as it was; or resume=never, and labtrain.load_weights in the model to begin with what"
-                " fits of its weights",
+                hint="restore the model; or resume=never, and labtrain.load_weights in the model to start with the"
+                " weights that fit",
             ) from error
 
     def restore_callbacks(self) -> None:
@@ -239,7 +239,7 @@ class Connector(CheckpointConnector):
         for scheduler, saved in zip(made, self.loaded["lr_schedulers"], strict=False):
             # Loaded it is whatever it is, and fails in a later step.
             if (name := first_of_another_kind(saved, scheduler.state_dict())) is not None:
-                raise ValueError(f"{name} of {type(scheduler).__name__} is of another kind")
+                raise ValueError(f"{name} of {type(scheduler).__name__} has another type")
         super().restore_lr_schedulers()
 
 
@@ -250,8 +250,8 @@ def _numbers(loaded: State) -> list[int]:
 def _refuse(lacking: tuple[str, str] | None, made: State, state_dict: dict[str, Any]) -> None:
     if lacking is not None:
         raise ConfigError(
-            f"the checkpoint cannot be loaded: before it was saved, code had changed {lacking[0]}; here it has not",
-            hint=f"resume=never; for the next one: {cure(lacking[1], made, state_dict)}",
+            f"the checkpoint cannot be loaded: code changed {lacking[0]} before the save, but not in this process",
+            hint=f"resume=never; for the next run: {cure(lacking[1], made, state_dict)}",
         )
 
 

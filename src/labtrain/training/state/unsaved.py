@@ -143,7 +143,7 @@ class Unsaved:
         missing += restore(self.module, kept.get("attributes", {}), device=device)
         if missing and entering:
             raise ConfigError(
-                f"{missing[0]} cannot be put back: the object that it is an attribute of is made during the training,"
+                f"{missing[0]} cannot be restored: its object is made during the training,"
                 " and this process does not have it yet",
                 hint="make it in __init__ or setup of the model; or resume=never",
             )
@@ -196,7 +196,7 @@ class Unsaved:
             kind = type(value)
             yield (
                 f"{name} is a {kind.__module__}.{kind.__qualname__}: no checkpoint holds its state, so a resumed"
-                " training begins with a new one (save and load it in on_save_checkpoint and on_load_checkpoint)"
+                " training starts with a new one (save and load it in on_save_checkpoint and on_load_checkpoint)"
             )
 
 

@@ -157,7 +157,7 @@ class Watch:
                 self._unknown.add(name)
                 self.say(
                     f"training_step sets {name} to a {type(value).__module__}.{type(value).__qualname__}: labtrain can"
-                    " neither compare nor keep it; after a step each rank has that of its own last shard"
+                    " neither compare nor keep it; after a step each rank has the value of its own last shard"
                 )
         self._prints[shard] = prints
         return [
@@ -179,13 +179,16 @@ class Watch:
         if any(parameters):
             number = int(next(filter(None, parameters)))
             if number > 0:
-                what, then = f"changes {self._weights.names[number - 1]}", "and ranks would end with different weights"
+                what, then = (
+                    f"changes {self._weights.names[number - 1]}",
+                    "and ranks would end with different weights",
+                )
                 hint = "change it in on_train_batch_end, which runs once a step, or determinism.shards=1"
             else:
-                what, then = self._rates.names()[-number - 1], "and on each rank as often as it has shards"
+                what, then = self._rates.names()[-number - 1], "as often on a rank as it has shards"
                 hint = "do it in on_train_batch_end, which runs once a step, or determinism.shards=1"
             self.judge(
-                f"training_step {what}: with determinism.shards={len(numbers_S3)} it runs that often in a step, {then}",
+                f"training_step {what}: with determinism.shards={len(numbers_S3)} it runs once a shard, {then}",
                 hint,
             )
         if not any(names):
@@ -228,7 +231,7 @@ class Watch:
             one = len(unlike) == 1
             self.say(
                 f"training_step sets {', '.join(unlike)}, and {'its value differs' if one else 'their values differ'}"
-                f" between the {shards} shards of a step: the last shard's stays (determinism.shards=1 has one)"
+                f" between the {shards} shards of a step: the last one remains (use determinism.shards=1)"
             )
 
 
