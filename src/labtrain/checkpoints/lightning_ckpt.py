@@ -1,4 +1,4 @@
-"""Checkpoints to and from Lightning's own .ckpt files. What comes in is read without running code from it."""
+"""Converts checkpoints to and from Lightning's .ckpt files. Reading one runs no code from it."""
 
 import os
 from contextlib import suppress
@@ -37,14 +37,14 @@ def export_checkpoint(target: str, file: Path) -> None:
 def import_checkpoint(file: Path, url: str) -> str:
     """Write a Lightning .ckpt as a checkpoint below `url` and return its URL.
 
-    Its place in the training is not known, so it gives weights (`labtrain.load_weights`) and is not gone on from.
+    Its place in the training is unknown. So it gives weights (`labtrain.load_weights`), but cannot be resumed.
 
     Raises:
-        DamagedError: it is no checkpoint, or loading it would run code.
-        StoreError: a training, or another import, writes there; or it cannot be written.
+        DamagedError: it is not a checkpoint, or loading it would run code.
+        StoreError: a training, or another import, writes there; or labtrain cannot write there.
     """
     try:
-        loaded = load_plain(Path(os.path.realpath(file)))  # which the person has named, be it a link
+        loaded = load_plain(Path(os.path.realpath(file)))  # the person has named it, so a link is fine
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{file} does not exist", hint=f"ls {quoted(file.parent)}") from error
     except DamagedError as error:
@@ -56,7 +56,7 @@ def import_checkpoint(file: Path, url: str) -> str:
     store = Store(url)
     step: int = state.get("global_step", 0)
     manifest = {"run_id": "imported", "step": step, "epoch": state.get("epoch", 0), "batch": 0, "finished": True}
-    token = store.enter()  # as a training does: so nothing takes what is half written for what a crash has left
+    token = store.enter()  # like a training: else others would take the unfinished files for leftovers of a crash
     name = free_name(step, {checkpoint.name for checkpoint in store.find()}, finished=True)
     path = store.writing(name, token)
     try:
@@ -67,12 +67,12 @@ def import_checkpoint(file: Path, url: str) -> str:
                 store.upload(folder, manifest, path)
             store.publish(name, manifest, token)
     except BaseException as error:
-        store.check_writer(token)  # else it is another's by now
+        store.check_writer(token)  # else it belongs to another writer by now
         with suppress(Exception):
             store.remove(path)
         if isinstance(error, LabtrainError) or not isinstance(error, Exception):
             raise
-        # safetensors and torch have errors of their own for a full disk
+        # safetensors and torch have their own errors for a full disk
         raise StoreError(f"{store}/{name} could not be written: {error}", hint=f"df -h {store}") from error
     finally:
         with suppress(StoreError):
@@ -81,10 +81,10 @@ def import_checkpoint(file: Path, url: str) -> str:
 
 
 def _check(file: Path, state: dict[str, Any]) -> None:
-    """Hold what a .ckpt holds against what a checkpoint can, before anything is written.
+    """Check that a checkpoint can hold the content of a .ckpt, before anything is written.
 
     Raises:
-        DamagedError: says what.
+        DamagedError: names what it cannot hold.
     """
     with untrusted.damage_of(file, hint="in the program that made it: torch.save(model.state_dict(), FILE)"):
         weights = state["state_dict"]
