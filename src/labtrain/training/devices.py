@@ -15,10 +15,10 @@ from labtrain.training.sharded.strategy import ExactDDP, ExactSingleDevice
 
 
 def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
-    """Return `gpu` or `cpu`, or a name that only Lightning knows; and the devices of a node: a number, or GPU numbers.
+    """Return `gpu`, `cpu` or a name that only Lightning knows; and the devices of a node: a number, or GPU numbers.
 
     Raises:
-        DeviceError: more devices are asked for than there are, or a precision that they do not have.
+        DeviceError: the machine has too few devices, or they lack the precision.
         ConfigError: more devices than shards or samples.
     """
     wanted, devices, precision = (config["trainer"][key] for key in ("accelerator", "devices", "precision"))
@@ -84,7 +84,7 @@ def plain_because(config: Config) -> str:
 
 
 def make_strategy(config: Config, accelerator: str, devices: Any, wishes: Wishes) -> Strategy | None:
-    """Return labtrain's strategy: exact, on one device or several, or fully sharded; None where it is Lightning's."""
+    """Return labtrain's strategy: exact, on one device or several, or fully sharded. None: Lightning's own."""
     shards, world = shards_in_use(config), world_size(config, devices)
     if shards is None:
         return FullySharded(world) if config["trainer"]["strategy"] == SHARDED_STRATEGY else None

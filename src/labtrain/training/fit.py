@@ -1,6 +1,6 @@
 """Train one run, from a resolved configuration to a receipt: `train`, read from top to bottom.
 
-Whatever can be refused is refused before the run's folder is made.
+labtrain refuses what it can before it makes the run's folder.
 """
 
 import copy
@@ -56,13 +56,13 @@ from labtrain.training.trainer import make_callbacks, make_experiment, make_trai
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What a training leaves.
+    """The result of a training.
 
     Attributes:
         run_dir: the run's folder.
         metrics: the last value of each metric, by name.
         weights_digest: 64 hex digits.
-        steps: optimizer steps since the run's beginning.
+        steps: optimizer steps since the run started.
     """
 
     run_dir: Path
@@ -72,14 +72,14 @@ class Result:
 
 
 def train(cfg: Any) -> Result:
-    """Train the run that a configuration describes and return its result; of a complete run, the result it has.
+    """Train the run that a configuration describes and return its result; return a complete run's result at once.
 
     Args:
-        cfg: a configuration as Hydra composes it (a DictConfig or a dict), or the Job that stage 1 made of it.
+        cfg: a configuration from Hydra (a DictConfig or a dict), or the Job that stage 1 made from it.
 
     Raises:
         LabtrainError: it cannot be trained; nothing was written.
-        Stopped: a signal came; the state is saved, and the receipt says so.
+        Stopped: a signal came; the state is saved, and the receipt records the stop.
     """
     close_umask()
     job = cfg if isinstance(cfg, Job) else _job(cfg)
@@ -117,7 +117,7 @@ def train(cfg: Any) -> Result:
 
 
 class _Session:
-    """One training in this process: everything is made here, nothing is written before `open`."""
+    """One training in this process: makes everything here, and writes nothing before `open`."""
 
     def __init__(self, job: Job, accelerator: str, devices: int | list[int] | str, before: Receipt | None) -> None:
         self.job, self.config, self.before = job, job.config, before
@@ -173,7 +173,7 @@ class _Session:
         )
 
     def _replace_loop(self) -> None:
-        """Put labtrain's epoch loop and checkpoint connector into the trainer, and place the loaders they resume."""
+        """Put labtrain's epoch loop and checkpoint connector into the trainer, and set the loaders' positions."""
         trainer, datamodule = self.trainer, self.experiment.datamodule
         loop = trainer.fit_loop.epoch_loop = EpochLoop(
             trainer,
@@ -189,7 +189,7 @@ class _Session:
         datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))  # type: ignore[method-assign]
 
     def open(self) -> None:
-        """Open receipt, store and loggers; refuse what cannot be trained under them."""
+        """Open receipt, store and loggers; refuse a run that they rule out."""
         config, start = self.config, self.start
         self.listening.enter_context(self.wishes.listening(leads=self.trainer.is_global_zero))
         if self.trainer.is_global_zero:
@@ -233,7 +233,7 @@ class _Session:
         return result
 
     def fail(self, raised: BaseException) -> BaseException:
-        """Save what can be saved, close the receipt, end the other ranks; return what people are told."""
+        """Save what can be saved, close the receipt, end the other ranks; return the error for people."""
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends a delivery; the receipt is closed
         error = raised if self.ranks is None else explain_loss(raised, self.wishes)
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
@@ -269,7 +269,7 @@ class _Session:
         return known or (None if has_stepped else explain_step(error))
 
     def close(self) -> None:
-        """Let go of the run's lock, of fetched checkpoints and of the signals."""
+        """Release the run's lock, fetched checkpoints and signals."""
         if self.recorder.lock is not None and not self.keep_fetched:  # else another start may be reading them
             shutil.rmtree(self.start.fetched, ignore_errors=True)
         self.recorder.release()
@@ -277,7 +277,7 @@ class _Session:
 
 
 def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainError | None:
-    """Turn an exception of the training into an error for people; None where its traceback says more."""
+    """Turn an exception of the training into an error for people; None if its traceback says more."""
     if isinstance(error, torch.OutOfMemoryError):
         numbers = " ".join(str(error).split(" See documentation")[0].split())
         half = max(1, config["data"]["batch_size"] // 2)
@@ -306,7 +306,7 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
 
 
 def results_of(result: Result, state_digest: str | None, config: Config) -> dict[str, Any]:
-    """Return what a receipt holds of a result, with the digest of the training state that was saved last."""
+    """Return the results for the receipt, with the digest of the last saved training state."""
     monitor, mode = config["checkpoint"]["monitor"], config["checkpoint"]["mode"]
     return {
         "metrics": result.metrics,
@@ -340,7 +340,7 @@ def _job(cfg: Any) -> Job:
 
 
 def _refuse_classes_of_no_file(config: Config) -> None:
-    """Raise ConfigError for a class of a notebook's cell: a run cannot be named by code that is in no file."""
+    """Raise ConfigError for a class in a notebook's cell: a run's name needs code that is in a file."""
     for text in texts_in([config[group] for group in ORDERED]):
         if text.startswith("__main__."):
             name = text.removeprefix("__main__.")

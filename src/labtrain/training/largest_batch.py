@@ -17,11 +17,11 @@ from labtrain.training.devices import choose_accelerator
 from labtrain.training.speed import check_compiler, hasten
 from labtrain.training.trainer import instantiate, make_trainer
 
-SAID = ("Batch size", "The batch size", "Reached", "Applying")  # of what Lightning says, how the search goes
+SAID = ("Batch size", "The batch size", "Reached", "Applying")  # beginnings of Lightning's messages about the search
 
 
 def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
-    """Train for some steps with one size after another, say how it goes, and return the largest that fitted.
+    """Train for some steps with one size after another, report the progress, and return the largest that fits.
 
     Raises:
         LabtrainError: it cannot be trained, or not even one sample a shard fits.
@@ -66,7 +66,7 @@ def _sized(datamodule: Any) -> Any:
     """Return a datamodule whose batch size can be set.
 
     Raises:
-        ConfigError: it keeps none.
+        ConfigError: it has no batch size.
     """
     if not hasattr(datamodule, "batch_size"):
         raise ConfigError(
@@ -77,7 +77,7 @@ def _sized(datamodule: Any) -> Any:
 
 
 def _noting_sizes(trainer: pl.Trainer, datamodule: Any) -> list[int]:
-    """Return a list that gets the batch size of each trial that runs to its end."""
+    """Return a list that collects the batch size of each completed trial."""
     fitted: list[int] = []
     run = trainer.fit_loop.run
 
@@ -90,7 +90,7 @@ def _noting_sizes(trainer: pl.Trainer, datamodule: Any) -> list[int]:
 
 
 def held_at_once(size: int, shards: int | None) -> str:
-    """Return, in words, how much of a batch is in memory at once, and on how many devices it fits so."""
+    """Return, in words, how much of a batch is in memory at once, and on how many devices."""
     if shards is None:
         return "on one device; without determinism.shards, several devices would divide it"
     return (
@@ -100,7 +100,7 @@ def held_at_once(size: int, shards: int | None) -> str:
 
 
 def let_lightning_say_how_it_goes() -> None:
-    """Let through what the search says of itself, to standard error, and nothing else of Lightning's."""
+    """Print Lightning's messages about the search to standard error, and no others."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(lambda record: record.getMessage().startswith(SAID))

@@ -1,12 +1,12 @@
 """`speed.*`: torch.compile, recomputed activations and channels_last, put into a model in place.
 
-No name of a parameter or a buffer changes, so checkpoints and digests are those of the same model without them. What
-each does to the bits is in docs/guides/speed.md. TF32 is a flag of torch's: determinism.py.
+Names of parameters and buffers do not change, so checkpoints and digests do not either. docs/guides/speed.md says what
+each does to the bits. TF32 is a flag of torch: determinism.py.
 
-Compiled code has to be a function of what is computed, not of what the process met before. Three things stand against
-that: sizes that torch takes for dynamic once it has seen a second (a resumed training may see the smaller last batch
-first), the eager code that it falls back to after so many sizes, and kernels that are chosen by timing. The first is
-turned off, the second an error, the third left out: torch/_inductor/config.py,
+Compiled code must depend only on the computation, not on what the process has seen before. Three things break that:
+sizes that torch treats as dynamic after it has seen a second one (a resumed training may see the smaller last batch
+first), the eager code that it falls back to after too many sizes, and kernels chosen by timing. labtrain turns off the
+first, makes the second an error, and disables the third: torch/_inductor/config.py,
 https://docs.pytorch.org/docs/2.9/torch.compiler_dynamic_shapes.html.
 """
 
@@ -31,9 +31,9 @@ from torch.utils.checkpoint import checkpoint
 from labtrain.base.errors import ConfigError, DeviceError
 from labtrain.exact.determinism import STRICT_MODES
 
-# Of one function: torch's 8 are soon used up by a model whose parts share nn.Module's own.
+# Of one function: a model whose parts share nn.Module's own function soon uses up torch's 8.
 COMPILED_SIZES = 64
-# What Inductor chooses by timing; those that this torch has are turned off.
+# Options with which Inductor chooses by timing; labtrain turns off those that this torch has.
 TIMED = (
     "benchmark_combo_kernel",
     "benchmark_epilogue_fusion",
@@ -48,12 +48,12 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called themselves
 
 
 class Speed(pl.Callback):
-    """Puts the keys of `speed` into the model when a training starts, after Guard has looked at what a person did.
+    """Applies the keys of `speed` to the model when a training starts, after Guard has checked the experiment's code.
 
     Args:
         speed: those keys.
         mode: determinism.mode.
-        say: called with each sentence that the person and the receipt are to have.
+        say: called with each warning, which is printed and goes into the receipt.
     """
 
     def __init__(self, speed: dict[str, Any], *, mode: str, say: Callable[[str], None]) -> None:
@@ -77,7 +77,7 @@ class Speed(pl.Callback):
 
 
 def hasten(module: pl.LightningModule, speed: dict[str, Any], *, mode: str, say: Callable[[str], None]) -> None:
-    """Put the keys of `speed` into a model.
+    """Apply the keys of `speed` to a model.
 
     Raises:
         ConfigError: one has nothing to act on in this model.
@@ -94,10 +94,10 @@ def hasten(module: pl.LightningModule, speed: dict[str, Any], *, mode: str, say:
 
 
 def check_compiler(speed: dict[str, Any], accelerator: str) -> None:
-    """Look for what torch.compile starts: a C++ compiler for a CPU, a C compiler for a GPU, Python's headers.
+    """Look for what torch.compile needs: a C++ compiler for a CPU, a C compiler for a GPU, Python's headers.
 
     Raises:
-        DeviceError: there is none.
+        DeviceError: one is missing.
     """
     if not speed["compile"]:
         return
@@ -114,14 +114,14 @@ def check_compiler(speed: dict[str, Any], accelerator: str) -> None:
 
 
 def compile_parts(module: pl.LightningModule, *, mode: str | bool, exact: bool) -> None:
-    """Have torch.compile compile what a step calls: the model's own `forward`, or parts of it that it calls directly.
+    """Compile what a step calls: the model's own `forward`, or the parts that the step calls directly.
 
-    In place, a part compiled within another being one with it. The step itself is not: it logs.
+    Works in place. A part inside another part is compiled with it. The step itself is not compiled, since it logs.
 
     Args:
         module: the model.
-        mode: of torch.compile; True is its default one.
-        exact: the code is to be a function of the model and the sizes of its inputs.
+        mode: of torch.compile; True is its default.
+        exact: the code must depend only on the model and the sizes of its inputs.
     """
     name = "default" if mode is True else str(mode)
     options: dict[str, Any] = {"mode": name}
@@ -132,7 +132,7 @@ def compile_parts(module: pl.LightningModule, *, mode: str | bool, exact: bool) 
         torch._dynamo.config.recompile_limit = COMPILED_SIZES
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     for part in called(module):
-        # As part.compile() does, which leaves torch's own modules, an nn.Sequential for one, as they are.
+        # As part.compile() does, which does not change torch's own modules, such as an nn.Sequential.
         part._compiled_call_impl = torch.compile(_calls(part), **options)
 
 
@@ -155,7 +155,7 @@ def called(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def explain_compile(error: BaseException) -> ConfigError | None:
-    """Turn torch.compile's end of patience into an error for people; None if it is something else."""
+    """Turn torch.compile's limit on recompilations into an error for people; None for another error."""
     if type(error).__name__ != "FailOnRecompileLimitHit":
         return None
     return ConfigError(
@@ -169,12 +169,12 @@ def explain_compile(error: BaseException) -> ConfigError | None:
 
 
 def recompute_blocks(module: nn.Module, say: Callable[[str], None]) -> None:
-    """Have each block of the model's lists keep its inputs alone, and be computed again in the backward.
+    """Make each block of the model's lists keep only its inputs, and compute it again in the backward.
 
-    A block with BatchNorm is left alone: its running statistics would be updated twice.
+    Skips blocks with BatchNorm: their running statistics would be updated twice.
 
     Raises:
-        ConfigError: there is no other block.
+        ConfigError: no block remains.
     """
     found = dict(blocks(module))
     kept = {name: block for name, block in found.items() if not any(map(has_statistics, block.modules()))}
@@ -192,7 +192,7 @@ def recompute_blocks(module: nn.Module, say: Callable[[str], None]) -> None:
 
 
 def blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the outermost elements of a model's lists that consist of modules themselves, by name."""
+    """Yield the outermost elements of a model's lists that contain modules, by name."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         in_list = isinstance(module, nn.ModuleList | nn.Sequential) and not isinstance(child, CONTAINERS)
@@ -203,7 +203,7 @@ def blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 
 def has_statistics(part: nn.Module) -> bool:
-    """Return whether a module keeps statistics of what passes through it."""
+    """Return whether a module keeps statistics of its inputs."""
     return isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats
 
 
@@ -224,7 +224,7 @@ def _recomputed(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _same_draws() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Give a recomputation the draws of `random` and numpy again; torch's own generators are checkpoint's business."""
+    """Repeat the draws of `random` and numpy in a recomputation; torch's checkpoint handles its own generators."""
     return nullcontext(), _drawing_from(random.getstate(), np.random.get_state(legacy=True))
 
 
@@ -244,7 +244,7 @@ def _drawing_from(python: Any, numpy: Any) -> Iterator[None]:
 
 
 def put_channels_last(module: nn.Module) -> None:
-    """Lay out the 4-D weights with their channels last; a convolution then takes and gives images of that layout.
+    """Store the 4-D weights with channels last; convolutions then use images of that layout.
 
     Raises:
         ConfigError: the model has none.

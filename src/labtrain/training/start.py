@@ -1,4 +1,4 @@
-"""Where a training begins: at its own newest checkpoint, at another run's, or at step 0."""
+"""Where a training starts: at its own newest checkpoint, at that of another run, or at step 0."""
 
 import fcntl
 import os
@@ -24,7 +24,7 @@ from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
 from labtrain.stores.store import Manifest
 from labtrain.training.callbacks.steps import warn
 
-PATIENCE_S = 5  # in which one start waits for another in silence
+PATIENCE_S = 5  # a start waits this long for another one before it prints a message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,14 +38,14 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """Where a training begins, and where it saves.
+    """Where a training starts, and where it saves.
 
     Attributes:
         place: a folder or URL: where the run saves its checkpoints.
         fetched: a folder for copies of remote checkpoints.
         known: names of the checkpoints that were there.
         found: the checkpoint that it resumes from; None at step 0.
-        origin: what the receipt says of `found`, where it is another run's.
+        origin: the receipt's entry for `found`, if that belongs to another run.
     """
 
     place: str
@@ -56,7 +56,7 @@ class Start:
 
     @property
     def step(self) -> int:
-        """The optimizer steps that were made before."""
+        """The number of optimizer steps before this start."""
         return self.found.manifest["step"] if self.found else 0
 
     @property
@@ -71,10 +71,10 @@ class Start:
 
 
 def find_start(job: Job) -> Start:
-    """Return where a run begins.
+    """Return where a run starts.
 
     Raises:
-        ConfigError: it is to begin from a run that has no checkpoint.
+        ConfigError: it should start from a run that has no checkpoint.
         LabtrainError: `find_checkpoint` cannot decide.
     """
     run_dir = Path(job.run_dir)
@@ -82,7 +82,7 @@ def find_start(job: Job) -> Start:
     job.hold(place)
     fetched = run_dir.with_name(f".{run_dir.name}.fetched")
     known = {checkpoint.name for store in stores_of(run_dir, place) for checkpoint in store.checkpoints()}
-    # A restart of a run that began from another run has its own checkpoints.
+    # A restart of a run that started from another run has its own checkpoints.
     resumes = not job.origin or job.origin_digest or restarted()
     found, origin = find_checkpoint(run_dir, place, fetched, run_id=job.run_id) if resumes else None, None
     if found is None and job.origin:
@@ -96,17 +96,17 @@ def find_start(job: Job) -> Start:
 def find_checkpoint(run_dir: Path, place: str, into: Path, *, run_id: str | None) -> Found | None:
     """Return the newest whole checkpoint that a run resumes from.
 
-    One of a remote store is copied into a folder of this machine, once for all ranks that share it.
+    A checkpoint of a remote store is copied to this machine, once for all ranks that share the folder.
 
     Args:
         run_dir: its folder.
-        place: where its checkpoints lie, or those of another run that it goes on from.
+        place: where its checkpoints are, or those of another run that it resumes from.
         into: a folder for such copies.
-        run_id: of the run whose checkpoints lie there; None where they are another run's.
+        run_id: of the run whose checkpoints are there; None if they belong to another run.
 
     Raises:
-        LabtrainError: the newest is of another run, or one is a link.
-        StoreError: the store cannot be asked: whether there is a checkpoint is not known.
+        LabtrainError: the newest belongs to another run, or one is a link.
+        StoreError: the store does not answer, so it is unknown whether it has a checkpoint.
     """
     stores = stores_of(run_dir, place)
     if is_local(place):
@@ -125,7 +125,7 @@ def find_checkpoint(run_dir: Path, place: str, into: Path, *, run_id: str | None
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process fetches into a folder; where that takes long, say for whom."""
+    """Wait until no other process fetches into a folder; if that takes long, print which one."""
     with os.fdopen(open_lock(folder / ".lock"), "r+") as file:
         begun, patience = time.monotonic(), PATIENCE_S
         while True:
@@ -146,10 +146,10 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def refuse_outdated(before: receipt.Receipt | None, run_dir: Path) -> None:
-    """Refuse to go on where another process has trained the run since this one looked at it.
+    """Refuse to resume if another process has trained the run since this process read it.
 
     Raises:
-        LabtrainError: what this start has found may be old.
+        LabtrainError: the checkpoint that this start found may be old.
     """
     if (receipt.read(run_dir) or {}).get("digest") != (before or {}).get("digest"):
         raise LabtrainError(
@@ -158,10 +158,10 @@ def refuse_outdated(before: receipt.Receipt | None, run_dir: Path) -> None:
 
 
 def origin_of(job: Job, found: Found | None) -> dict[str, Any] | None:
-    """Return what the receipt says of the checkpoint that a run begins from; None if the run begun goes on itself.
+    """Return the receipt's entry for the checkpoint that a run starts from; None if the run resumes its own.
 
     Raises:
-        ConfigError: it is not the one that the run is named after.
+        ConfigError: it is not the checkpoint in the run's name.
     """
     if not job.origin_digest or found is None:
         return None
@@ -184,13 +184,13 @@ def origin_of(job: Job, found: Found | None) -> dict[str, Any] | None:
 def hold_records(
     run_dir: Path, found: Found, before: Mapping[str, Any], *, say: Callable[[str], None]
 ) -> list[list[int]]:
-    """Say where trail and history are not what they were when a checkpoint was saved; return the steps that are lost.
+    """Warn if trail or history changed after a checkpoint was saved; return the steps that are lost.
 
     Args:
         run_dir: the run's folder.
         found: the checkpoint.
-        before: the receipt, which says how often a line of the trail was written; where it is gone, the configuration.
-        say: called with each sentence.
+        before: the receipt, which says how often the trail has a line; if it is gone, the configuration.
+        say: called with each warning.
     """
     name, manifest = found.name, found.manifest
     begun = (before.get("segments") or [{}])[0].get("origin") or {}
@@ -206,7 +206,7 @@ def hold_records(
 
 
 def warn_resumed(run_dir: Path, name: str, origin: dict[str, Any] | None) -> None:
-    """Say that a run goes on, or begins from another, and from where."""
+    """Print that a run resumes, or starts from another run, and from which checkpoint."""
     if origin is not None:
         warn(f"{shown(run_dir)} is a new run: it starts from {name} of {origin['run_id']}, which does not change")
         return

@@ -1,8 +1,8 @@
-"""What is logged at an epoch's end must be the same on every rank, or it depends on the number of devices.
+"""Check that hooks log the same values on every rank: otherwise they depend on the number of devices.
 
-What a step logs is combined over its shards (step_log.py). What a hook logs is not: computed from a list of outputs, it
-is of this rank's part alone. So the values that hooks have logged are compared once an epoch, after its last hook and
-before Lightning reduces or writes them, in one small exchange.
+labtrain combines what a step logs over its shards (step_log.py), but not what a hook logs. A value that a hook computes
+from a list of outputs covers this rank's part only. So labtrain compares the values of hooks once an epoch, after the
+last hook and before Lightning reduces or writes them, in one small exchange.
 
 Lightning 2.6: trainer/connectors/logger_connector/logger_connector.py, `on_epoch_end`.
 """
@@ -31,10 +31,10 @@ HINT = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Value:
-    """What a hook has logged: a mean is total / weight.
+    """A value that a hook has logged: a mean is total / weight.
 
     Attributes:
-        synced: how ranks are reduced; empty without sync_dist.
+        synced: how the ranks are reduced; empty without sync_dist.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Value:
 
 
 class Agreement(pl.Callback):
-    """Compares what hooks log; and knows the trainer for `labtrain.gather_outputs`.
+    """Compares what hooks log; and gives the trainer to `labtrain.gather_outputs`.
 
     Args:
-        mode: strict and portable refuse, warn says, off looks away.
-        say: called with each sentence that the person and the receipt are to have.
+        mode: strict and portable refuse, warn logs, off skips.
+        say: called with each warning, which is printed and goes into the receipt.
 
     Raises:
         ConfigError: in strict mode, for the first value that differs.

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: what is saved where `EpochLoop` says, what is kept, and how it is read."""
+"""Checkpoints of a training: what `EpochLoop` saves, which are kept, and how they are read."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -41,15 +41,15 @@ WEIGHT_DTYPES = frozenset(getattr(torch, name) for name in WEIGHT_DTYPE_NAMES)
 
 
 class Checkpoints(pl.Callback):
-    """Saves the training's state where the epoch loop says, and gives it back on a resume.
+    """Saves the training's state when the epoch loop asks, and restores it on a resume.
 
     Args:
         run_dir: the run's folder.
-        place: where its checkpoints lie: a folder or a URL.
+        place: where its checkpoints are: a folder or a URL.
         run_id: written in each manifest.
         options: the keys of `checkpoint` in the configuration.
-        say: called with each sentence that the person and the receipt are to have.
-        resumed: the manifest that this training goes on from, where it is one of this place, and its name.
+        say: called with each warning, which is printed and goes into the receipt.
+        resumed: the name and the manifest that this training resumes from, if it is in this place.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Checkpoints(pl.Callback):
         self.alike: Alike | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stop, before anything is loaded together, where ranks would go on from different checkpoints."""
+        """Stop if the ranks would resume from different checkpoints, before they load anything together."""
         if stage != "fit":
             return
         # Lightning puts finders first, which change what is looked at here.
@@ -173,12 +173,12 @@ class Checkpoints(pl.Callback):
             self.say(f"{wrong}, so no best value is recorded; {logged}")
 
     def save(self, trainer: pl.Trainer, *, required: bool) -> None:
-        """Save the training's state as it is now; on every rank: rank 0 writes, and each its part of what is spread.
+        """Save the training's current state, on every rank: rank 0 writes, and each rank its part of a spread state.
 
         Args:
-            trainer: whose state it is.
-            required: wait for the save before, and where the training stops for this one too. Else a save that
-                comes while the one before is being written is made up for as soon as that is done.
+            trainer: the trainer.
+            required: wait for the previous save; and for this one, if the training stops. Otherwise a save that comes
+                while the previous one is written is made up for later.
         """
         wishes = loop_of(trainer).wishes
         if not required and not self.keep_best and trainer.strategy.broadcast(self.saver.busy):
@@ -218,7 +218,7 @@ class Checkpoints(pl.Callback):
             )
 
     def _keep_made(self, trainer: pl.Trainer, state: dict[str, Any]) -> None:
-        """Put into a state what the training is made of, where that has changed; warn if it then cannot be resumed."""
+        """Record the training's tensors and groups in a state, if they changed; warn if it then cannot be resumed."""
         if (made := made_of(trainer)) != self.made:
             state[PLACE][KEY] = made
             lacking = None if can_differ(trainer.lightning_module) else lacks(self.made, made)
@@ -237,14 +237,14 @@ class Checkpoints(pl.Callback):
             )
 
     def check_savable(self, trainer: pl.Trainer, *, stepped: bool = False) -> None:
-        """Make the state that a save would begin with, and look whether a checkpoint can hold it.
+        """Make the state that a save would write, and check that a checkpoint can hold it.
 
         Raises:
-            ConfigError: names what it cannot hold, and the line to write.
+            ConfigError: names the value that it cannot hold, and the line to write.
         """
         try:
             state = dump(trainer, optimizers=stepped or not is_spread(trainer.lightning_module.state_dict()))
-        except Exception:  # a hook of one's own that saves what there is only later: the first save will tell
+        except Exception:  # a user's hook that saves what exists only later: the first save reports it
             return
         found = list(unsavable({key: value for key, value in state.items() if key != "state_dict"}))
         for key, owner in HYPERPARAMETERS.items():
@@ -282,17 +282,17 @@ class Checkpoints(pl.Callback):
                 )
 
     def finish(self, trainer: pl.Trainer, weights_digest: str, *, resumed: Path | None) -> str | None:
-        """Save the weights that the training ended with, where something changed them after the last save.
+        """Save the final weights, if they changed after the last save; called on every rank.
 
-        An average of weights that a callback puts in at the end, say. Nothing goes on from these. Called on every rank.
+        For example, a callback may replace them by averaged weights. Such a checkpoint cannot be resumed.
 
         Args:
             trainer: at its end.
             weights_digest: of its model.
-            resumed: the folder of the checkpoint that the training went on from.
+            resumed: the folder of the checkpoint that the training resumed from.
 
         Returns:
-            the digest of the state that is saved last; None where nothing is, or it is spread over the ranks.
+            the digest of the last saved state; None if nothing is saved, or the state is spread over the ranks.
         """
         self._compare_ranks(trainer)
         saver, spread = self.saver, self.saver.group is not None
@@ -322,7 +322,7 @@ class Checkpoints(pl.Callback):
             self.alike.compare(trainer.global_step)
 
     def score(self, trainer: pl.Trainer) -> None:
-        """Note the monitored metric for the checkpoint that was saved before the validation."""
+        """Record the monitored metric for the checkpoint that was saved before the validation."""
         if self.newest is None or self.newest[1] != trainer.global_step or not trainer.is_global_zero:
             return
         if self.keep_best and self.monitor in trainer.callback_metrics:
@@ -330,7 +330,7 @@ class Checkpoints(pl.Callback):
 
 
 def _leave_rates(trainer: pl.Trainer) -> None:
-    """Have no learning rate searched until the training stands where it was saved: what was found then is loaded."""
+    """Skip the search for a learning rate until the training has resumed: the checkpoint holds the earlier result."""
 
     def find(search: Callable[..., None], *arguments: Any) -> None:
         if loop_of(trainer).loaded is None:
@@ -342,14 +342,14 @@ def _leave_rates(trainer: pl.Trainer) -> None:
 
 
 class Alike:
-    """Compares the plain attributes of all ranks that were equal when the training began; made on every rank.
+    """Compares the plain attributes that were equal on all ranks when the training began; made on every rank.
 
-    Left out are lists that have grown, which are a rank's own, and readings of a clock.
+    Skips lists that have grown, which belong to a rank, and readings of a clock.
 
     Args:
         strategy: of the training.
         module: its model.
-        say: called with what people should know.
+        say: called with each warning.
     """
 
     def __init__(self, strategy: Exact, module: pl.LightningModule, *, say: Callable[[str], None]) -> None:
@@ -360,7 +360,7 @@ class Alike:
         self.known |= set(unlike_names(self._texts(), self._device))
 
     def compare(self, step: int) -> None:
-        """Say once which attributes differ between the ranks; called on every rank."""
+        """Warn once of each attribute that differs between the ranks; called on every rank."""
         unlike = unlike_names(self._texts(), self._device)
         self.known |= set(unlike)
         if unlike:
@@ -391,10 +391,10 @@ class Alike:
 
 
 def check_ranks(trainer: pl.Trainer) -> None:
-    """Compare the weights of all ranks, where each has all of them; called on every rank.
+    """Compare the weights of all ranks, if each has all of them; called on every rank.
 
     Raises:
-        LabtrainError: they differ, so what would be saved is that of rank 0 alone.
+        LabtrainError: they differ, so a checkpoint would hold those of rank 0 only.
     """
     if trainer.world_size == 1 or not isinstance(trainer.strategy, DDPStrategy):
         return
@@ -410,11 +410,11 @@ def check_ranks(trainer: pl.Trainer) -> None:
 
 
 def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> dict[str, Any]:
-    """Return Lightning's checkpoint dictionary without its loops, and without what schedulers hold of code.
+    """Return Lightning's checkpoint dictionary without its loops, and without the functions of schedulers.
 
     Args:
-        trainer: whose state it is.
-        optimizers: their states too. Those of parameters that are spread are made by a step, if there are none.
+        trainer: the trainer.
+        optimizers: include their states. For spread parameters without a state, a step makes one.
     """
     state: dict[str, Any] = checkpoint_connector(trainer).dump_checkpoint(weights_only=not optimizers)
     del state["loops"]
@@ -430,9 +430,9 @@ def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> dict[str, Any]:
 
 
 def _without_code(node: Any, *, scheduler: bool) -> Any:
-    """Return a state without the functions that schedulers hold: they have them from their constructor again.
+    """Return a state without the functions that schedulers hold: their constructors set them again.
 
-    SWALR's `anneal_func`, say, in torch 2.9. A scheduler loads its state by updating its `__dict__`.
+    For example SWALR's `anneal_func` in torch 2.9. A scheduler loads its state by updating its `__dict__`.
     """
     if type(node) is dict:
         scheduler = scheduler or {"last_epoch", "base_lrs"} <= node.keys()

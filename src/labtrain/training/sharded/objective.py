@@ -1,9 +1,9 @@
-"""What is minimised where a batch is cut into shards: the mean of their losses, by samples or by a returned weight.
+"""The objective of a training with shards: the mean of the shards' losses, by samples or by a returned weight.
 
-That is the loss of the batch where the loss is a mean over samples, and another objective where it is not: InfoNCE has
-fewer negatives in a shard, a mean over valid tokens or weighted classes is divided by another sum. `Objective` finds
-such a loss before the first step, without knowing what kind it is: it compares the loss and the gradients of one
-shard's samples with the mean over their two halves, and of other shards with other parts.
+If the loss is a mean over samples, that is the loss of the batch. Otherwise it is another objective: InfoNCE has fewer
+negatives in a shard; a mean over valid tokens or weighted classes is divided by another sum. `Objective` finds such a
+loss before the first step, without knowing its kind. It compares the loss and the gradients of one shard's samples with
+the mean over their two halves, and those of other shards with other parts.
 """
 
 import copy
@@ -46,8 +46,8 @@ WEIGHT_HINT = (
     " the samples"
 )
 NOT_COMPARED = "the loss of a batch and the mean of its shards' losses were not compared"
-# Of the first one the gradients too, of the next ones where the loss differs: two samples of one class do not show that
-# the classes have weights.
+# For the first shard also the gradients; for the next ones only if the loss differs: two samples of one class do not
+# show that the classes have weights.
 SHARDS_COMPARED = 4
 
 
@@ -58,7 +58,7 @@ def weight_of(output: Any) -> float | None:
     """Return the weight that `training_step` returned with the loss of a shard; None if it returned none.
 
     Raises:
-        ConfigError: it is no number, or below 0.
+        ConfigError: it is not a number, or below 0.
     """
     if not isinstance(output, dict) or "weight" not in output:
         return None
@@ -85,7 +85,7 @@ def weighted_row(loss: Tensor, share: float, *, returned: bool) -> Tensor:
 
 
 def weighted_mean(rows_SN: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the loss of a step, and the sum of its shards' shares where they are not 1 by themselves.
+    """Return the loss of a step, and the sum of its shards' shares unless that is always 1.
 
     Args:
         rows_SN: `weighted_row` of each shard.
@@ -100,12 +100,12 @@ def weighted_mean(rows_SN: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class NotComparedError(Exception):
-    """The objective of the shards cannot be compared with that of the batch; its text says why."""
+    """The objective of the shards cannot be compared with that of the batch; the text gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """How a loss of some samples differs from the mean over two parts of them.
+    """The difference between a loss of some samples and the mean over two parts of them.
 
     Attributes:
         samples: how many.
@@ -125,14 +125,14 @@ class Difference:
 class Objective(pl.Callback):
     """Compares once in each process that trains, before its first step: a receipt has the notes of its last process.
 
-    On rank 0, which has a shard at least; all ranks say the same.
+    Runs on rank 0, which has at least one shard; all ranks report the result.
 
     Args:
         shards: S, more than 1.
         strict: the kernels are deterministic.
-        judge: called with (what, hint) for what a step changes and nothing puts back before the next shard.
-        say: called with what the person and the receipt are to have.
-        note: called with what is for the receipt alone.
+        judge: called with (what, hint) for a change in a step that labtrain does not undo before the next shard.
+        say: called with each warning, which is printed and goes into the receipt.
+        note: called with each note that goes only into the receipt.
     """
 
     def __init__(
@@ -216,10 +216,13 @@ class Objective(pl.Callback):
 def left_by_shards(
     trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, *, shards: int, strict: bool
 ) -> tuple[list[str], list[str], list[str]]:
-    """Return the names of what two shards of a step, run one after the other, leave changed; and of what they read.
+    """Run two shards of a step, one after the other; return the names of what they change, read and ask.
 
-    Though all is put back in between that a step puts back. Afterwards everything is as it was. And what the step asks
-    of its process, such as its rank, where its loss depends on it.
+    Between them labtrain restores what a real step restores; afterwards it restores everything.
+
+    Returns:
+        names of what the second shard changes again; of what its loss reads from the first one; and of what the step
+        asks of its process, such as its rank, if the loss depends on it.
 
     Raises:
         NotComparedError: the step cannot be tried.
@@ -237,10 +240,10 @@ def compare(
 ) -> Difference | None:
     """Compare losses and gradients of shards of an epoch's first batch with the mean over two parts of each.
 
-    In eval mode, so without dropout, and in float32. Afterwards everything is as it was.
+    In eval mode, so without dropout, and in float32. Afterwards it restores everything.
 
     Returns:
-        None where they are the same but for rounding.
+        None if they are equal up to rounding.
 
     Raises:
         NotComparedError: they cannot be compared.
@@ -266,7 +269,7 @@ def compare(
 
 @contextmanager
 def _bench(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader) -> Iterator["_Bench"]:
-    """Prepare the process to try steps, and put everything back, the states of generators too."""
+    """Prepare the process to try steps, then restore everything, including the states of generators."""
     try:
         with ExitStack() as stack:
             stack.callback(keep_draws())

@@ -1,14 +1,14 @@
 """Exact training inside Lightning's Trainer: the same bits on 1, 2, 3, ... up to S devices.
 
-One Lightning batch is one global batch. The loader yields this rank's shards of it; `training_step` below runs the
-person's own once a shard, forward and backward, sums the gradients and the buffers along one tree (tree_sum.py), and
+One Lightning batch is one global batch. The loader yields this rank's shards of it. `training_step` below runs the
+model's own once a shard, forward and backward, sums the gradients and the buffers along one tree (tree_sum.py), and
 returns the loss of the whole batch. Lightning then calls `backward`, which installs the sums. Clipping, scaler,
-optimizer, schedulers, callbacks and loggers are Lightning's own and see one step, whatever the number of processes: so
-`global_step`, `batch_idx`, `val_check_interval` and schedules do not depend on it either.
+optimizer, schedulers, callbacks and loggers are Lightning's own. They see one step, whatever the number of processes.
+So `global_step`, `batch_idx`, `val_check_interval` and schedules do not depend on that number.
 
-Every shard is run under its own (seed, epoch, batch, shard), from the buffers that the step began with; buffers are
-then averaged over the samples, once a step. The loss is taken for a mean over the samples, unless the step returns its
-weight: objective.py.
+Every shard runs under its own (seed, epoch, batch, shard), from the buffers at the start of the step. Buffers are then
+averaged over the samples, once a step. The loss counts as a mean over the samples, unless the step returns its weight:
+objective.py.
 
 Lightning 2.6: strategies/strategy.py and strategies/ddp.py.
 """
@@ -53,7 +53,7 @@ from labtrain.training.sharded.objective import weight_of, weighted_mean, weight
 from labtrain.training.sharded.step_log import Tally
 from labtrain.training.state.watch import Watch, let_pass
 
-# Where people make what decides about the result. Whether a step's loss depends on it is tried (objective.py).
+# Functions in which people make what decides the result. objective.py tests whether a step's loss depends on it.
 MAKERS = frozenset(
     {"__init__", "setup", "prepare_data", "configure_model", "configure_callbacks", "configure_optimizers"}
     | {"train_dataloader", "val_dataloader", "test_dataloader", "on_fit_start", "on_train_start"}
@@ -61,8 +61,8 @@ MAKERS = frozenset(
     | {"optimizer_step", "configure_gradient_clipping", "lr_scheduler_step"}
 )
 TRAINER = sys.modules[pl.Trainer.__module__].__file__
-# Properties of the Trainer, and of the model, that ask the strategy; and those of them that are noted where people make
-# something: who asks whether it is the first process prints or writes, and a local rank names a device.
+# Properties of the Trainer, and of the model, that ask the strategy; and those that are recorded in MAKERS. Code that
+# asks whether it is the first process prints or writes, and a local rank names a device.
 PASSING = (TRAINER, sys.modules[pl.LightningModule.__module__].__file__)
 OF_TRAINER = ("world_size", "num_devices", "device_ids", "global_rank", "local_rank", "is_global_zero")
 NOTED = ("world_size", "num_devices", "device_ids", "global_rank")
@@ -81,10 +81,10 @@ class _Step:
         index: of the batch in the epoch.
         moved: whether the shards are on the device.
         ranges: which shards each rank has.
-        parameters: that want a gradient.
-        older: their gradients, of batches that are accumulated.
-        missing: whether a shard of this rank left out a gradient, or there is none: the others may have it.
-        outputs: of each shard: samples, and what the step returned, where hooks take it.
+        parameters: that need a gradient.
+        older: their gradients, of accumulated batches.
+        missing: whether a shard of this rank lacks a gradient, or this rank has no shard: other ranks may have it.
+        outputs: of each shard: samples, and the step's output, if hooks take it.
     """
 
     batch: Sharded
@@ -99,16 +99,16 @@ class _Step:
 
 
 class Exact:
-    """What both strategies share; the classes below mix it into Lightning's.
+    """The common part of both strategies; the classes below mix it into Lightning's.
 
     Args:
         arguments: of Lightning's strategy.
-        shards: S; a part of the result, as the number of processes is not.
-        wishes: what this process wants of all: to stop, to save.
+        shards: S; the result depends on it, but not on the number of processes.
+        wishes: what this process asks of all ranks: to stop, to save.
         options: of Lightning's strategy.
     """
 
-    _pretended: dict[str, Any] | None = None  # what the experiment's code is told of its process, in a trial
+    _pretended: dict[str, Any] | None = None  # what the experiment's code sees of its process, in a trial
 
     def __init__(self, *arguments: Any, shards: int, wishes: Wishes, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -214,7 +214,7 @@ class Exact:
         return self._handed.batch
 
     def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        """Return a tensor that is the same on all ranks as it is: a mean of three equal numbers may not be equal."""
+        """Return a tensor unchanged if all ranks have the same: a mean of three equal numbers may differ from them."""
         if self._inside or self._world == 1 or not isinstance(tensor, Tensor):
             return tensor
         gathered = [torch.empty_like(tensor) for _ in range(self._world)]
@@ -260,7 +260,7 @@ class Exact:
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
         if self._waiting is None:
             return cast(Tensor, super().backward(closure_loss, optimizer, *args, **kwargs))  # type: ignore[misc]
-        # Here, and not in training_step: gradients that are not wanted any more are gone, and their memory is free.
+        # Here, and not in training_step: the old gradients are gone by now, and their memory is free.
         sums = cast(ShardSum, self._sum).total()
         has_gradient, shares = self._waiting
         if shares is not None:
@@ -344,7 +344,7 @@ class Exact:
         self._filling = None
 
     def _end_step(self, step: "_Step", rows_SK: Tensor) -> Any:
-        """Install what the shards of all ranks left; return what hooks get for the step."""
+        """Install the results of the shards of all ranks; return what hooks get for the step."""
         parameters, buffers, watch = step.parameters, self._buffers, self._watch
         sizes = len(parameters), len(buffers.owned) + 1, Watch.NUMBERS if watch is not None else 0
         has_SP, buffers_SB, watched_S3, losses_SN = rows_SK.split([*sizes, rows_SK.shape[1] - sum(sizes)], 1)
@@ -430,7 +430,7 @@ class Exact:
         return str(trainer.state.stage), trainer.global_step
 
     def _combined(self, batch: Sharded, results: Any, ranges: list[range]) -> Tensor:
-        """Bring together what all shards logged, and what all ranks wish; return the numbers that were put in front."""
+        """Combine what all shards logged, and the wishes of all ranks; return the numbers that were put in front."""
         rows_SK, agreed = self._tally.combine(
             results,
             samples=batch.samples,
@@ -442,7 +442,7 @@ class Exact:
         return rows_SK
 
     def _whole(self, batch: Any, epoch: int, index: int, *args: Any) -> Any:
-        """Run a step of one shard as Lightning itself would: nothing is to be combined."""
+        """Run a step of one shard as Lightning would: there is nothing to combine."""
         seed_place("shard", epoch, index, 0)
         output = super().training_step(batch, *args)  # type: ignore[misc]
         self.wishes.agree(*self.wishes.numbers())
@@ -450,7 +450,7 @@ class Exact:
 
     @contextmanager
     def scratch(self, loop: Any) -> Any:
-        """Put Lightning's collection of what is logged back, whatever happens."""
+        """Restore Lightning's collection of logged values at the end, whatever happens."""
         results, self._inside = results_of(loop), True
         try:
             yield results
@@ -467,7 +467,7 @@ class Exact:
         return super().batch_to_device(data, dataloader_idx=dataloader_idx)  # type: ignore[misc]
 
     def _prepare(self) -> list[torch.nn.Parameter]:
-        """Return the parameters that want a gradient; where they are others than before, lay out their sums anew."""
+        """Return the parameters that need a gradient; if they changed, lay out their sums again."""
         parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         if self._sum is not None and list(map(id, parameters)) == list(map(id, self._parameters)):
             return parameters
@@ -502,7 +502,7 @@ class Exact:
         return hook
 
     def _push(self, shard: int, parameters: list[torch.nn.Parameter]) -> list[float]:
-        """Put in the gradients of one shard that have not gone already; return 1.0 for each that there is."""
+        """Add the gradients of one shard that were not sent yet; return 1.0 for each gradient that exists."""
         assert self._sum is not None
         present = []
         for number, parameter in enumerate(parameters):
@@ -519,7 +519,7 @@ class Exact:
 
     @contextmanager
     def pretending(self, rank: int, world: int) -> Iterator[set[str]]:
-        """Tell the experiment's code that it runs in another process; yield what it has asked for, with file and line.
+        """Let the experiment's code see another process; yield what it asks for, with file and line.
 
         Args:
             rank: of that process.
@@ -540,7 +540,7 @@ class Exact:
                     os.environ[name] = value
 
     def _told(self, name: str, value: Any) -> Any:
-        """Return a property of the process; note code of the experiment that asks for it, to make something of it."""
+        """Return a property of the process; record code of the experiment that asks for it."""
         frame: types.FrameType | None = sys._getframe(2)
         if frame is None or frame.f_code.co_filename == __file__:
             return value
@@ -658,7 +658,7 @@ def _loss(output: Any) -> Any:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """Return the tensor, or one like it where its elements overlap or leave gaps."""
+    """Return the tensor, or one like it if its elements overlap or leave gaps."""
     return tensor if torch.empty_like(tensor, device="meta").stride() == tensor.stride() else torch.empty_like(tensor)
 
 

@@ -1,12 +1,12 @@
-"""What code changes of a training while it runs: its model's tensors, its optimizers, and their groups of parameters.
+"""Restores what code changes during a training: the model's tensors, optimizers, and their groups of parameters.
 
-A process that goes on has them as the configuration makes them, before anything is loaded:
+A resumed process has them as the configuration makes them, before it loads the checkpoint:
 
 ========================== ===========================================================================================
-groups of parameters       are made as they were saved: a backbone that was unfrozen and added to the optimizer
-buffers                    that are new, None or of another shape are made as they were saved
-parameters, other modules  as after pruning: no checkpoint holds the code that made them. Said when it is saved, and
-                           refused by the process that goes on, unless `on_load_checkpoint` makes them there
+groups of parameters       are made as saved: for example, a backbone that was unfrozen and added to the optimizer
+buffers                    that are new, None or have another shape are made as saved
+parameters, other modules  (after pruning, say) no checkpoint holds the code that made them. The save warns, and the
+                           resumed process refuses, unless `on_load_checkpoint` makes them there
 another optimizer          the same: it belongs in configure_optimizers
 ========================== ===========================================================================================
 
@@ -35,7 +35,7 @@ from labtrain.training.lightning import CheckpointConnector, call_module_hook
 
 State = dict[str, Any]
 
-KEY = "made"  # of the place in a checkpoint: what a training is made of, where that is not as it began
+KEY = "made"  # of the place in a checkpoint: the training's tensors and groups, if they changed
 IN_THE_MODEL = (
     "make it in __init__ or setup of the model; or in its on_load_checkpoint too, before the weights are loaded"
 )
@@ -45,7 +45,7 @@ READING = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeE
 
 
 def made_of(trainer: pl.Trainer) -> State:
-    """Return what a training is made of: shapes of the model's tensors by name, and the optimizers' groups by names."""
+    """Return the shapes of the model's tensors by name, and the optimizers' groups by parameter names."""
     module = trainer.lightning_module
     named = dict(module.named_parameters())
     names = {id(parameter): name for name, parameter in named.items()}
@@ -63,7 +63,7 @@ def made_of(trainer: pl.Trainer) -> State:
 
 
 def lacks(before: State, now: State) -> tuple[str, str] | None:
-    """Say what a training is made of now that a process which goes on would not have, and what to do.
+    """Return what a resumed process would lack of a training, and a hint; None if it lacks nothing.
 
     Args:
         before: as the configuration makes it.
@@ -94,22 +94,22 @@ def lacks(before: State, now: State) -> tuple[str, str] | None:
 
 
 def cure(hint: str, made: State, state_dict: dict[str, Any]) -> str:
-    """Return what to do, as `lacks` says; where a hook took parameters out of what is saved, that they are gone."""
+    """Return the hint of `lacks`; or, if a hook removed parameters from the state dict, their names."""
     gone = [name for name in made["parameters"] if name not in state_dict]
     return f"an on_save_checkpoint has left out {few(gone)}" if gone else hint
 
 
 def can_differ(module: pl.LightningModule) -> bool:
-    """Return whether the model makes what it is made of when it is loaded, or says that weights may be missing."""
+    """Return whether the model makes its parts when it is loaded, or allows missing weights."""
     return is_overridden("on_load_checkpoint", module) or not module.strict_loading
 
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Turn what loading optimizers and schedulers raises into an error for people.
+    """Turn errors from loading optimizers and schedulers into an error for people.
 
     Raises:
-        ConfigError: says what.
+        ConfigError: with the reason.
     """
     try:
         yield
@@ -118,7 +118,7 @@ def fitting() -> Iterator[None]:
 
 
 def explain_step(error: BaseException) -> ConfigError | None:
-    """Turn what the first step after a resume raises into an error for people; None if it is not torch.optim that did.
+    """Turn an error of torch.optim in the first step after a resume into an error for people; None for other errors.
 
     An optimizer loads tensors of any shape, and fails when it uses them.
     """
@@ -138,11 +138,11 @@ def _unfit(why: str) -> ConfigError:
 
 
 class Connector(CheckpointConnector):
-    """Lightning's, which first makes what it loads into as it was when it was saved, or refuses to.
+    """Lightning's connector, which first rebuilds the saved tensors and groups, or refuses.
 
     Args:
         trainer: of the training.
-        resumed: the folder of the checkpoint that it goes on from.
+        resumed: the folder of the checkpoint that it resumes from.
     """
 
     def __init__(self, trainer: pl.Trainer, resumed: Path | None = None) -> None:
@@ -152,10 +152,10 @@ class Connector(CheckpointConnector):
 
     @contextmanager
     def putting_back(self) -> Iterator[None]:
-        """Turn what putting a state back raises into an error for people; what the experiment's own code raises stays.
+        """Turn errors from restoring a state into an error for people; errors of the experiment's code stay.
 
         Raises:
-            LabtrainError: names the checkpoint, and what raised it.
+            LabtrainError: names the checkpoint and the function that failed.
         """
         try:
             yield
@@ -163,7 +163,7 @@ class Connector(CheckpointConnector):
             frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
             files = [frame.f_code.co_filename for frame in frames]
             is_own = any(not file.startswith("<") and not in_environment(file) for file in files)
-            # Memory, and the exchange with other processes, are no fault of the checkpoint.
+            # Out of memory, or a failed exchange with other ranks: the checkpoint is not the cause.
             elsewhere = isinstance(error, RuntimeError) and (type(error) is not RuntimeError or "gloo" in str(error))
             if is_own or elsewhere or self.resumed is None:
                 raise
@@ -180,10 +180,10 @@ class Connector(CheckpointConnector):
     def check_states(self) -> None:
         """Refuse states of more or fewer optimizers and schedulers than the model has: Lightning loads what both have.
 
-        To be called when all of these are there: callbacks make some when an epoch starts.
+        Call it when all of them exist: callbacks make some when an epoch starts.
 
         Raises:
-            ConfigError: says how many.
+            ConfigError: with both numbers.
         """
         saved = _numbers(self.loaded)
         made = [len(self.trainer.optimizers), len(self.trainer.lr_scheduler_configs)]
@@ -237,7 +237,7 @@ class Connector(CheckpointConnector):
     def restore_lr_schedulers(self) -> None:
         made = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         for scheduler, saved in zip(made, self.loaded["lr_schedulers"], strict=False):
-            # Loaded it is whatever it is, and fails in a later step.
+            # It loads with any type, and fails in a later step.
             if (name := first_of_another_kind(saved, scheduler.state_dict())) is not None:
                 raise ValueError(f"{name} of {type(scheduler).__name__} has another type")
         super().restore_lr_schedulers()
@@ -277,7 +277,7 @@ def _buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _put_buffers(module: torch.nn.Module, shapes: dict[str, list[int]], saved: dict[str, Any]) -> None:
-    """Make the model's buffers as they were saved, where they are not of one shape already."""
+    """Make the model's buffers as saved, if their shapes differ."""
     modules, now = dict(module.named_modules()), dict(_buffers(module))
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     for name in now.keys() - shapes.keys():
