@@ -1,9 +1,9 @@
-"""Augmentation of whole batches on the device that trains; each draw is a function of (seed, epoch, index, name).
+"""Augmentation of whole batches on the training's device; each draw is a function of (seed, epoch, index, name).
 
-A transform is a callable `(batch, draws) -> batch`: of a tensor of inputs, or of (inputs, targets, ...). A sample comes
-out with the same bits whoever shares its batch, and on a CPU and a GPU: what is drawn is computed in integers or looked
-up (draws.py), and the rest is single additions, multiplications and divisions in float32, which IEEE 754 rounds in one
-way. None is fused, and no division is by a scalar: CUDA would multiply by its reciprocal.
+A transform is a callable `(batch, draws) -> batch` for a tensor of inputs, or for (inputs, targets, ...). A sample gets
+the same bits whatever else is in its batch, and on a CPU and a GPU. Random numbers are computed in integers or come
+from tables (draws.py). The rest is single additions, multiplications and divisions in float32, which IEEE 754 rounds in
+one way. None is fused, and no division is by a scalar, since CUDA would multiply by its reciprocal.
 """
 
 from abc import ABC, abstractmethod
@@ -29,8 +29,8 @@ IMAGE_DIMENSIONS = 3  # (B, H, W) at least
 def apply(transforms: Sequence[Transform], batch: object, draws: Draws) -> object:
     """Apply transforms in turn, each under its place in the list.
 
-    One with a method `partners` gets the rows that it asked for behind the batch's own, and returns as many as there
-    would be without them.
+    A transform with a method `partners` gets the rows that it asked for after the batch's own, and returns as many rows
+    as without them.
     """
     for number, transform in enumerate(transforms):
         batch = transform(batch, draws.within(number))
@@ -40,9 +40,9 @@ def apply(transforms: Sequence[Transform], batch: object, draws: Draws) -> objec
 
 
 def with_partners(transforms: Sequence[Transform], draws: Draws, num_samples: int) -> Tensor:
-    """Return what has to be loaded for a batch: its indices, and behind them those of `partners`, int64.
+    """Return the indices to load for a batch: its own, then those of `partners`, int64.
 
-    A partner is treated as a sample by what comes before the transform that asked for it, under its own draws.
+    Transforms before the one that asked for a partner treat it as a sample, with its own draws.
     """
     for number, transform in reversed(list(enumerate(transforms))):
         if hasattr(transform, "partners"):
@@ -52,17 +52,17 @@ def with_partners(transforms: Sequence[Transform], draws: Draws, num_samples: in
 
 
 def described(transform: Transform) -> str:
-    """Return a transform's name, with the arguments of one below."""
+    """Return a transform's name; with the arguments if it is one of labtrain's."""
     kind = transform if hasattr(transform, "__qualname__") else type(transform)
     return repr(transform) if isinstance(transform, Own) else f"{kind.__module__}.{kind.__qualname__}"
 
 
 class Own:
-    """The transforms below: they draw from `Draws` alone."""
+    """The transforms below: they draw only from `Draws`."""
 
 
 class _Inputs(Own, ABC):
-    """A transform of the inputs, which leaves targets alone."""
+    """A transform of the inputs, which does not change targets."""
 
     def __call__(self, batch: object, draws: Draws) -> object:
         inputs, *rest = _parts(batch, self)
@@ -71,14 +71,14 @@ class _Inputs(Own, ABC):
 
     @abstractmethod
     def change(self, inputs: Tensor, draws: Draws) -> Tensor:
-        """Return the inputs as the transform leaves them."""
+        """Return the transformed inputs."""
 
 
 @dataclass(frozen=True)
 class Scale(_Inputs):
-    """uint8 to float32 from 0 to 1; then (x - mean) / std where they are given, a number or one a channel.
+    """Converts uint8 to float32 from 0 to 1, then to (x - mean) / std if given: one number, or one a channel.
 
-    The bits of torchvision's ToTensor and Normalize on a CPU.
+    Gives the bits of torchvision's ToTensor and Normalize on a CPU.
     """
 
     mean: float | tuple[float, ...] | None = None
@@ -93,7 +93,7 @@ class Scale(_Inputs):
 
     def change(self, inputs: Tensor, draws: Draws) -> Tensor:
         if inputs.dtype != torch.uint8:
-            raise ConfigError(f"Scale of {inputs.dtype}: torch.uint8 is wanted", hint="leave it out, or put it first")
+            raise ConfigError(f"Scale of {inputs.dtype}: expected torch.uint8", hint="remove it, or put it first")
         device = inputs.device
         scaled = inputs.to(torch.float32).div_(_constant(255.0, device))
         if self.mean is not None:
@@ -103,8 +103,8 @@ class Scale(_Inputs):
     def _spread(self, value: float | tuple[float, ...], inputs: Tensor) -> Tensor:
         if isinstance(value, tuple) and (inputs.dim() <= IMAGE_DIMENSIONS or inputs.shape[1] != len(value)):
             raise ConfigError(
-                f"{self} has {len(value)} channels, inputs are {tuple(inputs.shape)}",
-                hint="one number, or one for each channel of (B, C, H, W)",
+                f"{self} has {len(value)} channels, inputs have shape {tuple(inputs.shape)}",
+                hint="set one number, or one for each channel of (B, C, H, W)",
             )
         constant = _constant(value, inputs.device)
         return constant.view(-1, 1, 1) if isinstance(value, tuple) else constant
@@ -112,7 +112,7 @@ class Scale(_Inputs):
 
 @dataclass(frozen=True)
 class Shift(_Inputs):
-    """Images, (B, ..., H, W), each moved by up to `pixels` up or down and left or right; what comes in is zero."""
+    """Moves each image, (B, ..., H, W), by up to `pixels` up or down and left or right; new pixels are zero."""
 
     pixels: int
 
@@ -126,7 +126,7 @@ class Shift(_Inputs):
 
 @dataclass(frozen=True)
 class Crop(_Inputs):
-    """A window of `size` x `size` pixels of each image, (B, ..., H, W), with `padding` zeros around it."""
+    """Takes a window of `size` x `size` pixels of each image, (B, ..., H, W), with `padding` zeros around the image."""
 
     size: int
     padding: int = 0
@@ -147,7 +147,7 @@ class Crop(_Inputs):
 
 @dataclass(frozen=True)
 class Flip(_Inputs):
-    """Images, (B, ..., H, W), each mirrored left to right with probability `p`."""
+    """Mirrors each image, (B, ..., H, W), left to right with probability `p`."""
 
     p: float = 0.5
 
@@ -177,10 +177,10 @@ class Noise(_Inputs):
 
 @dataclass(frozen=True)
 class Mixup(Own):
-    """Each sample, inputs and label, mixed with a partner of the whole dataset, in parts of Beta(alpha, alpha).
+    """Mixes each sample, inputs and label, with a partner from the whole dataset, in parts of Beta(alpha, alpha).
 
-    Labels, integers (B,), become float32 (B, num_classes), as torchvision's v2.MixUp gives them; parts and partner are
-    each sample's own, where that one draws one part a batch and rolls the batch. Inputs of any shape. After `Scale`.
+    Labels, integers (B,), become float32 (B, num_classes), like those of torchvision's v2.MixUp. Each sample has its
+    own part and partner; torchvision draws one part a batch and rolls the batch. Inputs of any shape. After `Scale`.
 
     Source: H. Zhang and others, mixup: Beyond Empirical Risk Minimization, ICLR 2018.
     """
@@ -196,14 +196,14 @@ class Mixup(Own):
         return draws.integers("partner", 0, num_samples)
 
     def __call__(self, batch: object, draws: Draws) -> object:
-        """Mix the first half of a batch with its second, whose samples are the partners."""
+        """Mix the first half of a batch with the second half, whose samples are the partners."""
         inputs, *rest = _parts(batch, self)
         if not rest or not isinstance(rest[0], Tensor) or rest[0].dim() != 1 or rest[0].is_floating_point():
-            raise ConfigError(f"{self} of a batch without labels", hint="(inputs, labels), labels as integers (B,)")
+            raise ConfigError(f"{self} of a batch without labels", hint="return (inputs, labels), labels as integers")
         _floating(inputs, self)
         if rest[0].device.type == "cpu" and not (rest[0].min() >= 0 and rest[0].max() < self.num_classes):
             raise ConfigError(
-                f"{self} of labels of {rest[0].min()} to {rest[0].max()}: 0 to {self.num_classes - 1} are wanted",
+                f"{self} of labels of {rest[0].min()} to {rest[0].max()}: expected 0 to {self.num_classes - 1}",
                 hint=f"Mixup(num_classes={int(rest[0].max()) + 1}), or labels from 0",
             )
         half = len(draws) // 2
@@ -219,7 +219,7 @@ def _mixed(whole: Tensor, part: Tensor, half: int) -> Tensor:
 
 
 def _windows(images: Tensor, draws: Draws, padding: int, height: int, width: int) -> Tensor:
-    """Return a window of each image (B, ..., H, W), at a place of its own: (B, ..., height, width)."""
+    """Return a window of each image (B, ..., H, W), each at its own place: (B, ..., height, width)."""
     padded = functional.pad(images, (padding,) * 4) if padding else images
     high, wide = padded.shape[-2:]
     tops, lefts = draws.integers("top", 0, high - height + 1), draws.integers("left", 0, wide - width + 1)
@@ -227,7 +227,7 @@ def _windows(images: Tensor, draws: Draws, padding: int, height: int, width: int
     starts = torch.arange(planes.shape[0] * planes.shape[1], device=images.device).view(*planes.shape[:2], 1) * high
     lines = starts + tops.view(-1, 1, 1) + torch.arange(height, device=images.device)  # (B, C, height)
     places = (lines * wide + lefts.view(-1, 1, 1)).view(-1)
-    # All runs of `width` elements are a view: a window is `height` of them, which is copied by the row.
+    # All runs of `width` elements are a view: a window is `height` of them, copied row by row.
     return planes.reshape(-1).unfold(0, width, 1).index_select(0, places).view(*images.shape[:-2], height, width)
 
 
@@ -236,32 +236,32 @@ def _parts(batch: object, transform: object) -> list[Any]:
     if not parts or not isinstance(parts[0], Tensor):
         found = type(parts[0] if parts else batch).__name__
         raise ConfigError(
-            f"{transform} of a batch of {found}: a tensor is wanted, or (inputs, targets)",
-            hint="write a callable (batch, draws) -> batch for others",
+            f"{transform} of a batch of {found}: expected a tensor or (inputs, targets)",
+            hint="write your own callable (batch, draws) -> batch",
         )
     return parts
 
 
 def _wanted(transform: Any, holds: bool, what: str) -> None:
     if not holds:
-        raise ConfigError(f"{transform}: wanted is {what}", hint=f"help(labtrain.augment.{type(transform).__name__})")
+        raise ConfigError(f"{transform}: expected {what}", hint=f"help(labtrain.augment.{type(transform).__name__})")
 
 
 def _images(inputs: Tensor, transform: object) -> None:
     if inputs.dim() < IMAGE_DIMENSIONS:
         raise ConfigError(
-            f"{transform} of inputs {tuple(inputs.shape)}: images are wanted, (B, ..., H, W)",
+            f"{transform} of inputs {tuple(inputs.shape)}: expected images (B, ..., H, W)",
             hint="reshape the dataset's array: images.reshape(-1, 1, 28, 28)",
         )
 
 
 def _floating(inputs: Tensor, transform: object) -> None:
     if not inputs.is_floating_point():
-        raise ConfigError(f"{transform} of {inputs.dtype}: floats are wanted", hint=f"Scale() before {transform}")
+        raise ConfigError(f"{transform} of {inputs.dtype}: expected floats", hint=f"Scale() before {transform}")
 
 
 def _over(values: Tensor, inputs: Tensor) -> Tensor:
-    """Return one value a sample, (B,), in a shape that spreads over inputs (B, ...)."""
+    """Return one value a sample, (B,), in a shape that broadcasts over inputs (B, ...)."""
     return values.view(-1, *[1] * (inputs.dim() - 1))
 
 

@@ -41,5 +41,5 @@ def gone_on_before_the_last_batch(
     for later in sorted(run_dir.glob("checkpoints/step-*"))[1:]:
         shutil.rmtree(later)
     found = outcome(runner.run(config, world=world, environment=cache))
-    assert "goes on from step-0000000001" in runner.said()
+    assert "resumes from step-0000000001" in runner.said()
     return found

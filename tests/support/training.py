@@ -59,7 +59,7 @@ def kill_and_go_on(experiment: Experiment, reference: Run, *, checkpoints: int) 
     (folder,) = folders(Path("runs"))
     assert json.loads((folder / "receipt.json").read_text())["status"] == "running"
     run = experiment.train(*SHORT)
-    assert "goes on from step-" in run.err
+    assert "resumes from step-" in run.err
     assert len(run.receipt["segments"]) == 2
     same(run, reference)
 

@@ -1,1 +1,1 @@
-"""A checkpoint's files: how they are written, read, converted and found."""
+"""Writes, reads, converts and finds a checkpoint's files."""

@@ -1,16 +1,16 @@
-"""The files of a checkpoint: one training's state, whole, or a part a rank.
+"""The files of a checkpoint: the state of a training, whole or one part a rank.
 
 ::
 
-    weights.safetensors                     the state dict, where every rank has all of it; a sparse tensor as what
-                                            it is made of (digests.components)
-    shard-00001-model-00001-of-00001....    where it is spread over the ranks (FSDP): rank 0's part of weights and
+    weights.safetensors                     the state dict, if every rank has all of it; a sparse tensor as its
+                                            components (digests.components)
+    shard-00001-model-00001-of-00001....    if it is spread over the ranks (FSDP): rank 0's part of weights and
     shard-00002-...                         moments, rank 1's, ...; each tensor named by its path in the state
     state.pt                                the rest; loads with weights_only=True
 
-Parts are planned, written and put together by torch.distributed.checkpoint, in its safetensors format, whose reader
-finds what lies where in the files' own headers: the default format keeps that in a pickle. So a state that was saved by
-four ranks is read by any number of them, each its own part, or whole by one process without the others.
+torch.distributed.checkpoint plans, writes and joins the parts, in its safetensors format. Its reader finds the tensors
+from the files' headers; the default format keeps their places in a pickle. So any number of ranks can read a state that
+four ranks saved, each its own part, and a single process can read it whole.
 https://docs.pytorch.org/docs/2.9/distributed.checkpoint.html
 """
 
@@ -63,36 +63,36 @@ T = TypeVar("T")
 
 
 def is_spread(weights: State) -> bool:
-    """Return whether a state dict is spread over the ranks: whether each holds but a part of some tensor."""
+    """Return whether a state dict is spread over the ranks: each holds only a part of some tensor."""
     return any(isinstance(tensor, DTensor) for tensor in weights.values())
 
 
 def write_files(folder: Path, state: State, group: object = None) -> Manifest:
     """Write a state to a new folder; return its files' sha256 and size, and the weights digest.
 
-    The files are on the disk then; that the folder names them is for who gives it its manifest.
+    The files are then on the disk. The caller syncs the folder when it writes the manifest.
 
     Args:
-        folder: must hold nothing yet.
+        folder: must be empty.
         state: tensors and plain values, the weights under `state_dict`; must not change meanwhile.
-        group: where the state is spread, the ranks that hold it; all of them call this, and rank 0 has the answer.
+        group: if the state is spread, the ranks that hold it; all of them call this, and rank 0 gets the result.
     """
-    together(group, lambda: folder.mkdir(parents=True, exist_ok=True))  # empty where a crash came right after this line
+    together(group, lambda: folder.mkdir(parents=True, exist_ok=True))  # empty if a crash came right after this line
     return _write_whole(folder, state) if group is None else _write_part(folder, state, group)
 
 
 def together(group: Any, action: Callable[[], T]) -> list[T]:
-    """Run an action on every rank of a group and return what each returned; where one fails, fail on all.
+    """Run an action on every rank of a group and return all results; if one fails, fail on all ranks.
 
     Raises:
-        LabtrainError: another rank has failed; says which, and why.
+        LabtrainError: another rank has failed; with its number and the reason.
     """
     if group is None:
         return [action()]
     result, failure, said = None, None, None
     try:
         result = action()
-    except Exception as error:  # whatever it is, the others wait to hear of it
+    except Exception as error:  # any error: the other ranks wait for it
         failure, said = error, (_words(error), getattr(error, "hint", ""))
     all_of_them: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(all_of_them, (result, said), group=group)
@@ -101,7 +101,7 @@ def together(group: Any, action: Callable[[], T]) -> list[T]:
     for rank, (_, failed) in enumerate(all_of_them):
         if failed is not None:
             raise LabtrainError(
-                f"rank {rank}: {failed[0]}", hint=failed[1] or "the same command goes on from the newest"
+                f"rank {rank}: {failed[0]}", hint=failed[1] or "the same command resumes from the newest"
             )
     return [result for result, _ in all_of_them]
 
@@ -114,15 +114,15 @@ def _words(error: BaseException) -> str:
 
 
 def load_folder(folder: Path, like: State | None = None) -> State:
-    """Return Lightning's checkpoint dictionary from a folder that was verified, without its loops.
+    """Return Lightning's checkpoint dictionary, without its loops, from a verified folder.
 
     Args:
         folder: of a checkpoint.
-        like: the state as it is spread over the ranks now: each then reads its own parts, to where those of `like`
-            are, and all ranks call this. Else the whole is read, on the CPU, optimizers' states by number.
+        like: the current state, spread over the ranks: each rank then reads its own parts to the devices of `like`,
+            and all ranks call this. Otherwise read the whole state on the CPU, optimizers' states by number.
 
     Raises:
-        DamagedError: loading it would run code, or its parts are not there.
+        DamagedError: loading it would run code, or a part is missing.
     """
     state = load_plain(folder / STATE)
     if PLACE in state:
@@ -143,36 +143,36 @@ def load_folder(folder: Path, like: State | None = None) -> State:
 
 
 def check_loads(folder: Path, manifest: Manifest) -> None:
-    """Hold a checkpoint, whose files are as its manifest says, against what a training goes on from; reads little.
+    """Check that a training can resume from a checkpoint whose files fit its manifest; reads little.
 
     Raises:
-        DamagedError: it cannot be loaded, or is the state of another place.
+        DamagedError: it cannot be loaded, or its step, epoch or batch differs from the manifest.
     """
     state = load_plain(folder / STATE, mapped=True)
     with damage_of(folder / STATE, hint=_ask(folder)):
         for path in state.get(PARTS, []):
-            _put(state, path, torch.empty(0))  # which stands for what lies there
+            _put(state, path, torch.empty(0))  # a placeholder for the part
         structure.check(state)
         place = state[PLACE]
         if not place["ranks"]:
-            raise ValueError(f"its {PLACE}.ranks are none")
+            raise ValueError(f"its {PLACE}.ranks is empty")
         said = [manifest[key] for key in ("step", "epoch", "batch")]
         found = [place[key] for key in ("global_step", "epoch", "batch")]
         if said != found:
-            raise ValueError(f"its step, epoch and batch are {found}, its manifest says {said}")
+            raise ValueError(f"its step, epoch and batch are {found}, but its manifest says {said}")
     check_weights(folder)
 
 
 def load_plain(path: Path, *, mapped: bool = False) -> State:
-    """Return the dictionary that torch.save wrote to a file, on the CPU. No code is run from it.
+    """Return the dictionary that torch.save wrote to a file, on the CPU, without running code from it.
 
     Args:
         path: of the file.
         mapped: leave its tensors on the disk until they are read.
 
     Raises:
-        DamagedError: that is not what it holds, or it would be larger in memory than the file is.
-        FileNotFoundError: it is not there.
+        DamagedError: the file holds something else, or would be larger in memory than on the disk.
+        FileNotFoundError: the file does not exist.
     """
     with damage_of(path, hint=_ask(path.parent)):
         with untrusted.open_plain(path, MOST_BYTES) as file:
@@ -180,19 +180,19 @@ def load_plain(path: Path, *, mapped: bool = False) -> State:
             if file.read(4) == b"PK\x03\x04":
                 _check_archive(file, size)
         try:
-            with warnings.catch_warnings(action="ignore"):  # torch's, of how the file was written
+            with warnings.catch_warnings(action="ignore"):  # about how the file was written
                 loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
         except MemoryError:
             raise ValueError("it does not fit into memory") from None
-        # Whatever torch makes of bytes that it has not written. Its words advise to run the code in the file.
+        # Any error of torch for bytes that it has not written. Its own message advises to run the code in the file.
         except Exception as error:
             if isinstance(error, pickle.UnpicklingError) and (found := re.search(r"GLOBAL ([\w.]+)", str(error))):
                 raise DamagedError(
                     f"{path} cannot be read without running code from it: it holds {found[1]}", hint=_ask(path.parent)
                 ) from error
-            raise ValueError("not a whole file of torch.save with plain values alone") from error
+            raise ValueError("not a complete file of torch.save, or not only plain values") from error
         if not isinstance(loaded, dict):
-            raise ValueError(f"a {type(loaded).__name__}, no dict")
+            raise ValueError(f"a {type(loaded).__name__}, expected a dict")
         for leaf in untrusted.leaves(loaded):
             if isinstance(leaf, torch.Tensor):
                 _check_tensor(leaf, size)
@@ -208,14 +208,14 @@ def _check_archive(file: IO[bytes], size: int) -> None:
         raise ValueError(str(error)) from error
     declared = sum(entry.file_size for entry in entries)
     if declared > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-        raise ValueError(f"its parts are said to be {declared:,} bytes, it has {size:,}")
+        raise ValueError(f"it declares parts of {declared:,} bytes, but has {size:,}")
 
 
 def _check_tensor(tensor: torch.Tensor, size: int) -> None:
-    """Refuse a tensor that is no plain one, or larger than the file that it came from."""
+    """Refuse a tensor that is not plain, or is larger than its file."""
     layout = str(tensor.layout).removeprefix("torch.")
     if type(tensor) not in TENSORS or tensor.device.type != "cpu" or tensor.is_quantized or layout not in LAYOUTS:
-        raise ValueError(f"holds a {type(tensor).__name__} on {tensor.device}, {layout}: no plain tensor")
+        raise ValueError(f"holds a {type(tensor).__name__} on {tensor.device}, {layout}: expected a plain tensor")
     for part in components(tensor).values():
         if part.numel() * part.element_size() > max(size, 1 << 10):
             raise ValueError(f"a tensor of {tuple(part.shape)} in a file of {size:,} bytes")
@@ -234,7 +234,7 @@ def load_weights_of(folder: Path) -> State:
 
 
 def _load_weights(folder: Path) -> State:
-    """Return a state dict from its file, its sparse tensors put together (`digests.components`)."""
+    """Return a state dict from its file, with its sparse tensors joined (`digests.components`)."""
     entries = load_tensors(folder / WEIGHTS)
     found = {}
     for name, tensor in entries.items():
@@ -258,7 +258,7 @@ def load_tensors(path: Path) -> State:
     """Return the tensors of a ``.safetensors`` file, on the CPU.
 
     Raises:
-        DamagedError: it is none.
+        DamagedError: it is not such a file.
     """
     check_safetensors(path)
     with damage_of(path, hint=_ask(path.parent)):
@@ -269,7 +269,7 @@ def load_tensors(path: Path) -> State:
 
 
 def in_parts(folder: Path) -> bool:
-    """Return whether a checkpoint was saved by ranks that each held a part."""
+    """Return whether a checkpoint was saved in parts, one a rank."""
     return not (folder / WEIGHTS).exists()
 
 
@@ -279,14 +279,14 @@ def _write_whole(folder: Path, state: State) -> Manifest:
 
     def write_weights() -> str:
         (folder / WEIGHTS).touch()
-        mode = (folder / WEIGHTS).stat().st_mode  # as umask and folder say; safetensors replaces it by one of 0600
+        mode = (folder / WEIGHTS).stat().st_mode  # from umask and folder; safetensors makes a new file with 0600
         save_file({name: tensor.contiguous() for name, tensor in dense_entries(weights).items()}, folder / WEIGHTS)
         (folder / WEIGHTS).chmod(mode)
         hashed = pool.submit(file_sha256, folder / WEIGHTS)
         sync(folder / WEIGHTS)
         return hashed.result()
 
-    with ThreadPoolExecutor(4) as pool:  # hashing lets go of the interpreter's lock, and so does the disk
+    with ThreadPoolExecutor(4) as pool:  # hashing and writing release the interpreter's lock
         rest_sha, weights_sha = pool.submit(_write_rest, folder, rest, pool), pool.submit(write_weights)
         files = {WEIGHTS: weights_sha, STATE: rest_sha}
         manifest: Manifest = {"weights_digest": digest(weights)}
@@ -304,7 +304,7 @@ def _write_part(folder: Path, state: State, group: Any) -> Manifest:
     rank = dist.get_rank(group)
     paths: list[Keys] = []
     rest = _without_parts(state, (), paths)
-    # What is no DTensor is rank 0's; the others' buffers are in the place of the training (epoch_loop.py).
+    # Other tensors are rank 0's; the buffers of other ranks are in the training's place (epoch_loop.py).
     tensors = {_name(path): _get(state, path) for path in paths}
     tensors = {
         name: tensor if isinstance(tensor, DTensor) else tensor.contiguous()
@@ -314,7 +314,7 @@ def _write_part(folder: Path, state: State, group: Any) -> Manifest:
     try:
         writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
         save(tensors, storage_writer=writer, process_group=group)
-    except CheckpointException as error:  # no Exception, and raised on all ranks
+    except CheckpointException as error:  # not an Exception, and raised on all ranks
         failed, (cause, _) = next(iter(error.failures.items()))
         raise StoreError(
             f"{folder}: rank {failed} could not write its part: {_words(cause)}", hint=f"df -h {quoted(folder.parent)}"
@@ -336,7 +336,7 @@ def _write_part(folder: Path, state: State, group: Any) -> Manifest:
         if hidden := [name for name in files if not (folder / name).exists()]:
             raise StoreError(
                 f"{folder}/{hidden[0]} was written by another rank, and rank 0 does not see it",
-                hint="paths.runs on a folder that all nodes share",
+                hint="set paths.runs to a folder that all nodes share",
             )
         return {"files": files, "weights_digest": digest_folder(folder)}
 
@@ -344,7 +344,7 @@ def _write_part(folder: Path, state: State, group: Any) -> Manifest:
 
 
 def _write_rest(folder: Path, rest: State, pool: ThreadPoolExecutor) -> str:
-    with (folder / STATE).open("wb") as file:  # torch's own has no words for a full disk
+    with (folder / STATE).open("wb") as file:  # torch's own writer does not report a full disk
         complete = threading.Event()
         hashed = pool.submit(_hash_behind, folder / STATE, complete)
         try:
@@ -357,9 +357,9 @@ def _write_rest(folder: Path, rest: State, pool: ThreadPoolExecutor) -> str:
 
 
 def _hash_behind(path: Path, complete: threading.Event) -> str:
-    """Return the sha256 of a file that is being written from its beginning to its end, and have it go to the disk.
+    """Return the sha256 of a file that is being written in order, and start to write it to the disk.
 
-    Linux: sync_file_range(2), SYNC_FILE_RANGE_WRITE. Else all of it would begin with the fsync, when all is written.
+    Linux: sync_file_range(2), SYNC_FILE_RANGE_WRITE. Otherwise the disk would start only with the fsync at the end.
     """
     begin_writeback = ctypes.CDLL(None).sync_file_range
     begin_writeback.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -377,8 +377,8 @@ def _hash_behind(path: Path, complete: threading.Event) -> str:
 
 
 def _load_parts(folder: Path, names: Any, now: State, *, alone: bool) -> State:
-    """Return the tensors of these names, of the weights by default: to the like of what is in `now`, else whole."""
-    # 0.1 s, which a training without parts need not pay
+    """Return the tensors of these names, by default the weights: in the layout of `now` if it has them, else whole."""
+    # takes 0.1 s, which a training without parts does not need
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -399,19 +399,19 @@ def _load_parts(folder: Path, names: Any, now: State, *, alone: bool) -> State:
         else torch.empty(known[name].size, dtype=known[name].properties.dtype)
         for name in names
     }
-    with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that it does so in one process
+    with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that it loads in one process
         try:
             load(tensors, storage_reader=reader, no_dist=alone)
         except CheckpointException as error:
             cause, _ = next(iter(error.failures.values()))
             raise LabtrainError(
-                f"{folder} does not fit: {cause}", hint="the model it was saved of; or resume=never"
+                f"{folder} does not fit: {cause}", hint="use the model that it was saved from; or resume=never"
             ) from error
     return tensors
 
 
 def _without_parts(node: object, path: Keys, paths: list[Keys]) -> Any:
-    """Return a state with None for what lies in the parts, the weights and each DTensor; note the paths of those."""
+    """Return a state with None for weights and DTensors, which are in the parts; append their paths to `paths`."""
     if isinstance(node, dict):
         kind: Any = type(node)  # a Counter, say
         return kind({key: _without_parts(value, (*path, key), paths) for key, value in node.items()})
@@ -444,7 +444,7 @@ def _put(state: object, path: Keys, value: object) -> None:
 
 
 def _numbered(optimizer: State) -> State:
-    """Return an optimizer's state by the parameters' numbers, as an optimizer itself has it; saved is it by names."""
+    """Return an optimizer's state by parameter numbers, as optimizers use it; the file has it by names."""
     names = [name for group in optimizer["param_groups"] for name in group["params"]]
     number = {name: index for index, name in enumerate(names)}
     groups = [{**group, "params": [number[name] for name in group["params"]]} for group in optimizer["param_groups"]]

@@ -1,4 +1,4 @@
-"""Checkpoints to and from Lightning's own .ckpt files. What comes in is read without running code from it."""
+"""Converts checkpoints to and from Lightning's .ckpt files. Reading one runs no code from it."""
 
 import os
 from contextlib import suppress
@@ -27,7 +27,7 @@ def export_checkpoint(target: str, file: Path) -> None:
         file: must not exist yet.
     """
     if file.exists():
-        raise ConfigError(f"{file} is there already", hint=f"another name, or rm {quoted(file)}")
+        raise ConfigError(f"{file} already exists", hint=f"choose another name, or rm {quoted(file)}")
     with found_checkpoint(target) as (folder, _):
         scratch = file.with_name(f".{file.name}.part")
         torch.save(load_folder(folder), scratch)
@@ -37,16 +37,16 @@ def export_checkpoint(target: str, file: Path) -> None:
 def import_checkpoint(file: Path, url: str) -> str:
     """Write a Lightning .ckpt as a checkpoint below `url` and return its URL.
 
-    Its place in the training is not known, so it gives weights (`labtrain.load_weights`) and is not gone on from.
+    Its place in the training is unknown. So it gives weights (`labtrain.load_weights`), but cannot be resumed.
 
     Raises:
-        DamagedError: it is no checkpoint, or loading it would run code.
-        StoreError: a training, or another import, writes there; or it cannot be written.
+        DamagedError: it is not a checkpoint, or loading it would run code.
+        StoreError: a training, or another import, writes there; or labtrain cannot write there.
     """
     try:
-        loaded = load_plain(Path(os.path.realpath(file)))  # which the person has named, be it a link
+        loaded = load_plain(Path(os.path.realpath(file)))  # the person has named it, so a link is fine
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"{file} is not there", hint=f"ls {quoted(file.parent)}") from error
+        raise ConfigError(f"{file} does not exist", hint=f"ls {quoted(file.parent)}") from error
     except DamagedError as error:
         hint = "in the program that made it: torch.save(model.state_dict(), FILE)"
         raise DamagedError(str(error.args[0]), hint=hint) from error
@@ -62,7 +62,7 @@ def import_checkpoint(file: Path, url: str) -> str:
         "batch": 0,
         "finished": True,
     }
-    token = store.enter()  # as a training does: so nothing takes what is half written for what a crash has left
+    token = store.enter()  # like a training: else others would take the unfinished files for leftovers of a crash
     name = free_name(step, {checkpoint.name for checkpoint in store.find()}, finished=True)
     path = store.writing(name, token)
     try:
@@ -73,12 +73,12 @@ def import_checkpoint(file: Path, url: str) -> str:
                 store.upload(folder, manifest, path)
             store.publish(name, manifest, token)
     except BaseException as error:
-        store.check_writer(token)  # else it is another's by now
+        store.check_writer(token)  # else it belongs to another writer by now
         with suppress(Exception):
             store.remove(path)
         if isinstance(error, LabtrainError) or not isinstance(error, Exception):
             raise
-        # safetensors and torch have errors of their own for a full disk
+        # safetensors and torch have their own errors for a full disk
         raise StoreError(f"{store}/{name} could not be written: {error}", hint=f"df -h {store}") from error
     finally:
         with suppress(StoreError):
@@ -87,10 +87,10 @@ def import_checkpoint(file: Path, url: str) -> str:
 
 
 def _check(file: Path, state: State) -> None:
-    """Hold what a .ckpt holds against what a checkpoint can, before anything is written.
+    """Check that a checkpoint can hold the content of a .ckpt, before anything is written.
 
     Raises:
-        DamagedError: says what.
+        DamagedError: names what it cannot hold.
     """
     with untrusted.damage_of(file, hint="in the program that made it: torch.save(model.state_dict(), FILE)"):
         weights = state["state_dict"]
@@ -99,11 +99,11 @@ def _check(file: Path, state: State) -> None:
         for name, tensor in weights.items():
             if not isinstance(name, str) or name == "__metadata__" or not isinstance(tensor, torch.Tensor):
                 raise ValueError(
-                    f"its state_dict holds a {type(tensor).__name__} under {name!r}: no tensor by its name"
+                    f"its state_dict holds a {type(tensor).__name__} under {name!r}: expected a tensor under a text"
                 )
             name.encode()
             if str(tensor.dtype).removeprefix("torch.") not in WEIGHT_DTYPE_NAMES:
-                raise ValueError(f"{name} is of {tensor.dtype}, which safetensors does not know")
+                raise ValueError(f"{name} is of {tensor.dtype}, which safetensors does not support")
         for key in ("global_step", "epoch"):
             if not untrusted.is_count(state.get(key, 0)) or state.get(key, 0) >= 10**10:
                 raise ValueError(f"its {key} is {state[key]!r}")

@@ -1,4 +1,4 @@
-"""What a person names on the command line: a run, a checkpoint's folder or URL, a store, or a weights file."""
+"""Finds what a person names on the command line: a run, a checkpoint's folder or URL, a store, or a weights file."""
 
 import os
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from labtrain.stores.store import MANIFEST, NAME, Checkpoint, Manifest, Store
 
 
 def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]:
-    """Return the digest of what `target` names, from its files, and what its own record claims.
+    """Return the digest of `target`, computed from its files, and the digest in its record.
 
     Args:
         target: a run's folder (its newest checkpoint), a checkpoint's folder or URL, or a .safetensors file.
         whole: of the whole training state instead of the weights.
 
     Raises:
-        LabtrainError: nothing is there that has a digest.
+        LabtrainError: nothing there has a digest.
     """
     path = Path(target.removeprefix("file://"))
     if path.is_file() and path.suffix == ".safetensors" and not whole:
@@ -41,15 +41,15 @@ def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]
 
 
 def load_weights(target: str | Path) -> dict[str, object]:
-    """Return the weights of a run, or of one checkpoint, as a state dict on the CPU. No code is run from them.
+    """Return the weights of a run, or of one checkpoint, as a state dict on the CPU. This runs no code from them.
 
     Args:
-        target: a run's folder or the URL of its checkpoints (the newest that is whole), a checkpoint's folder or URL,
+        target: a run's folder or the URL of its checkpoints (the newest complete one), a checkpoint's folder or URL,
             or a .safetensors file.
 
     Raises:
-        DamagedError: the file is not what the manifest says.
-        LabtrainError: there are none.
+        DamagedError: the file does not fit the manifest.
+        LabtrainError: there are no weights.
         StoreError: the store cannot be read.
     """
     from labtrain.checkpoints.format import load_tensors, load_weights_of
@@ -62,15 +62,15 @@ def load_weights(target: str | Path) -> dict[str, object]:
 
 @contextmanager
 def found_checkpoint(target: str, *, verified: bool = True) -> Iterator[tuple[Path, Manifest]]:
-    """Find a checkpoint and give its folder on this machine and its manifest, while they are needed.
+    """Find a checkpoint and yield its folder on this machine and its manifest.
 
     Args:
-        target: of a run's folder or a URL of its checkpoints the newest that is whole; else that one.
-        verified: refuse a named one of this machine that is damaged.
+        target: a run's folder or the URL of its checkpoints, for the newest complete one; or a checkpoint.
+        verified: refuse a named checkpoint on this machine that is damaged.
 
     Raises:
-        DamagedError: the one that is named is damaged.
-        LabtrainError: there is none.
+        DamagedError: the named checkpoint is damaged.
+        LabtrainError: there is no checkpoint.
     """
     with TemporaryDirectory(prefix="labtrain-") as scratch:
         place = target.rstrip("/").removesuffix(f"/{MANIFEST}")

@@ -1,13 +1,13 @@
-"""Saves of one run: copied while the loop waits, written and delivered while it trains; and which of them are kept.
+"""Saves a run's checkpoints: copies while the loop waits, writes and delivers while it trains, and removes old ones.
 
 ::
 
     loop      copy the state into the staging buffers          the only wait
     writer    files and their sha256, fsync, manifest, rename  one save in flight; then retention
-    delivery  to checkpoint.url, where that is remote          delivery.py
+    delivery  to checkpoint.url, if that is remote             delivery.py
 
-A failure of the writer reaches the loop with its next step. Rank 0 saves what all ranks have; of a state that is spread
-over them each saves its part, and rank 0 makes the checkpoint exist when all parts are on the disk.
+A failure of the writer reaches the loop at its next step. Rank 0 saves what all ranks have. If the state is spread over
+the ranks, each saves its part, and rank 0 publishes the checkpoint when all parts are on the disk.
 """
 
 import secrets
@@ -32,13 +32,13 @@ Keep = Callable[[dict[str, int], dict[str, float]], set[str]]
 
 
 class Saver:
-    """Writes one run's checkpoints: on rank 0, and its part of a state that is spread on every other.
+    """Writes one run's checkpoints on rank 0; if the state is spread, every rank writes its part.
 
     Args:
         run_dir: the run's folder.
-        place: where its checkpoints lie: a folder or a URL.
+        place: where its checkpoints are: a folder or a URL.
         run_id: of the run.
-        keep: given the steps and scores of all by name, returns the names that are kept.
+        keep: from the steps and scores of all checkpoints by name, returns the names to keep.
         spool_bytes: how much may wait for a remote store.
     """
 
@@ -49,26 +49,26 @@ class Saver:
         self.staging = Staging()
         self.manifests: dict[str, Manifest] = {}  # of those that exist, oldest first
         self.scores: dict[str, float] = {}
-        self.before: Link | None = None  # which checkpoint was saved, or gone on from, last
+        self.before: Link | None = None  # the checkpoint that was saved, or resumed from, last
         self.records = {"trail": Record(run_dir / TRAIL), "history": Record(run_dir / HISTORY)}
         self.missing: list[list[int]] = []  # ranges of steps that the trail lacks
         self.taken: set[str] = set()
-        self.undelivered: list[str] = []  # of a process before; not moved before all ranks have loaded one of them
+        self.undelivered: list[str] = []  # from an earlier process; not moved before all ranks have loaded one of them
         self.staged: dict[str, object] | None = None  # the state that was saved last
-        self.known: set[str] | None = None  # which there were when the start looked; None: when it is opened
+        self.known: set[str] | None = None  # the checkpoints that the start found; None: those at `open`
         self.token = ""  # of rank 0
-        self.group: object = None  # of the ranks, where the state is spread over them; the writers' own
+        self.group: object = None  # the writers' group of ranks, if the state is spread
         self.delivery: Delivery | None = None
         self.thread: threading.Thread | None = None
         self.error: LabtrainError | None = None
 
     def open(self) -> None:
-        """Become the one writer there, and remove what a crash of the one before left.
+        """Become the only writer, and remove leftovers of a crash.
 
         Raises:
-            LabtrainError: something there is a link, or of another run: nothing was changed.
-            StoreError: it cannot be written there.
-            TakenOverError: another process has written there since this one looked what it could go on from.
+            LabtrainError: something there is a link, or belongs to another run; nothing has changed.
+            StoreError: labtrain cannot write there.
+            TakenOverError: another process has written there since this process chose its checkpoint.
         """
         remote = None if is_local(self.place) else Store(self.place)
         stores, seen = [self.home] + ([remote] if remote else []), []
@@ -93,7 +93,7 @@ class Saver:
             self.token = ""
             raise taken_over(f"{self.place}/{min(late)}")
         if remote is not None:
-            # From here on it is the delivery's alone: a connection has one thread.
+            # From here on only the delivery uses it: a connection has one thread.
             self.delivery = Delivery(self.home, remote, token=self.token, spool_bytes=self.spool_bytes)
             self.undelivered = waiting
         self.manifests = dict(sorted(self.manifests.items()))
@@ -101,7 +101,7 @@ class Saver:
             self.scores |= manifest.get("scores", {})
 
     def _look(self, store: Store) -> list[str]:
-        """Come to know the checkpoints that are there; return the names of those that are whole, as far as is known."""
+        """Read which checkpoints exist; return the names of those that seem complete."""
         there = []
         for checkpoint in without_links(store.find()):
             if checkpoint.complete and checkpoint.name not in self.manifests:
@@ -120,13 +120,13 @@ class Saver:
         return self.thread is not None and self.thread.is_alive()
 
     def save(self, state: State, manifest: Manifest, *, finished: bool = False) -> str:
-        """Copy a state and begin to write it; wait for the save before where one is still written. Return its name.
+        """Copy a state and start to write it, after the previous save is written. Return the checkpoint's name.
 
         Args:
             state: Lightning's checkpoint dictionary, its weights under `state_dict`.
-            manifest: run id, step, place and metrics; files, digests and scores are added. Rank 0's counts, as its
-                name does.
-            finished: it is no place to go on from, but what became of the weights at the end.
+            manifest: run id, step, place and metrics; the saver adds files, digests and scores. Rank 0's manifest
+                and name count.
+            finished: final weights only; cannot be resumed.
         """
         self.wait()
         self._deliver_what_was_left()
@@ -139,11 +139,11 @@ class Saver:
         return name
 
     def score(self, name: str, value: float) -> None:
-        """Note what the monitored metric is for a checkpoint; with the next save it decides which are the best."""
+        """Record the monitored metric of a checkpoint; the next save uses it to choose the best ones."""
         self.scores[name] = value
 
     def listed(self) -> list[SavedCheckpoint]:
-        """Return what the receipt says of each checkpoint; one in the run's folder by its path there."""
+        """Return the receipt's entry for each checkpoint; paths in the run's folder are relative to it."""
         place = self.place.removeprefix(f"{self.run_dir}/")
         return [
             {
@@ -156,11 +156,11 @@ class Saver:
         ]
 
     def status(self) -> str:
-        """Return what is on its way to a remote store, in a line; empty where nothing is."""
+        """Return a line about pending deliveries to a remote store; empty if there are none."""
         return self.delivery.status() if self.delivery is not None else ""
 
     def check(self) -> None:
-        """Raise what went wrong in the writer or the delivery since; on rank 0, which hears of all and ends them."""
+        """Raise an error of the writer or the delivery; on rank 0, which gets the errors of all ranks and ends them."""
         if self.error is not None and self.token:
             error, self.error = self.error, None
             raise error
@@ -168,21 +168,21 @@ class Saver:
             self.delivery.check()
 
     def wait(self) -> None:
-        """Wait until the save in flight is on this machine's disk."""
+        """Wait until the current save is on this machine's disk."""
         if self.thread is not None:
             self.thread.join()
             self.thread = None
         self.check()
 
     def close(self, *, seconds: float, wanted: bool) -> None:
-        """Wait for what is on its way, and be the writer no more.
+        """Wait for pending saves and deliveries, and stop being the writer.
 
         Args:
-            seconds: how long, where a store does not answer.
-            wanted: whether what is not delivered then is an error; else a warning.
+            seconds: how long to wait for a store that does not answer.
+            wanted: whether an undelivered checkpoint is an error; otherwise a warning.
 
         Raises:
-            StoreError: names what was not delivered, and where it is kept.
+            StoreError: names what was not delivered, and where it is.
         """
         self.wait()
         self._deliver_what_was_left()
@@ -205,7 +205,7 @@ class Saver:
         self.home.leave(self.token)
 
     def abandon(self) -> None:
-        """Leave the rest undone: the training has failed."""
+        """Stop without the rest: the training has failed."""
         with suppress(LabtrainError):
             self.wait()
         if self.delivery is not None:
@@ -223,13 +223,13 @@ class Saver:
             manifest = together(self.group, partial(self._publish, name, manifest, sizes))[0]
             if self.token:
                 self.manifests[name], self.before = manifest, link_to(name, manifest)
-        except BaseException as error:  # safetensors and torch have errors of their own for a full disk
+        except BaseException as error:  # safetensors and torch have their own errors for a full disk
             self.error = (
                 self._why(error) if isinstance(error, LabtrainError) else self._why(self._explained(name, error))
             )
             if self.token and folder:
                 with suppress(Exception):
-                    self.home.remove(folder)  # this writer's alone; room for what comes after
+                    self.home.remove(folder)  # only this writer uses it; makes room
             return
         if self.token:
             try:
@@ -262,7 +262,7 @@ class Saver:
         return {**record.up_to(size_bytes), "first": first_step_of(record.path), "missing": self.missing}
 
     def _why(self, error: LabtrainError) -> LabtrainError:
-        """Return why a save has failed: whatever it ran into, where another has taken over, that is why."""
+        """Return why a save has failed: if another process has taken over, that is the reason."""
         try:
             if self.token:
                 self.home.check_writer(self.token)
@@ -273,7 +273,7 @@ class Saver:
     def _explained(self, name: str, error: BaseException) -> StoreError:
         return StoreError(
             f"{self.home}/{name} could not be written: {getattr(error, 'strerror', None) or error}",
-            hint=f"df -h {self.home}; ls -ld {self.home}; then the same command goes on from the newest",
+            hint=f"df -h {self.home}; ls -ld {self.home}; then the same command resumes from the newest",
         )
 
     def _deliver_what_was_left(self) -> None:
@@ -295,4 +295,4 @@ class Saver:
                 for name in doomed:
                     self.home.discard(name, self.token)
         except OSError as error:
-            sys.stderr.write(f"warning: {self.home}: what is superseded could not be removed: {error}\n")
+            sys.stderr.write(f"warning: {self.home}: superseded checkpoints could not be removed: {error}\n")

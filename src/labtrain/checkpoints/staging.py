@@ -1,7 +1,7 @@
-"""The copy of a training's state that a save writes from: buffers on the host, used again at each save.
+"""Copies a training's state for a save into buffers on the host, which each save uses again.
 
-The loop waits for this copy and nothing else. Whatever a checkpoint cannot hold is refused here, while its key is
-known: the copy is made of tensors and plain values alone, so the file that is made of it loads without running code.
+The loop waits only for this copy. Values that a checkpoint cannot hold are refused here, where their key is known. The
+copy has only tensors and plain values, so its file loads without running code.
 """
 
 from collections import Counter, OrderedDict
@@ -18,11 +18,11 @@ PLAIN = (type(None), bool, int, float, str, bytes)
 MAPPINGS: tuple[type[Any], ...] = (dict, OrderedDict, Counter)
 SEQUENCES: tuple[type[Any], ...] = (list, tuple, torch.Size)
 PLAIN_KINDS = frozenset(PLAIN)
-LONG = 100  # items of a list: from here on it is worth a look whether all are plain
+LONG = 100  # items of a list: from here on it is worth checking whether all are plain
 
 
 class Staging:
-    """Buffers for one training's state; on CUDA they are pinned, so that the device copies into them by itself."""
+    """Buffers for one training's state; for CUDA they are pinned, so that the device copies on its own."""
 
     def __init__(self) -> None:
         self.buffers: dict[str, torch.Tensor] = {}
@@ -31,7 +31,7 @@ class Staging:
         """Return a copy of nested dicts, lists and tuples of tensors and plain values, good until the next call.
 
         Raises:
-            LabtrainError: names the key of what is neither.
+            LabtrainError: names the key of any other value.
         """
         copied: dict[str, object] = self._copy(state, "state")
         if any(buffer.is_pinned() for buffer in self.buffers.values()):
@@ -51,12 +51,12 @@ class Staging:
         if kind in PLAIN:
             return value
         raise LabtrainError(
-            f"{key} is a {described(value)}: no tensor, number, string, list or dict, so no part of a checkpoint",
+            f"{key} is a {described(value)}: a checkpoint can hold only tensors, numbers, strings, lists and dicts",
             hint="keep plain values in hyperparameters and state_dicts",
         )
 
     def _copy_tensor(self, tensor: torch.Tensor, key: str) -> torch.Tensor:
-        if isinstance(tensor, DTensor):  # this rank's part; `from_local` would move it back to the mesh's device
+        if isinstance(tensor, DTensor):  # this rank's part; `from_local` would move it to the mesh's device
             part = self._copy_tensor(tensor.to_local(), key)
             return DTensor(part, tensor._spec, requires_grad=False)
         if tensor.layout != torch.strided:
@@ -69,7 +69,7 @@ class Staging:
 
 
 def unsavable(value: Any, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], object]]:
-    """Yield the keys and the value of each part of a state that `Staging.copy` would refuse."""
+    """Yield the path and the value of each part of a state that `Staging.copy` would refuse."""
     kind = type(value)
     if kind in MAPPINGS and all(map(_is_key, value)):
         for name, item in value.items():
@@ -82,7 +82,7 @@ def unsavable(value: Any, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple
 
 
 def described(value: Any) -> str:
-    """Return the kind of a value, and which of a dict's keys is at fault."""
+    """Return the type of a value, and of a dict's key that is the cause."""
     kind = type(value)
     keys = [type(key) for key in value if not _is_key(key)] if kind in MAPPINGS else []
     of = f" with a key of {keys[0].__module__}.{keys[0].__qualname__}" if keys else ""

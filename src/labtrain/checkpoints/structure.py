@@ -1,16 +1,16 @@
-"""What the state of a training is made of: a checkpoint is held against it before a training goes on from it.
+"""The structure of a training's state: labtrain checks a checkpoint against it before a training resumes.
 
-A form says what a value must be:
+A form describes a value:
 
 =================== ===================================================================================
-a type, a union     one of it
-a function          what it returns true for
-[form]              a list of such
-{"a": form}         a mapping that has this key; with "a?" it may be missing; other keys are not looked at
-{str: form}         a mapping from texts to such; {object: form} from anything
+a type, a union     an instance
+a function          a value for which it returns true
+[form]              a list of values of that form
+{"a": form}         a mapping with this key; with "a?" it may be missing; other keys are not checked
+{str: form}         a mapping from texts to values of that form; {object: form} from anything
 =================== ===================================================================================
 
-What only the model can tell, the number of optimizers say, is told when the state is put back (rebuild.py).
+Facts that only the model knows, such as the number of optimizers, are checked during the restore (rebuild.py).
 """
 
 from typing import Any
@@ -100,15 +100,15 @@ STATE: Form = {
 
 
 def check(value: Any, form: object = STATE, at: str = "") -> None:
-    """Refuse a value of another form.
+    """Refuse a value with another form.
 
     Args:
         value: the state of a training, or a part of it.
-        form: that it must have.
-        at: which part it is.
+        form: the form that it must have.
+        at: the name of the part.
 
     Raises:
-        ValueError: says what is wrong, and where.
+        ValueError: with the cause and the part.
     """
     if isinstance(form, dict):
         _check_kind(value, dict, at)
@@ -142,9 +142,9 @@ def _unlike(value: object, at: str) -> ValueError:
 
 
 def first_of_another_kind(saved: object, made: object, at: str = "") -> str | None:
-    """Return the name of the first part of a saved state that is of another kind than the one that was made just now.
+    """Return the name of the first part of a saved state whose type differs from that of a new state.
 
-    None is of every kind, a number and a tensor are of one.
+    None fits every type; a number and a tensor count as one type.
     """
     if saved is None or made is None:
         return None

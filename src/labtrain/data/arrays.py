@@ -1,8 +1,8 @@
-"""Arrays, memory maps and tensors of any size, whose rows are taken a batch at a time.
+"""Takes rows of arrays, memory maps and tensors of any size, a batch at a time.
 
-A memory map that is larger than half of the memory and comes shuffled is read by the page, since the kernel would
-otherwise read 128 KiB around each row; and the kernel is asked for all rows of a batch at once, while the batch before
-is trained on. A smaller one is left to the kernel: what it reads around a row is wanted soon.
+labtrain reads a shuffled memory map that is larger than half of the memory by the page, since the kernel would
+otherwise read 128 KiB around each row. It asks the kernel for all rows of a batch at once, during the training on the
+batch before. For a smaller map the kernel's default is good: the rows that it reads around a row are needed soon.
 """
 
 import mmap
@@ -20,27 +20,27 @@ from labtrain.base.errors import ConfigError
 from labtrain.exact.permutation import Indices
 from labtrain.record.provenance import memory_bytes
 
-ADVISED_SHARE = 0.5  # of the memory: a larger map does not stay in it, beside what trains
+ADVISED_SHARE = 0.5  # of the memory: a larger map does not stay in it during a training
 
 
 class Arrays(Dataset[object]):
     """A tuple of arrays of one length as a dataset: a sample is a row of each.
 
     Raises:
-        ConfigError: their lengths differ, or one is no array.
+        ConfigError: their lengths differ, or one is not an array.
     """
 
     def __init__(self, arrays: tuple[Any, ...]) -> None:
         others = [type(array).__name__ for array in arrays if not _is_array(array)]
         if others:
             raise ConfigError(
-                f"dataset is a tuple of arrays and a {others[0]}: arrays, memory maps or tensors are wanted",
+                f"dataset is a tuple of arrays and a {others[0]}: each must be an array, a memory map or a tensor",
                 hint="numpy.asarray(values)",
             )
         lengths = [len(array) for array in arrays]
         if len(set(lengths)) > 1:
             raise ConfigError(
-                f"dataset is a tuple of arrays with {', '.join(map(str, lengths))} rows: as many in each are wanted",
+                f"dataset is a tuple of arrays with {', '.join(map(str, lengths))} rows: all must have the same number",
                 hint="for array in dataset: print(array.shape)",
             )
         self.arrays = arrays
@@ -58,7 +58,7 @@ def is_arrays(dataset: object) -> bool:
 
 
 class Rows:
-    """Takes rows of a tensor, an array, `Arrays` or a TensorDataset, as torch's collation of single ones would be.
+    """Takes rows of a tensor, an array, `Arrays` or a TensorDataset; gives what torch's collation of single rows gives.
 
     Args:
         arrays: each of the same length.
@@ -73,7 +73,7 @@ class Rows:
 
     @classmethod
     def of(cls, dataset: object) -> "Rows | None":
-        """Return what takes a dataset's rows; None where it has samples instead."""
+        """Return the rows of a dataset; None if it has samples instead."""
         if _is_array(dataset):
             return cls([dataset], single=True)
         if type(dataset) is TensorDataset:
@@ -92,7 +92,7 @@ class Rows:
         return taken[0] if self.single else taken
 
     def advise(self, *, shuffle: bool) -> bool:
-        """Tell the kernel in which order large memory maps will be read; return whether there is a map to wait for."""
+        """Tell the kernel in which order large memory maps will be read; return whether there is a memory map."""
         self.advised = []
         maps = [(array, found) for array in self.sources if (found := _map_of(array)) is not None]
         for array, found in maps:
@@ -105,7 +105,7 @@ class Rows:
         return bool(maps)
 
     def _ask(self, indices: Indices) -> None:
-        """Have the kernel fetch rows at once: by themselves they would be read one after the other."""
+        """Make the kernel fetch rows at once: otherwise it reads them one by one."""
         for found, start, size in self.advised:
             begins = start + indices * size
             pages = begins & -mmap.PAGESIZE
@@ -114,7 +114,7 @@ class Rows:
 
 
 def usable_bytes() -> int:
-    """Return this machine's memory, or what a container may have of it."""
+    """Return this machine's memory, or the container's limit."""
     found = memory_bytes()
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
@@ -126,7 +126,7 @@ def _is_array(each: object) -> bool:
 
 
 def _tensor(array: object) -> Tensor:
-    """Return a tensor with an array's memory, where torch can."""
+    """Return a tensor with an array's memory, if torch can."""
     if isinstance(array, Tensor):
         return array
     with warnings.catch_warnings():
@@ -138,9 +138,9 @@ def _tensor(array: object) -> Tensor:
 
 
 def _lays_out_alike(tensor: Tensor) -> bool:
-    """Return whether rows that are copied whole, which is faster, lie in memory as an index lays them.
+    """Return whether index_select, which is faster, gives the same strides as an index.
 
-    Kernels are chosen by strides, so those are a part of the bits.
+    torch chooses kernels by strides, so they can change bits.
     """
     one = torch.zeros(min(1, len(tensor)), dtype=torch.int64)
     return tensor.device.type == "cpu" and tensor.index_select(0, one).stride() == tensor[one].stride()

@@ -1,9 +1,9 @@
-"""What whole batches draw: each number a function of (seed, epoch, index, name), on any device.
+"""Random numbers for whole batches: each number is a function of (seed, epoch, index, name), on any device.
 
-Computed in integers; normal and beta numbers are looked up in tables that are made once, on the CPU.
+They are computed in integers. Normal and beta numbers come from tables that are made once, on the CPU.
 
 Source: SplitMix64, G. Steele, D. Lea, C. Flood, Fast Splittable Pseudorandom Number Generators, OOPSLA 2014. Its n-th
-output is a function of the seed and n alone, so a batch is drawn at once and in any order.
+output depends only on the seed and n, so a batch is drawn at once and in any order.
 """
 
 import math
@@ -22,16 +22,16 @@ QUANTILES = 1 << 16
 
 
 class Draws:
-    """What a batch draws: B samples, each its own numbers.
+    """The random numbers of a batch: B samples, each with its own numbers.
 
     A name's numbers are one SplitMix64 sequence, seeded by (seed, epoch, name); a sample that draws n of them takes
-    outputs index * n to index * n + n - 1. Other names are other sequences; the same name gives the same numbers again.
+    outputs index * n to index * n + n - 1. Each name has its own sequence; the same name gives the same numbers again.
 
     Args:
         seed: the run's.
         epoch: from 0.
         indices: of the samples in the dataset, int64 (B,), on the device that draws.
-        place: put before each name, so that two transforms of a kind draw apart.
+        place: put before each name, so that two transforms of one class draw different numbers.
     """
 
     def __init__(self, seed: int, epoch: int, indices: Tensor, *, place: tuple[int | str, ...] = ()) -> None:
@@ -50,10 +50,10 @@ class Draws:
     def integers(self, name: str, low: int, high: int, *shape: int) -> Tensor:
         """Return integers of low..high-1, int64 (B, *shape).
 
-        63 bits modulo their number: the chance of one differs from another's by a part in 2^63 / (high - low).
+        63 bits modulo their number: the chances of two integers differ by a part in 2^63 / (high - low).
         """
         if high <= low:
-            raise ConfigError(f"integers {name!r} from {low} to {high}: there are none", hint="high above low")
+            raise ConfigError(f"integers {name!r} from {low} to {high}: the range is empty", hint="set high above low")
         return (self.bits(name, *shape) & ((1 << 63) - 1)).remainder_(high - low).add_(low)
 
     def uniform(self, name: str, *shape: int) -> Tensor:
@@ -63,8 +63,8 @@ class Draws:
     def normal(self, name: str, *shape: int) -> Tensor:
         """Return numbers with mean 0 and deviation 1, float32 (B, *shape).
 
-        The normal distribution's quantiles at (k + 1/2) / 65536, each as likely: they end at 4.32, their deviation is
-        0.99999, and near 0 they lie 0.00004 apart. Logarithm and cosine, which other ways need, differ between devices.
+        The normal distribution's quantiles at (k + 1/2) / 65536, all equally likely. They end at 4.32, their deviation
+        is 0.99999, and near 0 their distance is 0.00004. Other ways need logarithm and cosine, which differ by device.
         """
         lanes = math.prod(shape)
         words = self.bits(name, -(-lanes // 4)).view(torch.int16)[:, :lanes]  # four numbers a draw
@@ -77,16 +77,16 @@ class Draws:
         return _beta(alpha, self.indices.device).index_select(0, places.view(-1)).view(-1, *shape)
 
     def within(self, *place: int | str) -> "Draws":
-        """Return the same samples' draws under names of their own."""
+        """Return draws of the same samples under separate names."""
         return Draws(self.seed, self.epoch, self.indices, place=(*self.place, *place))
 
     def first(self, samples: int) -> "Draws":
-        """Return those of the first samples."""
+        """Return the draws of the first samples."""
         return Draws(self.seed, self.epoch, self.indices[:samples], place=self.place)
 
 
 def _mix(values: Tensor) -> Tensor:
-    """SplitMix64's finaliser, in place; torch shifts int64 with its sign, so what comes in is masked."""
+    """SplitMix64's finaliser, in place; torch shifts int64 with its sign, so the result is masked."""
     values ^= (values >> 30).bitwise_and_((1 << 34) - 1)
     values *= 0xBF58476D1CE4E5B9 - (1 << 64)
     values ^= (values >> 27).bitwise_and_((1 << 37) - 1)

@@ -1,13 +1,12 @@
 """The loader: torch's names, and samples that are a function of (seed, epoch, index).
 
-Whatever a dataset's `__getitem__` draws from `random`, `numpy.random` or torch's global generator is seeded per sample,
-so an unchanged dataset with torchvision-style transforms gives the same samples with any number of workers, after a
-resume, and on any number of devices. `transform` does the same to whole batches, on the device (augment.py). Rows of
-arrays and memory maps of any size are taken a batch at a time (arrays.py). The first batch is loaded twice under one
-seed: what draws from a generator of its own is refused in strict, and said in warn. `batch_size` is global. In a
-Trainer with fixed shards (strategy.py) a batch is a `Sharded`: the part of each shard that is this rank's. Otherwise
-each rank takes its contiguous part of every batch. Nothing is padded and no sample comes twice, in training and in
-evaluation.
+labtrain seeds `random`, `numpy.random` and torch's global generator before each call of a dataset's `__getitem__`. So
+an unchanged dataset with torchvision-style transforms gives the same samples with any number of workers, after a
+resume, and on any number of devices. `transform` does the same for whole batches, on the device (augment.py). Rows of
+arrays and memory maps of any size are taken a batch at a time (arrays.py). The loader loads the first batch twice with
+one seed. If the two differ, the dataset has its own generator: strict refuses it, warn reports it. `batch_size` is
+global. In a Trainer with fixed shards (strategy.py) a batch is a `Sharded`: this rank's shards. Otherwise each rank
+takes its contiguous part of every batch. Nothing is padded and no sample comes twice, in training and in evaluation.
 """
 
 import gc
@@ -42,21 +41,21 @@ from labtrain.exact.tree_sum import shard_range
 from labtrain.record.digests import digest_content
 from labtrain.record.sources import add_executed, newly_executed
 
-# A worker must not collect its parent's garbage: a process group there would join threads that only the parent has, and
-# hang or abort.
+# A worker must not collect its parent's garbage: a process group would join threads that only the parent has, and hang
+# or abort.
 os.register_at_fork(after_in_child=gc.freeze)
 
-MOST_OBJECTS = 100  # of a dataset that are looked through for numbers
+MOST_OBJECTS = 100  # of a dataset, to search for numbers
 
 Parts = list[tuple[int, Indices]]  # (shard, indices)
 Plan = tuple[Indices, Parts, list[Indices]]
 
 
 class Sharded:
-    """One global batch, as one rank sees it. No collection, so that Lightning hands it on as it is.
+    """One global batch, as one rank sees it. It is not a collection, so Lightning passes it on unchanged.
 
     Attributes:
-        parts: (shard number, number of samples, data) of each shard of this rank that has samples.
+        parts: (shard number, number of samples, data) of each shard of this rank with samples.
         samples: of the whole batch.
         shards: how many shards the whole batch is cut into.
     """
@@ -72,17 +71,17 @@ class DataLoader:
         dataset: has `__len__` and `__getitem__`, or `__getitems__`; or a tensor, an array or a memory map, a tuple of
             them, or a TensorDataset, whose rows are then taken a batch at a time.
         batch_size: samples in a batch over all devices.
-        shuffle: a new order each epoch; a function of the run's seed and the epoch.
+        shuffle: use a new order each epoch, a function of the run's seed and the epoch.
         num_workers: processes that load; the samples do not depend on it.
-        collate_fn: makes a batch of a list of samples; torch's default.
-        drop_last: leave out the last batch of an epoch where it is smaller.
-        pin_memory: copy batches into page-locked memory; by default where there is a GPU.
+        collate_fn: makes a batch from a list of samples; torch's default.
+        drop_last: skip the last batch of an epoch if it is smaller.
+        pin_memory: copy batches into page-locked memory; by default if there is a GPU.
         draws: False declares that the dataset draws nothing, which saves the seeding of each sample (10 microseconds).
-            The first sample of each epoch is held to it, and what collate_fn does with the first batch.
-        transform: a callable `(batch, draws) -> batch` or several, for whole batches: those of labtrain.augment, or
-            one's own. They run in this process, on `device`.
-        device: where batches are handed out, "cuda" in a notebook. By default that of the training that this process
-            runs where there is a transform; else the CPU, from which Lightning moves them.
+            The loader checks this with the first sample of each epoch, and with collate_fn on the first batch.
+        transform: a callable `(batch, draws) -> batch` or several, for whole batches: from labtrain.augment, or your
+            own. They run in this process, on `device`.
+        device: the device of the yielded batches, such as "cuda" in a notebook. By default the training's device if
+            there is a transform; otherwise the CPU, from which Lightning moves them.
 
     Raises:
         ConfigError: batch_size, the dataset or a transform cannot be used.
@@ -105,10 +104,10 @@ class DataLoader:
     ) -> None:
         if others:
             raise ConfigError(
-                f"labtrain.DataLoader({next(iter(others))}=...): order, workers and seeds are made from the run's seed",
+                f"labtrain.DataLoader({next(iter(others))}=...): order, workers and seeds come from the run's seed",
                 hint="shuffle, num_workers, collate_fn, drop_last, pin_memory, draws, transform and device can be set",
             )
-        if not batch_size or batch_size < 1:  # None is what torch takes where the dataset makes its batches
+        if not batch_size or batch_size < 1:  # torch takes None if the dataset makes its batches
             raise ConfigError(f"batch_size={batch_size}: must be at least 1", hint="data.batch_size=64")
         self.transforms = [transform] if callable(transform) else list(transform or ())
         _check_transforms(self.transforms)
@@ -136,7 +135,7 @@ class DataLoader:
         self.epoch = epoch
 
     def start_at(self, epoch: int, batch: int) -> None:
-        """Leave out the first `batch` batches of `epoch`: they have been trained on."""
+        """Skip the first `batch` batches of `epoch`: they have been trained on."""
         self._start = (epoch, batch)
 
     def shard(self, shards: int, *, rank: int, world: int) -> None:
@@ -151,7 +150,7 @@ class DataLoader:
         self._shards, self._place = shards, (rank, world)
 
     def calls(self, batch: int) -> int:
-        """Return how often a step is called with the batch of that number in its epoch, on this rank."""
+        """Return how often this rank calls a step for the batch of that number in its epoch."""
         if self._shards is None:
             return 1
         samples = min(self.batch_size, len(self.dataset) - batch * self.batch_size)
@@ -183,12 +182,12 @@ class DataLoader:
                 yield Sharded(each, samples=len(indices), shards=len(self._cuts(len(indices))) - 1)
 
     def changed(self) -> list[str]:
-        """Return a sentence for each number and text of the dataset that code has changed since the epoch began."""
+        """Return a warning for each number and text of the dataset that code has changed since the epoch began."""
         counts = {name.rpartition(".")[2] for name in self.counts}
         now = scalars_of(self.dataset)
         return [
-            f"{name} of {type(self.dataset).__name__} was changed in mid-epoch, when a batch had been loaded ahead and"
-            " workers had a copy: the result depends on data.num_workers, and a training that goes on loads otherwise"
+            f"{name} of {type(self.dataset).__name__} was changed in mid-epoch, after a batch was loaded ahead and"
+            " workers had a copy: the result depends on data.num_workers, and a resumed training loads other samples"
             " (change it in on_train_epoch_end)"
             for name, value in self.begun.items()
             if name not in counts and now.get(name) != value
@@ -199,18 +198,18 @@ class DataLoader:
         return Order(len(self.dataset), seed=run_seed(), epoch=epoch, shuffle=self.shuffle)(0, self.batch_size)
 
     def load(self, groups: Iterable[Sequence[Indices]], epoch: int) -> Iterator[list[object]]:
-        """Yield the data of parts of one's own choice, each made as a shard of that epoch is; a list for each group.
+        """Yield the data of chosen parts, each made like a shard of that epoch; a list for each group.
 
-        Where the training loads in workers, one worker loads these too: the dataset of this process is left alone.
+        If the training loads in workers, one worker loads these too: the dataset of this process does not change.
         """
         parts_of = (list(enumerate(group)) for group in groups)
         plan = ((np.concatenate([part for _, part in parts]), parts, self._loads(parts, epoch)) for parts in parts_of)
         return (data for _, _, data in self._made(plan, epoch, min(self.num_workers, 1)))
 
     def _plan(self, order: Order, batches: range, epoch: int) -> Iterator[Plan]:
-        """Yield, of each batch, all its indices, the parts of this rank, and the indices that are loaded for each part.
+        """Yield for each batch all its indices, the parts of this rank, and the indices to load for each part.
 
-        Those are its own, and behind them the partners that transforms ask for.
+        These are the part's own, followed by the partners that transforms ask for.
         """
         for batch in batches:
             indices = order(batch * self.batch_size, (batch + 1) * self.batch_size)
@@ -226,7 +225,7 @@ class DataLoader:
     def _made(
         self, plan: Iterator[Plan], epoch: int, num_workers: int
     ) -> Iterator[tuple[Indices, Parts, list[object]]]:
-        """Yield the batches of a plan as they are handed out: loaded, on their device, transformed."""
+        """Yield the finished batches of a plan: loaded, on their device, transformed."""
         seed = run_seed()
         for indices, parts, data in self._on_device(self._load(plan, epoch, num_workers)):
             if self.transforms:
@@ -239,7 +238,7 @@ class DataLoader:
     def _load(
         self, plan: Iterator[Plan], epoch: int, num_workers: int
     ) -> Iterator[tuple[Indices, Parts, list[object]]]:
-        """Yield the batches of a plan as they are loaded: with transforms, each with the indices of its samples."""
+        """Yield the loaded batches of a plan; with transforms, each with the indices of its samples."""
         fetch = _Fetch(self, epoch, twice=not self._loaded_before)
         self._loaded_before = True
         waits = fetch.rows is not None and fetch.rows.advise(shuffle=self.shuffle)
@@ -292,7 +291,7 @@ class DataLoader:
         return loaded if device.type == "cpu" else (on_tensors(lambda each: each.to(device), batch) for batch in loaded)
 
     def _transformed(self, indices: Indices, raw: object, draws: Draws) -> object:
-        """Transform a part by itself: what code of one's own computes, or draws, is then the same on any devices."""
+        """Transform a part by itself, so that user code computes and draws the same on any number of devices."""
         if run_mode() == "off" or all(isinstance(each, Own) for each in self.transforms):
             return apply(self.transforms, raw, draws)
         place = (draws.seed, "transform", draws.epoch, int(indices[0]))
@@ -303,7 +302,7 @@ class DataLoader:
             seed_all(*place)
             made = apply(self.transforms, raw, draws)
             if digest_content(made) != first:
-                run_say(refuse_other("transform", "the first batch, transformed twice under one seed"))
+                run_say(refuse_other("transform", "the first batch, transformed twice with one seed"))
             return made
         seed_all(*place)
         return apply(self.transforms, raw, draws)
@@ -316,7 +315,7 @@ class DataLoader:
         return np.diff(whole_cuts).tolist(), np.diff(last_cuts).tolist()
 
     def _cuts(self, samples: int) -> list[int]:
-        """Return where a batch is cut: evenly, a smaller last one into as many shards as have two samples each."""
+        """Return where a batch is cut: evenly; a smaller last batch into as many shards as have two samples each."""
         assert self._shards is not None
         shards = self._shards if samples == self.batch_size else max(1, min(self._shards, samples // 2))
         return [samples * shard // shards for shard in range(shards + 1)]
@@ -337,7 +336,7 @@ class _Fetch(Dataset[object]):
     Args:
         loader: whose dataset and collate_fn it calls.
         epoch: from 0.
-        twice: the first part that each process loads is loaded again, and must be the same.
+        twice: load the first part of each process twice; both must be the same.
     """
 
     def __init__(self, loader: DataLoader, epoch: int, *, twice: bool) -> None:
@@ -369,10 +368,10 @@ class _Fetch(Dataset[object]):
             return error  # torch would raise it again as another exception, with this process's traceback as its text
 
     def _compared(self, indices: Indices) -> object:
-        """Load a part twice, and refuse what is not the same: generators that are not global are not seeded.
+        """Load a part twice and refuse differences: labtrain seeds only the global generators.
 
-        What drew the first time and not the second keeps what it drew: the same in each epoch, until another worker
-        loads that sample. A number that the second load has changed again counts the loads; that is told, no more.
+        A dataset that draws the first time only keeps its draws: the same in each epoch, until another worker loads
+        that sample. A number that the second load changes again counts the loads; labtrain only reports that.
         """
         digests, drawn, numbers = [], [], []
         for _ in range(2):
@@ -387,14 +386,14 @@ class _Fetch(Dataset[object]):
         name, said = type(self.dataset).__name__, ""
         if first != again:
             index = next(index for index, a, b in zip(indices, first, again, strict=True) if a != b)
-            said = refuse_other(name, f"sample {index}, loaded twice under one seed", self.mode)
+            said = refuse_other(name, f"sample {index}, loaded twice with one seed", self.mode)
         elif drawn[0] != drawn[1]:
             index = next(index for index, a, b in zip(indices, *drawn, strict=False) if a != b)
             said = refuse_other(
-                name, f"what it draws for sample {index}, loaded twice under one seed", self.mode, kept=True
+                name, f"the random state after sample {index}, loaded twice with one seed", self.mode, kept=True
             )
         elif one != other:
-            said = refuse_other("collate_fn", "the first batch, collated twice under one seed", self.mode)
+            said = refuse_other("collate_fn", "the first batch, collated twice with one seed", self.mode)
         counts = sorted(key for key, value in numbers[1].items() if numbers[0].get(key, value) != value)
         return Noted(batch, counts, said) if counts or said else batch
 
@@ -412,7 +411,7 @@ class _Fetch(Dataset[object]):
         if _generators() != before:
             raise ConfigError(
                 "draws=False, but collate_fn drew random numbers for the first batch",
-                hint="leave draws out: each batch is then seeded",
+                hint="remove draws=False: labtrain then seeds each batch",
             )
         return batch
 
@@ -429,19 +428,19 @@ class _Fetch(Dataset[object]):
         if _generators() != before:
             raise ConfigError(
                 f"draws=False, but {type(self.dataset).__name__} drew random numbers for sample {index}",
-                hint="leave draws out: each sample is then seeded",
+                hint="remove draws=False: labtrain then seeds each sample",
             )
         return sample
 
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """A batch, and what the training's process is to know of its loading.
+    """A batch, with messages to the training's process.
 
     Attributes:
-        batch: as it was loaded.
+        batch: the loaded batch.
         counts: the names of the dataset's attributes that count loads.
-        said: what is to be said.
+        said: a warning.
         executed: files of code that a worker has executed.
     """
 
@@ -452,10 +451,10 @@ class Noted:
 
 
 class StatefulLoader:
-    """A loader that can say where it stands, so that a resume finds the place: torchdata's, mosaicml-streaming's.
+    """Wraps a loader that can save its position, so that a resume can restore it: torchdata's, mosaicml-streaming's.
 
-    Wraps it for the Trainer, which may fetch a batch ahead of the one it trains on: the state after each of the last
-    two batches is kept.
+    The Trainer may fetch a batch ahead of the one that it trains on. So the wrapper keeps the state after each of the
+    last two batches.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -466,13 +465,13 @@ class StatefulLoader:
         self._start = (-1, 0)
         self._state: object = None
         self._ended = False
-        self.exhausted = False  # it was asked for another batch in this epoch, and had none
+        self.exhausted = False  # it was asked for another batch in this epoch, but had no more
 
     def __len__(self) -> int:
         return len(self.loader)  # TypeError where it has none, as Lightning expects
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the loader, or what orders its samples, which epoch comes next."""
+        """Set the next epoch of the loader or its sampler."""
         self.epoch = epoch
         for part in (self.loader, getattr(self.loader, "sampler", None)):
             set_epoch = getattr(part, "set_epoch", None)
@@ -480,14 +479,14 @@ class StatefulLoader:
                 set_epoch(epoch)
 
     def start_at(self, epoch: int, batch: int, *, state: object, ended: bool, exhausted: bool = True) -> None:
-        """Go on from a state.
+        """Resume from a state.
 
         Args:
-            epoch: in which it was taken.
-            batch: after so many of its batches.
-            state: of a loader of this kind.
+            epoch: the epoch of the state.
+            batch: the number of its batches before the state.
+            state: from a loader of this class.
             ended: the epoch of the training ended with that batch.
-            exhausted: the loader had been asked for another batch, and had none.
+            exhausted: the loader was asked for another batch, but had no more.
         """
         self._start, self._state, self._ended, self.epoch = (epoch, batch), state, ended, epoch
         self.exhausted = exhausted
@@ -510,14 +509,14 @@ class StatefulLoader:
         self.exhausted = True
 
     def _ends_again(self) -> bool:
-        """Bring the loader to where an epoch left it whose last batch another process has trained.
+        """Move the loader to the end of an epoch whose last batch another process has trained.
 
-        Its state was taken before the end. torchdata's loader then has the rest of that epoch to give, which is
-        nothing, before it begins the next one. Lightning asks for a batch beyond the one that it trains if the loader
-        has no length, and only then; under `limit_train_batches` it does not ask, and the next epoch begins there.
+        Its state was taken before the end. torchdata's loader first gives the rest of that epoch, which is empty, then
+        starts the next one. Lightning asks for one more batch only if the loader has no length. Under
+        `limit_train_batches` it does not ask, and the next epoch starts there.
 
         Returns:
-            whether that gave a batch of the next epoch: the loader is of a kind that begins it at once.
+            whether that gave a batch of the next epoch: some loaders start it at once.
         """
         rest, nothing = iter(self.loader), object()
         if _length(self.loader) is not None or not self.exhausted:
@@ -533,27 +532,27 @@ def _length(loader: Any) -> int | None:
 
 
 def is_stateful(loader: object) -> bool:
-    """Return whether a loader can say where it stands and be put there."""
+    """Return whether a loader can save and restore its position."""
     return hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
 
 
 def refuse_other(who: str, what: str, mode: str | None = None, *, kept: bool = False) -> str:
-    """Refuse, in strict, what came out otherwise the second time; in warn return what is to be said.
+    """Refuse a difference between two loads in strict mode; in warn mode return the warning.
 
     Args:
-        who: does it.
-        what: is not the same.
-        mode: of the run, where this process does not know it.
-        kept: the second time it drew other numbers, or none.
+        who: the class or function that differs.
+        what: the part that differs.
+        mode: of the run, if this process does not know it.
+        kept: the second load drew other numbers, or none.
 
     Raises:
         ConfigError: in strict and portable.
     """
     if kept:
-        why = "it keeps what it drew the first time, so samples depend on workers, devices and kills"
-        hint = "keep the sample as it is before anything is drawn for it, and augment it each time"
+        why = "it keeps its first random numbers, so samples depend on workers, devices and kills"
+        hint = "cache the sample before it is augmented, and augment it each time"
     else:
-        why = "it draws from a generator of its own, or depends on something that changes"
+        why = "it has its own random generator, or depends on something that changes"
         hint = (
             "draw from torch, random or numpy.random, which labtrain seeds for each sample; or make the generator in"
             " __getitem__: numpy.random.default_rng(torch.randint(2**62, ()).item())"
@@ -565,7 +564,7 @@ def refuse_other(who: str, what: str, mode: str | None = None, *, kept: bool = F
 
 
 def _numbers_of(dataset: object) -> dict[str, int | float]:
-    """Return the numbers that a dataset, and the experiment's objects in it, have as attributes, by name."""
+    """Return the numbers among the attributes of a dataset and of the experiment's objects in it, by name."""
     found: dict[str, int | float] = {}
     waiting, seen = [(type(dataset).__name__, dataset)], set[int]()
     for path, each in waiting:
@@ -583,7 +582,7 @@ def _numbers_of(dataset: object) -> dict[str, int | float]:
 
 
 def scalars_of(dataset: object) -> dict[str, object]:
-    """Return the numbers and texts that a dataset has as attributes, by name."""
+    """Return the numbers and texts among a dataset's attributes, by name."""
     attributes = getattr(dataset, "__dict__", {})
     return {name: value for name, value in attributes.items() if type(value) in SCALARS}
 
@@ -598,7 +597,7 @@ def _as_it_is(sample: object) -> object:
 
 
 def _map_style(dataset: Any) -> Any:
-    """Return a dataset that gives samples by index: arrays become one of their rows."""
+    """Return a dataset that gives samples by index: arrays become a dataset of their rows."""
     if is_arrays(dataset):
         return Arrays(dataset)
     if not (hasattr(dataset, "__len__") and (hasattr(dataset, "__getitem__") or hasattr(dataset, "__getitems__"))):
@@ -618,7 +617,7 @@ def _check_transforms(transforms: Sequence[object]) -> None:
 
 
 def _begin_worker(parent: int, _worker: int) -> None:
-    """Let nobody but the main process end this worker: schedulers signal both, and a step is to be finished first."""
+    """Let only the main process end this worker: schedulers signal both, and the current step must finish first."""
     for number in NUMBERS:
         signal.signal(number, signal.SIG_IGN if number != signal.SIGTERM else signal.SIG_DFL)
     close_umask()

@@ -1,4 +1,4 @@
-"""A batch ahead: loaded in a thread, or copied to a GPU on a stream of its own, while the one before is trained on."""
+"""Prefetches a batch during the training on the one before: loads it in a thread, or copies it to a GPU."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ Started = TypeVar("Started")
 
 
 def ahead(items: Iterable[Item], start: Callable[[Item], Started], *, number: int = 1) -> Iterator[Started]:
-    """Yield start(item) of each item in turn, after those of so many next ones were called."""
+    """Yield start(item) of each item in turn; it is called `number` items ahead."""
     waiting = []
     for item in items:
         waiting.append(start(item))
@@ -23,14 +23,14 @@ def ahead(items: Iterable[Item], start: Callable[[Item], Started], *, number: in
 
 
 def in_thread(load: Callable[[Item], Started], items: Iterable[Item], *, number: int = 1) -> Iterator[Started]:
-    """Yield load(item) of each item in turn, as map does; a thread is at so many next ones."""
+    """Yield load(item) of each item in turn, as map does; a thread loads `number` items ahead."""
     with ThreadPoolExecutor(1, "labtrain-reader") as reader:
         for loading in ahead(items, lambda item: reader.submit(load, item), number=number):
             yield loading.result()
 
 
 def on_tensors(function: Callable[[Tensor], object], data: object) -> object:
-    """Return a batch, whatever holds its tensors, with a function's results in their place."""
+    """Apply a function to each tensor of a nested batch."""
     return tree_map_only(Tensor, function, data)
 
 
@@ -45,14 +45,14 @@ class Copies:
         self.device, self.stream = device, torch.cuda.Stream(device)
 
     def of(self, batches: Iterable[object]) -> Iterator[object]:
-        """Yield batches on the GPU: the copy of the next has begun, and the current stream waits for this one's."""
+        """Yield batches on the GPU: the next copy has started, and the current stream waits for this copy."""
         for copy, copied in ahead(batches, self._start):
             torch.cuda.current_stream(self.device).wait_event(copied)
             on_tensors(self._used, copy)
             yield copy
 
     def _used(self, tensor: Tensor) -> None:
-        """Have its memory, which belongs to the copying stream, not given away before the current one is done."""
+        """Keep its memory, which belongs to the copying stream, until the current stream is done with it."""
         tensor.record_stream(torch.cuda.current_stream(self.device))
 
     def _start(self, batch: object) -> tuple[object, torch.cuda.Event]:

@@ -1,11 +1,11 @@
-"""A model's plain attributes: what its code keeps beside parameters and buffers.
+"""Finds a model's plain attributes: the state that its code keeps beside parameters and buffers.
 
-A counter in `training_step`, a list of losses, the shadow weights of an average that is no buffer: torch and Lightning
-save none of it. They are looked for in the model, in each of its submodules, and in the objects of the experiment's own
-classes that these hold: `self.average.decay` as well as `self.steps`. plain_values.py says which values are plain.
+torch and Lightning do not save a counter in `training_step`, a list of losses, or averaged weights outside of buffers.
+labtrain looks for them in the model, in its submodules, and in the objects of the experiment's classes that these hold:
+`self.average.decay` as well as `self.steps`. plain_values.py defines which values are plain.
 
-Left out: what torch, Lightning and torchmetrics keep for themselves, tensors that share their memory with a parameter
-or a buffer, and attributes that hold anything else, such as a function, a dataset or a logger.
+It skips attributes of torch, Lightning and torchmetrics, tensors that share memory with a parameter or a buffer, and
+other values, such as a function, a dataset or a logger.
 """
 
 import io
@@ -35,7 +35,7 @@ from labtrain.exact.plain_values import (
 )
 from labtrain.record.digests import digest_tree
 
-# What a fresh module has is torch's; the rest of these is Lightning's.
+# The attributes of a new module are torch's; the others are Lightning's.
 PRIVATE = frozenset(nn.Module().__dict__) | {
     "prepare_data_per_node",
     "allow_zero_length_dataloader_with_multiple_devices",
@@ -57,7 +57,7 @@ PRIVATE = frozenset(nn.Module().__dict__) | {
     "_strict_loading",
     "_trainer",
 }
-MOST_OBJECTS = 10_000  # that are looked through for hidden weights
+MOST_OBJECTS = 10_000  # to search for hidden weights
 NO_WEIGHTS = ("hydra", "lightning", "logging", "omegaconf", "threading", "torch", "torchmetrics")
 RANDOM = (np.random.Generator, np.random.RandomState, np.random.BitGenerator, random.Random, torch.Generator)
 
@@ -67,7 +67,7 @@ Snapshot = dict[
 
 
 def holders(module: nn.Module) -> dict[str, object]:
-    """Return what may hold plain attributes, by dotted path: the model, its submodules, the experiment's objects."""
+    """Return objects that may hold plain attributes, by dotted path: model, submodules, the experiment's objects."""
     found: dict[str, object] = {}
     for path, part in module.named_modules():
         if type(part).__module__.partition(".")[0] != "torchmetrics" and not _is_metric(part):
@@ -92,7 +92,7 @@ def attributes_of(holder: object) -> list[tuple[str, Any]]:
 
 
 def plain_attributes(module: nn.Module) -> dict[str, object]:
-    """Return the plain attributes of a model by dotted name, as they are: a list is the model's own."""
+    """Return the plain attributes of a model by dotted name, not copied: a list is the model's own."""
     return {_joined(path, name): value for path, name, value in _plain(module)}
 
 
@@ -103,18 +103,18 @@ def kept_by(module: nn.Module) -> list[tuple[object, str]]:
 
 
 def fingerprints(module: nn.Module) -> dict[str, str]:
-    """Return a digest of each plain attribute, by dotted name: what has another one has changed."""
+    """Return a digest of each plain attribute, by dotted name: it changes with the attribute."""
     return {_joined(path, name): fingerprint(value) or "" for path, name, value in _plain(module)}
 
 
 def snapshot(module: nn.Module, *, unlike: dict[str, str] | None = None) -> Snapshot:
     """Return the plain attributes as tensors and plain values, which a checkpoint can hold.
 
-    Tensors are the model's own, detached: copy them before the model goes on.
+    The tensors are the model's own, detached: copy them before the next step.
 
     Args:
         module: the model.
-        unlike: fingerprints; an attribute that still has its own is left out.
+        unlike: fingerprints; an attribute that still has its fingerprint is left out.
     """
     encode, found = Encoder(), Snapshot()
     for path, name, value in _plain(module):
@@ -124,19 +124,19 @@ def snapshot(module: nn.Module, *, unlike: dict[str, str] | None = None) -> Snap
 
 
 def restore(module: nn.Module, saved: Snapshot, *, device: torch.device) -> list[str]:
-    """Set the attributes of a snapshot. What two of them shared, they share again.
+    """Set the attributes of a snapshot. Objects that two of them shared are shared again.
 
     Args:
-        module: the model, or another of its kind.
-        saved: of `snapshot`.
+        module: the model, or another of its class.
+        saved: from `snapshot`.
         device: the training's; a tensor goes there if it was on an accelerator.
 
     Returns:
-        the dotted names of those whose holder this model lacks: an object that was made during the training.
+        the dotted names of attributes whose object this model lacks: it was made during the training.
     """
     decode, now, missing = Decoder(device), holders(module), list[str]()
     for path, values in saved.items():
-        for name, value in values.items():  # decoded all, since a later one may be the same object
+        for name, value in values.items():  # decode all, since a later one may be the same object
             holder = now.get(path)
             current = vars(holder).get(name) if holder is not None else None
             decoded = decode(value, current)
@@ -148,10 +148,10 @@ def restore(module: nn.Module, saved: Snapshot, *, device: torch.device) -> list
 
 
 def hidden_weights(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the weights that a model keeps out of torch's sight, by name.
+    """Return the weights that a model hides from torch, by name.
 
-    A network in a list or in an object that is no module, such as a teacher that the optimizer is not to find; and
-    tensors in the objects of libraries, such as the averages of weights that one keeps.
+    A network in a list or in an object that is not a module, such as a teacher that the optimizer must not find; and
+    tensors in objects of libraries, such as averaged weights.
     """
     found: dict[str, torch.Tensor] = {}
     seen = {id(part) for part in module.modules()}
@@ -188,10 +188,10 @@ def _has_no_weights(value: object) -> bool:
 
 
 def unkept(module: nn.Module) -> Iterator[tuple[str, object]]:
-    """Yield the dotted name and the value of each attribute that holds a state which no checkpoint can keep.
+    """Yield the dotted name and the value of each attribute with a state that no checkpoint can hold.
 
-    Generators of random numbers, iterators, open files, and objects of the experiment's own classes whose state is not
-    in attributes. Other objects of libraries are not judged.
+    Generators of random numbers, iterators, open files, and objects of the experiment's classes whose state is not in
+    attributes. Other objects of libraries are not checked.
     """
     storages = _Storages(module)
     for path, holder in holders(module).items():
@@ -201,9 +201,9 @@ def unkept(module: nn.Module) -> Iterator[tuple[str, object]]:
 
 
 def fingerprint(value: Any) -> str | None:
-    """Return what tells a value from any other; of a scalar the text itself, since a model has thousands.
+    """Return a text that identifies a value; for a scalar its own text, since a model has thousands.
 
-    An object of the experiment's is told by its attributes. None if the value is not plain.
+    The attributes identify an object of the experiment. None if the value is not plain.
     """
     kind = type(value)
     if kind in SCALARS:
@@ -239,7 +239,7 @@ def _plain(module: nn.Module) -> Iterator[tuple[str, str, object]]:
 
 
 class _Storages:
-    """Whether a tensor shares its memory with a parameter or a buffer; they are looked up when first asked for."""
+    """Tells whether a tensor shares its memory with a parameter or a buffer; looks them up at the first use."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -292,5 +292,5 @@ def _stateful(value: Any, path: str, seen: set[int]) -> Iterator[tuple[str, obje
 
 
 def _derived_by_experiment(kind: type[object]) -> bool:
-    """Return whether a class of the experiment is a list, dict, set or deque with something of its own."""
+    """Return whether a class of the experiment extends a list, dict, set or deque."""
     return kind not in (*DICTS, *SEQUENCES) and issubclass(kind, list | dict | set | deque) and is_experiments(kind)

@@ -1,10 +1,10 @@
-"""The buffers of a model during a step that is run a shard at a time: BatchNorm's statistics first of all.
+"""The buffers of a model during a step that runs one shard at a time, above all BatchNorm's statistics.
 
-Each shard begins with the buffers of the step's beginning, so that none depends on which process ran the one before. At
-the end the running statistics of normalisations are the mean over the samples, along the same tree as the gradients: a
-running mean is then that of the whole batch, a running variance the mean of the shards' variances. Any other buffer
-has to come out of all shards alike, as a counter does or what spectral normalisation keeps; a queue that each shard
-fills differently is refused. What does not change, such as a causal mask, is neither copied nor exchanged.
+Each shard starts with the buffers from the start of the step, so none depends on the process that ran the shard before.
+At the end the running statistics of normalisations are the mean over the samples, along the same tree as the gradients:
+a running mean is that of the whole batch, a running variance the mean of the shards' variances. Any other buffer must
+be the same after all shards, like a counter or the vectors of spectral normalisation. labtrain refuses a queue that
+each shard fills differently. Buffers that do not change, such as a causal mask, are neither copied nor exchanged.
 """
 
 import zlib
@@ -20,7 +20,7 @@ from labtrain.exact.metric_states import add_rows
 from labtrain.exact.tree_sum import ShardSum
 from labtrain.record.digests import tensor_bytes
 
-# Of BatchNorm, InstanceNorm, and of what people write beside them.
+# Of BatchNorm, InstanceNorm, and of similar modules that people write.
 STATISTICS = ("running_", "moving_")
 # The dtypes that gloo and NCCL both send: neither int16, nor unsigned ones of more than 8 bits, nor float8.
 SENT = {
@@ -40,7 +40,7 @@ class Buffers:
         device: of the training.
         rank: this process.
         world: the number of processes.
-        judge: called with (what, hint) for a buffer that the shards leave differently.
+        judge: called with (what, hint) for a buffer that differs between the shards.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Buffers:
     ) -> None:
         self.module, self.device, self.rank, self.world, self.judge = module, device, rank, world, judge
         self.numbers: list[list[float]] = []  # of this rank's shards
-        self._left: dict[int, dict[int, Tensor]] = {}  # by shard and buffer: what it left, times its share
+        self._left: dict[int, dict[int, Tensor]] = {}  # by shard and buffer: its value, times the shard's share
         self._weights: dict[int, float] = {}
         self._new: dict[int, New] = {}  # by shard: buffers that its step made
         self._scan()
@@ -91,7 +91,7 @@ class Buffers:
             now, before = _get(self.owned[index]), self._before[index]
             if (now.shape, now.dtype) == (before.shape, before.dtype):
                 now.copy_(before)
-            else:  # a table that is made anew for a longer sequence
+            else:  # a table that code replaced for a longer sequence
                 part, name = self.owned[index]
                 part._buffers[name] = now = before.clone()
             self._seen[index] = now, now._version
@@ -104,11 +104,11 @@ class Buffers:
                     del parts[path]._buffers[name]
 
     def leave(self, shard: int, weight: float) -> list[float]:
-        """Keep what a shard left.
+        """Save the buffers after a shard.
 
         Returns:
-            A number a buffer: of statistics 1.0 where they changed; of the rest one of their content. And one of the
-            content of new buffers.
+            A number for each buffer: for statistics 1.0 if they changed, otherwise a checksum of the content. And a
+            checksum of new buffers.
         """
         numbers = [0.0] * (len(self.owned) + 1)
         self._left[shard], self._weights[shard] = {}, weight
@@ -128,10 +128,10 @@ class Buffers:
 
         Args:
             numbers_SB: what `leave` returned for each shard.
-            ranges: the shards of each rank; one that had none gets what is not averaged.
+            ranges: the shards of each rank; a rank without a shard gets the buffers that are not averaged.
 
         Raises:
-            ConfigError: in strict mode, a buffer that is no statistic comes out differently.
+            ConfigError: in strict mode, a buffer that is not a statistic differs between the shards.
         """
         columns = list(zip(*numbers_SB, strict=True))
         last = max(rank for rank, shards in enumerate(ranges) if shards)  # the rank of the last shard
@@ -164,7 +164,7 @@ class Buffers:
         return total.total()
 
     def _adopt(self, shards: int) -> None:
-        """Take buffers that a step made, or gave a first value, as if they had been there: once, so not in a hurry."""
+        """Adopt buffers that a step made, or gave a first value; this happens once, so it need not be fast."""
         mine = {
             shard: ({key: buffer.detach().cpu() for key, buffer in new.items()}, self._weights[shard])
             for shard, new in self._new.items()
@@ -190,7 +190,7 @@ class Buffers:
                 parts[path]._buffers[name] = value.to(self.device)
 
     def _changed(self) -> list[int]:
-        """Return which differ from when they were last seen: BatchNorm's kernel does not tell torch of its change."""
+        """Return which have changed since the last look: BatchNorm's kernel raises no version."""
         found = []
         for index, (each, (then, version)) in enumerate(zip(self.owned, self._seen, strict=True)):
             now = each[0]._buffers.get(each[1])
@@ -212,7 +212,7 @@ class Buffers:
 
 
 def broadcast(tensor: Tensor, *, src: int) -> None:
-    """Give every rank a tensor of one of them, of any dtype, in place; called on every rank."""
+    """Send a tensor of one rank to every rank, of any dtype, in place; called on every rank."""
     if tensor.dtype in SENT:
         dist.broadcast(tensor, src=src)
         return
@@ -223,8 +223,8 @@ def broadcast(tensor: Tensor, *, src: int) -> None:
 
 def _differs(name: str, kind: str, buffer: Tensor) -> tuple[str, str]:
     return (
-        f"buffer {name} of {kind} ({buffer.dtype}) comes out differently in the shards of a step, and it is no"
-        " running statistic of a normalisation, which could be averaged",
+        f"buffer {name} of {kind} ({buffer.dtype}) differs between the shards of a step, and it is not a"
+        " running statistic of a normalisation: labtrain averages only those",
         "change it in on_train_batch_end, which runs once a step, or determinism.shards=1",
     )
 
@@ -238,7 +238,7 @@ def _number(buffer: Tensor) -> float:
 
 
 def _get(each: Owned) -> Tensor:
-    """Return a buffer as it is now: code may have put another tensor in its place."""
+    """Return the current buffer: code may have replaced the tensor."""
     return cast(Tensor, each[0]._buffers[each[1]])
 
 

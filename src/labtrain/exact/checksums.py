@@ -1,11 +1,11 @@
 """Fast checksums of tensors for the trail: two sums over the tensors' hashes, in 128 bits.
 
-With h_i the 64-bit hash of tensor i, they are the sum of h_i and the sum of (2i+1)*h_i, modulo 2^64. Where one tensor
-alone differs between two runs, the second difference is (2i+1) times the first, so the two numbers say which (trail.py
-`differing_tensor`): a step's line stays short, whatever the number of tensors. It is the weighted checksum of
+With h_i the 64-bit hash of tensor i, they are the sum of h_i and the sum of (2i+1)*h_i, modulo 2^64. If only one tensor
+differs between two runs, the second difference is (2i+1) times the first, so the two numbers identify it (trail.py
+`differing_tensor`). So a step's line stays short, whatever the number of tensors. It is the weighted checksum of
 fault-tolerant matrix computations (Huang and Abraham, 1984, https://doi.org/10.1109/TC.1984.1676475).
 
-On the CPU a hash is xxh3_64; on a GPU an integer sum that is computed there and not waited for.
+On the CPU a hash is xxh3_64; on a GPU it is an integer sum, computed there without waiting.
 """
 
 import functools
@@ -29,7 +29,7 @@ def two_sums(tensors: Iterable[tuple[int, torch.Tensor]], *, spread: bool = Fals
 
     Args:
         tensors: each with its number.
-        spread: each rank has a part of some of them: called on all ranks at once, which all get the same.
+        spread: each rank has a part of some of them; call it on all ranks at once, and all get the same sums.
     """
     pairs = [
         (index, part)
@@ -54,7 +54,7 @@ def two_sums(tensors: Iterable[tuple[int, torch.Tensor]], *, spread: bool = Fals
 
 
 def first_unlike(named: Sequence[tuple[str, torch.Tensor]]) -> str | None:
-    """Return the name of the first tensor that is not the same on all ranks; called on all of them at once.
+    """Return the name of the first tensor that differs between ranks; called on all of them at once.
 
     Args:
         named: the same names on each rank.
@@ -72,12 +72,12 @@ def first_unlike(named: Sequence[tuple[str, torch.Tensor]]) -> str | None:
 
 
 def unlike_names(values: Mapping[str, str], device: torch.device) -> list[str]:
-    """Return the names whose texts are not the same on all ranks, or are on some alone; called on all of them at once.
+    """Return the names whose texts differ between ranks, or that only some ranks have; called on all ranks at once.
 
-    One number is exchanged; the rest only where that differs.
+    The ranks exchange one number, and the texts only if it differs.
 
     Args:
-        values: a text by name; a name that has an empty one on any rank is left out.
+        values: a text by name; a name with an empty text on any rank is left out.
         device: of the exchange.
     """
     digest = xxhash.xxh3_64_intdigest(repr(sorted(values.items())).encode(errors="surrogateescape"))
@@ -121,7 +121,7 @@ def shown_sums(sums: Sequence[int], *, bits: int = 64) -> str:
 
 
 def _of_all_ranks(hashes: list[int]) -> list[int]:
-    """Return one hash a tensor, of those of its parts on each rank."""
+    """Return one hash a tensor, from the hashes of its parts on each rank."""
     parts: list[list[int]] = [[]] * dist.get_world_size()
     dist.all_gather_object(parts, hashes)
     columns = zip(*parts, strict=True)

@@ -1,8 +1,8 @@
-"""The parts of a batch made one again: what collate would have made of all samples of a rank.
+"""Joins the parts of a batch: gives what collate would have made of all samples of a rank.
 
 A value has rows if its first dimension, or its length, is the number of samples of its part, in every part. Rows are
-put one after the other; numbers in outputs are averaged. What cannot be joined, such as rows that are padded to
-different lengths, is a list of its parts.
+concatenated; numbers in outputs are averaged. Values that cannot be joined, such as rows padded to different lengths,
+become a list of the parts.
 """
 
 import copy
@@ -20,19 +20,19 @@ COMPLEX = (torch.complex64, torch.complex128, np.dtype(np.complex64), np.dtype(n
 
 
 def joined(parts: list[object], sizes: list[int], *, average: bool = False) -> object:
-    """Return one value for those of several parts.
+    """Join the values of several parts into one.
 
     Args:
         parts: one a shard, in order; at least one.
         sizes: the samples of each.
-        average: numbers become their mean, weighted by the samples; else they stay where they are equal.
+        average: numbers become their mean, weighted by the samples; otherwise equal numbers stay.
     """
     with torch.no_grad():
         return parts[0] if len(parts) == 1 else _Joiner(sizes, average=average)(parts, top=True)
 
 
 def emptied(part: object, size: int, *, average: bool = False) -> object:
-    """Return what `joined` would give of no samples, made after a part that has `size`.
+    """Return what `joined` would give for no samples, made from a part with `size` samples.
 
     Args:
         part: of another rank.
@@ -44,24 +44,24 @@ def emptied(part: object, size: int, *, average: bool = False) -> object:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sent:
-    """A tensor on its way to another rank, in memory of its own: a view would take all that it is a view of along."""
+    """A tensor on its way to another rank, in its own memory: a view would send all of its base."""
 
     tensor: Tensor
     on_cpu: bool
 
 
 def to_send(data: object) -> object:
-    """Return a value as it can go to other ranks."""
+    """Return a value in a form that can be sent to other ranks."""
     return _mapped(data, Tensor, lambda tensor: Sent(tensor.detach().cpu().clone(), tensor.is_cpu))
 
 
 def received(data: object, device: torch.device) -> Any:
-    """Return a value of `to_send`; what was on another rank's device comes to this one's."""
+    """Return a value from `to_send`; tensors of another rank's device go to this rank's device."""
     return _mapped(data, Sent, lambda sent: sent.tensor if sent.on_cpu else sent.tensor.to(device))
 
 
 def marks(data: object) -> list[tuple[object, int]]:
-    """Return what tells whether a value, or anything in it, is changed later: objects and the versions of tensors."""
+    """Return marks that show later changes of a value: its objects and the versions of tensors."""
     return [(each, _version(each)) for each in _nodes(data)]
 
 
@@ -103,7 +103,7 @@ class _Joiner:
         if self._have_rows(parts) and all(part.shape[1:] == first.shape[1:] for part in parts):
             try:
                 return torch.cat(parts) if isinstance(first, Tensor) else np.concatenate(parts)
-            except (RuntimeError, TypeError, NotImplementedError):  # of a layout that torch does not put together
+            except (RuntimeError, TypeError, NotImplementedError):  # of a layout that torch cannot concatenate
                 return parts
         if self.average and all(not part.ndim and part.dtype not in COMPLEX for part in parts):
             return self._mean(parts)
@@ -113,7 +113,7 @@ class _Joiner:
         return all(_has_rows(part, size) for part, size in zip(parts, self.sizes, strict=True))
 
     def _mean(self, parts: list[Any]) -> object:
-        """Return the mean, weighted by the samples; of equal numbers these."""
+        """Return the mean, weighted by the samples; equal numbers stay."""
         if isinstance(parts[0], Tensor):
             total = torch.stack([part.double() * size for part, size in zip(parts, self.sizes, strict=True)]).sum()
             mean = total / sum(self.sizes)
@@ -129,7 +129,7 @@ class _Joiner:
             if not fields:
                 return type(first)([row for part in parts for row in part])
             if not top:
-                return parts  # as many tensors as samples, each with as many rows: which of the two is not known
+                return parts  # as many tensors as samples, each with as many rows: ambiguous
         if any(len(part) != len(first) for part in parts):
             return parts
         return type(first)([self(list(each)) for each in zip(*parts, strict=True)])
@@ -169,7 +169,7 @@ def _has_rows(part: object, size: int) -> bool:
 
 
 def _are_fields(part: Sequence[object], size: int) -> bool:
-    """Return whether what has as many items as samples may be (inputs, targets) rather than rows."""
+    """Return whether a sequence with as many items as samples may be (inputs, targets) rather than rows."""
     found = [_has_rows(value, size) for value in part if isinstance(value, Tensor | np.ndarray | list | tuple)]
     return bool(found) and all(found)
 
@@ -190,7 +190,7 @@ def _record(like: Any, value_of: Callable[[str], Any]) -> object:
         return type(like)(*(value_of(name) for name in like._fields))  # type: ignore[attr-defined]
     made = copy.copy(like)
     for field in dataclasses.fields(like):
-        object.__setattr__(made, field.name, value_of(field.name))  # a frozen one too
+        object.__setattr__(made, field.name, value_of(field.name))  # also if frozen
     return made
 
 

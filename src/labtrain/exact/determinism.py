@@ -1,9 +1,9 @@
-"""Determinism: what must be set, before torch is imported and after, and the seeding of every draw.
+"""Determinism: settings before and after the import of torch, and the seeding of every draw.
 
 ======== =================================================================================================
 mode     what it does
 ======== =================================================================================================
-off      nothing: no variable, no flag, no global generator is touched after the one initial seed
+off      nothing: after the one initial seed, labtrain changes no variable, flag or global generator
 warn     as strict, but an operation without a deterministic kernel warns
 strict   deterministic kernels only, a fixed number of CPU threads, every draw a function of (seed, place)
 portable strict, and the same bits on every x86-64 CPU: baseline kernels, one thread
@@ -37,7 +37,7 @@ PORTABLE_VARIABLES = {
     "NPY_DISABLE_CPU_FEATURES": "X86_V3 X86_V4 AVX512_ICL AVX512_SPR",
     "OPENBLAS_CORETYPE": "Prescott",
 }
-# What can change bits and is written in the receipt, whoever set it: every variable of the libraries that compute ...
+# The receipt records every variable that can change bits, whoever set it: all of the libraries that compute ...
 RECORDED_PREFIXES = (
     "ATEN_", "BLIS_", "CUBLAS", "CUDNN_", "DNNL_", "GOMP_", "GOTO_", "KMP_", "MKL_", "NCCL_", "NPY_", "OMP_", "ONEDNN_",
     "OPENBLAS_", "PYTORCH_", "TORCH_", "TORCHDYNAMO_", "TORCHINDUCTOR_", "TRITON_",
@@ -54,19 +54,18 @@ RECORDED_VARIABLES = (
     "PYTHONHASHSEED",
     "PYTHONOPTIMIZE",
 )
-# ... but those that say where files lie, what is printed, how long to wait and by which network. sklearn and Lightning
-# set some of these themselves.
+# ... except those for file paths, printing, timeouts and networks. sklearn and Lightning set some of these themselves.
 NO_BITS = re.compile(
     r"\w+_(?:HOME|DIR|PATH|FILE\w*|CACHE\w*|LOGS?|LOG_\w+|\w*VERBOS\w*|\w*DEBUG\w*|\w*TRACE\w*|\w*TIMEOUT\w*|VERSION"
     r"|ADDR2LINE\w*|CHECK|DISPLAY_\w+|BLOCKTIME|SETTINGS|WARNINGS|WAIT_POLICY|INIT_AT_FORK|DUPLICATE_LIB_OK)"
     r"|TORCH_(?:NCCL|FR|SHOW|DISTRIBUTED)_\w+|NCCL_(?:ASYNC|COMM|CONF|HOSTID|IB|NET|OOB|SOCKET)\w*"
 )
-# What a training sets in the environment of its process where it is not set, until its end.
+# Variables that a training sets in its process if they are not set, until its end.
 SET_BY_LABTRAIN = ("CUBLAS_WORKSPACE_CONFIG", "GLOO_SOCKET_IFNAME", FROM_SOURCE)
 
 
 def variables(mode: str, *, threads: int) -> dict[str, str]:
-    """Return what has to be in the environment before torch is imported.
+    """Return the variables that must be in the environment before torch is imported.
 
     Raises:
         ConfigError: `portable` with more than one thread.
@@ -75,7 +74,7 @@ def variables(mode: str, *, threads: int) -> dict[str, str]:
         return {}
     if mode == "portable" and threads != 1:
         raise ConfigError(
-            f"determinism.threads={threads}: portable takes one thread",
+            f"determinism.threads={threads}: portable mode needs one thread",
             hint="determinism.threads=1, or determinism.mode=strict",
         )
     wanted = {
@@ -89,21 +88,21 @@ def variables(mode: str, *, threads: int) -> dict[str, str]:
 
 
 def is_recorded(name: str) -> bool:
-    """Return whether a variable can change bits: it is written in the receipt, and compared."""
+    """Return whether a variable can change bits: the receipt records it, and labtrain compares it."""
     return name in RECORDED_VARIABLES or (name.startswith(RECORDED_PREFIXES) and not NO_BITS.fullmatch(name))
 
 
 def apply(mode: str, *, threads: int, tf32: bool = False) -> None:
-    """Set torch's flags for `mode`, before the model is made; `run` puts them back.
+    """Set torch's flags for `mode`, before the model is made; `run` restores them.
 
     Args:
         mode: determinism.mode.
         threads: determinism.threads.
-        tf32: speed.tf32, in any mode. Of torch's ways to say it, the one that warns of nothing and that
-            `flags` can read.
+        tf32: speed.tf32, in any mode. Of torch's settings for it, this one gives no warning, and `flags` can read
+            it.
 
     Raises:
-        ConfigError: `portable`, and the process was started without its variables.
+        ConfigError: `portable`, but the process was started without its variables.
     """
     import torch
 
@@ -117,7 +116,7 @@ def apply(mode: str, *, threads: int, tf32: bool = False) -> None:
         ]
         if absent:
             raise ConfigError(
-                f"portable, but this process was started without {' '.join(absent)}",
+                f"determinism.mode=portable, but this process was started without {' '.join(absent)}",
                 hint="start it with train.py, which sets them before torch is imported",
             )
         from labtrain.exact import portable
@@ -132,11 +131,11 @@ def apply(mode: str, *, threads: int, tf32: bool = False) -> None:
 
 
 def fill_new_memory(*, on: bool) -> None:
-    """Have torch fill the memory that it allocates, with NaN or the largest integer; it does so in all modes but off.
+    """Make torch fill new memory with NaN or the largest integer, in all modes but off.
 
-    Until the end of a run's first step alone: code that reads what nobody has written finds NaN there, each time.
-    A program that reads no such memory has the same bits with and without, and a step of convolutions took a tenth more
-    with it. Source: https://docs.pytorch.org/docs/2.9/deterministic.html.
+    Only until the end of a run's first step: code that reads uninitialised memory then always finds NaN. A program that
+    does not read such memory has the same bits with and without it, and it made a step of convolutions a tenth slower.
+    Source: https://docs.pytorch.org/docs/2.9/deterministic.html.
     """
     import torch.utils.deterministic
 
@@ -146,7 +145,7 @@ def fill_new_memory(*, on: bool) -> None:
 
 
 def flags() -> dict[str, object]:
-    """Return each of torch's flags and each variable that can change bits, as they are now."""
+    """Return the current values of torch's flags and variables that can change bits."""
     import torch
 
     return {
@@ -204,13 +203,13 @@ def set_run(*, seed: int, mode: str, accelerator: str = "cpu") -> None:
 
 
 def set_say(say: Callable[[str], None]) -> None:
-    """Remember what tells the person, and the receipt, of what is not exact in this run; until the run's end."""
+    """Remember the function that prints and records warnings of this run, until its end."""
     global _run_say
     _run_say = say
 
 
 def run_say(text: str) -> None:
-    """Say of the run what its person and its receipt are to have; outside of a run, on standard error."""
+    """Print a warning and record it in the run's receipt; outside of a run, only print it."""
     _run_say(text)
 
 
@@ -218,9 +217,8 @@ def run_say(text: str) -> None:
 def run(*, seed: int, mode: str, accelerator: str, threads: int, tf32: bool) -> Iterator[None]:
     """Do `set_run` and `apply` for the time of one training.
 
-    Afterwards this process is outside of a run again. torch's flags, the global generators and labtrain's variables are
-    as they were: what a notebook does next does not depend on what it trained. In mode off they are as the training
-    leaves them.
+    Afterwards this process is outside of a run again. labtrain restores torch's flags, the global generators and its
+    own variables, so the rest of a notebook does not depend on the training. In mode off it restores nothing.
     """
     import torch
 
@@ -240,7 +238,7 @@ def run(*, seed: int, mode: str, accelerator: str, threads: int, tf32: bool) -> 
 
 
 def _remembered() -> Callable[[], None]:
-    """Return what puts back, as they are now, the flags that `apply` sets and the global generators."""
+    """Return a function that restores the current flags of `apply` and the global generators."""
     import numpy as np
     import torch
 
@@ -281,7 +279,7 @@ def run_mode() -> str:
 
 
 def run_device() -> Any:
-    """Return the torch.device that this process trains on: the GPU that Lightning has chosen for it, else the CPU."""
+    """Return the torch.device that this process trains on: the GPU that Lightning chose, or the CPU."""
     import torch
 
     if _run_accelerator == "gpu" and torch.cuda.is_available():

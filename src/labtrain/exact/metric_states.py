@@ -1,4 +1,4 @@
-"""The states of torchmetrics: taken out, put back, and reduced over shards in one order."""
+"""Takes out and restores the states of torchmetrics, and reduces them over shards in one order."""
 
 import torch
 import torchmetrics
@@ -15,14 +15,14 @@ Held = State
 
 
 def metrics_of(module: torch.nn.Module) -> dict[str, torchmetrics.Metric]:
-    """Return a model's metrics that have states of their own, by name."""
+    """Return a model's metrics that have states, by name."""
     return {
         name: part for name, part in module.named_modules() if isinstance(part, torchmetrics.Metric) and part._defaults
     }
 
 
 def hold(metric: torchmetrics.Metric) -> Held:
-    """Return a metric's states and what it remembers of its calls."""
+    """Return a metric's states and its cached results."""
     states = {state: getattr(metric, state) for state in metric._defaults}
     states = {state: list(value) if isinstance(value, list) else value for state, value in states.items()}
     return {
@@ -34,7 +34,7 @@ def hold(metric: torchmetrics.Metric) -> Held:
 
 
 def release(metric: torchmetrics.Metric, held: Held) -> None:
-    """Put back what `hold` returned."""
+    """Restore what `hold` returned."""
     for name, value in held.items():
         setattr(metric, name, value)
 
@@ -55,7 +55,7 @@ def add_rows(rows_SK: Tensor) -> Tensor:
 
 
 def fresh(metric: torchmetrics.Metric) -> Held:
-    """Return what `hold` would of a metric that was never updated."""
+    """Return what `hold` returns for a metric that was never updated."""
     states: Held = {
         state: default.clone().to(metric.device) if isinstance(default, Tensor) else []
         for state, default in metric._defaults.items()
@@ -79,7 +79,7 @@ def reduction(metric: torchmetrics.Metric, state: str) -> str:
 
 
 def beside_states(metric: torchmetrics.Metric) -> dict[str, object]:
-    """Return what a metric keeps beside its states, so that two of these are equal if nothing was changed.
+    """Return a metric's attributes beside its states; two results are equal if nothing changed.
 
     Numbers and texts; of a tensor its version, of a container its length.
     """

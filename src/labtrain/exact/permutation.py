@@ -1,13 +1,13 @@
-"""The order of samples: the index at each position of an epoch is a keyed permutation, computed where it is asked for.
+"""The order of samples: a keyed permutation gives the index at each position of an epoch, on demand.
 
-A function of (seed, epoch) and the position alone, in integer arithmetic of our own: the same on every platform and
-with every release of torch and numpy. Up to SORTED samples the permutation sorts as many SplitMix64 outputs, and is as
-uniform as they are random. Above, it is a Feistel network with cycle walking: constant memory, any position at once, so
-that a resume needs (seed, epoch, step) and a dataset may have 2^60 samples.
+It depends only on (seed, epoch) and the position, in our own integer arithmetic: the same on every platform and with
+every release of torch and numpy. Up to SORTED samples it sorts as many SplitMix64 outputs, and is as uniform as they
+are random. Above, it is a Feistel network with cycle walking. That needs constant memory and gives any position at
+once, so a resume needs only (seed, epoch, step) and a dataset may have 2^60 samples.
 
 Sources: SplitMix64, G. Steele, D. Lea, C. Flood, OOPSLA 2014. Cycle walking and the Feistel network on a domain that is
-no power of two: J. Black, P. Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002. A network whose halves differ
-by a bit at most covers 2^b with 2^(b-1) < N <= 2^b, so that a walk takes less than two evaluations on average.
+not a power of two: J. Black, P. Rogaway, Ciphers with Arbitrary Finite Domains, CT-RSA 2002. A network whose halves
+differ by a bit at most covers 2^b with 2^(b-1) < N <= 2^b, so that a walk takes less than two evaluations on average.
 """
 
 import numpy as np
@@ -20,7 +20,7 @@ Indices = npt.NDArray[np.int64]
 SORTED = 1 << 16
 LARGEST = 1 << 60
 ROUNDS = 8
-BLOCK = 1 << 11  # positions that are computed at once: of a batch at a time, numpy's calls would be the cost
+BLOCK = 1 << 11  # positions to compute at once: for one batch at a time, numpy's calls would cost too much
 GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -30,8 +30,8 @@ class Order:
     Args:
         num_samples: N, at most 2^60.
         seed: the run's.
-        epoch: each has an order of its own.
-        shuffle: without, position and index are the same.
+        epoch: each epoch has another order.
+        shuffle: if False, position and index are the same.
     """
 
     def __init__(self, num_samples: int, *, seed: int, epoch: int, shuffle: bool = True) -> None:

@@ -1,11 +1,11 @@
-"""Plain values, turned into scalars, tensors, tuples and lists, and back: what a checkpoint can hold of an attribute.
+"""Turns plain values into scalars, tensors, tuples and lists, which a checkpoint can hold, and back.
 
-Plain are numbers, texts, bytes, None, tensors, numpy's arrays, members of an Enum, the values of TEXTS, and lists,
-tuples, named tuples, dicts, sets and deques of those. Between the ranks of a training so are objects of the
-experiment's own classes that hold nothing else.
+Plain values are numbers, texts, bytes, None, tensors, numpy's arrays, members of an Enum, the values of TEXTS, and
+lists, tuples, named tuples, dicts, sets and deques of those. Between the ranks of a training, objects of the
+experiment's classes that hold only plain values are plain too.
 
-Nothing is pickled, and reading a value runs no code from it. A class is looked up by its name among the modules that
-are loaded, and must be an Enum, a named tuple or a class of the experiment; its constructor is not called.
+labtrain pickles nothing, and reading a value runs no code from it. It looks up a class by its name among the imported
+modules. The class must be an Enum, a named tuple or a class of the experiment. Its constructor is not called.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def _of_torch(text: str) -> object:
     return vars(torch)[text.removeprefix("torch.")]
 
 
-# Values that a text tells whole: how it is written, and read.
+# Values that a text describes completely: how to write and read it.
 TEXTS: dict[type[object], tuple[Callable[[Any], str], Callable[[str], object]]] = {
     Fraction: (str, Fraction),
     Decimal: (str, Decimal),
@@ -131,7 +131,7 @@ def _name_of(kind: type[object]) -> tuple[str, str]:
 
 
 def _class_named(module: str, name: str) -> Any:
-    """Return a class of a module that is loaded; None if it has no such class."""
+    """Return a class of an imported module; None if there is no such class."""
     found: Any = sys.modules.get(module)
     for part in name.split("."):  # not getattr, which may run a module's own code
         found = vars(found).get(part) if isinstance(found, type | types.ModuleType) else None
@@ -164,10 +164,10 @@ def _state(value: object) -> list[tuple[str, object]]:
 
 
 class Encoder:
-    """Turns plain values into scalars, tensors, tuples and lists. What comes a second time is named by its number.
+    """Turns plain values into scalars, tensors, tuples and lists. An object's second occurrence is its number.
 
     Args:
-        places: of objects that the reader has too, by id: these are changed there, and not made anew.
+        places: of objects that the reader has too, by id: the reader changes them instead of making new ones.
     """
 
     def __init__(self, places: dict[int, Place] | None = None) -> None:
@@ -219,7 +219,7 @@ class Encoder:
         kind = type(value)
         if kind is list and SIMPLE.issuperset(map(type, value)):
             return "list", list(value)
-        # In one order on every rank; that of a set is chance.
+        # In one order on every rank; the order of a set is random.
         items = [self(item) for item in (sorted(value, key=repr) if kind in (set, frozenset) else value)]
         if kind in SEQUENCES:
             return (kind.__name__, items, value.maxlen) if kind is deque else (kind.__name__, items)
@@ -227,14 +227,14 @@ class Encoder:
 
 
 class Decoder:
-    """Turns them back; each number is the same object again.
+    """Turns them back; each number gives the same object again.
 
     Args:
-        device: where tensors go that were on an accelerator.
-        there: the objects at the places that the encoder named; None: of a checkpoint, which has no objects.
+        device: the device for tensors that were on an accelerator.
+        there: the objects at the encoder's places; None for a checkpoint, which has no objects.
 
     Raises:
-        ConfigError: a class is not there any more.
+        ConfigError: a class does not exist any more.
     """
 
     def __init__(self, device: torch.device, there: dict[Place, object] | None = None) -> None:
@@ -244,10 +244,10 @@ class Decoder:
         """Return the value.
 
         Args:
-            node: of an encoder.
-            current: what the attribute is now: it gives a defaultdict its factory, and is itself changed and
-                returned if it is a tensor that an optimizer may hold.
-            into: is changed and returned, if it is of the same kind.
+            node: from an encoder.
+            current: the attribute's current value: it gives a defaultdict its factory. A tensor that an optimizer may
+                hold is itself changed and returned.
+            into: is changed and returned, if it has the same type.
         """
         if not isinstance(node, tuple):
             return node
@@ -371,8 +371,8 @@ def _wants_factory(node: object) -> bool:
 
 def _gone(name: str) -> ConfigError:
     return ConfigError(
-        f"the checkpoint holds a {name}, and the code has none of that name now",
-        hint="give it the name again that it had; or resume=never",
+        f"the checkpoint holds a {name}, which the code does not define now",
+        hint="restore its former name; or resume=never",
     )
 
 
@@ -380,7 +380,7 @@ _own_classes: dict[type[object], bool] = {}
 
 
 def is_own(kind: type[object]) -> bool:
-    """Return whether a class and all that it derives from are the experiment's, or just hold what one gives them."""
+    """Return whether a class and its bases are the experiment's, or the class is a plain holder of values."""
     if kind in BAGS:
         return True
     if kind not in _own_classes:
@@ -391,12 +391,12 @@ def is_own(kind: type[object]) -> bool:
 
 
 def is_experiments(kind: type[object]) -> bool:
-    """Return whether a class is defined in the experiment's code, and not in a library."""
+    """Return whether the experiment's code, not a library, defines a class."""
     return is_experiments_module(kind.__module__)
 
 
 def is_experiments_module(name: str) -> bool:
-    """Return whether a module is the experiment's code, and not a library's."""
+    """Return whether a module belongs to the experiment, not to a library."""
     if name.partition(".")[0] == "labtrain":
         return False
     file = getattr(sys.modules.get(name), "__file__", None)
@@ -404,13 +404,13 @@ def is_experiments_module(name: str) -> bool:
 
 
 def is_experiments_code(frame: types.FrameType) -> bool:
-    """Return whether a frame runs the experiment's code, and not that of a library."""
+    """Return whether a frame runs the experiment's code, not that of a library."""
     module = str(frame.f_globals.get("__name__", ""))
     return module.partition(".")[0] != "labtrain" and is_experiments_file(frame.f_code.co_filename)
 
 
 @cache
 def is_experiments_file(file: str) -> bool:
-    """Return whether a file of code is none of a library."""
+    """Return whether a file of code does not belong to a library."""
     path = Path(file)
     return not ({"site-packages", "dist-packages"} & set(path.parts) or any(map(path.is_relative_to, LIBRARIES)))

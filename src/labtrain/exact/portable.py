@@ -1,15 +1,15 @@
-"""The same bits on every x86-64 CPU, for `determinism.mode=portable`: what no environment variable can set.
+"""The same bits on every x86-64 CPU, for `determinism.mode=portable`: the part that no environment variable can set.
 
-Two libraries are left out, since torch decides by the CPU whether they run at all: oneDNN (bf16) and NNPACK (AVX2).
+labtrain turns off two libraries, since torch decides by the CPU whether they run: oneDNN (bf16) and NNPACK (AVX2).
 
-Some element-wise functions are replaced. torch computes them through oneMKL's vector math, whose baseline code starts
-from RSQRTPS and RCPPS. Both are approximations that a CPU may choose for itself (12 bits are guaranteed), an emulator
-chooses others than Intel, and MKL_CBWR=COMPATIBLE does not change that: 13 of 100 float32 square roots, and so each
-step of Adam, then differ between a CPU of 2023 and an emulated one of 2008. Here numpy computes them: SQRTPS, which
-IEEE 754 defines to the last bit, and libm for the rest.
+labtrain replaces some element-wise functions. torch computes them with oneMKL's vector math, whose baseline code starts
+from RSQRTPS and RCPPS. Each CPU may approximate these in its own way (12 bits are guaranteed). An emulator gives other
+values than Intel, and MKL_CBWR=COMPATIBLE does not change that. 13 of 100 float32 square roots, and so each step of
+Adam, then differ between a CPU of 2023 and an emulated one of 2008. Here numpy computes them: SQRTPS, which IEEE 754
+defines to the last bit, and libm for the rest.
 
-MKL's Cholesky decomposition of float32 begins so too, in matrices of 5 to 16 rows: it is computed in float64, which has
-no such instruction, and rounded.
+MKL's Cholesky decomposition of float32 starts in the same way, for matrices of 5 to 16 rows. labtrain computes it in
+float64, which has no such instruction, and rounds.
 
 Found by running the same operations natively and under `qemu-x86_64 -cpu Nehalem`
 (tests/full/exact/test_portable.py).
@@ -44,7 +44,7 @@ POWERS: dict[float, Callable[[torch.Tensor], torch.Tensor]] = {
     -2: lambda x: torch.reciprocal(x * x),
 }
 
-# What is computed in float64: (the operation, its variant that writes to a given place).
+# Operations computed in float64: (the operation, its variant that writes to a given tensor).
 IN_DOUBLE = (("linalg_cholesky_ex", "linalg_cholesky_ex.L"), ("cholesky", "cholesky.out"))
 
 Kernel = Callable[..., Any]
@@ -70,7 +70,7 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Put back what `install` changed; nothing where it was not called."""
+    """Restore what `install` changed; do nothing if it was not called."""
     global _library
     if _library is not None:
         torch.backends.mkldnn.set_flags(_before[0])

@@ -1,17 +1,17 @@
-"""Sums over shards, with the same bits on any number of ranks: ONE binary tree over shards 0..L-1, whoever holds them.
+"""Sums over shards with the same bits on any number of ranks: ONE binary tree over shards 0..L-1, whoever holds them.
 
-Floating-point addition does not associate, so a sum depends on its order, and an all-reduce takes the order that suits
-its ring. Here the order is a function of the number of leaves alone. Leaf 0 and leaf 1 are added, 2 and 3, then those
-two sums, and so on; what is left where L is no power of two is folded from the right.
+Floating-point addition is not associative, so a sum depends on its order, and an all-reduce uses the order of its ring.
+Here the order depends only on the number of leaves: leaf 0 + leaf 1, leaf 2 + leaf 3, then those two sums, and so on.
+If L is not a power of two, the remaining sums are added from the right.
 
-Each rank holds a contiguous range of leaves and adds what lies in one subtree as a binary counter does, in place: at
-most log2(L) + 1 partial sums are alive. Across ranks, element by element, one rank adds: the ranks exchange the
-subtrees that they hold, each rank receives its part of every one (a reduce-scatter by hand), finishes the tree there,
-and sends the sums back (an all-gather). That is as many bytes as a ring all-reduce moves, for any number of ranks. A
-small bucket is summed by every rank for itself, along the same tree: one exchange instead of two.
+Each rank holds a contiguous range of leaves and adds those of one subtree in place, like a binary counter: at most
+log2(L) + 1 partial sums exist. Across ranks, one rank adds each element. The ranks exchange their subtrees. Each rank
+receives its part of every subtree (a reduce-scatter by hand), finishes the tree there, and sends the sums back (an
+all-gather). That moves as many bytes as a ring all-reduce, for any number of ranks. Every rank sums a small bucket
+itself, along the same tree: one exchange instead of two.
 
-Tensors are exchanged in buckets, as DistributedDataParallel does it (S. Li et al., VLDB 2020,
-https://arxiv.org/abs/2006.15704): a bucket leaves as soon as the last shard's backward has filled it, always in the
+Tensors are exchanged in buckets, as in DistributedDataParallel (S. Li et al., VLDB 2020,
+https://arxiv.org/abs/2006.15704). A bucket is sent as soon as the last shard's backward has filled it, always in the
 same order, whichever gradient arrives first.
 """
 
@@ -27,7 +27,7 @@ from torch import Tensor
 # DistributedDataParallel's sizes: a small first bucket leaves early.
 FIRST_BUCKET_BYTES = 1 << 20
 BUCKET_BYTES = 25 << 20
-# Up to here a bucket is small.
+# The largest small bucket.
 WHOLE_BYTES = 1 << 18
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def shard_ranges(shards: int, world: int) -> list[range]:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Hide the process group: what a shard computes must not depend on the number of processes."""
+    """Hide the process group: a shard's result must not depend on the number of processes."""
     if not (dist.is_available() and dist.is_initialized()):
         yield
         return
@@ -58,7 +58,7 @@ def alone() -> Iterator[None]:
 
 
 class Tree(Generic[T]):
-    """Adds leaves that come in their order, along the binary tree: a binary counter of partial sums.
+    """Adds leaves in their order along the binary tree: a binary counter of partial sums.
 
     Args:
         add: adds its second argument to its first, in place.
@@ -69,7 +69,7 @@ class Tree(Generic[T]):
         self.nodes: list[tuple[int, int, T]] = []  # first leaf, number of leaves, their sum
 
     def push(self, first: int, size: int, value: T) -> None:
-        """Put in the sum of leaves first..first+size-1: a subtree, right of what is there."""
+        """Add the sum of leaves first..first+size-1: the next subtree on the right."""
         while self.nodes:
             left_first, left_size, left = self.nodes[-1]
             if left_size != size or left_first + size != first or left_first % (2 * size):
@@ -99,7 +99,7 @@ class ShardSum:
     """Sums a list of tensors over the shards of one step at a time.
 
     Args:
-        like: tensors of the shapes, dtypes, devices and strides that are to be summed.
+        like: tensors with the shapes, dtypes, devices and strides of those to be summed.
         rank: this process.
         world: the number of processes.
     """
@@ -122,7 +122,7 @@ class ShardSum:
             bucket.begin()
 
     def push(self, shard: int, index: int, tensor: Tensor) -> None:
-        """Put in one tensor of a shard; the sum may be built in it. Shards come in their order, tensors in any."""
+        """Add one tensor of a shard; its memory may hold the sum. Shards come in order, tensors in any order."""
         like = self.like[index]
         if tensor.stride() != like.stride():  # one layout, whatever the route: a norm over it depends on the layout
             laid_out = torch.empty_strided(like.shape, like.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -138,7 +138,7 @@ class ShardSum:
             self._start()
 
     def send(self) -> None:
-        """Send what has not gone yet: after the last shard, and on a rank that has none in this step.
+        """Send the remaining buckets: after the last shard, and on a rank that has no shard in this step.
 
         Every rank calls it at the same place of a step, so exchanges have one order on all ranks. NCCL needs that.
         """
@@ -150,8 +150,8 @@ class ShardSum:
     def total(self) -> list[Tensor]:
         """Return the sums over all shards of all ranks, in the order of `like`; the same bits on every rank.
 
-        Every rank has called `send` before. With several ranks the sums are views of one vector a bucket; a later step
-        uses its memory again once nobody holds such a view.
+        Every rank must call `send` before. With several ranks the sums are views of one vector a bucket. A later step
+        uses its memory again after all views are gone.
         """
         if self.world == 1:
             return self._in_order(bucket.tree.root() for bucket in self._buckets)
@@ -167,7 +167,7 @@ class ShardSum:
         return ordered
 
     def _start(self) -> None:
-        """Send the buckets that are full, in their order, and begin to receive this rank's part of the others'."""
+        """Send the full buckets, in order, and start to receive this rank's part of the buckets of other ranks."""
         while self._started < len(self._buckets) and self._buckets[self._started].full:
             bucket = self._buckets[self._started]
             self._started += 1
@@ -196,7 +196,7 @@ class ShardSum:
             bucket.pending = dist.batch_isend_irecv(operations)
 
     def _finish_tree(self, bucket: "_Bucket") -> None:
-        """Add up this rank's part of all subtrees, and begin to exchange the sums."""
+        """Add up this rank's part of all subtrees, and start to exchange the sums."""
         for work in bucket.pending:
             work.wait()
         bucket.sums = bucket.unused("sums", bucket.numel, self.like[bucket.indices[0]])
@@ -207,7 +207,7 @@ class ShardSum:
         def add(left: Tensor, right: Tensor) -> None:
             nonlocal additions
             additions -= 1
-            torch.add(left, right, out=left if additions else mine)  # the last one where it is wanted
+            torch.add(left, right, out=left if additions else mine)  # the last sum goes to its final place
 
         tree: Tree[Tensor] = Tree(add)
         for layout, parts in zip(self._layouts, bucket.received, strict=True):

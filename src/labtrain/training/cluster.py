@@ -1,8 +1,8 @@
-"""How the processes of a training come together: what a launcher said (ranks.py) as Lightning's cluster environment.
+"""Lightning's cluster environment of a training, from what the launcher set (ranks.py).
 
-What cannot come together is refused here, in seconds: torch would wait for it until its timeout of half an hour. Where
-the others are lost in the middle, the launcher knows why and is left to act: a rank that failed is to take the job down
-with its own traceback, but a node that failed is to have the job started again.
+Processes that cannot meet are refused here, within seconds. torch would wait for its timeout of half an hour. If ranks
+are lost during the training, the launcher knows why and acts. A rank that fails ends the job with its own traceback. A
+node that fails makes the launcher start the job again.
 """
 
 import os
@@ -21,14 +21,14 @@ from labtrain.base.signals import Stopped, Wishes
 from labtrain.record.ranks import Ranks
 
 ELSEWHERE = "192.0.2.1"  # an address of nobody (RFC 5737): the way to it is the way out of this machine
-# What gloo, TCPStore and NCCL say of a peer that is gone.
+# What gloo, TCPStore and NCCL report when a peer is gone.
 BROKEN = re.compile(
     r"[Cc]onnection|Read error|Write error|Broken pipe|remote (process|error)|ncclRemoteError|recv|socket"
 )
 
 
 class Launched(ClusterEnvironment):
-    """Processes that srun or torchrun started: all is said, nothing is set."""
+    """Processes that srun or torchrun started: labtrain reads the launcher's variables and sets none."""
 
     def __init__(self, ranks: Ranks) -> None:
         super().__init__()
@@ -70,17 +70,17 @@ class Launched(ClusterEnvironment):
 
 
 def make_environment(ranks: Ranks | None, *, accelerator: str) -> ClusterEnvironment:
-    """Return the cluster environment of a training; where nothing launched it, Lightning's own, which starts processes.
+    """Return the cluster environment of a training. Without a launcher it is Lightning's own, which starts processes.
 
     Raises:
-        DeviceError: the processes cannot come together.
+        DeviceError: the processes cannot meet.
     """
     if ranks is None:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # by itself gloo looks up the host's name, and may hang
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the default looks up the host's name, and may hang
         return LightningEnvironment()
     address = resolve(ranks)
     if ranks.nodes > 1 and address.startswith("127.") and address != "127.0.0.1":
-        address = ELSEWHERE  # Debian's own name is 127.0.1.1 to itself, which the others cannot reach
+        address = ELSEWHERE  # Debian resolves its own name to 127.0.1.1, which other machines cannot reach
     if interface := interface_to(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if dist.is_initialized():  # by an earlier training of this process
@@ -93,10 +93,10 @@ def make_environment(ranks: Ranks | None, *, accelerator: str) -> ClusterEnviron
 
 
 def begin_round(ranks: Ranks, *, backend: str) -> None:
-    """Bring the processes together where torchrun started them anew, after one of them failed.
+    """Connect the processes after torchrun restarted them, because one of them failed.
 
-    torchrun keeps its store (torch 2.9: elastic/rendezvous/dynamic_rendezvous.py), with the addresses of those that are
-    gone: each round is to have names of its own there. Its number is not the same on all of several nodes.
+    torchrun keeps its store (torch 2.9: elastic/rendezvous/dynamic_rendezvous.py), with the addresses of processes that
+    are gone. So each round uses its own names there. The number of the round may differ between nodes.
     """
     if (number := os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) != "0":
         store, rank, world = next(rendezvous("env://", ranks.rank, ranks.world))
@@ -108,15 +108,15 @@ def resolve(ranks: Ranks) -> str:
     """Return the IP address where the ranks meet.
 
     Raises:
-        DeviceError: its name is not known on this machine.
+        DeviceError: this machine cannot resolve its name.
     """
     try:
         return str(socket.getaddrinfo(ranks.address, ranks.port, type=socket.SOCK_STREAM)[0][4][0])
     except OSError as error:
         raise DeviceError(
-            f"{os.uname().nodename} does not know the node {ranks.address}, where all {ranks.world} processes are to"
+            f"{os.uname().nodename} cannot resolve the node {ranks.address}, where all {ranks.world} processes must"
             f" meet: {error.strerror}",
-            hint=f"getent hosts {ranks.address}; MASTER_ADDR=ADDRESS before {ranks.launcher} names it otherwise",
+            hint=f"getent hosts {ranks.address}; or set MASTER_ADDR=ADDRESS before {ranks.launcher}",
         ) from error
 
 
@@ -128,14 +128,14 @@ def refuse_port_in_use(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             raise DeviceError(
-                f"port {port} of {os.uname().nodename}, where all processes are to meet, is not to be had:"
+                f"port {port} of {os.uname().nodename}, where all processes must meet, is not available:"
                 f" {error.strerror}",
-                hint=f"MASTER_PORT={port + 1}, before srun; ss -ltnp 'sport = :{port}' shows who has it",
+                hint=f"MASTER_PORT={port + 1}, before srun; ss -ltnp 'sport = :{port}' shows which process uses it",
             ) from error
 
 
 def interface_to(address: str) -> str | None:
-    """Return the network interface of this machine from which an address is reached."""
+    """Return the network interface of this machine that reaches an address."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     try:
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -148,10 +148,10 @@ def interface_to(address: str) -> str | None:
 
 
 def explain_loss(error: BaseException, wishes: Wishes) -> BaseException:
-    """Return what an error of the exchange with other processes comes to; any other error as it is.
+    """Replace an error of the exchange with other ranks by one for people; return any other error unchanged.
 
-    Before the first step it may be one of this machine, and is left as it is. Where this process was asked to stop, so
-    were the others, who were faster.
+    An error before the first step may come from this machine, and is returned unchanged. If this process was asked to
+    stop, the other ranks were asked too, and stopped first.
     """
     exchange = isinstance(error, dist.DistNetworkError | dist.DistBackendError) or "gloo" in str(error)
     if not exchange or not isinstance(error, RuntimeError) or not BROKEN.search(str(error)):
@@ -161,4 +161,7 @@ def explain_loss(error: BaseException, wishes: Wishes) -> BaseException:
     if not wishes.begun:
         return error
     last = str(error).strip().splitlines()[-1]
-    return LostError(f"the other processes are gone: {last}", hint="one of them says why; the same command goes on")
+    return LostError(
+        f"lost contact with the other ranks: {last}",
+        hint="the error of another rank says why; the same command resumes",
+    )

@@ -14,10 +14,10 @@ from labtrain.training.sharded.strategy import ExactDDP, ExactSingleDevice
 
 
 def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
-    """Return `gpu` or `cpu`, or a name that only Lightning knows; and the devices of a node: a number, or GPU numbers.
+    """Return `gpu`, `cpu` or a name that only Lightning knows; and the devices of a node: a number, or GPU numbers.
 
     Raises:
-        DeviceError: more devices are asked for than there are, or a precision that they do not have.
+        DeviceError: the machine has too few devices, or they lack the precision.
         ConfigError: more devices than shards or samples.
     """
     asked = config["trainer"]
@@ -37,7 +37,7 @@ def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
         raise too_many_devices(world, shards)
     if batch_size < world:
         raise ConfigError(
-            f"data.batch_size={batch_size} is the samples of one step over all {world} devices",
+            f"data.batch_size={batch_size} is less than one sample for each of {world} devices",
             hint=f"data.batch_size={world} or more",
         )
     return str(accelerator), devices
@@ -49,13 +49,13 @@ def _check_gpus(devices: int | list[int] | str, gpus: int, *, asked: object) -> 
     if not missing:
         return
     if gpus == 1 and "SLURM_STEP_ID" in os.environ:  # a task sees its own alone
-        hint = "sbatch --gpus-per-node=N, without --gpus-per-task: each process finds its own among all"
+        hint = "sbatch --gpus-per-node=N, without --gpus-per-task: each process picks its GPU from those of the node"
     elif gpus:
         hint = f"trainer.devices={gpus}, or trainer.accelerator=cpu"
     else:
-        hint = "trainer.accelerator=cpu, or labtrain doctor says why no GPU is seen"
+        hint = "trainer.accelerator=cpu; labtrain doctor shows why no GPU is found"
     found = f"this machine has {gpus} GPU{'s' if gpus != 1 else ''}"
-    raise DeviceError(f"trainer.devices={asked} asks for GPU {missing[0]}, {found}", hint=hint)
+    raise DeviceError(f"trainer.devices={asked} asks for GPU {missing[0]}, but {found}", hint=hint)
 
 
 def _check_cpu(devices: int | list[int] | str, precision: object) -> None:
@@ -80,11 +80,11 @@ def plain_because(config: Config) -> str:
     else:
         why = f"trainer.accelerator={config['trainer']['accelerator']}"
     whose = "FSDP2" if config["trainer"]["strategy"] == SHARDED_STRATEGY else "Lightning's own strategy"
-    return f"{why}: {whose} trains, the bits depend on the number of devices (promise 3 is off)"
+    return f"{why}: {whose} trains (results then depend on the number of devices)"
 
 
 def make_strategy(config: Config, accelerator: str, devices: object, wishes: Wishes) -> Strategy | None:
-    """Return labtrain's strategy: exact, on one device or several, or fully sharded; None where it is Lightning's."""
+    """Return labtrain's strategy: exact, on one device or several, or fully sharded. None: Lightning's own."""
     shards, world = shards_in_use(config), world_size(config, devices)
     if shards is None:
         return FullySharded(world) if config["trainer"]["strategy"] == SHARDED_STRATEGY else None

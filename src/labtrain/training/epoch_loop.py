@@ -1,13 +1,13 @@
-"""The place of a training: where it is saved, and how it is taken up again.
+"""Save and resume points in the training loop.
 
-There is one place in a step where a training is saved: the optimizer step is done and logged; a validation that is due,
-schedulers that wait for it, and the end of the epoch are still to come. Lightning has no hook there, so `EpochLoop` is
-its training epoch loop with two methods extended. A checkpoint holds the state at that place and nothing else, so the
-checkpoint of a step has one content, whatever became of the training that wrote it; and going on from it goes through
-the pending validation and epoch end exactly as the first time, in the last batch of an epoch too.
+labtrain saves at one place in a step. The optimizer step is done and logged. A validation that is due, the schedulers
+that wait for it, and the end of the epoch come after it. Lightning has no hook there, so `EpochLoop` extends two
+methods of its training epoch loop. A checkpoint holds the state at that place and nothing else. So the checkpoint of a
+step has the same content, whatever happened to the training later. A resumed training runs the pending validation and
+the epoch's end exactly as the first time, also after the last batch of an epoch.
 
-Lightning's own loop state is left out. Its restart stages skip an epoch, or count a step twice, in some places; here
-the counters are put where they stood, in `restore` and in the one `advance` that does no batch.
+labtrain does not save Lightning's own loop state. Its restart stages sometimes skip an epoch or count a step twice.
+Here `restore`, and the one `advance` that runs no batch, set the counters to their saved values.
 
 Lightning 2.6: loops/training_epoch_loop.py, loops/fit_loop.py, connectors/logger_connector, through lightning.py.
 """
@@ -50,14 +50,15 @@ from labtrain.training.state.unsaved import Unsaved
 
 
 class EpochLoop(TrainingEpochLoop):
-    """Lightning's loop over the batches of an epoch, which can be left and entered after any optimizer step.
+    """Lightning's loop over the batches of an epoch, which can stop and resume after any optimizer step.
 
     Args:
-        trainer: its loop of the same kind is replaced.
-        save: called where the training is to be saved, on every rank; told whether it must be, or can be put off.
-        every_n_steps: save that often; beside before each validation, at the end of each epoch and of the training.
-        wishes: of this process.
-        stop_at: the step after which it saves and stops; 0: none.
+        trainer: this loop replaces its loop of the same kind.
+        save: called on every rank to save the training. Its argument: True to save now, False if it may wait.
+        every_n_steps: also save every N steps. The loop always saves before each validation, at the end of each epoch
+            and at the end of the training.
+        wishes: the signals and timers of this process.
+        stop_at: the step after which the loop saves and stops; 0: never.
     """
 
     def __init__(
@@ -73,10 +74,10 @@ class EpochLoop(TrainingEpochLoop):
         put_results(self, Results(training=True))
         put_results(self.val_loop, Results(training=False))
         self.save, self.every_n_steps, self.wishes, self.stop_at = save, every_n_steps, wishes, stop_at
-        self.loaded: State | None = None  # the checkpoint that is taken up, until it is
+        self.loaded: State | None = None  # the checkpoint to resume from, until that is done
         self.unsaved: Unsaved | None = None  # from the start of the training on
         self.outside: Outside | None = None
-        self.epoch_without_outputs: int | None = None  # one that was resumed, without what its steps gathered in lists
+        self.epoch_without_outputs: int | None = None  # a resumed epoch whose checkpoint lacks the lists of outputs
         self._entering = False
 
     # ------------------------------------------------------------------------------------------------------ saving
@@ -103,7 +104,7 @@ class EpochLoop(TrainingEpochLoop):
         return (every is not None and self.global_step % every == 0) or self.validation_is_due(data_fetcher)
 
     def _agree(self) -> None:
-        """Come to know what any rank wishes. Exact ranks have exchanged it with the step."""
+        """Exchange the wishes of all ranks. Exact ranks have exchanged them with the step."""
         self._exchange()
         if self.stop_at and self.global_step == self.stop_at:
             self.wishes.agreed_stop = signal.SIGTERM
@@ -119,7 +120,7 @@ class EpochLoop(TrainingEpochLoop):
         self.wishes.agree(stop, save)
 
     def place(self) -> State:
-        """Return where the training stands, as plain values and tensors."""
+        """Return the training's position, as plain values and tensors."""
         trainer, fit = self.trainer, self.trainer.fit_loop
         mine = {"logged": self._logged(), "metrics": self._metric_states(), **self._loader_state()}
         if self.unsaved is not None and isinstance(trainer.strategy, Exact):
@@ -183,10 +184,10 @@ class EpochLoop(TrainingEpochLoop):
                 return {"loader": state, "exhausted": loader.exhausted}
         return {"loader": None}
 
-    # ---------------------------------------------------------------------------------------------------- going on
+    # ---------------------------------------------------------------------------------------------------- resuming
 
     def restore(self) -> None:
-        """Put the counters where the loaded checkpoint was saved; before the first hook of the training."""
+        """Set the counters to the values of the loaded checkpoint, before the first hook of the training."""
         with _connector(self.trainer).putting_back():
             self._restore()
 
@@ -203,11 +204,11 @@ class EpochLoop(TrainingEpochLoop):
             _put(progress, done)
         self.batch_progress.is_last_batch = at["is_last_batch"]
         self.batches_that_stepped = at["batches_that_stepped"]
-        self._put_global_step(at["global_step"] - 1)  # the last one's end is still to come: max_steps must not end it
+        self._put_global_step(at["global_step"] - 1)  # the end of the last step comes later: max_steps must not skip it
         self._restore_unsaved(at, entering=False)
 
     def placed(self, loader: object) -> object:
-        """Return a training loader that begins where the loaded checkpoint stood; one with a state is wrapped."""
+        """Return a training loader that starts at the position of the loaded checkpoint; wrap one with a state."""
         with _connector(self.trainer).putting_back():
             return self._placed(loader)
 
@@ -222,8 +223,8 @@ class EpochLoop(TrainingEpochLoop):
                 mine = self._of_this_rank(at)
                 if mine is None:
                     raise ConfigError(
-                        f"the training data's state is that of {len(at['ranks'])} ranks, here are"
-                        f" {self.trainer.world_size}: which samples each would go on with is not known",
+                        f"the checkpoint holds the data's state for {len(at['ranks'])} ranks, this training has"
+                        f" {self.trainer.world_size}: the next samples of each rank are unknown",
                         hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
                     )
                 loader.start_at(
@@ -236,7 +237,7 @@ class EpochLoop(TrainingEpochLoop):
         return loader
 
     def _of_this_rank(self, at: State) -> State | None:
-        """Return what this rank held; None where that was held by other ranks: without shards, sums are theirs."""
+        """Return what this rank held; None if other ranks held it: without shards, each rank has its own sums."""
         exact = isinstance(self.trainer.strategy, Exact)
         ranks: list[State] = at["ranks"]
         if at["exact"] != exact or (not exact and len(ranks) != self.trainer.world_size):
@@ -244,12 +245,12 @@ class EpochLoop(TrainingEpochLoop):
         return ranks[0 if exact else self.trainer.global_rank]
 
     def _restore_unsaved(self, at: State, *, entering: bool) -> None:
-        """Put back what no state dict holds: of rank 0, where the ranks are others than those that saved it."""
+        """Restore what no state dict holds; take rank 0's if the ranks differ from those that saved it."""
         mine, device = self._of_this_rank(at), self.trainer.strategy.root_device
         kept: State = at["ranks"][0] if mine is None else mine
         if mine is None and kept.get("gradients") and is_spread(self.trainer.lightning_module.state_dict()):
             raise ConfigError(
-                f"gradients wait in this checkpoint, those of {len(at['ranks'])} ranks, here are"
+                f"the checkpoint holds accumulated gradients of {len(at['ranks'])} ranks, this training has"
                 f" {self.trainer.world_size}",
                 hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
             )
@@ -277,10 +278,10 @@ class EpochLoop(TrainingEpochLoop):
                 self._enter()
 
     def _enter(self) -> None:
-        """Stand where the checkpoint was saved: in place of the batch that was trained then.
+        """Resume at the checkpoint's place, instead of training its batch again.
 
-        The state was loaded long ago, but hooks have run since, such as on_train_epoch_start for the second time in
-        this epoch; what they changed they had changed before, so it is loaded once more.
+        The state was loaded before, but hooks have run since, such as on_train_epoch_start for the second time in this
+        epoch. They had made their changes before the save, so the state is loaded once more.
         """
         loaded, trainer = cast(State, self.loaded), self.trainer
         self._entering = True
@@ -340,9 +341,9 @@ def _connector(trainer: pl.Trainer) -> Connector:
 
 
 def is_searched(trainer: pl.Trainer) -> bool:
-    """Return whether Lightning's finder of a learning rate or batch size trains, and puts everything back after it.
+    """Return whether Lightning's finder of a learning rate or batch size is training; it restores everything later.
 
-    It takes the callbacks away meanwhile (tuner/lr_finder.py).
+    It removes the callbacks meanwhile (tuner/lr_finder.py).
     """
     return not any(isinstance(callback, Guard) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 

@@ -1,6 +1,6 @@
 """Train one run, from a resolved configuration to a receipt: `train`, read from top to bottom.
 
-Whatever can be refused is refused before the run's folder is made.
+labtrain refuses what it can before it makes the run's folder.
 """
 
 import copy
@@ -57,13 +57,13 @@ from labtrain.training.trainer import make_callbacks, make_experiment, make_trai
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Result:
-    """What a training leaves.
+    """The result of a training.
 
     Attributes:
         run_dir: the run's folder.
         metrics: the last value of each metric, by name.
         weights_digest: 64 hex digits.
-        steps: optimizer steps since the run's beginning.
+        steps: optimizer steps since the run started.
     """
 
     run_dir: Path
@@ -73,14 +73,14 @@ class Result:
 
 
 def train(cfg: object) -> Result:
-    """Train the run that a configuration describes and return its result; of a complete run, the result it has.
+    """Train the run that a configuration describes and return its result; return a complete run's result at once.
 
     Args:
-        cfg: a configuration as Hydra composes it (a DictConfig or a dict), or the Job that stage 1 made of it.
+        cfg: a configuration from Hydra (a DictConfig or a dict), or the Job that stage 1 made from it.
 
     Raises:
         LabtrainError: it cannot be trained; nothing was written.
-        Stopped: a signal came; the state is saved, and the receipt says so.
+        Stopped: a signal came; the state is saved, and the receipt records the stop.
     """
     close_umask()
     job = cfg if isinstance(cfg, Job) else _job(cfg)
@@ -122,7 +122,7 @@ def train(cfg: object) -> Result:
 
 
 class _Session:
-    """One training in this process: everything is made here, nothing is written before `open`."""
+    """One training in this process: makes everything here, and writes nothing before `open`."""
 
     def __init__(self, job: Job, accelerator: str, devices: int | list[int] | str, before: Receipt | None) -> None:
         self.job, self.config, self.before = job, job.config, before
@@ -178,7 +178,7 @@ class _Session:
         )
 
     def _replace_loop(self) -> None:
-        """Put labtrain's epoch loop and checkpoint connector into the trainer, and place the loaders they resume."""
+        """Put labtrain's epoch loop and checkpoint connector into the trainer, and set the loaders' positions."""
         trainer, datamodule = self.trainer, self.experiment.datamodule
         loop = trainer.fit_loop.epoch_loop = EpochLoop(
             trainer,
@@ -194,7 +194,7 @@ class _Session:
         datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))  # type: ignore[method-assign]
 
     def open(self) -> None:
-        """Open receipt, store and loggers; refuse what cannot be trained under them."""
+        """Open receipt, store and loggers; refuse a run that they rule out."""
         config, start = self.config, self.start
         self.listening.enter_context(self.wishes.listening(leads=self.trainer.is_global_zero))
         if self.trainer.is_global_zero:
@@ -217,7 +217,7 @@ class _Session:
                 self.run_dir, self.start.resumed, self.before or self.config, say=say
             )
         if self.config["determinism"]["mode"] != "off" and (unlike := unlike_lock(Path(self.job.root))):
-            say(f"this environment is not that of the experiment's lock: {few(unlike)}. {REPAIR[route()]}")
+            say(f"this environment differs from the experiment's lock: {few(unlike)}. {REPAIR[route()]}")
 
     def fit(self) -> Result:
         """Train to the end, test, and close the receipt."""
@@ -238,7 +238,7 @@ class _Session:
         return result
 
     def fail(self, raised: BaseException) -> BaseException:
-        """Save what can be saved, close the receipt, end the other ranks; return what people are told."""
+        """Save what can be saved, close the receipt, end the other ranks; return the error for people."""
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends a delivery; the receipt is closed
         error = raised if self.ranks is None else explain_loss(raised, self.wishes)
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
@@ -274,7 +274,7 @@ class _Session:
         return known or (None if has_stepped else explain_step(error))
 
     def close(self) -> None:
-        """Let go of the run's lock, of fetched checkpoints and of the signals."""
+        """Release the run's lock, fetched checkpoints and signals."""
         if self.recorder.lock is not None and not self.keep_fetched:  # else another start may be reading them
             shutil.rmtree(self.start.fetched, ignore_errors=True)
         self.recorder.release()
@@ -282,7 +282,7 @@ class _Session:
 
 
 def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainError | None:
-    """Turn an exception of the training into an error for people; None where its traceback says more."""
+    """Turn an exception of the training into an error for people; None if its traceback says more."""
     if isinstance(error, torch.OutOfMemoryError):
         numbers = " ".join(str(error).split(" See documentation")[0].split())
         half = max(1, config["data"]["batch_size"] // 2)
@@ -298,20 +298,20 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
     batches = config["trainer"]["overfit_batches"]
     if batches and isinstance(error, ValueError) and "needs to subclass `torch.utils.data.DataLoader`" in str(error):
         return ConfigError(
-            f"trainer.overfit_batches={batches}: Lightning would put a sampler of its own into labtrain.DataLoader",
+            f"trainer.overfit_batches={batches}: Lightning would replace the sampler of labtrain.DataLoader",
             hint=f"trainer.limit_train_batches={batches} trainer.limit_val_batches={batches}, and shuffle=False in"
             " train_dataloader",
         )
     if isinstance(error, FileNotFoundError | PermissionError) and not started:
         return ConfigError(
             f"{error.strerror}: {error.filename}",
-            hint="python train.py --cfg job shows the paths that data and model were given",
+            hint="python train.py --cfg job shows the paths of data and model",
         )
     return None
 
 
 def results_of(result: Result, state_digest: str | None, config: Config) -> Results:
-    """Return what a receipt holds of a result, with the digest of the training state that was saved last."""
+    """Return the results for the receipt, with the digest of the last saved training state."""
     monitor, mode = config["checkpoint"]["monitor"], config["checkpoint"]["mode"]
     return {
         "metrics": result.metrics,
@@ -345,13 +345,13 @@ def _job(cfg: object) -> Job:
 
 
 def _refuse_classes_of_no_file(config: Config) -> None:
-    """Raise ConfigError for a class of a notebook's cell: a run cannot be named by code that is in no file."""
+    """Raise ConfigError for a class in a notebook's cell: a run's name needs code that is in a file."""
     for text in texts_in([as_options(config)[group] for group in ORDERED]):
         if text.startswith("__main__."):
             name = text.removeprefix("__main__.")
             raise ConfigError(
-                f"{text} is defined in the notebook, so no file holds its code, and no run can be named by it",
-                hint=f"%%writefile own.py in the first line of its cell, and _target_: own.{name}",
+                f"{text} is defined in the notebook: a run is named by its code, and no file holds this code",
+                hint=f"%%writefile own.py as the first line of its cell, then _target_: own.{name}",
             )
 
 

@@ -1,25 +1,25 @@
-"""Never silent: what cannot be exact is found before the first step, refused in strict mode, else said and recorded.
+"""Find what cannot be exact, before the first step: strict mode refuses it, warn mode reports and records it.
 
 =========================== ============================================================================================
 found                       because
 =========================== ============================================================================================
-another loader              its order and draws are no function of (seed, epoch), and a resume does not find its place
-several training loaders    where each stands in its cycle is not known after a resume
-torch.compile in code       kernels are chosen by timing, and by the shapes that this process has seen so far
-flags that code has changed cudnn.benchmark chooses kernels by timing; other threads are another order of addition
-asserts left out            by python -O: code without its asserts is other code, and the run has the same name
+another loader              its order and draws are not a function of (seed, epoch), and a resume loses its place
+several training loaders    a resume cannot restore the position of each in its cycle
+torch.compile in code       chooses kernels by timing, and by the shapes that this process has seen
+flags that code has changed cudnn.benchmark chooses kernels by timing; the number of threads changes the order of sums
+asserts left out            by python -O: the code does something else, and the run has the same name
 TF32 set from outside       NVIDIA_TF32_OVERRIDE and its like change bits, and are not part of the run's name
-times                       a validation or an end by the clock comes at another step each time
-modules without a digest    imported by a computed name or from a file on no path: the run's name is without them
+times                       a validation or an end by the clock comes at a different step each time
+modules without a digest    imported by a computed name or from a file on no path: the run's name does not cover them
 modules unlike their files  edited since they were imported, in a notebook; or while the training started
-reloaded loaders            what a new loader is may depend on the epoch in which a process began
-BatchSizeFinder             the batch size is then that of a machine's memory, and not the one in the run's name
-fused, mixed and clipped    in mixed precision Lightning clips no fused optimizer's gradients
+reloaded loaders            a new loader may depend on the epoch in which a process started
+BatchSizeFinder             the batch size then depends on the machine's memory, not on the run's name
+fused, mixed and clipped    in mixed precision Lightning does not clip the gradients of a fused optimizer
 =========================== ============================================================================================
 
-TF32 set in code (torch.set_float32_matmul_precision) and channels_last are functions of what was written: they are
-exact, and the receipt's flags show them. speed.compile comes after this look, and is exact: speed.py. An operation
-without a deterministic kernel is stopped by torch itself; here its module is found.
+TF32 set in code (torch.set_float32_matmul_precision) and channels_last are exact, since they depend on the code alone.
+The receipt's flags show them. speed.compile comes after these checks, and is exact: speed.py. torch itself stops an
+operation without a deterministic kernel; this module finds the layer that uses it.
 """
 
 import os
@@ -49,15 +49,15 @@ OURS = "return labtrain.DataLoader(dataset, batch_size, shuffle=True)"
 
 
 class Guard(pl.Callback):
-    """Looks at the beginning of the training and of the test.
+    """Checks the training and the test when they start.
 
     Args:
-        mode: strict and portable refuse, warn says, off looks away.
-        shards: determinism.shards, where they are in use.
+        mode: strict and portable refuse, warn logs, off skips.
+        shards: determinism.shards, if they are in use.
         threads: determinism.threads.
-        say: called with each sentence that the person and the receipt are to have.
-        code: what the run is named by; None in mode off.
-        there: the names of the modules that were there before the training.
+        say: called with each warning, which is printed and goes into the receipt.
+        code: the code that names the run; None in mode off.
+        there: the names of the modules that were imported before the training.
         root: the experiment's folder.
 
     Raises:
@@ -87,7 +87,7 @@ class Guard(pl.Callback):
             self._judge(stale(self.code))
             if self.code.shadows:
                 names = ", ".join(self.code.shadows)
-                self.say(f"imported instead of the environment's: {names} (unset PYTHONPATH, or give them other names)")
+                self.say(f"these modules hide the environment's: {names} (unset PYTHONPATH, or rename them)")
         self._judge(left_out_asserts())
         self._refuse(uncuttable_loaders(trainer, self.shards))
         self._refuse(unclippable(trainer))
@@ -124,7 +124,7 @@ class Guard(pl.Callback):
             self._judge(changed_flags(self.threads))
 
     def _judge_code(self) -> None:
-        """Look for code that has run and is no part of the run's name; again only if there is more than last time."""
+        """Look for code that has run and is not part of the run's name; only if there is more code than last time."""
         if self.code is None or self.count == count_of_code():
             return
         self.count = count_of_code()
@@ -133,34 +133,35 @@ class Guard(pl.Callback):
             self.judge(*finding)
 
     def _say_counts(self, trainer: pl.Trainer) -> None:
-        """Say which attributes of the training data count how often a sample was loaded."""
+        """Warn of attributes of the training data that count how often a sample was loaded."""
         for loader in train_loaders(trainer):
             for name in dict.fromkeys(getattr(loader, "counts", ())):
                 self.say(
-                    f"{name} changes each time a sample is loaded, in each worker and on each device by itself: samples"
-                    " that are computed from it depend on their number (compute them from the index and random numbers)"
+                    f"{name} changes each time a sample is loaded, separately in each worker and on each device:"
+                    " samples computed from it depend on the number of workers and devices (compute them from the index"
+                    " and random numbers)"
                 )
 
     def _say_device_reads(self, trainer: pl.Trainer) -> None:
-        """Say which code makes something of the number of devices; each line once."""
+        """Warn of code that uses the number of devices; each line once."""
         for (file, line), name in getattr(trainer.strategy, "device_reads", {}).items():
             path = Path(file)
             shown = path.relative_to(self.root) if path.is_relative_to(self.root) else path
             if name == "global_rank":
                 self.say(
-                    f"{shown}:{line} reads trainer.global_rank: what is computed from it differs between the devices,"
-                    " so the result depends on their number (leave it out; trainer.is_global_zero says who prints and"
-                    " writes)"
+                    f"{shown}:{line} reads trainer.global_rank: values computed from it differ between devices, so the"
+                    " result depends on the number of devices (remove it; use trainer.is_global_zero to print or write"
+                    " once)"
                 )
                 continue
             self.say(
-                f"{shown}:{line} reads trainer.{name}: a batch is the whole batch of all devices, so a learning rate or"
-                " a batch size that is computed from the number of devices makes the result depend on it (leave it"
-                " out: data.batch_size and the learning rate are those of the whole batch)"
+                f"{shown}:{line} reads trainer.{name}: a learning rate or a batch size computed from the number of"
+                " devices makes the result depend on it (remove it: data.batch_size and the learning rate are those of"
+                " the whole batch of all devices)"
             )
 
     def judge(self, what: str, hint: str) -> None:
-        """Refuse what cannot be exact in strict mode, and say it in warn."""
+        """Refuse what cannot be exact in strict mode, and warn in mode warn."""
         if self.mode in STRICT_MODES:
             raise ConfigError(what, hint=hint)
         if self.mode == "warn":
@@ -178,16 +179,16 @@ class Guard(pl.Callback):
 
 
 def stale(code: Code) -> Iterator[Finding]:
-    """Find modules that are not as the file that names the run."""
+    """Find modules that differ from the file that names the run."""
     for name in stale_modules(code):
         yield (
-            f"{name} is not as in its file: it was edited since it was imported, or loaded from bytecode",
+            f"{name} differs from its file: it was edited after the import, or loaded from bytecode",
             "start again; in a notebook, restart the kernel",
         )
 
 
 def unnamed(code: Code, there: set[str], root: Path) -> Iterator[tuple[str, Finding]]:
-    """Find code that has run and is no part of the run's name, with its module's name."""
+    """Find code that has run and is not part of the run's name, with its module's name."""
     for name, file in unnamed_modules(code, there):
         late = [entry for entry in sys.path if entry not in code.path and can_be_found(name, file, [entry])]
         if can_be_found(name, file, code.path):
@@ -195,7 +196,7 @@ def unnamed(code: Code, there: set[str], root: Path) -> Iterator[tuple[str, Find
         elif late:  # code that ran has changed sys.path
             before = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
             path = os.pathsep.join([os.path.abspath(late[0]), *before])  # noqa: PTH100
-            hint = f"PYTHONPATH={path} python train.py; code is looked for before model and data are imported"
+            hint = f"PYTHONPATH={path} python train.py; labtrain looks for code before it imports model and data"
         else:
             hint = f"put {file} into {root} and import it by its name"
         what = f"{name} was imported from {file}: it is neither in the environment nor in the run's name"
@@ -209,12 +210,12 @@ def uncuttable_loaders(trainer: pl.Trainer, shards: int | None) -> Iterator[Find
         return
     kinds = " and ".join(_kind(getattr(loader, "loader", loader)) for loader in loaders)
     if len(loaders) == 1 and isinstance(loaders[0], StatefulLoader):
-        hint = "determinism.shards=null: an exact resume, by its state_dict, on one number of devices"
+        hint = "determinism.shards=null: resumes exactly by its state_dict, on the same number of devices"
     else:
         hint = f"{OURS}, or determinism.shards=null determinism.mode=warn"
     yield (
         f"the training data comes from {kinds}: its batches cannot be cut into determinism.shards={shards}, and its"
-        " order and draws are no function of seed and epoch",
+        " order and draws are not a function of seed and epoch",
         hint,
     )
 
@@ -222,7 +223,7 @@ def uncuttable_loaders(trainer: pl.Trainer, shards: int | None) -> Iterator[Find
 def single_samples(trainer: pl.Trainer, module: torch.nn.Module, shards: int | None) -> Iterator[Finding]:
     """Find shards of one sample, whose statistics BatchNorm cannot compute.
 
-    A last batch of one sample is that of plain PyTorch too: BatchNorm1d alone raises for it.
+    Plain PyTorch has a last batch of one sample too: only BatchNorm1d raises for it.
     """
     norms = [part for part in module.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
     norms = [part for part in norms if part.training]
@@ -251,29 +252,29 @@ def unclippable(trainer: pl.Trainer) -> Iterator[Finding]:
 
 
 def training_loaders(trainer: pl.Trainer) -> Iterator[Finding]:
-    """Find training loaders whose batches a resume would not give again."""
+    """Find training loaders whose batches a resume cannot repeat."""
     loaders = list(train_loaders(trainer))
     hint = f"{OURS}, or determinism.mode=warn"
     if len(loaders) > 1:
-        yield f"{len(loaders)} training loaders at once: where each stands cannot be found again after a resume", hint
+        yield f"{len(loaders)} training loaders at once: a resume cannot restore the place of each", hint
     for loader in loaders:
         if not isinstance(loader, DataLoader | StatefulLoader):
-            what = "its order and draws are no function of seed and epoch"
+            what = "its order and draws are not a function of seed and epoch"
             yield f"the training data comes from {_kind(loader)}: {what}", hint
         elif isinstance(loader, StatefulLoader) and trainer.world_size > 1:
             yield (
                 f"the training data comes from {_kind(loader.loader)}, in {trainer.world_size} processes: unless it"
-                " cuts its samples by rank itself, each of them trains on the same",
+                " splits its samples by rank, each process trains on the same samples",
                 "trainer.devices=1; or determinism.mode=warn, if each rank gets samples of its own",
             )
 
 
 def batch_size_finders(trainer: pl.Trainer) -> Iterator[Finding]:
-    """Find what sets the batch size to the largest that the machine's memory holds, in any mode."""
+    """Find callbacks that set the batch size to the largest that fits into this machine's memory, in any mode."""
     if any(isinstance(callback, pl.callbacks.BatchSizeFinder) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         yield (
-            "a BatchSizeFinder would set another batch size than data.batch_size, by the memory of this machine",
-            "leave it out of callbacks; labtrain batch-size prints the largest data.batch_size that fits",
+            "a BatchSizeFinder would replace data.batch_size by a size that depends on this machine's memory",
+            "remove it from callbacks; labtrain batch-size prints the largest data.batch_size that fits",
         )
 
 
@@ -283,7 +284,7 @@ def evaluation_loaders(stage: str, loaders: Iterable[object]) -> Iterator[Findin
         if not isinstance(loader, DataLoader):
             yield (
                 f"the {stage} data comes from {_kind(loader)}: its metrics would depend on the number of devices,"
-                " and its draws on what was drawn before",
+                " and its draws on earlier draws",
                 "return labtrain.DataLoader(dataset, batch_size), or determinism.mode=warn",
             )
 
@@ -293,15 +294,15 @@ def compiled(module: torch.nn.Module) -> Iterator[Finding]:
     for name, part in module.named_modules():
         if isinstance(part, torch._dynamo.OptimizedModule) or getattr(part, "_compiled_call_impl", None) is not None:
             yield (
-                f"{name or type(part).__name__} is compiled by torch.compile: its kernels are chosen by timing, and by"
-                " the shapes that the process has seen, so a resumed training may compute with others",
+                f"{name or type(part).__name__} is compiled by torch.compile, which chooses kernels by timing and by"
+                " the shapes that the process has seen: a resumed training may use different kernels",
                 "speed.compile=true instead, or determinism.mode=warn",
             )
             return
 
 
 def changed_flags(threads: int) -> Iterator[Finding]:
-    """Find what the person's code, or the environment, has set otherwise than the mode did."""
+    """Find flags that the experiment's code or the environment has changed."""
     for name, found, wanted in (
         ("torch.backends.cudnn.benchmark", torch.backends.cudnn.benchmark, False),
         ("torch.backends.cudnn.deterministic", torch.backends.cudnn.deterministic, True),
@@ -310,39 +311,39 @@ def changed_flags(threads: int) -> Iterator[Finding]:
     ):
         if found != wanted:
             yield (
-                f"{name} is {found}, determinism.mode had set {wanted}: something in the experiment's code changed it",
+                f"{name} is {found}, but determinism.mode set {wanted}: the experiment's code changed it",
                 "remove that line, or determinism.mode=warn",
             )
     for name in TF32_VARIABLES:
         if name in os.environ:
             yield (
-                f"the environment has {name}={os.environ[name]}: it changes bits, and is no part of the run's name",
-                f"unset {name}; TF32 is had by speed.tf32=true",
+                f"the environment has {name}={os.environ[name]}: it changes bits, and is not part of the run's name",
+                f"unset {name}; for TF32 set speed.tf32=true",
             )
 
 
 def left_out_asserts() -> Iterator[Finding]:
-    """Find Python's option that leaves asserts out, and with them what they call."""
+    """Find Python's option that skips asserts, and with them what they call."""
     if sys.flags.optimize:
         yield (
-            "Python leaves out asserts (-O, PYTHONOPTIMIZE): what they do is then not done, in a run of the same name",
+            "Python skips asserts (-O, PYTHONOPTIMIZE): the run has the same name, but does not do what its asserts do",
             "unset PYTHONOPTIMIZE, and start python without -O",
         )
 
 
 def clocks(trainer: pl.Trainer) -> Iterator[Finding]:
-    """Find what happens at a time, or depends on when a process began."""
+    """Find what depends on the clock, or on when a process started."""
     if checks_validation_by_time(trainer):
         yield (
-            "trainer.val_check_interval is a time: validations come at other steps each time",
-            "a number of batches, or determinism.mode=warn",
+            "trainer.val_check_interval is a time: validations then run at different steps each time",
+            "set a number of batches, or determinism.mode=warn",
         )
     if any(isinstance(callback, pl.callbacks.Timer) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         yield "trainer.max_time ends the training by the clock", "trainer.max_steps, or determinism.mode=warn"
     if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
         yield (
-            "trainer.reload_dataloaders_every_n_epochs: what is loaded may depend on the epoch a process began in",
-            "set_epoch, which labtrain.DataLoader has; or determinism.mode=warn",
+            "trainer.reload_dataloaders_every_n_epochs: the data may depend on the epoch in which a process started",
+            "use set_epoch of labtrain.DataLoader, or determinism.mode=warn",
         )
 
 
@@ -369,7 +370,7 @@ def explain_operation(error: BaseException, module: torch.nn.Module) -> NotDeter
 
 
 def explain_backward(error: BaseException, module: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> None:
-    """Run a step again whose backward met such an operation, and raise what names its module; return if it was none."""
+    """Run a step again whose backward failed, and raise an error that names the module; return on other errors."""
     found = NOT_DETERMINISTIC.search(str(error))
     if not isinstance(error, RuntimeError) or found is None:
         return
@@ -381,7 +382,7 @@ def explain_backward(error: BaseException, module: torch.nn.Module, forward: Cal
 
 
 class _Tracer(TorchFunctionMode):
-    """Remembers, while a backward runs, which call of which module it is at."""
+    """Remembers which call of which module a backward is at."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         super().__init__()

@@ -18,11 +18,11 @@ from labtrain.training.devices import choose_accelerator
 from labtrain.training.speed import check_compiler, hasten
 from labtrain.training.trainer import instantiate, make_trainer
 
-SAID = ("Batch size", "The batch size", "Reached", "Applying")  # of what Lightning says, how the search goes
+SAID = ("Batch size", "The batch size", "Reached", "Applying")  # beginnings of Lightning's messages about the search
 
 
 def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
-    """Train for some steps with one size after another, say how it goes, and return the largest that fitted.
+    """Train for some steps with one size after another, report the progress, and return the largest that fits.
 
     Raises:
         LabtrainError: it cannot be trained, or not even one sample a shard fits.
@@ -41,7 +41,7 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     model = instantiate(config["model"], "model", pl.LightningModule)
     hasten(model, config["speed"], mode=determined["mode"], say=say)
     if accelerator == "cpu":
-        say("on a CPU nothing says when memory is full: sizes are tried until the data, 8192 or --max-trials ends them")
+        say("a CPU does not report full memory: the search ends at the size of the data, 8192 or --max-trials")
     let_lightning_say_how_it_goes()
     with tempfile.TemporaryDirectory() as scratch:  # for the weights, which each trial begins with
         alone = make_environment(None, accelerator=accelerator)
@@ -54,7 +54,7 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
             if datamodule.batch_size >= smallest:
                 raise
             raise DeviceError(
-                f"out of memory at data.batch_size={smallest}, the smallest that determinism.shards={shards} take",
+                f"out of memory at data.batch_size={smallest}, the smallest size for determinism.shards={shards}",
                 hint="trainer.precision=bf16-mixed, speed.checkpoint_activations=true, or a smaller model",
             ) from error
     assert found is not None
@@ -67,18 +67,18 @@ def _sized(datamodule: Any) -> Any:
     """Return a datamodule whose batch size can be set.
 
     Raises:
-        ConfigError: it keeps none.
+        ConfigError: it has no batch size.
     """
     if not hasattr(datamodule, "batch_size"):
         raise ConfigError(
-            f"{type(datamodule).__name__} has no attribute batch_size: the search sets it and asks for loaders",
-            hint="self.batch_size = batch_size in its __init__, and the loaders made with self.batch_size",
+            f"{type(datamodule).__name__} has no attribute batch_size: the search sets it, then asks for loaders",
+            hint="set self.batch_size = batch_size in its __init__, and make the loaders with self.batch_size",
         )
     return datamodule
 
 
 def _noting_sizes(trainer: pl.Trainer, datamodule: Any) -> list[int]:
-    """Return a list that gets the batch size of each trial that runs to its end."""
+    """Return a list that collects the batch size of each completed trial."""
     fitted: list[int] = []
     run = trainer.fit_loop.run
 
@@ -91,17 +91,17 @@ def _noting_sizes(trainer: pl.Trainer, datamodule: Any) -> list[int]:
 
 
 def held_at_once(size: int, shards: int | None) -> str:
-    """Return, in words, how much of a batch is in memory at once, and on how many devices it fits so."""
+    """Return, in words, how much of a batch is in memory at once, and on how many devices."""
     if shards is None:
-        return "on one device; without determinism.shards each of several would take its part of it"
+        return "on one device; without determinism.shards, several devices would divide it"
     return (
-        f"determinism.shards={shards} micro-batches of {-(-size // shards)} samples, one after the other, on one device"
-        f" or on up to {shards}"
+        f"determinism.shards={shards}, shards of {-(-size // shards)} samples, one after the other on one device,"
+        f" or on up to {shards} devices"
     )
 
 
 def let_lightning_say_how_it_goes() -> None:
-    """Let through what the search says of itself, to standard error, and nothing else of Lightning's."""
+    """Print Lightning's messages about the search to standard error, and no others."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(lambda record: record.getMessage().startswith(SAID))

@@ -1,7 +1,7 @@
-"""Lightning's private names, behind plain ones: the one file that a new Lightning can break.
+"""Lightning's private names, behind plain ones: the only file that a new Lightning can break.
 
-Lightning 2.6 has no public way to any of this. tests/quick/training/test_lightning_contract.py holds each private name,
-and the arguments of each private method, to what is used here; and no other file uses one.
+Lightning 2.6 has no public API for any of this. tests/quick/training/test_lightning_contract.py checks each private
+name and the arguments of each private method. No other file uses a private name.
 """
 
 import dataclasses
@@ -276,7 +276,7 @@ def silence_loggers(trainer: pl.Trainer) -> None:
 
 
 class QuietWriter(ExperimentWriter):
-    """Lightning's CSV writer, which would warn of what lies in its folder: it begins its file anew."""
+    """Lightning's CSV writer, which would warn of what lies in its folder: it starts a new file."""
 
     def _check_log_dir_exists(self) -> None:
         Path(self.metrics_file_path).unlink(missing_ok=True)

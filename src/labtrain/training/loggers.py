@@ -1,7 +1,7 @@
 """The loggers of a run, below its folder: tensorboard/, metrics.csv, wandb/.
 
-A resumed run goes on with the same curves. Each checkpoint holds how far each logger had come, and what was logged
-later is cut off, since the resumed training logs it again. W&B, where nothing can be cut off, is told what it lacks.
+A resumed run continues the same curves. Each checkpoint holds the position of each logger. labtrain cuts off what was
+logged after it, since the resumed training logs it again. W&B cannot cut, so it only gets the rows that it lacks.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from labtrain.base.git import ask_git
 from labtrain.record.identity import Job
 from labtrain.training.lightning import QuietWriter, experiment_of, is_offline, put_experiment
 
-# What each logger can be told. labtrain itself says where it writes, and under which name.
+# The options of each logger. labtrain itself sets the folder and the name.
 OPTIONS = {
     "tensorboard": {"log_graph", "default_hp_metric", "prefix", "comment", "purge_step", "max_queue", "flush_secs"}
     | {"filename_suffix"},
@@ -42,10 +42,10 @@ def make_loggers(job: Job, *, resumed: Options | None) -> list[Logger]:
 
     Args:
         job: its `logger` names each logger and its options.
-        resumed: how far each had come at the checkpoint that the training goes on from, as `log_positions` returned it.
+        resumed: the position of each at the checkpoint that the training resumes from, from `log_positions`.
 
     Raises:
-        ConfigError: a logger or an option that labtrain does not know, or a logger that is not installed.
+        ConfigError: labtrain does not know a logger or an option, or a logger is not installed.
     """
     loggers: list[Logger] = []
     position = resumed or {}
@@ -81,18 +81,18 @@ def refuse_unknown(name: str, options: dict[str, object]) -> None:
     for key in options:
         if key in OURS or (takes is not None and key not in takes):
             why = (
-                "labtrain makes this logger, and has it write into the run's folder"
+                "labtrain sets this option, so that the logger writes into the run's folder"
                 if key in OURS
                 else "no such option"
             )
             taken = ", ".join(sorted(takes)) if takes else "project, entity, group, tags, notes, mode"
             raise ConfigError(
-                f"logger.{name}.{key}={options[key]}: {why}", hint=f"leave {key} out; logger.{name} takes {taken}"
+                f"logger.{name}.{key}={options[key]}: {why}", hint=f"remove {key}; logger.{name} takes {taken}"
             )
 
 
 def log_positions(loggers: list[Logger]) -> dict[str, object]:
-    """Return how far each logger has come, by its name; what it has is written to its files first."""
+    """Return the position of each logger, by its name; flush its files first."""
     return {
         logger.key: logger.position()
         for logger in loggers
@@ -101,7 +101,7 @@ def log_positions(loggers: list[Logger]) -> dict[str, object]:
 
 
 class Clean(Logger):
-    """Passes on no credential: Lightning gives each logger what `save_hyperparameters` has of the configuration."""
+    """Removes credentials: Lightning gives each logger the configuration from `save_hyperparameters`."""
 
     def log_hyperparams(self, params: object, *arguments: object, **options: object) -> None:
         params = vars(params) if isinstance(params, argparse.Namespace) else params
@@ -111,7 +111,7 @@ class Clean(Logger):
 class ContinuedTensorBoardLogger(Clean, TensorBoardLogger):
     """Lightning's; its position is the size of each event file.
 
-    Without the hparams.yaml that config.yaml makes needless: to write it, Lightning imports s3fs (0.2 s).
+    Without hparams.yaml, since config.yaml replaces it: Lightning imports s3fs to write it (0.2 s).
     """
 
     key = "tensorboard"
@@ -184,9 +184,9 @@ class ContinuedCSVLogger(Clean, CSVLogger):  # type: ignore[misc]
 class ContinuedWandbLogger(Clean, WandbLogger):
     """Lightning's; its position is the number of rows. W&B gets each row once, however often the training is killed.
 
-    What W&B was told cannot be taken back, and when the training is killed it loses what it has not written yet (seen
-    with wandb 0.31: the whole last block of 32 KiB). So the rows are kept in a file of their own too. On a resume,
-    those that W&B does not have are told again; those that it has already are left out, the same to the last bit.
+    W&B cannot remove rows. When the training is killed, it loses rows that it has not written yet (wandb 0.31: the
+    whole last block of 32 KiB). So labtrain also keeps the rows in its own file. A resumed training sends the rows that
+    W&B lacks, and skips those that it has, which are the same to the last bit.
     """
 
     key = "wandb"
@@ -275,9 +275,7 @@ def wandb_records(path: Path) -> Iterator[bytes]:
 def _wandb(job: Job, options: Options, position: int) -> WandbLogger:
     mode = options.pop("mode", "auto")
     if mode not in ("auto", "online", "offline"):
-        raise ConfigError(
-            f"logger.wandb.mode={mode}: one of auto, online, offline is wanted", hint="logger.wandb.mode=auto"
-        )
+        raise ConfigError(f"logger.wandb.mode={mode}: must be auto, online or offline", hint="logger.wandb.mode=auto")
     if mode == "auto":
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
     options = {key: value for key, value in options.items() if value not in (None, [])}
@@ -298,7 +296,7 @@ def _wandb(job: Job, options: Options, position: int) -> WandbLogger:
         )
     except ModuleNotFoundError as error:
         raise ConfigError(
-            "logger=wandb, and wandb is not installed", hint="make setup, or logger=tensorboard"
+            "logger=wandb needs wandb, which is not installed", hint="make setup, or logger=tensorboard"
         ) from error
     return logger
 
@@ -316,7 +314,7 @@ def has_wandb_key() -> bool:
 
 @rank_zero_only
 def log_config(loggers: list[Logger], config: dict[str, object]) -> None:
-    """Give W&B the run's configuration; the others have it in config.yaml."""
+    """Give W&B the run's configuration; other loggers have it in config.yaml."""
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             logger.log_hyperparams(config)

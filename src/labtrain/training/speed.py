@@ -1,12 +1,12 @@
 """`speed.*`: torch.compile, recomputed activations and channels_last, put into a model in place.
 
-No name of a parameter or a buffer changes, so checkpoints and digests are those of the same model without them. What
-each does to the bits is in docs/guides/speed.md. TF32 is a flag of torch's: determinism.py.
+Names of parameters and buffers do not change, so checkpoints and digests do not either. docs/guides/speed.md says what
+each does to the bits. TF32 is a flag of torch: determinism.py.
 
-Compiled code has to be a function of what is computed, not of what the process met before. Three things stand against
-that: sizes that torch takes for dynamic once it has seen a second (a resumed training may see the smaller last batch
-first), the eager code that it falls back to after so many sizes, and kernels that are chosen by timing. The first is
-turned off, the second an error, the third left out: torch/_inductor/config.py,
+Compiled code must depend only on the computation, not on what the process has seen before. Three things break that:
+sizes that torch treats as dynamic after it has seen a second one (a resumed training may see the smaller last batch
+first), the eager code that it falls back to after too many sizes, and kernels chosen by timing. labtrain turns off the
+first, makes the second an error, and disables the third: torch/_inductor/config.py,
 https://docs.pytorch.org/docs/2.9/torch.compiler_dynamic_shapes.html.
 """
 
@@ -32,9 +32,9 @@ from labtrain.base.contracts import Options, SpeedConfig
 from labtrain.base.errors import ConfigError, DeviceError
 from labtrain.exact.determinism import STRICT_MODES
 
-# Of one function: torch's 8 are soon used up by a model whose parts share nn.Module's own.
+# Of one function: a model whose parts share nn.Module's own function soon uses up torch's 8.
 COMPILED_SIZES = 64
-# What Inductor chooses by timing; those that this torch has are turned off.
+# Options with which Inductor chooses by timing; labtrain turns off those that this torch has.
 TIMED = (
     "benchmark_combo_kernel",
     "benchmark_epilogue_fusion",
@@ -49,12 +49,12 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called themselves
 
 
 class Speed(pl.Callback):
-    """Puts the keys of `speed` into the model when a training starts, after Guard has looked at what a person did.
+    """Applies the keys of `speed` to the model when a training starts, after Guard has checked the experiment's code.
 
     Args:
         speed: those keys.
         mode: determinism.mode.
-        say: called with each sentence that the person and the receipt are to have.
+        say: called with each warning, which is printed and goes into the receipt.
     """
 
     def __init__(self, speed: SpeedConfig, *, mode: str, say: Callable[[str], None]) -> None:
@@ -63,9 +63,9 @@ class Speed(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.speed["tf32"] and trainer.strategy.root_device.type == "cpu":
-            self.say("speed.tf32: a CPU computes as without it")
+            self.say("speed.tf32 has no effect on a CPU")
         if self.speed["compile"] and self.mode == "warn":
-            self.say("speed.compile, not in strict mode: its kernels depend on the sizes that a process has met")
+            self.say("speed.compile outside strict mode: its kernels depend on the sizes that a process has seen")
         hasten(pl_module, self.speed, mode=self.mode, say=self.say)
         self.looks = bool(self.speed["compile"])
 
@@ -73,12 +73,12 @@ class Speed(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if self.looks and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
-            self.say("speed.compile: nothing was compiled: training_step calls neither the model nor a module of it")
+            self.say("speed.compile: nothing was compiled: training_step calls neither the model nor its modules")
         self.looks = False
 
 
 def hasten(module: pl.LightningModule, speed: SpeedConfig, *, mode: str, say: Callable[[str], None]) -> None:
-    """Put the keys of `speed` into a model.
+    """Apply the keys of `speed` to a model.
 
     Raises:
         ConfigError: one has nothing to act on in this model.
@@ -95,10 +95,10 @@ def hasten(module: pl.LightningModule, speed: SpeedConfig, *, mode: str, say: Ca
 
 
 def check_compiler(speed: SpeedConfig, accelerator: str) -> None:
-    """Look for what torch.compile starts: a C++ compiler for a CPU, a C compiler for a GPU, Python's headers.
+    """Look for what torch.compile needs: a C++ compiler for a CPU, a C compiler for a GPU, Python's headers.
 
     Raises:
-        DeviceError: there is none.
+        DeviceError: one is missing.
     """
     if not speed["compile"]:
         return
@@ -106,23 +106,23 @@ def check_compiler(speed: SpeedConfig, accelerator: str) -> None:
     names = [os.environ.get("CXX", "g++")] if accelerator == "cpu" else [os.environ.get("CC", ""), "gcc", "clang"]
     headers = Path(sysconfig.get_path("include"), "Python.h")
     if not any(shutil.which(name) for name in names if name):
-        found, wanted = f"{' or '.join(filter(None, names))} is not there", f"apt-get install {package}"
+        found, wanted = f"{' or '.join(filter(None, names))} was not found", f"apt-get install {package}"
     elif not headers.exists():
-        found, wanted = f"{headers} is not there", "apt-get install python3-dev"
+        found, wanted = f"{headers} was not found", "apt-get install python3-dev"
     else:
         return
     raise DeviceError(f"speed.compile needs a compiler: {found}", hint=f"{wanted}, or speed.compile=false")
 
 
 def compile_parts(module: pl.LightningModule, *, mode: str | bool, exact: bool) -> None:
-    """Have torch.compile compile what a step calls: the model's own `forward`, or parts of it that it calls directly.
+    """Compile what a step calls: the model's own `forward`, or the parts that the step calls directly.
 
-    In place, a part compiled within another being one with it. The step itself is not: it logs.
+    Works in place. A part inside another part is compiled with it. The step itself is not compiled, since it logs.
 
     Args:
         module: the model.
-        mode: of torch.compile; True is its default one.
-        exact: the code is to be a function of the model and the sizes of its inputs.
+        mode: of torch.compile; True is its default.
+        exact: the code must depend only on the model and the sizes of its inputs.
     """
     name = "default" if mode is True else str(mode)
     options: Options = {"mode": name}
@@ -133,7 +133,7 @@ def compile_parts(module: pl.LightningModule, *, mode: str | bool, exact: bool) 
         torch._dynamo.config.recompile_limit = COMPILED_SIZES
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     for part in called(module):
-        # As part.compile() does, which leaves torch's own modules, an nn.Sequential for one, as they are.
+        # As part.compile() does, which does not change torch's own modules, such as an nn.Sequential.
         part._compiled_call_impl = torch.compile(_calls(part), **options)
 
 
@@ -156,13 +156,13 @@ def called(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def explain_compile(error: BaseException) -> ConfigError | None:
-    """Turn torch.compile's end of patience into an error for people; None if it is something else."""
+    """Turn torch.compile's limit on recompilations into an error for people; None for another error."""
     if type(error).__name__ != "FailOnRecompileLimitHit":
         return None
     return ConfigError(
-        f"speed.compile: something was compiled for {COMPILED_SIZES} different sizes or numbers; torch would now go on"
-        " without, and a resumed training would compute otherwise",
-        hint="pad the inputs to a few sizes; TORCH_LOGS=recompiles names what differs; or speed.compile=false",
+        f"speed.compile: a function was compiled for {COMPILED_SIZES} different sizes or numbers; torch would now stop"
+        " compiling it, and a resumed training would compute differently",
+        hint="pad the inputs to a few sizes; TORCH_LOGS=recompiles shows what differs; or speed.compile=false",
     )
 
 
@@ -170,12 +170,12 @@ def explain_compile(error: BaseException) -> ConfigError | None:
 
 
 def recompute_blocks(module: nn.Module, say: Callable[[str], None]) -> None:
-    """Have each block of the model's lists keep its inputs alone, and be computed again in the backward.
+    """Make each block of the model's lists keep only its inputs, and compute it again in the backward.
 
-    A block with BatchNorm is left alone: its running statistics would be updated twice.
+    Skips blocks with BatchNorm: their running statistics would be updated twice.
 
     Raises:
-        ConfigError: there is no other block.
+        ConfigError: no block remains.
     """
     found = dict(blocks(module))
     kept = {name: block for name, block in found.items() if not any(map(has_statistics, block.modules()))}
@@ -193,7 +193,7 @@ def recompute_blocks(module: nn.Module, say: Callable[[str], None]) -> None:
 
 
 def blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the outermost elements of a model's lists that consist of modules themselves, by name."""
+    """Yield the outermost elements of a model's lists that contain modules, by name."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         in_list = isinstance(module, nn.ModuleList | nn.Sequential) and not isinstance(child, CONTAINERS)
@@ -204,7 +204,7 @@ def blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 
 def has_statistics(part: nn.Module) -> bool:
-    """Return whether a module keeps statistics of what passes through it."""
+    """Return whether a module keeps statistics of its inputs."""
     return isinstance(part, nn.modules.batchnorm._NormBase) and part.track_running_stats
 
 
@@ -218,14 +218,14 @@ def _recomputed(self: nn.Module, *args: object, **kwargs: object) -> object:
     output = checkpoint(forward, *args, use_reentrant=False, context_fn=_same_draws)
     if before != [buffer._version for buffer in self.buffers()]:
         raise ConfigError(
-            f"speed.checkpoint_activations: {self._labtrain_name} changes a buffer when it is called, so twice",
+            f"speed.checkpoint_activations: {self._labtrain_name} changes a buffer in each call, and is called twice",
             hint="speed.checkpoint_activations=false",
         )
     return output
 
 
 def _same_draws() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Give a recomputation the draws of `random` and numpy again; torch's own generators are checkpoint's business."""
+    """Repeat the draws of `random` and numpy in a recomputation; torch's checkpoint handles its own generators."""
     return nullcontext(), _drawing_from(random.getstate(), np.random.get_state(legacy=True))
 
 
@@ -245,7 +245,7 @@ def _drawing_from(python: Any, numpy: Any) -> Iterator[None]:
 
 
 def put_channels_last(module: nn.Module) -> None:
-    """Lay out the 4-D weights with their channels last; a convolution then takes and gives images of that layout.
+    """Store the 4-D weights with channels last; convolutions then use images of that layout.
 
     Raises:
         ConfigError: the model has none.
@@ -253,7 +253,7 @@ def put_channels_last(module: nn.Module) -> None:
     images = [parameter for parameter in module.parameters() if parameter.dim() == 4]
     if not images:
         raise ConfigError(
-            "speed.channels_last: the model has no 4-D weight, a convolution's for one",
+            "speed.channels_last: the model has no 4-D weight, such as a convolution's",
             hint="speed.channels_last=false",
         )
     for parameter in images:

@@ -1,4 +1,4 @@
-"""Where a training begins: at its own newest checkpoint, at another run's, or at step 0."""
+"""Where a training starts: at its own newest checkpoint, at that of another run, or at step 0."""
 
 import fcntl
 import os
@@ -25,7 +25,7 @@ from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
 from labtrain.stores.store import Manifest
 from labtrain.training.callbacks.steps import warn
 
-PATIENCE_S = 5  # in which one start waits for another in silence
+PATIENCE_S = 5  # a start waits this long for another one before it prints a message
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,14 +39,14 @@ class Found:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Start:
-    """Where a training begins, and where it saves.
+    """Where a training starts, and where it saves.
 
     Attributes:
         place: a folder or URL: where the run saves its checkpoints.
         fetched: a folder for copies of remote checkpoints.
         known: names of the checkpoints that were there.
         found: the checkpoint that it resumes from; None at step 0.
-        origin: what the receipt says of `found`, where it is another run's.
+        origin: the receipt's entry for `found`, if that belongs to another run.
     """
 
     place: str
@@ -57,7 +57,7 @@ class Start:
 
     @property
     def step(self) -> int:
-        """The optimizer steps that were made before."""
+        """The number of optimizer steps before this start."""
         return self.found.manifest["step"] if self.found else 0
 
     @property
@@ -72,10 +72,10 @@ class Start:
 
 
 def find_start(job: Job) -> Start:
-    """Return where a run begins.
+    """Return where a run starts.
 
     Raises:
-        ConfigError: it is to begin from a run that has no checkpoint.
+        ConfigError: it should start from a run that has no checkpoint.
         LabtrainError: `find_checkpoint` cannot decide.
     """
     run_dir = Path(job.run_dir)
@@ -83,7 +83,7 @@ def find_start(job: Job) -> Start:
     job.hold(place)
     fetched = run_dir.with_name(f".{run_dir.name}.fetched")
     known = {checkpoint.name for store in stores_of(run_dir, place) for checkpoint in store.checkpoints()}
-    # A restart of a run that began from another run has its own checkpoints.
+    # A restart of a run that started from another run has its own checkpoints.
     resumes = not job.origin or job.origin_digest or restarted()
     found, origin = find_checkpoint(run_dir, place, fetched, run_id=job.run_id) if resumes else None, None
     if found is None and job.origin:
@@ -97,17 +97,17 @@ def find_start(job: Job) -> Start:
 def find_checkpoint(run_dir: Path, place: str, into: Path, *, run_id: str | None) -> Found | None:
     """Return the newest whole checkpoint that a run resumes from.
 
-    One of a remote store is copied into a folder of this machine, once for all ranks that share it.
+    A checkpoint of a remote store is copied to this machine, once for all ranks that share the folder.
 
     Args:
         run_dir: its folder.
-        place: where its checkpoints lie, or those of another run that it goes on from.
+        place: where its checkpoints are, or those of another run that it resumes from.
         into: a folder for such copies.
-        run_id: of the run whose checkpoints lie there; None where they are another run's.
+        run_id: of the run whose checkpoints are there; None if they belong to another run.
 
     Raises:
-        LabtrainError: the newest is of another run, or one is a link.
-        StoreError: the store cannot be asked: whether there is a checkpoint is not known.
+        LabtrainError: the newest belongs to another run, or one is a link.
+        StoreError: the store does not answer, so it is unknown whether it has a checkpoint.
     """
     stores = stores_of(run_dir, place)
     if is_local(place):
@@ -126,7 +126,7 @@ def find_checkpoint(run_dir: Path, place: str, into: Path, *, run_id: str | None
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Wait until no other process fetches into a folder; where that takes long, say for whom."""
+    """Wait until no other process fetches into a folder; if that takes long, print which one."""
     with os.fdopen(open_lock(folder / ".lock"), "r+") as file:
         begun, patience = time.monotonic(), PATIENCE_S
         while True:
@@ -147,32 +147,32 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def refuse_outdated(before: receipt.Receipt | None, run_dir: Path) -> None:
-    """Refuse to go on where another process has trained the run since this one looked at it.
+    """Refuse to resume if another process has trained the run since this process read it.
 
     Raises:
-        LabtrainError: what this start has found may be old.
+        LabtrainError: the checkpoint that this start found may be old.
     """
     now = receipt.read(run_dir)
     if (now and now["digest"]) != (before and before["digest"]):
         raise LabtrainError(
-            f"{shown(run_dir)}: another process trained it while this one started", hint="the same command goes on"
+            f"{shown(run_dir)}: another process trained it while this process started", hint="the same command resumes"
         )
 
 
 def origin_of(job: Job, found: Found | None) -> Origin | None:
-    """Return what the receipt says of the checkpoint that a run begins from; None if the run begun goes on itself.
+    """Return the receipt's entry for the checkpoint that a run starts from; None if the run resumes its own.
 
     Raises:
-        ConfigError: it is not the one that the run is named after.
+        ConfigError: it is not the checkpoint in the run's name.
     """
     if not job.origin_digest or found is None:
         return None
     name, manifest = found.name, found.manifest
     if (digest := checkpoint_digest(manifest)) != job.origin_digest:
         raise ConfigError(
-            f"resume={job.config['resume']}: its newest checkpoint cannot be read, and the run would begin from"
-            f" {name}, an older one",
-            hint=f"labtrain store check {job.origin}; rm -r the damaged one, and the same command begins from {name}",
+            f"resume={job.config['resume']}: its newest checkpoint cannot be read, and the run would start from"
+            f" an older checkpoint, {name}",
+            hint=f"labtrain store check {job.origin}; rm -r the damaged one, then the same command starts from {name}",
         )
     return {
         "run_id": manifest["run_id"],
@@ -186,13 +186,13 @@ def origin_of(job: Job, found: Found | None) -> Origin | None:
 def hold_records(
     run_dir: Path, found: Found, before: Mapping[str, Any], *, say: Callable[[str], None]
 ) -> list[list[int]]:
-    """Say where trail and history are not what they were when a checkpoint was saved; return the steps that are lost.
+    """Warn if trail or history changed after a checkpoint was saved; return the steps that are lost.
 
     Args:
         run_dir: the run's folder.
         found: the checkpoint.
-        before: the receipt, which says how often a line of the trail was written; where it is gone, the configuration.
-        say: called with each sentence.
+        before: the receipt, which says how often the trail has a line; if it is gone, the configuration.
+        say: called with each warning.
     """
     name, manifest = found.name, found.manifest
     begun = (before.get("segments") or [{}])[0].get("origin") or {}
@@ -201,18 +201,15 @@ def hold_records(
     )
     if missing:
         steps = ", ".join(f"{first} to {last}" if first < last else f"{first}" for first, last in missing)
-        say(
-            f"{TRAIL} is not what it was when {name} was saved: the lines of these steps are missing, or were changed:"
-            f" {steps}"
-        )
+        say(f"{TRAIL} was changed after {name} was saved: the lines of these steps are missing or different: {steps}")
     if (said := manifest.get("history")) and not is_as_recorded(run_dir / HISTORY, said):
-        say(f"{HISTORY} is not what it was when {name} was saved: {BEST_UNSURE}")
+        say(f"{HISTORY} was changed after {name} was saved: {BEST_UNSURE}")
     return missing
 
 
 def warn_resumed(run_dir: Path, name: str, origin: Origin | None) -> None:
-    """Say that a run goes on, or begins from another, and from where."""
+    """Print that a run resumes, or starts from another run, and from which checkpoint."""
     if origin is not None:
-        warn(f"{shown(run_dir)} is a new run: it begins from {name} of {origin['run_id']}, which stays as it is")
+        warn(f"{shown(run_dir)} is a new run: it starts from {name} of {origin['run_id']}, which does not change")
         return
-    warn(f"{shown(run_dir)} goes on from {name} (resume=never starts anew beside it)")
+    warn(f"{shown(run_dir)} resumes from {name} (resume=never starts a new run beside it)")

@@ -1,4 +1,4 @@
-"""The Trainer of one run: the experiment's model, data and callbacks, and labtrain's around them."""
+"""The Trainer of one run: the experiment's model, data and callbacks, and labtrain's callbacks."""
 
 import sys
 from collections.abc import Callable
@@ -37,14 +37,14 @@ Made = TypeVar("Made")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experiment:
-    """What the configuration describes.
+    """The objects that the configuration describes.
 
     Attributes:
-        model: of `model`.
-        datamodule: of `data`.
-        callbacks: of `callbacks`, by name.
-        code: that the run is named by; None in mode off.
-        modules: that were imported before any of these was made.
+        model: from `model`.
+        datamodule: from `data`.
+        callbacks: from `callbacks`, by name.
+        code: the code that names the run; None in mode off.
+        modules: names of the modules that were imported before these objects were made.
         places: files and folders that the configuration names, or that were opened while the data was made.
     """
 
@@ -83,10 +83,10 @@ def make_experiment(job: Job) -> Experiment:
 
 
 def named_code(job: Job) -> Code | None:
-    """Return the code that the run is named by, and load it from source from now on; None in mode off.
+    """Return the code that names the run, and load code from source from now on; None in mode off.
 
     Raises:
-        ConfigError: the code was changed since the run was named.
+        ConfigError: the code changed after the run was named.
     """
     if job.config["determinism"]["mode"] == "off":
         return None
@@ -94,14 +94,14 @@ def named_code(job: Job) -> Code | None:
     note_executed()
     code = read_code(Path(job.root), as_options(job.config))
     if job.code_digest not in ("", code.digest):
-        raise ConfigError("the code was changed while the training started", hint="start it again")
+        raise ConfigError("the code changed while the training started", hint="start it again")
     return code
 
 
 def seeded_alike(set_up: Callable[[], None]) -> None:
-    """Run a datamodule's setup: each of them draws the same, for "fit", for "test", and on each rank.
+    """Run a datamodule's setup with the same draws for "fit", for "test", and on each rank.
 
-    So a split at random gives the same parts to the training and to the test. What it drew moves nothing after it.
+    So a random split gives the same parts to the training and to the test. Its draws do not affect later ones.
     """
     determinism.seed_place("setup")
     set_up()
@@ -109,15 +109,15 @@ def seeded_alike(set_up: Callable[[], None]) -> None:
 
 
 def instantiate(options: Options, key: str, kind: type[Made]) -> Made:
-    """Make the object that a part of the configuration describes with `_target_`, Hydra's way.
+    """Make the object that a part of the configuration describes with `_target_`, with Hydra.
 
     Args:
         options: that part.
         key: its key.
-        kind: of what it must be.
+        kind: the class that it must have.
 
     Raises:
-        ConfigError: the target cannot be found, does not take these arguments, or is of another kind.
+        ConfigError: the target cannot be found, does not take these arguments, or makes another class.
     """
     target = options["_target_"]
     try:
@@ -133,7 +133,7 @@ def instantiate(options: Options, key: str, kind: type[Made]) -> Made:
         raise cause from None
     if not isinstance(made, kind):
         raise ConfigError(
-            f"{key}._target_={target} makes a {type(made).__name__}, a {kind.__name__} is wanted",
+            f"{key}._target_={target} makes a {type(made).__name__}, expected a {kind.__name__}",
             hint=f"derive it from lightning.pytorch.{kind.__name__}",
         )
     return made
@@ -142,7 +142,7 @@ def instantiate(options: Options, key: str, kind: type[Made]) -> Made:
 def make_callbacks(
     job: Job, checkpoints: Checkpoints, recorder: Recorder, guard: Guard, own: dict[str, pl.Callback]
 ) -> list[pl.Callback]:
-    """Return labtrain's callbacks and the experiment's, in the order in which they act.
+    """Return labtrain's callbacks and the experiment's, in the order in which they run.
 
     Raises:
         ConfigError: the progress bars contradict each other.
@@ -169,20 +169,20 @@ def make_callbacks(
 
 
 def wants_progress(config: Config, own: dict[str, pl.Callback]) -> bool:
-    """Return whether labtrain shows its progress bar: one of the experiment's takes its place.
+    """Return whether labtrain shows its progress bar: a progress bar of the experiment replaces it.
 
     Raises:
-        ConfigError: there are two, or there is one and the configuration says that there is none.
+        ConfigError: the experiment has two, or has one that the configuration turns off.
     """
     bars = [name for name, callback in own.items() if isinstance(callback, ProgressBar)]
     if bars and config["trainer"]["enable_progress_bar"] is False:
         raise ConfigError(
-            f"callbacks.{bars[0]} is a progress bar, and trainer.enable_progress_bar is false",
+            f"callbacks.{bars[0]} is a progress bar, but trainer.enable_progress_bar is false",
             hint=f"callbacks.{bars[0]}=null, or trainer.enable_progress_bar=true",
         )
     if len(bars) > 1:
         both = " and ".join(f"callbacks.{name}" for name in bars)
-        raise ConfigError(f"{both} are progress bars: a training has one", hint=f"callbacks.{bars[1]}=null")
+        raise ConfigError(f"{both} are progress bars: a training can have only one", hint=f"callbacks.{bars[1]}=null")
     return bool(config["trainer"]["enable_progress_bar"]) and not bars
 
 
@@ -197,7 +197,7 @@ def make_trainer(
     *,
     root: str,
 ) -> pl.Trainer:
-    """Return Lightning's Trainer with the keys of `trainer`; those that are null take its defaults.
+    """Return Lightning's Trainer with the keys of `trainer`; null means Lightning's default.
 
     `check_val_every_n_epoch` is the exception: its default is 1, and null means "count batches across epochs".
     """

@@ -29,7 +29,7 @@ def test_as_torch_compiles_by_itself_it_would_not(runner: Runner, other: Runner,
     """The same with sizes that become dynamic, which warn leaves to torch: what the test above must be able to find."""
     config = compiled(determinism={"mode": "warn"})
     whole = runner.run(config, environment=cache)
-    assert "its kernels depend on the sizes that a process has met" in runner.said()
+    assert "its kernels depend on the sizes that a process has seen" in runner.said()
     found = gone_on_before_the_last_batch(whole, other, config, cache, world=1)
     assert found["weights_digest"] != outcome(whole)["weights_digest"]
 
@@ -74,7 +74,7 @@ def test_more_sizes_than_are_compiled_end_in_an_error(cache: dict[str, str]) -> 
         [sys.executable, "-c", code], env={**os.environ, **cache}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("torch.Size([2, 3])\nspeed.compile: something was compiled for 1 different sizes")
+    assert done.stdout.startswith("torch.Size([2, 3])\nspeed.compile: a function was compiled for 1 different sizes")
     assert "hint: pad the inputs" in done.stdout
 
 

@@ -185,7 +185,7 @@ def test_a_line_that_is_none_of_a_history(line: str, tmp_path: Path, capsys: pyt
     with pytest.raises(DamagedError, match=r"history\.jsonl is broken: line 1 "):
         list(read_history_lines(tmp_path))
     assert best_of(tmp_path, monitor="a", mode="max") is None
-    assert "the best value is not known" in capsys.readouterr().err
+    assert "the best value is unknown" in capsys.readouterr().err
 
 
 def header(value: Any, rest: bytes = b"", size: int | None = None) -> bytes:
@@ -288,14 +288,14 @@ def test_a_ckpt_that_is_none_is_not_imported(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("kind", "says"), [
-    ("code", "is broken: not a whole file of torch.save with plain values alone"),
+    ("code", "is broken: not a complete file of torch.save, or not only plain values"),
     ("code in an archive", "cannot be read without running code from it: it holds posix.mkdir"),
-    ("text", "is broken: not a whole file of torch.save with plain values alone"),
-    ("empty", "is broken: not a whole file of torch.save with plain values alone"),
-    ("old, cut", "is broken: not a whole file of torch.save with plain values alone"),
+    ("text", "is broken: not a complete file of torch.save, or not only plain values"),
+    ("empty", "is broken: not a complete file of torch.save, or not only plain values"),
+    ("old, cut", "is broken: not a complete file of torch.save, or not only plain values"),
     ("no zip", "is broken: File is not a zip file"),
-    ("another zip", "is broken: not a whole file of torch.save with plain values alone"),
-    ("old pickle", "is broken: not a whole file of torch.save with plain values alone"),
+    ("another zip", "is broken: not a complete file of torch.save, or not only plain values"),
+    ("old pickle", "is broken: not a complete file of torch.save, or not only plain values"),
 ])  # fmt: skip
 def test_why_a_ckpt_is_not_imported_is_one_line_of_labtrains(
     kind: str, says: str, tmp_path: Path, recwarn: pytest.WarningsRecorder

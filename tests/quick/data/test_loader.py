@@ -257,7 +257,7 @@ def test_a_dataset_that_draws_nothing_by_declaration_is_held_to_it() -> None:
 
 @pytest.mark.parametrize("name", ["sampler", "batch_sampler", "generator", "worker_init_fn"])
 def test_an_order_of_ones_own_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"labtrain.DataLoader\({name}=...\): order, workers and seeds are made"):
+    with pytest.raises(ConfigError, match=rf"labtrain.DataLoader\({name}=...\): order, workers and seeds come"):
         DataLoader(Drawing(9), 4, **{name: None})
 
 
@@ -329,10 +329,12 @@ def test_arrays_that_torch_cannot_share() -> None:
 
 def test_arrays_that_do_not_belong_together_are_refused() -> None:
     images, labels = arrays()
-    with pytest.raises(ConfigError, match="a tuple of arrays with 29, 28 rows: as many in each are wanted") as error:
+    with pytest.raises(ConfigError, match="a tuple of arrays with 29, 28 rows: all must have the same number") as error:
         DataLoader((images, labels[1:]), 8)
     assert error.value.hint
-    with pytest.raises(ConfigError, match="a tuple of arrays and a list: arrays, memory maps or tensors are wanted"):
+    with pytest.raises(
+        ConfigError, match="a tuple of arrays and a list: each must be an array, a memory map or a tensor"
+    ):
         DataLoader((images, labels.tolist()), 8)
     with pytest.raises(ConfigError, match="transform=3: must be a callable"):
         DataLoader(images, 8, transform=[3])

@@ -97,5 +97,5 @@ def test_what_is_no_statistic_and_differs_is_refused(name: str) -> None:
             buffers.restore()
         getattr(module, name).add_(shard + 1)
         buffers.leave(shard, 0.5)
-    with pytest.raises(ConfigError, match=f"buffer {name} of Module .* comes out differently"):
+    with pytest.raises(ConfigError, match=f"buffer {name} of Module .* differs between the shards"):
         buffers.install(buffers.numbers, [range(2)])

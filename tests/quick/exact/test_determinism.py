@@ -50,7 +50,7 @@ def test_the_other_modes_fix_the_threads_and_the_hash_seed(mode: str) -> None:
 
 
 def test_portable_takes_one_thread() -> None:
-    with pytest.raises(ConfigError, match=r"determinism\.threads=2: portable takes one thread"):
+    with pytest.raises(ConfigError, match=r"determinism\.threads=2: portable mode needs one thread"):
         determinism.variables("portable", threads=2)
 
 

@@ -20,8 +20,8 @@ def config(kind: str) -> Any:
 def test_what_a_metric_keeps_beside_its_states_is_refused(kind: str, runner: Runner) -> None:
     """torchmetrics' Running and MinMaxMetric, and a counter of one's own: their values depended on the devices."""
     runner.run(config(kind), code=2)
-    assert f"error: metric ({BESIDE[kind]}, which is no state of it" in runner.said()
-    assert "hint: add_state in the metric" in runner.said()
+    assert f"error: metric ({BESIDE[kind]}, which is not a state" in runner.said()
+    assert "hint: use add_state in the metric" in runner.said()
     assert not any(path.read_text() for path in runner.folder.glob("runs/*/*/trail.jsonl"))
 
 
@@ -41,5 +41,5 @@ def test_other_metrics_are_exact(kind: str, runner: Runner, other: Runner) -> No
 def test_a_metric_that_is_computed_in_a_step_is_refused(kind: str, step: str, runner: Runner) -> None:
     """It would be the mean of the shards' values, not of all that was seen."""
     runner.run(config(kind), code=2)
-    assert "error: a step calls metric.compute(): it would be of one shard" in runner.said()
+    assert "error: a step calls metric.compute(): the value would be of one shard" in runner.said()
     assert "hint: self.log('metric', self.metric)" in runner.said()

@@ -219,7 +219,7 @@ def test_a_stranger_is_not_explained() -> None:
         (["model._target_=data.Digits"], r"model._target_=data.Digits: [\s\S]*\n\nhint: "),
         (
             ["trainer.accelerator=gpu", "trainer.devices=3"],
-            r"trainer.devices=3 asks for GPU \d, this machine has \d GPUs?\n\nhint: ",
+            r"trainer.devices=3 asks for GPU \d, but this machine has \d GPUs?\n\nhint: ",
         ),
         (
             ["trainer.accelerator=cpu", "trainer.precision=16-mixed"],
@@ -235,7 +235,7 @@ def test_a_stranger_is_not_explained() -> None:
         ),
         (
             ["trainer.accelerator=cpu", "trainer.devices=4", "data.batch_size=3", "determinism.shards=null"],
-            r"data.batch_size=3 is the samples of one step over all 4 devices",
+            r"data.batch_size=3 is less than one sample for each of 4 devices",
         ),
         (
             ["resume=runs/digits/0123456789ab"],

@@ -31,8 +31,8 @@ def test_going_on_with_a_run_although_something_changed(runner: Runner) -> None:
     run_dir = stop(runner, config)
     longer = configure("mlp", "even", trainer={"max_epochs": 4}, resume=str(run_dir))
     assert runner.run(longer) == run_dir
-    assert "goes on from step-0000000007" in runner.said()
-    assert "warning: goes on with another config.trainer.max_epochs: 3 before, now 4" in runner.said()
+    assert "resumes from step-0000000007" in runner.said()
+    assert "warning: resumes with a different config.trainer.max_epochs: was 3, now 4" in runner.said()
     found = receipt(run_dir)
     assert found["run_id"] == run_dir.name
     assert [segment["changed"] for segment in found["segments"]] == [
@@ -51,7 +51,7 @@ def test_beyond_a_complete_run_is_a_new_one(runner: Runner) -> None:
     longer = configure("mlp", "even", trainer={"max_epochs": 5}, resume=run_dir.name)
     new = runner.run(longer)
     assert new not in (None, run_dir)
-    assert f"is a new run: it begins from step-0000000015 of {run_dir.name}, which stays as it is" in runner.said()
+    assert f"is a new run: it starts from step-0000000015 of {run_dir.name}, which does not change" in runner.said()
     found = outcome(new)
     assert {**found, "run_id": None, "trail": None} == {**whole, "run_id": None, "trail": None}
     assert found["trail"] == whole["trail"][15:]
@@ -81,7 +81,7 @@ def test_a_new_run_without_a_step_of_its_own_is_refused(limit: dict[str, Any], l
     before = sorted(runner.folder.rglob("*"))
     other = configure("mlp", "even", trainer=limit, resume=run_dir.name, seed=7)
     runner.run(other, code=2)
-    assert f"resume={run_dir.name}: that run ended at step 15, and this command trains no further" in runner.said()
+    assert f"resume={run_dir.name}: that run ended at step 15, and this command trains no further step" in runner.said()
     assert f"hint: the same command with {longer}" in runner.said()
     assert "Traceback" not in runner.said()
     assert set(runner.folder.rglob("*")) - {*before, *runner.logs} == set()
@@ -160,7 +160,7 @@ def test_the_same_command_after_it_was_gone_on_with_says_so(runner: Runner) -> N
     config = configure("mlp", "even")
     run_dir = stop(runner, config)
     runner.run(configure("mlp", "even", seed=43, resume=str(run_dir)))
-    assert "another config.seed: 42 before, now 43" in runner.said()
+    assert "different config.seed: was 42, now 43" in runner.said()
 
 
 def test_another_machine_or_environment_is_said(runner: Runner) -> None:
@@ -172,8 +172,8 @@ def test_another_machine_or_environment_is_said(runner: Runner) -> None:
     found["environment"]["distributions"]["torch"] = "2.8.0"
     receipts.write(run_dir, found)
     runner.run(config)
-    assert "goes on with another hardware.cpu: Another CPU before, now " in runner.said()
-    assert "environment.distributions.torch: 2.8.0 before" in runner.said()
+    assert "resumes with a different hardware.cpu: was Another CPU, now " in runner.said()
+    assert "environment.distributions.torch: was 2.8.0" in runner.said()
     changed = {change["key"] for change in receipt(run_dir)["segments"][1]["changed"]}
     assert changed == {"hardware.cpu", "environment.distributions.torch"}
 
@@ -182,7 +182,7 @@ def test_nothing_is_said_of_another_number_of_devices(runner: Runner) -> None:
     config = configure("mlp", "even")
     run_dir = stop(runner, config)
     runner.run(config, world=2)
-    assert "goes on with another" not in runner.said()
+    assert "resumes with a different" not in runner.said()
     assert [segment["devices"] for segment in receipt(run_dir)["segments"]] == [1, 2]
     assert receipt(run_dir)["segments"][1]["changed"] == []
 
@@ -195,7 +195,7 @@ def test_another_number_of_devices_is_said_where_it_changes_bits(runner: Runner)
     run_dir = stop(runner, configure("cnn", "even", **PLAIN))
     moved = configure("cnn", "even", **PLAIN, trainer={"devices": 2}, resume=str(run_dir))
     assert runner.run(moved, world=2) == run_dir
-    assert "another config.trainer.devices: 1 before, now 2" in runner.said()
+    assert "different config.trainer.devices: was 1, now 2" in runner.said()
     assert receipt(run_dir)["results"]["steps"] == 15
 
 
@@ -206,7 +206,7 @@ def test_a_stream_does_not_go_on_for_other_ranks(runner: Runner) -> None:
     stream["determinism"] = {"shards": None, "mode": "warn"}
     moved = configure("cnn", "even", **stream, trainer={"devices": 2}, resume=str(run_dir))
     runner.run(moved, world=2, code=2)
-    assert "the training data's state is that of 1 ranks, here are 2" in runner.said()
+    assert "the checkpoint holds the data's state for 1 ranks, this training has 2" in runner.said()
     assert "hint: trainer.devices=1, or resume=never" in runner.said()
 
 
@@ -214,7 +214,7 @@ def test_a_stream_does_not_go_on_for_other_ranks(runner: Runner) -> None:
 def test_shards_can_be_taken_up_and_given_up(runner: Runner, before: dict[str, Any], now: dict[str, Any]) -> None:
     run_dir = stop(runner, configure("mlp", "even", **before))
     assert runner.run(configure("mlp", "even", **now, resume=str(run_dir))) == run_dir
-    assert "another config.determinism.shards" in runner.said()
+    assert "different config.determinism.shards" in runner.said()
     assert receipt(run_dir)["results"]["steps"] == 15
 
 
@@ -254,8 +254,8 @@ def test_ranks_that_see_other_checkpoints_do_not_go_on(runner: Runner) -> None:
     config = configure("mlp", "even")
     stop(runner, config)
     runner.run(config, world=2, code=None, environment={"BLIND_RANK": "1"})
-    assert "rank 1 goes on from step 0, rank 0 from 7: they do not see the same checkpoints" in runner.said()
-    assert "hint: paths.runs on a folder that all nodes share" in runner.said()
+    assert "rank 1 resumes from step 0, rank 0 from 7: they see different checkpoints" in runner.said()
+    assert "hint: set paths.runs to a folder that all nodes share" in runner.said()
 
 
 def test_a_trail_that_does_not_reach_is_said_and_recorded(runner: Runner) -> None:
@@ -264,14 +264,12 @@ def test_a_trail_that_does_not_reach_is_said_and_recorded(runner: Runner) -> Non
     run_dir = stop(runner, config)
     lines = (run_dir / "trail.jsonl").read_bytes().splitlines(keepends=True)
     (run_dir / "trail.jsonl").write_bytes(b"".join(lines[:3]))
-    said = (
-        "warning: trail.jsonl is not what it was when step-0000000007 was saved: the lines of these steps are missing"
-    )
+    said = "warning: trail.jsonl was changed after step-0000000007 was saved: the lines of these steps are missing"
     runner.run(config, code=EXIT_STOPPED, signal_at=f"9 {signal.SIGTERM} 0")
     assert said in runner.said()
     assert receipt(run_dir)["trail"]["missing"] == [[4, 7]]
     runner.run(config)
-    assert "changed: 4 to 7" in runner.said()
+    assert "different: 4 to 7" in runner.said()
     assert receipt(run_dir)["trail"]["missing"] == [[4, 7]]
     receipts.hold_against_schema(receipt(run_dir), run_dir)
 

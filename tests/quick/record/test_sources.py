@@ -367,7 +367,7 @@ def test_a_start_says_what_shadows_and_the_receipt_names_it(runner: Any, tmp_pat
     config = configure("mlp", trainer={"max_epochs": 1})
     config["model"] = {"_target_": "tests.support.names_models.Tiny"}
     run_dir = runner.run(config)
-    assert runner.said().count("warning: imported instead of the environment's: antigravity") == 1
+    assert runner.said().count("warning: these modules hide the environment's: antigravity") == 1
     found = receipt.read(run_dir)
     assert found is not None
     assert found["code"]["shadows"] == ["antigravity"]

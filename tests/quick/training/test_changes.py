@@ -113,7 +113,7 @@ def test_what_no_checkpoint_holds_is_named_when_it_is_saved_and_when_a_training_
     assert f"warning: the training changes {names}, which no checkpoint holds" in runner.said()
     run_dir = runner.run(config)
     assert run_dir is not None
-    said = f"the training that saved this checkpoint had changed {names}, which no"
+    said = f"the training changed {names}, which its"
     assert f"warning: {said}" in runner.said()
     assert said in (run_dir / "receipt.json").read_text()
 
@@ -129,8 +129,8 @@ def test_a_training_that_changes_nothing_of_the_kind_says_nothing(runner: Runner
 @pytest.mark.parametrize(
     ("kind", "what"),
     [
-        ("history", "loss of a shard depends on what the shard before it left in history"),
-        ("bank", "loss of a shard depends on what the shard before it left in history"),
+        ("history", "loss of a shard depends on history, which the shard before it changed"),
+        ("bank", "loss of a shard depends on history, which the shard before it changed"),
         ("engine", "changes engine."),
         ("loader", "changes others._num_yielded"),
     ],

@@ -37,7 +37,9 @@ def test_an_optimizer_made_for_a_number_of_devices_is_said(kind: str, world: int
     file, _, line = place.rpartition(":")
     assert file.endswith("tests/support/devices_models.py")
     assert "the line that is named" in LINES[int(line) - 1]
-    assert text.startswith(f"trainer.{'num_devices' if kind == 'num_devices' else 'world_size'}: a batch is the whole")
+    assert text.startswith(
+        f"trainer.{'num_devices' if kind == 'num_devices' else 'world_size'}: a learning rate or a batch"
+    )
 
 
 def test_a_batch_size_made_for_a_number_of_devices_is_said(runner: Runner) -> None:
@@ -57,7 +59,7 @@ def test_a_rank_that_is_read_in_setup_is_said(world: int, runner: Runner) -> Non
     (note,) = said(runner, "setup", world)
     place, _, text = note.partition(" reads ")
     assert "the line that is named" in LINES[int(place.rpartition(":")[2]) - 1]
-    assert text.startswith("trainer.global_rank: what is computed from it differs between the devices")
+    assert text.startswith("trainer.global_rank: values computed from it differ between devices")
 
 
 STEPS = {"penalty": "trainer.is_global_zero", "global rank": "trainer.global_rank", "local rank": "trainer.local_rank",
@@ -70,6 +72,6 @@ def test_a_loss_that_depends_on_the_process_is_refused(kind: str, runner: Runner
     config: Any = configure("mlp", "even", determinism={"shards": 2})
     config["model"] = {"_target_": "tests.support.devices_models.Asks", "kind": kind}
     runner.run(config, code=2)
-    assert "error: training_step's loss depends on the process that computes it, by " in runner.said()
+    assert "error: training_step's loss depends on the process that computes it, through " in runner.said()
     assert STEPS[kind] in runner.said()
     assert not any(path.read_text() for path in runner.folder.glob("runs/*/*/trail.jsonl"))

@@ -22,9 +22,9 @@ def notes(run_dir: Path | None) -> list[str]:
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("compiled", "net is compiled by torch.compile: its kernels are chosen by timing"),
-        ("benchmark", "torch.backends.cudnn.benchmark is True, determinism.mode had set False"),
-        ("threads", "torch.get_num_threads() is 2, determinism.mode had set 1"),
+        ("compiled", "net is compiled by torch.compile, which chooses kernels by timing"),
+        ("benchmark", "torch.backends.cudnn.benchmark is True, but determinism.mode set False"),
+        ("threads", "torch.get_num_threads() is 2, but determinism.mode set 1"),
     ],
 )
 def test_refused_in_strict_said_in_warn_left_alone_in_off(fault: str, says: str, runner: Runner) -> None:
@@ -67,7 +67,7 @@ def test_code_without_its_asserts_is_refused(mode: str, monkeypatch: pytest.Monk
     assert said == []
     monkeypatch.setattr(sys, "flags", SimpleNamespace(optimize=1))
     if mode in ("strict", "portable"):
-        with pytest.raises(ConfigError, match=r"Python leaves out asserts .*\n\nhint: unset PYTHONOPTIMIZE"):
+        with pytest.raises(ConfigError, match=r"Python skips asserts .*\n\nhint: unset PYTHONOPTIMIZE"):
             guard._judge(left_out_asserts())
     else:
         guard._judge(left_out_asserts())

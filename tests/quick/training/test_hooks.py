@@ -116,4 +116,4 @@ def test_a_hook_that_runs_once_a_shard_is_refused(runner: Runner) -> None:
     config = configure("mlp", "even", callbacks={"count": {"_target_": "tests.support.hook_models.Backwards"}})
     runner.run(config, code=2)
     assert "error: Backwards.on_before_backward runs once a shard" in runner.said()
-    assert "hint: on_after_backward or on_before_optimizer_step" in runner.said()
+    assert "hint: use on_after_backward or on_before_optimizer_step" in runner.said()

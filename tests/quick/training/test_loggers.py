@@ -41,11 +41,11 @@ def test_a_first_start_says_nothing_of_what_lies_in_its_own_folder(tmp_path: Pat
 
 
 REFUSED = {
-    "csv._target_": "labtrain makes this logger, and has it write into the run's folder",
-    "csv.save_dir": "labtrain makes this logger, and has it write into the run's folder",
-    "tensorboard.name": "labtrain makes this logger, and has it write into the run's folder",
+    "csv._target_": "labtrain sets this option, so that the logger writes into the run's folder",
+    "csv.save_dir": "labtrain sets this option, so that the logger writes into the run's folder",
+    "tensorboard.name": "labtrain sets this option, so that the logger writes into the run's folder",
     "tensorboard.flush": "no such option",
-    "wandb.save_dir": "labtrain makes this logger, and has it write into the run's folder",
+    "wandb.save_dir": "labtrain sets this option, so that the logger writes into the run's folder",
 }
 
 
@@ -56,7 +56,7 @@ def test_an_option_that_a_logger_does_not_have_is_refused(key: str, tmp_path: Pa
     runner = Runner(tmp_path)
     runner.run(configure("mlp", "even", logger={name: {option: "x"}}), code=2)
     assert f"error: logger.{key}=x: {REFUSED[key]}" in runner.said()
-    assert f"hint: leave {option} out; " in runner.said()
+    assert f"hint: remove {option}; " in runner.said()
     assert list(tmp_path.glob("runs/*/*")) == []
 
 

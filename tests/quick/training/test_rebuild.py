@@ -38,7 +38,7 @@ def test_a_state_of_another_shape_is_one_line(kind: Any, options: Any, key: str,
     found = explain_step(raised.value)
     assert found is not None
     assert str(found.args[0]).startswith(SAYS)
-    assert found.hint.startswith("the model as it was; or resume=never")
+    assert found.hint.startswith("restore the model; or resume=never")
     assert found.exit_code == 2
 
 
@@ -74,7 +74,7 @@ def connector(*, optimizers: int = 1, schedulers: int = 1, **loaded: Any) -> Con
 
 def test_more_or_fewer_states_than_the_model_has_are_refused() -> None:
     connector().check_states()
-    says = "it is of {} optimizers and {} schedulers, the model has 1 optimizers and 1 schedulers"
+    says = "it has {} optimizers and {} schedulers, the model has 1 optimizers and 1 schedulers"
     for loaded, counts in (
         ({"optimizer_states": []}, (0, 1)),
         ({"lr_schedulers": []}, (1, 0)),
@@ -91,7 +91,7 @@ def test_more_or_fewer_states_than_the_model_has_are_refused() -> None:
 )
 def test_a_scheduler_of_another_kind_is_refused_before_it_is_loaded(saved: dict[str, Any]) -> None:
     """Loading it takes anything, and a later step fails."""
-    with pytest.raises(ValueError, match=f"{next(iter(saved))}.* of StepLR is of another kind"):
+    with pytest.raises(ValueError, match=f"{next(iter(saved))}.* of StepLR has another type"):
         connector(lr_schedulers=[saved]).restore_lr_schedulers()
     connector(lr_schedulers=[{"step_size": 3.0, "base_lrs": (torch.tensor(0.1),), "new": "x"}]).restore_lr_schedulers()
 
@@ -111,7 +111,7 @@ def test_what_cannot_be_put_back_is_one_line_that_names_the_checkpoint() -> None
         return load
 
     with pytest.raises(
-        LabtrainError, match=r"step-0000000002 cannot be put back: InvalidVersion: .* \(.*\)\n\nhint"
+        LabtrainError, match=r"cannot restore .*step-0000000002: InvalidVersion: .* \(.*\)\n\nhint"
     ) as raised:
         failing(lambda *_, **__: {"pytorch-lightning_version": 3})._restore_modules_and_callbacks("x")
     assert raised.value.hint.startswith("ask who wrote it; ")

@@ -102,7 +102,7 @@ def test_an_environment_that_is_not_the_locks_is_said_at_the_start(runner: Runne
     experiment.mkdir()
     (experiment / "requirements.lock").write_text(re.sub(r"\nxxhash==\S+", "\nxxhash==1.0.0", text))
     (said,) = notes(runner.run(config))
-    assert "this environment is not that of the experiment's lock: " in said
+    assert "this environment differs from the experiment's lock: " in said
     assert f"xxhash {metadata.version('xxhash')} (locked 1.0.0)" in said
     assert said.endswith(". make setup")
     assert f"warning: {said}" in runner.said()

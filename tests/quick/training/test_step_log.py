@@ -89,5 +89,5 @@ def test_a_collection_shares_no_states() -> None:
 def test_a_state_with_a_function_of_its_own_is_refused() -> None:
     module = nn.Module()
     module.metric = torchmetrics.PearsonCorrCoef()
-    with pytest.raises(ConfigError, match="combined by a function of its own"):
+    with pytest.raises(ConfigError, match="has its own reduction"):
         Tally(module)

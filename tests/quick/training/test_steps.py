@@ -32,7 +32,7 @@ def test_a_block_under_reentrant_checkpointing_gets_the_gradient_of_all_its_uses
 def test_a_block_used_more_often_than_before_is_an_error_on_several_devices(runner: Runner) -> None:
     runner.run(model("Reentrant", "more and more"), world=2, code=None)
     assert "reentrant checkpointing used it more often than in any step before" in runner.said()
-    assert "hint: torch.utils.checkpoint.checkpoint(..., use_reentrant=False)" in runner.said()
+    assert "hint: use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)" in runner.said()
 
 
 @pytest.mark.parametrize("size", [33, 34, 37])
@@ -100,7 +100,7 @@ def test_with_one_shard_a_step_may_change_what_it_likes(runner: Runner) -> None:
 @pytest.mark.parametrize(("kind", "name", "world"), [("queue", "queue", 2), ("none, unlike", "center", 1)])
 def test_a_buffer_that_shards_leave_differently_is_refused(kind: str, name: str, world: int, runner: Runner) -> None:
     runner.run(model("Buffered", kind), world=world, code=None if world > 1 else 2)
-    assert f"buffer {name} of Buffered (torch.float32) comes out differently in the shards of a step" in runner.said()
+    assert f"buffer {name} of Buffered (torch.float32) differs between the shards of a step" in runner.said()
     assert "determinism.shards=1" in runner.said()
     assert "floating-point" not in runner.said()
 

@@ -135,8 +135,8 @@ def test_a_second_user_of_the_group_can_lock_a_run_and_one_who_may_not_is_told_w
             mine.release()
             assert as_second_user(theirs.open) == ""
             (run_dir / receipt.LOCK).chmod(0o644)
-            assert "cannot be written by this user" in (said := as_second_user(theirs.open))
-            assert "hint: umask 002" in said
+            assert "the run belongs to another user" in (said := as_second_user(theirs.open))
+            assert "hint: train with umask 002" in said
         finally:
             os.umask(before)
 
@@ -209,7 +209,7 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, kind: str) -> None:
     lock = tmp_path / "run" / receipt.LOCK
     lock.parent.mkdir()
     {"link": lambda: lock.symlink_to(tmp_path / "mine"), "pipe": lambda: os.mkfifo(lock), "folder": lock.mkdir}[kind]()
-    with pytest.raises(LabtrainError, match="cannot be a lock"):
+    with pytest.raises(LabtrainError, match="cannot lock"):
         Recorder(job_of(lock.parent), checkpoints=list, resumed_step=0).open()
     assert (tmp_path / "mine").read_text() == "mine"
 
@@ -257,7 +257,7 @@ def test_a_second_start_leaves_what_the_first_has_fetched(runner: Runner, other:
         assert "is being trained by" in runner.said()
         assert list(fetched.glob("step-*/weights.safetensors"))
     assert outcome(runner.run(config)) == whole
-    assert "goes on from step-" in runner.said()
+    assert "resumes from step-" in runner.said()
     assert not fetched.exists()
 
 
@@ -268,7 +268,7 @@ def test_a_start_that_looked_before_another_ended_does_not_go_on_from_what_is_ol
     before = receipt.read(run_dir)
     refuse_outdated(before, run_dir)
     for outdated in (None, {"digest": "another"}):
-        with pytest.raises(LabtrainError, match="another process trained it while this one started"):
+        with pytest.raises(LabtrainError, match="another process trained it while this process started"):
             refuse_outdated(outdated, run_dir)
 
 

@@ -71,9 +71,9 @@ def test_what_on_load_checkpoint_makes_is_loaded(runner: Runner, model: str) -> 
     ("model", "changed"),
     [
         ("Grows", "the model (new parameters: extra.weight; extra.bias)"),
-        ("Prunes", "the model (new parameters: head.weight_orig; no more: head.weight)"),
+        ("Prunes", "the model (new parameters: head.weight_orig; removed: head.weight)"),
         ("Replaces", "the optimizers (torch.optim.adam.Adam instead of torch.optim.sgd.SGD)"),
-        ("Strange", "the groups of torch.optim.sgd.SGD (a parameter that is none of the model's)"),
+        ("Strange", "the groups of torch.optim.sgd.SGD (a parameter that is not in the model)"),
         ("Pruning", "the model (new parameters: backbone.1.weight_orig; backbone.1.bias_orig;"),
     ],
 )
@@ -85,12 +85,12 @@ def test_what_no_process_could_load_is_said_when_it_is_saved(runner: Runner, mod
     stop(runner, options)
     (path,) = runner.folder.glob("runs/exact/*/receipt.json")
     for text in (runner.said(), " ".join(json.loads(path.read_text())["determinism"]["notes"])):
-        assert f"checkpoints from here on cannot be resumed: code has changed {changed}" in text
+        assert f"checkpoints from now on cannot be resumed: code has changed {changed}" in text
     before = files(runner)
     runner.run(options, code=2)
-    assert f"error: the checkpoint cannot be loaded: before it was saved, code had changed {changed}" in runner.said()
+    assert f"error: the checkpoint cannot be loaded: code changed {changed} before the save" in runner.said()
     hint = "an on_save_checkpoint has left out backbone.1.weight_orig;" if model == "Pruning" else "make it in "
-    assert f"hint: resume=never; for the next one: {hint}" in runner.said()
+    assert f"hint: resume=never; for the next run: {hint}" in runner.said()
     assert "Traceback" not in runner.said()
     assert files(runner) == before
 
@@ -103,7 +103,7 @@ def test_weights_of_another_model_are_refused(runner: Runner) -> None:
     before = files(runner)
     runner.run(config("Wider", resume=run.name), code=2)
     assert "error: the checkpoint's weights do not fit into Wider: Missing key(s) in state_dict: " in runner.said()
-    assert "hint: the model as it was; or resume=never" in runner.said()
+    assert "hint: restore the model; or resume=never" in runner.said()
     assert files(runner) == before
 
 
@@ -132,7 +132,7 @@ def test_an_optimizers_state_that_does_not_fit_is_refused(runner: Runner, change
     told(folder)
     runner.run(options, code=2)
     assert "error: the state of optimizers and schedulers in the checkpoint does not fit the model: " in runner.said()
-    assert "hint: the model as it was; or resume=never" in runner.said()
+    assert "hint: restore the model; or resume=never" in runner.said()
     assert "Traceback" not in runner.said()
 
 
@@ -159,9 +159,9 @@ def test_a_state_that_cannot_be_put_back_is_one_line(runner: Runner, path: Any, 
     told(folder)
     before = trained(runner)
     runner.run(options, code=2)
-    assert f"/checkpoints/{folder.name} cannot be put back: {says}" in runner.said()
+    assert f"/checkpoints/{folder.name}: {says}" in runner.said()
     assert (
-        "hint: ask who wrote it; without this checkpoint the same command goes on from the one before it"
+        "hint: ask who wrote it; without this checkpoint the same command resumes from the one before it"
         in runner.said()
     )
     assert "Traceback" not in runner.said()
@@ -174,4 +174,4 @@ def test_what_ones_own_hook_raises_keeps_its_traceback(runner: Runner) -> None:
     runner.run(config("Rejects"), code=1)
     assert "Traceback" in runner.said()
     assert "KeyError: 'nothing'" in runner.said()
-    assert "cannot be put back" not in runner.said()
+    assert "cannot restore" not in runner.said()

@@ -180,7 +180,7 @@ def test_what_cannot_be_removed_costs_nothing(
     save(saver, 3)
     saver.wait()
     assert names(saver.home) == [f"step-{step:010d}" for step in (1, 2, 3)]
-    assert "what is superseded could not be removed" in capsys.readouterr().err
+    assert "superseded checkpoints could not be removed" in capsys.readouterr().err
 
 
 def test_another_process_that_took_over_is_found_before_anything_exists(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def run() -> Iterator[None]:
 @pytest.mark.parametrize(("dataset", "draws"), [(OwnGenerator, True), (OwnGenerator, False), (AllAtOnce, True)])
 def test_a_generator_held_by_a_dataset_is_refused(dataset: Any, draws: bool, workers: int) -> None:
     """In the main process and in workers, with one error for people: no traceback of a worker."""
-    with pytest.raises(ConfigError, match=r"^\w+: sample 0, loaded twice under one seed, is not the same") as raised:
+    with pytest.raises(ConfigError, match=r"^\w+: sample 0, loaded twice with one seed, is not the same") as raised:
         list(DataLoader(dataset(), 4, num_workers=workers, draws=draws))
     assert "Traceback" not in str(raised.value)
 
@@ -108,10 +108,10 @@ def test_a_generator_held_by_a_dataset_is_refused(dataset: Any, draws: bool, wor
 def test_a_dataset_that_keeps_what_it_drew_is_refused(at_once: bool, workers: int) -> None:
     """It gives the same sample twice, and draws once: each worker and each device would keep one of its own."""
     with pytest.raises(
-        ConfigError, match=r"^Keeps\w*: what it draws for sample 0, loaded twice under one seed"
+        ConfigError, match=r"^Keeps\w*: the random state after sample 0, loaded twice with one seed"
     ) as raised:
         list(DataLoader(Keeps(at_once), 4, num_workers=workers))
-    assert "hint: keep the sample as it is before anything is drawn for it" in str(raised.value)
+    assert "hint: cache the sample before it is augmented" in str(raised.value)
     assert len(list(DataLoader(KeepsRaw(), 4, num_workers=workers))) == 3
 
 
@@ -138,7 +138,7 @@ def test_it_is_said(runner: Runner) -> None:
 
 def test_a_collate_fn_with_one_is_refused() -> None:
     generator = np.random.default_rng(0)
-    with pytest.raises(ConfigError, match="collate_fn: the first batch, collated twice under one seed"):
+    with pytest.raises(ConfigError, match="collate_fn: the first batch, collated twice with one seed"):
         list(DataLoader(Plain(), 4, collate_fn=lambda samples: [default_collate(samples), generator.random()]))
 
 
@@ -224,6 +224,6 @@ def test_warn_writes_it_in_the_receipt(runner: Runner, workers: int) -> None:
     run_dir = runner.run(config)
     assert run_dir is not None
     notes = json.loads((run_dir / "receipt.json").read_text())["determinism"]["notes"]
-    said = [line for line in runner.said().splitlines() if "loaded twice under one seed, is not the same" in line]
+    said = [line for line in runner.said().splitlines() if "loaded twice with one seed, is not the same" in line]
     assert len(said) == 1
     assert said[0].removeprefix("warning: ") in notes

@@ -49,6 +49,6 @@ def test_a_stream_goes_on_behind_a_limit(runner: Runner, loader: str, limit: int
 def test_on_two_devices_it_is_refused(runner: Runner) -> None:
     """Both would train on the same samples."""
     runner.run(stream("torchdata"), world=2, code=2)
-    assert "in 2 processes: unless it cuts its samples by rank itself" in runner.said()
+    assert "in 2 processes: unless it splits its samples by rank" in runner.said()
     assert "hint: trainer.devices=1" in runner.said()
     assert list(runner.folder.glob("runs/exact/*")) == []

@@ -84,7 +84,7 @@ def test_reading_a_value_runs_no_code() -> None:
         ("named", [1], "subprocess", "Popen"),
         ("enum", ["x"], "os", "environ"),
     ):
-        with pytest.raises(ConfigError, match="the code has none of that name now"):
+        with pytest.raises(ConfigError, match="the code does not define now"):
             Decoder(CPU)(node)
     assert not is_plain(Meter())
     node = Encoder()(State(1, torch.ones(1)))
@@ -98,7 +98,7 @@ def test_a_class_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(sys.modules["tests.support.plain_models"], "Phase")
     with pytest.raises(ConfigError, match=r"holds a tests\.support\.plain_models\.Phase\.MAIN") as raised:
         Decoder(CPU)(node)
-    assert "hint: give it the name again" in str(raised.value)
+    assert "hint: restore its former name" in str(raised.value)
 
 
 def test_a_class_that_cannot_be_found_again_is_not_plain() -> None:
@@ -150,4 +150,4 @@ def test_an_attribute_that_hooks_set_on_some_ranks_is_said(kind: str, name: str,
     ]  # type: ignore[operator]
     assert len(said) == len(notes) == bool(name)
     if name:
-        assert said[0].startswith(f"warning: {name} was the same on all ranks when the training began, and differs")
+        assert said[0].startswith(f"warning: {name} was the same on all ranks when the training began, but differs")

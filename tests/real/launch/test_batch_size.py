@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import LABTRAIN, Experiment
 
-# A micro-batch of more than 12 samples is too much: with four of them, a batch of more than 48.
+# A shard of more than 12 samples is too much: with four of them, a batch of more than 48.
 LIMIT = """        if self.training and len(images) > 12:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         scores = self(images)"""
@@ -33,10 +33,10 @@ def test_the_largest_that_fits_is_printed_and_nothing_is_left(mode: str, size: s
     before = sorted(path for path in limited.rglob("*") if "__pycache__" not in path.parts)
     done = batch_size(limited, "--mode", mode, "data.batch_size=1000", "trainer.devices=2", "model.width=2")
     assert (done.returncode, done.stdout) == (0, f"{size}\n"), done.stderr
-    assert "on a CPU nothing says when memory is full" in done.stderr
+    assert "a CPU does not report full memory" in done.stderr
     assert "Batch size 64 failed" in done.stderr
     each = -(-int(size) // 4)
-    assert f"data.batch_size={size}: determinism.shards=4 micro-batches of {each} samples" in done.stderr
+    assert f"data.batch_size={size}: determinism.shards=4, shards of {each} samples" in done.stderr
     assert sorted(path for path in limited.rglob("*") if "__pycache__" not in path.parts) == before
 
 
@@ -45,7 +45,7 @@ def test_where_not_even_the_smallest_fits_that_is_said(limited: Path) -> None:
     path.write_text(path.read_text().replace("len(images) > 12", "len(images) > 0"))
     done = batch_size(limited, "model.width=2")
     assert (done.returncode, done.stdout) == (2, "")
-    assert "out of memory at data.batch_size=4, the smallest that determinism.shards=4 take" in done.stderr
+    assert "out of memory at data.batch_size=4, the smallest size for determinism.shards=4" in done.stderr
 
 
 def test_a_data_module_without_a_batch_size_is_refused(own_experiment: Experiment) -> None:
@@ -54,7 +54,7 @@ def test_a_data_module_without_a_batch_size_is_refused(own_experiment: Experimen
     done = batch_size(own_experiment.root)
     assert (done.returncode, done.stdout) == (2, "")
     assert "DigitsData has no attribute batch_size" in done.stderr
-    assert "hint: self.batch_size = batch_size" in done.stderr
+    assert "hint: set self.batch_size = batch_size" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_a_node_whose_name_is_not_known_is_said_at_once(cluster: Cluster) -> Non
     job = cluster.submit(EPOCHS, MASTER_ADDR="no-such-node.invalid")
     with patient(cluster.out):
         assert cluster.slurm.ended(job) == "FAILED"
-    assert "does not know the node no-such-node.invalid" in cluster.out.read_text()
+    assert "cannot resolve the node no-such-node.invalid" in cluster.out.read_text()
     assert not cluster.runs.exists()
 
 
@@ -79,7 +79,7 @@ def test_a_port_in_use_is_said_at_once(cluster: Cluster) -> None:
             assert cluster.slurm.ended(job) == "FAILED"
     text = cluster.out.read_text()
     assert f"error: port {port} of " in text
-    assert "is not to be had: Address already in use" in text
+    assert "is not available: Address already in use" in text
 
 
 def test_devices_that_the_launcher_did_not_start_are_refused(cluster: Cluster) -> None:

@@ -41,7 +41,7 @@ def test_a_killed_sweep_goes_on_where_it_stood_and_finds_the_same(experiment: Ex
     assert [line.split() for line in again.out.splitlines()] == [[f.replace("one", "two"), d] for f, d in trials]
     assert f"{first} is complete: nothing to train" in again.err
     assert (first / "receipt.json").read_bytes() == before
-    assert f"{second} goes on from step-" in again.err
+    assert f"{second} resumes from step-" in again.err
     assert results("two") == found
     with sqlite3.connect("two/study.db") as study:
         assert study.execute("select count(*) from trials where state = 'COMPLETE'").fetchone() == (2,)

@@ -31,6 +31,6 @@ def test_a_learning_rate_is_found_once_on_any_devices(runner: Runner, other: Run
 def test_a_batch_size_that_depends_on_the_machine_is_refused(runner: Runner) -> None:
     """It would be another than the one that names the run."""
     runner.run(config("BatchSizeFinder"), code=2)
-    assert "error: a BatchSizeFinder would set another batch size than data.batch_size" in runner.said()
+    assert "error: a BatchSizeFinder would replace data.batch_size" in runner.said()
     assert "labtrain batch-size prints the largest data.batch_size that fits" in runner.said()
     assert not list(runner.folder.glob("runs/*/*/receipt.json"))

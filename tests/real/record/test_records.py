@@ -34,7 +34,7 @@ def test_a_score_that_was_edited_is_said(runner: Runner) -> None:
     assert edited != history.read_text()
     history.write_text(edited)
     runner.run(config, code=EXIT_STOPPED, signal_at=f"9 {signal.SIGTERM} 0")
-    assert "history.jsonl is not what it was when step-0000000007 was saved" in runner.said()
+    assert "history.jsonl was changed after step-0000000007 was saved" in runner.said()
     runner.run(config)  # a later start finds the history as the last checkpoint knows it
     assert any(note.endswith(BEST_UNSURE) for note in receipt(run_dir)["determinism"]["notes"])
 
@@ -43,7 +43,9 @@ def test_a_monitor_that_nothing_logs_is_said_once(runner: Runner) -> None:
     run_dir = runner.run(configure("mlp", "even", checkpoint={"monitor": "val/typo"}))
     assert run_dir is not None
     (said,) = receipt(run_dir)["determinism"]["notes"]
-    assert said.startswith("checkpoint.monitor=val/typo: no such metric, and no best value is recorded; logged are ")
+    assert said.startswith(
+        "checkpoint.monitor=val/typo: no such metric, so no best value is recorded; logged metrics: "
+    )
     assert receipt(run_dir)["results"]["best"] is None
 
 
@@ -54,8 +56,8 @@ def test_a_trail_that_is_gone_is_said_beside_an_older_manifest_too(runner: Runne
     told(run_dir / "checkpoints" / "step-0000000007", trail=None, history=None)
     (run_dir / "trail.jsonl").unlink()
     runner.run(config)
-    said = "trail.jsonl is not what it was when step-0000000007 was saved: the lines of these steps are missing"
-    assert f"{said}, or were changed: 1 to 7" in runner.said()
+    said = "trail.jsonl was changed after step-0000000007 was saved: the lines of these steps are missing"
+    assert f"{said} or different: 1 to 7" in runner.said()
     assert receipt(run_dir)["trail"]["missing"] == [[1, 7]]
     assert newest_manifest(runner)["trail"]["missing"] == [[1, 7]]
 

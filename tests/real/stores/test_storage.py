@@ -45,7 +45,7 @@ def test_a_run_goes_on_elsewhere_from_its_store_alone(url: str, runner: Runner, 
     assert store.writer() is None
     shutil.rmtree(run_dir)
     assert runner.run(config, world=2, environment=variables()) == run_dir
-    assert "goes on from step-0000000007" in runner.said()
+    assert "resumes from step-0000000007" in runner.said()
     same(outcome(run_dir), reference, trail_from=7)
     paths = [entry["path"] for entry in json.loads((run_dir / "receipt.json").read_text())["checkpoints"]]
     assert paths == [f"{url}/{run_dir.name}/step-{step:010d}" for step in (10, 15)]
@@ -139,7 +139,7 @@ def test_to_lightning_and_back(experiment: Experiment, tmp_path: Path) -> None:
         return done
 
     store("export", str(run.folder), "x.ckpt")
-    assert "is there already" in store("export", str(run.folder), "x.ckpt", code=2).stderr
+    assert "already exists" in store("export", str(run.folder), "x.ckpt", code=2).stderr
     import torch
 
     loaded = torch.load("x.ckpt", weights_only=True)

@@ -115,4 +115,4 @@ def test_a_resumed_epoch_without_the_outputs_of_its_first_batches_is_refused(run
     config["callbacks"] |= AT
     runner.run(config, world=2, code=EXIT_STOPPED, signal_at=f"1 {int(signal.SIGTERM)} 0")
     runner.run(config, world=2, code=None)
-    assert "this epoch was resumed in its middle, and its checkpoint does not have the" in runner.said()
+    assert "this epoch was resumed in the middle, and its checkpoint lacks the" in runner.said()

@@ -63,4 +63,4 @@ def test_without_a_driver_the_training_goes_on(tmp_path: Path) -> None:
     """NVML_ERROR_DRIVER_NOT_LOADED, whatever this machine has."""
     _, rows, said = train(tmp_path, **driver(tmp_path, INIT=9))
     assert rows == []
-    assert said.count("warning: gpu_stats: the driver tells nothing of the GPUs") == 1
+    assert said.count("warning: gpu_stats: the driver does not report the GPUs") == 1

@@ -73,8 +73,8 @@ def test_an_unchanged_configuration_changes_nothing(runner: Runner) -> None:
 @pytest.mark.parametrize(
     ("before", "now", "says"),
     [
-        ({"kind": "cycle"}, {"kind": "cycle", "trainer": {"max_epochs": 1}}, "cannot be entered at its step 7"),
-        ({}, {"adam": True}, "the state of torch.optim.sgd.SGD, which the run was trained with, is none for torch"),
+        ({"kind": "cycle"}, {"kind": "cycle", "trainer": {"max_epochs": 1}}, "cannot continue at step 7"),
+        ({}, {"adam": True}, "the checkpoint holds the state of torch.optim.sgd.SGD, which does not fit torch"),
     ],
 )
 def test_what_cannot_be_carried_over_is_refused(
@@ -97,7 +97,7 @@ def test_an_attribute_that_the_training_changes_keeps_its_value_and_that_is_said
     (run_dir,) = runner.folder.glob("runs/exact/*")
     options["model"]["smoothing"] = 0.9
     runner.run(options | {"resume": str(run_dir)})
-    said = "smoothing begins as 0.9 here; the training had changed it, and goes on with what it was when"
+    said = "smoothing starts as 0.9 in the code, but the training had changed it: it resumes with the value"
     assert f"warning: {said}" in runner.said()
     assert said in (run_dir / "receipt.json").read_text()
     assert "started begins" not in runner.said()

@@ -76,7 +76,7 @@ def test_it_is_said_at_the_end_of_the_epoch_too(runner: Runner) -> None:
     options["data"]["_target_"] = f"{HERE}.Curriculum"
     options["trainer"]["max_epochs"] = 1
     runner.run(options)
-    said = "warning: level of Grows was changed in mid-epoch, when a batch had been loaded ahead and workers had a copy"
+    said = "warning: level of Grows was changed in mid-epoch, after a batch was loaded ahead and workers had a copy"
     assert f"{said}: the result depends on data.num_workers" in runner.said()
 
 

@@ -36,15 +36,13 @@ def test_a_layers_attribute_that_is_first_set_after_some_steps(runner: Runner, o
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_layer_without_a_shape_is_refused(world: int, runner: Runner) -> None:
     runner.run(model("Lazy"), world=world, code=None if world > 1 else 2)
-    assert "error: inp.weight has no shape before a first batch" in runner.said()
+    assert "error: inp.weight of a lazy layer has no shape before the first batch" in runner.said()
     assert "Traceback" not in runner.said()
 
 
 def test_a_shard_does_not_end_the_training(runner: Runner, other: Runner) -> None:
     """Devices would end it at steps of their own; what the hint says ends all at one."""
     runner.run(model("Stops", "step"), code=2)
-    assert (
-        "error: training_step sets trainer.should_stop: one shard, on one of the devices, would decide" in runner.said()
-    )
-    assert "hint: set it in on_train_batch_end, by self.trainer.callback_metrics" in runner.said()
+    assert "error: training_step sets trainer.should_stop: one shard on one device would decide" in runner.said()
+    assert "hint: set it in on_train_batch_end, from self.trainer.callback_metrics" in runner.said()
     assert 0 < one_and_two(runner, other, model("Stops", "hook"))["steps"] < 10

@@ -49,7 +49,7 @@ def test_a_stream_without_length_has_a_progress_bar(runner: Runner, terminal: bo
 def test_overfit_batches_is_refused_with_what_does_it(runner: Runner) -> None:
     """Lightning would replace the sampler of labtrain's loader, of the training or of the validation."""
     runner.run(configure("mlp", trainer={"overfit_batches": 2}), code=2)
-    assert "error: trainer.overfit_batches=2: Lightning would put a sampler of its own into" in runner.said()
+    assert "error: trainer.overfit_batches=2: Lightning would replace the sampler of" in runner.said()
     assert "hint: trainer.limit_train_batches=2 trainer.limit_val_batches=2, and shuffle=False" in runner.said()
     assert not list(runner.folder.glob("runs/*/*"))
 
@@ -63,11 +63,11 @@ def test_a_progress_bar_of_ones_own_takes_the_place_of_ours(runner: Runner) -> N
     assert "samples/s" not in runner.said()
     config["trainer"] |= {"enable_progress_bar": False, "max_epochs": 2}
     runner.run(config, code=2)
-    assert "callbacks.bar is a progress bar, and trainer.enable_progress_bar is false" in runner.said()
+    assert "callbacks.bar is a progress bar, but trainer.enable_progress_bar is false" in runner.said()
     config["callbacks"]["rich"] = {"_target_": "lightning.pytorch.callbacks.RichProgressBar"}
     config["trainer"]["enable_progress_bar"] = True
     runner.run(config, code=2)
-    assert "callbacks.bar and callbacks.rich are progress bars: a training has one" in runner.said()
+    assert "callbacks.bar and callbacks.rich are progress bars: a training can have only one" in runner.said()
 
 
 def test_gradient_accumulation_scheduler_is_exact(runner: Runner, other: Runner) -> None:
@@ -111,7 +111,7 @@ def test_an_error_of_one_of_lightnings_callbacks_too(runner: Runner) -> None:
     [
         ({"made": True}, "callbacks.mine._target_=tests.support.small_models.Boom: KeyError: 'missing'\n"),
         ({"nothing": 1}, "TypeError: Boom.__init__() got an unexpected keyword argument 'nothing'"),
-        ({"_target_": "tests.support.exact_worker.MLP"}, "makes a MLP, a Callback is wanted"),
+        ({"_target_": "tests.support.exact_worker.MLP"}, "makes a MLP, expected a Callback"),
         ({"_target_": None}, "callbacks.mine={'_target_': None}: a mapping with _target_, or null"),
     ],
 )

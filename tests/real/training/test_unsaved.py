@@ -111,7 +111,7 @@ def test_hyperparameters_that_cannot_be_saved_are_refused_before_the_first_step(
     }
     runner.run(options, code=2)
     assert 'hint: self.save_hyperparameters(ignore=["optimizer", "net"]), and self.net = net' in runner.said()
-    assert "HyperParameters puts into each checkpoint what it cannot hold: optimizer is a" in runner.said()
+    assert "HyperParameters saves values that a checkpoint cannot hold: optimizer is a" in runner.said()
     assert list(runner.folder.glob("runs/exact/*")) == []
 
 
@@ -140,4 +140,4 @@ def test_what_cannot_be_kept_is_named(runner: Runner) -> None:
     assert "warning: noise is a numpy.random._generator.Generator: no checkpoint holds its state" in said
     assert "warning: average was made during the training" in said
     runner.run(config("Late"), code=2)
-    assert "average.updates cannot be put back" in runner.said()
+    assert "average.updates cannot be restored" in runner.said()

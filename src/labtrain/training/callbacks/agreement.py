@@ -1,8 +1,8 @@
-"""What is logged at an epoch's end must be the same on every rank, or it depends on the number of devices.
+"""Check that hooks log the same values on every rank: otherwise they depend on the number of devices.
 
-What a step logs is combined over its shards (step_log.py). What a hook logs is not: computed from a list of outputs, it
-is of this rank's part alone. So the values that hooks have logged are compared once an epoch, after its last hook and
-before Lightning reduces or writes them, in one small exchange.
+labtrain combines what a step logs over its shards (step_log.py), but not what a hook logs. A value that a hook computes
+from a list of outputs covers this rank's part only. So labtrain compares the values of hooks once an epoch, after the
+last hook and before Lightning reduces or writes them, in one small exchange.
 
 Lightning 2.6: trainer/connectors/logger_connector/logger_connector.py, `on_epoch_end`.
 """
@@ -25,16 +25,16 @@ from labtrain.training.sharded.strategy import Exact
 
 HINT = (
     "compute it from labtrain.gather_outputs(list), the outputs of all ranks, without sync_dist (docs/guides/data.md);"
-    " for what is a rank's own, such as a time: self.log(..., rank_zero_only=True)"
+    " for a value of one rank, such as a time: self.log(..., rank_zero_only=True)"
 )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Value:
-    """What a hook has logged: a mean is total / weight.
+    """A value that a hook has logged: a mean is total / weight.
 
     Attributes:
-        synced: how ranks are reduced; empty without sync_dist.
+        synced: how the ranks are reduced; empty without sync_dist.
     """
 
     name: str
@@ -45,11 +45,11 @@ class Value:
 
 
 class Agreement(pl.Callback):
-    """Compares what hooks log; and knows the trainer for `labtrain.gather_outputs`.
+    """Compares what hooks log; and gives the trainer to `labtrain.gather_outputs`.
 
     Args:
-        mode: strict and portable refuse, warn says, off looks away.
-        say: called with each sentence that the person and the receipt are to have.
+        mode: strict and portable refuse, warn logs, off skips.
+        say: called with each warning, which is printed and goes into the receipt.
 
     Raises:
         ConfigError: in strict mode, for the first value that differs.
@@ -84,7 +84,7 @@ class Agreement(pl.Callback):
             self._judge(f"{first.name}, logged in {first.hook},", numbers, equal=equal, synced=first.synced)
             if first.synced and len(found) < len(ranks):
                 raise ConfigError(
-                    f"{first.name} is logged with sync_dist on rank {', '.join(map(str, found))} alone",
+                    f"{first.name} is logged with sync_dist on rank {', '.join(map(str, found))} only",
                     hint="log it on every rank, or without sync_dist",
                 )
 
@@ -100,7 +100,7 @@ class Agreement(pl.Callback):
             shown = ", ".join(f"{number:.6g} on rank {rank}" for rank, number in numbers.items())
             text = f"{what} differs between the ranks ({shown}): it is computed from a part of the outputs"
         elif synced == "sum" and any(numbers.values()):
-            text = f"{what} is summed over the ranks (sync_dist, reduce_fx=sum), which have it whole or in parts"
+            text = f"{what} is summed over the ranks (sync_dist, reduce_fx=sum): each has all of it, or a part"
         else:
             return
         if self.mode in STRICT_MODES:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training: what is saved where `EpochLoop` says, what is kept, and how it is read."""
+"""Checkpoints of a training: what `EpochLoop` saves, which are kept, and how they are read."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -42,15 +42,15 @@ WEIGHT_DTYPES = frozenset(getattr(torch, name) for name in WEIGHT_DTYPE_NAMES)
 
 
 class Checkpoints(pl.Callback):
-    """Saves the training's state where the epoch loop says, and gives it back on a resume.
+    """Saves the training's state when the epoch loop asks, and restores it on a resume.
 
     Args:
         run_dir: the run's folder.
-        place: where its checkpoints lie: a folder or a URL.
+        place: where its checkpoints are: a folder or a URL.
         run_id: written in each manifest.
         options: the keys of `checkpoint` in the configuration.
-        say: called with each sentence that the person and the receipt are to have.
-        resumed: the manifest that this training goes on from, where it is one of this place, and its name.
+        say: called with each warning, which is printed and goes into the receipt.
+        resumed: the name and the manifest that this training resumes from, if it is in this place.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Checkpoints(pl.Callback):
         self.alike: Alike | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Stop, before anything is loaded together, where ranks would go on from different checkpoints."""
+        """Stop if the ranks would resume from different checkpoints, before they load anything together."""
         if stage != "fit":
             return
         # Lightning puts finders first, which change what is looked at here.
@@ -92,9 +92,9 @@ class Checkpoints(pl.Callback):
         step = self.newest[1] if self.newest else 0
         if (first := trainer.strategy.broadcast(step)) != step:
             raise LabtrainError(
-                f"rank {trainer.global_rank} goes on from step {step}, rank 0 from {first}: they do not see the same"
+                f"rank {trainer.global_rank} resumes from step {step}, rank 0 from {first}: they see different"
                 " checkpoints",
-                hint="paths.runs on a folder that all nodes share",
+                hint="set paths.runs to a folder that all nodes share",
             )
 
     def on_load_checkpoint(
@@ -130,13 +130,13 @@ class Checkpoints(pl.Callback):
             unsaved = loop_of(trainer).unsaved
             if unsaved is not None and unsaved.lost:
                 self.say(
-                    f"the training that saved this checkpoint had changed {few(sorted(unsaved.lost))}, which no"
-                    " checkpoint holds: this one goes on with what __init__ makes"
+                    f"the training changed {few(sorted(unsaved.lost))}, which its checkpoint does not hold:"
+                    " the resumed training starts with the values from __init__"
                 )
             for name, value in unsaved.overruled.items() if unsaved is not None else ():
                 self.say(
-                    f"{name} begins as {value} here; the training had changed it, and goes on with"
-                    " what it was when the checkpoint was saved (to begin with the new value: resume=never)"
+                    f"{name} starts as {value} in the code, but the training had changed it: it resumes with"
+                    " the value in the checkpoint (to start with the new value: resume=never)"
                 )
         if is_spread(pl_module.state_dict()):
             self.saver.group = dist.new_group(backend="gloo")  # the writers', beside what the loop exchanges
@@ -168,18 +168,18 @@ class Checkpoints(pl.Callback):
         told = self.validated or not trainer.enable_validation
         if self.monitor is not None and self.monitor not in found and told:
             wrong = f"checkpoint.monitor={self.monitor}: no such metric"
-            logged = f"logged are {', '.join(sorted(found)) or 'none'}"
+            logged = f"logged metrics: {', '.join(sorted(found)) or 'none'}"
             if self.keep_best:
-                raise LabtrainError(f"{wrong}; {logged}", hint="checkpoint.keep_best=0, or name one of these")
-            self.say(f"{wrong}, and no best value is recorded; {logged}")
+                raise LabtrainError(f"{wrong}; {logged}", hint="checkpoint.keep_best=0, or the name of a logged metric")
+            self.say(f"{wrong}, so no best value is recorded; {logged}")
 
     def save(self, trainer: pl.Trainer, *, required: bool) -> None:
-        """Save the training's state as it is now; on every rank: rank 0 writes, and each its part of what is spread.
+        """Save the training's current state, on every rank: rank 0 writes, and each rank its part of a spread state.
 
         Args:
-            trainer: whose state it is.
-            required: wait for the save before, and where the training stops for this one too. Else a save that
-                comes while the one before is being written is made up for as soon as that is done.
+            trainer: the trainer.
+            required: wait for the previous save; and for this one, if the training stops. Otherwise a save that comes
+                while the previous one is written is made up for later.
         """
         wishes = loop_of(trainer).wishes
         if not required and not self.keep_best and trainer.strategy.broadcast(self.saver.busy):
@@ -213,19 +213,19 @@ class Checkpoints(pl.Callback):
         unsaved = loop_of(trainer).unsaved
         if unsaved is not None and (lost := unsaved.newly_lost()):
             self.say(
-                f"the training changes {few(lost)}, which no checkpoint holds: a resumed training starts"
-                " with what __init__ makes (keep a number, a tensor or a list in an attribute of the model, or save and"
+                f"the training changes {few(lost)}, which no checkpoint holds: a resumed training starts with"
+                " the values from __init__ (keep a number, a tensor or a list in an attribute of the model, or save and"
                 " load it in on_save_checkpoint and on_load_checkpoint; a callback in state_dict and load_state_dict)"
             )
 
     def _keep_made(self, trainer: pl.Trainer, state: State) -> None:
-        """Put into a state what the training is made of, where that has changed; warn if it then cannot be resumed."""
+        """Record the training's tensors and groups in a state, if they changed; warn if it then cannot be resumed."""
         if (made := made_of(trainer)) != self.made:
             state[PLACE][KEY] = made
             lacking = None if can_differ(trainer.lightning_module) else lacks(self.made, made)
             if lacking is not None:
                 hint = cure(lacking[1], made, state["state_dict"])
-                self.say(f"checkpoints from here on cannot be resumed: code has changed {lacking[0]}; {hint}")
+                self.say(f"checkpoints from now on cannot be resumed: code has changed {lacking[0]}; {hint}")
 
     def _say_unkept(self, trainer: pl.Trainer) -> None:
         outside, unsaved = loop_of(trainer).outside, loop_of(trainer).unsaved
@@ -238,24 +238,24 @@ class Checkpoints(pl.Callback):
             )
 
     def check_savable(self, trainer: pl.Trainer, *, stepped: bool = False) -> None:
-        """Make the state that a save would begin with, and look whether a checkpoint can hold it.
+        """Make the state that a save would write, and check that a checkpoint can hold it.
 
         Raises:
-            ConfigError: names what it cannot hold, and the line to write.
+            ConfigError: names the value that it cannot hold, and the line to write.
         """
         try:
             state = dump(trainer, optimizers=stepped or not is_spread(trainer.lightning_module.state_dict()))
-        except Exception:  # a hook of one's own that saves what there is only later: the first save will tell
+        except Exception:  # a user's hook that saves what exists only later: the first save reports it
             return
         found = list(unsavable({key: value for key, value in state.items() if key != "state_dict"}))
         for key, owner in HYPERPARAMETERS.items():
             if names := list(dict.fromkeys(str(path[1]) for path, _ in found if path[0] == key and len(path) > 1)):
                 kinds = ", ".join(f"{path[1]} is a {described(value)}" for path, value in found if path[0] == key)
                 raise ConfigError(
-                    f"save_hyperparameters in {type(getattr(trainer, owner)).__name__} puts into each checkpoint what"
-                    f" it cannot hold: {kinds}",
+                    f"save_hyperparameters in {type(getattr(trainer, owner)).__name__} saves values that"
+                    f" a checkpoint cannot hold: {kinds}",
                     hint=f"self.save_hyperparameters(ignore={json.dumps(names)}), and self.{names[-1]} = {names[-1]}"
-                    f" where the code reads self.hparams.{names[-1]}",
+                    f" instead of self.hparams.{names[-1]}",
                 )
             if any(path == (key,) for path, _ in found):
                 raise ConfigError(
@@ -264,36 +264,36 @@ class Checkpoints(pl.Callback):
                 )
         for path, value in found:
             raise ConfigError(
-                f"{'.'.join(map(str, path))} is a {described(value)}: no tensor, number, string, list or dict, so no"
-                " checkpoint can hold it",
-                hint=f"leave it out in {_whose(path)}",
+                f"{'.'.join(map(str, path))} is a {described(value)}: a checkpoint can hold only tensors, numbers,"
+                " strings, lists and dicts",
+                hint=f"leave it out of {_whose(path)}",
             )
         for name, tensor in state["state_dict"].items():
             if not isinstance(tensor, torch.Tensor):
                 raise ConfigError(
-                    f"{name} of the model's state_dict is a {described(tensor)}: a checkpoint holds tensors there",
-                    hint="register_buffer, or a plain attribute of the model: both are saved",
+                    f"{name} of the model's state_dict is a {described(tensor)}: expected a tensor",
+                    hint="use register_buffer or a plain attribute of the model: checkpoints hold both",
                 )
             if tensor.dtype not in WEIGHT_DTYPES:
                 raise ConfigError(
-                    f"{name} of the model's state_dict is of {tensor.dtype}, which safetensors does not know",
-                    hint="keep its real and imaginary part: torch.view_as_real"
+                    f"{name} of the model's state_dict is of {tensor.dtype}, which safetensors does not support",
+                    hint="keep its real and imaginary parts: torch.view_as_real"
                     if tensor.is_complex()
                     else "tensor.float()",
                 )
 
     def finish(self, trainer: pl.Trainer, weights_digest: str, *, resumed: Path | None) -> str | None:
-        """Save the weights that the training ended with, where something changed them after the last save.
+        """Save the final weights, if they changed after the last save; called on every rank.
 
-        An average of weights that a callback puts in at the end, say. Nothing goes on from these. Called on every rank.
+        For example, a callback may replace them by averaged weights. Such a checkpoint cannot be resumed.
 
         Args:
             trainer: at its end.
             weights_digest: of its model.
-            resumed: the folder of the checkpoint that the training went on from.
+            resumed: the folder of the checkpoint that the training resumed from.
 
         Returns:
-            the digest of the state that is saved last; None where nothing is, or it is spread over the ranks.
+            the digest of the last saved state; None if nothing is saved, or the state is spread over the ranks.
         """
         self._compare_ranks(trainer)
         saver, spread = self.saver, self.saver.group is not None
@@ -323,7 +323,7 @@ class Checkpoints(pl.Callback):
             self.alike.compare(trainer.global_step)
 
     def score(self, trainer: pl.Trainer) -> None:
-        """Note the monitored metric for the checkpoint that was saved before the validation."""
+        """Record the monitored metric for the checkpoint that was saved before the validation."""
         if self.newest is None or self.newest[1] != trainer.global_step or not trainer.is_global_zero:
             return
         if self.keep_best and self.monitor in trainer.callback_metrics:
@@ -331,7 +331,7 @@ class Checkpoints(pl.Callback):
 
 
 def _leave_rates(trainer: pl.Trainer) -> None:
-    """Have no learning rate searched until the training stands where it was saved: what was found then is loaded."""
+    """Skip the search for a learning rate until the training has resumed: the checkpoint holds the earlier result."""
 
     def find(search: Callable[..., None], *arguments: Any) -> None:
         if loop_of(trainer).loaded is None:
@@ -343,14 +343,14 @@ def _leave_rates(trainer: pl.Trainer) -> None:
 
 
 class Alike:
-    """Compares the plain attributes of all ranks that were equal when the training began; made on every rank.
+    """Compares the plain attributes that were equal on all ranks when the training began; made on every rank.
 
-    Left out are lists that have grown, which are a rank's own, and readings of a clock.
+    Skips lists that have grown, which belong to a rank, and readings of a clock.
 
     Args:
         strategy: of the training.
         module: its model.
-        say: called with what people should know.
+        say: called with each warning.
     """
 
     def __init__(self, strategy: Exact, module: pl.LightningModule, *, say: Callable[[str], None]) -> None:
@@ -361,16 +361,16 @@ class Alike:
         self.known |= set(unlike_names(self._texts(), self._device))
 
     def compare(self, step: int) -> None:
-        """Say once which attributes differ between the ranks; called on every rank."""
+        """Warn once of each attribute that differs between the ranks; called on every rank."""
         unlike = unlike_names(self._texts(), self._device)
         self.known |= set(unlike)
         if unlike:
             one = len(unlike) == 1
             self.say(
-                f"{', '.join(unlike)} {'was' if one else 'were'} the same on all ranks when the training began, and"
-                f" {'differs' if one else 'differ'} between them at step {step}: what is computed from"
-                f" {'it' if one else 'them'} depends on the number of devices (set attributes on every rank alike: look"
-                " for global_rank, and for what a hook computes from this rank's batch or outputs)"
+                f"{', '.join(unlike)} {'was' if one else 'were'} the same on all ranks when the training began, but"
+                f" {'differs' if one else 'differ'} between ranks at step {step}: results computed from"
+                f" {'it' if one else 'them'} depend on the number of devices (set the same value on every rank: look"
+                " for global_rank, and for hooks that use this rank's batch or outputs)"
             )
 
     def _texts(self) -> dict[str, str]:
@@ -392,10 +392,10 @@ class Alike:
 
 
 def check_ranks(trainer: pl.Trainer) -> None:
-    """Compare the weights of all ranks, where each has all of them; called on every rank.
+    """Compare the weights of all ranks, if each has all of them; called on every rank.
 
     Raises:
-        LabtrainError: they differ, so what would be saved is that of rank 0 alone.
+        LabtrainError: they differ, so a checkpoint would hold those of rank 0 only.
     """
     if trainer.world_size == 1 or not isinstance(trainer.strategy, DDPStrategy):
         return
@@ -404,18 +404,18 @@ def check_ranks(trainer: pl.Trainer) -> None:
         named += list(trainer.lightning_module.named_buffers())
     if (name := first_unlike(named)) is not None:
         raise LabtrainError(
-            f"{name} differs between the ranks after step {trainer.global_step}: code changed it on some of them",
-            hint="change weights on every rank alike: look for global_rank, rank_zero_only, random numbers and this"
-            " rank's batch, outputs or part of a loader in hooks",
+            f"{name} differs between the ranks after step {trainer.global_step}: code changed it on some ranks only",
+            hint="change weights alike on every rank: in hooks, look for global_rank, rank_zero_only, random numbers,"
+            " and this rank's batch, outputs or part of a loader",
         )
 
 
 def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> State:
-    """Return Lightning's checkpoint dictionary without its loops, and without what schedulers hold of code.
+    """Return Lightning's checkpoint dictionary without its loops, and without the functions of schedulers.
 
     Args:
-        trainer: whose state it is.
-        optimizers: their states too. Those of parameters that are spread are made by a step, if there are none.
+        trainer: the trainer.
+        optimizers: include their states. For spread parameters without a state, a step makes one.
     """
     state: dict[str, object] = checkpoint_connector(trainer).dump_checkpoint(weights_only=not optimizers)
     del state["loops"]
@@ -431,9 +431,9 @@ def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> State:
 
 
 def _without_code(node: object, *, scheduler: bool) -> object:
-    """Return a state without the functions that schedulers hold: they have them from their constructor again.
+    """Return a state without the functions that schedulers hold: their constructors set them again.
 
-    SWALR's `anneal_func`, say, in torch 2.9. A scheduler loads its state by updating its `__dict__`.
+    For example SWALR's `anneal_func` in torch 2.9. A scheduler loads its state by updating its `__dict__`.
     """
     if type(node) is dict:
         scheduler = scheduler or {"last_epoch", "base_lrs"} <= node.keys()
@@ -450,7 +450,7 @@ def _whose(path: tuple[object, ...]) -> str:
         return f"state_dict or on_save_checkpoint of the callback {str(path[1]).partition('{')[0]}"
     if path[0] in ("optimizer_states", "lr_schedulers"):
         return f"the state_dict of the {'optimizer' if path[0] == 'optimizer_states' else 'scheduler'}"
-    return "on_save_checkpoint of the model or the data module, or in the data module's state_dict"
+    return "on_save_checkpoint of the model or the data module, or of the data module's state_dict"
 
 
 def as_floats(metrics: Mapping[str, torch.Tensor]) -> dict[str, float]:

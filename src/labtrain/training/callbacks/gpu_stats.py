@@ -1,8 +1,8 @@
-"""The GPUs' memory, load, temperature and power into the run's loggers, and a warning before a card is full.
+"""Logs the GPUs' memory, load, temperature and power, and warns before a card is full.
 
-What torch holds is its own account, read without waiting for the GPU. The rest is the driver's, through NVML
-(https://docs.nvidia.com/deploy/nvml-api/), whose calls take milliseconds: a thread asks once a second, and a step takes
-its last answer. Nothing here goes through `self.log`: no metric, monitor, checkpoint or digest sees it.
+torch reports its own memory without waiting for the GPU. The driver reports the rest, through NVML
+(https://docs.nvidia.com/deploy/nvml-api/). Its calls take milliseconds, so a thread asks once a second and a step uses
+the last answer. Nothing here goes through `self.log`, so no metric, monitor, checkpoint or digest depends on it.
 """
 
 import threading
@@ -74,9 +74,9 @@ class GpuStats(pl.Callback):
 
 
 class Sensors:
-    """The driver's readings of some GPUs: taken now, and once a second by a thread of its own.
+    """The driver's readings of some GPUs: taken now, and once a second by a thread.
 
-    What a card does not tell, or a slice of one under MIG, is left out.
+    Readings that a card, or a slice of one under MIG, does not report are left out.
 
     Args:
         cards: UUIDs by number.
@@ -96,7 +96,7 @@ class Sensors:
         try:
             self.driver.enter_context(nvml())
         except NoDriverError as error:
-            warn(f"gpu_stats: the driver tells nothing of the GPUs ({error}): torch's own account alone is logged")
+            warn(f"gpu_stats: the driver does not report the GPUs ({error}): only torch's own numbers are logged")
             return
         for number, uuid in cards.items():
             if (handle := handle_of(uuid)) is not None:
@@ -123,7 +123,7 @@ class Sensors:
 
 
 def readings_of(handle: object) -> dict[str, float]:
-    """Return what a card tells, by name."""
+    """Return the readings of a card, by name."""
     found = {}
     for name, read in READINGS.items():
         try:
@@ -134,7 +134,7 @@ def readings_of(handle: object) -> dict[str, float]:
 
 
 def handle_of(uuid: str) -> object:
-    """Return NVML's handle of the GPU, or the slice of one, that torch knows by `uuid`; None where NVML does not.
+    """Return NVML's handle of the GPU, or the slice of one, that torch knows by `uuid`; None if NVML does not.
 
     By UUID, since CUDA_VISIBLE_DEVICES renumbers torch's GPUs and not NVML's.
     """
@@ -154,7 +154,7 @@ def cards_of(trainer: pl.Trainer) -> dict[int, str]:
 
 
 def held(device: torch.device) -> dict[str, float]:
-    """Return what torch holds on this process's GPU, and held at most since it began: its own account, no waiting."""
+    """Return torch's memory on this process's GPU, now and at its peak; does not wait for the GPU."""
     if device.type != "cuda":
         return {}
     return {
@@ -165,7 +165,7 @@ def held(device: torch.device) -> dict[str, float]:
 
 
 def nearly_full(number: int, values: dict[str, float], total_gb: float) -> str:
-    """Return the warning for a card whose memory is nearly used up."""
+    """Return the warning for a card whose memory is nearly full."""
     used = values["memory_used_gb"]
     own = ""
     if "memory_reserved_gb" in values:

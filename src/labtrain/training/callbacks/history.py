@@ -1,8 +1,8 @@
-"""How a training went: time, throughput, memory, learning rates and metrics, in a few thousand lines a start.
+"""Records time, throughput, memory, learning rates and metrics of a training, in a few thousand lines a start.
 
-Unlike the trail, which is the same whenever a run is trained, this tells of one machine and its time of day: the report
-draws it (report/), and nothing is decided by it. A training that goes on appends; what a killed one had done beyond its
-last checkpoint stays, since that time was spent.
+The trail is the same each time a run is trained. The history describes one machine at one time: the report draws it
+(report/), and no result depends on it. A resumed training appends to it. Lines of a killed training after its last
+checkpoint stay, since that time was spent.
 """
 
 import json
@@ -28,7 +28,7 @@ class History(pl.Callback):
 
     Args:
         run_dir: the run's folder.
-        batch_size: samples of a step, where the loader is not labtrain's.
+        batch_size: samples of a step, if the loader is not labtrain's.
     """
 
     EVERY_SECONDS = 1.0  # at first; then a two-thousandth of the time that has passed
@@ -94,15 +94,15 @@ class History(pl.Callback):
 
 
 def best_of(run_dir: Path, *, monitor: str | None, mode: str) -> Best | None:
-    """Return the best value that a run's monitored metric had: metric, value, and the first step with it.
+    """Return the best value of a run's monitored metric: metric, value, and the first step with it.
 
-    None where the history was damaged meanwhile: no result of a training hangs on it, and that is said.
+    Warns and returns None if the history is damaged: no result of a training depends on it.
     """
     try:
         found = [(line["metrics"][monitor], line["step"]) for line in read_history_lines(run_dir)
                  if monitor in line["metrics"]]  # fmt: skip
     except DamagedError as error:
-        warn(f"{error.args[0]}: the best value is not known")
+        warn(f"{error.args[0]}: the best value is unknown")
         return None
     if monitor is None or not found:
         return None

@@ -36,21 +36,21 @@ from labtrain.record.trail import BEST_UNSURE, TRAIL, read_trail
 from labtrain.training.callbacks.steps import tensor_names
 from labtrain.training.lightning import val_loaders
 
-LONGEST_PATCH = 1_000_000  # characters; of a longer one the receipt has none, code.patch has it
+LONGEST_PATCH = 1_000_000  # characters; a longer patch is only in code.patch, not in the receipt
 
 
 class Recorder(pl.Callback):
     """Makes the run's folder, writes its receipt when the training starts and closes it when it ends.
 
-    A folder that was made for a training that then did not start is removed again: nothing is left half-written. A
-    receipt that is there already is left as it is until the first new step is done.
+    If the training does not start, the recorder removes the folder that it made. An existing receipt does not change
+    before the first new step is done.
 
     Args:
         job: the run.
-        checkpoints: returns what the receipt says of its checkpoints.
-        resumed_step: the step that this process goes on from.
+        checkpoints: returns the receipt's entries for the checkpoints.
+        resumed_step: the step that this process resumes from.
         places: files and folders that model and data were made from.
-        origin: the checkpoint of a complete run that this run begins from: what the receipt says of it.
+        origin: the receipt's entry for the checkpoint of a complete run that this run starts from.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class Recorder(pl.Callback):
         except PermissionError as error:
             owner = (path if path.exists() else self.run_dir).stat().st_uid
             raise LabtrainError(
-                f"{shown(path)} of user {owner} cannot be written by this user: the run is another user's",
-                hint=f"umask 002 where it is trained, and a common group: chmod -R g+rwX {shown(self.run_dir)};"
+                f"cannot write {shown(path)} of user {owner}: the run belongs to another user",
+                hint=f"train with umask 002 and a common group, then chmod -R g+rwX {shown(self.run_dir)};"
                 " or resume=never",
             ) from error
         except OSError as error:
             raise LabtrainError(
-                f"{shown(path)} cannot be a lock: {error.strerror or 'it is no file'}", hint=f"ls -l {shown(path)}"
+                f"cannot lock {shown(path)}: {error.strerror or 'it is not a file'}", hint=f"ls -l {shown(path)}"
             ) from error
         try:
             # A record lock: the loader's workers have no share in it, and do not hold it when this process is killed.
@@ -104,20 +104,20 @@ class Recorder(pl.Callback):
             self.lock, self.made_folder = None, False
             raise LabtrainError(
                 f"{shown(self.run_dir)} is being trained by {holder}",
-                hint="wait for it, or start another beside it: resume=never",
+                hint="wait for it, or start a new run beside it: resume=never",
             ) from error
         os.ftruncate(self.lock, 0)
         os.pwrite(self.lock, f"process {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         self.sign = make_sign(self.run_dir / receipt.SIGN)
 
     def say(self, text: str) -> None:
-        """Warn, and write it in the receipt: what is not exact in this training, and why."""
+        """Print a warning and write it in the receipt: what is not exact in this training, and why."""
         text = without_secrets(text)
         if self.note(text) and getattr(rank_zero_only, "rank", 0) == 0:
             sys.stderr.write(f"warning: {text}\n")
 
     def note(self, text: str) -> bool:
-        """Write it in the receipt alone; return whether it is new."""
+        """Write a note in the receipt only; return whether it is new."""
         text = without_secrets(text)
         if text in self.notes:
             return False
@@ -161,7 +161,7 @@ class Recorder(pl.Callback):
             self._begin()
 
     def _new_segment(self, trainer: pl.Trainer) -> Segment:
-        """Return what the receipt says of this process's part of the training, at its start."""
+        """Return the receipt's entry for this process's part of the training, at its start."""
         segment: Segment = {
             "started": timestamp(),
             "ended": None,
@@ -205,7 +205,7 @@ class Recorder(pl.Callback):
             self._begin()
 
     def _begin(self) -> None:
-        """Write the receipt, and what lies beside it."""
+        """Write the receipt, config.yaml and code.patch."""
         assert self.receipt is not None
         remember(self.receipt, Path(self.job.root))  # while its patch is whole
         self.waits, code = False, self.receipt["code"]
@@ -228,14 +228,14 @@ class Recorder(pl.Callback):
         return data | files_read(read, Path(self.job.root))
 
     def _note_changes(self, before: receipt.Receipt, segment: Segment) -> None:
-        """Say and record what is not as it was when the training stopped: from here on the bits may be others."""
+        """Report and record what changed since the training stopped: from here on the bits may differ."""
         assert self.receipt is not None
         segment["changed"] = changes(before, self.receipt) or self._other_values(before)
         for change in segment["changed"]:
-            self.say(f"goes on with another {change['key']}: {change['before']} before, now {change['now']}")
+            self.say(f"resumes with a different {change['key']}: was {change['before']}, now {change['now']}")
 
     def _other_values(self, before: receipt.Receipt) -> list[Change]:
-        """Return what the configuration refers to, where the run's name tells that its value is another now."""
+        """Return the keys that refer to the environment, if the run's name shows that a value has changed."""
         job, keys = self.job, refers(what_counts(self.job.recorded()))
         origin = origin_digest(before)
         named = name(job.config, code=job.code_digest, lock=job.lock_digest, origin=origin)
@@ -247,13 +247,13 @@ class Recorder(pl.Callback):
     def close(self, status: str, *, step: int, why: str | None = None, results: Results | None = None) -> None:
         """Write how the training ended; without a receipt, remove the folder that was made for it.
 
-        Where it ended before its first new step, and not because there was none left, the former receipt stays.
+        If it ended before its first new step, the former receipt stays, unless the run is complete.
 
         Args:
             status: one of `receipt.STATUSES`.
-            step: that it had come to.
-            why: it ended before its time: a signal's name, or an exception's.
-            results: of a complete one.
+            step: the last step.
+            why: the name of the signal or exception that ended it early.
+            results: of a complete run.
         """
         if self.waits and status == "complete":
             self._begin()
@@ -272,7 +272,7 @@ class Recorder(pl.Callback):
             shutil.rmtree(self.run_dir, ignore_errors=True)  # a signal may have come before it was made
 
     def release(self) -> None:
-        """Let other processes train the run."""
+        """Release the lock, so that other processes can train the run."""
         if self.sign is not None:
             (self.run_dir / receipt.SIGN).unlink(missing_ok=True)
             os.close(self.sign)
@@ -282,18 +282,18 @@ class Recorder(pl.Callback):
 
 
 def nothing_to_train(config: Config, step: int) -> ConfigError:
-    """Return the error for a run that begins from the end of another one and has no step of its own."""
+    """Return the error for a run that starts from the end of another run and has no new step."""
     trainer = config["trainer"]
     by_steps = isinstance(trainer["max_steps"], int) and 0 < trainer["max_steps"] <= step
     longer = f"trainer.max_steps={step + 1}" if by_steps else f"trainer.max_epochs={(trainer['max_epochs'] or 0) + 1}"
     return ConfigError(
-        f"resume={config['resume']}: that run ended at step {step}, and this command trains no further",
+        f"resume={config['resume']}: that run ended at step {step}, and this command trains no further step",
         hint=f"the same command with {longer}, or more",
     )
 
 
 def close_killed(before: receipt.Receipt, run_dir: Path) -> None:
-    """Close the last segment of a receipt whose process was killed, by what it left: its trail."""
+    """Close the last segment of a receipt whose process was killed, from its trail."""
     segment, trail = before["segments"][-1], run_dir / TRAIL
     if segment["status"] == "running":
         lines = read_trail(run_dir)
@@ -302,12 +302,11 @@ def close_killed(before: receipt.Receipt, run_dir: Path) -> None:
 
 
 def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, object], list[Path]]:
-    """Return the fingerprint of what the training and the validation load, by `train` and `val`, `val-2`, ...
+    """Return the fingerprints of the training and validation data, by `train` and `val`, `val-2`, ...; and their files.
 
-    With the loader's transforms, in words: their code is among the run's sources. And the files and folders that these
-    fingerprints are of.
+    A fingerprint lists the loader's transforms by name: their code is among the run's sources.
 
-    Data that cannot be read so ends no training: that is said.
+    Data that has no fingerprint does not end a training: a warning reports it.
     """
     found: Options = {}
     places: list[Path] = []
@@ -322,7 +321,7 @@ def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, 
             except LabtrainError:
                 raise
             except Exception as error:  # whatever a person's dataset holds
-                say(f"the {name} data has no fingerprint: {type(error).__name__}: {error}")
+                say(f"cannot fingerprint the {name} data: {type(error).__name__}: {error}")
     return found, places
 
 

@@ -25,12 +25,12 @@ from labtrain.training.lightning import active_results
 
 
 class Seeding(pl.Callback):
-    """Makes what hooks draw, and what code finds in new memory, a function of (seed, place): no state is to be saved.
+    """Makes the draws of hooks, and the content of new memory, a function of (seed, place): there is no state to save.
 
-    The steps themselves are seeded by the strategy, a shard at a time; without shards, here.
+    With shards the strategy seeds each shard of a step; without shards this callback seeds the step.
 
     Args:
-        per_rank: each rank draws its own; with shards all ranks draw the same.
+        per_rank: each rank draws other numbers; with shards all ranks draw the same.
     """
 
     def __init__(self, *, per_rank: bool) -> None:
@@ -87,16 +87,16 @@ class BatchSizes(pl.Callback):
 class Trail(pl.Callback):
     """Writes the trail, a line a step (trail.py).
 
-    A resumed training cuts it at the step it goes on from, once its own first step is done: until then it may fail, and
-    leave trail and receipt as they were.
+    A resumed training cuts the trail at the step that it resumes from, after its first new step is done. If it fails
+    before, trail and receipt do not change.
 
-    What a GPU sums is fetched while it does the next step, and before a checkpoint: no step waits for it.
+    The sums of a GPU are fetched during the next step, and before a checkpoint, so no step waits for them.
 
     Args:
         path: of the trail.
         every_n_steps: how often a line is written.
-        resumed_step: the step that this process goes on from.
-        say: is told of the first loss that is NaN or infinite.
+        resumed_step: the step that this process resumes from.
+        say: called for the first loss that is NaN or infinite.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class Trail(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        self.flush()  # a training that goes on from it needs this step's line
+        self.flush()  # a training that resumes from it needs this step's line
         if not self.numbers:
             return
         numbered = [(name, self.numbers.get(id(parameter))) for name, parameter in pl_module.named_parameters()]
@@ -239,7 +239,7 @@ class Trail(pl.Callback):
 
 
 def dense_parts(gradient: torch.Tensor) -> list[torch.Tensor]:
-    """Return a gradient, or what a sparse one is made of."""
+    """Return a gradient, or the parts of a sparse one."""
     if gradient.layout != torch.sparse_coo:
         return [gradient]
     gradient = gradient.coalesce()
@@ -247,7 +247,7 @@ def dense_parts(gradient: torch.Tensor) -> list[torch.Tensor]:
 
 
 def tensor_names(module: torch.nn.Module) -> list[str]:
-    """Return the names of the tensors that the trail's digests are of, by number: weights, then other parameters."""
+    """Return the names of the tensors in the trail's digests, by number: weights, then other parameters."""
     return list(dict.fromkeys([*module.state_dict(), *(name for name, _ in module.named_parameters())]))
 
 
@@ -258,7 +258,7 @@ def parameter_places(module: torch.nn.Module) -> dict[str, int]:
 
 
 class Progress(ProgressBar):
-    """A line that moves in a terminal; in a log file, a line an epoch and at most one every half minute."""
+    """A moving line in a terminal; in a log file, a line an epoch and at most one every half minute."""
 
     QUIET_SECONDS = 30.0
 

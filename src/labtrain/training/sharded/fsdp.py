@@ -1,9 +1,9 @@
 """`trainer.strategy=fsdp`: weights, gradients and moments spread over the ranks, by torch's FSDP2.
 
-Lightning's ModelParallelStrategy trains; what it wants of a person's `configure_model` is done here for a model that
-has none: each block of a list of blocks (nn.ModuleList, nn.Sequential) is sharded by itself, so that the weights of one
-at a time are brought together, then the rest. One's own `configure_model`, with `fully_shard` in it, is left alone.
-Bits depend on the number of devices (promise 3 is off), not on being stopped and gone on with.
+Lightning's ModelParallelStrategy trains, and expects a `configure_model`. If the model has none, labtrain shards each
+block of a list of blocks (nn.ModuleList, nn.Sequential) by itself, then the rest. So the ranks gather the weights of
+one block at a time. labtrain does not change a model's own `configure_model`, which calls `fully_shard`. Results depend
+on the number of devices, but not on kills and resumes.
 
 https://docs.pytorch.org/docs/2.9/distributed.fsdp.fully_shard.html; Lightning 2.6: strategies/model_parallel.py.
 """
@@ -29,7 +29,7 @@ STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
 class FullySharded(ModelParallelStrategy):
-    """FSDP2, saved and loaded a part a rank.
+    """FSDP2; each rank saves and loads its part.
 
     Args:
         world: number of processes over all nodes.
@@ -63,7 +63,7 @@ class FullySharded(ModelParallelStrategy):
         folder = Path(checkpoint_path)
         if not folder.is_dir() or not in_parts(folder):
             raise ConfigError(
-                f"{folder} holds a whole state: trainer.strategy=fsdp goes on from one that was saved under it",
+                f"{folder} holds a whole state: trainer.strategy=fsdp resumes only from its own checkpoints",
                 hint="trainer.strategy=auto; or labtrain.load_weights in the model, and resume=never",
             )
         like = {
@@ -90,7 +90,7 @@ class FullySharded(ModelParallelStrategy):
 
 
 def shard(module: pl.LightningModule, mesh: Any) -> None:
-    """Shard a model over the ranks of a mesh: its larger blocks each by itself, then what is left.
+    """Shard a model over the ranks of a mesh: each larger block by itself, then the rest.
 
     Raises:
         ConfigError: a parameter has no dimension that could be cut.
@@ -115,7 +115,7 @@ def shard(module: pl.LightningModule, mesh: Any) -> None:
 def large_blocks(module: nn.Module) -> list[nn.Module]:
     """Return the elements of a model's lists that are sharded by themselves, outer ones first.
 
-    Not one that shares a parameter with what lies outside of it: sharded apart, the two would be tied no more.
+    Skips a block that shares a parameter with the rest of the model: sharding would untie them.
     """
     places: dict[int, list[str]] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):

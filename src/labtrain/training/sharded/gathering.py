@@ -1,8 +1,8 @@
-"""Outputs gathered in a list, one item a call of a step, brought together for an epoch's end.
+"""Gathers lists of outputs, one item a call of a step, from all ranks at an epoch's end.
 
-Each rank's list has the items of its shards. How many those are of each batch is a function of the loader and of the
-number of batches, so nothing is counted in a step. A checkpoint holds the items of all ranks, and a training that goes
-on gives each rank those of its shards.
+Each rank's list has the items of its shards. Their number in each batch follows from the loader and the number of
+batches, so steps count nothing. A checkpoint holds the items of all ranks, and a resumed training gives each rank those
+of its shards.
 
 Lightning 2.6: loops/training_epoch_loop.py and loops/evaluation_loop.py, for the number of batches.
 """
@@ -35,7 +35,7 @@ def enter(trainer: pl.Trainer | None) -> None:
 
 
 def gather_outputs(outputs: list[object]) -> list[object]:
-    """Return the items of all ranks, in the order of batches and shards; to be called on every rank at an epoch's end.
+    """Return the items of all ranks, in the order of batches and shards; call it on every rank at an epoch's end.
 
     Args:
         outputs: of this rank: one item for each call of the epoch's step, or for each call with one of several
@@ -45,7 +45,7 @@ def gather_outputs(outputs: list[object]) -> list[object]:
         A new list, the same on every rank.
 
     Raises:
-        ConfigError: a list has another length.
+        ConfigError: the number of items is not the number of calls.
     """
     trainer = _trainer() if _trainer is not None else None
     calls = calls_of(trainer) if trainer is not None else [[1] * len(outputs)]
@@ -65,14 +65,14 @@ def gather_outputs(outputs: list[object]) -> list[object]:
 
 @contextmanager
 def made_whole(trainer: pl.Trainer, grown: set[str]) -> Iterator[list[Path]]:
-    """Have the model's lists of this epoch's outputs hold the items of all ranks, while it is saved; on every rank.
+    """Fill the model's lists of this epoch's outputs with the items of all ranks, during a save; on every rank.
 
     Args:
         trainer: in the middle of a training epoch, with shards.
         grown: the attributes with lists that steps append to.
 
     Yields:
-        where they are: the lists of rank 0 that have an item a call.
+        the paths of these lists: those of rank 0 with one item a call.
     """
     lists = lists_of(trainer.lightning_module)
     mine = grown, calls_of(trainer), {path: len(items) for path, items in lists.items()}
@@ -94,7 +94,7 @@ def made_whole(trainer: pl.Trainer, grown: set[str]) -> Iterator[list[Path]]:
 
 
 def leave_own(trainer: pl.Trainer, paths: list[Path]) -> None:
-    """Have lists that hold the items of all ranks hold those of this rank; called on every rank."""
+    """Keep only this rank's items in lists that hold the items of all ranks; called on every rank."""
     if trainer.world_size == 1 or not paths:
         return
     calls: list[Calls] = [[]] * trainer.world_size
@@ -141,12 +141,12 @@ def calls_of(trainer: pl.Trainer) -> Calls:
 
 
 def _check_resumed(trainer: pl.Trainer) -> None:
-    """Raise ConfigError where no checkpoint has held the outputs of this epoch's first batches."""
+    """Raise ConfigError if the checkpoint lacks the outputs of this epoch's first batches."""
     if getattr(trainer.fit_loop.epoch_loop, "epoch_without_outputs", None) == trainer.current_epoch:
         raise ConfigError(
-            "labtrain.gather_outputs: this epoch was resumed in its middle, and its checkpoint does not have the"
-            " outputs of the batches before",
-            hint="append them to a list that is an attribute of the model: checkpoints hold those",
+            "labtrain.gather_outputs: this epoch was resumed in the middle, and its checkpoint lacks the"
+            " outputs of earlier batches",
+            hint="append them to a list that is an attribute of the model: checkpoints hold such lists",
         )
 
 
@@ -159,7 +159,7 @@ def _order(lengths: list[int], calls: list[Calls], trainer: pl.Trainer | None) -
         trainer: named in an error.
 
     Raises:
-        ConfigError: the lengths are not those of the calls, or they fit two loaders that give two orders.
+        ConfigError: the lengths do not fit the calls, or fit two loaders that give two orders.
     """
     whole = [list(zip(*calls, strict=True))]  # of each loader: the calls of each rank
     found = []
@@ -174,7 +174,7 @@ def _order(lengths: list[int], calls: list[Calls], trainer: pl.Trainer | None) -
     if trainer is not None:
         step = f"{'training' if trainer.training else 'test' if trainer.testing else 'validation'}_step"
     raise ConfigError(
-        f"labtrain.gather_outputs: the list has {_each(lengths)} items, {step} was called {_each(expected)} times",
+        f"labtrain.gather_outputs: the list has {_each(lengths)} items, but {step} was called {_each(expected)} times",
         hint="append exactly one item in each call of the step, not in a hook, and clear the list at the epoch's end",
     )
 

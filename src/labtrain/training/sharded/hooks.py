@@ -1,7 +1,7 @@
-"""What hooks and callbacks get of a batch: this rank's part as an ordinary batch, and what its steps returned, joined.
+"""The batch and the outputs that hooks and callbacks get: this rank's shards, joined.
 
-`training_step` gets a shard at a time. Hooks such as on_train_batch_end are called once a batch, so they get the rank's
-shards joined (collate.py), as under DDP. It is done only where a hook of the model or of a callback takes a batch.
+`training_step` gets one shard at a time. Hooks such as on_train_batch_end run once a batch, so they get the rank's
+shards joined (collate.py), as under DDP. labtrain joins them only if a hook of the model or a callback takes a batch.
 """
 
 import lightning.pytorch as pl
@@ -17,7 +17,7 @@ PREFIXES = {"train": "train", "sanity_check": "validation", "validate": "validat
 
 
 class Takers:
-    """Which hooks of a training take a batch, or outputs: those that the model or a callback has of its own."""
+    """Tells which hooks of a training take a batch or outputs: those that the model or a callback overrides."""
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self.trainer = trainer
@@ -49,11 +49,11 @@ class Takers:
 
 
 class Handed:
-    """A batch as hooks get it, and the shards that it was joined of.
+    """A batch as hooks get it, and the shards that it was joined from.
 
     Args:
-        sharded: its parts are on the device already.
-        like: where this rank has no shard: what an empty part looks like.
+        sharded: its parts are on the device.
+        like: an empty part, for a rank without a shard.
     """
 
     def __init__(self, sharded: Sharded, like: object = None) -> None:
@@ -63,11 +63,11 @@ class Handed:
         self._marks = marks(self.batch)
 
     def check(self, trainer: pl.Trainer) -> None:
-        """Raise ConfigError if a hook has changed the batch: the shards, which the step gets, do not know of it."""
+        """Raise ConfigError if a hook has changed the batch: the step gets the shards, which have not changed."""
         if is_changed(self.batch, self._marks):
             raise ConfigError(
                 f"a hook changed its batch (on_{PREFIXES[_stage(trainer)]}_batch_start): the step gets the batch's"
-                " shards, which do not have the change",
+                " shards, without that change",
                 hint="change it in on_after_batch_transfer of the model, which gets each shard; or"
                 " determinism.shards=null",
             )
@@ -79,7 +79,7 @@ def joined_outputs(outputs: list[object], sizes: list[int]) -> object:
 
 
 def of_no_shard(parts: list[tuple[int, object]], *, average: bool, device: torch.device) -> object:
-    """Return what a rank without a shard has instead: rank 0's first part without its rows. Every rank calls it.
+    """Return an empty part for a rank without a shard: rank 0's first part without its rows. Every rank calls it.
 
     Args:
         parts: (samples, data) of this rank's shards; rank 0 has one in every batch.

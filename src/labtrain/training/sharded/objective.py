@@ -1,9 +1,9 @@
-"""What is minimised where a batch is cut into shards: the mean of their losses, by samples or by a returned weight.
+"""The objective of a training with shards: the mean of the shards' losses, by samples or by a returned weight.
 
-That is the loss of the batch where the loss is a mean over samples, and another objective where it is not: InfoNCE has
-fewer negatives in a shard, a mean over valid tokens or weighted classes is divided by another sum. `Objective` finds
-such a loss before the first step, without knowing what kind it is: it compares the loss and the gradients of one
-shard's samples with the mean over their two halves, and of other shards with other parts.
+If the loss is a mean over samples, that is the loss of the batch. Otherwise it is another objective: InfoNCE has fewer
+negatives in a shard; a mean over valid tokens or weighted classes is divided by another sum. `Objective` finds such a
+loss before the first step, without knowing its kind. It compares the loss and the gradients of one shard's samples with
+the mean over their two halves, and those of other shards with other parts.
 """
 
 import copy
@@ -50,8 +50,8 @@ WEIGHT_HINT = (
     " the samples"
 )
 NOT_COMPARED = "the loss of a batch and the mean of its shards' losses were not compared"
-# Of the first one the gradients too, of the next ones where the loss differs: two samples of one class do not show that
-# the classes have weights.
+# For the first shard also the gradients; for the next ones only if the loss differs: two samples of one class do not
+# show that the classes have weights.
 SHARDS_COMPARED = 4
 
 
@@ -62,7 +62,7 @@ def weight_of(output: object) -> float | None:
     """Return the weight that `training_step` returned with the loss of a shard; None if it returned none.
 
     Raises:
-        ConfigError: it is no number, or below 0.
+        ConfigError: it is not a number, or below 0.
     """
     if not isinstance(output, dict) or "weight" not in output:
         return None
@@ -76,7 +76,7 @@ def weight_of(output: object) -> float | None:
     )
     raise ConfigError(
         f"training_step returned {shown} as weight of its loss; expected a finite number, 0 or more",
-        hint=f"{WEIGHT_HINT}; or return it by another name than weight",
+        hint=f"{WEIGHT_HINT}; or return it under a name other than weight",
     )
 
 
@@ -89,7 +89,7 @@ def weighted_row(loss: Tensor, share: float, *, returned: bool) -> Tensor:
 
 
 def weighted_mean(rows_SN: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return the loss of a step, and the sum of its shards' shares where they are not 1 by themselves.
+    """Return the loss of a step, and the sum of its shards' shares unless that is always 1.
 
     Args:
         rows_SN: `weighted_row` of each shard.
@@ -104,12 +104,12 @@ def weighted_mean(rows_SN: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class NotComparedError(Exception):
-    """The objective of the shards cannot be compared with that of the batch; its text says why."""
+    """The objective of the shards cannot be compared with that of the batch; the text gives the reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """How a loss of some samples differs from the mean over two parts of them.
+    """The difference between a loss of some samples and the mean over two parts of them.
 
     Attributes:
         samples: how many.
@@ -129,14 +129,14 @@ class Difference:
 class Objective(pl.Callback):
     """Compares once in each process that trains, before its first step: a receipt has the notes of its last process.
 
-    On rank 0, which has a shard at least; all ranks say the same.
+    Runs on rank 0, which has at least one shard; all ranks report the result.
 
     Args:
         shards: S, more than 1.
         strict: the kernels are deterministic.
-        judge: called with (what, hint) for what a step changes and nothing puts back before the next shard.
-        say: called with what the person and the receipt are to have.
-        note: called with what is for the receipt alone.
+        judge: called with (what, hint) for a change in a step that labtrain does not undo before the next shard.
+        say: called with each warning, which is printed and goes into the receipt.
+        note: called with each note that goes only into the receipt.
     """
 
     def __init__(
@@ -181,15 +181,15 @@ class Objective(pl.Callback):
             self.judge(*self._uncounted(changed))
         elif read:
             self.judge(
-                f"training_step's loss of a shard depends on what the shard before it left in {few(read)}: with"
-                f" determinism.shards={self.shards} that depends on the number of devices",
+                f"training_step's loss of a shard depends on {few(read)}, which the shard before it changed: with"
+                f" determinism.shards={self.shards} the result then depends on the number of devices",
                 "append to it in on_train_batch_end, which runs once a step; or determinism.shards=1",
             )
         if asked:
             self.judge(
-                f"training_step's loss depends on the process that computes it, by {few(asked)}: which shards are in"
-                " which process depends on the number of devices",
-                "leave it out of the loss: a step sees a shard of the batch, and the gradient is the mean over all"
+                f"training_step's loss depends on the process that computes it, through {few(asked)}: the number of"
+                " devices decides which process computes which shard",
+                "remove it from the loss: a step sees a shard of the batch, and the gradient is the mean over all"
                 " shards, on any number of devices; or determinism.shards=null determinism.mode=warn",
             )
         if found is not None:
@@ -197,8 +197,8 @@ class Objective(pl.Callback):
 
     def _uncounted(self, names: list[str]) -> tuple[str, str]:
         return (
-            f"training_step changes {few(names)}: with determinism.shards={self.shards} it runs that often in a step,"
-            " so what it leaves there depends on the number of devices",
+            f"training_step changes {few(names)}: with determinism.shards={self.shards} it runs once a shard, so the"
+            " result depends on the number of devices",
             "change it in on_train_batch_end, which runs once a step; or keep a number, a tensor or a list in an"
             " attribute of the model; or draw from torch's own generator, which is seeded for each shard; or"
             " determinism.shards=1",
@@ -207,23 +207,26 @@ class Objective(pl.Callback):
     def _sentence(self, found: Difference, size: int) -> str:
         shards = f"{self.shards} shards of {_sizes(size, self.shards)} samples"
         return (
-            f"training_step's loss depends on how a batch is cut: of {found.samples} samples it is {found.whole:.4g},"
-            f" as the mean of two parts of them {found.parts:.4g}, and the gradients differ by"
+            f"training_step's loss depends on how a batch is cut: for {found.samples} samples it is {found.whole:.4g},"
+            f" the mean over two parts of them is {found.parts:.4g}, and the gradients differ by"
             f" {_percent(found.gradients)} (rounding explains up to {_percent(found.rounding)})."
             " Each step minimises the mean of the losses of"
             f" {shards}, not the loss of the batch of {size}. determinism.shards=1 minimises the loss of the batch."
-            " Where"
-            f" the loss is a mean over something else than samples, a weight does too: {WEIGHT_HINT}"
+            " If"
+            f" the loss is a mean over something other than samples, use a weight: {WEIGHT_HINT}"
         )
 
 
 def left_by_shards(
     trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, *, shards: int, strict: bool
 ) -> tuple[list[str], list[str], list[str]]:
-    """Return the names of what two shards of a step, run one after the other, leave changed; and of what they read.
+    """Run two shards of a step, one after the other; return the names of what they change, read and ask.
 
-    Though all is put back in between that a step puts back. Afterwards everything is as it was. And what the step asks
-    of its process, such as its rank, where its loss depends on it.
+    Between them labtrain restores what a real step restores; afterwards it restores everything.
+
+    Returns:
+        names of what the second shard changes again; of what its loss reads from the first one; and of what the step
+        asks of its process, such as its rank, if the loss depends on it.
 
     Raises:
         NotComparedError: the step cannot be tried.
@@ -241,10 +244,10 @@ def compare(
 ) -> Difference | None:
     """Compare losses and gradients of shards of an epoch's first batch with the mean over two parts of each.
 
-    In eval mode, so without dropout, and in float32. Afterwards everything is as it was.
+    In eval mode, so without dropout, and in float32. Afterwards it restores everything.
 
     Returns:
-        None where they are the same but for rounding.
+        None if they are equal up to rounding.
 
     Raises:
         NotComparedError: they cannot be compared.
@@ -270,7 +273,7 @@ def compare(
 
 @contextmanager
 def _bench(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader) -> Iterator["_Bench"]:
-    """Prepare the process to try steps, and put everything back, the states of generators too."""
+    """Prepare the process to try steps, then restore everything, including the states of generators."""
     try:
         with ExitStack() as stack:
             stack.callback(keep_draws())
@@ -397,7 +400,7 @@ class _Bench:
         self._reset()
         alone, _ = self.run(second, fresh=False)
         same = alone == loss if strict else math.isclose(alone, loss, rel_tol=1e-3)
-        return found, [] if same or math.isnan(loss) else grown or ["something that labtrain does not see"]
+        return found, [] if same or math.isnan(loss) else grown or ["something that labtrain cannot see"]
 
     def asked(self, data: object, *, strict: bool) -> list[str]:
         """Return what the step asks of the process that runs it, where its loss is another one in another process."""
@@ -537,7 +540,7 @@ def _refuse_unequal(whole: object, first: object, second: object) -> None:
         together = torch.cat([left, right])
         if not torch.allclose(together.double(), leaf.double(), rtol=1e-4, atol=1e-6, equal_nan=True):
             raise NotComparedError(
-                "a sample comes out of the loader otherwise beside other samples; a transform, collate_fn or"
+                "the loader changes a sample when it loads other samples with it; a transform, collate_fn or"
                 " __getitems__ may draw random numbers for several at once"
             )
 

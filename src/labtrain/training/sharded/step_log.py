@@ -1,9 +1,9 @@
-"""What one step logs, combined over the shards of all ranks: `self.log`, torchmetrics' states, a few flags.
+"""Combines what a step logs over the shards of all ranks: `self.log`, torchmetrics' states, a few flags.
 
 Each call of `training_step` or `validation_step` sees one shard. It logs into a scratch collection, and its metrics
-start from nothing. What it left is a row of float64 numbers. All rows of a step come together on every rank, and each
-computes from the same S rows the same step: so an average over an epoch has the same bits on any number of ranks, and
-after a resume. Lightning's own collection then gets the step as if one process had logged it.
+start empty. Its result is a row of float64 numbers. Every rank gets all S rows of a step and computes the same values
+from them. So an average over an epoch has the same bits on any number of ranks, and after a resume. Lightning's own
+collection then gets the step as if one process had logged it.
 
 Lightning 2.6: trainer/connectors/logger_connector/result.py, through lightning.py.
 """
@@ -36,7 +36,7 @@ from labtrain.exact.metric_states import (
 )
 from labtrain.training.lightning import LoggedValue, ResultCollection, ResultMeta, Results, new_entry, without_sync
 
-# Rows are padded, so that ranks that disagree about a row's length still exchange equally long ones, and can say so.
+# Rows are padded: ranks that disagree about a row's length still exchange rows of one length, and can report it.
 ROW_MULTIPLE = 64
 HEAD = 3  # of a rank's first row: the template's signature, and two wishes
 
@@ -52,7 +52,7 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """What a row holds after the numbers that the caller puts in front.
+    """The content of a row after the numbers that the caller puts in front.
 
     Attributes:
         front: how many numbers the caller puts in front.
@@ -77,13 +77,13 @@ def is_global(entry: LoggedValue) -> bool:
 
 
 class Tally:
-    """Collects and combines; one for a model.
+    """Collects and combines the rows of a model's steps.
 
     Args:
-        module: its torchmetrics are found by name.
+        module: the model; its torchmetrics are found by name.
 
     Raises:
-        ConfigError: a metric's state is reduced by a function of its own.
+        ConfigError: a metric's state has its own reduction.
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -103,7 +103,7 @@ class Tally:
         self._logs = Results(training=True)
 
     def _find_metrics(self) -> None:
-        """Find the model's metrics, again where it has other submodules: a hook may make one for each epoch."""
+        """Find the model's metrics; again if its submodules changed: a hook may make a metric for each epoch."""
         members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
         if self._tables and len(members) == len(self._members) and all(map(is_, members, self._members)):
             return
@@ -127,9 +127,9 @@ class Tally:
             for state, default in metric._defaults.items():
                 if isinstance(default, Tensor) and not reduction(metric, state):
                     raise ConfigError(
-                        f"{name} ({type(metric).__name__}): its state {state!r} is combined by a function of its own,"
-                        " and not by sum, mean, min, max or concatenation",
-                        hint="another metric, or determinism.shards=null",
+                        f"{name} ({type(metric).__name__}): its state {state!r} has its own reduction;"
+                        " expected sum, mean, min, max or concatenation",
+                        hint="use another metric, or determinism.shards=null",
                     )
 
     def begin(self, *, training: bool) -> None:
@@ -156,7 +156,7 @@ class Tally:
         Args:
             front: the caller's numbers, 1-D, float64.
             samples: of the shard.
-            weighted: its loss and the weight that came with it: where that loss is logged, it counts by the weight.
+            weighted: its loss and the returned weight: if the step logs that loss, it counts by this weight.
         """
         for name, before in self._beside.items():
             self._check_new(name, before)
@@ -165,7 +165,7 @@ class Tally:
         for name in touched if run_mode() != "off" else ():
             if self.metrics[name]._computed is not None and name not in self._inner:
                 raise ConfigError(
-                    f"a step calls {name}.compute(): it would be of one shard, not of all that was seen so far",
+                    f"a step calls {name}.compute(): the value would be of one shard, not of all data so far",
                     hint=f"self.log({name.rpartition('.')[2]!r}, self.{name}), which computes it at the epoch's end;"
                     f" or {name}.compute() in on_train_epoch_end",
                 )
@@ -184,15 +184,15 @@ class Tally:
         self._lists.append({name: [_detached(item) for item in items] for name, items in lists.items()})
 
     def _check_new(self, name: str, before: dict[str, object]) -> None:
-        """Raise ConfigError where a step has changed what a metric keeps beside its states: it can't be combined."""
+        """Raise ConfigError if a step has changed a metric's attributes beside its states: they cannot be combined."""
         metric = self._new[name]
         now = beside_states(metric)  # a wrapper may not count its updates
         for attribute, value in before.items():
             if attribute != "_update_count" and now.get(attribute, value) != value:
                 raise ConfigError(
-                    f"{name} ({type(metric).__name__}): an update changes its {attribute}, which is no state of it, so"
+                    f"{name} ({type(metric).__name__}): an update changes its {attribute}, which is not a state, so"
                     " the updates of several shards cannot be combined",
-                    hint="add_state in the metric for all that an update changes, another metric, or"
+                    hint="use add_state in the metric for all that an update changes, use another metric, or"
                     " determinism.shards=null",
                 )
         if now["_update_count"] != before["_update_count"]:
@@ -212,7 +212,7 @@ class Tally:
         wishes: tuple[float, float],
         device: torch.device,
     ) -> tuple[Tensor, tuple[float, float]]:
-        """End the step: bring all rows together, and hand the step's logs and metrics over.
+        """End the step: gather all rows, and pass the step's logs and metrics to Lightning.
 
         Args:
             results: Lightning's collection.
@@ -228,7 +228,7 @@ class Tally:
         Raises:
             ConfigError: the shards do not log the same names.
         """
-        if len(counts) > 1 and 0 in counts:  # such a rank cannot know what the others logged
+        if len(counts) > 1 and 0 in counts:  # a rank without a shard cannot know what the other ranks logged
             known = [self._template]
             dist.broadcast_object_list(known, src=0)
             self._template = self._template or known[0]
@@ -258,7 +258,7 @@ class Tally:
         by_rank = all_rows.view(len(counts), max(counts), padded)
         signatures, stops, saves = by_rank[:, 0, :HEAD].T.tolist()
         if len(set(signatures)) > 1:
-            raise _unequal(f"{_names(template)} on rank {dist.get_rank()}, something else on another")
+            raise _unequal(f"{_names(template)} on rank {dist.get_rank()}, other names on another rank")
         rows = torch.cat([by_rank[number, :count, HEAD:length] for number, count in enumerate(counts)])
         lists = self._lists
         if any(True for _ in self._list_states(template.metrics)):
@@ -268,7 +268,7 @@ class Tally:
         return rows, lists, (max(stops), max(saves))
 
     def _release(self, rows: Tensor, lists: list[dict[str, list[object]]]) -> None:
-        """Give the metrics their states back, with this step's."""
+        """Restore the metrics' states, with this step added."""
         assert self._template is not None
         at = self._template.front + 2 * len(self._template.entries)
         steps: dict[str, Held] = {name: {} for name in self._template.metrics}
@@ -387,7 +387,7 @@ def _kind(meta: ResultMeta) -> str:
 
 
 def global_already(value: Tensor, *_: object, **__: object) -> Tensor:
-    """Stand for Lightning's reduction over ranks, where a value is that of all ranks."""
+    """Replace Lightning's reduction over ranks for a value that already covers all ranks."""
     return value
 
 

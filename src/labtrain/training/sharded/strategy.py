@@ -1,14 +1,14 @@
 """Exact training inside Lightning's Trainer: the same bits on 1, 2, 3, ... up to S devices.
 
-One Lightning batch is one global batch. The loader yields this rank's shards of it; `training_step` below runs the
-person's own once a shard, forward and backward, sums the gradients and the buffers along one tree (tree_sum.py), and
+One Lightning batch is one global batch. The loader yields this rank's shards of it. `training_step` below runs the
+model's own once a shard, forward and backward, sums the gradients and the buffers along one tree (tree_sum.py), and
 returns the loss of the whole batch. Lightning then calls `backward`, which installs the sums. Clipping, scaler,
-optimizer, schedulers, callbacks and loggers are Lightning's own and see one step, whatever the number of processes: so
-`global_step`, `batch_idx`, `val_check_interval` and schedules do not depend on it either.
+optimizer, schedulers, callbacks and loggers are Lightning's own. They see one step, whatever the number of processes.
+So `global_step`, `batch_idx`, `val_check_interval` and schedules do not depend on that number.
 
-Every shard is run under its own (seed, epoch, batch, shard), from the buffers that the step began with; buffers are
-then averaged over the samples, once a step. The loss is taken for a mean over the samples, unless the step returns its
-weight: objective.py.
+Every shard runs under its own (seed, epoch, batch, shard), from the buffers at the start of the step. Buffers are then
+averaged over the samples, once a step. The loss counts as a mean over the samples, unless the step returns its weight:
+objective.py.
 
 Lightning 2.6: strategies/strategy.py and strategies/ddp.py.
 """
@@ -54,7 +54,7 @@ from labtrain.training.sharded.objective import weight_of, weighted_mean, weight
 from labtrain.training.sharded.step_log import Tally
 from labtrain.training.state.watch import Watch, let_pass
 
-# Where people make what decides about the result. Whether a step's loss depends on it is tried (objective.py).
+# Functions in which people make what decides the result. objective.py tests whether a step's loss depends on it.
 MAKERS = frozenset(
     {"__init__", "setup", "prepare_data", "configure_model", "configure_callbacks", "configure_optimizers"}
     | {"train_dataloader", "val_dataloader", "test_dataloader", "on_fit_start", "on_train_start"}
@@ -62,8 +62,8 @@ MAKERS = frozenset(
     | {"optimizer_step", "configure_gradient_clipping", "lr_scheduler_step"}
 )
 TRAINER = sys.modules[pl.Trainer.__module__].__file__
-# Properties of the Trainer, and of the model, that ask the strategy; and those of them that are noted where people make
-# something: who asks whether it is the first process prints or writes, and a local rank names a device.
+# Properties of the Trainer, and of the model, that ask the strategy; and those that are recorded in MAKERS. Code that
+# asks whether it is the first process prints or writes, and a local rank names a device.
 PASSING = (TRAINER, sys.modules[pl.LightningModule.__module__].__file__)
 OF_TRAINER = ("world_size", "num_devices", "device_ids", "global_rank", "local_rank", "is_global_zero")
 NOTED = ("world_size", "num_devices", "device_ids", "global_rank")
@@ -88,10 +88,10 @@ class _Step:
         index: of the batch in the epoch.
         moved: whether the shards are on the device.
         ranges: which shards each rank has.
-        parameters: that want a gradient.
-        older: their gradients, of batches that are accumulated.
-        missing: whether a shard of this rank left out a gradient, or there is none: the others may have it.
-        outputs: of each shard: samples, and what the step returned, where hooks take it.
+        parameters: that need a gradient.
+        older: their gradients, of accumulated batches.
+        missing: whether a shard of this rank lacks a gradient, or this rank has no shard: other ranks may have it.
+        outputs: of each shard: samples, and the step's output, if hooks take it.
     """
 
     batch: Sharded
@@ -106,16 +106,16 @@ class _Step:
 
 
 class Exact(_Base):
-    """What both strategies share; the classes below mix it into Lightning's.
+    """The common part of both strategies; the classes below mix it into Lightning's.
 
     Args:
         arguments: of Lightning's strategy.
-        shards: S; a part of the result, as the number of processes is not.
-        wishes: what this process wants of all: to stop, to save.
+        shards: S; the result depends on it, but not on the number of processes.
+        wishes: what this process asks of all ranks: to stop, to save.
         options: of Lightning's strategy.
     """
 
-    _pretended: Options | None = None  # what the experiment's code is told of its process, in a trial
+    _pretended: Options | None = None  # what the experiment's code sees of its process, in a trial
 
     def __init__(self, *arguments: Any, shards: int, wishes: Wishes, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -156,22 +156,22 @@ class Exact(_Base):
         for name, parameter in self._module.named_parameters():
             if isinstance(parameter, torch.nn.UninitializedParameter):
                 raise ConfigError(
-                    f"{name} has no shape before a first batch: it is a lazy layer's, and the optimizer and the other"
-                    " ranks need it now",
-                    hint="run a sample of zeros through the model at the end of its __init__; or name the sizes",
+                    f"{name} of a lazy layer has no shape before the first batch, but the optimizer and the other"
+                    " ranks need its shape now",
+                    hint="run a sample of zeros through the model at the end of its __init__; or set the sizes",
                 )
         super().setup(trainer)
         module = self._module
         if not module.automatic_optimization:
             raise ConfigError(
-                f"{type(module).__name__} optimizes manually: its steps cannot be cut into determinism.shards",
-                hint="determinism.shards=null: Lightning's plain strategy, bits depend on the number of devices",
+                f"{type(module).__name__} uses manual optimization: its steps cannot be cut into determinism.shards",
+                hint="determinism.shards=null (Lightning's strategy; results then depend on the number of devices)",
             )
         for name, part in module.named_modules():
             if isinstance(part, torch.nn.SyncBatchNorm):
                 raise ConfigError(
                     f"{name or 'the model'} is a SyncBatchNorm: its statistics are summed in the order of the devices",
-                    hint="BatchNorm, whose statistics are then those of a shard; or determinism.shards=null",
+                    hint="use BatchNorm, which has the statistics of a shard; or determinism.shards=null",
                 )
         self._trainer, self._takers = trainer, Takers(trainer)
         self._seeds_transfer = any(
@@ -223,7 +223,7 @@ class Exact(_Base):
         return self._handed.batch
 
     def reduce(self, tensor: object, group: object = None, reduce_op: dist.ReduceOp | str | None = "mean") -> Any:
-        """Return a tensor that is the same on all ranks as it is: a mean of three equal numbers may not be equal."""
+        """Return a tensor unchanged if all ranks have the same: a mean of three equal numbers may differ from them."""
         if self._inside or self._world == 1 or not isinstance(tensor, Tensor):
             return tensor
         gathered = [torch.empty_like(tensor) for _ in range(self._world)]
@@ -259,8 +259,8 @@ class Exact(_Base):
                 self._shard_step(step, number, args)
             if self._trainer.should_stop and not stopping:
                 raise ConfigError(
-                    "training_step sets trainer.should_stop: one shard, on one of the devices, would decide",
-                    hint="set it in on_train_batch_end, by self.trainer.callback_metrics: these are of the whole batch",
+                    "training_step sets trainer.should_stop: one shard on one device would decide",
+                    hint="set it in on_train_batch_end, from self.trainer.callback_metrics, those of the whole batch",
                 )
             cast(ShardSum, self._sum).send()
             rows_SK = self._combined(batch, results, step.ranges)
@@ -269,7 +269,7 @@ class Exact(_Base):
     def backward(self, closure_loss: Tensor, optimizer: Any, *args: object, **kwargs: object) -> Tensor:
         if self._waiting is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
-        # Here, and not in training_step: gradients that are not wanted any more are gone, and their memory is free.
+        # Here, and not in training_step: the old gradients are gone by now, and their memory is free.
         sums = cast(ShardSum, self._sum).total()
         has_gradient, shares = self._waiting
         if shares is not None:
@@ -323,7 +323,7 @@ class Exact(_Base):
         if loss is None:
             raise ConfigError(
                 f"training_step returned no loss for shard {shard} of batch {step.index}",
-                hint="return the loss of every shard, 0 * loss to leave one out; or determinism.shards=null",
+                hint="return the loss of every shard (0 * loss to skip one); or determinism.shards=null",
             )
         weight, given = samples / step.batch.samples, weight_of(output)
         share = weight if given is None else given / step.batch.samples
@@ -353,7 +353,7 @@ class Exact(_Base):
         self._filling = None
 
     def _end_step(self, step: "_Step", rows_SK: Tensor) -> object:
-        """Install what the shards of all ranks left; return what hooks get for the step."""
+        """Install the results of the shards of all ranks; return what hooks get for the step."""
         parameters, buffers, watch = step.parameters, self._buffers, self._watch
         sizes = len(parameters), len(buffers.owned) + 1, Watch.NUMBERS if watch is not None else 0
         has_SP, buffers_SB, watched_S3, losses_SN = rows_SK.split([*sizes, rows_SK.shape[1] - sum(sizes)], 1)
@@ -439,7 +439,7 @@ class Exact(_Base):
         return str(trainer.state.stage), trainer.global_step
 
     def _combined(self, batch: Sharded, results: Any, ranges: list[range]) -> Tensor:
-        """Bring together what all shards logged, and what all ranks wish; return the numbers that were put in front."""
+        """Combine what all shards logged, and the wishes of all ranks; return the numbers that were put in front."""
         rows_SK, agreed = self._tally.combine(
             results,
             samples=batch.samples,
@@ -451,7 +451,7 @@ class Exact(_Base):
         return rows_SK
 
     def _whole(self, batch: object, epoch: int, index: int, *args: object) -> object:
-        """Run a step of one shard as Lightning itself would: nothing is to be combined."""
+        """Run a step of one shard as Lightning would: there is nothing to combine."""
         seed_place("shard", epoch, index, 0)
         output = super().training_step(batch, *args)
         self.wishes.agree(*self.wishes.numbers())
@@ -459,7 +459,7 @@ class Exact(_Base):
 
     @contextmanager
     def scratch(self, loop: object) -> Any:
-        """Put Lightning's collection of what is logged back, whatever happens."""
+        """Restore Lightning's collection of logged values at the end, whatever happens."""
         results, self._inside = results_of(loop), True
         try:
             yield results
@@ -476,7 +476,7 @@ class Exact(_Base):
         return super().batch_to_device(data, dataloader_idx=dataloader_idx)
 
     def _prepare(self) -> list[torch.nn.Parameter]:
-        """Return the parameters that want a gradient; where they are others than before, lay out their sums anew."""
+        """Return the parameters that need a gradient; if they changed, lay out their sums again."""
         parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad]
         if self._sum is not None and list(map(id, parameters)) == list(map(id, self._parameters)):
             return parameters
@@ -500,7 +500,7 @@ class Exact(_Base):
                 raise ConfigError(
                     f"the gradient of {_name_of(parameter, self._module)} grew after it was sent: reentrant"
                     " checkpointing used it more often than in any step before",
-                    hint="torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or trainer.devices=1",
+                    hint="use torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or trainer.devices=1",
                 )
             if self._added[number] == self._uses[number]:  # reentrant checkpointing adds to it once a use
                 assert self._sum is not None
@@ -511,7 +511,7 @@ class Exact(_Base):
         return hook
 
     def _push(self, shard: int, parameters: list[torch.nn.Parameter]) -> list[float]:
-        """Put in the gradients of one shard that have not gone already; return 1.0 for each that there is."""
+        """Add the gradients of one shard that were not sent yet; return 1.0 for each gradient that exists."""
         assert self._sum is not None
         present = []
         for number, parameter in enumerate(parameters):
@@ -528,7 +528,7 @@ class Exact(_Base):
 
     @contextmanager
     def pretending(self, rank: int, world: int) -> Iterator[set[str]]:
-        """Tell the experiment's code that it runs in another process; yield what it has asked for, with file and line.
+        """Let the experiment's code see another process; yield what it asks for, with file and line.
 
         Args:
             rank: of that process.
@@ -549,7 +549,7 @@ class Exact(_Base):
                     os.environ[name] = value
 
     def _told(self, name: str, value: object) -> Any:
-        """Return a property of the process; note code of the experiment that asks for it, to make something of it."""
+        """Return a property of the process; record code of the experiment that asks for it."""
         frame: types.FrameType | None = sys._getframe(2)
         if frame is None or frame.f_code.co_filename == __file__:
             return value
@@ -652,9 +652,9 @@ def _judge_backward_hooks(guard: Guard, owners: list[object]) -> None:
     for each in owners:
         if is_overridden("on_before_backward", each):
             guard.judge(
-                f"{type(each).__name__}.on_before_backward runs once a shard, so as often in a step as this rank has"
-                " shards",
-                "on_after_backward or on_before_optimizer_step, which run once a step; or determinism.shards=1",
+                f"{type(each).__name__}.on_before_backward runs once a shard, so the number of calls in a step"
+                " depends on the number of devices",
+                "use on_after_backward or on_before_optimizer_step, which run once a step; or determinism.shards=1",
             )
 
 
@@ -667,7 +667,7 @@ def _loss(output: object) -> Any:
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """Return the tensor, or one like it where its elements overlap or leave gaps."""
+    """Return the tensor, or one like it if its elements overlap or leave gaps."""
     return tensor if torch.empty_like(tensor, device="meta").stride() == tensor.stride() else torch.empty_like(tensor)
 
 
@@ -675,6 +675,6 @@ def _not_sparse(gradient: Tensor) -> Tensor:
     if gradient.layout != torch.strided:
         raise ConfigError(
             "a gradient is sparse: it cannot be summed along the tree of determinism.shards",
-            hint="nn.Embedding(..., sparse=False), or determinism.shards=null",
+            hint="use nn.Embedding(..., sparse=False), or determinism.shards=null",
         )
     return gradient

@@ -1,1 +1,1 @@
-"""What a step or a training changes, beside weights: found, undone, kept and put back."""
+"""Finds, undoes, saves and restores what a step or a training changes beside weights."""

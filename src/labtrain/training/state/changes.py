@@ -1,8 +1,8 @@
-"""Which state a step or a training changes that neither a watcher nor a checkpoint sees.
+"""Finds state that a step or a training changes, and that neither a watcher nor a checkpoint sees.
 
-What watch.py puts back before each shard, and what unsaved.py keeps, are the plain attributes, the buffers and the
-weights. People also count in closures, globals and class attributes, draw from generators of their own, and step an
-optimizer that Lightning does not know. `look` takes a fingerprint of all that a model can reach; two looks show it.
+watch.py restores plain attributes, buffers and weights before each shard, and unsaved.py saves them. But code may also
+count in closures, globals and class attributes, draw from its own generators, and step an optimizer that Lightning does
+not know. `look` takes a fingerprint of all that a model can reach; two looks show the changes.
 """
 
 import array
@@ -29,19 +29,19 @@ from labtrain.record.digests import tensor_bytes
 from labtrain.training.state.reach import label, reach
 
 MOST_OBJECTS = 300_000
-MOST_BYTES, PIECES = 1 << 24, 1 << 10  # of a tensor or an array; of a larger one so much, in so many pieces
-# Of a module of the model: what torch and Lightning keep in it beside these is their own.
+MOST_BYTES, PIECES = 1 << 24, 1 << 10  # of a tensor or an array; of a larger one this much, in this many pieces
+# Of a module of the model: the other private attributes belong to torch and Lightning.
 LOOKED_INTO = {"_parameters", "_buffers", "_modules", "_hparams", "_forward_hooks", "_forward_pre_hooks"}
 NOT_LOOKED_INTO = (
     pl.Trainer, Strategy, Logger, logging.Logger, torch.utils.data.Dataset, torch.utils.data.DataLoader,
     pl.LightningDataModule,
 )  # fmt: skip
-# Objects of these libraries change for reasons of their own, or have nothing that training depends on.
+# Objects of these libraries change for other reasons, or hold nothing that the training depends on.
 NO_STATE = re.compile(
     r"(hydra|lightning|logging|matplotlib|queue|rich|tensorboard|tqdm|wandb|wrapt)(\.|_|$)"
     r"|torch\.(_|(amp|cuda|distributed|fx|jit|profiler|utils\.tensorboard)(\.|$))"
 )
-# What fills when it is first asked for, and holds nothing else.
+# Caches that fill at the first use.
 CACHES = {"_flags_cache", "_value2member_map_", "_clear_cache"}
 STATE = (nn.Module, torch.Generator, Tensor, dict, list)
 
@@ -82,7 +82,7 @@ def look(
 def _entrance(
     module: nn.Module, beside: Mapping[str, object], known: Iterable[object], kept: Iterable[tuple[object, str]]
 ) -> Callable[[object, object, object], bool]:
-    """Return what decides whether `look` goes on from a holder to the value that it has under a name."""
+    """Return a function that decides whether `look` enters the value that a holder has under a name."""
     left_out = {id(each) for each in known}
     left_out |= {id(part) for part in module.modules() if isinstance(part, Metric | MetricCollection)}
     attributes, others = {(id(holder), name) for holder, name in kept}, set(map(id, beside.values()))
@@ -104,7 +104,7 @@ def _entrance(
 
 
 def unlike(then: Look, now: Look) -> list[str]:
-    """Return the names of what has changed from one look to another. What has only grown has not, nor what is new."""
+    """Return the names of what changed between two looks. Containers that only grew, and new objects, do not count."""
     found = [path for path in then if path in now and not _is_same(then[path], now[path])]
     names = dict.fromkeys(re.sub(r"(^|\.)_(modules|parameters|buffers)\.", r"\1", path).rstrip("' ") for path in found)
     return [
@@ -163,7 +163,7 @@ def _of_array(values: Any) -> str:
 
 
 def _pieces(values: Any) -> list[Any]:
-    """Return what is looked at of a tensor or an array: all of it, or parts that are spread evenly."""
+    """Return the parts of a tensor or an array that are hashed: all of it, or parts at even distances."""
     if values.nbytes <= MOST_BYTES:
         return [values]
     flat = values.reshape(-1)
@@ -179,7 +179,7 @@ def _hash(pieces: Iterable[bytes | memoryview]) -> str:
 
 
 def of_generator(generator: object) -> str:
-    """Return what tells the state of a generator of random numbers from any other."""
+    """Return a text that identifies the state of a generator of random numbers."""
     if isinstance(generator, torch.Generator):
         return _of_tensor(generator.get_state())
     if isinstance(generator, random.Random):

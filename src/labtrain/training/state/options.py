@@ -1,17 +1,17 @@
-"""What a new command changes of optimizers, schedules and callbacks, in a training that goes on.
+"""Applies changed options of optimizers, schedules and callbacks to a resumed training.
 
-A checkpoint holds the options that its training had, and loading it brings them back: a new learning rate would be in
-the receipt, and the old one in the optimizer. So a checkpoint also holds how optimizers, schedulers and callbacks
-began, and what begins otherwise now was changed by the configuration:
+A checkpoint holds the options of its training, and loading it restores them: a new learning rate would be in the
+receipt, and the old one in the optimizer. So a checkpoint also holds the first values of optimizers, schedulers and
+callbacks. If a first value differs now, the configuration changed it:
 
 ================ ======================================================================================================
-an option        is as it is configured now, from the first new step on
-a schedule       is entered: the new scheduler is stepped to where the old one stood, and gives the options from there
-by a metric      (ReduceLROnPlateau) what it has learned stays; its own options, and the optimizer's, are the new ones
-a callback       EarlyStopping's patience: what was never changed but by the configuration is as it is configured now
+an option        has the new value, from the first new step on
+a schedule       the new scheduler is stepped to the position of the old one, and gives the options from there
+by a metric      (ReduceLROnPlateau) keeps its state; its own options, and the optimizer's, have the new values
+a callback       EarlyStopping's patience: what only the configuration changed has the new value
 ================ ======================================================================================================
 
-A function of checkpoint and configuration alone: to do it again gives the same bits.
+The result depends only on checkpoint and configuration: to resume again gives the same bits.
 """
 
 import copy
@@ -37,7 +37,7 @@ NOT_OPTIONS = ("params", "param_names")
 
 
 def beginnings(trainer: pl.Trainer) -> State:
-    """Return how optimizers and schedulers are now that they were made, as plain values and tensors."""
+    """Return the first values of optimizers and schedulers, as plain values and tensors."""
     optimizers = [
         {"class": _name(optimizer), "groups": [_options(group) for group in optimizer.param_groups]}
         for optimizer in trainer.optimizers
@@ -57,7 +57,7 @@ def beginnings(trainer: pl.Trainer) -> State:
 
 
 def beginnings_of_callbacks(trainer: pl.Trainer) -> State:
-    """Return the states of the callbacks before the training has begun: their options, where they keep them there."""
+    """Return the states of the callbacks before the training: they may hold options."""
     found: State = {}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         try:
@@ -74,12 +74,12 @@ def adopt(checkpoint: State, trainer: pl.Trainer, now: State, *, say: Say) -> No
 
     Args:
         checkpoint: Lightning's dictionary; is changed.
-        trainer: its optimizers and schedulers are new, and are used to enter schedules.
-        now: what `beginnings` returned, with the callbacks' under `callbacks`.
-        say: is told what changes.
+        trainer: its optimizers and schedulers are new; its schedulers are stepped.
+        now: the result of `beginnings`, with that of the callbacks under `callbacks`.
+        say: called with each change.
 
     Raises:
-        ConfigError: a state cannot be carried over. Nothing was changed.
+        ConfigError: a state cannot be carried over; nothing has changed.
     """
     before = checkpoint[PLACE].get("initial")
     if before is None or "optimizer_states" not in checkpoint:  # of an older labtrain
@@ -113,14 +113,14 @@ def _tell(say: Say, step: int, optimizer: str, text: str) -> None:
 
 
 def _check_optimizers(checkpoint: State, before: State, now: State) -> None:
-    hint = "resume=never, and labtrain.load_weights in the model to begin with its weights"
+    hint = "resume=never, and labtrain.load_weights in the model to start with its weights"
     saved = checkpoint["optimizer_states"]
     if not len(saved) == len(before["optimizers"]) == len(now["optimizers"]):
         raise ConfigError(f"the checkpoint has {len(saved)} optimizers, the model {len(now['optimizers'])}", hint=hint)
     for old, new in zip(before["optimizers"], now["optimizers"], strict=True):
         if old["class"] != new["class"]:
             raise ConfigError(
-                f"the state of {old['class']}, which the run was trained with, is none for {new['class']}", hint=hint
+                f"the checkpoint holds the state of {old['class']}, which does not fit {new['class']}", hint=hint
             )
         if len(old["groups"]) != len(new["groups"]):
             raise ConfigError(
@@ -130,7 +130,7 @@ def _check_optimizers(checkpoint: State, before: State, now: State) -> None:
 
 
 def _enter_schedules(checkpoint: State, trainer: pl.Trainer, before: State, now: State) -> set[int]:
-    """Step each scheduler that begins otherwise to where the training stands; return whose options they then give."""
+    """Step each changed scheduler to the training's position; return the optimizers whose options it gives."""
     at, saved, states = checkpoint[PLACE], checkpoint["lr_schedulers"], []
     entered = {old["optimizer"] for old in before["schedulers"][len(now["schedulers"]) :]}  # it has one less
     for index, config in enumerate(trainer.lr_scheduler_configs):
@@ -143,8 +143,8 @@ def _enter_schedules(checkpoint: State, trainer: pl.Trainer, before: State, now:
         name = type(config.scheduler).__name__
         if old is not None and (state is None or not old["state"].keys() <= state.keys()):
             raise ConfigError(
-                f"{name} is changed, and in the checkpoint another scheduler is in its place",
-                hint="the schedule as it was: StochasticWeightAveraging, say, has put its own there; or resume=never",
+                f"{name} is changed, but the checkpoint holds another scheduler in its place",
+                hint="restore the schedule: StochasticWeightAveraging, say, put its own there; or resume=never",
             )
         if _by_metric(config):
             if old is not None and state is not None and old["class"] == new["class"]:
@@ -168,18 +168,17 @@ def _step(trainer: pl.Trainer, scheduler: torch.optim.lr_scheduler.LRScheduler, 
     name = type(scheduler).__name__
     if is_overridden("lr_scheduler_step", trainer.lightning_module):
         raise ConfigError(
-            f"{name} is changed, and lr_scheduler_step is the model's own: where the schedule is entered is not known",
-            hint="the schedule as it was; or resume=never",
+            f"{name} is changed, but the model has its own lr_scheduler_step: labtrain cannot find the schedule's step",
+            hint="restore the schedule; or resume=never",
         )
     try:
-        with warnings.catch_warnings(action="ignore"):  # that the optimizer has made no step
+        with warnings.catch_warnings(action="ignore"):  # about an optimizer that has made no step
             for _ in range(steps):
                 scheduler.step()
     except Exception as error:
         raise ConfigError(
-            f"{name}, as it is configured now, cannot be entered at its step {steps}, where the run stands:"
-            f" {' '.join(str(error).split())}",
-            hint="a schedule that is longer (trainer.max_epochs, trainer.max_steps); or resume=never",
+            f"the new {name} cannot continue at step {steps}, where the run resumes: {' '.join(str(error).split())}",
+            hint="use a longer schedule (trainer.max_epochs, trainer.max_steps); or resume=never",
         ) from error
 
 
@@ -192,7 +191,7 @@ def _adopt_options(
     entered: bool,
     say: Say,
 ) -> None:
-    """Set the options of the groups that there were from the beginning; a callback may have added more since."""
+    """Set the options of the first groups; a callback may have added more since."""
     told: dict[str, None] = {}
     for group, there, old, new in zip(saved, entered_at, before, now, strict=False):
         for key, value in there.items():
@@ -219,7 +218,7 @@ def _adopt_callbacks(saved: State, before: State, now: State, say: Say) -> None:
 
 
 def _carried(key: str, state: State, before: State, now: State) -> object:
-    """Return a state's value: the new one of what only the configuration has ever changed."""
+    """Return a state's value; the new one if only the configuration has changed it."""
     if key in before and key in now and not _same(before[key], now[key]) and _same(state[key], before[key]):
         return now[key]
     return state[key]
@@ -238,7 +237,7 @@ def _savable(state: State) -> State:
 
 
 def _probes(scheduler: object) -> list[object]:
-    """Return what functions of a schedule give at some steps: a state does not hold them (LambdaLR)."""
+    """Return the values of a schedule's functions at some steps: a state does not hold functions (LambdaLR)."""
     found: list[object] = []
     for part in [scheduler, *getattr(scheduler, "_schedulers", [])]:
         for function in getattr(part, "lr_lambdas", []):

@@ -1,14 +1,14 @@
-"""What code changes outside of the model while it trains, kept in a checkpoint.
+"""Saves what code changes outside of the model during the training.
 
 ================= ====================================================================================================
 the Trainer       numbers and texts: `accumulate_grad_batches`, `gradient_clip_val`, `max_epochs`
-the data module   plain attributes, as the model's (attributes.py); more than a mebibyte is not kept
-its datasets      numbers and texts, such as the difficulty of a curriculum, but for what counts the loads
-optimizers        the same, of any size; of torch's own what code has set there
+the data module   plain attributes, like the model's (attributes.py); not those over one MiB
+its datasets      numbers and texts, such as the difficulty of a curriculum, except counters of loads
+optimizers        plain attributes of any size; of torch's own optimizers, attributes that code has set
 ================= ====================================================================================================
 
-Kept in a checkpoint is what differs from how the training began: so what the configuration or the machine says is each
-process's own. What has changed and cannot be kept is said.
+A checkpoint holds only values that differ from the start of the training. So values from the configuration or the
+machine belong to each process. A warning names what changed and cannot be saved.
 """
 
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ TORCHS = frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=1.0))) | {"_opt_cal
 
 
 class Outside:
-    """Remembers how a training began; to be made in each process when its loaders are there.
+    """Remembers the state at the start of a training; made in each process after its loaders.
 
     Args:
         trainer: of the training.
@@ -58,7 +58,7 @@ class Outside:
         self.marks = dict(_marks(trainer))
 
     def state(self) -> State:
-        """Return what is to be kept, without the keys of which there is nothing; tensors are the training's own."""
+        """Return what to save, without empty keys; the tensors are the training's own."""
         before = self.settings
         found: State = {
             name: snapshot(_shell(part, self.trainer), unlike=self.parts[name])
@@ -70,15 +70,15 @@ class Outside:
         return {name: values for name, values in found.items() if values}
 
     def restore(self, kept: State, *, entering: bool) -> None:
-        """Put back what `state` returned.
+        """Restore what `state` returned.
 
         Args:
-            kept: of this training, by this process or one before.
-            entering: the next step comes right after: all objects must be there.
+            kept: from this training, by this process or an earlier one.
+            entering: the next step follows: all objects must exist.
 
         Raises:
-            ConfigError: an attribute is of an object that this process does not have.
-            ValueError: a setting of the Trainer is of another kind than that is.
+            ConfigError: an attribute belongs to an object that this process does not have.
+            ValueError: a saved setting of the Trainer has another type.
         """
         for name, value in kept.get("trainer", {}).items():
             now = getattr(_owner(self.trainer, name), name, None)
@@ -92,18 +92,18 @@ class Outside:
             vars(part).update({name: vars(shell)[name] for name in kept.get(label, {}).get("", {})})
             if missing and entering:
                 raise ConfigError(
-                    f"{label}.{missing[0]} cannot be put back: the object that it is an attribute of is made during the"
+                    f"{label}.{missing[0]} cannot be restored: its object is made during the"
                     " training, and this process does not have it yet",
                     hint="make it in __init__ or setup; or resume=never",
                 )
 
     def unkept(self) -> Iterator[str]:
-        """Yield a sentence for each attribute that has changed, and is in no checkpoint."""
+        """Yield a warning for each attribute that has changed and that no checkpoint holds."""
         for name, mark in _marks(self.trainer):
             if mark != self.marks.get(name, mark):
                 yield (
-                    f"{name} was changed during the training, and no checkpoint holds it: a training that goes on has"
-                    " what it began with (save it in the state_dict of the data module or optimizer)"
+                    f"{name} was changed during the training, and no checkpoint holds it: a resumed training has"
+                    " the initial value (save it in the state_dict of the data module or optimizer)"
                 )
         for loader in train_loaders(self.trainer):
             if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -114,7 +114,7 @@ class Outside:
                 if isinstance(inner, Optimizer) and not _tensors(inner.state) <= _tensors(part.state_dict()):
                     yield (
                         f"{label}.{name} is an optimizer whose state the state_dict of {type(part).__name__} does not"
-                        " hold: a training that goes on begins with a new one (put it there)"
+                        " hold: a resumed training starts with a new one (put it there)"
                     )
 
 
@@ -132,7 +132,7 @@ def _owner(trainer: pl.Trainer, name: str) -> object:
 
 
 def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
-    """Yield the data module, its datasets, and each optimizer, with what they are called here."""
+    """Yield the data module, its datasets, and each optimizer, with their names here."""
     if (data := getattr(trainer, "datamodule", None)) is not None:
         yield "data", data
     for loader in train_loaders(trainer):
@@ -146,7 +146,7 @@ def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
 
 
 def _shell(part: object, trainer: pl.Trainer) -> nn.Module:
-    """Return a module with the attributes of an object that is none; tensors of the model are left out as its own."""
+    """Return a module with the attributes of another object; without tensors of the model."""
     shell, model = nn.Module(), trainer.lightning_module
     left_out = _counts(trainer) if isinstance(part, Dataset) else ()
     vars(shell).update({name: value for name, value in _own(part) if name not in left_out and _is_kept(part, value)})
@@ -171,13 +171,13 @@ def _is_kept(part: object, value: object) -> bool:
 
 
 def _counts(trainer: pl.Trainer) -> set[str]:
-    """Return the names of the attributes of datasets that count what was loaded: in each process another number."""
+    """Return the names of dataset attributes that count loads: each process has a different number."""
     loaders = train_loaders(trainer)
     return {name.rpartition(".")[2] for loader in loaders for name in getattr(loader, "counts", ())}
 
 
 def _marks(trainer: pl.Trainer) -> Iterator[tuple[str, object]]:
-    """Yield what tells whether an attribute that is not kept is another one, by name."""
+    """Yield a mark for each attribute that is not saved, by name: it changes with the attribute."""
     for label, part in _parts(trainer):
         if isinstance(part, Dataset):
             continue
@@ -192,7 +192,7 @@ def _marks(trainer: pl.Trainer) -> Iterator[tuple[str, object]]:
 
 
 def _size(value: object, depth: int = 0) -> int:
-    """Return about how many bytes a value holds; of what is no container and no object of the experiment, none."""
+    """Return about how many bytes a value holds; 0 unless it is a container or an object of the experiment."""
     if isinstance(value, torch.Tensor | np.ndarray):
         return int(value.nbytes)
     if isinstance(value, str | bytes):

@@ -1,8 +1,8 @@
-"""What the code of a model can reach from some objects, and so may change.
+"""Finds what the code of a model can reach from some objects, and so may change.
 
-Beside attributes and the items of containers: fields in `__slots__`, what functions close over, their defaults and
-attributes, the globals that they name, the attributes of classes, what iterators and partial functions hold. Of
-functions, classes and modules only the experiment's own are looked into.
+Beside attributes and items of containers: fields in `__slots__`, closures, defaults and attributes of functions, the
+globals that they name, attributes of classes, and what iterators and partial functions hold. It enters only functions,
+classes and modules of the experiment.
 """
 
 import functools
@@ -24,12 +24,12 @@ Enter = Callable[
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One way in which an object holds others.
+    """One way in which an object holds other objects.
 
     Attributes:
         get: returns what it holds now.
-        put: makes it hold these again; None where that can't be changed from outside.
-        path: what the names of its items begin with; None for that of the object.
+        put: makes it hold these again; None if that can't be changed from outside.
+        path: the prefix of its items' names; None for the object's own path.
     """
 
     get: Callable[[], Items]
@@ -38,11 +38,11 @@ class View:
 
 
 def reach(roots: Mapping[str, object], enter: Enter) -> Iterator[tuple[str, object, list[tuple[View, Items]]]]:
-    """Yield each object that can be reached, once: its path, the object, and what it holds in each of its views.
+    """Yield each reachable object once: its path, the object, and what it holds in each of its views.
 
     Args:
-        roots: where to begin, by path.
-        enter: asked before an object is looked at; of the roots it is not asked, nor of a list's numbers and texts.
+        roots: where to start, by path.
+        enter: called before an object is entered; not for the roots, nor for a list's numbers and texts.
     """
     waiting, seen = deque(roots.items()), dict[int, object]()  # the objects too, so that no id is given away again
     while waiting:
@@ -63,12 +63,12 @@ def reach(roots: Mapping[str, object], enter: Enter) -> Iterator[tuple[str, obje
 
 
 def label(name: object) -> str:
-    """Return how a name, a key or an index is written in a path."""
+    """Return the text of a name, a key or an index in a path."""
     return str(name) if type(name) in SCALARS or isinstance(name, tuple) else type(name).__name__
 
 
 def views(value: object) -> Iterator[View]:
-    """Yield the ways in which an object holds others."""
+    """Yield the ways in which an object holds other objects."""
     if type(value) in SCALARS:
         return
     if isinstance(value, dict):
@@ -164,7 +164,7 @@ def _function(function: types.FunctionType) -> Iterator[View]:
 
 
 def _globals(code: types.CodeType) -> set[str]:
-    """Return the names that a function, and those that are written in it, may use of its module."""
+    """Return the names of its module that a function, and functions inside it, may use."""
     inner = [_globals(each) for each in code.co_consts if isinstance(each, types.CodeType)]
     return set(code.co_names).union(*inner)
 
@@ -211,7 +211,7 @@ def _slots(kind: type[object]) -> list[str]:
 
 
 def _reduced(iterator: object) -> tuple[object, ...]:
-    """Return what an iterator of the standard library goes through, and where it stands."""
+    """Return what an iterator of the standard library iterates over, and its position."""
     if type(iterator) is count:
         return (repr(iterator),)
     try:

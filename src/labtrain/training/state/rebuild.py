@@ -1,12 +1,12 @@
-"""What code changes of a training while it runs: its model's tensors, its optimizers, and their groups of parameters.
+"""Restores what code changes during a training: the model's tensors, optimizers, and their groups of parameters.
 
-A process that goes on has them as the configuration makes them, before anything is loaded:
+A resumed process has them as the configuration makes them, before it loads the checkpoint:
 
 ========================== ===========================================================================================
-groups of parameters       are made as they were saved: a backbone that was unfrozen and added to the optimizer
-buffers                    that are new, None or of another shape are made as they were saved
-parameters, other modules  as after pruning: no checkpoint holds the code that made them. Said when it is saved, and
-                           refused by the process that goes on, unless `on_load_checkpoint` makes them there
+groups of parameters       are made as saved: for example, a backbone that was unfrozen and added to the optimizer
+buffers                    that are new, None or have another shape are made as saved
+parameters, other modules  (after pruning, say) no checkpoint holds the code that made them. The save warns, and the
+                           resumed process refuses, unless `on_load_checkpoint` makes them there
 another optimizer          the same: it belongs in configure_optimizers
 ========================== ===========================================================================================
 
@@ -33,7 +33,7 @@ from labtrain.record.digests import PLACE
 from labtrain.record.sources import in_environment
 from labtrain.training.lightning import CheckpointConnector, call_module_hook
 
-KEY = "made"  # of the place in a checkpoint: what a training is made of, where that is not as it began
+KEY = "made"  # of the place in a checkpoint: the training's tensors and groups, if they changed
 IN_THE_MODEL = (
     "make it in __init__ or setup of the model; or in its on_load_checkpoint too, before the weights are loaded"
 )
@@ -43,7 +43,7 @@ READING = (ValueError, KeyError, TypeError, AttributeError, IndexError, RuntimeE
 
 
 def made_of(trainer: pl.Trainer) -> State:
-    """Return what a training is made of: shapes of the model's tensors by name, and the optimizers' groups by names."""
+    """Return the shapes of the model's tensors by name, and the optimizers' groups by parameter names."""
     module = trainer.lightning_module
     named = dict(module.named_parameters())
     names = {id(parameter): name for name, parameter in named.items()}
@@ -61,7 +61,7 @@ def made_of(trainer: pl.Trainer) -> State:
 
 
 def lacks(before: State, now: State) -> tuple[str, str] | None:
-    """Say what a training is made of now that a process which goes on would not have, and what to do.
+    """Return what a resumed process would lack of a training, and a hint; None if it lacks nothing.
 
     Args:
         before: as the configuration makes it.
@@ -76,8 +76,8 @@ def lacks(before: State, now: State) -> tuple[str, str] | None:
             path = path.rpartition(".")[0]
     parts = [
         ("new parameters", [name for name in new if name not in old]),
-        ("no more", [name for name in old if name not in new]),
-        ("of another shape", [name for name in new if name in old and new[name] != old[name]]),
+        ("removed", [name for name in old if name not in new]),
+        ("changed shape", [name for name in new if name in old and new[name] != old[name]]),
         ("buffers of new modules", [name for name in now["buffers"] if name.rpartition(".")[0] not in modules]),
     ]
     if changed := [f"{what}: {few(names)}" for what, names in parts if names]:
@@ -87,27 +87,27 @@ def lacks(before: State, now: State) -> tuple[str, str] | None:
         return f"the optimizers ({few(kinds) or 'none'} instead of {few(others) or 'none'})", IN_OPTIMIZERS
     for made, began in zip(now["optimizers"], before["optimizers"], strict=True):
         if made["groups"] != began["groups"] and any("" in group for group in made["groups"]):
-            return f"the groups of {made['class']} (a parameter that is none of the model's)", IN_OPTIMIZERS
+            return f"the groups of {made['class']} (a parameter that is not in the model)", IN_OPTIMIZERS
     return None
 
 
 def cure(hint: str, made: State, state_dict: dict[str, object]) -> str:
-    """Return what to do, as `lacks` says; where a hook took parameters out of what is saved, that they are gone."""
+    """Return the hint of `lacks`; or, if a hook removed parameters from the state dict, their names."""
     gone = [name for name in made["parameters"] if name not in state_dict]
     return f"an on_save_checkpoint has left out {few(gone)}" if gone else hint
 
 
 def can_differ(module: pl.LightningModule) -> bool:
-    """Return whether the model makes what it is made of when it is loaded, or says that weights may be missing."""
+    """Return whether the model makes its parts when it is loaded, or allows missing weights."""
     return is_overridden("on_load_checkpoint", module) or not module.strict_loading
 
 
 @contextmanager
 def fitting() -> Iterator[None]:
-    """Turn what loading optimizers and schedulers raises into an error for people.
+    """Turn errors from loading optimizers and schedulers into an error for people.
 
     Raises:
-        ConfigError: says what.
+        ConfigError: with the reason.
     """
     try:
         yield
@@ -116,7 +116,7 @@ def fitting() -> Iterator[None]:
 
 
 def explain_step(error: BaseException) -> ConfigError | None:
-    """Turn what the first step after a resume raises into an error for people; None if it is not torch.optim that did.
+    """Turn an error of torch.optim in the first step after a resume into an error for people; None for other errors.
 
     An optimizer loads tensors of any shape, and fails when it uses them.
     """
@@ -131,16 +131,16 @@ def explain_step(error: BaseException) -> ConfigError | None:
 def _unfit(why: str) -> ConfigError:
     return ConfigError(
         f"the state of optimizers and schedulers in the checkpoint does not fit the model: {why}",
-        hint="the model as it was; or resume=never, and labtrain.load_weights in the model to begin with its weights",
+        hint="restore the model; or resume=never, and labtrain.load_weights in the model to start with its weights",
     )
 
 
 class Connector(CheckpointConnector):
-    """Lightning's, which first makes what it loads into as it was when it was saved, or refuses to.
+    """Lightning's connector, which first rebuilds the saved tensors and groups, or refuses.
 
     Args:
         trainer: of the training.
-        resumed: the folder of the checkpoint that it goes on from.
+        resumed: the folder of the checkpoint that it resumes from.
     """
 
     def __init__(self, trainer: pl.Trainer, resumed: Path | None = None) -> None:
@@ -150,10 +150,10 @@ class Connector(CheckpointConnector):
 
     @contextmanager
     def putting_back(self) -> Iterator[None]:
-        """Turn what putting a state back raises into an error for people; what the experiment's own code raises stays.
+        """Turn errors from restoring a state into an error for people; errors of the experiment's code stay.
 
         Raises:
-            LabtrainError: names the checkpoint, and what raised it.
+            LabtrainError: names the checkpoint and the function that failed.
         """
         try:
             yield
@@ -161,14 +161,14 @@ class Connector(CheckpointConnector):
             frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
             files = [frame.f_code.co_filename for frame in frames]
             is_own = any(not file.startswith("<") and not in_environment(file) for file in files)
-            # Memory, and the exchange with other processes, are no fault of the checkpoint.
+            # Out of memory, or a failed exchange with other ranks: the checkpoint is not the cause.
             elsewhere = isinstance(error, RuntimeError) and (type(error) is not RuntimeError or "gloo" in str(error))
             if is_own or elsewhere or self.resumed is None:
                 raise
             raise LabtrainError(
-                f"{shown(self.resumed)} cannot be put back: {in_words(error)} ({frames[-1].f_code.co_qualname})",
-                hint="ask who wrote it; without this checkpoint the same command goes on from the one before it, with"
-                " resume=never from the beginning",
+                f"cannot restore {shown(self.resumed)}: {in_words(error)} ({frames[-1].f_code.co_qualname})",
+                hint="ask who wrote it; without this checkpoint the same command resumes from the one before it;"
+                " resume=never starts from the beginning",
             ) from error
 
     def restore_training_state(self) -> None:
@@ -178,16 +178,16 @@ class Connector(CheckpointConnector):
     def check_states(self) -> None:
         """Refuse states of more or fewer optimizers and schedulers than the model has: Lightning loads what both have.
 
-        To be called when all of these are there: callbacks make some when an epoch starts.
+        Call it when all of them exist: callbacks make some when an epoch starts.
 
         Raises:
-            ConfigError: says how many.
+            ConfigError: with both numbers.
         """
         saved = _numbers(self.loaded)
         made = [len(self.trainer.optimizers), len(self.trainer.lr_scheduler_configs)]
         if saved != made and not self.changed_by_hook:
             both = [f"{optimizers} optimizers and {schedulers} schedulers" for optimizers, schedulers in (saved, made)]
-            raise _unfit(f"it is of {both[0]}, the model has {both[1]}")
+            raise _unfit(f"it has {both[0]}, the model has {both[1]}")
 
     def restore_model(self) -> None:
         if not self.loaded:
@@ -208,8 +208,8 @@ class Connector(CheckpointConnector):
                 raise
             raise ConfigError(
                 f"the checkpoint's weights do not fit into {type(module).__name__}: {' '.join(rest.split())}",
-                hint="the model as it was; or resume=never, and labtrain.load_weights in the model to begin with what"
-                " fits of its weights",
+                hint="restore the model; or resume=never, and labtrain.load_weights in the model to start with the"
+                " weights that fit",
             ) from error
 
     def restore_callbacks(self) -> None:
@@ -235,9 +235,9 @@ class Connector(CheckpointConnector):
     def restore_lr_schedulers(self) -> None:
         made = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         for scheduler, saved in zip(made, self.loaded["lr_schedulers"], strict=False):
-            # Loaded it is whatever it is, and fails in a later step.
+            # It loads with any type, and fails in a later step.
             if (name := first_of_another_kind(saved, scheduler.state_dict())) is not None:
-                raise ValueError(f"{name} of {type(scheduler).__name__} is of another kind")
+                raise ValueError(f"{name} of {type(scheduler).__name__} has another type")
         super().restore_lr_schedulers()
 
 
@@ -248,8 +248,8 @@ def _numbers(loaded: State) -> list[int]:
 def _refuse(lacking: tuple[str, str] | None, made: State, state_dict: dict[str, object]) -> None:
     if lacking is not None:
         raise ConfigError(
-            f"the checkpoint cannot be loaded: before it was saved, code had changed {lacking[0]}; here it has not",
-            hint=f"resume=never; for the next one: {cure(lacking[1], made, state_dict)}",
+            f"the checkpoint cannot be loaded: code changed {lacking[0]} before the save, but not in this process",
+            hint=f"resume=never; for the next run: {cure(lacking[1], made, state_dict)}",
         )
 
 
@@ -275,7 +275,7 @@ def _buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _put_buffers(module: torch.nn.Module, shapes: dict[str, list[int]], saved: State) -> None:
-    """Make the model's buffers as they were saved, where they are not of one shape already."""
+    """Make the model's buffers as saved, if their shapes differ."""
     modules, now = dict(module.named_modules()), dict(_buffers(module))
     device = next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
     for name in now.keys() - shapes.keys():

@@ -1,4 +1,4 @@
-"""Undo what code did to the objects it was run on: attributes, containers, tensors, arrays, random generators."""
+"""Undo what code did to objects: attributes, containers, tensors, arrays, random generators."""
 
 import array
 import copy
@@ -22,7 +22,7 @@ from torch import Tensor
 from labtrain.exact.attributes import RANDOM
 from labtrain.training.state.reach import Items, View, reach
 
-LARGEST_BYTES = 1 << 30  # of what is kept beside the tensors that are free of charge
+LARGEST_BYTES = 1 << 30  # of what is saved beside the tensors that do not count
 OBJECT_BYTES = 1 << 10  # that an object or a container counts for
 
 # Nothing in them is kept.
@@ -37,23 +37,22 @@ SHALLOW = (
 
 
 class TooLargeError(Exception):
-    """More would have to be kept than LARGEST_BYTES."""
+    """The objects need more than LARGEST_BYTES."""
 
 
 class Undo:
-    """Keeps what can be reached from some objects; calling it puts all of that back, as often as one likes.
+    """Saves what can be reached from some objects; each call restores all of it.
 
-    The objects stay the same ones, so that whatever else refers to them sees it. Not kept: what functions, classes and
-    modules of libraries hold, where an iterator stands, and the insides of other objects that are not written in
-    Python.
+    The objects keep their identity, so that other references see the change. It does not save what functions, classes
+    and modules of libraries hold, positions of iterators, or the content of objects that are not written in Python.
 
     Args:
-        roots: where to begin.
-        shallow: objects whose own attributes alone are kept.
+        roots: where to start.
+        shallow: objects of which only their own attributes are saved.
         free: tensors that do not count for LARGEST_BYTES.
 
     Raises:
-        TooLargeError: there is too much.
+        TooLargeError: the objects are too large.
     """
 
     def __init__(self, roots: Iterable[object], *, shallow: Iterable[object] = (), free: Iterable[Tensor] = ()) -> None:
@@ -110,7 +109,7 @@ def _put(view: View, saved: Items) -> None:
 
 
 def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
-    """Keep a tensor's content and memory, its gradient and whether it wants one."""
+    """Save a tensor's content and memory, its gradient and requires_grad."""
     memory, saved, wants = tensor.data, tensor.detach().clone(), tensor.requires_grad
     gradient = tensor.grad if tensor.is_leaf else None
 
@@ -153,14 +152,14 @@ def _array_restorer(each: Any) -> Callable[[], None]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Generator:
-    """What can be done to a random generator: its state put back, another seed."""
+    """Two operations on a random generator: restore its state, set a seed."""
 
     restore: Callable[[], object]
     seed: Callable[[int], object]
 
 
 def _generator(each: object) -> _Generator | None:
-    """Keep a random generator's state; None where it is no generator."""
+    """Save a random generator's state; None if it is not a generator."""
     state: Any
     if isinstance(each, torch.Generator):
         state = each.get_state()
@@ -182,7 +181,7 @@ def _generator(each: object) -> _Generator | None:
 
 
 def keep_draws() -> Callable[[], None]:
-    """Keep the states of the global generators of `random`, numpy and torch; calling the result puts them back."""
+    """Save the states of the global generators of `random`, numpy and torch; calling the result restores them."""
     python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
 

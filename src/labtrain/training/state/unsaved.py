@@ -1,19 +1,19 @@
-"""What of a model no state dict holds, kept in a checkpoint all the same.
+"""Saves the state of a model that no state dict holds.
 
 ========================== ===========================================================================================
-kept                       because
+saved                      because
 ========================== ===========================================================================================
-`requires_grad`            who unfreezes a backbone in epoch 5 does not do it again in a process that begins in epoch 9
-modes, `part.training`     the same, of what was put in evaluation mode
+`requires_grad`            code that unfreezes a backbone in epoch 5 does not do it again in a process of epoch 9
+modes, `part.training`     the same, for modules in evaluation mode
 buffers, persistent=False  a schedule or a moving average may lie in one
 plain attributes           a counter, a list of losses: attributes.py
-weights in lists           a teacher that the optimizer is not to find; and those that a library's object keeps
-gradients, where they wait with manual optimization, or an `optimizer_zero_grad` of one's own, they may be of steps that
-                           the optimizer has not made yet
+weights in lists           a teacher that the optimizer must not find; and weights in objects of libraries
+accumulated gradients      with manual optimization, or an own `optimizer_zero_grad`, they may belong to steps that the
+                           optimizer has not made yet
 ========================== ===========================================================================================
 
-Kept is what differs from the model as it was when the training began, before its first hook: `on_fit_start`. So what
-only says where a process runs, a path or a number of devices, is each process's own.
+A checkpoint holds what differs from the model at the start of the training, before its first hook: `on_fit_start`. So
+values that describe where a process runs, such as a path or a number of devices, belong to each process.
 """
 
 import time
@@ -51,17 +51,17 @@ CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, partial
 
 
 class Unsaved:
-    """Remembers how a model began; to be made in each process before the first hook of the training.
+    """Remembers a model's first state; made in each process before the first hook of the training.
 
     Args:
         module: the model.
-        looks: at all that can be reached, to name what is not kept.
+        looks: whether to look at all that can be reached, to name what is not saved.
     """
 
     def __init__(self, module: pl.LightningModule, *, looks: bool) -> None:
         self.module = module
-        self.lost: set[str] = set()  # names of what has changed and is not kept
-        self.overruled: dict[str, str] = {}  # attributes that begin otherwise here, and keep what the training made
+        self.lost: set[str] = set()  # names of what has changed and is not saved
+        self.overruled: dict[str, str] = {}  # attributes with another first value here; the saved value stays
         self.first_look = self._look() if looks else None
         self.trainable = _trainable(module)
         self.modes = _modes(module)
@@ -71,9 +71,9 @@ class Unsaved:
         self.holders: set[str] | None = None
 
     def state(self) -> State:
-        """Return what is to be kept, as tensors and plain values; without the keys of which there is nothing.
+        """Return what to save, as tensors and plain values, without empty keys.
 
-        Tensors are the model's own: copy them before the model goes on.
+        The tensors are the model's own: copy them before the next step.
         """
         found: State = {
             "trainable": _unlike(_trainable(self.module), self.trainable),
@@ -101,22 +101,22 @@ class Unsaved:
         return {key: values for key, values in found.items() if values}
 
     def begin(self) -> None:
-        """Note which objects with attributes there are before the first step of this process."""
+        """Record which objects with attributes exist before the first step of this process."""
         if self.holders is None:
             self.holders = set(holders(self.module))
             if self.first_look is not None and (now := self._look()) is not None:
                 self.first_look = now | self.first_look  # and what the first hooks made, which a new process makes too
 
     def restore(self, kept: State, *, device: torch.device, entering: bool) -> None:
-        """Put back what `state` returned.
+        """Restore what `state` returned.
 
         Args:
-            kept: of this model, by this process or one before.
+            kept: from this model, by this process or an earlier one.
             device: the training's.
-            entering: the next step comes right after: gradients are put back too, and all objects must be there.
+            entering: the next step follows: restore gradients too; all objects must exist.
 
         Raises:
-            ConfigError: an attribute is of an object that this process does not have.
+            ConfigError: an attribute belongs to an object that this process does not have.
         """
         parameters, modules = dict(self.module.named_parameters()), dict(self.module.named_modules())
         for name, flag in kept.get("trainable", {}).items():
@@ -142,7 +142,7 @@ class Unsaved:
         missing += restore(self.module, kept.get("attributes", {}), device=device)
         if missing and entering:
             raise ConfigError(
-                f"{missing[0]} cannot be put back: the object that it is an attribute of is made during the training,"
+                f"{missing[0]} cannot be restored: its object is made during the training,"
                 " and this process does not have it yet",
                 hint="make it in __init__ or setup of the model; or resume=never",
             )
@@ -154,7 +154,7 @@ class Unsaved:
             )
 
     def newly_lost(self) -> list[str]:
-        """Return the names of what has changed since the training began, is not kept, and was not returned before."""
+        """Return the names of what has changed since the training began and is not saved; each name once."""
         now = self._look() if self.first_look is not None else None
         if self.first_look is None or now is None:
             return []
@@ -190,12 +190,12 @@ class Unsaved:
         return sorted(set(holders(self.module)) - self.holders) if self.holders is not None else []
 
     def unkept(self) -> Iterator[str]:
-        """Yield a sentence for each attribute whose state no checkpoint can hold."""
+        """Yield a warning for each attribute whose state no checkpoint can hold."""
         for name, value in unkept(self.module):
             kind = type(value)
             yield (
                 f"{name} is a {kind.__module__}.{kind.__qualname__}: no checkpoint holds its state, so a resumed"
-                " training begins with a new one (save and load it in on_save_checkpoint and on_load_checkpoint)"
+                " training starts with a new one (save and load it in on_save_checkpoint and on_load_checkpoint)"
             )
 
 
@@ -204,7 +204,7 @@ def _names(attributes: Snapshot) -> list[str]:
 
 
 def _is_time(text: str) -> bool:
-    """Return whether the fingerprint of a number is what a clock has shown in this process."""
+    """Return whether the fingerprint of a number is a clock's reading in this process."""
     kind, _, number = text.partition(" ")
     spans_s = zip(BEGUN_S, (clock() for clock in CLOCKS), strict=True)
     return kind == "float" and any(begun_s <= float(number) <= now_s for begun_s, now_s in spans_s)
@@ -216,7 +216,7 @@ def _functions(value: object) -> list[object]:
 
 
 def gradients_wait(module: pl.LightningModule) -> bool:
-    """Return whether gradients may be kept from one step to the next: Lightning itself clears them."""
+    """Return whether gradients may stay from one step to the next: by default Lightning clears them."""
     return not module.automatic_optimization or is_overridden("optimizer_zero_grad", module)
 
 
@@ -240,7 +240,7 @@ def _hidden_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | Non
 
 
 def _sums(buffer: torch.Tensor | None) -> tuple[object, ...]:
-    """Return what tells a tensor from any other."""
+    """Return numbers that identify a tensor."""
     if buffer is None:
         return ()
     return tuple(buffer.shape), buffer.dtype, *two_sums([(0, buffer)]).tolist()

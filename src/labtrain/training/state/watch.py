@@ -1,13 +1,12 @@
-"""What a step changes beside gradients: parameters, and the plain attributes of the model.
+"""Watches what a step changes beside gradients: parameters, and the plain attributes of the model.
 
-With shards a step calls `training_step` several times, on however many ranks. A parameter that it changes would change
-so many times a step, and differently on each rank: that is refused. A plain attribute, such as a counter, starts from
-the same value in each shard, so equal changes count once; afterwards every rank holds what the last shard left. Lists
-may grow. Buffers are buffers.py's.
+With shards a step calls `training_step` several times, on any number of ranks. A parameter that it changes would change
+several times a step, and differently on each rank: labtrain refuses that. A plain attribute, such as a counter, starts
+from the same value in each shard, so equal changes count once. After the step every rank holds the value from the last
+shard. Lists may grow. buffers.py handles buffers.
 
-Each step looks at the versions and addresses of all parameters, and at a checksum of their memory, since a write
-through `.data` or numpy raises no version. The checksum reads all of it in a process's first step, and later a window
-that moves on.
+Each step checks the versions and addresses of all parameters, and a checksum of their memory, since a write through
+`.data` or numpy raises no version. The checksum covers all memory in a process's first step, and a moving window later.
 """
 
 import itertools
@@ -33,7 +32,7 @@ from labtrain.exact.plain_values import DICTS, LEAVES, SCALARS, Decoder, Encoder
 
 WINDOW_BYTES = 3 << 15  # of the weights, in each step
 PIECE_BYTES = 1 << 14
-EVERY_STEPS = 100  # how often a checksum is taken of weights on a GPU, and rarely changed attributes are looked at
+EVERY_STEPS = 100  # how often to take a checksum of weights on a GPU, and to check rarely changed attributes
 FEW = 64  # items of a list that are compared one by one
 MUTABLE = {Tensor, np.ndarray, list, tuple, set, deque, *DICTS}
 COUNTED = (Tensor, list)
@@ -45,7 +44,7 @@ Key = tuple[str, str]  # the path of a holder, the name of its attribute
 
 
 def let_pass(*_: str) -> None:
-    """Judge nothing, say nothing: in trials, such as a search for the batch size."""
+    """Ignore findings, in trials such as a search for the batch size."""
 
 
 class Watch:
@@ -59,7 +58,7 @@ class Watch:
         rank: this process.
         world: the number of processes.
         judge: called with what cannot be exact.
-        say: called with what people should know.
+        say: called with each warning.
     """
 
     NUMBERS = 3
@@ -95,7 +94,7 @@ class Watch:
         return self._rates.schedulers
 
     def listen(self) -> None:
-        """Be told where code sets an attribute of a module, until `close`: not all are looked at in each step."""
+        """Observe where code sets an attribute of a module, until `close`: steps do not check every module."""
         told, self._setattr = self._told, nn.Module.__setattr__
 
         def __setattr__(self: nn.Module, name: str, value: object, *, usual: Any = self._setattr) -> None:  # noqa: N807
@@ -131,16 +130,16 @@ class Watch:
             self._attributes.restore(self._left)
 
     def leave(self, shard: int, *, last: bool) -> list[float]:
-        """Look at what a shard changed.
+        """Find what a shard changed.
 
         Args:
             shard: its number.
-            last: of this rank, in this step: only then are the parameters looked at.
+            last: of this rank, in this step: only then check the parameters.
 
         Returns:
-            Three numbers: 0.0, or the first changed parameter's number from 1, or that of an option of the optimizers
-            or a scheduler, below 0; 0.0, or a number of the changed
-            attributes' names; one of their values.
+            Three numbers. First: 0.0, or the number of the first changed parameter from 1, or below 0 that of an option
+            of the optimizers or a scheduler. Second: 0.0, or a checksum of the changed attributes' names. Third: a
+            checksum of their values.
         """
         self._left = self._attributes.changes()
         if last:
@@ -158,7 +157,7 @@ class Watch:
                 self._unknown.add(name)
                 self.say(
                     f"training_step sets {name} to a {type(value).__module__}.{type(value).__qualname__}: labtrain can"
-                    " neither compare nor keep it; after a step each rank has that of its own last shard"
+                    " neither compare nor keep it; after a step each rank has the value of its own last shard"
                 )
         self._prints[shard] = prints
         return [
@@ -167,7 +166,7 @@ class Watch:
         ]
 
     def end(self, numbers_S3: list[list[float]], ranges: list[range]) -> None:
-        """End the step: judge changed parameters, and give every rank what the last shard left.
+        """End the step: judge changed parameters, and give every rank the values from the last shard.
 
         Args:
             numbers_S3: what `leave` returned for each shard.
@@ -180,13 +179,16 @@ class Watch:
         if any(parameters):
             number = int(next(filter(None, parameters)))
             if number > 0:
-                what, then = f"changes {self._weights.names[number - 1]}", "and ranks would end with different weights"
+                what, then = (
+                    f"changes {self._weights.names[number - 1]}",
+                    "and ranks would end with different weights",
+                )
                 hint = "change it in on_train_batch_end, which runs once a step, or determinism.shards=1"
             else:
-                what, then = self._rates.names()[-number - 1], "and on each rank as often as it has shards"
+                what, then = self._rates.names()[-number - 1], "as often on a rank as it has shards"
                 hint = "do it in on_train_batch_end, which runs once a step, or determinism.shards=1"
             self.judge(
-                f"training_step {what}: with determinism.shards={len(numbers_S3)} it runs that often in a step, {then}",
+                f"training_step {what}: with determinism.shards={len(numbers_S3)} it runs once a shard, {then}",
                 hint,
             )
         if not any(names):
@@ -203,7 +205,7 @@ class Watch:
             self._tell({shard: found for part in prints for shard, found in part.items()}, len(numbers_S3))
 
     def _take(self, ranges: list[range]) -> None:
-        """Take what the last shard left from its rank: what was one object there is one here."""
+        """Take the values of the last shard from its rank: one object there is one object here."""
         source = max(rank for rank, shards in enumerate(ranges) if shards)
         sent: list[Any] = [None]
         if self.rank == source:
@@ -229,12 +231,12 @@ class Watch:
             one = len(unlike) == 1
             self.say(
                 f"training_step sets {', '.join(unlike)}, and {'its value differs' if one else 'their values differ'}"
-                f" between the {shards} shards of a step: the last shard's stays (determinism.shards=1 has one)"
+                f" between the {shards} shards of a step: the last one remains (use determinism.shards=1)"
             )
 
 
 class Weights:
-    """Whether a shard's step changed a parameter: its memory, its address, or whether it has a gradient."""
+    """Tells whether a shard's step changed a parameter: its memory, its address, or requires_grad."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -292,7 +294,7 @@ class Weights:
 
 
 class Rates:
-    """Whether a shard's step changed an option of an optimizer, such as its learning rate, or stepped a scheduler."""
+    """Tells whether a shard's step changed an option of an optimizer, such as the rate, or stepped a scheduler."""
 
     def __init__(self, module: nn.Module, optimizers: Sequence[Any], schedulers: Sequence[object]) -> None:
         self.module, self.optimizers, self.schedulers = module, optimizers, list(schedulers)
@@ -328,7 +330,7 @@ class Rates:
         return 0
 
     def names(self) -> list[str]:
-        """Return what is done to each where it changes."""
+        """Return the text for a change of each."""
         return [
             *(
                 f"sets {option} of {type(optimizer).__name__}, param group {number}"
@@ -375,7 +377,7 @@ class Memory:
                 self._pieces.append((number, tensor))
 
     def checksums(self, step: int) -> list[int]:
-        """Return a checksum of each part that this step looks at."""
+        """Return a checksum of each part that this step checks."""
         if self._on_cpu:
             return [xxhash.xxh3_64_intdigest(piece) for _, piece in self._window(step)]
         if step % EVERY_STEPS or not self._pieces:
@@ -396,7 +398,7 @@ class Memory:
 
 
 class Attributes:
-    """The plain attributes of a model and of the experiment's objects in it, as they were when a step began."""
+    """The plain attributes of a model and of the experiment's objects in it, at the start of a step."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -431,7 +433,7 @@ class Attributes:
         self._step += 1
 
     def written(self, module: nn.Module) -> None:
-        """Look at a module too, such as a torch layer, of which an attribute is about to be set."""
+        """Check a module too, such as a torch layer, whose attribute is about to be set."""
         table = self._cold.get(id(module))
         if table is not None and table not in self._set:
             table.renew()
@@ -439,7 +441,7 @@ class Attributes:
             self._looked.append(table)
 
     def changes(self) -> dict[Key, object]:
-        """Return the attributes that are not as they were, with their values; ABSENT if one is gone."""
+        """Return the attributes that changed, with their values; ABSENT if one is gone."""
         found: dict[Key, object] = {}
         for table in self._looked:
             changed = table.changes()
@@ -450,7 +452,7 @@ class Attributes:
         return found
 
     def restore(self, keys: Iterable[Key]) -> None:
-        """Put these back as they were."""
+        """Restore these attributes."""
         tables = {table.path: table for table in self._looked}
         for path, name in keys:
             tables[path].put_back(name)
@@ -504,7 +506,7 @@ class Table:
         self._objects = [item for value in large for _, item in own_objects(value, "")]
 
     def renew(self) -> bool:
-        """Take the attributes as they are now for what they were; return whether they hold other objects."""
+        """Take the current attributes as the start; return whether they hold other objects."""
         if self._is_same() and not any(compared(self._then[name], copy) for name, copy in self._copies.items()):
             return False
         before = self._objects
@@ -512,7 +514,7 @@ class Table:
         return len(before) != len(self._objects) or not all(map(is_, before, self._objects))
 
     def changes(self) -> dict[str, object]:
-        """Return the values of those that have changed; lists that have grown have not."""
+        """Return the values of those that have changed; growing lists do not count."""
         found: dict[str, object] = {}
         if not self._is_same():
             for name, value in self.now.items():
@@ -549,7 +551,7 @@ class Table:
 
 
 def copied(value: Any) -> object:
-    """Return what `compared` and `put_back` need to know of a value that can change in place; None of any other."""
+    """Return what `compared` and `put_back` need of a value that can change in place; None for other values."""
     kind = type(value)
     if kind is Tensor:
         base = value if value._base is None else value._base
@@ -616,7 +618,7 @@ def _on_cpu(node: object) -> object:
 
 
 def put_back(value: Any, copy: Any) -> None:
-    """Make a value what it was when it was copied."""
+    """Restore a value to its copy."""
     kind = type(value)
     if copy is None:
         return
