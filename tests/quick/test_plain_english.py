@@ -1,5 +1,6 @@
 """Phrases that readers had to read twice do not come back. CONTRIBUTING.md: write plain English."""
 
+import ast
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# What people read. `src` joins when its strings are rewritten: add "src/**/*.py".
+# What people read. Of code: its strings, docstrings too.
 READ = [
     "README.md",
     "CONTRIBUTING.md",
@@ -16,22 +17,22 @@ READ = [
     "docs/**/*.md",
     "mkdocs.yml",
     "docs/reference.py",
+    "src/**/*.py",
+    "src/**/*.j2",
     "src/labtrain/conf/**/*.yaml",
     "template/*/README.md",
     "template/*/conf/**/*.yaml",
 ]
-# Written from `src`; remove this line when `src` joins.
-FROM_SRC = ["docs/reference/commands.md"]
 # The pattern, and what to write instead.
 PHRASES = {
     r"\b(is|are) wanted\b": "must be",
-    r"\bwanted\b(?=[.;,:])": "expected, target",
+    r"(?<=\S )\bwanted\b(?=[.;,:])": "expected, target",
     r"\blooks? away\b": "skip",
     r"\bthese words\b": "quote the message",
     r"\bdoes not know why\b": "lost contact with",
     r"\bpromise \d": "say what is promised: results do not depend on the number of devices",
     r"\bas (it|they) (is|are|stands?|lies?)\b(?=[.,;:]|$)": "unchanged, plainly",
-    r"\b(others?|so)[.:](?=\s|$)": "different",
+    r"(?<=\S )(?<!each )(?<!after the )(others?|so)[.:](?=\s|$)": "different",
     r"\bso many\b": "N",
     r"\bgo(es)? on (from|with|where|although|as|again)\b": "resume, continue",
     r"\bwhere there (is|are|was|were) (none|one|no)\b": "if there is",
@@ -50,11 +51,24 @@ PHRASES = {
 
 def lines(pattern: str) -> Iterator[tuple[Path, int, str]]:
     """Yield the lines of the files that match a pattern."""
-    found = [path for path in sorted(ROOT.glob(pattern)) if str(path.relative_to(ROOT)) not in FROM_SRC]
+    found = sorted(ROOT.glob(pattern))
     assert found, f"{pattern} names no file"
     for path in found:
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            yield path, number, line
+        text = path.read_text()
+        numbered = strings(text) if path.suffix == ".py" else enumerate(text.splitlines(), 1)
+        yield from ((path, number, line) for number, line in numbered)
+
+
+def strings(code: str) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file's strings; of an f-string its parts, joined by an ellipsis."""
+    parts = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.JoinedStr):
+            parts |= {id(value) for value in node.values}
+            text = "".join(str(value.value) if isinstance(value, ast.Constant) else "…" for value in node.values)
+            yield node.lineno, text
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in parts:
+            yield from enumerate(node.value.splitlines(), node.lineno)
 
 
 @pytest.mark.parametrize("pattern", READ)

@@ -101,7 +101,7 @@ def held_at_once(size: int, shards: int | None) -> str:
 
 
 def let_lightning_say_how_it_goes() -> None:
-    """Print Lightning's messages about the search to standard error, and no others."""
+    """Print only Lightning's messages about the search, to standard error."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(lambda record: record.getMessage().startswith(SAID))

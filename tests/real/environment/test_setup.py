@@ -27,5 +27,5 @@ def test_a_full_disk_is_said_in_one_line(tmp_path: Path) -> None:
     script = f"{' '.join(mount)} && cd {tmp_path} && {setup}"
     done = subprocess.run(["unshare", "-m", "bash", "-c", script], capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
-    assert "error: 0.0 GB of disk are free here, 8.0 GB wanted" in done.stderr
+    assert "error: 0.0 GB of disk free here, need 9.0 GB" in done.stderr
     assert done.stdout.split() == ["requirements.lock"]
