@@ -67,7 +67,7 @@ def is_spread(weights: State) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in weights.values())
 
 
-def write_files(folder: Path, state: State, group: object = None) -> Manifest:
+def write_files(folder: Path, state: State, group: "dist.ProcessGroup | None" = None) -> Manifest:
     """Write a state to a new folder; return its files' sha256 and size, and the weights digest.
 
     The files are then on the disk. The caller syncs the folder when it writes the manifest.
@@ -81,7 +81,7 @@ def write_files(folder: Path, state: State, group: object = None) -> Manifest:
     return _write_whole(folder, state) if group is None else _write_part(folder, state, group)
 
 
-def together(group: Any, action: Callable[[], T]) -> list[T]:
+def together(group: "dist.ProcessGroup | None", action: Callable[[], T]) -> list[T]:
     """Run an action on every rank of a group and return all results; if one fails, fail on all ranks.
 
     Raises:
@@ -296,7 +296,7 @@ def _write_whole(folder: Path, state: State) -> Manifest:
     return manifest
 
 
-def _write_part(folder: Path, state: State, group: Any) -> Manifest:
+def _write_part(folder: Path, state: State, group: "dist.ProcessGroup | None") -> Manifest:
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -413,7 +413,7 @@ def _load_parts(folder: Path, names: Any, now: State, *, alone: bool) -> State:
 def _without_parts(node: object, path: Keys, paths: list[Keys]) -> Any:
     """Return a state with None for weights and DTensors, which are in the parts; append their paths to `paths`."""
     if isinstance(node, dict):
-        kind: Any = type(node)  # a Counter, say
+        kind = type(node)  # a Counter, say
         return kind({key: _without_parts(value, (*path, key), paths) for key, value in node.items()})
     if isinstance(node, list | tuple) and type(node) in (list, tuple):
         return type(node)(_without_parts(value, (*path, index), paths) for index, value in enumerate(node))

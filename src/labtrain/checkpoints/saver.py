@@ -18,6 +18,8 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import torch.distributed as dist
+
 from labtrain.base.contracts import Link, SavedCheckpoint, State, TrailMark
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.checkpoints.format import together, write_files
@@ -57,7 +59,7 @@ class Saver:
         self.staged: dict[str, object] | None = None  # the state that was saved last
         self.known: set[str] | None = None  # the checkpoints that the start found; None: those at `open`
         self.token = ""  # of rank 0
-        self.group: object = None  # the writers' group of ranks, if the state is spread
+        self.group: dist.ProcessGroup | None = None  # the writers' group of ranks, if the state is spread
         self.delivery: Delivery | None = None
         self.thread: threading.Thread | None = None
         self.error: LabtrainError | None = None

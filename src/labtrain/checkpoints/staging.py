@@ -15,8 +15,8 @@ from labtrain.base.contracts import State
 from labtrain.base.errors import LabtrainError
 
 PLAIN = (type(None), bool, int, float, str, bytes)
-MAPPINGS: tuple[type[Any], ...] = (dict, OrderedDict, Counter)
-SEQUENCES: tuple[type[Any], ...] = (list, tuple, torch.Size)
+MAPPINGS: tuple[type, ...] = (dict, OrderedDict, Counter)
+SEQUENCES: tuple[type, ...] = (list, tuple, torch.Size)
 PLAIN_KINDS = frozenset(PLAIN)
 LONG = 100  # items of a list: from here on it is worth checking whether all are plain
 

@@ -132,7 +132,7 @@ def _name_of(kind: type[object]) -> tuple[str, str]:
 
 def _class_named(module: str, name: str) -> Any:
     """Return a class of an imported module; None if there is no such class."""
-    found: Any = sys.modules.get(module)
+    found: object = sys.modules.get(module)
     for part in name.split("."):  # not getattr, which may run a module's own code
         found = vars(found).get(part) if isinstance(found, type | types.ModuleType) else None
     return found if isinstance(found, type) else None

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from labtrain.base.contracts import Options
@@ -22,6 +22,10 @@ from labtrain.record.receipt import Receipt
 from labtrain.record.trail import HISTORY, TRAIL
 from labtrain.review import signature
 from labtrain.review.verdicts import VERIFIED
+
+if TYPE_CHECKING:
+    from rocrate.model import Entity
+    from rocrate.rocrate import ROCrate
 
 MAIN = "train.py"
 WEIGHTS = "weights.safetensors"
@@ -108,7 +112,7 @@ def describe(
     return document
 
 
-def _files(crate: object, enclosed: dict[str, Path], action: object) -> dict[str, object]:
+def _files(crate: "ROCrate", enclosed: dict[str, Path], action: object) -> dict[str, object]:
     files = {name: _file(crate, name, path, FILES[name][0]) for name, path in sorted(enclosed.items())}
     for name, file in files.items():
         file["description"] = FILES[name][1]
@@ -117,14 +121,14 @@ def _files(crate: object, enclosed: dict[str, Path], action: object) -> dict[str
     return files
 
 
-def _describe_root(root: Any, found: Receipt, action: Any) -> None:
+def _describe_root(root: "Entity", found: Receipt, action: "Entity") -> None:
     experiment, segments = found["config"]["experiment"], found["segments"]
     root["name"], root["mentions"] = action["name"], action
     root["description"] = f"A training of {experiment} with labtrain, and the receipt to verify it with."
     root["datePublished"] = segments[-1]["ended"] or segments[-1]["started"]
 
 
-def _action(crate: object, found: Receipt) -> Any:
+def _action(crate: "ROCrate", found: Receipt) -> "Entity":
     """Add the training: when, with which command, and how it ended."""
     first, last, complete = found["segments"][0], found["segments"][-1], found["status"] == "complete"
     title = f"Training of {found['config']['experiment']}, run {found['run_id']}"
@@ -139,7 +143,7 @@ def _action(crate: object, found: Receipt) -> Any:
     return action
 
 
-def _workflow(crate: Any, found: Receipt, code: dict[str, Path]) -> object:
+def _workflow(crate: "ROCrate", found: Receipt, code: dict[str, Path]) -> object:
     """Add what was run: the train.py in the crate, or the code that the receipt names; and its requirements."""
     from rocrate.model import ComputerLanguage
 
@@ -159,7 +163,7 @@ def _workflow(crate: Any, found: Receipt, code: dict[str, Path]) -> object:
     return workflow
 
 
-def _software(crate: object, found: Receipt) -> list[object]:
+def _software(crate: "ROCrate", found: Receipt) -> list[object]:
     """Add the software that determines the bits, by package URL: Python, libraries, CUDA on a GPU; and the lock."""
     environment, hardware = found["environment"], found["hardware"]
     kind = "generic" if environment["route"] == "conda" else "pypi"
@@ -181,7 +185,7 @@ def _software(crate: object, found: Receipt) -> list[object]:
     return software
 
 
-def _data(crate: object, found: Receipt) -> list[object]:
+def _data(crate: "ROCrate", found: Receipt) -> list[object]:
     """Add the data by fingerprint; the data itself is not in the crate."""
     return [
         _add(crate, f"#data-{quote(name)}", "CreativeWork", name=f"{name} data, {each['type']}",
@@ -191,7 +195,7 @@ def _data(crate: object, found: Receipt) -> list[object]:
     ]  # fmt: skip
 
 
-def _parameters(crate: object, found: Receipt, workflow: Any) -> list[object]:
+def _parameters(crate: "ROCrate", found: Receipt, workflow: "Entity | None") -> list[object]:
     """Add the configuration that can change bits; for a workflow, also its formal parameters."""
     given = [(key, _plain(value)) for key, value in sorted(flat(what_counts(found["config"]), "").items())
              if value not in (None, {})]  # fmt: skip
@@ -207,7 +211,7 @@ def _parameters(crate: object, found: Receipt, workflow: Any) -> list[object]:
     return values
 
 
-def _results(crate: object, found: Receipt) -> list[object]:
+def _results(crate: "ROCrate", found: Receipt) -> list[object]:
     """Add the results that are not files: metrics, steps, and the digests of weights and state."""
     results = found["results"]
     digests = {key: results[key] for key in ("state_digest", "steps", "weights_digest") if key in results}
@@ -217,7 +221,7 @@ def _results(crate: object, found: Receipt) -> list[object]:
     ]
 
 
-def _licence(crate: object, licence: str | None) -> object:
+def _licence(crate: "ROCrate", licence: str | None) -> object:
     """Add the licence. Workflow RO-Crate requires one, so the metadata says explicitly if none was chosen."""
     if licence is None:
         text = "No licence was chosen for this crate: all rights are reserved."
@@ -230,18 +234,18 @@ def _licence(crate: object, licence: str | None) -> object:
     return _add(crate, url, "CreativeWork", name=licence, identifier=licence, url=url)
 
 
-def _file(crate: Any, name: str, path: Path, media_type: str, *kinds: str) -> Any:
+def _file(crate: "ROCrate", name: str, path: Path, media_type: str, *kinds: str) -> "Entity":
     """Add a file of the crate, with its size and sha256."""
     properties = {"name": name, "encodingFormat": media_type, "sha256": file_sha256(path),
                   "contentSize": str(path.stat().st_size)}  # fmt: skip
     return crate.add_file(path, name, properties={**({"@type": ["File", *kinds]} if kinds else {}), **properties})
 
 
-def _value(crate: object, group: str, name: str, value: object) -> Any:
+def _value(crate: "ROCrate", group: str, name: str, value: object) -> "Entity":
     return _add(crate, f"#{group}-{quote(name)}", "PropertyValue", name=name, value=_plain(value))
 
 
-def _add(crate: Any, identifier: str, kind: str, /, **properties: object) -> Any:
+def _add(crate: "ROCrate", identifier: str, kind: str, /, **properties: object) -> "Entity":
     from rocrate.model import ContextEntity
 
     return crate.add(ContextEntity(crate, identifier, {"@type": kind, **properties}))

@@ -31,6 +31,7 @@ from labtrain.exact.metric_states import hold, metrics_of, release
 from labtrain.record.digests import PLACE
 from labtrain.training.guard import Guard
 from labtrain.training.lightning import (
+    DataFetcher,
     Results,
     TrainingEpochLoop,
     checkpoint_connector,
@@ -82,7 +83,7 @@ class EpochLoop(TrainingEpochLoop):
 
     # ------------------------------------------------------------------------------------------------------ saving
 
-    def on_advance_end(self, data_fetcher: Any) -> None:
+    def on_advance_end(self, data_fetcher: DataFetcher) -> None:
         if not self._entering and not self.is_accumulating() and is_searched(self.trainer):
             self._exchange()
             if self.wishes.agreed_stop:
@@ -99,7 +100,7 @@ class EpochLoop(TrainingEpochLoop):
         seed_place("boundary", self.trainer.current_epoch, self.batch_idx)
         super().on_advance_end(data_fetcher)
 
-    def _due(self, data_fetcher: object) -> bool:
+    def _due(self, data_fetcher: DataFetcher) -> bool:
         every = self.every_n_steps
         return (every is not None and self.global_step % every == 0) or self.validation_is_due(data_fetcher)
 
@@ -270,7 +271,7 @@ class EpochLoop(TrainingEpochLoop):
     def done(self) -> bool:
         return self.loaded is None and super().done
 
-    def advance(self, data_fetcher: Any) -> None:
+    def advance(self, data_fetcher: DataFetcher) -> None:
         if self.loaded is None:
             super().advance(data_fetcher)
         else:

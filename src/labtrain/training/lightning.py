@@ -15,6 +15,8 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.trainer.call import _call_lightning_module_hook
@@ -26,9 +28,12 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _Sync,
 )
 from torch import Tensor
+from torchmetrics import Metric
 
 from labtrain.base.contracts import State
 
+DataFetcher = _DataFetcher
+AnyLoop = _TrainingEpochLoop | _EvaluationLoop
 ResultMeta = _Metadata
 ResultCollection = _ResultCollection
 
@@ -80,7 +85,7 @@ class TrainingEpochLoop(_TrainingEpochLoop):
         stopping = self.trainer.should_stop and self.trainer.fit_loop._can_stop_early
         return bool(stopping or self._is_training_done)
 
-    def validation_is_due(self, data_fetcher: Any) -> bool:
+    def validation_is_due(self, data_fetcher: _DataFetcher) -> bool:
         """Return whether a validation follows this batch."""
         return self._should_check_val_fx(data_fetcher)
 
@@ -97,9 +102,14 @@ class TrainingEpochLoop(_TrainingEpochLoop):
         """Do nothing: Lightning would ask rank 0 before each batch whether it got a SIGTERM."""
 
 
-def evaluation_loop(trainer: pl.Trainer) -> Any:
+def evaluation_loop(trainer: pl.Trainer) -> _EvaluationLoop:
     """Return the loop of the validation or test that runs."""
     return trainer._evaluation_loop
+
+
+def epochs_done(trainer: pl.Trainer) -> int:
+    """Return how many epochs of training are over."""
+    return int(cast(Any, trainer.fit_loop.epoch_progress.current).processed)
 
 
 def batches_begun(trainer: pl.Trainer) -> int:
@@ -133,7 +143,7 @@ class LoggedValue(_ResultMetric):
             self.place = place, options
         return self
 
-    def forward(self, value: Any, batch_size: int) -> None:
+    def forward(self, value: Tensor | Metric, batch_size: int) -> None:
         """Log a value; its name is known while ranks exchange it."""
         global _being_logged
         _being_logged = self.meta.name
@@ -160,7 +170,7 @@ class LoggedValue(_ResultMetric):
     def updates(self, number: int) -> None:
         self._update_count = number
 
-    def put_metric_of_step(self, metric: Any) -> None:
+    def put_metric_of_step(self, metric: Metric) -> None:
         """Take a torchmetrics.Metric, with its value of the last step."""
         self.value, self._forward_cache = metric, metric._forward_cache
 
@@ -201,7 +211,7 @@ def new_entry(
     meta: ResultMeta | Mapping[str, Any],
     *,
     is_tensor: bool,
-    reduce: Callable[..., Any],
+    reduce: Callable[..., object],
     should: bool = True,
     rank_zero_only: bool = False,
 ) -> LoggedValue:
@@ -230,17 +240,17 @@ def fields_of(meta: ResultMeta) -> dict[str, object]:
     return {name: getattr(meta, name) for name in names if name not in ("_sync", "reduce_fx")}
 
 
-def active_results(trainer: pl.Trainer) -> Any:
+def active_results(trainer: pl.Trainer) -> ResultCollection | None:
     """Return what the loop that runs has logged; None outside of all loops."""
     return trainer._results
 
 
-def results_of(loop: Any) -> Any:
+def results_of(loop: AnyLoop) -> ResultCollection:
     """Return what a loop has logged."""
     return loop._results
 
 
-def put_results(loop: Any, results: ResultCollection) -> None:
+def put_results(loop: AnyLoop, results: ResultCollection) -> None:
     """Let a loop log into another collection."""
     loop._results = results
 
@@ -321,7 +331,7 @@ class CheckpointConnector(_CheckpointConnector):
             super()._restore_modules_and_callbacks(*arguments, **options)
 
 
-def checkpoint_connector(trainer: pl.Trainer) -> Any:
+def checkpoint_connector(trainer: pl.Trainer) -> _CheckpointConnector:
     """Return the part of the trainer that saves and loads checkpoints."""
     return trainer._checkpoint_connector
 
@@ -377,4 +387,4 @@ def halves_to_float(modules: Iterator[torch.nn.Module]) -> None:
     """Let `self.dtype` be float32 where it is float16 or bfloat16."""
     for part in modules:
         if getattr(part, "_dtype", None) in (torch.float16, torch.bfloat16):
-            cast(Any, part)._dtype = torch.float32
+            part._dtype = torch.float32  # type: ignore[assignment]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -388,7 +388,7 @@ class Alike:
 
     @property
     def _device(self) -> torch.device:
-        return cast(torch.device, cast(Any, self.strategy).root_device)
+        return self.strategy.root_device
 
 
 def check_ranks(trainer: pl.Trainer) -> None:

@@ -315,11 +315,13 @@ class Tally:
             into.updates += 1
             into.has_reset = False
 
-    def _metric(self, entry: Entry) -> object:
+    def _metric(self, entry: Entry) -> torchmetrics.Metric:
         """Return the metric that an entry logs: of the model, or one that wraps some of it."""
         if entry.key in self._logs:
-            return self._logs[entry.key].value
-        return self._module.get_submodule(str(entry.meta.metric_attribute))
+            found = self._logs[entry.key].value
+        else:
+            found = self._module.get_submodule(str(entry.meta.metric_attribute))
+        return cast(torchmetrics.Metric, found)
 
     def _tensors(self, names: Iterable[str]) -> Iterator[tuple[str, str, Tensor, str]]:
         """Yield metric, state, its default and how it is reduced, of each state that is a tensor."""

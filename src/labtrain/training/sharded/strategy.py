@@ -29,6 +29,7 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
@@ -40,8 +41,11 @@ from labtrain.exact.plain_values import is_experiments_code
 from labtrain.exact.tree_sum import ShardSum, alone, shard_ranges
 from labtrain.training.guard import Guard, explain_backward
 from labtrain.training.lightning import (
+    AnyLoop,
+    ResultCollection,
     batches_begun,
     broadcast_module,
+    epochs_done,
     evaluation_loop,
     prepare_again,
     prepare_batch,
@@ -127,7 +131,7 @@ class Exact(_Base):
         self._sum: ShardSum | None = None
         self._watch: Watch | None = None
         self._parameters: list[torch.nn.Parameter] = []
-        self._hooks: list[Any] = []
+        self._hooks: list[RemovableHandle] = []
         self._uses: list[int] = []  # how often a backward has added to each gradient, at most
         self._added: list[int] = []  # and this one
         self._pushed: set[int] = set()  # parameters whose gradient of the last shard has gone
@@ -246,7 +250,7 @@ class Exact(_Base):
 
     def training_step(self, batch: object, *args: object) -> Any:
         loop = self._trainer.fit_loop.epoch_loop
-        epoch, index = cast(Any, self._trainer.fit_loop.epoch_progress.current).processed, loop.batch_idx
+        epoch, index = epochs_done(self._trainer), loop.batch_idx
         if self.shards == 1:
             return self._whole(batch, epoch, index, *args)
         batch, moved = self._shards_of(batch)
@@ -266,7 +270,9 @@ class Exact(_Base):
             rows_SK = self._combined(batch, results, step.ranges)
         return self._end_step(step, rows_SK)
 
-    def backward(self, closure_loss: Tensor, optimizer: Any, *args: object, **kwargs: object) -> Tensor:
+    def backward(
+        self, closure_loss: Tensor, optimizer: torch.optim.Optimizer | None, *args: object, **kwargs: object
+    ) -> Tensor:
         if self._waiting is None:
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         # Here, and not in training_step: the old gradients are gone by now, and their memory is free.
@@ -435,10 +441,10 @@ class Exact(_Base):
         """Return the stage, and the epoch of training or the step of an evaluation."""
         trainer = self._trainer
         if trainer.training:
-            return "train", cast(Any, trainer.fit_loop.epoch_progress.current).processed
+            return "train", epochs_done(trainer)
         return str(trainer.state.stage), trainer.global_step
 
-    def _combined(self, batch: Sharded, results: Any, ranges: list[range]) -> Tensor:
+    def _combined(self, batch: Sharded, results: ResultCollection, ranges: list[range]) -> Tensor:
         """Combine what all shards logged, and the wishes of all ranks; return the numbers that were put in front."""
         rows_SK, agreed = self._tally.combine(
             results,
@@ -458,7 +464,7 @@ class Exact(_Base):
         return output
 
     @contextmanager
-    def scratch(self, loop: object) -> Any:
+    def scratch(self, loop: AnyLoop) -> Iterator[ResultCollection]:
         """Restore Lightning's collection of logged values at the end, whatever happens."""
         results, self._inside = results_of(loop), True
         try:

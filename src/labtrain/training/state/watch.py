@@ -67,7 +67,7 @@ class Watch:
         self,
         module: nn.Module,
         *,
-        optimizers: Sequence[object] = (),
+        optimizers: Sequence[torch.optim.Optimizer] = (),
         schedulers: Sequence[object] = (),
         device: torch.device,
         rank: int,
@@ -296,7 +296,9 @@ class Weights:
 class Rates:
     """Tells whether a shard's step changed an option of an optimizer, such as the rate, or stepped a scheduler."""
 
-    def __init__(self, module: nn.Module, optimizers: Sequence[Any], schedulers: Sequence[object]) -> None:
+    def __init__(
+        self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[object]
+    ) -> None:
         self.module, self.optimizers, self.schedulers = module, optimizers, list(schedulers)
         self._values: list[object] = []
         self._counts: list[int] = []
