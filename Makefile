@@ -12,7 +12,7 @@ help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: ## make .venv from requirements.lock, every file by hash; nothing to do when it is up to date
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found, Python 3.11 to 3.13 wanted. hint: apt-get install python3 python3-venv" >&2; exit 2; }
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; need Python 3.11 to 3.13. hint: apt-get install python3 python3-venv" >&2; exit 2; }
 	@mkdir -p $(TMPDIR)
 	@PYTHONPATH=src $(PYTHON) -B -m labtrain.bootstrap --editable
 
@@ -45,7 +45,7 @@ check: setup ## formatting, lint, types, the packages and the locks
 	@$(VENV)/lint-imports
 	@$(VENV)/labtrain lock check
 
-golden: setup ## record tests/golden anew: what the demo is held against
+golden: setup ## record tests/golden again: what the demo is compared with
 	@rm -rf .demo && mkdir .demo && $(VENV)/labtrain new .demo/golden
 	@cd .demo/golden && ../../$(VENV)/python train.py determinism.mode=portable trainer.accelerator=cpu paths.runs=runs logger=none
 	@cp .demo/golden/runs/golden/*/receipt.json .demo/golden/runs/golden/*/trail.jsonl tests/golden/

@@ -4,7 +4,7 @@ set -eu
 
 case "${1-}" in
   "" | 0* | *[!0-9]*)
-    printf 'error: USER_ID is %s, a number above 0 wanted\n\nhint: docker build --build-arg USER_ID=$(id -u) ...\n' "${1-}" >&2
+    printf 'error: USER_ID is %s; expected a number above 0\n\nhint: docker build --build-arg USER_ID=$(id -u) ...\n' "${1-}" >&2
     exit 2
     ;;
 esac

@@ -93,7 +93,7 @@ let
   linkWheel =
     p: if isWheel p then link p else "ln -s ${toWheel "${p.name}-${p.version}" (link p)}/*.whl .\n";
 
-  # Of the repository only what pyproject.toml puts into the wheel: to edit a test does not build anew.
+  # Of the repository only what pyproject.toml puts into the wheel: a changed test does not cause a build.
   project = builtins.fromTOML (builtins.readFile (root + "/pyproject.toml"));
   packed =
     project.tool.hatch.build.targets.wheel

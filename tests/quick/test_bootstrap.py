@@ -63,7 +63,7 @@ def test_a_missing_python_is_said_in_one_line() -> None:
     assert done.returncode == 2
     assert (
         done.stderr.splitlines()[0]
-        == "error: no-such-python not found, Python 3.11 to 3.13 wanted. hint: apt-get install python3 python3-venv"
+        == "error: no-such-python not found; need Python 3.11 to 3.13. hint: apt-get install python3 python3-venv"
     )
 
 

@@ -264,7 +264,7 @@ def test_the_account_is_not_root(docker: Docker, user: str) -> None:
     """In a container: it would change /etc/passwd."""
     script = f"{CONTAINERS / 'system.sh'}:/system.sh:ro"
     done = docker("run", "--rm", "--network=none", "-v", script, "base", "sh", "/system.sh", user, code=2)
-    assert done.stderr.startswith(f"error: USER_ID is {user}, a number above 0 wanted\n\nhint: ")
+    assert done.stderr.startswith(f"error: USER_ID is {user}; expected a number above 0\n\nhint: ")
 
 
 @pytest.fixture(scope="module")
