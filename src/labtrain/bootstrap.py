@@ -55,6 +55,8 @@ def set_up(root: Path, *, editable: bool) -> None:
         LabtrainError: Python, disk or memory does not suffice, or a step failed.
     """
     check_python(sys.version_info[:2])
+    if not (root / LOCK).is_file():
+        raise LabtrainError(f"{LOCK}: no such file in {root}", hint="cd to labtrain's repository, or to an experiment")
     venv = root / ".venv"
     python = venv / "bin" / "python"
     stamp = venv / STAMP
@@ -94,6 +96,8 @@ def _variables() -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if key not in left_out}
     if "PIP_INDEX_URL" in environment:  # one variable for both, behind a mirror
         environment.setdefault("UV_DEFAULT_INDEX", environment["PIP_INDEX_URL"])
+    if "PIP_CERT" in environment:
+        environment.setdefault("SSL_CERT_FILE", environment["PIP_CERT"])
     return environment
 
 

@@ -16,6 +16,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 import labtrain
+from labtrain import augment
 from labtrain.cli import main
 
 PACKAGE = Path(labtrain.__file__).parent
@@ -25,11 +26,15 @@ GROUPS = ("checkpoint", "determinism", "logger", "speed", "trainer")
 
 def names() -> dict[str, str]:
     """Return the parameters of each public name, without their types."""
-    return {name: parameters(getattr(labtrain, name)) for name in sorted(labtrain.__all__)}
+    found = {name: parameters(getattr(labtrain, name)) for name in sorted(labtrain.__all__) if name != "augment"}
+    return found | {f"augment.{name}": parameters(getattr(augment, name)) for name in sorted(augment.__all__)}
 
 
 def parameters(value: Any) -> str:
-    signature = inspect.signature(value)
+    try:
+        signature = inspect.signature(value)
+    except ValueError:  # a Protocol's
+        return ""
     bare = [each.replace(annotation=inspect.Parameter.empty) for each in signature.parameters.values()]
     return str(signature.replace(parameters=bare, return_annotation=inspect.Signature.empty))
 
@@ -45,7 +50,7 @@ def commands(command: click.Command = main, name: str = "labtrain") -> Iterator[
 def described(option: click.Parameter) -> str:
     spelling = "/".join(option.opts) if isinstance(option, click.Option) else option.make_metavar(click.Context(main))
     kind = "flag" if getattr(option, "is_flag", False) else type_of(option.type)
-    with_default = option.default is not None and "UNSET" not in repr(option.default) and kind != "flag"
+    with_default = option.default is not None and "UNSET" not in repr(option.default) and option.default is not False
     words = [spelling, kind, f"default={option.default}" if with_default else "", "required" if option.required else "",
              "repeatable" if option.multiple or option.nargs == -1 else ""]  # fmt: skip
     return " ".join(filter(None, words))
@@ -56,7 +61,7 @@ def type_of(value: click.ParamType) -> str:
         case click.Choice():
             return "|".join(value.choices)
         case click.IntRange():
-            return f"integer>={value.min}"
+            return f"integer>={value.min}" + (f"<={value.max}" if value.max is not None else "")
     return value.name
 
 
@@ -81,12 +86,12 @@ def composed(*overrides: str) -> set[str]:
 
 
 def flat(node: dict[Any, Any], prefix: str = "") -> Iterator[str]:
-    """Yield the dotted path of each value."""
+    """Yield the dotted path of each value, with its default."""
     for key, value in node.items():
         if isinstance(value, dict) and value:
             yield from flat(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}"
+            yield f"{prefix}{key}={json.dumps(value)}"
 
 
 def fields() -> list[str]:

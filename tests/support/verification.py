@@ -139,5 +139,5 @@ def name_a_flipped_bit(copy: Path, kind: str) -> None:
         found = json.loads(verify(copy, "--json", code=1, **fault).out)
     phase = {"weight": "update", "gradient": "gradient"}[kind]
     assert found["divergence"] == {"step": step, "phase": phase, "tensor": tensor}
-    assert "this machine repeats itself" in found["found"]
+    assert "results on this machine are reproducible" in found["found"]
     assert found["to_step"] == step - 1

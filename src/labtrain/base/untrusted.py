@@ -176,7 +176,7 @@ def loads(data: bytes | str) -> Any:
     for _ in leaves(value):
         pass
     if "\\u" in text and _BROKEN.search(json.dumps(value, ensure_ascii=False)):
-        raise ValueError("half a character")
+        raise ValueError("an unpaired surrogate")
     return value
 
 

@@ -43,16 +43,7 @@ def import_checkpoint(file: Path, url: str) -> str:
         DamagedError: it is not a checkpoint, or loading it would run code.
         StoreError: a training, or another import, writes there; or labtrain cannot write there.
     """
-    try:
-        loaded = load_plain(Path(os.path.realpath(file)))  # the person has named it, so a link is fine
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"{file} does not exist", hint=f"ls {quoted(file.parent)}") from error
-    except DamagedError as error:
-        hint = "in the program that made it: torch.save(model.state_dict(), FILE)"
-        raise DamagedError(str(error.args[0]), hint=hint) from error
-    state: State = loaded if "state_dict" in loaded else {"state_dict": loaded}
-    _check(file, state)
-    state = Staging().copy({key: value for key, value in state.items() if key != "loops"})
+    state = _read(file)
     store = Store(url)
     step: int = state.get("global_step", 0)
     manifest: Manifest = {
@@ -84,6 +75,20 @@ def import_checkpoint(file: Path, url: str) -> str:
         with suppress(StoreError):
             store.leave(token)
     return f"{store.url}/{name}"
+
+
+def _read(file: Path) -> State:
+    """Return what a .ckpt holds, without its loops."""
+    try:
+        loaded = load_plain(Path(os.path.realpath(file)))  # the person has named it, so a link is fine
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{file} does not exist", hint=f"ls {quoted(file.parent)}") from error
+    except DamagedError as error:
+        hint = "in the program that made it: torch.save(model.state_dict(), FILE)"
+        raise DamagedError(str(error.args[0]), hint=hint) from error
+    state: State = loaded if "state_dict" in loaded else {"state_dict": loaded}
+    _check(file, state)
+    return Staging().copy({key: value for key, value in state.items() if key != "loops"})
 
 
 def _check(file: Path, state: State) -> None:

@@ -57,11 +57,12 @@ def code_state(job: Job) -> Code:
     root = job.root
     commit = ask_git(root, "rev-parse", "HEAD").strip()
     untracked, ignored = unknown_sources(root) if commit else ([], [])
+    changed = _or_none(root, "status", "--porcelain", "--", ".") if commit else None
     found = code_digests(job) | {
         "commit": commit or None,
         "folder": ask_git(root, "rev-parse", "--show-prefix").strip().rstrip("/") if commit else None,
         "branch": ask_git(root, "rev-parse", "--abbrev-ref", "HEAD").strip() or None,
-        "dirty": bool(ask_git(root, "status", "--porcelain", "--", ".").strip()) if commit else None,
+        "dirty": None if changed is None else bool(changed.strip()),
         "untracked": untracked,
         "ignored": ignored,
         "patch": uncommitted_change(root, untracked) if commit else "",
@@ -70,10 +71,13 @@ def code_state(job: Job) -> Code:
 
 
 def unknown_sources(root: str) -> tuple[list[str], list[str]]:
-    """Return an experiment's Python sources that are unknown to git, and those that git ignores."""
+    """Return an experiment's Python sources that are unknown to git, and those that git ignores; none if git fails."""
     here = {path.relative_to(root).as_posix() for path in sources(Path(root))}
-    known = set(ask_git(root, "ls-files", "-z", "--", ".").split("\0"))
-    new = set(ask_git(root, "ls-files", "-z", "--others", "--exclude-standard", "--", ".").split("\0"))
+    listed = _or_none(root, "ls-files", "-z", "--", ".")
+    others = _or_none(root, "ls-files", "-z", "--others", "--exclude-standard", "--", ".")
+    if listed is None or others is None:
+        return [], []
+    known, new = set(listed.split("\0")), set(others.split("\0"))
     return sorted(here & new), sorted(here - new - known)
 
 

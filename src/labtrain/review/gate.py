@@ -230,8 +230,9 @@ def distributions_of(python: Path) -> dict[str, str]:
     try:
         done = subprocess.run([str(python), "-c", code], capture_output=True, text=True, check=True, timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
-        words = getattr(error, "stderr", "") or str(error)
-        raise ConfigError(f"{python}: {words.strip().splitlines()[-1]}", hint="OLD_ENVIRONMENT/bin/python") from error
+        words = error.stderr if isinstance(error, subprocess.CalledProcessError) else ""
+        said = (words.strip() or str(error)).splitlines()[-1]
+        raise ConfigError(f"{python}: {said}", hint="--old-python OLD_ENVIRONMENT/bin/python") from error
     return dict(json.loads(done.stdout))
 
 

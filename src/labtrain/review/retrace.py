@@ -185,11 +185,11 @@ def narrow(case: Case, line: Line, *, reached: int, start: int) -> tuple[Diverge
     except LabtrainError as error:
         return found, f"not trained again from step {begin}: {error.args[0]}{more}"
     if again is not None and phase_of(wanted, again) is None:
-        told = f"no difference when trained again from step {begin}: this machine does not repeat itself"
+        told = f"no difference when trained again from step {begin}: results on this machine are not reproducible"
     elif again == line:
-        told = f"the same difference when trained again from step {begin}: this machine repeats itself"
+        told = f"the same difference when trained again from step {begin}: results on this machine are reproducible"
     else:
-        told = f"another difference when trained again from step {begin}: this machine does not repeat itself"
+        told = f"another difference when trained again from step {begin}: results on this machine are not reproducible"
     if reached + 1 < step:
         told = f"or since step {reached + 1}: the trail has no line for it; {told}"
     if names:

@@ -18,6 +18,7 @@ from typing import cast
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from labtrain.base.console import shown
 from labtrain.base.contracts import Results, as_options
 from labtrain.base.credentials import remember
 from labtrain.base.errors import (
@@ -26,6 +27,7 @@ from labtrain.base.errors import (
     LabtrainError,
     NotThereYetError,
     explain_callback,
+    in_words,
 )
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, Wishes
@@ -90,13 +92,7 @@ def train(cfg: object) -> Result:
     if done is not None and done["status"] == "complete" and not job.origin:
         if changed := changed_data(job, done):
             warn(changed)
-        results = done["results"]
-        return Result(
-            run_dir=run_dir,
-            metrics=results["metrics"],
-            weights_digest=results["weights_digest"],
-            steps=results["steps"],
-        )
+        return _recorded(run_dir, done["results"])
 
     accelerator, devices = choose_accelerator(config)
     check_compiler(config["speed"], accelerator)
@@ -108,7 +104,7 @@ def train(cfg: object) -> Result:
         threads=config["determinism"]["threads"],
         tf32=config["speed"]["tf32"] and accelerator == "gpu",
     ):
-        session = _Session(job, accelerator, devices, done)
+        session = _make_session(job, accelerator, devices, done)
         try:
             session.open()
             return session.fit()
@@ -119,6 +115,25 @@ def train(cfg: object) -> Result:
             raise error from raised
         finally:
             session.close()
+
+
+def _recorded(run_dir: Path, results: Results) -> Result:
+    return Result(
+        run_dir=run_dir,
+        metrics=results["metrics"],
+        weights_digest=results["weights_digest"],
+        steps=results["steps"],
+    )
+
+
+def _make_session(job: Job, accelerator: str, devices: int | list[int] | str, before: Receipt | None) -> "_Session":
+    try:
+        return _Session(job, accelerator, devices, before)
+    except Exception as error:
+        known = None if isinstance(error, LabtrainError) else explain(error, job.config, started=False)
+        if known is None:
+            raise
+        raise known from error
 
 
 class _Session:
@@ -247,7 +262,12 @@ class _Session:
         if isinstance(error, Stopped) and not error.saved:
             self.keep_fetched = True  # other ranks may be reading it, and what the saver would deliver
         if self.trainer.is_global_zero:
-            self._close_failed(error, stopped=stopped)
+            try:
+                self._close_failed(error, stopped=stopped)
+            except Exception as other:  # a full disk, say: the error of the training is the one to show
+                if stopped:
+                    raise
+                warn(f"{shown(self.run_dir)}: the receipt could not be closed: {in_words(other)}")
         if not stopped and (launcher := self.trainer.strategy.launcher):
             launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
         return self._explained(error) or error

@@ -16,7 +16,8 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def train(runs: Path, *overrides: str) -> tuple[Path, str]:
     """Train a few steps and return the run's folder and its weights digest."""
-    command = [sys.executable, str(ROOT / "train.py"), f"paths.runs={runs}", "trainer.max_steps=3", *overrides]
+    short = ("trainer.max_epochs=1", "trainer.limit_train_batches=3")  # with its validation, which callbacks may need
+    command = [sys.executable, str(ROOT / "train.py"), f"paths.runs={runs}", *short, *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     folder, digest = done.stdout.split()

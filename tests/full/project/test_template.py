@@ -63,7 +63,10 @@ def test_it_stands_alone_and_passes_its_ci(own_experiment: Experiment) -> None:
     model.write_text(model.read_text().replace("nn.ReLU()", "nn.SiLU()"))
     failed = run("make", "regression", cwd=root)
     assert failed.returncode != 0
-    assert f"expected {golden.read_text().strip()} from tests/golden/regression.txt: the training has changed" in failed.stderr
+    assert (
+        f"expected {golden.read_text().strip()} from tests/golden/regression.txt: the training has changed"
+        in failed.stderr
+    )
     assert "\n\nhint: " in failed.stderr
     assert "make golden" in failed.stderr
     assert run("make", "golden", cwd=root).returncode == 0

@@ -77,7 +77,7 @@ def test_a_trail_of_every_seventh_step_is_compared_at_those(copy: Path) -> None:
     found = json.loads(verify(run.folder, "--json", code=1).out)
     assert (found["divergence"]["step"], found["to_step"]) == (14, 7)
     assert "or since step 8: the trail has no line for it" in found["found"]
-    assert "this machine repeats itself" in found["found"]
+    assert "results on this machine are reproducible" in found["found"]
     assert "nothing to compare in steps 1 to 3" in verify(run.folder, "--steps", "3", code=2).err
     sound = experiment.train(*command, "resume=never", cwd=experiment.root)
     assert "the same bits to the end" in verify(sound.folder).out
@@ -163,7 +163,9 @@ def test_a_machine_that_does_not_repeat_itself_is_said_so(copy: Path) -> None:
     """From the last checkpoint the fault's own count of steps begins anew: it does not come again."""
     found = json.loads(verify(copy, "--json", code=1, FAULT="8 weight:net.9.bias 4 counted").out)
     assert found["divergence"] == {"step": 8, "phase": "update", "tensor": "net.9.bias"}
-    assert "no difference when trained again from step 5: this machine does not repeat itself" in found["found"]
+    assert (
+        "no difference when trained again from step 5: results on this machine are not reproducible" in found["found"]
+    )
 
 
 def test_each_wrong_result_is_named(copy: Path) -> None:
