@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from labtrain.base.errors import LabtrainError
-from labtrain.bootstrap import check_disk, check_memory, check_python, fingerprint, locked_block
+from labtrain.bootstrap import check_disk, check_memory, check_python, fingerprint, locked_block, set_up
 from tests.conftest import ROOT
 
 
@@ -148,3 +148,9 @@ def test_nothing_runs_a_wheel_but_by_its_hash() -> None:
     texts = {path: path.read_text(errors="replace") for folder in ("template", "containers", "nix")
              for path in (ROOT / folder).rglob("*") if path.is_file()}  # fmt: skip
     assert [path.name for path, text in texts.items() if "labtrain.bootstrap" in text] == ["setup.sh"]
+
+
+def test_a_folder_without_a_lock_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(LabtrainError, match=r"requirements\.lock: no such file"):
+        set_up(tmp_path, editable=False)
+    assert not any(tmp_path.iterdir())
