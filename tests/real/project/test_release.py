@@ -74,7 +74,7 @@ def test_the_wheel_makes_and_trains_an_experiment_in_an_empty_environment(reposi
     """The sdist holds the committed files; nothing is tagged or pushed: the commands are printed."""
     done = release(repository)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "yes          the same bits, to its end" in done.stdout
+    assert "yes          the same bits to the end" in done.stdout
     wheel, sdist = (repository / "dist" / f"labtrain-{__version__}{end}" for end in ("-py3-none-any.whl", ".tar.gz"))
     for path in (wheel, sdist):
         assert f"{hashlib.sha256(path.read_bytes()).hexdigest()}  dist/{path.name}\n" in done.stdout
