@@ -100,4 +100,4 @@ def test_an_attribute_that_the_training_changes_keeps_its_value_and_that_is_said
     said = "smoothing starts as 0.9 in the code, but the training had changed it: it resumes with the value"
     assert f"warning: {said}" in runner.said()
     assert said in (run_dir / "receipt.json").read_text()
-    assert "started begins" not in runner.said()
+    assert "started starts" not in runner.said()
