@@ -27,7 +27,7 @@ from labtrain.record.identity import Job, first_free
 from labtrain.review.listing import is_trained, list_runs
 from labtrain.stores.prune import leftovers
 from labtrain.stores.store import Store, identity, sealed
-from labtrain.training import fit as training
+from labtrain.training import start
 from labtrain.training.callbacks.recorder import Recorder
 from labtrain.training.start import alone_in, refuse_outdated
 from tests.conftest import LABTRAIN, ROOT, Experiment, skip_or_fail
@@ -274,7 +274,7 @@ def test_a_start_that_looked_before_another_ended_does_not_go_on_from_what_is_ol
 
 def test_who_waits_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """One process holds the folder, and another that waits for it names it, and goes on after it."""
-    monkeypatch.setattr(training, "PATIENCE_S", 0)
+    monkeypatch.setattr(start, "PATIENCE_S", 0)
     code = f"from pathlib import Path; from labtrain.training.start import alone_in\nwith alone_in(Path({str(tmp_path)!r})):\n" \
            "    print('held', flush=True); input()"  # fmt: skip
     holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -288,7 +288,7 @@ def test_who_waits_says_for_whom(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         holder.stdin.close()  # type: ignore[union-attr]
 
     said: list[str] = []
-    monkeypatch.setattr(training, "warn", said.append)
+    monkeypatch.setattr(start, "warn", said.append)
     ending = threading.Thread(target=end)
     ending.start()
     with alone_in(tmp_path):

@@ -61,8 +61,8 @@ def test_a_data_module_without_a_batch_size_is_refused(own_experiment: Experimen
     ("arguments", "says"),
     [
         (("data.batch=4",), "unknown key data.batch"),
-        (("trainer.strategy=fsdp",), "it searches on one device"),
-        (("speed.compile=sometimes",), "speed.compile=sometimes: true, false or one of"),
+        (("trainer.strategy=fsdp",), "batch-size does not support trainer.strategy=fsdp: it searches on one device"),
+        (("speed.compile=sometimes",), "speed.compile=sometimes: must be true, false or one of"),
     ],
 )
 def test_what_cannot_be_searched_is_said_at_once(arguments: tuple[str, ...], says: str, experiment: Experiment) -> None:

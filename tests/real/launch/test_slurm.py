@@ -87,6 +87,6 @@ def test_devices_that_the_launcher_did_not_start_are_refused(cluster: Cluster) -
     with patient(cluster.out):
         assert cluster.slurm.ended(job) == "FAILED"
     assert (
-        "error: trainer.devices=4 trainer.num_nodes=1, and srun started 4 processes on 2 nodes"
+        "error: trainer.devices=4 trainer.num_nodes=1, but srun started 4 processes on 2 nodes"
         in cluster.out.read_text()
     )

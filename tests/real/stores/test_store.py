@@ -249,7 +249,7 @@ def test_a_store_has_one_writer_that_enters(url: str) -> None:
     token = store.enter()
     with pytest.raises(StoreError, match=f"process {os.getpid()} on .* writes checkpoints to") as error:
         Store(url).enter()
-    assert error.value.hint == f"another folder: {url}/imported"
+    assert error.value.hint == f"use another folder: {url}/imported"
     store.check_writer(token)
     store.leave(token)
     store.replace(".writer.json", json.dumps({"token": "x", "host": "elsewhere", "process": 1}).encode())

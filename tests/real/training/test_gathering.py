@@ -55,8 +55,8 @@ def test_part_of_a_validation_and_without_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("world", "says"),
     [
-        (1, "the list has 22 items, training_step was called 11 times"),
-        (2, "the list has 12 (rank 0), 10 (rank 1) items, training_step was called 6 (rank 0), 5 (rank 1) times"),
+        (1, "the list has 22 items, but training_step was called 11 times"),
+        (2, "the list has 12 (rank 0), 10 (rank 1) items, but training_step was called 6 (rank 0), 5 (rank 1) times"),
     ],
 )
 def test_a_list_of_another_length_is_refused(world: int, says: str, runner: Runner) -> None:

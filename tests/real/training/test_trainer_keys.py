@@ -112,7 +112,7 @@ def test_an_error_of_one_of_lightnings_callbacks_too(runner: Runner) -> None:
         ({"made": True}, "callbacks.mine._target_=tests.support.small_models.Boom: KeyError: 'missing'\n"),
         ({"nothing": 1}, "TypeError: Boom.__init__() got an unexpected keyword argument 'nothing'"),
         ({"_target_": "tests.support.exact_worker.MLP"}, "makes a MLP, expected a Callback"),
-        ({"_target_": None}, "callbacks.mine={'_target_': None}: a mapping with _target_, or null"),
+        ({"_target_": None}, "callbacks.mine={'_target_': None}: must be a mapping with _target_, or null"),
     ],
 )
 def test_a_callback_that_cannot_be_made_is_an_error_of_the_configuration(
