@@ -25,7 +25,10 @@ def test_a_good_driver_and_gpu_pass(tmp_path: Path) -> None:
     code, checks = doctor("--gpu", "required", **driver(tmp_path))
     assert code == 0, checks
     assert checks["driver"]["found"] == "550.54.14, of CUDA 12.4"
-    assert checks["GPU 0"]["found"] == "Test GPU, 24 GB, compute capability 8.9, ECC on, MIG not available, persistence off"
+    assert (
+        checks["GPU 0"]["found"]
+        == "Test GPU, 24 GB, compute capability 8.9, ECC on, MIG not available, persistence off"
+    )
 
 
 @pytest.mark.parametrize(("cuda", "says"), [(12000, "530.30.02"), (11080, "CUDA 11 ended with PyTorch 2.7")])
