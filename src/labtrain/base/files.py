@@ -34,6 +34,10 @@ def file_sha256(path: Path) -> str:
 
 def sha256_of(file: BinaryIO) -> str:
     """Return the sha256 of an open file, 64 hex digits."""
-    return hashlib.file_digest(
-        cast(Any, file), "sha256"
-    ).hexdigest()  # typeshed asks for readinto, which BinaryIO lacks
+    # typeshed asks for readinto, which its BinaryIO lacks.
+    return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+
+
+def text_sha256(text: str) -> str:
+    """Return a text's sha256 as UTF-8, 64 hex digits."""
+    return hashlib.sha256(text.encode()).hexdigest()

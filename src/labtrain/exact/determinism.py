@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from labtrain.base.console import warn
 from labtrain.base.errors import ConfigError
 from labtrain.record.sources import FROM_SOURCE
 
@@ -189,11 +190,7 @@ _run_mode = "off"
 _run_accelerator = "cpu"
 
 
-def _warn(text: str) -> None:
-    sys.stderr.write(f"warning: {text}\n")
-
-
-_run_say: Callable[[str], None] = _warn
+_run_say: Callable[[str], None] = warn
 
 
 def set_run(*, seed: int, mode: str, accelerator: str = "cpu") -> None:
@@ -234,7 +231,7 @@ def run(*, seed: int, mode: str, accelerator: str, threads: int, tf32: bool) -> 
         if tf32:
             torch.set_float32_matmul_precision(precision)
         set_run(seed=run_before[0], mode=run_before[1], accelerator=run_before[2])
-        set_say(_warn)
+        set_say(warn)
 
 
 def _remembered() -> Callable[[], None]:

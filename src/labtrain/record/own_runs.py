@@ -5,7 +5,6 @@ named by a digest, in the state directory (https://specifications.freedesktop.or
 cannot prove this.
 """
 
-import hashlib
 import os
 import stat
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from pathlib import Path
 from labtrain.base import exact_json, untrusted
 from labtrain.base.console import quoted, shown
 from labtrain.base.errors import DamagedError, StoreError
+from labtrain.base.files import text_sha256
 from labtrain.base.untrusted import damage_of
 from labtrain.record.provenance import PATCH
 from labtrain.record.receipt import Receipt
@@ -64,7 +64,7 @@ def patch_of(receipt: Receipt, run_dir: Path) -> str | None:
 def remember_store(url: str) -> None:
     """Record that this user named a remote store."""
     if not is_local(url):
-        _note("stores", _digest(url.rstrip("/")))
+        _note("stores", text_sha256(url.rstrip("/")))
 
 
 def checkpoints_of(run_dir: Path, receipt: Receipt, *, named: str = "") -> str:
@@ -88,7 +88,7 @@ def opened(place: str) -> str:
     Raises:
         StoreError: it is a remote store, and this user has named neither it nor a parent of it.
     """
-    if is_local(place) or any(_is_noted("stores", _digest(url)) for url in _above(place)):
+    if is_local(place) or any(_is_noted("stores", text_sha256(url)) for url in _above(place)):
         return place
     raise StoreError(
         f"{place} is not opened: a receipt names it, but you have not named it on this machine",
@@ -108,11 +108,7 @@ def _name_of(receipt: Receipt, patch: str | None, root: Path) -> str:
     """Return the digest of what a rerun would execute, and of the folder."""
     code = {key: receipt["code"].get(key) for key in ("sources", "outside", "shadows", "commit", "folder")}
     facts = [receipt["run_id"], receipt["config"], code, patch or "", str(root.resolve())]
-    return _digest(exact_json.dumps(facts, sort_keys=True))
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return text_sha256(exact_json.dumps(facts, sort_keys=True))
 
 
 def _folder(kind: str) -> Path:

@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from labtrain.base.console import shown
+from labtrain.base.console import shown, warn
 from labtrain.base.contracts import Results, as_options
 from labtrain.base.credentials import remember
 from labtrain.base.errors import (
@@ -44,7 +44,6 @@ from labtrain.record.sources import texts_in
 from labtrain.training.callbacks.checkpoint import Checkpoints, as_floats
 from labtrain.training.callbacks.history import best_of
 from labtrain.training.callbacks.recorder import Recorder, nothing_to_train
-from labtrain.training.callbacks.steps import warn
 from labtrain.training.cluster import explain_loss, make_environment
 from labtrain.training.devices import choose_accelerator, plain_because
 from labtrain.training.epoch_loop import EpochLoop

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from labtrain.base.console import shown
+from labtrain.base.console import shown, warn
 from labtrain.base.contracts import Origin
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
@@ -23,7 +23,6 @@ from labtrain.record.trail import BEST_UNSURE, HISTORY, TRAIL, is_as_recorded, m
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
 from labtrain.stores.store import Manifest
-from labtrain.training.callbacks.steps import warn
 
 PATIENCE_S = 5  # a start waits this long for another one before it prints a message
 

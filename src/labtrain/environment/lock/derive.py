@@ -1,7 +1,6 @@
 """Derive from the locks: what conda lacks, the seal, and the versions of each route."""
 
 import base64
-import hashlib
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from packaging.utils import parse_wheel_filename
 
 from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError
+from labtrain.base.files import text_sha256
 from labtrain.environment.lock import conda
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
@@ -101,14 +101,14 @@ def seal(folder: Path) -> Seal:
     """
     sealed: Seal = {}
     for pin in read_pins(folder / LOCK_FILE):
-        sealed[f"wheels {pin.name} {pin.version}"] = _sha256(pin.text)
+        sealed[f"wheels {pin.name} {pin.version}"] = text_sha256(pin.text)
     for entry in conda.read_conda_lock(folder)["package"]:
-        sealed[f"conda {entry['name']}"] = _sha256(json.dumps(entry, sort_keys=True))
+        sealed[f"conda {entry['name']}"] = text_sha256(json.dumps(entry, sort_keys=True))
     for entry in read_wheels(folder):
-        sealed[f"nix {entry['name']}"] = _sha256(json.dumps(entry, sort_keys=True))
+        sealed[f"nix {entry['name']}"] = text_sha256(json.dumps(entry, sort_keys=True))
     flake = folder / FLAKE_LOCK
     if flake.exists():
-        sealed["nix nixpkgs"] = _sha256(flake.read_text())
+        sealed["nix nixpkgs"] = text_sha256(flake.read_text())
     return sealed
 
 
@@ -145,7 +145,3 @@ def stack(folder: Path) -> dict[str, dict[str, str]]:
         "nix": {what: nix.get(name, "missing") for what, name in registry.items()},
         "conda": {what: entries.get(name, "missing") for what, name in forge.items()},
     }
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

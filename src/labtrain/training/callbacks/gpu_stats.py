@@ -13,8 +13,8 @@ import lightning.pytorch as pl
 import pynvml
 import torch
 
+from labtrain.base.console import warn
 from labtrain.base.nvml import NoDriverError, nvml
-from labtrain.training.callbacks.steps import warn
 
 EVERY_SECONDS = 1.0
 FULL = 0.95  # of a card's memory

@@ -337,8 +337,3 @@ def clock(seconds: float) -> str:
     """Return a duration as h:mm:ss."""
     minutes, second = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{second:02d}"
-
-
-def warn(text: str) -> None:
-    """Print a warning to standard error."""
-    sys.stderr.write(f"warning: {text}\n")
