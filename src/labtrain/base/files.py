@@ -3,18 +3,31 @@
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a scratch file's path to write, which becomes `path` if the block succeeds; it is removed otherwise.
+
+    A crash leaves the old file or the new one.
+    """
+    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        yield scratch
+        sync(scratch)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that a crash leaves the old file or the new one."""
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    with scratch.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with atomic(path) as scratch, scratch.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)
 
 
 def sync(path: Path) -> None:

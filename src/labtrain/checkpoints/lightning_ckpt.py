@@ -11,6 +11,7 @@ from labtrain.base import untrusted
 from labtrain.base.console import quoted
 from labtrain.base.contracts import Manifest, State
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError, StoreError
+from labtrain.base.files import atomic
 from labtrain.checkpoints.format import load_folder, load_plain, write_files
 from labtrain.checkpoints.locate import found_checkpoint
 from labtrain.checkpoints.staging import Staging
@@ -28,10 +29,8 @@ def export_checkpoint(target: str, file: Path) -> None:
     """
     if file.exists():
         raise ConfigError(f"{file} already exists", hint=f"choose another name, or rm {quoted(file)}")
-    with found_checkpoint(target) as (folder, _):
-        scratch = file.with_name(f".{file.name}.part")
+    with found_checkpoint(target) as (folder, _), atomic(file) as scratch:
         torch.save(load_folder(folder), scratch)
-        scratch.replace(file)
 
 
 def import_checkpoint(file: Path, url: str) -> str:

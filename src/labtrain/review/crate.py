@@ -11,7 +11,6 @@ reached through no link, and weights whose digest the receipt names.
 
 import json
 import os
-import secrets
 import shutil
 import zipfile
 from collections.abc import Iterable
@@ -22,6 +21,7 @@ from tempfile import TemporaryDirectory
 from labtrain.base.console import quoted, shown, warn
 from labtrain.base.credentials import holds_secret
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
+from labtrain.base.files import atomic
 from labtrain.base.permissions import open_inside
 from labtrain.base.untrusted import LINES_BYTES
 from labtrain.record import receipt as receipts
@@ -145,7 +145,7 @@ def _sources(run_dir: Path, found: receipts.Receipt, opened: ExitStack) -> dict[
     for path in sorted(sources(root)):
         name = path.relative_to(root).as_posix()
         if name in found["code"]["ignored"] or holds_secret(path.read_text(errors="replace")):
-            _warn(f"{name} is left out: git ignores it, or it contains what looks like a credential")
+            warn(f"{name} is left out: git ignores it, or it contains what looks like a credential")
         else:
             enclosed |= _opened(root, [name], opened)
     return enclosed
@@ -153,30 +153,20 @@ def _sources(run_dir: Path, found: receipts.Receipt, opened: ExitStack) -> dict[
 
 def _leave_out(found: receipts.Receipt, why: str) -> None:
     commit = found["code"]["commit"]
-    _warn(f"{why}: sources left out; the crate names only {f'commit {commit}' if commit else 'their digest'}")
-
-
-def _warn(text: str) -> None:
-    warn(text)
+    warn(f"{why}: sources left out; the crate names only {f'commit {commit}' if commit else 'their digest'}")
 
 
 def _write(file: Path, metadata: dict[str, object], enclosed: dict[str, Path]) -> None:
     """Write the zip in one step, with sorted names and one date, so that the same files give the same bytes."""
     text = json.dumps(metadata, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    scratch = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     try:
-        with zipfile.ZipFile(scratch, "w") as archive:
+        with atomic(file) as scratch, zipfile.ZipFile(scratch, "w") as archive:
             archive.writestr(_entry("ro-crate-metadata.json"), text)
             for name, path in sorted(enclosed.items()):
                 with path.open("rb") as source, archive.open(_entry(name), "w", force_zip64=True) as target:
                     shutil.copyfileobj(source, target, 1 << 20)
-        with scratch.open("rb") as written:
-            os.fsync(written.fileno())
-        scratch.replace(file)
     except OSError as error:
         raise LabtrainError(f"{file} cannot be written: {error.strerror}", hint=f"df {quoted(file.parent)}") from error
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _entry(name: str) -> zipfile.ZipInfo:
