@@ -1,7 +1,6 @@
 """`labtrain ls`: list the runs below a folder with their status. No torch; each receipt is read once."""
 
 import fcntl
-import json
 import math
 import os
 import struct
@@ -15,10 +14,9 @@ from labtrain.base.errors import ConfigError, LabtrainError, in_words
 from labtrain.base.untrusted import NotPlainError, open_plain
 from labtrain.record import receipt
 from labtrain.record.identity import get
-from labtrain.record.trail import HISTORY, is_history_line
+from labtrain.record.trail import read_history_lines
 
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
-TAIL_BYTES = 1 << 16  # the end of a history, with more than its last line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,18 +145,11 @@ def is_trained(run_dir: Path) -> bool:
 
 
 def last_of(run_dir: Path) -> tuple[int, dict[str, float]]:
-    """Return the last step in a run's history, and the last value of each metric near its end."""
+    """Return the last step in a run's history, and the last value of each metric, up to a damaged line."""
     step, metrics = 0, dict[str, float]()
-    with suppress(OSError), open_plain(run_dir / HISTORY) as file:
-        size = file.seek(0, os.SEEK_END)
-        for start in (max(0, size - TAIL_BYTES), 0):
-            file.seek(start)
-            for line in file.read().split(b"\n"):
-                with suppress(ValueError, RecursionError):  # cut by the seek, or by a kill
-                    if is_history_line(last := json.loads(line.decode(errors="replace"))):
-                        step, metrics = last["step"], metrics | last["metrics"]
-            if metrics:
-                break  # a long epoch's end lies further back
+    with suppress(LabtrainError):
+        for line in read_history_lines(run_dir):
+            step, metrics = line["step"], metrics | line["metrics"]
     return step, metrics
 
 

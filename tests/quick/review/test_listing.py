@@ -75,6 +75,15 @@ def test_the_table_holds_each_run_with_its_metric(runs: Path) -> None:
     assert len({line.find("2030") for line in done.stdout.splitlines() if "2030" in line}) == 1
 
 
+@pytest.mark.parametrize("damage", ["{}", '{"step": "x", "metrics": {}}'])
+def test_a_damaged_history_counts_up_to_its_damage(damage: str, runs: Path) -> None:
+    """The run stays in the list: no result depends on its history."""
+    file = runs / "stopped" / "history.jsonl"
+    file.write_text(f"{json.dumps({'step': 50, 'metrics': {'val/acc': 0.5}})}\n{damage}\n{file.read_text()}")
+    row = listing.row_of(runs / "stopped")
+    assert (row.status, row.steps, row.metric, row.value) == ("interrupted", 50, "val/acc", 0.5)
+
+
 def test_it_is_sorted_and_machines_can_read_it(runs: Path) -> None:
     heading, *rows = cells(ls("runs", "--metric", "test/acc", "--sort", "-metric").stdout)
     assert heading[3] == "test/acc"
