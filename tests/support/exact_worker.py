@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -417,6 +418,16 @@ def kill_in_save(number: int, delay: float) -> None:
     Saver.save = watched  # type: ignore[method-assign]
 
 
+def in_a_thread(train: Any) -> Any:
+    """Return what calls a function in a thread of its own."""
+
+    def call(*arguments: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(train, *arguments).result()
+
+    return call
+
+
 def full_in_save(name: str) -> None:
     """Have this process find the disk full in its third save: when it writes its part, or when it has written it."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -507,7 +518,8 @@ def work(
     # The sources of the experiment are none: the tests' own would give each run another name while they are written.
     root = Path(config["paths"]["runs"]).parent / "none"
     try:
-        found = training.train(make_job(config, root=root, command=["test"]))
+        train = in_a_thread(training.train) if "IN_A_THREAD" in environment else training.train
+        found = train(make_job(config, root=root, command=["test"]))
     except LabtrainError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(error.exit_code)

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
+from labtrain.base.console import warn
+
 PR_SET_PDEATHSIG = 1
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -68,7 +70,8 @@ class Wishes:
     def listening(self, *, leads: bool) -> Iterator[None]:
         """Handle signals: remember the first and ignore later ones, except Ctrl-C, which ends the process.
 
-        The kernel may send a signal several times: when a parent dies, once for each of its threads.
+        The kernel may send a signal several times: when a parent dies, once for each of its threads. In another thread
+        than the main one, where Python sets no handlers, only warn.
 
         Args:
             leads: this is rank 0, which stops at once before the first step, because there is nothing to save.
@@ -76,6 +79,13 @@ class Wishes:
         Raises:
             Stopped: before the first step.
         """
+        if not in_main_thread():
+            warn(
+                "training in a thread: Ctrl-C, SIGTERM and SIGUSR1 do not save and stop it. To handle them, train in"
+                " the main thread"
+            )
+            yield
+            return
 
         def remember(signum: int, _frame: object) -> None:
             if self.signum:
@@ -100,6 +110,11 @@ class Wishes:
                 signal.pthread_kill(waits.ident or 0, signal.SIGUSR1)
             waits.join()
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def in_main_thread() -> bool:
+    """Return whether this is the main thread, the only one that can set handlers: signal.signal."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _pass_on(done: threading.Event) -> None:

@@ -30,7 +30,7 @@ from labtrain.base.errors import (
     in_words,
 )
 from labtrain.base.permissions import close_umask
-from labtrain.base.signals import Stopped, Wishes
+from labtrain.base.signals import Stopped, Wishes, in_main_thread
 from labtrain.environment.doctor.environment import REPAIR, unlike_lock
 from labtrain.environment.doctor.report import few
 from labtrain.exact import determinism
@@ -253,7 +253,8 @@ class _Session:
 
     def fail(self, raised: BaseException) -> BaseException:
         """Save what can be saved, close the receipt, end the other ranks; return the error for people."""
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends a delivery; the receipt is closed
+        if in_main_thread():
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends a delivery; the receipt is closed
         error = raised if self.ranks is None else explain_loss(raised, self.wishes)
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
         if not stopped:

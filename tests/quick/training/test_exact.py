@@ -29,6 +29,18 @@ def test_each_signal_stops_all_ranks_whichever_gets_it(number: int, runner: Runn
     assert json.loads(path.read_text())["status"] == "interrupted"
 
 
+def test_a_thread_trains_the_same_weights_without_handlers(runner: Runner, genuine: dict[str, Any]) -> None:
+    """Python sets signal handlers in the main thread only; an error of the training is still explained."""
+    config = configure("mlp", "even", model={"wide": True})
+    environment = {"IN_A_THREAD": "1"}
+    assert outcome(runner.run(config, environment=environment)) == genuine
+    assert runner.said().count("warning: training in a thread: Ctrl-C, SIGTERM and SIGUSR1 do not save and stop") == 1
+    config["callbacks"]["broken"] = {"_target_": "tests.support.exact_worker.Broken"}
+    runner.run(config, code=1, environment=environment | {"BREAK_AT": "3"})
+    assert "ZeroDivisionError" in runner.said()
+    assert "signal only works in main thread" not in runner.said()
+
+
 def test_a_rank_without_a_sample_is_heard_too(runner: Runner) -> None:
     """In the last batch of an epoch, of three samples, the third rank has none: its signal stops all with the next step."""
     runner.run(configure("mlp", "batch of 11"), world=3, code=EXIT_STOPPED, signal_at=f"3 {signal.SIGTERM} 2")
