@@ -18,6 +18,7 @@ from pathlib import Path
 from labtrain.assets import asset
 from labtrain.base.console import shown
 from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.base.programs import run_program
 from labtrain.project.new import make_experiment
 from labtrain.record.differences import first_difference
 from labtrain.record.ranks import alone
@@ -205,7 +206,7 @@ def make_empty(folder: Path) -> None:
 
 def _train(command: list[str], variables: dict[str, str] | None = None) -> None:
     environment = alone(os.environ) | (variables or {})
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    done = run_program(command, environment=environment, timeout_s=TIMEOUT_S, hint="labtrain doctor")
     if done.returncode:
         raise LabtrainError(
             f"train.py ended with exit code {done.returncode}:\n{done.stderr.strip()}", hint="labtrain doctor"

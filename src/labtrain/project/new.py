@@ -3,18 +3,20 @@
 import importlib.metadata
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from labtrain.assets import LOCKS, SOURCES, asset
+from labtrain.base.console import quoted
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.files import file_sha256
+from labtrain.base.programs import run_program
 from labtrain.bootstrap import WHEEL_LOCK
 
 PLUGIN = "hydra_plugins/labtrain_searchpath.py"  # next to labtrain, in a folder that other distributions use too
 ZIP_EPOCH = "315532800"  # 1980-01-01, the earliest date in a zip file: the same files give the same wheel
+PACK_TIMEOUT_S = 600  # it takes a second, on a slow disk more
 SKIPPED = ("__pycache__", "*.pyc")
 
 
@@ -87,7 +89,7 @@ def build_wheel(folder: Path) -> Path:
     """Pack this labtrain into a wheel in `folder`; a clone and an installed wheel give the same bytes.
 
     Raises:
-        LabtrainError: labtrain is not installed.
+        LabtrainError: labtrain is not installed, or the wheel cannot be written in time.
     """
     try:
         distribution = importlib.metadata.distribution("labtrain")
@@ -112,9 +114,9 @@ def build_wheel(folder: Path) -> Path:
         for path in tree.rglob("*"):
             path.chmod(0o755 if path.is_dir() else 0o644)
         command = [sys.executable, "-m", "wheel", "pack", str(tree), "--dest-dir", str(folder)]
-        done = subprocess.run(
-            command, env={**os.environ, "SOURCE_DATE_EPOCH": ZIP_EPOCH}, capture_output=True, text=True, check=False
-        )
+        environment = {**os.environ, "SOURCE_DATE_EPOCH": ZIP_EPOCH}
+        hint = f"df {quoted(folder)}; then repeat the command"
+        done = run_program(command, environment=environment, timeout_s=PACK_TIMEOUT_S, hint=hint)
     if done.returncode:
         raise LabtrainError(f"cannot pack the wheel: {done.stderr.strip()}", hint="labtrain doctor")
     return folder / f"labtrain-{distribution.version}-py3-none-any.whl"

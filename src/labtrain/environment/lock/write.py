@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import subprocess
 import sys
 import tempfile
 import tomllib
@@ -12,11 +11,13 @@ from pathlib import Path
 
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.files import write_atomically
+from labtrain.base.programs import run_program
 from labtrain.environment.lock import conda, derive
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
 
 COMPILE = ("--universal", "--generate-hashes", "--no-emit-index-url", "--no-header", "--quiet")
+TIMEOUT_S = 3600  # uv takes seconds, and conda-lock minutes, unless the network hangs
 EXTRAS = ("--extra", "lab", "--extra", "dev")
 
 
@@ -151,10 +152,10 @@ def _run(folder: Path, program: str, *arguments: str) -> None:
     """Run a program of this environment.
 
     Raises:
-        LabtrainError: it failed; contains the end of its output.
+        LabtrainError: it failed; contains the end of its output. Or it took longer than an hour.
     """
     command = [str(Path(sys.executable).with_name(program)), *arguments]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    done = run_program(command, folder=folder, timeout_s=TIMEOUT_S, hint="check the network, then repeat the command")
     if done.returncode:
         text = " ".join((done.stderr.strip() or done.stdout.strip()).split())
         raise LabtrainError(
