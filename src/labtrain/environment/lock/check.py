@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from labtrain.base.contracts import Options
-from labtrain.base.errors import DamagedError
+from labtrain.base.errors import ConfigError, DamagedError
 from labtrain.environment.lock import conda, derive
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, parse_pins, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
@@ -42,7 +42,15 @@ def check_locks(folder: Path) -> list[Disagreement]:
     """Return every disagreement among the locks of a project or an experiment; empty if they agree.
 
     An unreadable file is a disagreement too, and checks that need it are skipped.
+
+    Raises:
+        ConfigError: the folder has no lock.
     """
+    if not any((folder / name).exists() for name in (LOCK_FILE, conda.LOCK, derive.WHEELS, derive.SEAL)):
+        raise ConfigError(
+            f"{folder} has no lock files",
+            hint=f"cd to an experiment, the folder that has {LOCK_FILE}; or labtrain new NAME",
+        )
     found: list[Disagreement] = []
     parts = (check_requirements, check_spec, check_conda, check_conda_pins, check_wheels, check_conda_requirements,
              check_seal)  # fmt: skip
@@ -52,7 +60,10 @@ def check_locks(folder: Path) -> list[Disagreement]:
         except DamagedError as error:
             path, _, text = str(error.args[0]).partition(": ")
             file = str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
-            damaged = Disagreement(file=file, what="the file", found=text, wanted="a readable lock")
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            damaged = Disagreement(
+                file=file, what="the file", found="missing" if missing else text, wanted="a readable lock"
+            )
             if damaged not in found:
                 found.append(damaged)
     return found
