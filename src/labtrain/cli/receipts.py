@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from labtrain.base.console import own, say, warn
+from labtrain.base.console import own, quoted, say, warn
 from labtrain.base.errors import ConfigError
 from labtrain.cli import help_page
 from labtrain.cli.show import say_json
@@ -15,7 +15,22 @@ from labtrain.cli.show import say_json
 SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds")
 
 
-@click.command(cls=help_page.Command, example="labtrain sign runs/digits/24c29285cf19")
+class OneRunCommand(help_page.Command):
+    """A command for one run. Given several, as from runs/x/*, it shows the loop to type."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = True
+        super().parse_args(ctx, args)
+        if ctx.args:
+            runs = [ctx.params["run"], *ctx.args]
+            raise ConfigError(
+                f"{ctx.command_path} takes one run, got {len(runs)}",
+                hint=f'for run in {" ".join(map(quoted, runs))}; do {ctx.command_path} "$run"; done',
+            )
+        return ctx.args
+
+
+@click.command(cls=OneRunCommand, example="labtrain sign runs/digits/24c29285cf19")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
     "--key",
@@ -114,7 +129,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
     sys.exit(not found.same)
 
 
-@click.command(cls=help_page.Command, example="labtrain verify runs/digits/24c29285cf19")
+@click.command(cls=OneRunCommand, example="labtrain verify runs/digits/24c29285cf19")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--steps", type=click.IntRange(min=0), help="Steps to rerun (0: check metadata only).  [default: all]")
 @click.option(

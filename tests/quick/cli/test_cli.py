@@ -22,6 +22,16 @@ def test_an_unknown_command_is_wrong_usage() -> None:
     assert labtrain("digset").returncode == 2
 
 
+@pytest.mark.parametrize("command", ["verify", "sign"])
+def test_several_runs_are_answered_with_a_loop(command: str) -> None:
+    """As a shell gives them for runs/x/*."""
+    done = labtrain(command, "runs/x/a", "runs/x/b c", "--key", "k")
+    assert (done.returncode, done.stdout) == (2, "")
+    loop = f"for run in runs/x/a 'runs/x/b c'; do labtrain {command} \"$run\"; done"
+    assert done.stderr == f"error: labtrain {command} takes one run, got 2\n\nhint: {loop}\n"
+    assert "No such option" in labtrain(command, "runs/x/a", "--no-such").stderr
+
+
 def test_the_digest_of_a_run_a_checkpoint_and_a_file(experiment: Experiment) -> None:
     """Computed from the files; the whole state's is the manifest's too."""
     run = experiment.train(*QUICK, "paths.runs=runs", "trainer.max_steps=2")
