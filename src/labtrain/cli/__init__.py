@@ -17,7 +17,7 @@ from labtrain.base.console import quoted, say, styled
 from labtrain.base.errors import LabtrainError
 from labtrain.base.permissions import close_umask
 from labtrain.cli import help_page, locks, receipts, stores
-from labtrain.cli.show import say_json
+from labtrain.cli.show import json_option, say_json
 
 
 class Main(help_page.Group):
@@ -86,7 +86,7 @@ def digest(target: str, whole: bool) -> None:
 
 
 @click.command(cls=help_page.Command, example="labtrain doctor --gpu required")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 @click.option(
     "--gpu",
     type=click.Choice(["optional", "required"]),

@@ -9,7 +9,7 @@ import click
 from labtrain.base.console import say
 from labtrain.base.errors import LabtrainError
 from labtrain.cli import help_page
-from labtrain.cli.show import say_json
+from labtrain.cli.show import json_option, say_json
 
 
 @click.group(cls=help_page.Group, example="labtrain lock check")
@@ -21,7 +21,7 @@ def lock() -> None:
 
 
 @lock.command("check", cls=help_page.Command, example="labtrain lock check")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def lock_check(as_json: bool) -> None:
     """Check that the lock files agree with each other.
 

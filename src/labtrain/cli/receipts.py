@@ -4,14 +4,20 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from labtrain.base.console import own, quoted, say, warn
 from labtrain.base.errors import ConfigError
 from labtrain.cli import help_page
-from labtrain.cli.show import say_json
+from labtrain.cli.show import json_option, say_json
 
+if TYPE_CHECKING:
+    from labtrain.review.gate import Outcome
+
+PATH = click.Path(path_type=Path)
+COUNT = click.IntRange(min=0)
 SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds")
 
 
@@ -31,10 +37,10 @@ class OneRunCommand(help_page.Command):
 
 
 @click.command(cls=OneRunCommand, example="labtrain sign runs/digits/24c29285cf19")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option(
     "--key",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="SSH private key.  [default: git's signing key, else ~/.ssh/id_ed25519]",
 )
@@ -49,7 +55,7 @@ def sign(run: Path, key: Path | None) -> None:
 
 
 @click.command(cls=help_page.Command, example="labtrain crate runs/digits/24c29285cf19 -o run.zip")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option(
     "-o",
     "--output",
@@ -72,7 +78,7 @@ def crate(run: Path, output: Path, weights: bool, author: str | None, licence: s
 
 
 @click.command(cls=help_page.Command, example="labtrain ls --sort -metric")
-@click.argument("folders", nargs=-1, metavar="[DIR...]", type=click.Path(path_type=Path))
+@click.argument("folders", nargs=-1, metavar="[DIR...]", type=PATH)
 @click.option("--metric", metavar="NAME", help="Metric to show.  [default: checkpoint.monitor, else a test metric]")
 @click.option(
     "--sort",
@@ -82,7 +88,7 @@ def crate(run: Path, output: Path, weights: bool, author: str | None, licence: s
     show_default=True,
     help=f"One of {', '.join(SORTED_BY)}. -KEY sorts in descending order.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) -> None:
     """List runs with their status, steps, metric and weights digest.
 
@@ -105,9 +111,9 @@ def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) 
 
 
 @click.command(cls=help_page.Command, example="labtrain diff runs/digits/24c29285cf19 runs/digits/7d0e6ca1b5f2")
-@click.argument("a", type=click.Path(path_type=Path))
-@click.argument("b", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.argument("a", type=PATH)
+@click.argument("b", type=PATH)
+@json_option
 def diff(a: Path, b: Path, as_json: bool) -> None:
     """Show what differs between two runs, possible causes first.
 
@@ -130,50 +136,20 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 
 
 @click.command(cls=OneRunCommand, example="labtrain verify runs/digits/24c29285cf19")
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--steps", type=click.IntRange(min=0), help="Steps to rerun (0: check metadata only).  [default: all]")
-@click.option(
-    "--from",
-    "start",
-    type=click.IntRange(min=0),
-    default=0,
-    metavar="STEP",
-    help="Start from the checkpoint of this step.",
-)
+@click.argument("run", type=PATH)
+@click.option("--steps", type=COUNT, help="Steps to rerun (0: check metadata only).  [default: all]")
+@click.option("--from", "start", type=COUNT, default=0, metavar="STEP", help="Start from the checkpoint of this step.")
 @click.option("--segments", is_flag=True, help="Stop and resume at the same steps, on the same device counts.")
 @click.option("--devices", type=click.IntRange(min=1), help="Number of devices.  [default: from the receipt]")
-@click.option(
-    "--set",
-    "changes",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="Override a configuration key on this machine, such as data.root=/data.",
-)
-@click.option(
-    "--signers",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Require a signature by one of these signers (SSH allowed_signers file).",
-)
+@click.option("--set", "changes", multiple=True, metavar="KEY=VALUE",
+              help="Override a configuration key on this machine, such as data.root=/data.")  # fmt: skip
+@click.option("--signers", type=PATH, metavar="FILE",
+              help="Require a signature by one of these signers (SSH allowed_signers file).")  # fmt: skip
 @click.option("--trust", is_flag=True, help="Run the receipt's code without asking, even if it is not yours.")
 @click.option("--sandbox", is_flag=True, help="Run without network or home directory (needs bubblewrap).")
-@click.option(
-    "--key", type=click.Path(path_type=Path), metavar="FILE", help="Sign the verdict with this SSH private key."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def verify(
-    run: Path,
-    steps: int | None,
-    start: int,
-    segments: bool,
-    devices: int | None,
-    changes: tuple[str, ...],
-    signers: Path | None,
-    trust: bool,
-    sandbox: bool,
-    key: Path | None,
-    as_json: bool,
-) -> None:
+@click.option("--key", type=PATH, metavar="FILE", help="Sign the verdict with this SSH private key.")
+@json_option
+def verify(run: Path, changes: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Train a run again from its receipt and compare the results.
 
     RUN is a run's folder, or a receipt in a clone of the experiment's repository. labtrain compares data and
@@ -188,11 +164,9 @@ def verify(
     from labtrain.review.verification import VerifyOptions, verify_run
 
     end_in_order()
-    options = VerifyOptions(steps=steps, start=start, segments=segments, devices=devices, signers=signers, key=key,
-                            changes=parsed(changes), trust=trust, sandbox=sandbox)  # fmt: skip
     verdict = verify_run(
         run,
-        options,
+        VerifyOptions(changes=parsed(changes), **options),
         ask=asker(),
         say=lambda line: say(line, err=as_json),
         tick=progress if sys.stderr.isatty() else lambda step: None,
@@ -243,13 +217,9 @@ def parsed(changes: tuple[str, ...]) -> dict[str, object]:
 
 
 @click.command(cls=help_page.Command, example="labtrain gate runs/digits/24c29285cf19")
-@click.argument("baselines", nargs=-1, required=True, metavar="BASELINE...", type=click.Path(path_type=Path))
-@click.option(
-    "--seeds",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="If results differ, compare this many seeds before and after the upgrade.",
-)
+@click.argument("baselines", nargs=-1, required=True, metavar="BASELINE...", type=PATH)
+@click.option("--seeds", type=click.IntRange(min=2), metavar="N",
+              help="If results differ, compare this many seeds before and after the upgrade.")  # fmt: skip
 @click.option("--metric", metavar="NAME", help="Metric to compare.  [default: checkpoint.monitor]")
 @click.option("--margin", type=float, metavar="M", help="Largest acceptable difference of the metric's mean.")
 @click.option(
@@ -257,26 +227,15 @@ def parsed(changes: tuple[str, ...]) -> dict[str, object]:
 )
 @click.option(
     "--old-python",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Python of the old environment, to train seeds that have no baseline.",
 )
-@click.option(
-    "--keep", type=click.Path(path_type=Path), metavar="DIR", help="Save the new runs in DIR, as the next baselines."
-)
-@click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE.html", help="Write an HTML report.")
+@click.option("--keep", type=PATH, metavar="DIR", help="Save the new runs in DIR, as the next baselines.")
+@click.option("--report", "page", type=PATH, metavar="FILE.html", help="Write an HTML report.")
 @click.option("--trust", is_flag=True, help="Run the baselines' code without asking, even if it is not yours.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@json_option
 def gate(
-    baselines: tuple[Path, ...],
-    seeds: int | None,
-    metric: str | None,
-    margin: float | None,
-    alpha: float,
-    old_python: Path | None,
-    keep: Path | None,
-    page: Path | None,
-    trust: bool,
-    as_json: bool,
+    baselines: tuple[Path, ...], seeds: int | None, keep: Path | None, page: Path | None, as_json: bool, **options: Any
 ) -> None:
     """Check whether an environment upgrade changes past results.
 
@@ -286,39 +245,44 @@ def gate(
     The exit code is 0 if all pass, else 1.
     """
     from labtrain.base.untrusted import scratch_folder
-    from labtrain.review.gate import GateOptions, judge_upgrade, keep_runs, summary_of, words_of, write_page
+    from labtrain.review.gate import GateOptions, judge_upgrade
     from labtrain.review.report import check_page
 
     end_in_order()
     if page is not None:
         check_page(page)
-    options = GateOptions(
-        seeds=seeds or 0, metric=metric, margin=margin, alpha=alpha, old_python=old_python, trust=trust
-    )
+    judged = GateOptions(seeds=seeds or 0, **options)
     with scratch_folder("labtrain-gate-") as scratch:
         outcomes = judge_upgrade(
-            list(baselines), options, scratch=scratch, ask=asker(), say=lambda line: say(line, err=as_json)
+            list(baselines), judged, scratch=scratch, ask=asker(), say=lambda line: say(line, err=as_json)
         )
-        if as_json:
-            say_json([summary_of(outcome) for outcome in outcomes])
-        for outcome in () if as_json else outcomes:
-            say(f"{outcome.experiment:<11}  {words_of(outcome)}")
-        try:
-            if page is not None:
-                write_page(outcomes, page)
-        finally:
-            if keep is not None:
-                for kept in keep_runs(outcomes, keep):
-                    say(f"kept         {kept}", err=as_json)
+        show_outcomes(outcomes, keep, page, as_json=as_json)
     sys.exit(not all(outcome.passed for outcome in outcomes))
 
 
+def show_outcomes(outcomes: list["Outcome"], keep: Path | None, page: Path | None, *, as_json: bool) -> None:
+    """Print the results of `labtrain gate`, write its report and keep its runs."""
+    from labtrain.review.gate import keep_runs, summary_of, words_of, write_page
+
+    if as_json:
+        say_json([summary_of(outcome) for outcome in outcomes])
+    for outcome in () if as_json else outcomes:
+        say(f"{outcome.experiment:<11}  {words_of(outcome)}")
+    try:
+        if page is not None:
+            write_page(outcomes, page)
+    finally:
+        if keep is not None:
+            for kept in keep_runs(outcomes, keep):
+                say(f"kept         {kept}", err=as_json)
+
+
 @click.command(cls=help_page.Command, example="labtrain report runs/digits/24c29285cf19 -o report.html")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE.html",
     default=Path("report.html"),
     show_default=True,
@@ -326,7 +290,7 @@ def gate(
 )
 @click.option(
     "--signers",
-    type=click.Path(path_type=Path),
+    type=PATH,
     metavar="FILE",
     help="Whose signed verdicts to trust (SSH allowed_signers file).  [default: git's]",
 )

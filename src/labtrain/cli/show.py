@@ -1,6 +1,10 @@
 """Print plain values as JSON."""
 
+import click
+
 from labtrain.base import exact_json
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def say_json(value: object) -> None:
