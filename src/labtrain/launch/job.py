@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO, cast
 
-from labtrain.base.console import shown
+from labtrain.base.console import one_line, shown
 from labtrain.base.credentials import CleanStream, remember
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError
 from labtrain.base.permissions import close_umask
@@ -27,6 +27,7 @@ from labtrain.record.sources import load_from_source
 if TYPE_CHECKING:
     from labtrain.training.fit import Result
 
+WIDE = 1000  # columns of a file
 LOST_SECONDS = 600  # Slurm declares a node dead after 300 (SlurmdTimeout)
 FIRST_RANK = "LABTRAIN_FIRST_RANK"  # the process that started this rank
 
@@ -109,13 +110,15 @@ def print_table(result: "Result", file: IO[str]) -> None:
         if stage not in stages:
             stages.append(stage)
     stages.sort(key=lambda stage: ("train", "val", "test", stage).index(stage))
-    table = Table(title=f"{shown(result.run_dir)}, {result.steps} steps", title_justify="left")
+    table = Table()
     for heading in ("metric", *stages):
-        table.add_column(heading, justify="left" if heading == "metric" else "right")
+        table.add_column(heading, justify="left" if heading == "metric" else "right", no_wrap=True)
     for metric, values in rows.items():
         table.add_row(metric, *(f"{values[stage]:.4f}" if stage in values else "" for stage in stages))
     if rows:
-        Console(file=file).print(table)
+        # In lines of their own width: rich would fold a title to its table's, and in a file every row to 80 columns.
+        print(one_line(f"{shown(result.run_dir)}, {result.steps} steps"), file=file)
+        Console(file=file, width=None if file.isatty() else WIDE).print(table)
 
 
 def _take_stdout() -> IO[str]:
