@@ -139,7 +139,7 @@ def test_a_workflow_runs_what_the_makefile_has() -> None:
     targets = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
     lines = [line.split() for line in run_lines() if line != BEFORE_CHECKOUT]
     assert [line for line in lines if line[0] != "make" or len(line) != 2 or line[1] not in targets] == []
-    assert {line[1] for line in lines} == {"check", "test", "test-real", "packages"}
+    assert {line[1] for line in lines} == {"check", "docs", "test", "test-real", "packages"}
 
 
 def test_the_workflows_test_every_python_and_the_image_that_there_is() -> None:
