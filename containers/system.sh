@@ -1,5 +1,5 @@
 #!/bin/sh
-# What the image has beside the environment: `system.sh UID` as root, in a base of Debian's or one that has the programs.
+# Install what the image needs besides the environment: `system.sh UID`, as root, on Debian or a base with the programs.
 set -eu
 
 case "${1-}" in
@@ -21,10 +21,10 @@ if [ -n "$packages" ]; then
   rm -rf /var/lib/apt/lists/* /etc/ssh/ssh_host_* # a host key in a layer would be everybody's
 fi
 
-# No password, and none that could be set.
+# The account has no password, and cannot get one.
 sed -i "/^lab:/d; /^[^:]*:[^:]*:$1:/d" /etc/passwd /etc/group
 echo "lab:x:$1:$1:lab:/lab:/bin/sh" >>/etc/passwd
 echo "lab:x:$1:" >>/etc/group
 mkdir -p /lab /experiment /data
-chmod 1777 /lab # a volume there begins with these rights: whoever runs the container
-printf '[safe]\n\tdirectory = *\n' >>/etc/gitconfig # /experiment is its user's, whom this root does not know
+chmod 1777 /lab # a new volume gets these permissions, so any user can run the container
+printf '[safe]\n\tdirectory = *\n' >>/etc/gitconfig # /experiment belongs to a user outside the container

@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# What people read. Of code: its strings, docstrings too.
+# What people read. Of Python: its strings, docstrings too.
 READ = [
     "README.md",
     "CONTRIBUTING.md",
@@ -22,6 +22,15 @@ READ = [
     "src/labtrain/conf/**/*.yaml",
     "template/*/README.md",
     "template/*/conf/**/*.yaml",
+    "template/*/Makefile",
+    "template/*/*.sh",
+    "template/*/*.sbatch",
+    "template/*/*.py",
+    "template/*/.github/**/*.yml",
+    "Makefile",
+    "containers/*.sh",
+    ".ci/*",
+    ".github/**/*.yml",
 ]
 # The pattern, and what to write instead.
 PHRASES = {
@@ -46,6 +55,8 @@ PHRASES = {
     r"\bthat is theirs\b|\bof ours\b(?= is)": "ours",
     r"\btold apart\b": "distinguished",
     r"\bin silence\b": "without a message",
+    r"\banother \w+ than\b|\bis another than\b": "different from",
+    r"\bwhatever happens on the way\b": "even if it is interrupted",
 }
 
 
