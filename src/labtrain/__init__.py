@@ -14,7 +14,7 @@ It has twelve packages. A package imports only from those below it, and `make ch
     base                              errors, text for terminals, credentials, untrusted files. No torch
 
 Besides these there are `conf/`, the default configuration of every experiment; `bootstrap`, which makes the
-environment; `augment`, a public module; and `assets`.
+environment; `augment`, a public module above `data`; and `assets`.
 
 `import labtrain` imports none of them. The public names below and the module `labtrain.augment` are loaded at first
 use, so that `labtrain --help` and composing a configuration do not import torch.

@@ -7,7 +7,7 @@ one way. None is fused, and no division is by a scalar, since CUDA would multipl
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -19,46 +19,11 @@ from torch.nn import functional
 
 from labtrain.base.errors import ConfigError
 from labtrain.data.draws import Draws
+from labtrain.data.transforms import Own, Transform, apply
 
 __all__ = ["Crop", "Draws", "Flip", "Mixup", "Noise", "Scale", "Shift", "Transform", "apply"]
 
-Transform = Callable[[object, Draws], object]
 IMAGE_DIMENSIONS = 3  # (B, H, W) at least
-
-
-def apply(transforms: Sequence[Transform], batch: object, draws: Draws) -> object:
-    """Apply transforms in turn, each under its place in the list.
-
-    A transform with a method `partners` gets the rows that it asked for after the batch's own, and returns as many rows
-    as without them.
-    """
-    for number, transform in enumerate(transforms):
-        batch = transform(batch, draws.within(number))
-        if hasattr(transform, "partners"):
-            draws = draws.first(len(draws) // 2)
-    return batch
-
-
-def with_partners(transforms: Sequence[Transform], draws: Draws, num_samples: int) -> Tensor:
-    """Return the indices to load for a batch: its own, then those of `partners`, int64.
-
-    Transforms before the one that asked for a partner treat it as a sample, with its own draws.
-    """
-    for number, transform in reversed(list(enumerate(transforms))):
-        if hasattr(transform, "partners"):
-            found = transform.partners(draws.within(number), num_samples)
-            draws = Draws(draws.seed, draws.epoch, torch.cat([draws.indices, found]), place=draws.place)
-    return draws.indices
-
-
-def described(transform: Transform) -> str:
-    """Return a transform's name; with the arguments if it is one of labtrain's."""
-    kind = transform if hasattr(transform, "__qualname__") else type(transform)
-    return repr(transform) if isinstance(transform, Own) else f"{kind.__module__}.{kind.__qualname__}"
-
-
-class Own:
-    """The transforms below: they draw only from `Draws`."""
 
 
 class _Inputs(Own, ABC):

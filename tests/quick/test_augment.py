@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import labtrain
-from labtrain.augment import Crop, Flip, Mixup, Noise, Scale, Shift, apply, described, with_partners
+from labtrain.augment import Crop, Flip, Mixup, Noise, Scale, Shift, apply
 from labtrain.base.errors import ConfigError
 from labtrain.data import draws as draws_module
 from labtrain.data.draws import QUANTILES, Draws
+from labtrain.data.transforms import described, with_partners
 from labtrain.exact.determinism import derive_seed
 from labtrain.record.digests import digest_tree
 

@@ -28,12 +28,13 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
-from labtrain.augment import Draws, Own, Transform, apply, with_partners
 from labtrain.base.errors import ConfigError
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import NUMBERS, end_with_parent
 from labtrain.data.arrays import Arrays, Rows, is_arrays
+from labtrain.data.draws import Draws
 from labtrain.data.prefetch import Copies, in_thread, on_tensors
+from labtrain.data.transforms import Own, Transform, apply, with_partners
 from labtrain.exact.determinism import STRICT_MODES, run_device, run_mode, run_say, run_seed, seed_all
 from labtrain.exact.permutation import Indices, Order
 from labtrain.exact.plain_values import SCALARS, is_experiments

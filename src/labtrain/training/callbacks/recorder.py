@@ -13,7 +13,6 @@ import torch
 import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from labtrain.augment import described
 from labtrain.base.console import shown
 from labtrain.base.contracts import Change, Options, Origin, Results, SavedCheckpoint, Segment, TrailRecord
 from labtrain.base.credentials import without_secrets
@@ -22,6 +21,7 @@ from labtrain.base.files import file_sha256, write_atomically
 from labtrain.base.nvml import driver_version
 from labtrain.base.permissions import make_sign, open_lock
 from labtrain.data.loader import DataLoader
+from labtrain.data.transforms import described
 from labtrain.exact import determinism
 from labtrain.record import receipt
 from labtrain.record.config import flat_texts, refers
