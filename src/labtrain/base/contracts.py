@@ -121,7 +121,7 @@ class Config(TypedDict):
 # -------------------------------------------------------------------------------------- receipt (receipt.schema.json)
 
 
-class Code(TypedDict):
+class CodeRecord(TypedDict):
     """`code`: what the experiment's code was."""
 
     digest: str
@@ -234,7 +234,7 @@ class Receipt(TypedDict):
     status: str
     command: list[str]
     config: Config
-    code: Code
+    code: CodeRecord
     environment: Installed
     hardware: dict[str, Any]
     determinism: dict[str, Any]

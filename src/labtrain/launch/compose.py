@@ -85,12 +85,12 @@ def _run_hydra(root: Path, config_path: str, config_name: str, wants_trace: bool
         raise ConfigError(
             f"{shown(folder)}/{config_name}.yaml: no such file", hint="labtrain new DIR makes an experiment with one"
         )
-    start = Start(root=str(root), command=sys.argv, wants_trace=wants_trace)
-    hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(start)()
+    task = HydraTask(root=str(root), command=sys.argv, wants_trace=wants_trace)
+    hydra.main(version_base="1.3", config_path=str(folder), config_name=config_name)(task)()
 
 
 @dataclass(frozen=True)
-class Start:
+class HydraTask:
     """The task function that Hydra calls for each job; a class at module level, so that it can be pickled."""
 
     root: str

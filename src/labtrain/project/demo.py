@@ -44,7 +44,7 @@ GOLDEN = asset("golden/receipt.json").parent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Outcome:
+class WayResult:
     """The result of one way: the run's folder, values from its receipt, and the seconds it took."""
 
     way: str
@@ -69,7 +69,7 @@ def run_demo(folder: Path | None = None) -> bool:
             make_empty(folder)
         experiment = folder / NAME
         make_experiment(experiment, author="labtrain demo")
-        outcomes: list[Outcome] = []
+        outcomes: list[WayResult] = []
         for way, train in WAYS.items():
             sys.stderr.write(f"{way} ...\n")
             started = time.monotonic()
@@ -141,14 +141,14 @@ WAYS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def read_outcome(way: str, runs: Path, seconds: float) -> Outcome:
+def read_outcome(way: str, runs: Path, seconds: float) -> WayResult:
     """Read the outcome from the one receipt below `runs`."""
     (run_dir,) = (path for path in runs.glob("*/*") if path.is_dir())
     receipt = read(run_dir)
     assert receipt is not None
     assert receipt["status"] == "complete"
     results = receipt["results"]
-    return Outcome(
+    return WayResult(
         way=way,
         run_dir=run_dir,
         digest=results["weights_digest"],
@@ -165,7 +165,7 @@ def golden_digest() -> str:
     return str(receipt["results"]["weights_digest"])
 
 
-def print_table(outcomes: list[Outcome]) -> None:
+def print_table(outcomes: list[WayResult]) -> None:
     """Print one row for each way, then the golden digest, to standard output."""
     print(f"{'way':<30}{'steps':>6}{'test acc':>10}{'seconds':>9}  weights digest")
     for outcome in outcomes:
@@ -173,7 +173,7 @@ def print_table(outcomes: list[Outcome]) -> None:
     print(f"{'golden':<55}  {golden_digest()}")
 
 
-def judge(outcomes: list[Outcome]) -> bool:
+def judge(outcomes: list[WayResult]) -> bool:
     """Print whether every digest is the golden one; if not, the first step that differs."""
     first = outcomes[0]
     for other in outcomes[1:]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
 
-from labtrain.base.contracts import Code, Installed, as_options
+from labtrain.base.contracts import CodeRecord, Installed, as_options
 from labtrain.base.git import GitError, ask_git, run_git
 from labtrain.record.identity import Job, route
 from labtrain.record.sources import labtrain_sources, read_code, sources
@@ -44,7 +44,7 @@ def code_digests(job: Job, *, path: list[str] | None = None) -> dict[str, object
     }
 
 
-def code_state(job: Job) -> Code:
+def code_state(job: Job) -> CodeRecord:
     """Return the digests of the code, and git's state if the experiment is in a repository.
 
     Only for the user's own runs: git runs the programs in the repository's configuration, such as filters.
@@ -67,7 +67,7 @@ def code_state(job: Job) -> Code:
         "ignored": ignored,
         "patch": uncommitted_change(root, untracked) if commit else "",
     }
-    return cast(Code, found)
+    return cast(CodeRecord, found)
 
 
 def unknown_sources(root: str) -> tuple[list[str], list[str]]:

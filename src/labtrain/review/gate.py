@@ -21,7 +21,7 @@ from labtrain.record.receipt import Receipt
 from labtrain.review.equivalence import Equivalence, check_levels, compare_pairs
 from labtrain.review.replay import Replay, code_of, home_of, with_filters
 from labtrain.review.report import write_report
-from labtrain.review.report.page import Verdict
+from labtrain.review.report.page import ShownVerdict
 from labtrain.review.retrace import Say
 from labtrain.review.trust import Ask, admit
 from labtrain.review.verification import NOT_COMPARED, results_differently, soft_results
@@ -364,7 +364,7 @@ def summary_of(outcome: Outcome) -> dict[str, object]:
     }
 
 
-def verdicts_of(outcomes: list[Outcome]) -> dict[Path, Verdict]:
+def verdicts_of(outcomes: list[Outcome]) -> dict[Path, ShownVerdict]:
     """Return the page's verdict for each compared run, by folder."""
     found = {}
     for outcome in outcomes:
@@ -374,7 +374,7 @@ def verdicts_of(outcomes: list[Outcome]) -> dict[Path, Verdict]:
             pair = ((before, "Trained again in today's environment by this gate"),
                     (now, f"Trained by this gate, compared with {before.receipt['run_id']}"))  # fmt: skip
             for run, how in pair:
-                found[run.run_dir] = Verdict(mark=mark, word=word, text=f"{how}. {told}.", command="")
+                found[run.run_dir] = ShownVerdict(mark=mark, word=word, text=f"{how}. {told}.", command="")
     return found
 
 

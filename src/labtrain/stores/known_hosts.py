@@ -28,7 +28,7 @@ NUMBERS = {"ssh-ed25519": 1, "ssh-rsa": 2, "ssh-dss": 4}  # number of strings in
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
+class KnownHostsLine:
     """A known_hosts line of the host.
 
     Attributes:
@@ -190,7 +190,7 @@ def _paths(text: str) -> list[Path]:
     return [path for path in named if path.is_file()]
 
 
-def _lines(path: Path, name: str) -> Iterator[Line]:
+def _lines(path: Path, name: str) -> Iterator[KnownHostsLine]:
     """Yield a file's valid lines for a host."""
     try:
         text = path.read_text(errors="replace")
@@ -205,7 +205,7 @@ def _lines(path: Path, name: str) -> Iterator[Line]:
             continue
         found = _key(words[1:])
         if found is not None and _is_of(words[0], name):
-            yield Line(where=f"{path}:{number}", marker=marker, kind=found[0], blob=found[1])
+            yield KnownHostsLine(where=f"{path}:{number}", marker=marker, kind=found[0], blob=found[1])
 
 
 def _key(words: list[str]) -> tuple[str, bytes] | None:

@@ -32,7 +32,7 @@ from labtrain.record.digests import PLACE
 from labtrain.training.guard import Guard
 from labtrain.training.lightning import (
     DataFetcher,
-    Results,
+    LoggedValues,
     TrainingEpochLoop,
     checkpoint_connector,
     fields_of,
@@ -72,8 +72,8 @@ class EpochLoop(TrainingEpochLoop):
         stop_at: int = 0,
     ) -> None:
         super().__init__(trainer)
-        put_results(self, Results(training=True))
-        put_results(self.val_loop, Results(training=False))
+        put_results(self, LoggedValues(training=True))
+        put_results(self.val_loop, LoggedValues(training=False))
         self.save, self.every_n_steps, self.wishes, self.stop_at = save, every_n_steps, wishes, stop_at
         self.loaded: State | None = None  # the checkpoint to resume from, until that is done
         self.unsaved: Unsaved | None = None  # from the start of the training on

@@ -199,7 +199,7 @@ def being_logged() -> str | None:
     return _being_logged
 
 
-class Results(_ResultCollection):
+class LoggedValues(_ResultCollection):
     """What a loop has logged, by Lightning's key; each value is a LoggedValue."""
 
     def __setitem__(self, key: str, entry: _ResultMetric) -> None:

@@ -12,7 +12,7 @@ import pytest
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.record import receipt
 from labtrain.review.report.data import read_runs
-from labtrain.review.report.page import Verdict, verdict_of
+from labtrain.review.report.page import ShownVerdict, verdict_of
 from labtrain.review.verdicts import MOST_CHECKED, VERIFIED, Verification, check_key, note, read_verifications
 from tests.conftest import LABTRAIN, ROOT, need
 from tests.real.review.test_signature import allow, fingerprint, make_key
@@ -58,7 +58,7 @@ def read(run_dir: Path, signers: Path | None) -> list[Verification]:
     return read_verifications(run_dir, digest=found["digest"], signers=signers)
 
 
-def shown(run_dir: Path, signers: Path | None) -> Verdict:
+def shown(run_dir: Path, signers: Path | None) -> ShownVerdict:
     return verdict_of(read_runs([run_dir], signers)[0])
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import labtrain
 from labtrain.base.signals import Wishes
 from labtrain.exact import determinism
-from labtrain.training.sharded.objective import Difference, NotComparedError, compare
+from labtrain.training.sharded.objective import LossDifference, NotComparedError, compare
 from labtrain.training.sharded.strategy import ExactSingleDevice
 from tests.support import exact_worker
 from tests.support.exact import Runner, configure, outcome
@@ -233,7 +233,7 @@ def test_the_comparison_leaves_everything_as_it_was(probe: Callable[..., Probe])
 def test_a_loss_that_is_no_mean_over_samples_is_found(kind: str, shards: int, probe: Callable[..., Probe]) -> None:
     with_tokens = tuple(array[:14] for array in sentences())
     found = probe(Unweighted(kind), with_tokens if kind == "sentences" else points(), shards=shards).found
-    assert isinstance(found, Difference), found
+    assert isinstance(found, LossDifference), found
     assert found.gradients > 10 * found.rounding
 
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.files import write_atomically
 from labtrain.review.report.data import read_runs
-from labtrain.review.report.page import Verdict, render
+from labtrain.review.report.page import ShownVerdict, render
 
 
 def write_report(
@@ -22,7 +22,7 @@ def write_report(
     output: Path,
     *,
     said: Sequence[str] = (),
-    verdicts: Mapping[Path, Verdict] = MappingProxyType({}),
+    verdicts: Mapping[Path, ShownVerdict] = MappingProxyType({}),
     signers: Path | None = None,
 ) -> None:
     """Write the page of one or several runs; the same runs give the same bytes.

@@ -20,7 +20,7 @@ STATUSES = ("complete", "interrupted", "killed", "failed", "running")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Line:
+class CurveNumbers:
     """The numbers of one curve.
 
     Attributes:
@@ -56,7 +56,7 @@ class Chart:
     unit: str
     where: str
     summary: list[str]
-    lines: list[Line]
+    lines: list[CurveNumbers]
     drawn: Options
 
 
@@ -211,13 +211,13 @@ def _corners(series: Series) -> list[float]:
     return [float(series.x[place]) for place in (0, -1, np.nanargmin(series.y), np.nanargmax(series.y))]
 
 
-def _line(run: str, of: str, series: Series, places: list[str], *, whole: bool = False) -> Line:
+def _line(run: str, of: str, series: Series, places: list[str], *, whole: bool = False) -> CurveNumbers:
     def at(place: int, value: float) -> tuple[str, str] | None:
         return (places[place], f"{value:.0f}" if whole else repr(float(value))) if place < len(places) else None
 
     assert series.last is not None
     numbers = len(places) == 4
-    return Line(
+    return CurveNumbers(
         run=run,
         of=of,
         first=at(0, series.y[0]),
@@ -228,7 +228,7 @@ def _line(run: str, of: str, series: Series, places: list[str], *, whole: bool =
     )
 
 
-def _sentence(title: str, line: Line, step: str, unit: str = "") -> str:
+def _sentence(title: str, line: CurveNumbers, step: str, unit: str = "") -> str:
     def say(point: tuple[str, str]) -> str:
         try:
             value = f"{float(point[1]):,.4g}" if abs(float(point[1])) < 1e4 else f"{float(point[1]):,.0f}"

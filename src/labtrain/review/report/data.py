@@ -41,7 +41,7 @@ class Series:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class History:
+class HistoryCurves:
     """The contents of history.jsonl.
 
     Attributes:
@@ -76,7 +76,7 @@ class Run:
     folder: Path
     receipt: receipts.Receipt
     loss: Series
-    history: History
+    history: HistoryCurves
     verifications: list[Verification]
     comparison: Comparison | None
 
@@ -132,7 +132,7 @@ def _read_run(
     )
 
 
-def read_history(folder: Path, starts: Iterable[float] = ()) -> History:
+def read_history(folder: Path, starts: Iterable[float] = ()) -> HistoryCurves:
     """Read a run's history; empty if there is none. If a step was done twice, the later line counts.
 
     Args:
@@ -165,7 +165,7 @@ def read_history(folder: Path, starts: Iterable[float] = ()) -> History:
         last_time = max(time, last_time or time)
     cuts = sorted(starts)
     by_time = {key: _series(_with_gaps(sorted(points), cuts), gaps=False) for key, points in measured.items()}
-    return History(
+    return HistoryCurves(
         metrics={name: _series(sorted(points.items())) for name, points in sorted(metrics.items())},
         rates=[_series(sorted(points.items())) for points in rates],
         throughput=by_time["samples_per_s"],

@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from labtrain import __version__
 from labtrain.base import exact_json
 from labtrain.base.console import shown
-from labtrain.base.contracts import Code, Installed, Options, Receipt, Segment
+from labtrain.base.contracts import CodeRecord, Installed, Options, Receipt, Segment
 from labtrain.record.identity import get
 from labtrain.review.report.charts import DIGITS, curves_of, machine_of, timeline_of
 from labtrain.review.report.data import Run, seconds_of
@@ -51,7 +51,7 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Verdict:
+class ShownVerdict:
     """Whether a run was verified.
 
     Attributes:
@@ -67,7 +67,7 @@ class Verdict:
     command: str
 
 
-def render(runs: list[Run], *, said: Sequence[str], verdicts: Mapping[Path, Verdict]) -> str:
+def render(runs: list[Run], *, said: Sequence[str], verdicts: Mapping[Path, ShownVerdict]) -> str:
     """Return the page of runs; `verdicts` has those that are not read from a run's files, by folder."""
     curves, machine = curves_of(runs), machine_of(runs)
     drawn = [timeline_of(runs), *(chart.drawn for chart in [*curves, *machine])]
@@ -143,7 +143,7 @@ def facts_of(runs: list[Run]) -> list[tuple[str, list[Cell]]]:
     return rows
 
 
-def verdict_of(run: Run) -> Verdict:
+def verdict_of(run: Run) -> ShownVerdict:
     """Return whether a run was verified, by the newest signed verification of exactly this receipt.
 
     Without a signature, a line of verified.jsonl counts only as a claim of whoever could write the file.
@@ -161,7 +161,7 @@ def verdict_of(run: Run) -> Verdict:
     command = f"labtrain verify {shlex.quote(shown(run.folder))}"
     if not of_this:
         text = " ".join(["No rerun of this receipt is recorded.", *more])
-        return Verdict(mark="none", word="Not verified yet", text=text, command=command)
+        return ShownVerdict(mark="none", word="Not verified yet", text=text, command=command)
     counted = signed or of_this
     newest = counted[0]
     if others := sum(each.same != newest.same for each in counted[1:]):
@@ -179,12 +179,14 @@ def verdict_of(run: Run) -> Verdict:
     if newest.signer is None:
         claim = f"{VERIFIED} claims: {found} By {newest.by} {where}."
         text = " ".join([claim, f"Nothing proves this claim: {newest.doubt}.", *more])
-        return Verdict(mark="none", word="Claimed, not verified", text=text, command=command)
+        return ShownVerdict(mark="none", word="Claimed, not verified", text=text, command=command)
     by = f"By {newest.signer.principal}, who signed it with the key {newest.signer.fingerprint}, {where}."
     if claims := len(of_this) - len(signed):
         are = "is a claim" if claims == 1 else "are claims"
         more.append(f"{claims} more in {VERIFIED} {are} without a known signer.")
-    return Verdict(mark=mark, word=word, text=" ".join([found, by, *more]), command=command if mark == "partly" else "")
+    return ShownVerdict(
+        mark=mark, word=word, text=" ".join([found, by, *more]), command=command if mark == "partly" else ""
+    )
 
 
 def when(text: str | None) -> str:
@@ -219,7 +221,7 @@ def _steps(run: Run) -> str:
     return f"{run.loss.x[-1]:.0f} so far" if len(run.loss.x) else "none so far"
 
 
-def _commit(code: Code) -> Cell:
+def _commit(code: CodeRecord) -> Cell:
     if not code["commit"]:
         return Cell(text="not in a commit")
     return Cell(text=code["commit"][:SHORT] + (", with changes" if code["dirty"] else ""), full=code["commit"])

@@ -31,7 +31,7 @@ from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import add_rows
 from labtrain.exact.tree_sum import alone
 from labtrain.training.lightning import (
-    Results,
+    LoggedValues,
     begin_hook,
     halves_to_float,
     logger_connector,
@@ -108,7 +108,7 @@ class NotComparedError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Difference:
+class LossDifference:
     """The difference between a loss of some samples and the mean over two parts of them.
 
     Attributes:
@@ -204,7 +204,7 @@ class Objective(pl.Callback):
             " determinism.shards=1",
         )
 
-    def _sentence(self, found: Difference, size: int) -> str:
+    def _sentence(self, found: LossDifference, size: int) -> str:
         shards = f"{self.shards} shards of {_sizes(size, self.shards)} samples"
         return (
             f"training_step's loss depends on how a batch is cut: for {found.samples} samples it is {found.whole:.4g},"
@@ -241,7 +241,7 @@ def left_by_shards(
 
 def compare(
     trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, *, shards: int, strict: bool
-) -> Difference | None:
+) -> LossDifference | None:
     """Compare losses and gradients of shards of an epoch's first batch with the mean over two parts of each.
 
     In eval mode, so without dropout, and in float32. Afterwards it restores everything.
@@ -339,7 +339,7 @@ class _Bench:
 
     def compare(
         self, whole: object, first: object, second: object, *, sizes: list[int], strict: bool
-    ) -> Difference | None:
+    ) -> LossDifference | None:
         """Compare some samples with two parts of them; the first time the gradients too, and whether the loss draws."""
         weights: list[float] = [size / sum(sizes) for size in sizes]
         losses, given = zip(*(self.run(half) for half in (first, second)), strict=True)
@@ -366,7 +366,7 @@ class _Bench:
         gradients, rounding = self._gradients((first, weights[0]), (second, weights[1]), (whole, -1.0)), self.rounding
         if gradients <= rounding:
             return None
-        return Difference(samples=sum(sizes), whole=loss, parts=mean, gradients=gradients, rounding=rounding)
+        return LossDifference(samples=sum(sizes), whole=loss, parts=mean, gradients=gradients, rounding=rounding)
 
     def left(self, first: object, second: object, *, strict: bool) -> tuple[list[str], list[str]]:
         """Return the names of what changes from one shard to the next, though all that is watched is put back.
@@ -447,7 +447,7 @@ class _Bench:
         data = strategy.moved(copy.deepcopy(data), 0)
         if fresh:
             data = on_tensors(lambda each: each.float() if each.is_floating_point() and _is_half(each) else each, data)
-        results = Results(training=True)
+        results = LoggedValues(training=True)
         results.batch, results.batch_size = data, 1
         put_results(loop, results)
         with torch.autograd.graph.saved_tensors_hooks(self._watch, _as_it_is) if watch else nullcontext():

@@ -34,7 +34,7 @@ from labtrain.exact.metric_states import (
     reduction,
     release,
 )
-from labtrain.training.lightning import LoggedValue, ResultCollection, ResultMeta, Results, new_entry, without_sync
+from labtrain.training.lightning import LoggedValue, LoggedValues, ResultCollection, ResultMeta, new_entry, without_sync
 
 # Rows are padded: ranks that disagree about a row's length still exchange rows of one length, and can report it.
 ROW_MULTIPLE = 64
@@ -95,12 +95,12 @@ class Tally:
         self._members: list[object] = []
         self._find_metrics()
         self._entries: dict[str, Entry] = {}
-        self._scratch: dict[bool, Results] = {}
+        self._scratch: dict[bool, LoggedValues] = {}
         self._held: dict[str, Held] = {}
         self._rows: list[Tensor] = []
         self._lists: list[dict[str, list[object]]] = []
         self._template: Template | None = None
-        self._logs = Results(training=True)
+        self._logs = LoggedValues(training=True)
 
     def _find_metrics(self) -> None:
         """Find the model's metrics; again if its submodules changed: a hook may make a metric for each epoch."""
@@ -135,11 +135,11 @@ class Tally:
     def begin(self, *, training: bool) -> None:
         """Begin a step: put the metrics' states aside."""
         self._find_metrics()
-        self._logs = self._scratch.setdefault(training, Results(training=training))
+        self._logs = self._scratch.setdefault(training, LoggedValues(training=training))
         self._held = {name: hold(metric) for name, metric in self.metrics.items() if metric._update_count}
         self._rows, self._lists, self._template = [], [], None
 
-    def open(self, data: object, samples: int, dataloader_idx: int | None = None) -> Results:
+    def open(self, data: object, samples: int, dataloader_idx: int | None = None) -> LoggedValues:
         """Begin a shard, and return the collection that it logs into."""
         for metric in self.metrics.values():
             if metric._update_count:
