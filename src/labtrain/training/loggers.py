@@ -103,7 +103,7 @@ def log_positions(loggers: list[Logger]) -> dict[str, object]:
 class Clean(Logger):
     """Removes credentials: Lightning gives each logger the configuration from `save_hyperparameters`."""
 
-    def log_hyperparams(self, params: object, *arguments: object, **options: object) -> None:
+    def log_hyperparams(self, params: Options | argparse.Namespace, *arguments: object, **options: object) -> None:
         params = vars(params) if isinstance(params, argparse.Namespace) else params
         super().log_hyperparams(without_secrets(params), *arguments, **options)  # type: ignore[safe-super]
 
