@@ -207,7 +207,7 @@ def _parts(batch: object, transform: object) -> list[Any]:
     return parts
 
 
-def _wanted(transform: Any, holds: bool, what: str) -> None:
+def _wanted(transform: object, holds: bool, what: str) -> None:
     if not holds:
         raise ConfigError(f"{transform}: expected {what}", hint=f"help(labtrain.augment.{type(transform).__name__})")
 

@@ -1,8 +1,11 @@
 """What must be true of the repository's files as a whole."""
 
+import ast
 import re
 import shutil
 import subprocess
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,32 @@ def test_every_file_of_code_that_a_page_names_exists() -> None:
             r"`((?:src|tests/(?:quick|real|full|support)|benchmarks)/[\w/.-]+\.\w+)`?", page.read_text()
         ):
             assert (ROOT / name).exists(), f"{page.relative_to(ROOT)}: {name}"
+
+
+MOST_ANY = 150
+MOST_LINES = 45
+
+
+def nodes_of_src() -> Iterator[tuple[str, ast.AST]]:
+    """Yield the file and each node of the code."""
+    for path in sorted((ROOT / "src").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            yield str(path.relative_to(ROOT)), node
+
+
+def test_any_is_rare() -> None:
+    """mypy checks nothing about a value of type Any."""
+    names = ((path, getattr(node, "id", getattr(node, "attr", None))) for path, node in nodes_of_src())
+    found = Counter(path for path, name in names if name == "Any")  # Any or typing.Any
+    assert found.total() <= MOST_ANY, found.most_common(10)
+
+
+def test_a_function_fits_on_a_page() -> None:
+    """Its docstring counts, its decorators do not."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    functions = ((path, node) for path, node in nodes_of_src() if isinstance(node, kinds))
+    lines = {f"{path}:{node.lineno} {node.name}": 1 + (node.end_lineno or 0) - node.lineno for path, node in functions}
+    assert {name: number for name, number in lines.items() if number > MOST_LINES} == {}
 
 
 each_job = pytest.mark.parametrize("job", [job for _, job in jobs()], ids=[name for name, _ in jobs()])

@@ -226,6 +226,76 @@ class TrailRecord(TypedDict):
     missing: NotRequired[list[list[int]]]
 
 
+class Gpu(TypedDict):
+    """`hardware.gpus`: one of the machine."""
+
+    name: str
+    memory_bytes: int
+    compute_capability: str
+
+
+class Gpus(TypedDict, total=False):
+    """Part of `hardware`: empty for a training on a CPU."""
+
+    gpus: list[Gpu]
+    driver: str | None
+    cuda: str | None
+    cudnn: int | None
+    nccl: str
+
+
+class Hardware(Gpus):
+    """`hardware`: the machine that it was run on."""
+
+    cpu: str
+    instruction_sets: list[str]
+    cores: int | None
+    memory_bytes: int
+    platform: str
+    libc: str
+
+
+class Flags(TypedDict):
+    """Part of `determinism`: torch's flags, and the environment variables that can change bits."""
+
+    deterministic_algorithms: bool
+    warn_only: bool
+    cudnn_deterministic: bool
+    cudnn_benchmark: bool
+    cudnn_allow_tf32: bool
+    float32_matmul_precision: str
+    threads: int
+    cpu_capability: str
+    variables: dict[str, str]
+
+
+class Determinism(Flags):
+    """`determinism`: what the bits depend on."""
+
+    mode: str
+    shards: int | None
+    seed: int
+    any_number_of_devices: bool
+    notes: list[str]
+
+
+class DatasetRecord(TypedDict, total=False):
+    """Part of `data`: what only a dataset has."""
+
+    samples: int
+    transforms: list[str]
+
+
+class DataRecord(DatasetRecord):
+    """`data`: the fingerprint of a dataset, or of a file or folder that the training read."""
+
+    digest: str
+    type: str
+    files: int
+    bytes: int
+    opaque: list[str]
+
+
 class Receipt(TypedDict):
     """A run's receipt.json."""
 
@@ -236,9 +306,9 @@ class Receipt(TypedDict):
     config: Config
     code: CodeRecord
     environment: Installed
-    hardware: dict[str, Any]
-    determinism: dict[str, Any]
-    data: dict[str, Any]
+    hardware: Hardware
+    determinism: Determinism
+    data: dict[str, DataRecord]
     segments: list[Segment]
     results: Results
     checkpoints: list[SavedCheckpoint]

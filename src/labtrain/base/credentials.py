@@ -29,7 +29,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar, cast
 
 NOT_RECORDED = "(not recorded)"
 
@@ -156,11 +156,13 @@ SECRET_VALUE = re.compile(
     r")"
 )
 
+T = TypeVar("T")
+
 _given: dict[str, str] = {}  # values passed to `remember`, and their replacements
 _referred: dict[str, str] = {}  # those of them from the environment
 
 
-def without_secrets(node: object, *, secret: bool = False, names: bool = True) -> Any:
+def without_secrets(node: T, *, secret: bool = False, names: bool = True) -> T:
     """Return nested dicts, lists and texts without credentials; the same object if there are none.
 
     Args:
@@ -168,7 +170,7 @@ def without_secrets(node: object, *, secret: bool = False, names: bool = True) -
         secret: it is under a key that names a credential, so each text in it is one.
         names: consider keys of dicts. Not for names that nobody chose for a value, such as those of distributions.
     """
-    return _cleaned(node, secret, names, list(_values()))
+    return cast(T, _cleaned(node, secret, names, list(_values())))
 
 
 def _cleaned(node: object, secret: bool, names: bool, values: list[tuple[str, str]]) -> object:
@@ -179,7 +181,7 @@ def _cleaned(node: object, secret: bool, names: bool, values: list[tuple[str, st
         found = _without(node, values, secret=secret)
         return node if found == node else found
     if isinstance(node, Mapping):
-        done = {}
+        done: dict[object, object] = {}
         named = node.get("name") or node.get("key")  # [{name: API_KEY, value: ...}]
         of_value = ("value", "val") if isinstance(named, str) and names_a_secret(named) else ()
         for key, value in node.items():
@@ -203,7 +205,8 @@ def _cleaned(node: object, secret: bool, names: bool, values: list[tuple[str, st
         return items if isinstance(node, list) else type(node)(*items) if hasattr(node, "_fields") else tuple(items)
     if isinstance(node, bytes):
         text = node.decode("utf-8", "surrogateescape")
-        return node if (found := again(text, secret)) is text else found.encode("utf-8", "surrogateescape")
+        cleaned = _without(text, values, secret=secret)
+        return node if cleaned == text else cleaned.encode("utf-8", "surrogateescape")
     return node
 
 
@@ -338,7 +341,7 @@ def _with_instead(text: str, values: list[tuple[str, str]]) -> str:
     return text
 
 
-def _replaced(node: Any, pairs: list[tuple[str, str]]) -> object:
+def _replaced(node: object, pairs: list[tuple[str, str]]) -> object:
     if isinstance(node, str):
         return _with_instead(node, pairs)
     if isinstance(node, dict):
@@ -346,7 +349,7 @@ def _replaced(node: Any, pairs: list[tuple[str, str]]) -> object:
         done.clear()
         done.update({_replaced(key, pairs): _replaced(value, pairs) for key, value in node.items()})
         return done
-    if type(node) in (list, tuple):
+    if isinstance(node, list | tuple) and type(node) in (list, tuple):
         return type(node)(_replaced(item, pairs) for item in node)
     return node
 

@@ -14,9 +14,11 @@ from labtrain.base.contracts import Options
 ITEMS, FLOAT = "(items)", "(float)"
 
 
-def dumps(value: object, **options: Any) -> str:
-    """Return a value of plain containers, numbers and texts as JSON; `options` are those of json.dumps."""
-    return json.dumps(plain(value), allow_nan=False, **options)
+def dumps(
+    value: object, *, indent: int | None = None, sort_keys: bool = False, separators: tuple[str, str] | None = None
+) -> str:
+    """Return a value of plain containers, numbers and texts as JSON; the options are those of json.dumps."""
+    return json.dumps(plain(value), allow_nan=False, indent=indent, sort_keys=sort_keys, separators=separators)
 
 
 def loads(text: str | bytes) -> Any:

@@ -5,8 +5,8 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, cast
 
 
 @contextmanager
@@ -45,10 +45,9 @@ def file_sha256(path: Path) -> str:
         return sha256_of(file)
 
 
-def sha256_of(file: BinaryIO) -> str:
+def sha256_of(file: BufferedReader) -> str:
     """Return the sha256 of an open file, 64 hex digits."""
-    # typeshed asks for readinto, which its BinaryIO lacks.
-    return hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def text_sha256(text: str) -> str:

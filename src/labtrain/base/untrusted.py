@@ -15,8 +15,9 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from labtrain.base import exact_json
 from labtrain.base.console import quoted, warn
@@ -36,7 +37,7 @@ class NotPlainError(OSError):
     """The file is a link, a folder, a pipe or a device, or too large."""
 
 
-def open_plain(path: Path, limit: int = LINES_BYTES) -> BinaryIO:
+def open_plain(path: Path, limit: int = LINES_BYTES) -> BufferedReader:
     """Open a regular file for reading.
 
     Args:

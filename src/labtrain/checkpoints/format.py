@@ -22,7 +22,7 @@ import re
 import threading
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -376,7 +376,7 @@ def _hash_behind(path: Path, complete: threading.Event) -> str:
             complete.wait(0.002)
 
 
-def _load_parts(folder: Path, names: Any, now: State, *, alone: bool) -> State:
+def _load_parts(folder: Path, names: Collection[str] | None, now: State, *, alone: bool) -> State:
     """Return the tensors of these names, by default the weights: in the layout of `now` if it has them, else whole."""
     # takes 0.1 s, which a training without parts does not need
     from torch.distributed.checkpoint.api import CheckpointException
@@ -429,7 +429,7 @@ def _flat(state: State) -> State:
     return {_name(path): _get(state, path) for path in paths}
 
 
-def _name(path: Any) -> str:
+def _name(path: Keys) -> str:
     return "/".join(map(str, path))
 
 

@@ -12,8 +12,8 @@ class _WithExample(click.Command):
         example: a line to type.
     """
 
-    def __init__(self, *arguments: Any, example: str, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, name: str | None, *, example: str, **options: Any) -> None:
+        super().__init__(name, **options)
         self.example = example
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -33,8 +33,8 @@ class Group(_WithExample, click.Group):
     summary is the first line of the command's docstring, in full.
     """
 
-    def __init__(self, *arguments: object, **options: Any) -> None:
-        super().__init__(*arguments, **options)
+    def __init__(self, name: str | None, **options: Any) -> None:
+        super().__init__(name, **options)
         self.sections: dict[str, list[click.Command]] = {}
 
     def add_section(self, heading: str, *commands: click.Command) -> None:

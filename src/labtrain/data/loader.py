@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import getitem
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -47,6 +47,8 @@ from labtrain.record.sources import add_executed, newly_executed
 os.register_at_fork(after_in_child=gc.freeze)
 
 MOST_OBJECTS = 100  # of a dataset, to search for numbers
+
+T = TypeVar("T")
 
 Parts = list[tuple[int, Indices]]  # (shard, indices)
 Plan = tuple[Indices, Parts, list[Indices]]
@@ -416,7 +418,7 @@ class _Fetch(Dataset[object]):
             )
         return batch
 
-    def _held(self, load: Callable[[], object], index: int, kind: str) -> Any:
+    def _held(self, load: Callable[[], T], index: int, kind: str) -> T:
         if self.seed is None or (not self.draws and self.held_to_it):
             return load()
         seed_all(self.seed, kind, self.epoch, index)
@@ -445,7 +447,7 @@ class Noted:
         executed: files of code that a worker has executed.
     """
 
-    batch: Any
+    batch: object
     counts: Sequence[str] = ()
     said: str = ""
     executed: Sequence[str] = ()

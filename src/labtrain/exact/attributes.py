@@ -87,7 +87,7 @@ def holders(module: nn.Module) -> dict[str, object]:
 
 def attributes_of(holder: object) -> list[tuple[str, Any]]:
     """Return (name, value) of each attribute of an object that is not torch's or Lightning's own."""
-    private: Any = PRIVATE if isinstance(holder, nn.Module) else ()
+    private = PRIVATE if isinstance(holder, nn.Module) else frozenset()
     return [(name, value) for name, value in vars(holder).items() if name not in private]
 
 
@@ -258,7 +258,7 @@ def _pointer(tensor: torch.Tensor) -> int:
 
 
 def _is_metric(part: nn.Module) -> bool:
-    torchmetrics: Any = sys.modules.get("torchmetrics")
+    torchmetrics = sys.modules.get("torchmetrics")
     return torchmetrics is not None and isinstance(part, torchmetrics.Metric | torchmetrics.MetricCollection)
 
 

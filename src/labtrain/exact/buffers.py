@@ -9,7 +9,7 @@ each shard fills differently. Buffers that do not change, such as a causal mask,
 
 import zlib
 from collections.abc import Callable
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -169,7 +169,7 @@ class Buffers:
             shard: ({key: buffer.detach().cpu() for key, buffer in new.items()}, self._weights[shard])
             for shard, new in self._new.items()
         }
-        gathered: list[Any] = [mine]
+        gathered = [mine]
         if self.world > 1:
             gathered = [{}] * self.world
             dist.all_gather_object(gathered, mine)

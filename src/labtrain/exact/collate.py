@@ -8,13 +8,15 @@ become a list of the parts.
 import copy
 import dataclasses
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
+
+T = TypeVar("T")
 
 COMPLEX = (torch.complex64, torch.complex128, np.dtype(np.complex64), np.dtype(np.complex128))
 
@@ -109,7 +111,7 @@ class _Joiner:
             return self._mean(parts)
         return first if all(_equal(part, first) for part in parts) else parts
 
-    def _have_rows(self, parts: list[object]) -> bool:
+    def _have_rows(self, parts: Sequence[object]) -> bool:
         return all(_has_rows(part, size) for part, size in zip(parts, self.sizes, strict=True))
 
     def _mean(self, parts: list[Any]) -> object:
@@ -122,7 +124,7 @@ class _Joiner:
             return parts[0]
         return sum(part * size for part, size in zip(parts, self.sizes, strict=True)) / sum(self.sizes)
 
-    def _sequences(self, parts: list[Any], *, top: bool) -> object:
+    def _sequences(self, parts: list[list[object] | tuple[object, ...]], *, top: bool) -> object:
         first = parts[0]
         if self._have_rows(parts):
             fields = all(_are_fields(part, size) for part, size in zip(parts, self.sizes, strict=True))
@@ -194,7 +196,7 @@ def _record(like: Any, value_of: Callable[[str], Any]) -> object:
     return made
 
 
-def _mapped(data: object, kind: type[object], function: Callable[[Any], object]) -> object:
+def _mapped(data: object, kind: type[T], function: Callable[[T], object]) -> object:
     def inner(value: object) -> object:
         return _mapped(value, kind, function)
 
@@ -214,26 +216,26 @@ def _like(mapping: Mapping[object, object], items: list[tuple[object, object]]) 
     return kind(OrderedDict(items)) if kind is not dict else dict(items)
 
 
-def _equal(one: object, two: Any) -> bool:
-    if isinstance(one, Tensor):
+def _equal(one: object, two: object) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
         return one.layout == two.layout == torch.strided and torch.equal(one, two)
-    if isinstance(one, np.ndarray):
+    if isinstance(one, np.ndarray) and isinstance(two, np.ndarray):
         return np.array_equal(one, two)
     return one is two or (isinstance(one, str | bytes | int | float | complex) and one == two)
 
 
-def _nodes(data: Any) -> Iterator[object]:
+def _nodes(data: object) -> Iterator[object]:
     yield data
-    inside: Any = ()
+    inside: Iterable[object] = ()
     if isinstance(data, Mapping):
         inside = data.values()
     elif isinstance(data, list | tuple):
         inside = data
-    elif _is_record(data):
+    elif dataclasses.is_dataclass(data) and not isinstance(data, type):
         inside = (getattr(data, field.name) for field in dataclasses.fields(data))
     for value in inside:
         yield from _nodes(value)
 
 
-def _version(value: Any) -> int:
+def _version(value: object) -> int:
     return value._version if isinstance(value, Tensor) and not value.is_inference() else 0

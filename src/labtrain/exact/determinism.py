@@ -22,11 +22,15 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 from labtrain.base.console import warn
+from labtrain.base.contracts import Flags
 from labtrain.base.errors import ConfigError
 from labtrain.record.sources import FROM_SOURCE
+
+if TYPE_CHECKING:
+    import torch
 
 STRICT_MODES = ("strict", "portable")
 
@@ -145,7 +149,7 @@ def fill_new_memory(*, on: bool) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = on  # type: ignore[attr-defined]  # a property of the module
 
 
-def flags() -> dict[str, object]:
+def flags() -> Flags:
     """Return the current values of torch's flags and variables that can change bits."""
     import torch
 
@@ -275,8 +279,8 @@ def run_mode() -> str:
     return _run_mode
 
 
-def run_device() -> Any:
-    """Return the torch.device that this process trains on: the GPU that Lightning chose, or the CPU."""
+def run_device() -> "torch.device":
+    """Return the device that this process trains on: the GPU that Lightning chose, or the CPU."""
     import torch
 
     if _run_accelerator == "gpu" and torch.cuda.is_available():

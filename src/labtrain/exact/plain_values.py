@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import types
 from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Container, Iterator
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum, Flag
@@ -34,8 +34,8 @@ SCALARS = (type(None), bool, int, float, complex, str, bytes)
 SIMPLE = frozenset(SCALARS) - {complex}
 LEAVES = frozenset({*SCALARS, torch.Tensor, nn.Parameter, np.ndarray})
 DICTS: tuple[type[object], ...] = (dict, OrderedDict, Counter, defaultdict)
-SEQUENCES: tuple[type[Any], ...] = (list, tuple, torch.Size, set, frozenset, deque)
-CONTAINERS = {kind.__name__: kind for kind in (*DICTS, *SEQUENCES)}
+SEQUENCES: tuple[type[object], ...] = (list, tuple, torch.Size, set, frozenset, deque)
+CONTAINERS: dict[str, Callable[..., object]] = {kind.__name__: kind for kind in (*DICTS, *SEQUENCES)}
 FACTORIES: dict[object, str] = {kind: kind.__name__ for kind in (list, dict, set, int, float, str, tuple, deque)}
 BY_NAME = {name: factory for factory, name in FACTORIES.items()}
 OWN_FACTORY = ""  # of a defaultdict: code, which no checkpoint holds
@@ -96,7 +96,7 @@ def is_plain(
         write, read = TEXTS[kind]
         return repr(read(write(value))) == repr(value)  # a time may have a zone that its text does not name
     if isinstance(value, Enum):
-        return _class_named(*_name_of(kind)) is kind and _member(kind, _members(value)) is value
+        return _class_named(*_name_of(kind)) is kind and _member(type(value), _members(value)) is value
     if id(value) in inside:
         return True  # a list that holds itself
     inside = (*inside, id(value))
@@ -110,9 +110,9 @@ def is_plain(
     return False
 
 
-def _is_key(key: Any) -> bool:
+def _is_key(key: object) -> bool:
     kind = type(key)
-    if kind in (tuple, frozenset) or _is_named_tuple(key):
+    if isinstance(key, tuple | frozenset) and (kind in (tuple, frozenset) or _is_named_tuple(key)):
         return all(map(_is_key, key))
     return kind in SCALARS or (
         (kind in TEXTS or kind in (torch.device, torch.Size) or isinstance(key, Enum)) and is_plain(key)
@@ -130,7 +130,7 @@ def _name_of(kind: type[object]) -> tuple[str, str]:
     return kind.__module__, kind.__qualname__
 
 
-def _class_named(module: str, name: str) -> Any:
+def _class_named(module: str, name: str) -> type[object] | None:
     """Return a class of an imported module; None if there is no such class."""
     found: object = sys.modules.get(module)
     for part in name.split("."):  # not getattr, which may run a module's own code
@@ -215,14 +215,14 @@ class Encoder:
             return self._sequence(value)
         return "object", [(name, self(item)) for name, item in _state(value)], *_name_of(kind)
 
-    def _sequence(self, value: Any) -> object:
+    def _sequence(self, value: Collection[object]) -> object:
         kind = type(value)
         if kind is list and SIMPLE.issuperset(map(type, value)):
             return "list", list(value)
         # In one order on every rank; the order of a set is random.
         items = [self(item) for item in (sorted(value, key=repr) if kind in (set, frozenset) else value)]
         if kind in SEQUENCES:
-            return (kind.__name__, items, value.maxlen) if kind is deque else (kind.__name__, items)
+            return (kind.__name__, items, value.maxlen) if isinstance(value, deque) else (kind.__name__, items)
         return "named", items, *_name_of(kind)
 
 
@@ -287,22 +287,24 @@ class Decoder:
             raise _gone(f"{'.'.join(where)}.{'|'.join(names)}")
         return member
 
-    def _array(self, content: torch.Tensor, into: object, shape: Any, dtype: Any) -> object:
+    def _array(self, content: torch.Tensor, into: object, shape: list[int], dtype: str) -> object:
         array = content.numpy().astype(dtype).reshape(shape)
         if type(into) is np.ndarray and (into.shape, into.dtype) == (array.shape, array.dtype):
             into[...] = array
             return into
         return array
 
-    def _named_tuple(self, content: Any, current: object, *where: str) -> object:
+    def _named_tuple(self, content: list[object], current: object, *where: str) -> object:
         found = _class_named(*where)
         if found is None or not (issubclass(found, tuple) and hasattr(found, "_fields")):
             raise _gone(".".join(where))
         return tuple.__new__(found, self._items(content, current))
 
-    def _collection(self, kind: str, content: Any, current: Any, into: Any, maxlen: int | None = None) -> object:
+    def _collection(
+        self, kind: str, content: list[object], current: object, into: object, maxlen: int | None = None
+    ) -> object:
         made: Any = into
-        if type(into) is not CONTAINERS[kind] or (kind == "deque" and into.maxlen != maxlen):
+        if type(into) is not CONTAINERS[kind] or (isinstance(into, deque) and into.maxlen != maxlen):
             made = deque(maxlen=maxlen) if kind == "deque" else CONTAINERS[kind]()
         made.clear()
         self._noted(made)
@@ -314,15 +316,22 @@ class Decoder:
         self.made.append(made)
         return made
 
-    def _items(self, content: list[object], current: object) -> Any:
+    def _items(self, content: list[object], current: object) -> Iterator[object]:
         like = current if isinstance(current, list | tuple) and len(current) == len(content) else [None] * len(content)
         return (self(item, now) for item, now in zip(content, list(like), strict=True))
 
-    def _dict(self, content: Any, current: Any, into: Any, kind: type[Any], factory: str | None) -> object:
-        now: Any = into if type(into) is kind else current
+    def _dict(
+        self,
+        content: list[tuple[object, object]],
+        current: object,
+        into: object,
+        kind: Callable[..., object],
+        factory: str | None,
+    ) -> object:
+        now = into if type(into) is kind else current
         own = getattr(now, "default_factory", None)
-        before = dict(now) if type(now) in DICTS else {}
-        made = into if type(into) is kind else kind()
+        before = dict(now) if isinstance(now, dict) and type(now) in DICTS else {}
+        made: Any = into if type(into) is kind else kind()
         made.clear()
         if kind is defaultdict:
             made.default_factory = own if factory == OWN_FACTORY else BY_NAME.get(factory or "")

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 # The operations that differed; exp, sin, cos, tanh, erf and the others tried did not.
-FUNCTIONS: dict[str, Callable[[Any], Any]] = {
+FUNCTIONS: dict[str, np.ufunc] = {
     "sqrt": np.sqrt,
     "log": np.log,
     "log2": np.log2,
@@ -47,7 +47,7 @@ POWERS: dict[float, Callable[[torch.Tensor], torch.Tensor]] = {
 # Operations computed in float64: (the operation, its variant that writes to a given tensor).
 IN_DOUBLE = (("linalg_cholesky_ex", "linalg_cholesky_ex.L"), ("cholesky", "cholesky.out"))
 
-Kernel = Callable[..., Any]
+Kernel = Callable[..., torch.Tensor]
 
 _library: torch.library.Library | None = None
 _before: tuple[bool, bool] = (True, True)  # whether oneDNN and NNPACK were on
@@ -80,7 +80,7 @@ def uninstall() -> None:
 
 
 def _replace(library: torch.library.Library, kernel: Kernel, functional: str, in_place: str, out_variant: str) -> None:
-    def compute_in_place(x: torch.Tensor, *arguments: Any) -> torch.Tensor:
+    def compute_in_place(x: torch.Tensor, *arguments: object) -> torch.Tensor:
         return x.copy_(kernel(x, *arguments))
 
     def compute_out(x: torch.Tensor, *arguments: object, out: torch.Tensor) -> torch.Tensor:
@@ -111,7 +111,7 @@ def _compute_in_double(library: torch.library.Library, name: str, out_variant: s
     library.impl(out_variant, compute_out, "CPU", allow_override=True)
 
 
-def _by_numpy(function: Callable[[object], object], x: torch.Tensor) -> torch.Tensor:
+def _by_numpy(function: np.ufunc, x: torch.Tensor) -> torch.Tensor:
     dtype = x.dtype if x.is_floating_point() or x.is_complex() else torch.get_default_dtype()
     wide = (
         torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

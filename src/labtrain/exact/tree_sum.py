@@ -15,10 +15,10 @@ https://arxiv.org/abs/2006.15704). A bucket is sent as soon as the last shard's 
 same order, whichever gradient arrives first.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -159,7 +159,7 @@ class ShardSum:
             self._finish_tree(bucket)
         return self._in_order(self._collect(bucket) for bucket in self._buckets)
 
-    def _in_order(self, sums: Any) -> list[Tensor]:
+    def _in_order(self, sums: Iterable[list[Tensor]]) -> list[Tensor]:
         ordered: list[Tensor] = [torch.empty(0)] * len(self.like)
         for bucket, tensors in zip(self._buckets, sums, strict=True):
             for index, tensor in zip(bucket.indices, tensors, strict=True):
@@ -246,7 +246,7 @@ class _Bucket:
     full: bool = field(init=False)
     parts: list[list[Tensor]] = field(init=False)  # by receiving rank: of each subtree of this rank
     received: list[list[Tensor]] = field(init=False)  # by sending rank: of each of its subtrees, this rank's part
-    pending: list[Any] = field(init=False)
+    pending: list[dist.Work] = field(init=False)
     pieces: int = field(init=False)  # into how many its sums are cut, one a rank; 1: every rank sums all of it
     numel: int = field(init=False)  # of its sums, padded
     sums: Tensor | None = field(init=False)

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO, cast
+from typing import TYPE_CHECKING, TextIO, cast
 
 from labtrain.base.console import shown
 from labtrain.base.credentials import CleanStream, remember
@@ -26,6 +26,9 @@ from labtrain.record import receipt
 from labtrain.record.identity import JOB_VARIABLE, Config, Job
 from labtrain.record.ranks import adopt, find_ranks, own_rank
 from labtrain.record.resume import changed_data, make_job, near_run
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # Linux limits one variable to 128 KiB (MAX_ARG_STRLEN).
 MAX_JOB_BYTES = 120_000
@@ -97,7 +100,7 @@ class HydraTask:
     command: list[str]
     wants_trace: bool = False
 
-    def __call__(self, cfg: object) -> float | None:
+    def __call__(self, cfg: "DictConfig") -> float | None:
         """Check and name the run, then become its job; in a sweep, supervise the job instead.
 
         Returns:
@@ -111,7 +114,7 @@ class HydraTask:
             end_if_known(error, wants_trace=self.wants_trace)  # SystemExit, because Hydra would print another line
             raise
 
-    def _run(self, cfg: object) -> float | None:
+    def _run(self, cfg: "DictConfig") -> float | None:
         close_umask()  # a sweep launcher's worker did not call main
         from hydra.core.hydra_config import HydraConfig
         from hydra.types import RunMode

@@ -8,9 +8,10 @@ import math
 import random
 import sys
 import traceback
+from collections.abc import Container
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 
@@ -21,6 +22,9 @@ from labtrain.record import receipt
 from labtrain.record.identity import Job
 from labtrain.record.ranks import find_ranks, own_rank
 
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
 PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
 SQLITE = "sqlite:///"
 
@@ -28,7 +32,7 @@ SQLITE = "sqlite:///"
 class SweepStart(Callback):
     """Completes a sweeper's settings, and raises on unusable ones before anything is trained."""
 
-    def on_multirun_start(self, config: object, **kwargs: object) -> None:
+    def on_multirun_start(self, config: "DictConfig", **kwargs: object) -> None:
         try:
             refuse_under_launcher()
             complete(config)
@@ -57,20 +61,20 @@ def save_without_secrets() -> None:
 
     save = OmegaConf.save
 
-    def save_clean(config: object, f: Any, resolve: bool = False) -> None:
-        plain = OmegaConf.to_container(config, resolve=resolve) if OmegaConf.is_config(config) else config
+    def save_clean(config: object, f: str | Path | IO[str], resolve: bool = False) -> None:
+        plain: Any = OmegaConf.to_container(config, resolve=resolve) if OmegaConf.is_config(config) else config
         remember(plain)
         save(OmegaConf.create(without_secrets(plain)), f)
 
     OmegaConf.save = save_clean  # type: ignore[method-assign]
 
 
-def chooses(sweeper: Any) -> bool:
+def chooses(sweeper: Container[object]) -> bool:
     """Return whether a sweeper compares runs; Hydra's basic sweeper trains every combination."""
     return "direction" in sweeper
 
 
-def complete(config: Any) -> None:
+def complete(config: "DictConfig") -> None:
     """Set a sweep's direction from checkpoint.mode and its sampler's seed from `seed`, if they are not set.
 
     Args:
@@ -101,7 +105,7 @@ def complete(config: Any) -> None:
         Path(sweeper.storage.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
 
 
-def value_of(job: Job, sweeper: object) -> float | None:
+def value_of(job: Job, sweeper: Container[object]) -> float | None:
     """Return the value by which a sweeper compares a complete run: the last value of checkpoint.monitor.
 
     It belongs to the weights in the receipt, so it does not depend on interruptions. The best value during the training

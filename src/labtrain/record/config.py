@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
@@ -31,6 +31,9 @@ from labtrain.record.identity import (
     world_size,
 )
 from labtrain.stores.backends import check_url
+
+if TYPE_CHECKING:
+    from omegaconf import Container, DictConfig, Node
 
 CONF = Path(__file__).parents[1] / "conf"
 
@@ -318,7 +321,7 @@ def as_written() -> Iterator[list[str]]:
         seen.append(key)
         return f"${{oc.env:{','.join([key, *map(_argument, default)])}}}"
 
-    def decode(expr: Any, _parent_: Any, _node_: Any) -> object:
+    def decode(expr: str | None, _parent_: "Container", _node_: "Node") -> object:
         refers = isinstance(expr, str) and REFERENCE.search(expr)
         return f"${{oc.decode:{expr}}}" if refers else resolvers.oc.decode(expr, _parent_, _node_)
 
@@ -331,7 +334,7 @@ def as_written() -> Iterator[list[str]]:
         OmegaConf.register_new_resolver("oc.decode", resolvers.oc.decode, replace=True)
 
 
-def references(cfg: Any, config: Config) -> References:
+def references(cfg: "DictConfig", config: Config) -> References:
     """Return (path, text) of each text value that comes from `${oc.env:X}`, directly or through other keys.
 
     Only in the groups of REFERRING: labtrain needs the other values to find runs and checkpoints again. Values that are
@@ -343,7 +346,7 @@ def references(cfg: Any, config: Config) -> References:
     """
     from omegaconf import OmegaConf
 
-    def walk(node: Any, real: Any, path: list[object]) -> Iterator[tuple[list[object], str]]:
+    def walk(node: Any, real: Options | list[object], path: list[object]) -> Iterator[tuple[list[object], str]]:
         for key, value in real.items() if isinstance(real, dict) else enumerate(real):
             seen.clear()
             try:

@@ -11,15 +11,18 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from labtrain.base import untrusted
 from labtrain.base.contracts import Options, State
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.base.untrusted import damage_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # safetensors' dtype names; https://github.com/huggingface/safetensors#format
 _DTYPES = {
@@ -58,7 +61,15 @@ PLACE = "labtrain"  # labtrain's own key in Lightning's checkpoint dictionary (e
 Entry = tuple[str, str, tuple[int, ...], bytes | memoryview]
 
 
-def digest(weights: Any) -> str:
+class Hash(Protocol):
+    """What the hashes of hashlib and xxhash have in common."""
+
+    def update(self, data: bytes | memoryview, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+def digest(weights: "nn.Module | Mapping[str, Tensor]") -> str:
     """Return the weights digest of a module or of a state dict.
 
     Args:
@@ -85,7 +96,7 @@ def digest_folder(folder: Path) -> str:
     return _digest(read_weights(folder))
 
 
-def state_digest(state: Mapping[str, Any]) -> str:
+def state_digest(state: State) -> str:
     """Return the sha256 over a whole training state: tensors, plain values, and the weights' digest.
 
     Plain attributes of the model and of other objects are left out: a duration, for example, differs in each training.
@@ -100,7 +111,7 @@ def state_digest(state: Mapping[str, Any]) -> str:
     return digest_tree(state)
 
 
-def components(tensor: Any) -> Options:
+def components(tensor: "Tensor") -> dict[str, "Tensor"]:
     """Return a sparse tensor's dense components, by name; for a dense tensor itself, under an empty name.
 
     Duplicate entries are not added up, because that would round.
@@ -108,7 +119,7 @@ def components(tensor: Any) -> Options:
     layout = str(getattr(tensor, "layout", "torch.strided")).removeprefix("torch.")
     if layout in ("strided", "_mkldnn"):
         return {"": tensor}
-    torch: Any = sys.modules["torch"]
+    torch = sys.modules["torch"]
     tensor = tensor.detach()
     size = [*tensor.shape, int(layout == "sparse_coo" and tensor.is_coalesced())]
     if layout == "sparse_coo":
@@ -120,7 +131,7 @@ def components(tensor: Any) -> Options:
     return {f".{layout}.{name}": part for name, part in (found | {"size": torch.tensor(size)}).items()}
 
 
-def dense_entries(state: Mapping[str, Any]) -> State:
+def dense_entries(state: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     """Return a state dict with sparse tensors replaced by their components: `table.sparse_coo.values`, ..."""
     return {name + part: tensor for name in state for part, tensor in components(state[name]).items()}
 
@@ -133,15 +144,15 @@ def _digest(entries: Iterable[Entry]) -> str:
     return sha.hexdigest()
 
 
-def tensor_bytes(tensor: Any) -> memoryview:
+def tensor_bytes(tensor: "Tensor") -> memoryview:
     """Return a tensor's raw bytes in C order; copies only from a device or a strided view."""
-    torch: Any = sys.modules["torch"]  # imported by the tensor's creator
+    torch = sys.modules["torch"]  # imported by the tensor's creator
     plain = tensor.detach()
     if not plain.is_cpu or not plain.is_contiguous():
         plain = plain.cpu().contiguous()
     if plain.dtype in (torch.float32, torch.int64, torch.float64) and plain.numel():
-        return memoryview(plain.numpy()).cast("B")  # half the time of the general way
-    return memoryview(plain.view(-1).view(torch.uint8).numpy())
+        return plain.numpy().data.cast("B")  # half the time of the general way
+    return plain.view(-1).view(torch.uint8).numpy().data
 
 
 def read_weights(folder: Path) -> Iterator[Entry]:
@@ -301,7 +312,7 @@ def _whole(name: str, parts: list[tuple[_Part, list[int]]]) -> tuple[str, tuple[
     return parts[0][0].dtype, shape, whole.reshape(-1).data
 
 
-def _parts(name: str, tensor: Any) -> tuple[str, tuple[int, ...], memoryview]:
+def _parts(name: str, tensor: "Tensor") -> tuple[str, tuple[int, ...], memoryview]:
     if not hasattr(tensor, "detach"):
         raise LabtrainError(f"cannot digest {name}: must be a tensor, got {type(tensor).__name__}")
     if hasattr(tensor, "full_tensor"):  # sharded over the ranks; all of them must call this
@@ -309,7 +320,7 @@ def _parts(name: str, tensor: Any) -> tuple[str, tuple[int, ...], memoryview]:
     return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor_bytes(tensor)
 
 
-def digest_tree(tree: Any, *, algorithm: Any = hashlib.sha256) -> str:
+def digest_tree(tree: object, *, algorithm: Callable[[], Hash] = hashlib.sha256) -> str:
     """Return the sha256 over nested dicts, lists and tuples of tensors and plain values: a training state.
 
     Args:
@@ -321,8 +332,7 @@ def digest_tree(tree: Any, *, algorithm: Any = hashlib.sha256) -> str:
     """
     sha = algorithm()
     _walk(tree, sha, "state")
-    digits: str = sha.hexdigest()
-    return digits
+    return sha.hexdigest()
 
 
 def digest_content(node: object) -> str:
@@ -359,7 +369,7 @@ def digest_content(node: object) -> str:
     return sha.hexdigest()
 
 
-def _walk(node: Any, sha: Any, where: str) -> None:
+def _walk(node: Any, sha: Hash, where: str) -> None:
     if isinstance(node, Mapping):
         sha.update(b"{")
         for key in sorted(node, key=repr):

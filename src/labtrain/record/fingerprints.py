@@ -28,13 +28,16 @@ from dataclasses import dataclass, field
 from decimal import Decimal
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from labtrain.base.contracts import Options
+from labtrain.base.contracts import DataRecord, DatasetRecord
 from labtrain.base.errors import ConfigError
 from labtrain.base.files import file_sha256
 from labtrain.record.digests import tensor_bytes
 from labtrain.record.sources import in_environment, texts_in
+
+if TYPE_CHECKING:
+    from _typeshed import FileDescriptorOrPath
 
 SETTLED_NS = 2_000_000_000  # a younger file may change again within the same clock tick
 SAID_BYTES = 5_000_000_000
@@ -62,7 +65,7 @@ class _Seen:
     kept: list[object] = field(default_factory=list)  # keeps objects alive, so that no id is reused
 
 
-def fingerprint(dataset: object) -> dict[str, object]:
+def fingerprint(dataset: object) -> DataRecord:
     """Return what identifies a dataset's data.
 
     Args:
@@ -78,7 +81,7 @@ def fingerprint(dataset: object) -> dict[str, object]:
     return fingerprint_and_places(dataset)[0]
 
 
-def fingerprint_and_places(dataset: object) -> tuple[dict[str, object], list[Path]]:
+def fingerprint_and_places(dataset: object) -> tuple[DataRecord, list[Path]]:
     """Return a dataset's fingerprint, and the files and folders that it covers."""
     seen, sha = _Seen(), hashlib.sha256()
     own = getattr(dataset, "fingerprint", None)
@@ -94,16 +97,21 @@ def fingerprint_and_places(dataset: object) -> tuple[dict[str, object], list[Pat
         with closing(_Cache()) as cache:
             for part in _walk(dataset, seen, cache):
                 sha.update(part)
-    found: dict[str, object] = {"digest": sha.hexdigest(), "type": type(dataset).__qualname__}
-    if hasattr(dataset, "__len__"):
-        found["samples"] = len(dataset)
-    return {**found, "files": seen.files, "bytes": seen.size, "opaque": sorted(seen.opaque)}, seen.places
+    samples: DatasetRecord = {"samples": len(dataset)} if hasattr(dataset, "__len__") else {}
+    return {
+        "digest": sha.hexdigest(),
+        "type": type(dataset).__qualname__,
+        **samples,
+        "files": seen.files,
+        "bytes": seen.size,
+        "opaque": sorted(seen.opaque),
+    }, seen.places
 
 
 # ------------------------------------------------------------------------------------------- files, by their places
 
 
-def files_read(places: Iterable[Path], root: Path) -> dict[str, dict[str, object]]:
+def files_read(places: Iterable[Path], root: Path) -> dict[str, DataRecord]:
     """Return the fingerprints of the files and folders that a training read, for its receipt.
 
     Args:
@@ -118,7 +126,7 @@ def files_read(places: Iterable[Path], root: Path) -> dict[str, dict[str, object
     return {f"{OF_A_FILE}{name}": _of_place(place) for place, name in sorted(names.items())}
 
 
-def files_now(data: dict[str, object], root: Path, *, outside: bool = True) -> dict[str, dict[str, object]]:
+def files_now(data: dict[str, DataRecord], root: Path, *, outside: bool = True) -> dict[str, DataRecord]:
     """Return today's fingerprints of the files in a receipt; missing files are left out.
 
     Args:
@@ -136,13 +144,13 @@ def files_now(data: dict[str, object], root: Path, *, outside: bool = True) -> d
     return found
 
 
-def changed_files(data: Options, root: Path) -> list[str]:
+def changed_files(data: dict[str, DataRecord], root: Path) -> list[str]:
     """Return the files and folders that changed since a receipt's training read them."""
     now = files_now(data, root)
     return [name.removeprefix(OF_A_FILE) for name in now if now[name]["digest"] != data[name]["digest"]]
 
 
-def _of_place(place: Path) -> dict[str, object]:
+def _of_place(place: Path) -> DataRecord:
     seen, sha = _Seen(), hashlib.sha256()
     with closing(_Cache()) as cache:
         for part in _place(place, seen, cache):
@@ -163,7 +171,7 @@ def noting_opened(found: set[Path]) -> Iterator[None]:
     real = builtins.open
 
     @functools.wraps(real)
-    def noted(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+    def noted(file: "FileDescriptorOrPath", mode: str = "r", *arguments: Any, **options: Any) -> Any:
         opened = real(file, mode, *arguments, **options)
         if isinstance(file, str | Path) and not {*"wax+"} & {*mode}:
             place = os.path.abspath(file)  # noqa: PTH100

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from labtrain.base import contracts, exact_json
 from labtrain.base.contracts import Options, as_options
@@ -137,7 +137,7 @@ def as_recorded(config: Config, references: References) -> Config:
         for part in path[:-1]:
             node = node[part]
         node[path[-1]] = text
-    return cast(Config, without_secrets(recorded))
+    return without_secrets(recorded)
 
 
 def get(tree: object, key: str) -> object:

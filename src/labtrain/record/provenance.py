@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
 
-from labtrain.base.contracts import CodeRecord, Installed, as_options
+from labtrain.base.contracts import CodeRecord, Hardware, Installed, as_options
 from labtrain.base.git import GitError, ask_git, run_git
 from labtrain.record.identity import Job, route
 from labtrain.record.sources import labtrain_sources, read_code, sources
@@ -147,7 +147,7 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def machine() -> dict[str, object]:
+def machine() -> Hardware:
     """Return the processor, its instruction sets, the memory and the operating system."""
     cpu = _cpuinfo()
     flags = cpu.get("flags", "").split()

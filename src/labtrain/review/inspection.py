@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from labtrain.base.console import shown
-from labtrain.base.contracts import Options
+from labtrain.base.contracts import Determinism, Options
 from labtrain.base.credentials import REFERENCE, without_secrets
 from labtrain.base.errors import ConfigError, DamagedError, in_words
 from labtrain.exact.determinism import is_recorded, variables
@@ -61,7 +61,7 @@ def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool
     return list(told_differences(receipt, cast(Receipt, now)))
 
 
-def _variables(determinism: Options) -> dict[str, str]:
+def _variables(determinism: Determinism) -> dict[str, str]:
     """Return the variables that a training here would have; those that labtrain sets come from the receipt."""
     ours = variables(determinism["mode"], threads=determinism["threads"])
     said = {name: value for name, value in determinism["variables"].items() if name in ours}
@@ -88,7 +88,7 @@ def composed_differently(receipt: Receipt, root: Path) -> list[Difference]:
     return [Difference(key="config", a="this", b=" ".join(changed), matters=False)] if changed else []
 
 
-def _as_recorded(now: Any, recorded: object) -> Any:
+def _as_recorded(now: object, recorded: object) -> Any:
     """Return a configuration with the recorded values in place of references to the environment."""
     if isinstance(now, dict) and isinstance(recorded, dict):
         return {key: _as_recorded(value, recorded[key]) if key in recorded else value for key, value in now.items()}

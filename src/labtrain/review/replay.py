@@ -299,7 +299,7 @@ def _without_lost(node: object) -> Any:
     return node
 
 
-def _not_recorded(node: Any, key: str) -> Iterator[str]:
+def _not_recorded(node: object, key: str) -> Iterator[str]:
     if isinstance(node, dict):
         for name, child in node.items():
             yield from _not_recorded(child, f"{key}.{name}" if key else name)

@@ -10,7 +10,7 @@ from itertools import zip_longest
 from pathlib import Path
 
 from labtrain.base.console import shown
-from labtrain.base.contracts import Origin
+from labtrain.base.contracts import Hardware, Origin
 from labtrain.base.errors import ConfigError, LabtrainError, StoreError
 from labtrain.record.differences import Difference, Divergence, shown_value
 from labtrain.record.digests import read_weights
@@ -44,7 +44,7 @@ class Case:
     tick: Callable[[int], None]
     sandbox: Sandbox | None = None
     told: list[Difference] = field(default_factory=list)
-    hardware: dict[str, object] = field(default_factory=machine)
+    hardware: Hardware = field(default_factory=machine)
 
     def tell(self, found: list[Difference]) -> None:
         """Print the differences that were not printed before."""

@@ -8,7 +8,6 @@ import ast
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from labtrain.base.console import one_line, shown
 from labtrain.base.errors import ConfigError
@@ -102,7 +101,8 @@ def what_runs(receipt: Receipt, run_dir: Path, root: Path, home: Path) -> list[s
 
 def _summary(patch: str) -> list[str]:
     """Return which files a patch changes, and how much: shown directly before the question."""
-    found: dict[str, list[Any]] = {}
+    found: dict[str, list[int]] = {}  # lines added and removed
+    more: dict[str, str] = {}
     name, before, after = "", 0, 0  # the file, and the remaining lines of the hunk on each side
     for line in patch.split("\n"):
         if before > 0 or after > 0:
@@ -112,15 +112,16 @@ def _summary(patch: str) -> list[str]:
                 found[name][line[0] == "-"] += 1
         elif hunk := HUNK.match(line):
             before, after = (int(count or 1) for count in hunk.groups())
-            found.setdefault(name, [0, 0, ""])
+            found.setdefault(name, [0, 0])
         elif line.startswith("diff --git "):
             name = line.rpartition(" b/")[2]
-            found.setdefault(name, [0, 0, ""])
+            found.setdefault(name, [0, 0])
         elif line.startswith(("--- ", "+++ ")) and not line.startswith("/dev/null", 4):
             name = re.sub("^[ab]/", "", line[4:].partition("\t")[0])  # git apply uses these
         elif line.startswith("GIT binary patch"):
-            found.setdefault(name, [0, 0, ""])[2] = ", binary: not shown"
-    return [f"{name} +{added} -{removed}{more}" for name, (added, removed, more) in found.items()]
+            found.setdefault(name, [0, 0])
+            more[name] = ", binary: not shown"
+    return [f"{name} +{added} -{removed}{more.get(name, '')}" for name, (added, removed) in found.items()]
 
 
 def foreign_targets(config: object, root: Path, sources: dict[str, str]) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 
 from labtrain import __version__
 from labtrain.base.console import quoted, shown
-from labtrain.base.contracts import Options
+from labtrain.base.contracts import Hardware, Options
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.base.permissions import open_inside
 from labtrain.base.untrusted import RECORD_BYTES
@@ -75,7 +75,7 @@ def note(
     run_dir: Path,
     receipt: Receipt,
     *,
-    hardware: Options,
+    hardware: Hardware,
     from_step: int,
     to_step: int,
     whole: bool,

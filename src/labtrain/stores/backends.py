@@ -7,7 +7,7 @@ password is refused, because URLs are in configurations, receipts and logs.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from labtrain.base.console import one_line
@@ -116,7 +116,7 @@ def _connected(name: str, options: Options) -> tuple[object, object]:
             return known.kinds(super().preferred_keys)
 
     class Known(paramiko.MissingHostKeyPolicy):  # type: ignore[misc]
-        def missing_host_key(self, _client: object, _name: str, key: Any) -> None:
+        def missing_host_key(self, _client: object, _name: str, key: paramiko.PKey) -> None:
             known.check(key.public_blob.key_blob if key.public_blob else key.asbytes())
 
     client = paramiko.SSHClient()

@@ -338,7 +338,7 @@ class Store:
             with explained(self.url):
                 data = self.read(where)
             manifest: Manifest = untrusted.loads(data)
-            _check_manifest(manifest)
+            _check_manifest(as_options(manifest))
         if wrong := _contradiction(manifest, checkpoint):
             raise DamagedError(f"{checkpoint.url}/{MANIFEST} {wrong}", hint=_prune_hint(self))
         return manifest
@@ -749,7 +749,7 @@ def writer_lives(writer: Options | None) -> bool | None:
     return False
 
 
-def _check_manifest(manifest: Any) -> None:
+def _check_manifest(manifest: Options) -> None:
     """Check the keys of a manifest that labtrain reads; other versions may have more or fewer keys.
 
     Files are read and copied by name, so no name may lead out of the folder.
@@ -804,11 +804,11 @@ MANIFEST_KINDS: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _is_link(value: Any) -> bool:
+def _is_link(value: Options) -> bool:
     return bool(RUN_ID.fullmatch(value["run_id"]) and NAME.fullmatch(value["name"]) and _is_digest(value["digest"]))
 
 
-def _is_record(value: Any) -> bool:
+def _is_record(value: Options) -> bool:
     return untrusted.is_count(value["size_bytes"]) and _is_digest(value["sha256"])
 
 

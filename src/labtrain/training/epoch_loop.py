@@ -354,8 +354,8 @@ def _put(progress: Any, done: int) -> None:
         setattr(progress, part.name, done)
 
 
-def _moved(value: Any, device: torch.device) -> object:
-    if type(value) in (list, tuple):
+def _moved(value: object, device: torch.device) -> object:
+    if isinstance(value, list | tuple) and type(value) in (list, tuple):
         return type(value)(_moved(item, device) for item in value)
     if type(value) is dict:
         return {key: _moved(item, device) for key, item in value.items()}

@@ -28,7 +28,6 @@ import sys
 import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -228,7 +227,9 @@ def single_samples(trainer: pl.Trainer, module: torch.nn.Module, shards: int | N
     norms = [part for part in module.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
     norms = [part for part in norms if part.training]
     for loader in train_loaders(trainer) if norms else ():
-        whole, last = loader.shard_sizes() if isinstance(loader, DataLoader) else ([], [])
+        if not isinstance(loader, DataLoader):
+            continue
+        whole, last = loader.shard_sizes()
         if 1 in whole:
             hint = f"data.batch_size={2 * (shards or 1)} or more, or fewer determinism.shards"
             yield f"batch_size={loader.batch_size} gives BatchNorm shards of 1 sample", hint
@@ -404,7 +405,13 @@ class _Tracer(TorchFunctionMode):
         for handle in self.handles:
             handle.remove()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         place = _described(self.stack[-1] if self.stack else None, self.names)
         self._mark(result, f"{getattr(func, '__name__', func)} in {place}")

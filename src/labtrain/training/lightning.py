@@ -27,6 +27,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _ResultMetric,
     _Sync,
 )
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -41,12 +42,12 @@ ResultCollection = _ResultCollection
 # ------------------------------------------------------------------------------------------------------------- loaders
 
 
-def train_loaders(trainer: pl.Trainer) -> Iterable[Any]:
+def train_loaders(trainer: pl.Trainer) -> Iterable[object]:
     """Return the loaders of the training, which may be combined to one; none before it has started."""
     return _flat(trainer.fit_loop._combined_loader)
 
 
-def val_loaders(trainer: pl.Trainer) -> Iterable[Any]:
+def val_loaders(trainer: pl.Trainer) -> Iterable[object]:
     """Return the loaders of the validation inside a training."""
     return _flat(trainer.fit_loop.epoch_loop.val_loop._combined_loader)
 
@@ -61,7 +62,7 @@ def eval_loaders(trainer: pl.Trainer) -> Iterable[object]:
     return _flat(evaluation_loop(trainer)._combined_loader)
 
 
-def _flat(combined: Any) -> Iterable[Any]:
+def _flat(combined: CombinedLoader | None) -> Iterable[object]:
     return combined.flattened if combined is not None else ()
 
 
@@ -326,9 +327,11 @@ class CheckpointConnector(_CheckpointConnector):
         """Return what surrounds each part of putting a checkpoint back."""
         return nullcontext()
 
-    def _restore_modules_and_callbacks(self, *arguments: Any, **options: Any) -> None:
+    def _restore_modules_and_callbacks(
+        self, checkpoint_path: str | Path | None = None, weights_only: bool | None = None
+    ) -> None:
         with self.putting_back():
-            super()._restore_modules_and_callbacks(*arguments, **options)
+            super()._restore_modules_and_callbacks(checkpoint_path, weights_only)
 
 
 def checkpoint_connector(trainer: pl.Trainer) -> _CheckpointConnector:

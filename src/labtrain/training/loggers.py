@@ -11,7 +11,7 @@ import netrc
 import os
 import struct
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -103,7 +103,7 @@ def log_positions(loggers: list[Logger]) -> dict[str, object]:
 class Clean(Logger):
     """Removes credentials: Lightning gives each logger the configuration from `save_hyperparameters`."""
 
-    def log_hyperparams(self, params: object, *arguments: object, **options: object) -> None:
+    def log_hyperparams(self, params: Options | argparse.Namespace, *arguments: object, **options: object) -> None:
         params = vars(params) if isinstance(params, argparse.Namespace) else params
         super().log_hyperparams(without_secrets(params), *arguments, **options)  # type: ignore[safe-super]
 
@@ -210,7 +210,7 @@ class ContinuedWandbLogger(Clean, WandbLogger):
         return run
 
     @rank_zero_only
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         if self.file is None:
             self._catch_up()
         assert self.file is not None
@@ -219,7 +219,7 @@ class ContinuedWandbLogger(Clean, WandbLogger):
         self.file.write(json.dumps(row) + "\n")
         self._tell(self.rows, row)
 
-    def _tell(self, number: int, row: dict[str, object]) -> None:
+    def _tell(self, number: int, row: Mapping[str, object]) -> None:
         if number > self.told:
             self.told = number
             self.experiment.log(row, step=number - 1, commit=True)

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
+import numpy.typing as npt
 import torch
 import torchmetrics
 from torch import nn
@@ -230,7 +230,9 @@ def _same_draws() -> tuple[AbstractContextManager[None], AbstractContextManager[
 
 
 @contextmanager
-def _drawing_from(python: Any, numpy: Any) -> Iterator[None]:
+def _drawing_from(
+    python: tuple[object, ...], numpy: Options | tuple[str, npt.NDArray[np.uint32], int, int, float]
+) -> Iterator[None]:
     now = random.getstate(), np.random.get_state(legacy=True)
     random.setstate(python)
     np.random.set_state(numpy)

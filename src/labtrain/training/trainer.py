@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import lightning.pytorch as pl
 from hydra.errors import InstantiationException
@@ -12,6 +12,7 @@ from hydra.utils import instantiate as hydra_instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.loggers import Logger
 
 from labtrain.base.contracts import Options, as_options
 from labtrain.base.errors import ConfigError, in_words, where
@@ -191,7 +192,7 @@ def make_trainer(
     accelerator: str,
     devices: int | list[int] | str,
     environment: ClusterEnvironment,
-    loggers: list[Any],
+    loggers: list[Logger],
     callbacks: list[pl.Callback],
     wishes: Wishes,
     *,

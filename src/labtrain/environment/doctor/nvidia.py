@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from labtrain.base.nvml import NoDriverError, nvml
 from labtrain.environment.doctor.report import Check, few, judged, skipped
@@ -104,7 +103,7 @@ def _mode(pynvml: ModuleType, handle: object, what: str) -> str:
         return "not available"
 
 
-def _processes(pynvml: ModuleType, handle: Any) -> list[tuple[int, int]]:
+def _processes(pynvml: ModuleType, handle: object) -> list[tuple[int, int]]:
     try:
         return [
             (process.pid, process.usedGpuMemory or 0) for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)

@@ -4,7 +4,6 @@ import functools
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -52,9 +51,10 @@ def read_conda_lock(folder: Path) -> Options:
 
 
 @functools.lru_cache(maxsize=1)
-def _parse(text: str) -> Any:
+def _parse(text: str) -> Options:
     """Parse a lock once for all checks of a command; callers must not change the result."""
-    return yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    lock: Options = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return lock
 
 
 def provides(entries: list[Entry], name: str) -> bool:

@@ -19,7 +19,7 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from labtrain import __version__
 from labtrain.base import exact_json
 from labtrain.base.console import shown
-from labtrain.base.contracts import CodeRecord, Installed, Options, Receipt, Segment
+from labtrain.base.contracts import CodeRecord, DataRecord, Determinism, Installed, Options, Receipt, Segment
 from labtrain.record.identity import get
 from labtrain.review.report.charts import DIGITS, curves_of, machine_of, timeline_of
 from labtrain.review.report.data import Run, seconds_of
@@ -129,7 +129,7 @@ def facts_of(runs: list[Run]) -> list[tuple[str, list[Cell]]]:
             [Cell(text=_gpus(each["name"] for each in receipt["hardware"].get("gpus", []))) for receipt in receipts],
         ),
         ("Determinism", [Cell(text=_determinism(receipt["determinism"])) for receipt in receipts]),
-        ("Training data", [_digest(receipt["data"].get("train", {}).get("digest")) for receipt in receipts]),
+        ("Training data", [_train_digest(receipt["data"].get("train")) for receipt in receipts]),
         ("Weights", [_digest(receipt["results"].get("weights_digest")) for receipt in receipts]),
     ]
     if any(origins := [_origin(receipt) for receipt in receipts]):
@@ -231,6 +231,10 @@ def _digest(digest: str | None) -> Cell:
     return Cell(text=digest[:SHORT], full=digest, code=True) if digest else Cell(text="none")
 
 
+def _train_digest(data: DataRecord | None) -> Cell:
+    return _digest(data["digest"] if data else None)
+
+
 def _environment(environment: Installed) -> str:
     torch = environment["distributions"].get("torch")
     changed = environment.get("changed_files")
@@ -238,7 +242,7 @@ def _environment(environment: Installed) -> str:
     return ", ".join(parts + ([f"{len(changed)} changed files"] if changed else []))
 
 
-def _determinism(found: dict[str, object]) -> str:
+def _determinism(found: Determinism) -> str:
     shards = "no shards" if found["shards"] is None else f"{found['shards']} shards"
     return f"{found['mode']}, {shards}, {found['threads']} thread{'' if found['threads'] == 1 else 's'}"
 

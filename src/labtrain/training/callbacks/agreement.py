@@ -10,7 +10,6 @@ Lightning 2.6: trainer/connectors/logger_connector/logger_connector.py, `on_epoc
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -18,7 +17,7 @@ import torch.distributed as dist
 
 from labtrain.base.errors import ConfigError
 from labtrain.exact.determinism import STRICT_MODES
-from labtrain.training.lightning import active_results, before_epoch_metrics, being_logged
+from labtrain.training.lightning import ResultCollection, active_results, before_epoch_metrics, being_logged
 from labtrain.training.sharded import gathering
 from labtrain.training.sharded.step_log import is_global
 from labtrain.training.sharded.strategy import Exact
@@ -75,7 +74,9 @@ class Agreement(pl.Callback):
 
     def _compare(self, trainer: pl.Trainer) -> None:
         ranks: list[dict[str, Value]] = [{}] * trainer.world_size
-        dist.all_gather_object(ranks, values_of(active_results(trainer)))
+        results = active_results(trainer)
+        assert results is not None  # a loop is running
+        dist.all_gather_object(ranks, values_of(results))
         for key in dict.fromkeys(key for of_rank in ranks for key in of_rank):
             found = {rank: of_rank[key] for rank, of_rank in enumerate(ranks) if key in of_rank}
             first = next(iter(found.values()))
@@ -110,7 +111,7 @@ class Agreement(pl.Callback):
             self.say(f"{text}; it depends on the number of devices")
 
 
-def values_of(results: Any) -> dict[str, Value]:
+def values_of(results: ResultCollection) -> dict[str, Value]:
     """Return the values that hooks have logged for the end of this epoch, by Lightning's key."""
     found = {}
     for key, entry in results.items():

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -333,7 +332,7 @@ class Checkpoints(pl.Callback):
 def _leave_rates(trainer: pl.Trainer) -> None:
     """Skip the search for a learning rate until the training has resumed: the checkpoint holds the earlier result."""
 
-    def find(search: Callable[..., None], *arguments: Any) -> None:
+    def find(search: Callable[..., None], *arguments: object) -> None:
         if loop_of(trainer).loaded is None:
             search(*arguments)
 
@@ -468,7 +467,7 @@ class FolderIO(TorchCheckpointIO):
     """Lets the Trainer load a checkpoint folder; a file is Lightning's own format."""
 
     def load_checkpoint(
-        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+        self, path: str | Path, map_location: Callable[..., object] | None = None, weights_only: bool | None = None
     ) -> dict[str, object]:
         if Path(path).is_dir():
             return load_folder(Path(path))

@@ -14,7 +14,17 @@ import yaml
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from labtrain.base.console import shown
-from labtrain.base.contracts import Change, Options, Origin, Results, SavedCheckpoint, Segment, TrailRecord
+from labtrain.base.contracts import (
+    Change,
+    DataRecord,
+    Determinism,
+    Gpus,
+    Origin,
+    Results,
+    SavedCheckpoint,
+    Segment,
+    TrailRecord,
+)
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.files import file_sha256, write_atomically
@@ -177,7 +187,7 @@ class Recorder(pl.Callback):
             segment["origin"] = self.origin
         return segment
 
-    def _determinism(self) -> dict[str, object]:
+    def _determinism(self) -> Determinism:
         config = self.job.config
         return {
             **config["determinism"],
@@ -218,7 +228,7 @@ class Recorder(pl.Callback):
                 code["patch"] = None
         receipt.write(self.run_dir, self.receipt)
 
-    def _data(self, trainer: pl.Trainer) -> dict[str, object]:
+    def _data(self, trainer: pl.Trainer) -> dict[str, DataRecord]:
         data, places = data_of(trainer, self.say)
         folder, read = self.run_dir.resolve(), []
         for place in {*self.places, *places}:
@@ -301,14 +311,14 @@ def close_killed(before: receipt.Receipt, run_dir: Path) -> None:
         segment |= {"status": "killed", "ended": ended, "to_step": lines[-1]["step"] if lines else segment["from_step"]}
 
 
-def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, object], list[Path]]:
+def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, DataRecord], list[Path]]:
     """Return the fingerprints of the training and validation data, by `train` and `val`, `val-2`, ...; and their files.
 
     A fingerprint lists the loader's transforms by name: their code is among the run's sources.
 
     Data that has no fingerprint does not end a training: a warning reports it.
     """
-    found: Options = {}
+    found: dict[str, DataRecord] = {}
     places: list[Path] = []
     for stage, loaders in (("train", [trainer.train_dataloader]), ("val", val_loaders(trainer))):
         for number, loader in enumerate(loader for loader in loaders if isinstance(loader, DataLoader)):
@@ -325,7 +335,7 @@ def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, 
     return found, places
 
 
-def gpus(trainer: pl.Trainer) -> dict[str, object]:
+def gpus(trainer: pl.Trainer) -> Gpus:
     """Return the GPUs that the training uses and the CUDA libraries of this torch; empty on a CPU."""
     if trainer.strategy.root_device.type != "cuda":
         return {}

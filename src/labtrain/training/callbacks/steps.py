@@ -7,12 +7,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import lightning.pytorch as pl
 import torch
 import xxhash
 from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from labtrain.base.contracts import State
 from labtrain.checkpoints.format import is_spread
@@ -123,7 +124,7 @@ class Trail(pl.Callback):
             self.file = self.path.open("a", buffering=1)
 
     def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
         self.gradients = None
 
@@ -146,7 +147,7 @@ class Trail(pl.Callback):
             self.gradients = sums if self.gradients is None else self.gradients + sums  # of several optimizers
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: object, batch_idx: int
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
     ) -> None:
         step = trainer.global_step
         if step > self.resumed_step:

@@ -19,6 +19,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
@@ -59,7 +60,7 @@ class FullySharded(ModelParallelStrategy):
 
         return get_optimizer_state_dict(self._sharded, _plain(optimizer))
 
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, object]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, object]:
         folder = Path(checkpoint_path)
         if not folder.is_dir() or not in_parts(folder):
             raise ConfigError(
@@ -89,7 +90,7 @@ class FullySharded(ModelParallelStrategy):
         return self.model
 
 
-def shard(module: pl.LightningModule, mesh: Any) -> None:
+def shard(module: pl.LightningModule, mesh: DeviceMesh) -> None:
     """Shard a model over the ranks of a mesh: each larger block by itself, then the rest.
 
     Raises:

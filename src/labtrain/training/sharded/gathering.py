@@ -10,7 +10,6 @@ Lightning 2.6: loops/training_epoch_loop.py and loops/evaluation_loop.py, for th
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -55,8 +54,9 @@ def gather_outputs(outputs: list[object]) -> list[object]:
         _order([len(outputs)], [calls], trainer)
         return list(outputs)
     device = trainer.strategy.root_device if trainer is not None else torch.device("cpu")
-    ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(ranks, (calls, len(outputs), to_send(outputs)))
+    mine = calls, len(outputs), to_send(outputs)
+    ranks = [mine] * dist.get_world_size()
+    dist.all_gather_object(ranks, mine)
     order = _order([length for _, length, _ in ranks], [calls for calls, _, _ in ranks], trainer)
     own = dist.get_rank()
     items = [outputs if rank == own else received(sent, device) for rank, (*_, sent) in enumerate(ranks)]

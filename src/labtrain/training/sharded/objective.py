@@ -29,6 +29,7 @@ from labtrain.environment.doctor.report import few
 from labtrain.exact.buffers import Buffers
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import add_rows
+from labtrain.exact.permutation import Indices
 from labtrain.exact.tree_sum import alone
 from labtrain.training.lightning import (
     LoggedValues,
@@ -294,7 +295,7 @@ def _bench(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader) 
             torch.cuda.empty_cache()
 
 
-def _first_shards(trainer: pl.Trainer, loader: DataLoader, shards: int) -> list[Any]:
+def _first_shards(trainer: pl.Trainer, loader: DataLoader, shards: int) -> list[Indices]:
     """Return the samples of the first shards of the epoch's first batch."""
     batch = loader.first_batch(trainer.current_epoch)
     return [

@@ -14,7 +14,7 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from operator import is_
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -262,8 +262,9 @@ class Tally:
         rows = torch.cat([by_rank[number, :count, HEAD:length] for number, count in enumerate(counts)])
         lists = self._lists
         if any(True for _ in self._list_states(template.metrics)):
-            gathered: list[Any] = [None] * len(counts)
-            dist.all_gather_object(gathered, [_mapped(part, Tensor.cpu) for part in lists])
+            own = [_mapped(part, Tensor.cpu) for part in lists]
+            gathered = [own] * len(counts)
+            dist.all_gather_object(gathered, own)
             lists = [_mapped(part, lambda item: item.to(device)) for parts in gathered for part in parts]
         return rows, lists, (max(stops), max(saves))
 

@@ -21,13 +21,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
@@ -75,6 +76,8 @@ OF_PROCESSES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")  # variables of the environm
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     _Base = DDPStrategy  # one of the two that Exact is mixed into: they have the same methods
@@ -248,7 +251,7 @@ class Exact(_Base):
             )
         return super().all_gather(tensor, group, sync_grads)
 
-    def training_step(self, batch: object, *args: object) -> Any:
+    def training_step(self, batch: object, *args: object) -> STEP_OUTPUT:
         loop = self._trainer.fit_loop.epoch_loop
         epoch, index = epochs_done(self._trainer), loop.batch_idx
         if self.shards == 1:
@@ -286,7 +289,7 @@ class Exact(_Base):
         self._waiting = None
         return self.precision_plugin.post_backward(closure_loss, self._module)
 
-    def validation_step(self, batch: Any, *args: object) -> Any:
+    def validation_step(self, batch: object, *args: object) -> Any:
         return self._evaluate(super().validation_step, batch, *args)
 
     def test_step(self, batch: object, *args: object) -> Any:
@@ -358,7 +361,7 @@ class Exact(_Base):
             raise
         self._filling = None
 
-    def _end_step(self, step: "_Step", rows_SK: Tensor) -> object:
+    def _end_step(self, step: "_Step", rows_SK: Tensor) -> STEP_OUTPUT:
         """Install the results of the shards of all ranks; return what hooks get for the step."""
         parameters, buffers, watch = step.parameters, self._buffers, self._watch
         sizes = len(parameters), len(buffers.owned) + 1, Watch.NUMBERS if watch is not None else 0
@@ -456,7 +459,7 @@ class Exact(_Base):
         self.wishes.agree(*agreed)
         return rows_SK
 
-    def _whole(self, batch: object, epoch: int, index: int, *args: object) -> object:
+    def _whole(self, batch: object, epoch: int, index: int, *args: object) -> STEP_OUTPUT:
         """Run a step of one shard as Lightning would: there is nothing to combine."""
         seed_place("shard", epoch, index, 0)
         output = super().training_step(batch, *args)
@@ -554,7 +557,7 @@ class Exact(_Base):
                 if value is not None:
                     os.environ[name] = value
 
-    def _told(self, name: str, value: object) -> Any:
+    def _told(self, name: str, value: T) -> T:
         """Return a property of the process; record code of the experiment that asks for it."""
         frame: types.FrameType | None = sys._getframe(2)
         if frame is None or frame.f_code.co_filename == __file__:
@@ -566,7 +569,7 @@ class Exact(_Base):
         file, line = frame.f_code.co_filename, frame.f_lineno
         if self._pretended is not None:
             self._asked.add(f"trainer.{name} ({Path(file).name}:{line})")
-            return self._pretended.get(name, value)
+            return cast(T, self._pretended.get(name, value))
         while frame is not None and name in NOTED and frame.f_code.co_filename != TRAINER:
             if frame.f_code.co_name in MAKERS and is_experiments_code(frame):
                 self.device_reads.setdefault((file, line), name)

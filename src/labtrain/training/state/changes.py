@@ -12,7 +12,7 @@ import re
 import types
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from typing import TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
@@ -27,6 +27,8 @@ from labtrain.exact.attributes import PRIVATE, RANDOM, fingerprint
 from labtrain.exact.plain_values import SCALARS, SIMPLE
 from labtrain.record.digests import tensor_bytes
 from labtrain.training.state.reach import label, reach
+
+Values = TypeVar("Values", Tensor, np.ndarray)
 
 MOST_OBJECTS = 300_000
 MOST_BYTES, PIECES = 1 << 24, 1 << 10  # of a tensor or an array; of a larger one this much, in this many pieces
@@ -156,13 +158,13 @@ def _of_tensor(tensor: Tensor) -> str:
     return f"{tensor.dtype} {tuple(tensor.shape)} {_hash(pieces)}"
 
 
-def _of_array(values: Any) -> str:
+def _of_array(values: np.ndarray) -> str:
     if values.dtype.hasobject:
         return str(fingerprint(values.tolist()))
     return f"{values.dtype} {values.shape} {_hash([piece.tobytes() for piece in _pieces(values)])}"
 
 
-def _pieces(values: Any) -> list[Any]:
+def _pieces(values: Values) -> list[Values]:
     """Return the parts of a tensor or an array that are hashed: all of it, or parts at even distances."""
     if values.nbytes <= MOST_BYTES:
         return [values]
@@ -187,6 +189,7 @@ def of_generator(generator: object) -> str:
     elif isinstance(generator, np.random.RandomState):
         state = [part.tolist() if isinstance(part, np.ndarray) else part for part in generator.get_state(legacy=True)]
     else:
-        bits: Any = getattr(generator, "bit_generator", generator)
+        bits = generator.bit_generator if isinstance(generator, np.random.Generator) else generator
+        assert isinstance(bits, np.random.BitGenerator)
         state = bits.state
     return _hash([repr(state).encode()])

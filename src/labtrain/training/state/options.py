@@ -18,11 +18,11 @@ import copy
 import warnings
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from labtrain.base.contracts import State
@@ -224,7 +224,7 @@ def _carried(key: str, state: State, before: State, now: State) -> object:
     return state[key]
 
 
-def _by_metric(config: Any) -> bool:
+def _by_metric(config: LRSchedulerConfig) -> bool:
     return bool(config.reduce_on_plateau) or isinstance(config.scheduler, ReduceLROnPlateau)
 
 

@@ -12,7 +12,6 @@ machine belong to each process. A warning names what changed and cannot be saved
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -110,7 +109,9 @@ class Outside:
                 break
             yield from loader.changed() if isinstance(loader, DataLoader) else ()
         for label, part in _parts(self.trainer):
-            for name, inner in vars(part).items() if isinstance(part, Optimizer) else ():
+            if not isinstance(part, Optimizer):
+                continue
+            for name, inner in vars(part).items():
                 if isinstance(inner, Optimizer) and not _tensors(inner.state) <= _tensors(part.state_dict()):
                     yield (
                         f"{label}.{name} is an optimizer whose state the state_dict of {type(part).__name__} does not"
@@ -131,7 +132,7 @@ def _owner(trainer: pl.Trainer, name: str) -> object:
     return {"fit_loop": trainer.fit_loop, "epoch_loop": trainer.fit_loop.epoch_loop}.get(LOOPS.get(name, ""), trainer)
 
 
-def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, Any]]:
+def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, object]]:
     """Yield the data module, its datasets, and each optimizer, with their names here."""
     if (data := getattr(trainer, "datamodule", None)) is not None:
         yield "data", data

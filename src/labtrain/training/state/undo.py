@@ -160,21 +160,16 @@ class _Generator:
 
 def _generator(each: object) -> _Generator | None:
     """Save a random generator's state; None if it is not a generator."""
-    state: Any
     if isinstance(each, torch.Generator):
-        state = each.get_state()
-        return _Generator(restore=lambda: each.set_state(state), seed=each.manual_seed)
+        return _Generator(restore=partial(each.set_state, each.get_state()), seed=each.manual_seed)
     if isinstance(each, random.Random):
-        state = each.getstate()
-        return _Generator(restore=lambda: each.setstate(state), seed=each.seed)
+        return _Generator(restore=partial(each.setstate, each.getstate()), seed=each.seed)
     if isinstance(each, np.random.RandomState):
-        state = each.get_state(legacy=True)
-        return _Generator(restore=lambda: each.set_state(state), seed=each.seed)
+        return _Generator(restore=partial(each.set_state, each.get_state(legacy=True)), seed=each.seed)
     if isinstance(each, np.random.Generator):
-        bits: Any = each.bit_generator
-        state = bits.state
+        bits = each.bit_generator
         return _Generator(
-            restore=lambda: setattr(bits, "state", state),
+            restore=partial(setattr, bits, "state", bits.state),
             seed=lambda seed: setattr(bits, "state", type(bits)(seed).state),
         )
     return None

@@ -15,7 +15,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from operator import is_
-from typing import Any, cast
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -243,8 +243,8 @@ class Weights:
         self.names: list[str] = []
         self._parameters: list[Tensor] = []
         self._tables: list[State] = []  # each module's own parameters and submodules
-        self._members: list[Any] = []
-        self._state: list[Any] = []
+        self._members: list[object] = []
+        self._state: list[list[int]] = []
         self._memory: Memory | None = None
         self._sums: list[int] = []
         self._step = 0
@@ -278,7 +278,7 @@ class Weights:
         self._step += 1
         return 0 if sums == self._sums else 1 + self._memory.first_unlike(step, self._sums, sums)
 
-    def _now(self) -> list[list[Any]]:
+    def _now(self) -> list[list[int]]:
         """Return versions, addresses and whether a gradient is computed."""
         parameters = self._parameters
         return [
@@ -366,32 +366,34 @@ class Memory:
     def __init__(self, parameters: Sequence[Tensor], addresses: list[int]) -> None:
         self.addresses = addresses
         self._on_cpu = all(parameter.is_cpu for parameter in parameters)
-        self._pieces: list[tuple[int, Any]] = []  # a parameter's number, and a part of its memory
+        self._pieces: list[tuple[int, memoryview]] = []  # on the CPU: a parameter's number, and a part of its memory
+        self._tensors: list[tuple[int, Tensor]] = []  # on an accelerator: a parameter's number, and the parameter
         for number, parameter in enumerate(parameters):
             tensor = parameter.detach()
             if tensor.layout != torch.strided or torch.empty_like(tensor, device="meta").stride() != tensor.stride():
                 continue  # with gaps between its elements
             flat = tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8)
             if self._on_cpu:
-                raw = memoryview(cast(Any, flat.numpy()))
+                raw = flat.numpy().data
                 self._pieces += [(number, raw[at : at + PIECE_BYTES]) for at in range(0, len(raw), PIECE_BYTES)]
             elif flat.numel():
-                self._pieces.append((number, tensor))
+                self._tensors.append((number, tensor))
 
     def checksums(self, step: int) -> list[int]:
         """Return a checksum of each part that this step checks."""
         if self._on_cpu:
             return [xxhash.xxh3_64_intdigest(piece) for _, piece in self._window(step)]
-        if step % EVERY_STEPS or not self._pieces:
+        if step % EVERY_STEPS or not self._tensors:
             return []
-        return [int(number) for number in torch.stack([device_hash(piece) for _, piece in self._pieces]).tolist()]
+        return [int(number) for number in torch.stack([device_hash(tensor) for _, tensor in self._tensors]).tolist()]
 
     def first_unlike(self, step: int, then: list[int], now: list[int]) -> int:
         """Return the number of the first parameter whose checksum differs."""
-        pieces = self._window(step) if self._on_cpu else self._pieces
-        return next(number for (number, _), *pair in zip(pieces, then, now, strict=True) if pair[0] != pair[1])
+        pieces = self._window(step) if self._on_cpu else self._tensors
+        numbers = [number for number, _ in pieces]
+        return next(number for number, *pair in zip(numbers, then, now, strict=True) if pair[0] != pair[1])
 
-    def _window(self, step: int) -> list[tuple[int, Any]]:
+    def _window(self, step: int) -> list[tuple[int, memoryview]]:
         number = WINDOW_BYTES // PIECE_BYTES
         if step == 0 or len(self._pieces) <= number:
             return self._pieces
@@ -605,7 +607,7 @@ def _each(values: Iterable[object], items: Iterable[tuple[object, object]]) -> i
     return worst
 
 
-def items_of(value: object, copy: Any) -> list[tuple[Any, object]]:
+def items_of(value: object, copy: Any) -> list[tuple[object, object]]:
     """Return what a container held when it was copied, with the copies."""
     kind = type(value)
     if kind in (list, tuple):
