@@ -1,5 +1,5 @@
 #!/bin/sh
-# Run train.py with the arguments, or the command that they begin with, such as `jupyter` or `sshd`.
+# The entry point: runs train.py with the arguments, or a command; `jupyter` and `sshd` run only if named.
 set -eu
 
 refuse() {
@@ -7,7 +7,7 @@ refuse() {
   exit 2
 }
 
-[ -w "$HOME" ] || export HOME=/tmp # a read-only root without a volume: caches last as long as the container
+[ -w "$HOME" ] || export HOME=/tmp # read-only root and no volume: caches are lost with the container
 [ -w "$HOME" ] || refuse "neither /lab nor /tmp can be written" "docker run --tmpfs /tmp:exec ..."
 
 case "${1-}" in
@@ -16,7 +16,7 @@ case "${1-}" in
     if [ -n "${JUPYTER_TOKEN_FILE-}" ]; then
       [ -f "$JUPYTER_TOKEN_FILE" ] && [ -r "$JUPYTER_TOKEN_FILE" ] ||
         refuse "$JUPYTER_TOKEN_FILE cannot be read by uid $(id -u)" "openssl rand -hex 32 > jupyter_token"
-      JUPYTER_TOKEN=$(cat "$JUPYTER_TOKEN_FILE") # Jupyter would count the line end as part of it
+      JUPYTER_TOKEN=$(cat "$JUPYTER_TOKEN_FILE") # without the newline, which Jupyter would read as part of the token
     fi
     [ -n "${JUPYTER_TOKEN-}" ] ||
       refuse "jupyter wants a token, in the file JUPYTER_TOKEN_FILE or in JUPYTER_TOKEN" "openssl rand -hex 32 > jupyter_token"

@@ -1,7 +1,7 @@
-"""Puts labtrain's configuration on Hydra's search path: of a train.py, of a notebook's `compose`, of any application.
+"""Add labtrain's configuration to Hydra's search path, for train.py, a notebook's `compose` and any application.
 
-A plugin rather than `hydra.searchpath` in the experiment: that would hide the groups from `--help`. Hydra finds it by
-the name of its folder, which has no `__init__.py`: other distributions have theirs there too.
+It is a plugin, because `hydra.searchpath` in the experiment would hide the groups from `--help`. Hydra finds it by the
+name of its folder, which has no `__init__.py`, because other distributions put their plugins there, too.
 https://hydra.cc/docs/1.3/advanced/search_path/
 """
 

@@ -1,4 +1,4 @@
-"""Copy the lock and the labtrain that makes this experiment into it."""
+"""Copy the locks and the running labtrain into the experiment."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 try:
     from labtrain.project.new import furnish
 except ModuleNotFoundError:
-    sys.stderr.write("error: this cookiecutter runs without labtrain\n\nhint: use the one of labtrain's environment: .venv/bin/cookiecutter template/\n")
+    sys.stderr.write("error: cookiecutter cannot import labtrain\n\nhint: use the cookiecutter in labtrain's environment: .venv/bin/cookiecutter template/\n")
     sys.exit(2)
 
 furnish(Path.cwd())

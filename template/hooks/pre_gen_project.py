@@ -1,4 +1,4 @@
-"""Refuse a name that could not be a folder, a Python name and a run group at once."""
+"""Refuse a name that is not valid as a folder, a Python name and a group of runs."""
 
 import re
 import sys

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Make .venv; `make setup` and the images run this. It runs labtrain's wheel in vendor/, after it has checked the sha256
-# of the wheel against labtrain.lock.
+# Create .venv; `make setup` and the images run this. It runs labtrain's wheel in vendor/, but only if the wheel's
+# sha256 is the one in labtrain.lock.
 set -eu
 python=${PYTHON:-python3}
 
@@ -20,7 +20,7 @@ command -v sha256sum >/dev/null || sum="shasum -a 256"
 printf '%s\n' "$line" | $sum -c >/dev/null 2>&1 ||
   refuse "the sha256 of $wheel is not the one in labtrain.lock: nothing of it was run" "git checkout vendor labtrain.lock"
 command -v "$python" >/dev/null || refuse "$python not found, Python 3.11 to 3.13 expected" "make setup PYTHON=python3.12"
-# -P (Python 3.11): a file here with a module's name must not be imported instead of the wheel's.
+# Without -P, Python would import a file next to this one before the wheel, if it has a module's name. -P needs 3.11.
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   refuse "$python is older than Python 3.11" "make setup PYTHON=python3.12"
 PYTHONPATH=$wheel exec "$python" -P -B -m labtrain.bootstrap

@@ -1,4 +1,4 @@
-"""What labtrain writes and reads again, as types: configuration, receipt, manifest, lines of trail and history.
+"""Types of what labtrain writes and reads: configuration, receipt, manifest, lines of trail and history.
 
 No torch.
 

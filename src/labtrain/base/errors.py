@@ -7,7 +7,7 @@
     ├── DeviceError          devices, precision or memory that this machine does not have
     ├── DamagedError         a damaged or changed receipt, checkpoint or lock
     ├── StoreError           a store that cannot be reached, is full, or refuses access
-    ├── LostError             the other processes of a training are gone
+    ├── LostError            lost contact with the other processes of a training
     └── NotThereYetError     an option that is not implemented
 
 Each ends a command with exit code 2, a CallbackError with 1. Any other exception is a bug, or comes from the user's
@@ -70,7 +70,7 @@ class CallbackError(LabtrainError):
 class NotThereYetError(LabtrainError):
     """An option that is not implemented."""
 
-    def __init__(self, what: str, *, hint: str = "see CHANGELOG.md for what this version has") -> None:
+    def __init__(self, what: str, *, hint: str = "CHANGELOG.md lists what each version implements") -> None:
         super().__init__(f"{what}: not implemented", hint=hint)
 
 

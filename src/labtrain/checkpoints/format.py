@@ -101,7 +101,7 @@ def together(group: "dist.ProcessGroup | None", action: Callable[[], T]) -> list
     for rank, (_, failed) in enumerate(all_of_them):
         if failed is not None:
             raise LabtrainError(
-                f"rank {rank}: {failed[0]}", hint=failed[1] or "the same command resumes from the newest"
+                f"rank {rank}: {failed[0]}", hint=failed[1] or "the same command resumes from the newest checkpoint"
             )
     return [result for result, _ in all_of_them]
 
@@ -405,7 +405,8 @@ def _load_parts(folder: Path, names: Collection[str] | None, now: State, *, alon
         except CheckpointException as error:
             cause, _ = next(iter(error.failures.values()))
             raise LabtrainError(
-                f"{folder} does not fit: {cause}", hint="use the model that it was saved from; or resume=never"
+                f"{folder} does not fit the model: {cause}",
+                hint="use the model that it was saved from; or resume=never",
             ) from error
     return tensors
 

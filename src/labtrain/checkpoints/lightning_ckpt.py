@@ -103,7 +103,7 @@ def _check(file: Path, state: State) -> None:
         for name, tensor in weights.items():
             if not isinstance(name, str) or name == "__metadata__" or not isinstance(tensor, torch.Tensor):
                 raise ValueError(
-                    f"its state_dict holds a {type(tensor).__name__} under {name!r}: expected a tensor under a text"
+                    f"its state_dict holds a {type(tensor).__name__} under {name!r}: expected strings and tensors"
                 )
             name.encode()
             if str(tensor.dtype).removeprefix("torch.") not in WEIGHT_DTYPE_NAMES:

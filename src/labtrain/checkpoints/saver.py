@@ -195,7 +195,7 @@ class Saver:
             if not delivered:
                 error = StoreError(
                     f"not delivered to {self.delivery.url}: {', '.join(sorted(self.delivery.waiting))}, kept in"
-                    f" {self.home}: {self.delivery.trouble or 'the time is up'}",
+                    f" {self.home}: {self.delivery.trouble or 'checkpoint.deliver_seconds is over'}",
                     hint="the same command delivers it once the store answers",
                 )
                 if wanted:

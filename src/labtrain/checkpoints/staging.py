@@ -1,4 +1,4 @@
-"""Copies a training's state for a save into buffers on the host, which each save uses again.
+"""Copies a training's state for a save into buffers on the host, which all saves reuse.
 
 The loop waits only for this copy. Values that a checkpoint cannot hold are refused here, where their key is known. The
 copy has only tensors and plain values, so its file loads without running code.

@@ -55,8 +55,8 @@ def main() -> None:
 def new(target: Path, author: str) -> None:
     """Create an experiment in the new folder DIR.
 
-    The experiment is a model, a dataset and a configuration that train at once. It includes the lock files and this
-    version of labtrain, so "make setup" in it installs the same environment on any machine.
+    The experiment has a model, a dataset and a configuration, and is ready to train. It includes the lock files and
+    this version of labtrain, so "make setup" in its folder installs the same environment on any machine.
     """
     from labtrain.project.new import make_experiment
 
@@ -165,8 +165,8 @@ def demo(folder: Path | None) -> None:
 def batch_size(overrides: tuple[str, ...], mode: str, max_trials: int, steps: int) -> None:
     """Find the largest data.batch_size that fits on one GPU.
 
-    Run it in an experiment's folder. KEY=VALUE overrides the configuration, as for train.py. The search is Lightning's
-    and leaves no files. binsearch subtracts a safety margin of 5 % from its result.
+    Run it in an experiment's folder. KEY=VALUE overrides the configuration, as for train.py. Lightning does the
+    search. It leaves no files. binsearch subtracts a safety margin of 5 % from its result.
     """
     from labtrain.launch.batch_size import search
 

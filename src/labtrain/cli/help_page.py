@@ -1,4 +1,4 @@
-"""How a help page is laid out: commands in sections, a summary in full for each, and one example at the end."""
+"""The layout of help pages: commands in sections, each with its full summary, and one example at the end."""
 
 from typing import Any
 

@@ -107,8 +107,8 @@ class DataLoader:
     ) -> None:
         if others:
             raise ConfigError(
-                f"labtrain.DataLoader({next(iter(others))}=...): order, workers and seeds come from the run's seed",
-                hint="shuffle, num_workers, collate_fn, drop_last, pin_memory, draws, transform and device can be set",
+                f"labtrain.DataLoader({next(iter(others))}=...): order and seeds come from the run's seed",
+                hint="use only shuffle, num_workers, collate_fn, drop_last, pin_memory, draws, transform, device",
             )
         if not batch_size or batch_size < 1:  # torch takes None if the dataset makes its batches
             raise ConfigError(f"batch_size={batch_size}: must be at least 1", hint="data.batch_size=64")
@@ -145,10 +145,10 @@ class DataLoader:
         """Yield `Sharded` from now on."""
         if self.batch_size < shards:
             raise ConfigError(
-                f"a labtrain.DataLoader of batch_size={self.batch_size}, over {type(self.dataset).__name__} of"
-                f" {len(self.dataset)} samples, cannot be cut into determinism.shards={shards}",
-                hint=f"batch_size={shards} or more where that loader is made, in train_dataloader, val_dataloader or"
-                f" test_dataloader; or determinism.shards={self.batch_size}",
+                f"labtrain.DataLoader with batch_size={self.batch_size} cannot be cut into determinism.shards={shards}"
+                f" (dataset: {type(self.dataset).__name__}, {len(self.dataset)} samples)",
+                hint=f"set batch_size={shards} or more in train_dataloader, val_dataloader or test_dataloader; or"
+                f" determinism.shards={self.batch_size}",
             )
         self._shards, self._place = shards, (rank, world)
 
@@ -189,9 +189,9 @@ class DataLoader:
         counts = {name.rpartition(".")[2] for name in self.counts}
         now = scalars_of(self.dataset)
         return [
-            f"{name} of {type(self.dataset).__name__} was changed in mid-epoch, after a batch was loaded ahead and"
-            " workers had a copy: the result depends on data.num_workers, and a resumed training loads other samples"
-            " (change it in on_train_epoch_end)"
+            f"{name} of {type(self.dataset).__name__} was changed in mid-epoch, but later batches may already be loaded"
+            ", and workers have a copy of the dataset: the result depends on data.num_workers, and a resumed training"
+            " loads other samples (change it in on_train_epoch_end)"
             for name, value in self.begun.items()
             if name not in counts and now.get(name) != value
         ]
@@ -552,15 +552,15 @@ def refuse_other(who: str, what: str, mode: str | None = None, *, kept: bool = F
         ConfigError: in strict and portable.
     """
     if kept:
-        why = "it keeps its first random numbers, so samples depend on workers, devices and kills"
-        hint = "cache the sample before it is augmented, and augment it each time"
+        why = "it caches its first random numbers, so samples depend on workers, devices and kills"
+        hint = "cache samples before they are augmented, and augment them each time"
     else:
         why = "it has its own random generator, or depends on something that changes"
         hint = (
             "draw from torch, random or numpy.random, which labtrain seeds for each sample; or make the generator in"
             " __getitem__: numpy.random.default_rng(torch.randint(2**62, ()).item())"
         )
-    text = f"{who}: {what}, is not the same: {why}"
+    text = f"{who}: {what}, differs: {why}"
     if (mode or run_mode()) in STRICT_MODES:
         raise ConfigError(text, hint=f"{hint}; or determinism.mode=warn")
     return text

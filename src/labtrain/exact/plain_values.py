@@ -380,7 +380,7 @@ def _wants_factory(node: object) -> bool:
 
 def _gone(name: str) -> ConfigError:
     return ConfigError(
-        f"the checkpoint holds a {name}, which the code does not define now",
+        f"the checkpoint holds a {name}, which the code no longer defines",
         hint="restore its former name; or resume=never",
     )
 

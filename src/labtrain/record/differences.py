@@ -259,7 +259,7 @@ def open_run(run: Path) -> tuple[Path, receipts.Receipt]:
             there = sha256_of(file)
     if said is not None and there not in (None, said):
         raise DamagedError(
-            f"{shown(trail)} was changed after it was written: its receipt says sha256 {said[:12]}",
+            f"{shown(trail)} was changed after it was written: its receipt records sha256 {said[:12]}",
             hint="copy it again from the machine that trained the run",
         )
     return run_dir, found

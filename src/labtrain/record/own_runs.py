@@ -91,8 +91,8 @@ def opened(place: str) -> str:
     if is_local(place) or any(_is_noted("stores", text_sha256(url)) for url in _above(place)):
         return place
     raise StoreError(
-        f"{place} is not opened: a receipt names it, but you have not named it on this machine",
-        hint=f"labtrain store ls {quoted(place)}, then the same command again",
+        f"{place}: labtrain opens no store with your credentials that only a receipt names",
+        hint=f"labtrain store ls {quoted(place)} if you trust it, then the same command again",
     )
 
 

@@ -80,7 +80,7 @@ def hold_against_schema(receipt: object, path: Path) -> None:
         said = str(error.message).removeprefix(str(error.name)).strip()
         raise DamagedError(
             f"{path}: {place} {said[:200]}, got {reprlib.repr(error.value)}",
-            hint="labtrain does not write such receipts; ask whoever trained the run for it again",
+            hint="labtrain never writes such a receipt; ask whoever trained the run to send it again",
         ) from error
 
 
@@ -120,10 +120,11 @@ def read(run_dir: Path) -> Receipt | None:
         raise DamagedError(f"{path} is broken: {error!r}", hint=hint) from error
     if schema != SCHEMA:
         hint = "install the labtrain that wrote it: its wheel is in the experiment's vendor/"
-        raise DamagedError(f"{path}: schema {schema!r}, this labtrain reads {SCHEMA!r}", hint=hint)
+        raise DamagedError(f"{path} has schema {schema!r}, but this labtrain reads only {SCHEMA!r}", hint=hint)
     if said != (found := exact_json.digest_of(as_options(receipt))):
         raise DamagedError(
-            f"{path} was changed after it was written: its digest is {found[:12]}, it says {str(said)[:12]}", hint=hint
+            f"{path} was changed after it was written: its digest is {found[:12]}, but it records {str(said)[:12]}",
+            hint=hint,
         )
     hold_against_schema(receipt, path)
     times = [segment[key] for segment in receipt["segments"] for key in ("started", "ended") if segment[key]]

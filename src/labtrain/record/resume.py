@@ -122,7 +122,7 @@ def fresh(run_dir: Path) -> Path:
         return of_job if restarted() else first_free(of_job)
     if not ranks.name:
         raise ConfigError(
-            f"resume=never: {ranks.world} processes have no common name for the new folder",
+            f"resume=never: {ranks.world} processes cannot agree on a name for the new folder",
             hint="torchrun --standalone, or --rdzv-id=NAME with a new NAME for each start",
         )
     named = f"{run_dir.name}-{ranks.name}"

@@ -201,14 +201,15 @@ def _refuse(group: list[Trained], options: GateOptions) -> None:
         return
     if metric is None:
         names = ", ".join(sorted(first.receipt["results"]["metrics"]))
-        raise ConfigError(f"no metric to compare; {shown(first.run_dir)} has {names}", hint="--metric NAME")
+        raise ConfigError(f"no metric to compare: {shown(first.run_dir)} has {names}", hint="--metric NAME")
     if options.margin is None:
-        raise ConfigError(f"no margin: the largest difference of {metric} that does not matter", hint="--margin 0.005")
+        raise ConfigError(f"--seeds needs --margin, the largest acceptable change of {metric}", hint="--margin 0.005")
     check_levels(options.margin, options.alpha)
     if options.old_python is None and len(group) < options.seeds:
         raise ConfigError(
-            f"--seeds {options.seeds}, but only {len(group)} recorded with the configuration of {shown(first.run_dir)}",
-            hint="record more before the upgrade (python train.py -m seed=1,2,3) and name them all;"
+            f"--seeds {options.seeds} needs {options.seeds} baselines with the configuration of {shown(first.run_dir)},"
+            f" found {len(group)}",
+            hint="train more before the upgrade (python train.py -m seed=1,2,3) and name them all;"
             " or --old-python OLD_ENVIRONMENT/bin/python",
         )
     if options.old_python is not None:
@@ -300,7 +301,7 @@ class _Sides:
             seed = next(free)
             if broken := self.train_before(first, seed) or self.train_now(first, seed):
                 return replace(made, why=f"{broken}; {why}")
-            say(f"seed {seed:<7} trained on both sides")
+            say(f"seed {seed:<7} trained before and after")
         pairs = replace(made, why=why).values()
         test = compare_pairs([one for _, one, _ in pairs], [other for *_, other in pairs],
                              margin=options.margin, alpha=options.alpha)  # fmt: skip
@@ -369,9 +370,9 @@ def verdicts_of(outcomes: list[Outcome]) -> dict[Path, ShownVerdict]:
     found = {}
     for outcome in outcomes:
         for before, now, bits in zip(outcome.before, outcome.now, outcome.bits, strict=False):
-            mark, word = ("differs", "Differs") if bits else ("same", "The same bits today")
+            mark, word = ("differs", "Differs") if bits else ("same", "The same bits now")
             told = f"{bits[0].upper()}{bits[1:]}" if bits else "The same bits"
-            pair = ((before, "Trained again in today's environment by this gate"),
+            pair = ((before, "Trained again in the current environment by this gate"),
                     (now, f"Trained by this gate, compared with {before.receipt['run_id']}"))  # fmt: skip
             for run, how in pair:
                 found[run.run_dir] = ShownVerdict(mark=mark, word=word, text=f"{how}. {told}.", command="")

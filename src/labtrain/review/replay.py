@@ -350,17 +350,19 @@ def code_of(receipt: Receipt, run_dir: Path, home: Path, scratch: Path, *, filte
     code = receipt["code"]
     if source_digests(home) == code["sources"]:
         return home, "unchanged"
-    here = f"the code in {shown(home)} is not the receipt's"
+    here = f"the code in {shown(home)} differs from the receipt's"
     if not code["commit"]:
         raise ConfigError(
-            f"{here}, and that was not in a git repository", hint=f"labtrain diff {shown(run_dir)} ANOTHER_RUN"
+            f"{here}, which names no commit: the run was trained outside git, or before the first commit",
+            hint="restore the code of the run; or commit the experiment and train a new run: git init; git add -A;"
+            f" git commit -m first; python train.py. labtrain diff {shown(run_dir)} NEW_RUN names what has changed",
         )
     top = ask_git(str(home), "rev-parse", "--show-toplevel").strip()
     clone = scratch / "code"
     if not top or not borrow_commit(top, code["commit"], clone, filters=filters):
         raise ConfigError(f"{here}, and commit {code['commit'][:12]} is not in this repository", hint="git fetch --all")
     if (patch := patch_of(receipt, run_dir)) is None:
-        raise ConfigError(f"{here}, and code.patch is missing", hint="put code.patch beside the receipt")
+        raise ConfigError(f"{here}, and code.patch is missing", hint="put code.patch next to the receipt")
     _git(clone, "checkout", "-q", "--detach", code["commit"], filters=filters)
     if patch:
         _git(clone, "apply", "--whitespace=nowarn", "-", text=patch, filters=filters)
@@ -369,8 +371,8 @@ def code_of(receipt: Receipt, run_dir: Path, home: Path, scratch: Path, *, filte
     if (there := source_digests(root)) != code["sources"]:
         names = sorted(name for name in {*there, *code["sources"]} if there.get(name) != code["sources"].get(name))
         raise ConfigError(
-            f"{found} does not give the receipt's code: {', '.join(names)}",
-            hint="the patch has no sources that git ignores; or the receipt is wrong",
+            f"{found} gives other code than the receipt's: {', '.join(names)}",
+            hint="the patch lacks sources that git ignores: copy them here; otherwise the receipt is wrong",
         )
     return root, found
 

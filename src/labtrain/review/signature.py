@@ -117,7 +117,7 @@ def check_signature(run_dir: Path, *, signers: Path | None) -> Signature | None:
     fingerprint, wrong = check_text(text, file, purpose=NAMESPACE)
     if wrong:
         raise DamagedError(
-            f"{shown(file)} does not sign this {receipt.FILE}: {wrong}",
+            f"{shown(file)} is not a signature of this {receipt.FILE}: {wrong}",
             hint=f"one of them was changed; if the run was resumed since: labtrain sign {quoted(shown(run_dir))}",
         )
     return whose(text, file, fingerprint, purpose=NAMESPACE, signers=signers, name=shown(file))

@@ -67,8 +67,8 @@ def admit(
         say(line)
     if not trust and not sandboxed:
         raise ConfigError(
-            f"{shown(run_dir)} was not trained by you in {home}, so its code is untrusted, and there is no terminal to"
-            " ask on",
+            f"you did not train {shown(run_dir)} in {home}, so its code is untrusted, and there is no terminal to ask"
+            " on",
             hint=_ways(run_dir),
         )
 

@@ -200,7 +200,7 @@ def _home(run_dir: Path, receipt: Receipt, *, sandbox: bool) -> Path:
     home = home_of(run_dir, receipt)
     if sandbox and home != Path.cwd() and not (home / "train.py").is_file():
         raise ConfigError(
-            f"--sandbox would show all of {shown(home)}, which only the receipt's command names",
+            f"--sandbox would show all of {shown(home)}, a folder that only the receipt names",
             hint=f"cd {quoted(home)}, if that is the experiment's folder",
         )
     return home

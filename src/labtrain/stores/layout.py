@@ -112,7 +112,7 @@ def check_chain(manifests: dict[str, Manifest]) -> None:
     for name, wrong in broken_links(manifests):
         raise LabtrainError(
             f"{name} {wrong}: the checkpoints come from two trainings of one run",
-            hint="move the foreign checkpoint away; the same command then resumes from the remaining one",
+            hint="move the foreign checkpoint to another folder; the same command then resumes from the remaining one",
         )
 
 
@@ -128,8 +128,8 @@ def broken_links(manifests: dict[str, Manifest]) -> Iterator[tuple[str, str]]:
             or before["digest"] == beside["digest"]
         ):
             continue
-        digests = f"{before['digest'][:12]}, here it is {beside['digest'][:12]}"
-        yield name, f"was saved after another {before['name']} than the one here: its manifest's digest was {digests}"
+        digests = f"{before['digest'][:12]}, the one here has {beside['digest'][:12]}"
+        yield name, f"was saved after a different {before['name']}: its manifest had digest {digests}"
 
 
 def link_to(name: str, manifest: Manifest) -> Link:

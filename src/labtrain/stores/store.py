@@ -668,8 +668,9 @@ def taken_over(where: str, who: str = "", *, was: bool = False) -> TakenOverErro
     """Return the error for two processes that write to one place."""
     doing = f"has taken over {where}, and has ended" if was else f"writes checkpoints to {where}"
     return TakenOverError(
-        f"another process{who} {doing}: this one stops, and has not changed the other's checkpoints",
-        hint="the same command resumes from the newest checkpoint; for two runs: resume=never, or other checkpoint.url",
+        f"another process{who} {doing}: this process stops, and has not changed the other's checkpoints",
+        hint="the same command resumes from the newest checkpoint; to train two runs: resume=never, or another"
+        " checkpoint.url",
     )
 
 
@@ -678,8 +679,8 @@ def links_error(place: str) -> LabtrainError:
     path, copy = quoted(place), quoted(f"{place}.copy")
     replace = f"cp -rL {path} {copy} && rm {path} && mv {copy} {path}; " if is_local(place) else ""
     return LabtrainError(
-        f"{place} is a symbolic link: in a run's folder labtrain follows no links to checkpoints",
-        hint=f"{replace}for another disk: checkpoint.url=FOLDER",
+        f"{place} is a symbolic link: labtrain does not follow links to checkpoints in a run's folder",
+        hint=f"{replace}to keep checkpoints on another disk: checkpoint.url=FOLDER",
     )
 
 
@@ -699,9 +700,9 @@ def _contradiction(manifest: Manifest, checkpoint: Checkpoint) -> str:
     """
     said, found = str(manifest.get("digest")), digest_of(as_options(manifest))
     if said != found:
-        return f"was changed after it was written: its digest is {found[:12]}, it says {said[:12]}"
+        return f"was changed after it was written: its digest is {found[:12]}, but it records {said[:12]}"
     if NAME.fullmatch(checkpoint.name) and (manifest["step"], manifest.get("finished", False)) != checkpoint.order[:2]:
-        return f"is that of step {manifest['step']}"
+        return f"belongs to step {manifest['step']}"
     if not RUN_ID.fullmatch(manifest["run_id"]):
         return "has no valid run id"
     if not all(SHA256.fullmatch(entry["sha256"]) for entry in manifest["files"].values()):

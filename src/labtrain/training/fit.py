@@ -219,7 +219,9 @@ class _Session:
         if shards_in_use(config) is None:
             self.recorder.say(plain_because(config))
             if config["trainer"]["strategy"] not in (*EXACT_STRATEGIES, SHARDED_STRATEGY) and start.found is not None:
-                raise NotThereYetError(f"resuming under trainer.strategy={config['trainer']['strategy']}")
+                raise NotThereYetError(
+                    f"resuming under trainer.strategy={config['trainer']['strategy']}", hint="resume=never starts again"
+                )
         log_config(self.loggers, as_options(self.job.recorded()))
 
     def _say_start(self) -> None:
@@ -370,7 +372,7 @@ def _refuse_classes_of_no_file(config: Config) -> None:
         if text.startswith("__main__."):
             name = text.removeprefix("__main__.")
             raise ConfigError(
-                f"{text} is defined in the notebook: a run is named by its code, and no file holds this code",
+                f"{text} is defined in the notebook: the run's name includes its code, but no file contains this class",
                 hint=f"%%writefile own.py as the first line of its cell, then _target_: own.{name}",
             )
 

@@ -257,7 +257,7 @@ def training_loaders(trainer: pl.Trainer) -> Iterator[Finding]:
     loaders = list(train_loaders(trainer))
     hint = f"{OURS}, or determinism.mode=warn"
     if len(loaders) > 1:
-        yield f"{len(loaders)} training loaders at once: a resume cannot restore the place of each", hint
+        yield f"{len(loaders)} training loaders at once: a resume cannot restore the position of each", hint
     for loader in loaders:
         if not isinstance(loader, DataLoader | StatefulLoader):
             what = "its order and draws are not a function of seed and epoch"
@@ -327,7 +327,7 @@ def left_out_asserts() -> Iterator[Finding]:
     """Find Python's option that skips asserts, and with them what they call."""
     if sys.flags.optimize:
         yield (
-            "Python skips asserts (-O, PYTHONOPTIMIZE): the run has the same name, but does not do what its asserts do",
+            "Python skips asserts (-O, PYTHONOPTIMIZE): the run has the same name, but its asserts do not run",
             "unset PYTHONOPTIMIZE, and start python without -O",
         )
 

@@ -11,7 +11,7 @@ def test_a_fresh_start_needs_a_name_that_all_ranks_know(experiment: Experiment) 
     """resume=never: all ranks are to write into one new folder, whichever looks first."""
     line = [part for part in command(experiment) if part != "--standalone"]
     done = subprocess.run([*line, "resume=never"], capture_output=True, text=True, check=False, timeout=300)
-    assert "error: resume=never: 2 processes have no common name for the new folder" in done.stderr
+    assert "error: resume=never: 2 processes cannot agree on a name for the new folder" in done.stderr
     out, err = subprocess.Popen(
         [*command(experiment), "resume=never"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ).communicate(timeout=300)

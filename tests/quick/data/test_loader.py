@@ -190,10 +190,12 @@ def test_a_resume_begins_at_its_batch(start: int) -> None:
 
 def test_a_batch_that_cannot_be_cut_is_refused() -> None:
     """The error says which loader it is: that of a validation is not changed by data.batch_size."""
-    says = "a labtrain.DataLoader of batch_size=3, over Drawing of 9 samples, cannot be cut into determinism.shards=4"
+    says = (
+        r"labtrain.DataLoader with batch_size=3 cannot be cut into determinism.shards=4 \(dataset: Drawing, 9 samples\)"
+    )
     with pytest.raises(ConfigError, match=says) as found:
         DataLoader(Drawing(9), 3).shard(4, rank=0, world=1)
-    assert "where that loader is made, in train_dataloader, val_dataloader or test_dataloader" in found.value.hint
+    assert "set batch_size=4 or more in train_dataloader, val_dataloader or test_dataloader" in found.value.hint
     assert "data.batch_size" not in found.value.hint
 
 
@@ -257,7 +259,7 @@ def test_a_dataset_that_draws_nothing_by_declaration_is_held_to_it() -> None:
 
 @pytest.mark.parametrize("name", ["sampler", "batch_sampler", "generator", "worker_init_fn"])
 def test_an_order_of_ones_own_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"labtrain.DataLoader\({name}=...\): order, workers and seeds come"):
+    with pytest.raises(ConfigError, match=rf"labtrain.DataLoader\({name}=...\): order and seeds come"):
         DataLoader(Drawing(9), 4, **{name: None})
 
 

@@ -63,7 +63,7 @@ def test_no_folder_and_no_receipt_are_none(tmp_path: Path) -> None:
         ("{}", "is broken: KeyError"),
         (
             json.dumps(whole(schema="labtrain/receipt/2")),
-            "schema 'labtrain/receipt/2', this labtrain reads 'labtrain/receipt/1'",
+            "schema 'labtrain/receipt/2', but this labtrain reads only 'labtrain/receipt/1'",
         ),
         (json.dumps(with_value("trail", ABSENT)), "must contain ['trail'] properties"),
         (json.dumps(whole(status="done")), "status must be one of"),

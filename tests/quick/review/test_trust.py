@@ -199,6 +199,17 @@ def test_filters_of_git_run_after_the_question_alone(
     assert canary.exists()
 
 
+def test_changed_code_of_a_run_without_a_commit_is_refused_with_what_to_do(root: Path, tmp_path: Path) -> None:
+    """The hint has the commands that give the next run a commit."""
+    receipt = json.loads((Path(__file__).parents[2] / "golden" / "receipt.json").read_text())
+    receipt["code"] |= {"sources": {"model.py": "0" * 64}, "commit": None}
+    with pytest.raises(
+        ConfigError, match="names no commit: the run was trained outside git, or before the first"
+    ) as error:
+        code_of(receipt, tmp_path / "run", root, tmp_path)
+    assert "git init; git add -A; git commit -m first; python train.py" in error.value.hint
+
+
 # ------------------------------------------------------------------------------------------------------ the sandbox
 
 
@@ -252,7 +263,7 @@ def test_a_sandbox_shows_no_folder_that_a_receipt_alone_names(tmp_path: Path, mo
     receipts.write(run_dir, receipt)
     (tmp_path / ".env").write_text("PRIVATE=1")
     monkeypatch.chdir(tmp_path / "lab")
-    with pytest.raises(ConfigError, match=r"--sandbox would show all of .*, which only the receipt's command names"):
+    with pytest.raises(ConfigError, match=r"--sandbox would show all of .*, a folder that only the receipt names"):
         verify_run(run_dir, VerifyOptions(sandbox=True))
 
 

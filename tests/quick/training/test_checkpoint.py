@@ -135,7 +135,7 @@ def test_a_bit_of_a_manifest_is_found(tmp_path: Path, capsys: pytest.CaptureFixt
         assert "step-0000000055/manifest.json was changed after it was written" in capsys.readouterr().err
     (path / "manifest.json").write_text(json.dumps(sealed({**manifest_of(path), "step": 45, "run_id": "abc"})))
     assert newest(tmp_path) == older
-    assert "step-0000000055/manifest.json is that of step 45" in capsys.readouterr().err
+    assert "step-0000000055/manifest.json belongs to step 45" in capsys.readouterr().err
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path: Path) -> None:
@@ -176,11 +176,11 @@ def test_a_checkpoint_of_another_training_of_the_run_is_refused(tmp_path: Path) 
     saver_of(tmp_path / "mine").open()  # the one before may be gone
     shutil.copytree(theirs / "step-0000000001", mine / "step-0000000001")
     with pytest.raises(
-        LabtrainError, match="step-0000000002 was saved after another step-0000000001 than the one here"
+        LabtrainError, match="step-0000000002 was saved after a different step-0000000001: its manifest"
     ):
         saver_of(tmp_path / "mine").open()
     checked = CliRunner().invoke(main, ["store", "check", str(mine)])
-    assert "was saved after another step-0000000001" in checked.stdout
+    assert "was saved after a different step-0000000001" in checked.stdout
     assert checked.exit_code == 1
 
 

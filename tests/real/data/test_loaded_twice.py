@@ -111,7 +111,7 @@ def test_a_dataset_that_keeps_what_it_drew_is_refused(at_once: bool, workers: in
         ConfigError, match=r"^Keeps\w*: the random state after sample 0, loaded twice with one seed"
     ) as raised:
         list(DataLoader(Keeps(at_once), 4, num_workers=workers))
-    assert "hint: cache the sample before it is augmented" in str(raised.value)
+    assert "hint: cache samples before they are augmented" in str(raised.value)
     assert len(list(DataLoader(KeepsRaw(), 4, num_workers=workers))) == 3
 
 

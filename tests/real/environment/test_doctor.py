@@ -24,7 +24,7 @@ def test_an_old_c_library_fails(tmp_path: Path) -> None:
 def test_a_good_driver_and_gpu_pass(tmp_path: Path) -> None:
     code, checks = doctor("--gpu", "required", **driver(tmp_path))
     assert code == 0, checks
-    assert checks["driver"]["found"] == "550.54.14, of CUDA 12.4"
+    assert checks["driver"]["found"] == "550.54.14, for CUDA 12.4"
     assert (
         checks["GPU 0"]["found"]
         == "Test GPU, 24 GB, compute capability 8.9, ECC on, MIG not available, persistence off"

@@ -84,7 +84,7 @@ def test_reading_a_value_runs_no_code() -> None:
         ("named", [1], "subprocess", "Popen"),
         ("enum", ["x"], "os", "environ"),
     ):
-        with pytest.raises(ConfigError, match="the code does not define now"):
+        with pytest.raises(ConfigError, match="the code no longer defines"):
             Decoder(CPU)(node)
     assert not is_plain(Meter())
     node = Encoder()(State(1, torch.ones(1)))

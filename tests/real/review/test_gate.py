@@ -45,7 +45,7 @@ def test_one_that_cannot_be_judged_keeps_none_of_the_others_from_it(recorded: li
     assert "the receipt's" in found.out
     assert "yes: 1 of 1 give the same bits" in found.out
     text = page.read_text()
-    assert "The same bits today" in text
+    assert "The same bits now" in text
     assert "Not verified yet" in text  # the lost one
     assert gate(recorded[0], "--report", tmp_path / "no" / "gate.html", code=2).out == ""  # before anything is trained
 
@@ -67,8 +67,8 @@ def refused(recorded: list[Path], tmp_path: Path) -> list[tuple[tuple[Any, ...],
         ((*recorded, "--seeds", "2", "--metric", "test/acc", "--margin", "-1"), "margin must be above 0, got -1.0"),
         ((recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "1", "--old-python", "no/python"), "no/python"),
         ((recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "1", "--old-python", "/usr/bin/python3"), "/usr/bin/python3: "),
-        ((recorded[0], "--seeds", "2", "--metric", "test/acc"), "no margin: the largest difference of test/acc"),
-        ((recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "0.1"), "--seeds 2, but only 1 recorded"),
+        ((recorded[0], "--seeds", "2", "--metric", "test/acc"), "--seeds needs --margin, the largest acceptable change of test/acc"),
+        ((recorded[0], "--seeds", "2", "--metric", "test/acc", "--margin", "0.1"), "--seeds 2 needs 2 baselines with the configuration of "),
     ]  # fmt: skip
 
 

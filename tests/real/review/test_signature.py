@@ -100,7 +100,7 @@ def test_one_changed_byte_of_the_receipt_is_refused(run_dir: Path, key: Path) ->
     text = (run_dir / receipt.FILE).read_bytes()
     for changed in (text.replace(b"0123456789ab", b"0123456789ad"), text + b" ", text[:-1], b""):
         (run_dir / receipt.FILE).write_bytes(changed)
-        with pytest.raises(DamagedError, match=r"does not sign this receipt\.json: .*incorrect signature"):
+        with pytest.raises(DamagedError, match=r"is not a signature of this receipt\.json: .*incorrect signature"):
             check_signature(run_dir, signers=allow(key))
     receipt.write(run_dir, whole(run_id="0123456789ad", status="complete"))
     assert receipt.read(run_dir) is not None
@@ -116,7 +116,7 @@ def test_a_changed_signature_is_refused(run_dir: Path, key: Path) -> None:
     other = "B" if lines[-2][0] == "A" else "A"
     for changed in ([*lines[:-2], other + lines[-2][1:], lines[-1]], lines[:2], ["nothing\n"], []):
         (run_dir / FILE).write_text("".join(changed))
-        with pytest.raises(DamagedError, match="does not sign this"):
+        with pytest.raises(DamagedError, match="is not a signature of this"):
             check_signature(run_dir, signers=allow(key))
 
 
@@ -312,7 +312,7 @@ def test_a_run_that_went_on_is_signed_again(run_dir: Path, key: Path) -> None:
     receipt.write(run_dir, whole(run_id="0123456789ab", status="interrupted", results={}))
     sign(run_dir, key=key)
     receipt.write(run_dir, whole(run_id="0123456789ab", status="complete"))
-    with pytest.raises(DamagedError, match="does not sign this") as caught:
+    with pytest.raises(DamagedError, match="is not a signature of this") as caught:
         check_signature(run_dir, signers=allow(key))
     assert "labtrain sign run" in caught.value.hint
     sign(run_dir, key=key)

@@ -72,7 +72,7 @@ def test_a_checkpoint_that_was_exchanged_with_its_manifest_is_refused(copy: Path
     """Whole in itself, and not the receipt's."""
     shutil.rmtree(copy / "checkpoints" / "step-0000000010")
     shutil.copytree(copy / "checkpoints" / "step-0000000005", copy / "checkpoints" / "step-0000000010")
-    assert "is that of step 5" in verify(copy, code=2).err
+    assert "belongs to step 5" in verify(copy, code=2).err
 
 
 @pytest.mark.parametrize("trail", ["with its trail", "without its trail", "with a trail cut and hashed anew"])
@@ -144,7 +144,7 @@ def test_who_signed_it_is_said_and_can_be_asked_for(copy: Path, tmp_path: Path) 
     quiet = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CONFIG_SYSTEM": "/dev/null"}
     assert "signature    not checked: " in verify(copy, "--steps", "1", **quiet).out
     changed(copy, "run_id", "0" * 12)
-    assert "does not sign this receipt.json" in verify(copy, *few, code=2).err
+    assert "is not a signature of this receipt.json" in verify(copy, *few, code=2).err
 
 
 def test_where_nothing_was_trained_the_word_is_unverified(copy: Path) -> None:

@@ -76,8 +76,8 @@ def test_it_is_said_at_the_end_of_the_epoch_too(runner: Runner) -> None:
     options["data"]["_target_"] = f"{HERE}.Curriculum"
     options["trainer"]["max_epochs"] = 1
     runner.run(options)
-    said = "warning: level of Grows was changed in mid-epoch, after a batch was loaded ahead and workers had a copy"
-    assert f"{said}: the result depends on data.num_workers" in runner.said()
+    said = "warning: level of Grows was changed in mid-epoch, but later batches may already be loaded,"
+    assert f"{said} and workers have a copy of the dataset: the result depends on data.num_workers" in runner.said()
 
 
 def test_what_code_sets_on_an_optimizer_of_torchs_is_kept(runner: Runner) -> None:

@@ -43,6 +43,6 @@ def test_a_layer_without_a_shape_is_refused(world: int, runner: Runner) -> None:
 def test_a_shard_does_not_end_the_training(runner: Runner, other: Runner) -> None:
     """Devices would end it at steps of their own; what the hint says ends all at one."""
     runner.run(model("Stops", "step"), code=2)
-    assert "error: training_step sets trainer.should_stop: one shard on one device would decide" in runner.said()
+    assert "error: training_step sets trainer.should_stop: a single shard would decide for all" in runner.said()
     assert "hint: set it in on_train_batch_end, from self.trainer.callback_metrics" in runner.said()
     assert 0 < one_and_two(runner, other, model("Stops", "hook"))["steps"] < 10

@@ -12,7 +12,7 @@ GROUP = "NVIDIA"
 DRIVER_FLOOR = (12, 1)  # CUDA version of the oldest supported driver
 # Compute capabilities in the torch 2.9 wheels; a later minor version of the same major runs that code too.
 CAPABILITIES = ((7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
-WANTED = f"a driver of CUDA {DRIVER_FLOOR[0]}.{DRIVER_FLOOR[1]} or later (530.30.02 or later)"
+WANTED = f"a driver for CUDA {DRIVER_FLOOR[0]}.{DRIVER_FLOOR[1]} or later (530.30.02 or later)"
 
 
 def checks(*, required: bool = False) -> Iterator[Check]:
@@ -46,8 +46,8 @@ def check_driver(driver: str, cuda_number: int) -> Check:
     cuda = (cuda_number // 1000, cuda_number % 1000 // 10)
     hint = "install NVIDIA's driver 530.30.02 or later (it runs older programs too); the CUDA toolkit need not change"
     if cuda[0] < 12:
-        hint += f". This one is of CUDA {cuda[0]}.{cuda[1]}; CUDA 11 ended with PyTorch 2.7"
-    return judged(GROUP, "driver", cuda >= DRIVER_FLOOR, f"{driver}, of CUDA {cuda[0]}.{cuda[1]}", WANTED, hint)
+        hint += f". This one is for CUDA {cuda[0]}.{cuda[1]}; CUDA 11 ended with PyTorch 2.7"
+    return judged(GROUP, "driver", cuda >= DRIVER_FLOOR, f"{driver}, for CUDA {cuda[0]}.{cuda[1]}", WANTED, hint)
 
 
 def check_gpu(pynvml: ModuleType, index: int) -> Iterator[Check]:

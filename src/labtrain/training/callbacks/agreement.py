@@ -101,7 +101,7 @@ class Agreement(pl.Callback):
             shown = ", ".join(f"{number:.6g} on rank {rank}" for rank, number in numbers.items())
             text = f"{what} differs between the ranks ({shown}): it is computed from a part of the outputs"
         elif synced == "sum" and any(numbers.values()):
-            text = f"{what} is summed over the ranks (sync_dist, reduce_fx=sum): each has all of it, or a part"
+            text = f"{what} is summed over the ranks (sync_dist, reduce_fx=sum): each rank has all of it, or a part"
         else:
             return
         if self.mode in STRICT_MODES:

@@ -1,4 +1,4 @@
-"""What labtrain does at each step, as Lightning callbacks: seeding, the trail, progress."""
+"""Lightning callbacks that run at each step: seeding, the trail, progress."""
 
 import json
 import math

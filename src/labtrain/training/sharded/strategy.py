@@ -266,7 +266,7 @@ class Exact(_Base):
                 self._shard_step(step, number, args)
             if self._trainer.should_stop and not stopping:
                 raise ConfigError(
-                    "training_step sets trainer.should_stop: one shard on one device would decide",
+                    "training_step sets trainer.should_stop: a single shard would decide for all",
                     hint="set it in on_train_batch_end, from self.trainer.callback_metrics, those of the whole batch",
                 )
             cast(ShardSum, self._sum).send()

@@ -181,11 +181,11 @@ class Watch:
             if number > 0:
                 what, then = (
                     f"changes {self._weights.names[number - 1]}",
-                    "and ranks would end with different weights",
+                    "so ranks would end with different weights",
                 )
                 hint = "change it in on_train_batch_end, which runs once a step, or determinism.shards=1"
             else:
-                what, then = self._rates.names()[-number - 1], "as often on a rank as it has shards"
+                what, then = self._rates.names()[-number - 1], "so a rank would do it as often as it has shards"
                 hint = "do it in on_train_batch_end, which runs once a step, or determinism.shards=1"
             self.judge(
                 f"training_step {what}: with determinism.shards={len(numbers_S3)} it runs once a shard, {then}",
