@@ -264,8 +264,9 @@ class Cluster:
 
     def result(self) -> tuple[dict, str]:
         """Return the only run's receipt, and the digest that was printed."""
-        (line,) = [line for line in self.out.read_text().splitlines() if line.startswith(str(self.runs))]
-        folder, digest = line.split()
+        ((folder, digest),) = re.findall(
+            rf"^({re.escape(str(self.runs))}\S*) ([0-9a-f]{{64}})$", self.out.read_text(), re.M
+        )
         return json.loads((Path(folder) / "receipt.json").read_text()), digest
 
 

@@ -98,7 +98,7 @@ def run() -> Iterator[None]:
 @pytest.mark.parametrize(("dataset", "draws"), [(OwnGenerator, True), (OwnGenerator, False), (AllAtOnce, True)])
 def test_a_generator_held_by_a_dataset_is_refused(dataset: Any, draws: bool, workers: int) -> None:
     """In the main process and in workers, with one error for people: no traceback of a worker."""
-    with pytest.raises(ConfigError, match=r"^\w+: sample 0, loaded twice with one seed, is not the same") as raised:
+    with pytest.raises(ConfigError, match=r"^\w+: sample 0, loaded twice with one seed, differs") as raised:
         list(DataLoader(dataset(), 4, num_workers=workers, draws=draws))
     assert "Traceback" not in str(raised.value)
 
@@ -224,6 +224,6 @@ def test_warn_writes_it_in_the_receipt(runner: Runner, workers: int) -> None:
     run_dir = runner.run(config)
     assert run_dir is not None
     notes = json.loads((run_dir / "receipt.json").read_text())["determinism"]["notes"]
-    said = [line for line in runner.said().splitlines() if "loaded twice with one seed, is not the same" in line]
+    said = [line for line in runner.said().splitlines() if "loaded twice with one seed, differs" in line]
     assert len(said) == 1
     assert said[0].removeprefix("warning: ") in notes

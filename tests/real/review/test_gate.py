@@ -31,7 +31,7 @@ def test_other_bits_are_a_no_and_it_says_where_they_begin(recorded: list[Path], 
     assert "--seeds 5 --margin M" in found.out
     assert recorded[0].name in page.read_text()
     assert "Not verified yet" not in page.read_text()
-    assert "Trained again in today&#39;s environment by this gate. Different bits, first at step 1" in page.read_text()
+    assert "Trained again in the current environment by this gate. Different bits, first at step 1" in page.read_text()
 
 
 def test_one_that_cannot_be_judged_keeps_none_of_the_others_from_it(recorded: list[Path], tmp_path: Path) -> None:
