@@ -2,7 +2,6 @@
 
 import ast
 import re
-import shutil
 import subprocess
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import yaml
 
 from labtrain import __version__
 from labtrain.bootstrap import PYTHONS
-from tests.conftest import ROOT, skip_or_fail
+from tests.conftest import ROOT, need, skip_or_fail
 from tests.support.workflows import BEFORE_CHECKOUT, WORKFLOWS, jobs, run_lines
 
 # Written so that this file does not name them.
@@ -28,8 +27,7 @@ REGISTRIES = [
 
 
 def grep(pattern: str) -> list[str]:
-    if shutil.which("git") is None:
-        skip_or_fail("git is not installed: apt-get install git")
+    need("git", "git")
     command = ["git", "grep", "-lIE", pattern, "--", "."]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode > 1:
@@ -89,8 +87,7 @@ def test_every_link_leads_somewhere() -> None:
 
 def test_every_page_that_a_file_names_exists() -> None:
     """Hints of errors, comments and tests name pages of docs/."""
-    if shutil.which("git") is None:
-        skip_or_fail("git is not installed: apt-get install git")
+    need("git", "git")
     command = ["git", "grep", "-noIE", r"(^|[^/.a-z])docs/[a-z/-]+\.md", "--", "."]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():

@@ -20,7 +20,7 @@ from labtrain.review.replay import _config_of, code_of, with_filters
 from labtrain.review.sandbox import Sandbox, is_kept, make_sandbox, shows_a_home
 from labtrain.review.trust import LIBRARY, _summary, foreign_targets, is_known
 from labtrain.review.verification import VerifyOptions, verify_run
-from tests.conftest import QUICK, Experiment
+from tests.conftest import QUICK, Experiment, need
 
 SOURCES = {
     "model.py": "import os\nimport torch\nfrom parts.layers import Block\nfrom os import system\nclass Net: pass\n"
@@ -173,6 +173,7 @@ def test_filters_of_git_run_after_the_question_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, experiment: Experiment
 ) -> None:
     """The user's own filters read what a commit of somebody else holds: Git LFS, say."""
+    need("git", "git")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "gitconfig"))
     root, canary = tmp_path / "lab", tmp_path / "ran"
     shutil.copytree(experiment.root, root, ignore=shutil.ignore_patterns("runs", "__pycache__", ".git"))
