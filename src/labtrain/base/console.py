@@ -147,3 +147,8 @@ def shown(path: str | Path) -> str:
     """Return a path as the user would type it: relative if it is below the working directory."""
     path = Path(path)
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+
+
+def few(names: list[str], most: int = 8) -> str:
+    """Join names in a line; if there are many, the first ones and the number of the rest."""
+    return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")

@@ -18,7 +18,7 @@ from typing import cast
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from labtrain.base.console import shown, warn
+from labtrain.base.console import few, shown, warn
 from labtrain.base.contracts import Results, as_options
 from labtrain.base.credentials import remember
 from labtrain.base.errors import (
@@ -32,7 +32,6 @@ from labtrain.base.errors import (
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, Wishes, in_main_thread
 from labtrain.environment.doctor.environment import REPAIR, unlike_lock
-from labtrain.environment.doctor.report import few
 from labtrain.exact import determinism
 from labtrain.record import receipt
 from labtrain.record.digests import digest

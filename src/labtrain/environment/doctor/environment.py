@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from labtrain.base.console import shown
-from labtrain.environment.doctor.report import Check, few, judged, skipped
+from labtrain.base.console import few, shown
+from labtrain.environment.doctor.report import Check, judged, skipped
 from labtrain.environment.lock import Pin, read_lock
 from labtrain.record import installed
 from labtrain.record.identity import LOCK_FILE, ROUTES, route

@@ -7,9 +7,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from labtrain.base.console import few
 from labtrain.base.contracts import Options
 from labtrain.environment.doctor.environment import REPAIR
-from labtrain.environment.doctor.report import Check, few, judged, skipped
+from labtrain.environment.doctor.report import Check, judged, skipped
 from labtrain.environment.lock import Pin
 from labtrain.record.identity import route
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+from labtrain.base.console import few
 from labtrain.base.nvml import NoDriverError, nvml
-from labtrain.environment.doctor.report import Check, few, judged, skipped
+from labtrain.environment.doctor.report import Check, judged, skipped
 
 GROUP = "NVIDIA"
 DRIVER_FLOOR = (12, 1)  # CUDA version of the oldest supported driver

@@ -37,8 +37,3 @@ def judged(group: str, name: str, good: bool, found: str, wanted: str, hint: str
 def skipped(group: str, name: str, found: str, wanted: str) -> Check:
     """Return a check that does not apply here."""
     return Check(group=group, name=name, status="skipped", found=found, wanted=wanted)
-
-
-def few(names: list[str], most: int = 8) -> str:
-    """Join names in a line; if there are many, the first ones and the number of the rest."""
-    return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.strategies import DDPStrategy
 
+from labtrain.base.console import few
 from labtrain.base.contracts import CheckpointConfig, State
 from labtrain.base.credentials import as_references, without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.checkpoints.format import is_spread, load_folder
 from labtrain.checkpoints.saver import Saver
 from labtrain.checkpoints.staging import described, unsavable
-from labtrain.environment.doctor.report import few
 from labtrain.exact.attributes import fingerprint, items_of_lists, plain_attributes
 from labtrain.exact.checksums import first_unlike, unlike_names
 from labtrain.exact.determinism import run_mode

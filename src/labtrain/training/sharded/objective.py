@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from labtrain.base.console import few
 from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.data.loader import DataLoader
 from labtrain.data.prefetch import on_tensors
-from labtrain.environment.doctor.report import few
 from labtrain.exact.buffers import Buffers
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import add_rows

@@ -23,12 +23,11 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from labtrain.base.console import shown
+from labtrain.base.console import few, shown
 from labtrain.base.contracts import State
 from labtrain.base.credentials import as_references
 from labtrain.base.errors import ConfigError, LabtrainError, in_words
 from labtrain.checkpoints.structure import first_of_another_kind
-from labtrain.environment.doctor.report import few
 from labtrain.record.digests import PLACE
 from labtrain.record.sources import in_environment
 from labtrain.training.lightning import CheckpointConnector, call_module_hook
