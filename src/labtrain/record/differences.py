@@ -265,11 +265,11 @@ def open_run(run: Path) -> tuple[Path, receipts.Receipt]:
     return run_dir, found
 
 
-def shown_value(value: object) -> str:
-    """Format a receipt's value in one line, shortened."""
+def shown_value(value: object, *, most: int | None = VALUE_WIDTH) -> str:
+    """Format a receipt's value in one line of at most so many characters; None: the whole value."""
     text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
     text = " ".join(text.split())
-    return text if len(text) <= VALUE_WIDTH else f"{text[:VALUE_WIDTH]}..."
+    return text if most is None or len(text) <= most else f"{text[:most]}..."
 
 
 def flat(node: object, key: str) -> dict[str, object]:

@@ -10,6 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
@@ -20,6 +21,7 @@ from labtrain import __version__
 from labtrain.base import exact_json
 from labtrain.base.console import shown
 from labtrain.base.contracts import CodeRecord, DataRecord, Determinism, Installed, Options, Receipt, Segment
+from labtrain.record.differences import shown_value
 from labtrain.record.identity import get
 from labtrain.review.report.charts import DIGITS, curves_of, machine_of, timeline_of
 from labtrain.review.report.data import Run, seconds_of
@@ -99,7 +101,7 @@ def render(runs: list[Run], *, said: Sequence[str], verdicts: Mapping[Path, Show
         plotly_version=get_plotlyjs_version(),
         when=when,
         folder=lambda run: shown(run.folder),
-        shown_value=_shown_value,
+        shown_value=partial(shown_value, most=None),
         typed=lambda overrides: " ".join(map(shlex.quote, overrides)),
     )
     return page.encode("utf-8", "backslashreplace").decode()  # a lone surrogate, from a path that is not UTF-8
@@ -271,10 +273,6 @@ def _span(segment: Segment) -> str:
     seconds = int(end - (seconds_of(segment["started"]) or end))
     hours, minutes = seconds // 3600, seconds // 60 % 60
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds % 60} s" if minutes else f"{seconds} s"
-
-
-def _shown_value(value: object) -> str:
-    return "none" if value is None else value if isinstance(value, str) else json.dumps(value)
 
 
 def _json(data: object) -> Markup:
