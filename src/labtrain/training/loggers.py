@@ -23,6 +23,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from labtrain.base.contracts import Options
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError
+from labtrain.base.files import write_atomically
 from labtrain.base.git import ask_git
 from labtrain.record.identity import Job
 from labtrain.training.lightning import QuietWriter, experiment_of, is_offline, put_experiment
@@ -227,7 +228,7 @@ class ContinuedWandbLogger(Clean, WandbLogger):
     def _catch_up(self) -> None:
         path = self.run_dir / self.ROWS
         lines = path.read_text().splitlines(keepends=True)[: self.rows] if path.exists() else []
-        path.write_text("".join(lines))
+        write_atomically(path, "".join(lines))
         self.file = path.open("a", buffering=1)
         run = self.experiment
         self.told = count_rows(self.run_dir) if is_offline(self) else int(run.starting_step)
