@@ -4,12 +4,12 @@ A mapping with keys that are not text is written as ``{"(items)": [[3, 10.0], [7
 ``{"(float)": "nan"}``. Everything else is ordinary JSON. Keys keep their order.
 """
 
-import hashlib
 import json
 import math
 from typing import Any
 
 from labtrain.base.contracts import Options
+from labtrain.base.files import text_sha256
 
 ITEMS, FLOAT = "(items)", "(float)"
 
@@ -49,4 +49,4 @@ def restored(node: Options) -> object:
 def digest_of(tree: dict[str, object]) -> str:
     """Return the sha256 over a mapping without its key `digest`: ASCII JSON with sorted keys and no spaces."""
     rest = {key: value for key, value in tree.items() if key != "digest"}
-    return hashlib.sha256(dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return text_sha256(dumps(rest, sort_keys=True, separators=(",", ":")))

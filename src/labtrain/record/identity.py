@@ -19,6 +19,7 @@ from labtrain.base import contracts, exact_json
 from labtrain.base.contracts import Options, as_options
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import LabtrainError
+from labtrain.base.files import text_sha256
 from labtrain.base.untrusted import read_source
 
 Config = contracts.Config
@@ -177,7 +178,7 @@ def name(config: Config, *, code: str, lock: str, origin: str = "") -> str:
     ordered = {key: counts.pop(key) for key in ORDERED if key in counts}
     text = exact_json.dumps(counts, sort_keys=True) + exact_json.dumps(ordered)
     parts = (text, code, lock, *([origin] if origin else []))
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+    return text_sha256("\0".join(parts))[:12]
 
 
 def what_counts(config: Config) -> Options:

@@ -1,6 +1,5 @@
 """A run's code, environment and machine: facts for the receipt and the doctor. No torch."""
 
-import hashlib
 import json
 import os
 import platform
@@ -13,6 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import cast
 
 from labtrain.base.contracts import CodeRecord, Hardware, Installed, as_options
+from labtrain.base.files import text_sha256
 from labtrain.base.git import GitError, ask_git, run_git
 from labtrain.record.identity import Job, route
 from labtrain.record.sources import labtrain_sources, read_code, sources
@@ -40,7 +40,7 @@ def code_digests(job: Job, *, path: list[str] | None = None) -> dict[str, object
         "sources": code.sources,
         **({"outside": code.outside} if code.outside else {}),
         **({"shadows": code.shadows} if code.shadows else {}),
-        "labtrain": hashlib.sha256(json.dumps(labtrain_sources()).encode()).hexdigest(),
+        "labtrain": text_sha256(json.dumps(labtrain_sources())),
     }
 
 

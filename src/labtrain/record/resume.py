@@ -1,6 +1,5 @@
 """Choose the run to train: the one named by configuration, code and lock, or one to resume. No torch."""
 
-import hashlib
 import json
 import os
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 from labtrain.base.console import shown
 from labtrain.base.contracts import as_options
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
+from labtrain.base.files import text_sha256
 from labtrain.record import receipt
 from labtrain.record.config import refers
 from labtrain.record.fingerprints import changed_files
@@ -103,7 +103,7 @@ def newest_digest(resume: str, origin: str) -> str:
 def checkpoint_digest(manifest: Manifest) -> str:
     """Return the sha256 over a checkpoint's files, by name: it identifies the state that a run begins from."""
     files = {name: entry["sha256"] for name, entry in manifest["files"].items()}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    return text_sha256(json.dumps(files, sort_keys=True))
 
 
 def fresh(run_dir: Path) -> Path:

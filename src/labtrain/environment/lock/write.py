@@ -1,6 +1,5 @@
 """Write the derived locks again: requirements.lock, nix/wheels.json, requirements-conda.lock, and the seal."""
 
-import hashlib
 import json
 import sys
 import tempfile
@@ -10,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.base.files import write_atomically
+from labtrain.base.files import text_sha256, write_atomically
 from labtrain.base.programs import run_program
 from labtrain.environment.lock import conda, derive
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, read_lock, read_pins
@@ -101,9 +100,7 @@ def sbom(folder: Path) -> str:
         key = f"nix {entry['name']}"
         hashes[key] = [f"sha256:{derive.hex_digest(entry['hash'])}"]
         purls[key] = PackageURL("pypi", None, entry["name"], entry["version"], {"route": "nix"})
-    bom = Bom(
-        serial_number=uuid.UUID(hashlib.sha256(json.dumps(sealed, sort_keys=True).encode()).hexdigest()[:32], version=4)
-    )
+    bom = Bom(serial_number=uuid.UUID(text_sha256(json.dumps(sealed, sort_keys=True))[:32], version=4))
     for key, digest in sealed.items():
         route, name, *_ = key.split(" ")
         purl = purls.get(key)
