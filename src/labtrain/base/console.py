@@ -13,7 +13,7 @@ import secrets
 import shlex
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO, cast
@@ -152,3 +152,8 @@ def shown(path: str | Path) -> str:
 def few(names: list[str], most: int = 8) -> str:
     """Join names in a line; if there are many, the first ones and the number of the rest."""
     return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")
+
+
+def full_name(kind: type | Callable[..., object]) -> str:
+    """Return the name of a type or a function, with its module's."""
+    return f"{kind.__module__}.{kind.__qualname__}"

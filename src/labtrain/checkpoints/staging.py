@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
+from labtrain.base.console import full_name
 from labtrain.base.contracts import State
 from labtrain.base.errors import LabtrainError
 
@@ -85,8 +86,8 @@ def described(value: Any) -> str:
     """Return the type of a value, and of a dict's key that is the cause."""
     kind = type(value)
     keys = [type(key) for key in value if not _is_key(key)] if kind in MAPPINGS else []
-    of = f" with a key of {keys[0].__module__}.{keys[0].__qualname__}" if keys else ""
-    return f"{kind.__module__}.{kind.__qualname__}{of}"
+    of = f" with a key of {full_name(keys[0])}" if keys else ""
+    return f"{full_name(kind)}{of}"
 
 
 def _is_key(key: object) -> bool:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from labtrain.base.console import full_name
 from labtrain.data.draws import Draws
 
 Transform = Callable[[object, Draws], object]
@@ -38,7 +39,7 @@ def with_partners(transforms: Sequence[Transform], draws: Draws, num_samples: in
 def described(transform: Transform) -> str:
     """Return a transform's name; with the arguments if it is one of labtrain's."""
     kind = transform if hasattr(transform, "__qualname__") else type(transform)
-    return repr(transform) if isinstance(transform, Own) else f"{kind.__module__}.{kind.__qualname__}"
+    return repr(transform) if isinstance(transform, Own) else full_name(kind)
 
 
 class Own:

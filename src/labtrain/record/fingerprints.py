@@ -30,6 +30,7 @@ from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from labtrain.base.console import full_name
 from labtrain.base.contracts import DataRecord, DatasetRecord
 from labtrain.base.errors import ConfigError
 from labtrain.base.files import file_sha256
@@ -210,10 +211,10 @@ def _walk(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryvie
     kind = type(node)
     if isinstance(node, Path) or (kind is str and _is_place(node)):
         yield from _place(Path(node), seen, cache)
-    elif kind in PLAIN or isinstance(node, TOLD_BY_THEIR_WORDS) or _name(kind) in TORCH_WORDS:
+    elif kind in PLAIN or isinstance(node, TOLD_BY_THEIR_WORDS) or full_name(kind) in TORCH_WORDS:
         yield f"{kind.__name__}:{node!r};".encode()
     elif isinstance(node, types.FunctionType | types.BuiltinFunctionType | types.MethodType | type):
-        yield f"named:{node.__module__}.{node.__qualname__};".encode()
+        yield f"named:{full_name(node)};".encode()
     elif isinstance(node, logging.Logger):
         yield f"logger:{node.name};".encode()
     elif id(node) in seen.objects:
@@ -229,7 +230,7 @@ def _walk(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryvie
             content = _content(node)
         except Exception:  # a sparse tensor, a table of lists: listed as opaque
             content = None
-            seen.opaque.add(_name(kind))
+            seen.opaque.add(full_name(kind))
         if content is None:
             yield from _inside(node, seen, cache)
         for part in content or ():
@@ -240,7 +241,7 @@ def _walk(node: Any, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memoryvie
 def _maps_a_file(node: Any) -> bool:
     """Return whether an array is a whole read-only numpy memory map of a file."""
     return (
-        _name(type(node)) in ("numpy.memmap", "numpy.core.memmap.memmap")
+        full_name(type(node)) in ("numpy.memmap", "numpy.core.memmap.memmap")
         and node.mode == "r"
         and type(node.base).__name__ == "mmap"
         and node.flags.c_contiguous
@@ -290,10 +291,10 @@ def _inside(node: object, seen: _Seen, cache: "_Cache") -> Iterator[bytes | memo
         yield b"partial:"
         yield from _walk([node.func, node.args, node.keywords], seen, cache)
     elif not hasattr(node, "__dict__") or _has_hidden_state(kind):
-        seen.opaque.add(_name(kind))
-        yield f"opaque {_name(kind)};".encode()
+        seen.opaque.add(full_name(kind))
+        yield f"opaque {full_name(kind)};".encode()
     if hasattr(node, "__dict__") and not isinstance(node, types.ModuleType):
-        yield f"object {_name(kind)} {len(vars(node))}:".encode()
+        yield f"object {full_name(kind)} {len(vars(node))}:".encode()
         for name in sorted(vars(node)):
             yield f"{name}=".encode()
             yield from _walk(vars(node)[name], seen, cache)
@@ -303,10 +304,6 @@ def _has_hidden_state(kind: type) -> bool:
     """Return whether a class has a base written in C, whose state Python cannot see."""
     heap_type = 1 << 9  # Py_TPFLAGS_HEAPTYPE: nearly always a class statement
     return any(base is not object and not base.__flags__ & heap_type for base in kind.__mro__)
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _is_place(text: str) -> bool:

@@ -34,6 +34,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from torch.overrides import TorchFunctionMode
 
+from labtrain.base.console import full_name
 from labtrain.base.errors import ConfigError
 from labtrain.data.loader import DataLoader, StatefulLoader
 from labtrain.exact.determinism import STRICT_MODES
@@ -207,7 +208,7 @@ def uncuttable_loaders(trainer: pl.Trainer, shards: int | None) -> Iterator[Find
     loaders = list(train_loaders(trainer))
     if shards in (None, 1) or (len(loaders) == 1 and isinstance(loaders[0], DataLoader)):
         return
-    kinds = " and ".join(_kind(getattr(loader, "loader", loader)) for loader in loaders)
+    kinds = " and ".join(full_name(type(getattr(loader, "loader", loader))) for loader in loaders)
     if len(loaders) == 1 and isinstance(loaders[0], StatefulLoader):
         hint = "determinism.shards=null: resumes exactly by its state_dict, on the same number of devices"
     else:
@@ -261,11 +262,11 @@ def training_loaders(trainer: pl.Trainer) -> Iterator[Finding]:
     for loader in loaders:
         if not isinstance(loader, DataLoader | StatefulLoader):
             what = "its order and draws are not a function of seed and epoch"
-            yield f"the training data comes from {_kind(loader)}: {what}", hint
+            yield f"the training data comes from {full_name(type(loader))}: {what}", hint
         elif isinstance(loader, StatefulLoader) and trainer.world_size > 1:
             yield (
-                f"the training data comes from {_kind(loader.loader)}, in {trainer.world_size} processes: unless it"
-                " splits its samples by rank, each process trains on the same samples",
+                f"the training data comes from {full_name(type(loader.loader))}, in {trainer.world_size} processes:"
+                " unless it splits its samples by rank, each process trains on the same samples",
                 "trainer.devices=1; or determinism.mode=warn, if each rank gets samples of its own",
             )
 
@@ -284,8 +285,8 @@ def evaluation_loaders(stage: str, loaders: Iterable[object]) -> Iterator[Findin
     for loader in loaders:
         if not isinstance(loader, DataLoader):
             yield (
-                f"the {stage} data comes from {_kind(loader)}: its metrics would depend on the number of devices,"
-                " and its draws on earlier draws",
+                f"the {stage} data comes from {full_name(type(loader))}: its metrics would depend on the number of"
+                " devices, and its draws on earlier draws",
                 "return labtrain.DataLoader(dataset, batch_size), or determinism.mode=warn",
             )
 
@@ -443,7 +444,3 @@ def _described(part: torch.nn.Module | None, names: dict[torch.nn.Module, str]) 
     if part is None or not names.get(part):
         return "the LightningModule" if part is None else type(part).__name__
     return f"{names[part]} ({type(part).__name__})"
-
-
-def _kind(loader: object) -> str:
-    return f"{type(loader).__module__}.{type(loader).__qualname__}"

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from labtrain.base.console import full_name
 from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.checkpoints.staging import unsavable
@@ -39,12 +40,12 @@ NOT_OPTIONS = ("params", "param_names")
 def beginnings(trainer: pl.Trainer) -> State:
     """Return the first values of optimizers and schedulers, as plain values and tensors."""
     optimizers = [
-        {"class": _name(optimizer), "groups": [_options(group) for group in optimizer.param_groups]}
+        {"class": full_name(type(optimizer)), "groups": [_options(group) for group in optimizer.param_groups]}
         for optimizer in trainer.optimizers
     ]
     schedulers = [
         {
-            "class": _name(config.scheduler),
+            "class": full_name(type(config.scheduler)),
             "interval": config.interval,
             "frequency": config.frequency,
             "optimizer": _optimizer_of(trainer, config.scheduler),
@@ -253,10 +254,6 @@ def _probes(scheduler: object) -> list[object]:
 def _optimizer_of(trainer: pl.Trainer, scheduler: object) -> int:
     owner = getattr(scheduler, "optimizer", None)
     return next((index for index, optimizer in enumerate(trainer.optimizers) if optimizer is owner), 0)
-
-
-def _name(value: object) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _same(one: object, other: object) -> bool:

@@ -23,7 +23,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from labtrain.base.console import few, shown
+from labtrain.base.console import few, full_name, shown
 from labtrain.base.contracts import State
 from labtrain.base.credentials import as_references
 from labtrain.base.errors import ConfigError, LabtrainError, in_words
@@ -51,7 +51,7 @@ def made_of(trainer: pl.Trainer) -> State:
         "buffers": {name: list(buffer.shape) for name, buffer in _buffers(module)},
         "optimizers": [
             {
-                "class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
+                "class": full_name(type(optimizer)),
                 "groups": [[names.get(id(each), "") for each in group["params"]] for group in optimizer.param_groups],
             }
             for optimizer in trainer.optimizers

@@ -28,6 +28,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from labtrain.base.console import full_name
 from labtrain.base.contracts import Options, State
 from labtrain.base.errors import ConfigError
 from labtrain.exact.attributes import (
@@ -192,9 +193,8 @@ class Unsaved:
     def unkept(self) -> Iterator[str]:
         """Yield a warning for each attribute whose state no checkpoint can hold."""
         for name, value in unkept(self.module):
-            kind = type(value)
             yield (
-                f"{name} is a {kind.__module__}.{kind.__qualname__}: no checkpoint holds its state, so a resumed"
+                f"{name} is a {full_name(type(value))}: no checkpoint holds its state, so a resumed"
                 " training starts with a new one (save and load it in on_save_checkpoint and on_load_checkpoint)"
             )
 

@@ -25,6 +25,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from labtrain.base.console import full_name
 from labtrain.base.contracts import State
 from labtrain.exact.attributes import PRIVATE, fingerprint, hidden_weights, holders, own_objects
 from labtrain.exact.checksums import device_hash
@@ -156,7 +157,7 @@ class Watch:
             if found is None and name not in self._unknown:
                 self._unknown.add(name)
                 self.say(
-                    f"training_step sets {name} to a {type(value).__module__}.{type(value).__qualname__}: labtrain can"
+                    f"training_step sets {name} to a {full_name(type(value))}: labtrain can"
                     " neither compare nor keep it; after a step each rank has the value of its own last shard"
                 )
         self._prints[shard] = prints
