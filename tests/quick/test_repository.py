@@ -234,11 +234,11 @@ def test_no_test_is_skipped_without_a_word_under_ci() -> None:
 
 
 def test_no_test_sleeps_but_for_a_reason() -> None:
-    """A test waits for a condition by tests/support/waiting.py. Where the time itself is tested, its line says so."""
+    """A test waits for a condition by tests/support/waiting.py. `# fixed:` says why a line sleeps for a fixed time."""
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in sorted((ROOT / "tests").rglob("*.py"))
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if re.search(r"\bsleep[ (]", line) and "  # " not in line and path != Path(__file__)
+        if re.search(r"\bsleep[ (]", line) and "  # fixed: " not in line and path != Path(__file__)
     ]
     assert found == []

@@ -386,7 +386,7 @@ class Away(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if trainer.global_step == self.step:
             self.gone.touch()
-            time.sleep(0.2)  # an upload that has begun fails in this step, not in a later one
+            time.sleep(0.2)  # fixed: an upload that has begun fails in this step, not in a later one
 
 
 class Broken(pl.Callback):
@@ -411,7 +411,7 @@ def kill_in_save(number: int, delay: float) -> None:
         left[0] -= 1
         if left[0] == 0:
             threading.Thread(
-                target=lambda: (time.sleep(delay), os.kill(os.getpid(), signal.SIGKILL))  # the moment
+                target=lambda: (time.sleep(delay), os.kill(os.getpid(), signal.SIGKILL))  # fixed: the moment
             ).start()
         return save(self, *arguments, **options)
 

@@ -175,7 +175,7 @@ class Proxy:
                 if self.gone.exists():
                     break
                 if slow and self.bytes_per_second:
-                    time.sleep(len(data) / self.bytes_per_second)  # the rate is what it is for
+                    time.sleep(len(data) / self.bytes_per_second)  # fixed: the rate is what it is for
                 self.passed += len(data) if slow else 0
                 sink.sendall(data)
         for each in (source, sink):

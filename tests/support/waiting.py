@@ -35,7 +35,7 @@ def wait_until(
                 return
         if time.monotonic() > deadline or (process is not None and process.poll() is not None):
             break
-        time.sleep(0.01)  # between two looks
+        time.sleep(0.01)  # fixed: between two looks
     code = None if process is None else process.poll()
     text = "" if log is None or not log.exists() else "\n".join(log.read_text(errors="replace").splitlines()[-40:])
     raise TimeoutError((f"nothing after {seconds} s" if code is None else f"it ended with {code}") + f"\n{text}")

@@ -35,7 +35,7 @@ def test_a_git_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_git_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake(tmp_path, "exec sleep 600", monkeypatch)  # longer than the limit that is tested
+    fake(tmp_path, "exec sleep 600", monkeypatch)  # fixed: longer than the limit that is tested
     with pytest.raises(GitError, match=r"did not end within 0\.2 seconds"):
         run_git(tmp_path, "log", timeout_s=0.2)
 

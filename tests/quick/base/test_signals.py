@@ -37,7 +37,7 @@ def test_before_the_first_step_it_stops_at_once_but_on_other_ranks() -> None:
         with Wishes().listening(leads=True):
             os.kill(os.getpid(), signal.SIGUSR1)
             for _ in range(500):
-                time.sleep(0.01)  # what the signal ends
+                time.sleep(0.01)  # fixed: what the signal ends
 
     before = [signal.getsignal(each) for each in NUMBERS], signal.pthread_sigmask(signal.SIG_BLOCK, ())
     with pytest.raises(Stopped, match="SIGUSR1"):
@@ -73,7 +73,7 @@ def test_a_signal_that_comes_before_anybody_listens_waits() -> None:
         "with wishes.listening(leads=False):\n"
         "    child = subprocess.Popen(['sleep', '0.2'])\n"
         "    child.send_signal(10)\n"
-        "    while not wishes.numbers()[0]: time.sleep(0.01)\n"  # between two looks
+        "    while not wishes.numbers()[0]: time.sleep(0.01)\n"  # fixed: between two looks
         "    print(wishes.signum, child.wait())\n"
     )
     starts = (
@@ -99,10 +99,8 @@ def test_a_stop_is_no_exception_that_code_swallows() -> None:
 def test_a_process_ends_with_its_parent() -> None:
     """The parent is killed; the kernel ends the child, which would say in a while that it is alive."""
     child = "import os, signal, time; from labtrain.base.signals import end_with_parent; "
-    child += "end_with_parent(os.getppid(), signal.SIGKILL); print('here', flush=True); time.sleep(20); print('alive')"  # it is ended in this
-    parent = (
-        f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"  # killed
-    )
+    child += "end_with_parent(os.getppid(), signal.SIGKILL); print('here', flush=True); time.sleep(20); print('alive')"  # fixed: it is ended in this
+    parent = f"import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"  # fixed: killed
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "here\n"
@@ -115,11 +113,13 @@ def test_a_killed_parent_asks_once_however_many_threads_it_had() -> None:
     """The kernel sends its signal for each thread that a child is handed on to: a sweep's has those of Optuna's numpy."""
     child = "import os, signal, time; from labtrain.base.signals import Wishes, end_with_parent; "
     child += "wishes = Wishes(); end_with_parent(os.getppid(), signal.SIGTERM)\n"
-    child += "with wishes.listening(leads=False):\n os.write(1, b'here\\n')\n while not wishes.signum: time.sleep(0.001)\n"  # a look
-    child += " time.sleep(0.2); os.write(1, b'saved\\n')"  # a save, in which the other signals come
+    child += "with wishes.listening(leads=False):\n os.write(1, b'here\\n')\n while not wishes.signum: time.sleep(0.001)\n"  # fixed: a look
+    child += " time.sleep(0.2); os.write(1, b'saved\\n')"  # fixed: a save, in which the other signals come
     parent = "import subprocess, sys, threading, time\n"
     parent += "for _ in range(100): threading.Thread(target=time.sleep, args=(60,), daemon=True).start()\n"
-    parent += f"for _ in range(10): subprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)"  # killed
+    parent += (
+        f"for _ in range(10): subprocess.Popen([sys.executable, '-c', {child!r}])\ntime.sleep(60)"  # fixed: killed
+    )
     process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert [process.stdout.readline() for _ in range(10)] == 10 * ["here\n"]

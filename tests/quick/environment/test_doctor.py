@@ -154,7 +154,7 @@ def test_a_torch_that_asks_for_another_cuda_is_explained(tmp_path: Path) -> None
 
 def test_a_torch_that_hangs_is_given_up(tmp_path: Path) -> None:
     python = tmp_path / "python"
-    python.write_text("#!/bin/sh\nexec sleep 60\n")  # over its time limit
+    python.write_text("#!/bin/sh\nexec sleep 60\n")  # fixed: over its time limit
     python.chmod(0o755)
     started = time.monotonic()
     (check,) = libraries.checks({}, python=str(python), timeout_s=0.5)

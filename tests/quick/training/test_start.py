@@ -79,7 +79,7 @@ def test_under_srun_the_digest_is_the_last_line_of_one_stream(experiment: Experi
 def test_git_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A git that waits, for a lock or a person, is an error with its command after a time."""
     program = tmp_path / "git"
-    program.write_text("#!/bin/sh\nexec sleep 600\n")  # over its time limit
+    program.write_text("#!/bin/sh\nexec sleep 600\n")  # fixed: over its time limit
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr("labtrain.review.replay.GIT_TIMEOUT_S", 0.5)

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -87,24 +86,27 @@ def test_a_signal_that_goes_on_coming_does_not_end_it_before_its_receipt_is_clos
 
 def test_a_second_ctrl_c_ends_at_once(own_experiment: Experiment) -> None:
     """In a second step that takes a minute: the first signal waits for it, Ctrl-C after it does not."""
-    model = own_experiment.root / "model.py"
-    slow = (
-        "import time; (open('in-the-step', 'w').close(), time.sleep(60)) if self.global_step else None"  # a long step
-    )
-    model.write_text(model.read_text().replace("images, labels = batch", f"{slow}; images, labels = batch"))
+    model, beats = own_experiment.root / "model.py", own_experiment.root / "beats"
+    slow = "for _ in range(6000 if self.global_step else 0):\n"
+    slow += "            open('beats', 'a').write('.'), __import__('time').sleep(0.01)\n"  # fixed: a long step
+    model.write_text(model.read_text().replace("images, labels = batch", f"{slow}        images, labels = batch"))
     child = subprocess.Popen(
         own_experiment.command(*QUICK, "trainer.num_sanity_val_steps=0"),
         cwd=own_experiment.root,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    wait_until((own_experiment.root / "in-the-step").exists, process=child)
+
+    def wait_for_beats() -> None:
+        """Until the step has gone on for two beats: Python runs a signal's handler before the second."""
+        seen = beats.stat().st_size
+        wait_until(lambda: beats.stat().st_size > seen + 1, process=child)
+
+    wait_until(beats.exists, process=child)
     child.send_signal(signal.SIGTERM)
-    time.sleep(0.5)  # a process that the signal ends would be gone
-    assert child.poll() is None
+    wait_for_beats()
     child.send_signal(signal.SIGTERM)  # a parent's death may send it several times
-    time.sleep(0.5)  # again
-    assert child.poll() is None
+    wait_for_beats()
     child.send_signal(signal.SIGINT)
     assert child.wait(timeout=30) == -signal.SIGINT
 

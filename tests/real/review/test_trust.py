@@ -365,7 +365,7 @@ def test_it_reads_what_the_user_names_and_writes_to_scratch_alone(
     assert done.stdout == "labdatascratch"
     assert [path.parent.name for path in tmp_path.glob("*/new")] == ["scratch"]
     beat = tmp_path / "scratch" / "beat"
-    script = f"(while :; do date +%s%N > {beat}; sleep 0.01; done) & wait"  # until it is killed
+    script = f"(while :; do date +%s%N > {beat}; sleep 0.01; done) & wait"  # fixed: until it is killed
     command, variables = sandbox.around(["sh", "-c", script], dict(os.environ), scratch=tmp_path / "scratch")
     child = subprocess.Popen(command, env=variables)
     wait_until(beat.read_text, process=child)
