@@ -24,7 +24,7 @@ from labtrain.base.permissions import close_umask
 from labtrain.record.installed import NEEDED, changes, names
 
 PYTHONS = ((3, 11), (3, 14))  # from, below
-DISK_BYTES = 9_000_000_000  # installed files 8.0 GB, with byte code 8.7 GB
+DISK_BYTES = 9_000_000_000  # the environment takes 8.8 GB, with byte code
 MEMORY_BYTES = 1_500_000_000
 LOCK = "requirements.lock"
 WHEEL_LOCK = "labtrain.lock"
@@ -75,7 +75,7 @@ def set_up(root: Path, *, editable: bool) -> None:
         damaged = {}
         _make(venv, environment)
     damaged = _install_uv(venv, damaged, environment, lock=(root / LOCK).read_text())
-    say("installing requirements.lock, by hash (the first time: 4.4 GB to download, 8 GB installed)")
+    say("installing requirements.lock, by hash (the first time: 4.4 GB to download, 8.8 GB installed)")
     again = [name for name in damaged if name not in ("uv", "labtrain")]
     _remove_damaged(venv, {name: damaged[name] for name in again}, environment)
     _install(venv, environment, again=again, editable=editable)

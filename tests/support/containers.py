@@ -45,7 +45,7 @@ class Docker:
                 skip_or_fail(f"{package} is not installed: apt-get install {package}")
         if shutil.disk_usage("/var/tmp").free < DISK_BYTES:
             skip_or_fail(
-                f"/var/tmp has less than {DISK_BYTES / 1e9:.0f} GB: the environment is 8 GB, once in each stage"
+                f"/var/tmp has less than {DISK_BYTES / 1e9:.0f} GB: the environment is 8.8 GB, once in each stage"
             )
         # A socket's path holds 107 bytes, and /tmp may be memory.
         self.folder = Path(tempfile.mkdtemp(prefix="labtrain-docker-", dir="/var/tmp"))

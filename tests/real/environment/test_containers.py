@@ -35,7 +35,7 @@ SOMEBODY = "--user=1234:1234"  # who is not in the image's passwd
 
 @pytest.fixture(scope="module")
 def image(docker: Docker, shared_experiment: Experiment) -> str:
-    """The whole environment, by hash from the lock: 8 GB."""
+    """The whole environment, by hash from the lock: 8.8 GB."""
     started = time.monotonic()
     docker.build("digits", shared_experiment.root)
     print(f"built in {time.monotonic() - started:.0f} s")
