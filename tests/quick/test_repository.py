@@ -14,7 +14,7 @@ import yaml
 from labtrain import __version__
 from labtrain.bootstrap import PYTHONS
 from tests.conftest import ROOT, need, skip_or_fail
-from tests.support.workflows import BEFORE_CHECKOUT, WORKFLOWS, jobs, run_lines
+from tests.support.workflows import BEFORE_CHECKOUT, OF_AN_EXPERIMENT, WORKFLOWS, jobs, run_lines
 
 # Written so that this file does not name them.
 REGISTRIES = [
@@ -149,11 +149,15 @@ def test_a_job_has_a_time_limit_and_keeps_no_token(job: dict[str, Any]) -> None:
 
 
 def test_each_action_is_pinned_by_its_commit() -> None:
-    """By 40 hex digits, which cannot be moved as a tag can; the release stands beside them, one for each action."""
+    """By 40 hex digits, which cannot be moved as a tag can; the release stands beside them, one for each action.
+
+    Also in the workflows that `labtrain new` writes.
+    """
     pins: dict[str, set[str]] = {}
-    for path in WORKFLOWS:
+    assert len(OF_AN_EXPERIMENT) == 2
+    for path in WORKFLOWS + OF_AN_EXPERIMENT:
         for line in re.findall(r"^.*\buses:.*$", path.read_text(), re.MULTILINE):
-            found = re.fullmatch(r"\s*- uses: ([\w./-]+)@([0-9a-f]{40} # v\d+\.\d+\.\d+)", line)
+            found = re.fullmatch(r"\s*(?:- )?uses: ([\w./-]+)@([0-9a-f]{40} # v\d+\.\d+\.\d+)", line)
             assert found is not None, f"{path.name}: {line}"
             pins.setdefault(found[1], set()).add(found[2])
     assert pins

@@ -8,6 +8,7 @@ import yaml
 from tests.conftest import ROOT
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+OF_AN_EXPERIMENT = sorted(ROOT.glob("template/*/.github/workflows/*.yml"))
 # What a container has to have before `actions/checkout` can clone into it, and so before there is a Makefile.
 BEFORE_CHECKOUT = "apt-get update -qq && apt-get install -y -qq --no-install-recommends git make"
 
