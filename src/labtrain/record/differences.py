@@ -266,7 +266,7 @@ def open_run(run: Path) -> tuple[Path, receipts.Receipt]:
 
 
 def shown_value(value: object, *, most: int | None = VALUE_WIDTH) -> str:
-    """Format a receipt's value in one line of at most so many characters; None: the whole value."""
+    """Format a receipt's value in one line; `most` characters at most, None: all."""
     text = "-" if value is None else value if isinstance(value, str) else json.dumps(value)
     text = " ".join(text.split())
     return text if most is None or len(text) <= most else f"{text[:most]}..."
