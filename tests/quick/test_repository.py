@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+import labtrain
 from labtrain import __version__
 from labtrain.bootstrap import PYTHONS
 from tests.conftest import ROOT, need, skip_or_fail
@@ -100,6 +101,21 @@ def test_every_file_of_code_that_a_page_names_exists() -> None:
             r"`((?:src|tests/(?:quick|real|full|support)|benchmarks)/[\w/.-]+\.\w+)`?", page.read_text()
         ):
             assert (ROOT / name).exists(), f"{page.relative_to(ROOT)}: {name}"
+
+
+def test_every_module_that_the_design_names_exists() -> None:
+    """`training/fit` in docs/why/design.md stands for src/labtrain/training/fit.py, `training/sharded` for a package."""
+    text = (ROOT / "docs/why/design.md").read_text()
+    names = set(re.findall(r"`([a-z_]+/[a-z_/]+)`", text))
+    assert len(names) > 5
+    for name in names:
+        assert any((ROOT / "src/labtrain" / f"{name}{end}").exists() for end in (".py", "/__init__.py")), name
+
+
+def test_the_design_names_the_public_names() -> None:
+    listed = re.search(r"`labtrain.__all__` has the public names: ([^.]*)\.", (ROOT / "docs/why/design.md").read_text())
+    assert listed is not None
+    assert set(re.findall(r"`(\w+)`", listed[1])) == set(labtrain.__all__)
 
 
 MOST_ANY = 150
