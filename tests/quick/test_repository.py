@@ -118,6 +118,19 @@ def test_the_design_names_the_public_names() -> None:
     assert set(re.findall(r"`(\w+)`", listed[1])) == set(labtrain.__all__)
 
 
+def test_contributing_names_the_packages_that_the_tests_need() -> None:
+    """Those of .ci/packages, which installs each package that a test asks for with `need`."""
+    script = (ROOT / ".ci/packages").read_text()
+    installed = {name for names in re.findall(r"packages\+=\((.*)\)", script) for name in names.split()}
+    listed = re.search(r"They are Debian's ([\s\S]*?)\. `make test-real`", (ROOT / "CONTRIBUTING.md").read_text())
+    assert listed is not None
+    assert set(re.split(r",\s+|\s+and\s+", listed[1])) == installed
+    tests = [path.read_text() for path in (ROOT / "tests").rglob("*.py")]
+    needed = {name for text in tests for name in re.findall(r'\bneed\("[\w-]+", "([\w.+-]+)"\)', text)}
+    assert len(needed) > 5
+    assert needed <= installed
+
+
 MOST_ANY = 150
 MOST_LINES = 45
 
