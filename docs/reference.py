@@ -15,6 +15,7 @@ import click
 import yaml
 
 from labtrain import conf
+from labtrain.cli import help_page
 from labtrain.cli import main as labtrain
 from labtrain.record import receipt
 
@@ -23,7 +24,7 @@ CONF = Path(conf.__file__).parent
 SCHEMA = Path(receipt.__file__).with_name("receipt.schema.json")
 MADE = "<!-- Written by docs/reference.py. Change the code, then run `make reference`. -->\n\n"
 GROUPS = {
-    "trainer": "Lightning's Trainer. Keys without a meaning here are Lightning's own; `null` is Lightning's default.",
+    "trainer": "The arguments of Lightning's Trainer; `null` is Lightning's default.",
     "determinism": "What the result may depend on.",
     "checkpoint": "Where checkpoints go, how often, and how many stay. See [Storage](../guides/storage.md).",
     "speed": "Speed and memory. See [Speed and memory](../guides/speed.md).",
@@ -114,6 +115,8 @@ def commands() -> str:
         context = click.Context(command, info_name=name)
         usage = " ".join([name, *command.collect_usage_pieces(context)])
         lines += [f"\n## {name}\n", f"```\n{usage}\n```\n", *_paragraphs(command)]
+        assert isinstance(command, help_page.Command)
+        lines += [f"Example: `{command.example}`", ""]
         rows = [row for parameter in command.params if (row := _option(parameter, context))]
         if rows:
             lines += ["| option | default | meaning |", "| --- | --- | --- |", *rows]

@@ -1,6 +1,7 @@
 """docs/reference is what docs/reference.py writes from the code."""
 
 import importlib.util
+import re
 from types import ModuleType
 
 import pytest
@@ -27,10 +28,17 @@ def test_a_page_says_what_the_code_says(name: str) -> None:
 
 
 def test_every_key_command_and_field_has_a_meaning() -> None:
-    """Lightning's own arguments apart, whose names are Lightning's."""
     for name, text in reference.pages().items():
         rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
         assert len(rows) > 10
         for first, *_, last in rows:
-            if not first.startswith("| `trainer.") and name != "commands.md":
-                assert last.strip("| ") != "", f"{name}: {first}"
+            assert last.strip("| ") != "", f"{name}: {first}"
+
+
+def test_every_command_has_its_example() -> None:
+    """That of its help page, once."""
+    text = reference.pages()["commands.md"]
+    sections = text.split("\n## ")[1:]
+    assert len(sections) == len(list(reference._leaves(reference.labtrain, "labtrain")))
+    for section in sections:
+        assert len(re.findall(rf"^Example: `{section.splitlines()[0]}[ `]", section, re.MULTILINE)) == 1, section
