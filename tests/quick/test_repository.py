@@ -240,7 +240,7 @@ def test_the_citation_has_the_version_and_the_keys_of_its_schema() -> None:
     """Citation File Format 1.2.0, https://github.com/citation-file-format: what is required, and nothing unknown."""
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["cff-version"] == "1.2.0"
-    assert str(citation["version"]) == __version__
+    assert str(citation["version"]) == __version__, "make release writes it"
     assert {"authors", "cff-version", "message", "title"} <= set(citation)
     assert set(citation) <= {
         "abstract", "authors", "cff-version", "commit", "contact", "date-released", "doi", "identifiers", "keywords",

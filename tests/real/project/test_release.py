@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -67,6 +68,25 @@ def test_a_version_that_has_a_tag_is_refused(repository: Path) -> None:
     git(repository, "tag", "-d", f"v{__version__}")
     assert (done.returncode, done.stdout) == (2, "")
     assert f"the tag v{__version__} exists\n\nhint: raise __version__ in src/labtrain/__init__.py" in done.stderr
+    assert not (repository / "dist").exists()
+
+
+def test_the_citation_gets_the_version(repository: Path) -> None:
+    """A person raises `__version__` alone: the release writes it into CITATION.cff, for them to commit."""
+    citation = repository / "CITATION.cff"
+    before = citation.read_text()
+    dated = before + "date-released: 2020-02-02\n"
+    citation.write_text(dated.replace(f"\nversion: {__version__}\n", "\nversion: 0.0.9\n"))
+    git(repository, "commit", "-qam", "an earlier version")
+    done = release(repository)
+    written = citation.read_text()
+    citation.write_text(before)
+    git(repository, "commit", "-qam", "the version of now")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert f"error: CITATION.cff had another version: it now has {__version__}" in done.stderr
+    assert "hint: git commit -m 'release: " in done.stderr
+    assert re.sub(r"date-released: 20[2-9]\d-\d\d-\d\d\n", "", written) == before
+    assert "2020-02-02" not in written
     assert not (repository / "dist").exists()
 
 
