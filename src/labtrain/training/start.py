@@ -209,6 +209,9 @@ def hold_records(
 def warn_resumed(run_dir: Path, name: str, origin: Origin | None) -> None:
     """Print that a run resumes, or starts from another run, and from which checkpoint."""
     if origin is not None:
-        warn(f"{shown(run_dir)} is a new run: it starts from {name} of {origin['run_id']}, which does not change")
+        warn(
+            f"new run {shown(run_dir)}; it starts from checkpoint {name} of run {origin['run_id']}. "
+            f"Run {origin['run_id']} is not modified."
+        )
         return
     warn(f"{shown(run_dir)} resumes from {name} (resume=never starts a new run beside it)")
