@@ -60,6 +60,10 @@ PHRASES = {
     r"\bin silence\b": "without a message",
     r"\banother \w+ than\b|\bis another than\b": "different from",
     r"\bwhatever happens on the way\b": "even if it is interrupted",
+    r", say\b(?=[:;,.)]|$)": "for example",
+    r"\bof nobody\b": "unused",
+    r"\b(is|are|was|were) (looked into|made up for)\b": "entered, made later",
+    r"\bwhat (started|starts) (it|them)\b": "the launcher",
 }
 
 
