@@ -6,7 +6,7 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real test-full servers packages check golden public release bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock reference docs
+.PHONY: help setup demo test test-real test-full servers packages check golden public release bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock reference picture docs
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ bench-receipt: setup ## measure the cost of receipts and trails
 
 reference: setup ## write docs/reference from the code: keys, commands, the receipt's fields
 	@$(VENV)/python docs/reference.py
+
+picture: servers demo ## photograph the demo's report for the documentation, with Chromium (make packages)
+	@PYTHONPATH=.servers $(VENV)/python docs/picture.py
 
 # No --quiet: mkdocs would count no warnings, and a broken link would pass.
 docs: setup ## build the documentation into site/; fails on a broken link

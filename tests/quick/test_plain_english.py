@@ -1,7 +1,9 @@
 """Phrases that readers had to read twice do not come back. CONTRIBUTING.md: write plain English."""
 
 import ast
+import io
 import re
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,11 +11,12 @@ import pytest
 
 from tests.conftest import ROOT
 
-# What people read. Of Python: its strings, docstrings too.
+# What people read. Of Python: strings, docstrings and comments.
 READ = [
     "README.md",
     "CONTRIBUTING.md",
     "SECURITY.md",
+    "CHANGELOG.md",
     "docs/**/*.md",
     "mkdocs.yml",
     "docs/reference.py",
@@ -57,6 +60,10 @@ PHRASES = {
     r"\bin silence\b": "without a message",
     r"\banother \w+ than\b|\bis another than\b": "different from",
     r"\bwhatever happens on the way\b": "even if it is interrupted",
+    r", say\b(?=[:;,.)]|$)": "for example",
+    r"\bof nobody\b": "unused",
+    r"\b(is|are|was|were) (looked into|made up for)\b": "entered, made later",
+    r"\bwhat (started|starts) (it|them)\b": "the launcher",
 }
 
 
@@ -66,12 +73,15 @@ def lines(pattern: str) -> Iterator[tuple[Path, int, str]]:
     assert found, f"{pattern} names no file"
     for path in found:
         text = path.read_text()
-        numbered = strings(text) if path.suffix == ".py" else enumerate(text.splitlines(), 1)
+        numbered = written(text) if path.suffix == ".py" else enumerate(text.splitlines(), 1)
         yield from ((path, number, line) for number, line in numbered)
 
 
-def strings(code: str) -> Iterator[tuple[int, str]]:
-    """Yield the lines of a file's strings; of an f-string its parts, joined by an ellipsis."""
+def written(code: str) -> Iterator[tuple[int, str]]:
+    """Yield the comments of a file and the lines of its strings; of an f-string its parts, joined by an ellipsis."""
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
     parts = set()
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.JoinedStr):
@@ -92,6 +102,11 @@ def test_no_phrase_that_has_to_be_read_twice(pattern: str) -> None:
         if (match := re.search(phrase, line, re.IGNORECASE))
     ]
     assert not found, "\n".join(found)
+
+
+def test_comments_are_read_as_strings_are() -> None:
+    code = 'def f(x):\n    """One."""\n    return f"{x} two"  # three\n'
+    assert sorted(written(code)) == [(2, "One."), (3, "# three"), (3, "… two")]
 
 
 def test_the_phrases_are_found() -> None:

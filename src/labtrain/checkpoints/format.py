@@ -56,7 +56,7 @@ from labtrain.stores.store import STATE, WEIGHTS, Manifest
 HASHED_BYTES = 1 << 20
 TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
-PARTS = "parts"  # in state.pt: the paths of the tensors that lie in the parts
+PARTS = "parts"  # in state.pt: the paths of the tensors that are in the parts
 
 Keys = tuple[object, ...]
 T = TypeVar("T")
@@ -92,7 +92,7 @@ def together(group: "dist.ProcessGroup | None", action: Callable[[], T]) -> list
     result, failure, said = None, None, None
     try:
         result = action()
-    except Exception as error:  # any error: the other ranks wait for it
+    except Exception as error:  # the other ranks wait for the result, whatever the error
         failure, said = error, (_words(error), getattr(error, "hint", ""))
     all_of_them: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(all_of_them, (result, said), group=group)
@@ -180,7 +180,7 @@ def load_plain(path: Path, *, mapped: bool = False) -> State:
             if file.read(4) == b"PK\x03\x04":
                 _check_archive(file, size)
         try:
-            with warnings.catch_warnings(action="ignore"):  # about how the file was written
+            with warnings.catch_warnings(action="ignore"):  # torch warns about the file's format
                 loaded = torch.load(path, weights_only=True, map_location="cpu", mmap=mapped)
         except MemoryError:
             raise ValueError("it does not fit into memory") from None
@@ -304,7 +304,7 @@ def _write_part(folder: Path, state: State, group: "dist.ProcessGroup | None") -
     rank = dist.get_rank(group)
     paths: list[Keys] = []
     rest = _without_parts(state, (), paths)
-    # Other tensors are rank 0's; the buffers of other ranks are in the training's place (epoch_loop.py).
+    # Tensors that are not sharded come from rank 0. Other ranks' buffers are in the resume point (epoch_loop.py).
     tensors = {_name(path): _get(state, path) for path in paths}
     tensors = {
         name: tensor if isinstance(tensor, DTensor) else tensor.contiguous()
@@ -378,7 +378,7 @@ def _hash_behind(path: Path, complete: threading.Event) -> str:
 
 def _load_parts(folder: Path, names: Collection[str] | None, now: State, *, alone: bool) -> State:
     """Return the tensors of these names, by default the weights: in the layout of `now` if it has them, else whole."""
-    # takes 0.1 s, which a training without parts does not need
+    # Imported here: takes 0.1 s, and only sharded trainings need it
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -399,7 +399,7 @@ def _load_parts(folder: Path, names: Collection[str] | None, now: State, *, alon
         else torch.empty(known[name].size, dtype=known[name].properties.dtype)
         for name in names
     }
-    with warnings.catch_warnings(category=UserWarning, action="ignore"):  # that it loads in one process
+    with warnings.catch_warnings(category=UserWarning, action="ignore"):  # torch warns that it loads in one process
         try:
             load(tensors, storage_reader=reader, no_dist=alone)
         except CheckpointException as error:
@@ -414,7 +414,7 @@ def _load_parts(folder: Path, names: Collection[str] | None, now: State, *, alon
 def _without_parts(node: object, path: Keys, paths: list[Keys]) -> Any:
     """Return a state with None for weights and DTensors, which are in the parts; append their paths to `paths`."""
     if isinstance(node, dict):
-        kind = type(node)  # a Counter, say
+        kind = type(node)  # for example a Counter
         return kind({key: _without_parts(value, (*path, key), paths) for key, value in node.items()})
     if isinstance(node, list | tuple) and type(node) in (list, tuple):
         return type(node)(_without_parts(value, (*path, index), paths) for index, value in enumerate(node))

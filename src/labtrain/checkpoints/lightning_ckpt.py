@@ -52,7 +52,7 @@ def import_checkpoint(file: Path, url: str) -> str:
         "batch": 0,
         "finished": True,
     }
-    token = store.enter()  # like a training: else others would take the unfinished files for leftovers of a crash
+    token = store.enter()  # as a training does, so that other processes do not treat the unfinished files as leftovers
     name = free_name(step, {checkpoint.name for checkpoint in store.find()}, finished=True)
     path = store.writing(name, token)
     try:
@@ -63,7 +63,7 @@ def import_checkpoint(file: Path, url: str) -> str:
                 store.upload(folder, manifest, path)
             store.publish(name, manifest, token)
     except BaseException as error:
-        store.check_writer(token)  # else it belongs to another writer by now
+        store.check_writer(token)  # if this fails, the folder belongs to another writer
         with suppress(Exception):
             store.remove(path)
         if isinstance(error, LabtrainError) or not isinstance(error, Exception):
@@ -79,7 +79,7 @@ def import_checkpoint(file: Path, url: str) -> str:
 def _read(file: Path) -> State:
     """Return what a .ckpt holds, without its loops."""
     try:
-        loaded = load_plain(Path(os.path.realpath(file)))  # the person has named it, so a link is fine
+        loaded = load_plain(Path(os.path.realpath(file)))  # a link is fine, because the user typed the path
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{file} does not exist", hint=f"ls {quoted(file.parent)}") from error
     except DamagedError as error:

@@ -27,7 +27,7 @@ def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]
     """
     path = Path(target.removeprefix("file://"))
     if path.is_file() and path.suffix == ".safetensors" and not whole:
-        return digest_file(Path(os.path.realpath(path))), None  # a cache of models holds links
+        return digest_file(Path(os.path.realpath(path))), None  # model caches use links
     found = receipt.read(path) if is_local(target) else None
     results = found["results"] if found else {}
     claimed = results.get("state_digest") if whole else results.get("weights_digest")

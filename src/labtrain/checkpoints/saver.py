@@ -49,16 +49,16 @@ class Saver:
         self.run_id = run_id
         self.home = Store(place if is_local(place) else spool_of(run_dir))
         self.staging = Staging()
-        self.manifests: dict[str, Manifest] = {}  # of those that exist, oldest first
+        self.manifests: dict[str, Manifest] = {}  # manifests of the existing checkpoints, oldest first
         self.scores: dict[str, float] = {}
-        self.before: Link | None = None  # the checkpoint that was saved, or resumed from, last
+        self.before: Link | None = None  # the last checkpoint that was saved, or resumed from
         self.records = {"trail": Record(run_dir / TRAIL), "history": Record(run_dir / HISTORY)}
         self.missing: list[list[int]] = []  # ranges of steps that the trail lacks
         self.taken: set[str] = set()
-        self.undelivered: list[str] = []  # from an earlier process; not moved before all ranks have loaded one of them
+        self.undelivered: list[str] = []  # saved by an earlier process; stay in place until all ranks have loaded
         self.staged: dict[str, object] | None = None  # the state that was saved last
         self.known: set[str] | None = None  # the checkpoints that the start found; None: those at `open`
-        self.token = ""  # of rank 0
+        self.token = ""  # the writer's token; rank 0 only
         self.group: dist.ProcessGroup | None = None  # the writers' group of ranks, if the state is spread
         self.delivery: Delivery | None = None
         self.thread: threading.Thread | None = None
@@ -80,7 +80,8 @@ class Saver:
             self._look(store)
         check_chain(self.manifests)
         known = set(self.manifests) if self.known is None else set(self.known)
-        known |= {name.partition(".removing-")[0] for name in self.taken if ".removing-" in name}  # `sweep` has it back
+        # `sweep` restores these.
+        known |= {name.partition(".removing-")[0] for name in self.taken if ".removing-" in name}
         self.token = secrets.token_hex(8)
         self.home.renew(self.token, seen=seen[0])
         self.home.sweep(self.token)

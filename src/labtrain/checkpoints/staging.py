@@ -19,7 +19,7 @@ PLAIN = (type(None), bool, int, float, str, bytes)
 MAPPINGS: tuple[type, ...] = (dict, OrderedDict, Counter)
 SEQUENCES: tuple[type, ...] = (list, tuple, torch.Size)
 PLAIN_KINDS = frozenset(PLAIN)
-LONG = 100  # items of a list: from here on it is worth checking whether all are plain
+LONG = 100  # for longer lists, check first whether all items are plain
 
 
 class Staging:

@@ -159,6 +159,6 @@ def first_of_another_kind(saved: object, made: object, at: str = "") -> str | No
 
 
 def _kind(value: object) -> type[object]:
-    if isinstance(value, str):  # an enumeration of Lightning's too
+    if isinstance(value, str):  # also Lightning's enumerations
         return str
     return float if isinstance(value, int | float | Tensor) else type(value)

@@ -139,7 +139,7 @@ def compare(one: Path, other: Path) -> Comparison:
     metrics = {
         name: (mine["metrics"].get(name), theirs["metrics"].get(name))
         for name in sorted({*mine["metrics"], *theirs["metrics"]})
-        if repr(mine["metrics"].get(name)) != repr(theirs["metrics"].get(name))  # NaN is itself here
+        if repr(mine["metrics"].get(name)) != repr(theirs["metrics"].get(name))  # by repr, NaN equals NaN
     } if mine and theirs else {}  # fmt: skip
     return Comparison(
         differences=sorted(differences(a, b), key=lambda each: not each.matters),

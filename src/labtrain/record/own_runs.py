@@ -91,7 +91,7 @@ def opened(place: str) -> str:
     if is_local(place) or any(_is_noted("stores", text_sha256(url)) for url in _above(place)):
         return place
     raise StoreError(
-        f"{place}: labtrain opens no store with your credentials that only a receipt names",
+        f"{place}: only the receipt names this store, so labtrain does not open it with your credentials",
         hint=f"labtrain store ls {quoted(place)} if you trust it, then the same command again",
     )
 

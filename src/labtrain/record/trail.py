@@ -33,7 +33,7 @@ PHASES = {
 Line = contracts.TrailLine
 
 SUMMED = ("gradients", "weights")
-SUMS = re.compile(r"(?:[0-9a-f]{2}){1,64}")  # two numbers of one width
+SUMS = re.compile(r"(?:[0-9a-f]{2}){1,64}")  # two hex numbers of equal width
 
 
 def read_trail(run_dir: Path) -> list[Line]:

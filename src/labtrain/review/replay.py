@@ -371,7 +371,7 @@ def code_of(receipt: Receipt, run_dir: Path, home: Path, scratch: Path, *, filte
     if (there := source_digests(root)) != code["sources"]:
         names = sorted(name for name in {*there, *code["sources"]} if there.get(name) != code["sources"].get(name))
         raise ConfigError(
-            f"{found} gives other code than the receipt's: {', '.join(names)}",
+            f"the code at {found} does not match the receipt: {', '.join(names)}",
             hint="the patch lacks sources that git ignores: copy them here; otherwise the receipt is wrong",
         )
     return root, found

@@ -272,7 +272,7 @@ def results_differently(receipt: Receipt, now: Receipt, *, trail: str | None) ->
     return {
         key: (mine.get(key), theirs.get(key))
         for key in dict.fromkeys([*mine, *theirs])
-        if repr(mine.get(key)) != repr(theirs.get(key))  # NaN is itself here
+        if repr(mine.get(key)) != repr(theirs.get(key))  # by repr, NaN equals NaN
     }
 
 

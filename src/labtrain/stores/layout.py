@@ -117,7 +117,7 @@ def check_chain(manifests: dict[str, Manifest]) -> None:
 
 
 def broken_links(manifests: dict[str, Manifest]) -> Iterator[tuple[str, str]]:
-    """Yield each checkpoint whose predecessor is not the checkpoint of that name here, and an error text."""
+    """Yield each checkpoint whose recorded predecessor differs from the one here, and an error text."""
     for name, manifest in manifests.items():
         before = manifest.get("before")
         beside = manifests.get(before["name"]) if before else None

@@ -358,7 +358,8 @@ class Store:
         folder = checkpoint.folder if self.local else into
         for name, wanted in manifest["files"].items():
             wrong = _wrong(folder / name, wanted)
-            if wrong and not self.local:  # else another rank on this machine has copied it, and may be reading it
+            # If it is correct, another rank on this machine copied it and may be reading it.
+            if wrong and not self.local:
                 into.mkdir(parents=True, exist_ok=True)
                 with explained(self.url), suppress(FileNotFoundError):
                     key = self.key(name, wanted)
@@ -433,7 +434,7 @@ class Store:
         try:
             self.create(f"{path}/{MANIFEST}", _as_bytes(manifest))
         except FileExistsError:
-            if not self.holds(path, manifest):  # else it is this very one, and the answer was lost
+            if not self.holds(path, manifest):  # if it holds: this checkpoint was created, and the answer was lost
                 raise taken_over(f"{self}/{path}") from None
         if self.local:
             sync(Path(self.root, path).parent)
@@ -531,7 +532,7 @@ class Store:
         if MANIFEST not in left.sizes:
             try:
                 self.create(f"{left.path}/{MANIFEST}", b"")
-            except FileExistsError:  # its writer was faster: it is complete
+            except FileExistsError:  # its writer has completed it meanwhile
                 return
         for name in left.sizes:
             if name != MANIFEST:
@@ -652,7 +653,7 @@ class Store:
             if self.seen(own) == token:
                 self.fs.rm_file(f"{self.root}/{own}")
                 return True
-            with suppress(FileExistsError):  # it was no longer that writer's
+            with suppress(FileExistsError):  # the file belongs to another writer by now
                 if self.local:
                     _rename_to_new(Path(self.root, own), Path(self.root, WRITER))
                 else:

@@ -20,7 +20,7 @@ from labtrain.base.errors import DeviceError, LostError
 from labtrain.base.signals import Stopped, Wishes
 from labtrain.record.ranks import Ranks
 
-ELSEWHERE = "192.0.2.1"  # an address of nobody (RFC 5737): the way to it is the way out of this machine
+ELSEWHERE = "192.0.2.1"  # an unused address (RFC 5737); the route to it shows this machine's outgoing interface
 # What gloo, TCPStore and NCCL report when a peer is gone.
 BROKEN = re.compile(
     r"[Cc]onnection|Read error|Write error|Broken pipe|remote (process|error)|ncclRemoteError|recv|socket"
@@ -83,9 +83,9 @@ def make_environment(ranks: Ranks | None, *, accelerator: str) -> ClusterEnviron
         address = ELSEWHERE  # Debian resolves its own name to 127.0.1.1, which other machines cannot reach
     if interface := interface_to(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    if dist.is_initialized():  # by an earlier training of this process
+    if dist.is_initialized():  # an earlier training in this process did that
         return Launched(ranks)
-    if ranks.rank == 0 and ranks.launcher == "srun":  # torchrun itself listens there
+    if ranks.rank == 0 and ranks.launcher == "srun":  # torchrun itself listens on this port
         refuse_port_in_use(ranks.port)
     if ranks.launcher == "torchrun" and ranks.nodes == 1:
         begin_round(ranks, backend="nccl" if accelerator == "gpu" else "gloo")

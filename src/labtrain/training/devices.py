@@ -23,7 +23,8 @@ def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
     asked = config["trainer"]
     wanted, devices, precision = asked["accelerator"], asked["devices"], asked["precision"]
     gpus = torch.cuda.device_count()
-    if not gpus:  # Lightning has torch ask the driver, for the sake of forks; without one each optimizer step would
+    # Lightning makes torch query the driver (safe in forks). Without a driver each optimizer step would query it.
+    if not gpus:
         os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     accelerator = ("gpu" if gpus else "cpu") if wanted == "auto" else {"cuda": "gpu"}.get(wanted, wanted)
     if devices == "auto":

@@ -135,7 +135,7 @@ def _make_session(job: Job, accelerator: str, devices: int | list[int] | str, be
 
 
 class _Session:
-    """One training in this process: makes everything here, and writes nothing before `open`."""
+    """One training in this process: the constructor makes all objects, and nothing is written before `open`."""
 
     def __init__(self, job: Job, accelerator: str, devices: int | list[int] | str, before: Receipt | None) -> None:
         self.job, self.config, self.before = job, job.config, before
@@ -163,7 +163,7 @@ class _Session:
         )
         self._replace_loop()
         self.keep_fetched = False
-        self.listening = ExitStack()  # until the receipt is closed: a launcher that dies sends SIGTERM several times
+        self.listening = ExitStack()  # catch signals until the receipt is closed: a dying launcher repeats SIGTERM
 
     def _make_checkpoints(self) -> Checkpoints:
         found = self.start.found
@@ -255,28 +255,29 @@ class _Session:
     def fail(self, raised: BaseException) -> BaseException:
         """Save what can be saved, close the receipt, end the other ranks; return the error for people."""
         if in_main_thread():
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C ends a delivery; the receipt is closed
+            # Ctrl-C may stop the delivery; the receipt is closed anyway.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         error = raised if self.ranks is None else explain_loss(raised, self.wishes)
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
         if not stopped:
-            self.listening.close()  # or a launcher that ends all ranks after one has failed would have to kill this one
+            self.listening.close()  # restore signal handling, so that the launcher's SIGTERM ends this rank
         if isinstance(error, Stopped) and not error.saved:
-            self.keep_fetched = True  # other ranks may be reading it, and what the saver would deliver
+            self.keep_fetched = True  # other ranks may still read the fetched checkpoint and undelivered ones
         if self.trainer.is_global_zero:
             try:
                 self._close_failed(error, stopped=stopped)
-            except Exception as other:  # a full disk, say: the error of the training is the one to show
+            except Exception as other:  # for example a full disk; show the training's own error
                 if stopped:
                     raise
                 warn(f"{shown(self.run_dir)}: the receipt could not be closed: {in_words(other)}")
         if not stopped and (launcher := self.trainer.strategy.launcher):
-            launcher.kill(signal.SIGKILL)  # the other ranks of this node wait for this one
+            launcher.kill(signal.SIGKILL)  # the other ranks on this node wait for this rank forever
         return self._explained(error) or error
 
     def _close_failed(self, error: BaseException, *, stopped: bool) -> None:
         try:
             if isinstance(error, Stopped) and error.saved:
-                soon = "SLURM_JOB_ID" in os.environ  # its signals leave little time, and the next start delivers
+                soon = "SLURM_JOB_ID" in os.environ  # Slurm's signals leave little time; the next start delivers
                 seconds = 0 if soon else self.config["checkpoint"]["deliver_seconds"]
                 self.saver.close(seconds=seconds, wanted=False)
             else:
@@ -296,7 +297,8 @@ class _Session:
 
     def close(self) -> None:
         """Release the run's lock, fetched checkpoints and signals."""
-        if self.recorder.lock is not None and not self.keep_fetched:  # else another start may be reading them
+        # Without the lock another start may be reading them.
+        if self.recorder.lock is not None and not self.keep_fetched:
             shutil.rmtree(self.start.fetched, ignore_errors=True)
         self.recorder.release()
         self.listening.close()
@@ -379,7 +381,7 @@ def _refuse_classes_of_no_file(config: Config) -> None:
 def _quiet_lightning() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # aiohttp's, when a store goes away: said by the delivery
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # aiohttp logs a lost store here; the delivery reports it
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", message="The `srun` command is available")  # ranks.adopt says it where it matters
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # ranks.adopt warns if it matters
     warnings.filterwarnings("ignore", message="TypedStorage is deprecated", module="torch.distributed.checkpoint")

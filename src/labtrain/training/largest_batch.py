@@ -43,7 +43,7 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     if accelerator == "cpu":
         say("a CPU does not report full memory: the search ends at the size of the data, 8192 or --max-trials")
     let_lightning_say_how_it_goes()
-    with tempfile.TemporaryDirectory() as scratch:  # for the weights, which each trial begins with
+    with tempfile.TemporaryDirectory() as scratch:  # for the initial weights, which each trial restores
         alone = make_environment(None, accelerator=accelerator)
         trainer = make_trainer(config, accelerator, devices, alone, [], [], Wishes(), root=scratch)
         fitted = _noting_sizes(trainer, datamodule)
@@ -58,7 +58,7 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
                 hint="trainer.precision=bf16-mixed, speed.checkpoint_activations=true, or a smaller model",
             ) from error
     assert found is not None
-    found = max(smallest, min(found, max(fitted)))  # Lightning's last one, 8192, it takes without a trial
+    found = max(smallest, min(found, max(fitted)))  # Lightning returns 8192 without trying it
     say(f"data.batch_size={found}: {held_at_once(found, shards)}")
     return found
 

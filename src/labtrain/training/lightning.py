@@ -133,7 +133,7 @@ def ignore_signals(trainer: pl.Trainer) -> None:
 
 
 class LoggedValue(_ResultMetric):
-    """What was logged under one name. Lightning moves it to its device in each `self.log`: here only where it must."""
+    """The value logged under one name. Lightning moves it to its device in each `self.log`; here only if needed."""
 
     place: object = None
 
@@ -196,7 +196,7 @@ _being_logged: str | None = None
 
 
 def being_logged() -> str | None:
-    """Return the name of the value that `self.log` is at."""
+    """Return the name of the value that `self.log` is handling."""
     return _being_logged
 
 
@@ -216,13 +216,13 @@ def new_entry(
     should: bool = True,
     rank_zero_only: bool = False,
 ) -> LoggedValue:
-    """Return an entry for a name that nothing was logged under yet.
+    """Return an entry for a name without logged values.
 
     Args:
         meta: Lightning's description of it, or the fields of one.
         is_tensor: else it is a torchmetrics.Metric.
         reduce: over the ranks.
-        should: whether that is done at all.
+        should: whether to reduce.
         rank_zero_only: whether only rank 0 logs it.
     """
     meta = dataclasses.replace(meta) if isinstance(meta, ResultMeta) else ResultMeta(**meta)
@@ -262,7 +262,7 @@ def logger_connector(trainer: pl.Trainer) -> object:
 
 
 def before_epoch_metrics(trainer: pl.Trainer, call: Callable[[], None]) -> None:
-    """Call something before what was logged for the end of an epoch is computed."""
+    """Call a function before Lightning computes the values logged for the end of an epoch."""
     connector = trainer._logger_connector
     end = type(connector).on_epoch_end
 
@@ -282,12 +282,12 @@ def restore_metrics(trainer: pl.Trainer, metrics: Mapping[str, Tensor], *, first
 
 
 def silence_loggers(trainer: pl.Trainer) -> None:
-    """Put a logger that writes nothing in place of each of the trainer's."""
+    """Replace each of the trainer's loggers with one that writes nothing."""
     trainer._loggers = [DummyLogger() for _ in trainer._loggers]
 
 
 class QuietWriter(ExperimentWriter):
-    """Lightning's CSV writer, which would warn of what lies in its folder: it starts a new file."""
+    """Lightning's CSV writer, which starts a new file, without the warning about existing files."""
 
     def _check_log_dir_exists(self) -> None:
         Path(self.metrics_file_path).unlink(missing_ok=True)
@@ -312,11 +312,11 @@ def is_offline(logger: WandbLogger) -> bool:
 
 
 class CheckpointConnector(_CheckpointConnector):
-    """The part of the trainer that loads a checkpoint and puts it back."""
+    """The part of the trainer that loads and restores a checkpoint."""
 
     @property
     def loaded(self) -> State:
-        """The checkpoint that is put back; empty without one."""
+        """The checkpoint that is being restored; empty if there is none."""
         return self._loaded_checkpoint
 
     @loaded.setter
@@ -324,7 +324,7 @@ class CheckpointConnector(_CheckpointConnector):
         self._loaded_checkpoint = checkpoint
 
     def putting_back(self) -> AbstractContextManager[None]:
-        """Return what surrounds each part of putting a checkpoint back."""
+        """Return the context manager around each step of a restore."""
         return nullcontext()
 
     def _restore_modules_and_callbacks(
@@ -359,7 +359,7 @@ def broadcast_module(module: torch.nn.Module, left_out: Iterable[str]) -> None:
         module: the model.
         left_out: names of buffers that are not sent, beside those that the model itself leaves out.
     """
-    kept: Any = module  # torch's DistributedDataParallel has the attribute from its users
+    kept: Any = module  # users of DistributedDataParallel set this attribute
     kept._ddp_params_and_buffers_to_ignore = [*getattr(module, "_ddp_params_and_buffers_to_ignore", []), *left_out]
     _sync_module_states(module)
 
@@ -370,7 +370,7 @@ def prepare_batch(module: pl.LightningModule, batch: object, dataloader_idx: int
 
 
 def put_off_preparing(module: pl.LightningModule, is_later: Callable[[object], bool]) -> None:
-    """Keep Lightning from preparing the batches that `is_later` holds for; `prepare_batch` is then called for parts."""
+    """Keep Lightning from preparing batches for which `is_later` is true: `prepare_batch` then gets their parts."""
     module._on_before_batch_transfer = (  # type: ignore[method-assign]
         lambda batch, dataloader_idx=0: batch if is_later(batch) else prepare_batch(module, batch, dataloader_idx)
     )

@@ -157,7 +157,8 @@ class ContinuedCSVLogger(Clean, CSVLogger):  # type: ignore[misc]
     def experiment(self) -> object:
         if (made := experiment_of(self)) is None:
             path = Path(self.log_dir) / ExperimentWriter.NAME_METRICS_FILE
-            aside = path.with_name(f".{path.name}")  # until the kept rows are written again: a crash loses none
+            # A copy until the kept rows are written, so that a crash loses none.
+            aside = path.with_name(f".{path.name}")
             if path.exists() and not aside.exists():
                 path.rename(aside)
             rows: list[Options] = []
@@ -205,7 +206,7 @@ class ContinuedWandbLogger(Clean, WandbLogger):
         if (made := experiment_of(self)) is not None:
             return made
         run = super().experiment
-        # What is printed goes into output.log.
+        # W&B writes printed output to output.log.
         if (told := getattr(run, "_console_raw_callback", None)) is not None:
             run._console_raw_callback = lambda name, data: told(name, without_secrets(data))
         return run
@@ -234,7 +235,7 @@ class ContinuedWandbLogger(Clean, WandbLogger):
         self.told = count_rows(self.run_dir) if is_offline(self) else int(run.starting_step)
         for number, line in enumerate(lines, start=1):
             self._tell(number, json.loads(line))
-        self.told = max(self.told, self.rows - len(lines))  # rows of a folder that was lost
+        self.told = max(self.told, self.rows - len(lines))  # W&B has rows whose file was lost
 
     def position(self) -> int:
         return self.rows
@@ -264,11 +265,11 @@ def wandb_records(path: Path) -> Iterator[bytes]:
             at += 32768 - at % 32768
             continue
         length, kind = struct.unpack_from("<HB", raw, at + 4)
-        if kind == 0 or at + 7 + length > len(raw):  # what a crash left
+        if kind == 0 or at + 7 + length > len(raw):  # truncated by a crash
             return
         record += raw[at + 7 : at + 7 + length]
         at += 7 + length
-        if kind in (1, 4):  # whole, or the last piece
+        if kind in (1, 4):  # a whole record, or its last piece
             yield record
             record = b""
 
@@ -281,7 +282,8 @@ def _wandb(job: Job, options: Options, position: int) -> WandbLogger:
         mode = os.environ.get("WANDB_MODE") or ("online" if has_wandb_key() else "offline")
     options = {key: value for key, value in options.items() if value not in (None, [])}
     options = without_secrets(options) | {key: options[key] for key in options if key == "settings"}  # W&B's own key
-    remote = ask_git(".", "config", "--get", "remote.origin.url").strip()  # W&B leaves a user in it, that is a token
+    # W&B does not remove a user name from the URL, which may be a token.
+    remote = ask_git(".", "config", "--get", "remote.origin.url").strip()
     if (clean := without_secrets(remote)) != remote:
         options["settings"] = {"git_remote_url": clean} | dict(options.get("settings", {}))
     run = Path(job.run_dir).name

@@ -32,7 +32,7 @@ from labtrain.base.contracts import Options, SpeedConfig
 from labtrain.base.errors import ConfigError, DeviceError
 from labtrain.exact.determinism import STRICT_MODES
 
-# Of one function: a model whose parts share nn.Module's own function soon uses up torch's 8.
+# Compiled versions per function. Torch's default is 8, too few if many parts share one forward function.
 COMPILED_SIZES = 64
 # Options with which Inductor chooses by timing; labtrain turns off those that this torch has.
 TIMED = (
@@ -45,7 +45,7 @@ TIMED = (
     "max_autotune_pointwise",
     "shape_padding",
 )
-CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # are never called themselves
+CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # never called
 
 
 class Speed(pl.Callback):
@@ -59,7 +59,7 @@ class Speed(pl.Callback):
 
     def __init__(self, speed: SpeedConfig, *, mode: str, say: Callable[[str], None]) -> None:
         self.speed, self.mode, self.say = speed, mode, say
-        self.looks = False  # whether anything was compiled, after the first step
+        self.looks = False  # whether to check, after the first step, that something was compiled
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.speed["tf32"] and trainer.strategy.root_device.type == "cpu":
@@ -133,7 +133,7 @@ def compile_parts(module: pl.LightningModule, *, mode: str | bool, exact: bool) 
         torch._dynamo.config.recompile_limit = COMPILED_SIZES
         torch._dynamo.config.fail_on_recompile_limit_hit = True
     for part in called(module):
-        # As part.compile() does, which does not change torch's own modules, such as an nn.Sequential.
+        # part.compile() sets this attribute too, but does not change torch's own modules, such as nn.Sequential.
         part._compiled_call_impl = torch.compile(_calls(part), **options)
 
 
@@ -189,7 +189,8 @@ def recompute_blocks(module: nn.Module, say: Callable[[str], None]) -> None:
         say(f"speed.checkpoint_activations: {', '.join(left)} not recomputed: BatchNorm would be updated twice")
     for name, block in kept.items():
         block._labtrain_name = name  # type: ignore[assignment]
-        block.forward = types.MethodType(_recomputed, block)  # of the copy, where a callback copies the model
+        # A bound method, so that a copy of the model calls its own block.
+        block.forward = types.MethodType(_recomputed, block)
 
 
 def blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -212,7 +213,7 @@ def _recomputed(self: nn.Module, *args: object, **kwargs: object) -> object:
     forward = partial(type(self).forward, self, **kwargs)
     if not (self.training and torch.is_grad_enabled()):
         return forward(*args)
-    if torch.compiler.is_compiling():  # the compiler's own recomputation, draws included
+    if torch.compiler.is_compiling():  # the compiler recomputes on its own and repeats the draws
         return checkpoint(forward, *args, use_reentrant=False)
     before = [buffer._version for buffer in self.buffers()]
     output = checkpoint(forward, *args, use_reentrant=False, context_fn=_same_draws)

@@ -82,7 +82,7 @@ def find_start(job: Job) -> Start:
     job.hold(place)
     fetched = run_dir.with_name(f".{run_dir.name}.fetched")
     known = {checkpoint.name for store in stores_of(run_dir, place) for checkpoint in store.checkpoints()}
-    # A restart of a run that started from another run has its own checkpoints.
+    # If a launcher restarts a run that began from another run, the run resumes from its own checkpoints.
     resumes = not job.origin or job.origin_digest or restarted()
     found, origin = find_checkpoint(run_dir, place, fetched, run_id=job.run_id) if resumes else None, None
     if found is None and job.origin:
@@ -209,6 +209,9 @@ def hold_records(
 def warn_resumed(run_dir: Path, name: str, origin: Origin | None) -> None:
     """Print that a run resumes, or starts from another run, and from which checkpoint."""
     if origin is not None:
-        warn(f"{shown(run_dir)} is a new run: it starts from {name} of {origin['run_id']}, which does not change")
+        warn(
+            f"new run {shown(run_dir)}; it starts from checkpoint {name} of run {origin['run_id']}. "
+            f"Run {origin['run_id']} is not modified."
+        )
         return
     warn(f"{shown(run_dir)} resumes from {name} (resume=never starts a new run beside it)")

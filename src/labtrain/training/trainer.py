@@ -69,7 +69,7 @@ def make_experiment(job: Job) -> Experiment:
     with noting_opened(places):
         determinism.seed_all(seed, "init")
         datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
-        determinism.seed_all(seed, "init")  # again: what the data drew must not move the weights
+        determinism.seed_all(seed, "init")  # seed again: the data's draws must not change the weights
         model = instantiate(config["model"], "model", pl.LightningModule)
     for hook in ("prepare_data", "setup"):
         setattr(datamodule, hook, noting_opened(places)(getattr(datamodule, hook)))
@@ -125,7 +125,7 @@ def instantiate(options: Options, key: str, kind: type[Made]) -> Made:
         made = hydra_instantiate(options, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
-        # What a callback refuses are its arguments; a model or a datamodule may do anything when it is made.
+        # If a callback's constructor fails, its arguments are wrong. A model's or datamodule's may fail for any reason.
         if cause is None or isinstance(cause, TypeError | ImportError) or kind is pl.Callback:
             text = " ".join(str(error).split()) if cause is None else in_words(cause) + where(cause.__traceback__)
             raise ConfigError(

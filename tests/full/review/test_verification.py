@@ -266,7 +266,7 @@ def test_a_clone_and_the_receipt_give_yes_and_another_line_of_code_is_checked_ou
     ).stdout
     assert "trail.jsonl" in verify(tmp_path / "given" / "receipt.json", "--steps", "3", code=2, cwd=clone).err
     changed(tmp_path / "given", "code/patch", "")
-    assert "gives other code than the receipt's: model.py, more.py" in verify(tmp_path / "given", code=2, cwd=clone).err
+    assert "does not match the receipt: model.py, more.py" in verify(tmp_path / "given", code=2, cwd=clone).err
     changed(tmp_path / "given", "code/commit", "0" * 40)
     assert "is not in this repository" in verify(tmp_path / "given", code=2, cwd=clone).err
     assert "cannot find the experiment" in verify(tmp_path / "given", code=2, cwd=tmp_path).err

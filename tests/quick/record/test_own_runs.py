@@ -139,9 +139,7 @@ def run_dir(tmp_path: Path, server: socket.socket) -> Path:
     ],
 )  # fmt: skip
 def test_a_store_that_a_receipt_names_is_not_opened(command: Any, run_dir: Path) -> None:
-    with pytest.raises(
-        StoreError, match="labtrain opens no store with your credentials that only a receipt names"
-    ) as error:
+    with pytest.raises(StoreError, match="only the receipt names this store, so labtrain does not open it") as error:
         command(run_dir)
     assert error.value.hint.startswith("labtrain store ls sftp://127.0.0.1:")
 

@@ -51,7 +51,10 @@ def test_beyond_a_complete_run_is_a_new_one(runner: Runner) -> None:
     longer = configure("mlp", "even", trainer={"max_epochs": 5}, resume=run_dir.name)
     new = runner.run(longer)
     assert new not in (None, run_dir)
-    assert f"is a new run: it starts from step-0000000015 of {run_dir.name}, which does not change" in runner.said()
+    assert (
+        f"; it starts from checkpoint step-0000000015 of run {run_dir.name}. Run {run_dir.name} is not modified."
+        in runner.said()
+    )
     found = outcome(new)
     assert {**found, "run_id": None, "trail": None} == {**whole, "run_id": None, "trail": None}
     assert found["trail"] == whole["trail"][15:]

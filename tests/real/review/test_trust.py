@@ -240,7 +240,7 @@ def test_nothing_is_run_with_steps_0_in_a_folder_from_the_mail(own: tuple[Experi
     assert not canary.exists()
     patch = f"diff --git a/new.py b/new.py\nnew file mode 100644\n--- /dev/null\n+++ b/new.py\n@@ -0,0 +1 @@\n+{python}"
     changed(run_dir, "code/patch", patch)
-    assert "gives other code than the receipt's: new.py" in verify(run_dir, "--steps", "1", cwd=root, code=2).err
+    assert "does not match the receipt: new.py" in verify(run_dir, "--steps", "1", cwd=root, code=2).err
     changed(run_dir, "code/commit", "0" * 40)
     assert "is not in this repository" in verify(run_dir, "--steps", "0", cwd=root, code=2).err
     assert not canary.exists()

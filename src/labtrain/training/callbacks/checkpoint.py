@@ -33,7 +33,7 @@ from labtrain.training.state.outside import Outside
 from labtrain.training.state.rebuild import KEY, can_differ, cure, fitting, lacks, made_of
 from labtrain.training.state.unsaved import CLOCKS, CODE, Unsaved
 
-HYPERPARAMETERS = {  # their keys in Lightning's checkpoint dictionary, and whose they are
+HYPERPARAMETERS = {  # the key in Lightning's checkpoint dictionary, and the object that it belongs to
     pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY: "lightning_module",
     pl.LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY: "datamodule",
 }
@@ -64,8 +64,8 @@ class Checkpoints(pl.Callback):
     ) -> None:
         self.run_id, self.say = run_id, say
         self.stepped = False
-        self.initial: dict[str, object] = {}  # how optimizers, schedulers and callbacks began
-        self.made: dict[str, object] = {}  # what the training is made of, as the configuration makes it
+        self.initial: dict[str, object] = {}  # first values of optimizers, schedulers and callbacks
+        self.made: dict[str, object] = {}  # tensors and parameter groups, as the configuration makes them
         self.monitor, self.keep_best = options["monitor"], options["keep_best"]
         keep = partial(
             kept,
@@ -77,14 +77,14 @@ class Checkpoints(pl.Callback):
         self.saver = Saver(run_dir, place, run_id=run_id, keep=keep, spool_bytes=options["spool_bytes"])
         self.saver.before = link_to(*resumed) if resumed else None
         self.newest = (resumed[0], int(resumed[1]["step"])) if resumed else None
-        self.validated = False  # in this process
+        self.validated = False  # whether this process has validated
         self.alike: Alike | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Stop if the ranks would resume from different checkpoints, before they load anything together."""
         if stage != "fit":
             return
-        # Lightning puts finders first, which change what is looked at here.
+        # Lightning runs finders first, and they change values that this method records.
         trainer.callbacks = [self, *(each for each in trainer.callbacks if each is not self)]  # type: ignore[attr-defined]
         _leave_rates(trainer)
         self.initial = {"callbacks": beginnings_of_callbacks(trainer)}
@@ -100,9 +100,9 @@ class Checkpoints(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, object]
     ) -> None:
         loop = loop_of(trainer)
-        if PLACE not in checkpoint:  # what a finder puts back after its search: Lightning's, and no place of a training
+        if PLACE not in checkpoint:  # Lightning's tuner restores its own checkpoint, which has no resume point
             return
-        if "optimizers" in self.initial and loop.loaded is None:  # as it is spread over the ranks, it is loaded late
+        if "optimizers" in self.initial and loop.loaded is None:  # not for a sharded checkpoint, which is loaded later
             with fitting():
                 adopt(checkpoint, trainer, self.initial, say=self.say)
         loop.loaded = checkpoint
@@ -138,7 +138,8 @@ class Checkpoints(pl.Callback):
                     " the value in the checkpoint (to start with the new value: resume=never)"
                 )
         if is_spread(pl_module.state_dict()):
-            self.saver.group = dist.new_group(backend="gloo")  # the writers', beside what the loop exchanges
+            # For the writer threads, separate from the loop's exchanges.
+            self.saver.group = dist.new_group(backend="gloo")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
@@ -154,7 +155,7 @@ class Checkpoints(pl.Callback):
             self.saver.check()
         if not self.stepped and trainer.global_step:
             self.stepped = True
-            self.check_savable(trainer, stepped=True)  # now with the states that optimizers make in their first step
+            self.check_savable(trainer, stepped=True)  # check again: optimizers create their state in the first step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -173,12 +174,12 @@ class Checkpoints(pl.Callback):
             self.say(f"{wrong}, so no best value is recorded; {logged}")
 
     def save(self, trainer: pl.Trainer, *, required: bool) -> None:
-        """Save the training's current state, on every rank: rank 0 writes, and each rank its part of a spread state.
+        """Save the training's current state, on every rank: rank 0 writes, or each rank its part if it is spread.
 
         Args:
             trainer: the trainer.
-            required: wait for the previous save; and for this one, if the training stops. Otherwise a save that comes
-                while the previous one is written is made up for later.
+            required: wait for the previous save; and for this one, if the training stops. If False and the
+                previous save is still being written, this save is made later.
         """
         wishes = loop_of(trainer).wishes
         if not required and not self.keep_best and trainer.strategy.broadcast(self.saver.busy):
@@ -206,7 +207,8 @@ class Checkpoints(pl.Callback):
         wishes.keep_time()
         if wishes.agreed_stop:
             self.saver.wait()
-            trainer.strategy.barrier("labtrain.checkpoint")  # else others end, and what started them ends rank 0
+            # Otherwise a rank that exits early makes the launcher kill rank 0.
+            trainer.strategy.barrier("labtrain.checkpoint")
 
     def _say_lost(self, trainer: pl.Trainer) -> None:
         unsaved = loop_of(trainer).unsaved
@@ -244,7 +246,7 @@ class Checkpoints(pl.Callback):
         """
         try:
             state = dump(trainer, optimizers=stepped or not is_spread(trainer.lightning_module.state_dict()))
-        except Exception:  # a user's hook that saves what exists only later: the first save reports it
+        except Exception:  # a hook may need state that exists only later; the first save reports its error
             return
         found = list(unsavable({key: value for key, value in state.items() if key != "state_dict"}))
         for key, owner in HYPERPARAMETERS.items():
@@ -303,10 +305,11 @@ class Checkpoints(pl.Callback):
         saver.wait()
         if self.newest is None or not (trainer.is_global_zero or spread):
             return None
-        manifest = saver.manifests.get(self.newest[0], {"step": self.newest[1]})  # rank 0 has all of it
+        manifest = saver.manifests.get(self.newest[0], {"step": self.newest[1]})  # only rank 0 has the manifests
         if agreed(manifest.get("weights_digest") == weights_digest):
             state = saver.staged
-            if state is None and resumed is not None and not spread:  # it was complete, only its delivery was missing
+            # The training was complete, and only the delivery was missing.
+            if state is None and resumed is not None and not spread:
                 state = load_folder(resumed)
             return state_digest(state) if state is not None and not spread else None
         state = {"state_dict": trainer.strategy.lightning_module_state_dict()}
@@ -399,7 +402,7 @@ def check_ranks(trainer: pl.Trainer) -> None:
     if trainer.world_size == 1 or not isinstance(trainer.strategy, DDPStrategy):
         return
     named: list[tuple[str, torch.Tensor]] = [*trainer.lightning_module.named_parameters()]
-    if isinstance(trainer.strategy, Exact):  # else BatchNorm's statistics are those of a rank
+    if isinstance(trainer.strategy, Exact):  # otherwise each rank has its own BatchNorm statistics
         named += list(trainer.lightning_module.named_buffers())
     if (name := first_unlike(named)) is not None:
         raise LabtrainError(
@@ -418,13 +421,13 @@ def dump(trainer: pl.Trainer, *, optimizers: bool = True) -> State:
     """
     state: dict[str, object] = checkpoint_connector(trainer).dump_checkpoint(weights_only=not optimizers)
     del state["loops"]
-    for key in HYPERPARAMETERS:  # a model is made from the configuration, which has them
+    for key in HYPERPARAMETERS:  # not saved: labtrain makes the model from the configuration
         if key in state:
             state[key] = without_secrets(state[key])
     for key in ("lr_schedulers", "callbacks"):
         if key in state:
             state[key] = _without_code(state[key], scheduler=key == "lr_schedulers")
-    if "callbacks" in state:  # their keys hold their options: EarlyStopping{'monitor': ...}
+    if "callbacks" in state:  # a callback's key includes its options: EarlyStopping{'monitor': ...}
         state["callbacks"] = as_references(state["callbacks"])
     return state
 

@@ -57,7 +57,7 @@ class GpuStats(pl.Callback):
         found.setdefault(device.index or 0, {}).update(held(device))
         metrics = {f"gpu/{number}/{name}": value for number, values in found.items() for name, value in values.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=step - 1)  # as Lightning counts what it logs of a step
+            logger.log_metrics(metrics, step=step - 1)  # Lightning logs the first step as 0
         for number, values in found.items():
             used, total = values.get("memory_used_gb", 0.0), self.sensors.total_gb.get(number, 0.0)
             if used > FULL * total and total and number not in self.warned:

@@ -74,7 +74,7 @@ class Recorder(pl.Callback):
     ) -> None:
         self.job, self.run_dir, self.checkpoints = job, Path(job.run_dir), checkpoints
         self.resumed_step, self.places, self.origin = resumed_step, places, origin
-        self.waits = False  # with the receipt, for the first new step
+        self.waits = False  # whether the receipt is written only after the first new step
         self.notes: list[str] = []
         self.missing: list[list[int]] = []  # ranges of steps whose lines the trail lacks
         self.receipt: receipt.Receipt | None = None
@@ -106,7 +106,7 @@ class Recorder(pl.Callback):
                 f"cannot lock {shown(path)}: {error.strerror or 'it is not a file'}", hint=f"ls -l {shown(path)}"
             ) from error
         try:
-            # A record lock: the loader's workers have no share in it, and do not hold it when this process is killed.
+            # A record lock: forked loader workers do not inherit it. So it is released when this process is killed.
             fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             holder = os.read(self.lock, 100).decode(errors="replace").strip()
@@ -147,7 +147,8 @@ class Recorder(pl.Callback):
             self.notes[:0] = [note for note in unsure if note not in self.notes]
         segment = self._new_segment(trainer)
         config, code = job.recorded(), without_secrets(code_state(job))
-        self.waits = before is not None or self.origin is not None  # for its first step
+        # The existing receipt must not change before the first new step.
+        self.waits = before is not None or self.origin is not None
         self.receipt = {
             "schema": receipt.SCHEMA,
             "run_id": job.run_id,
@@ -217,11 +218,11 @@ class Recorder(pl.Callback):
     def _begin(self) -> None:
         """Write the receipt, config.yaml and code.patch."""
         assert self.receipt is not None
-        remember(self.receipt, Path(self.job.root))  # while its patch is whole
+        remember(self.receipt, Path(self.job.root))  # before a long patch is removed from it
         self.waits, code = False, self.receipt["code"]
         write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.receipt["config"], sort_keys=False))
         if not code["patch"]:
-            (self.run_dir / PATCH).unlink(missing_ok=True)  # of an earlier start
+            (self.run_dir / PATCH).unlink(missing_ok=True)  # from an earlier start
         else:
             write_atomically(self.run_dir / PATCH, code["patch"])
             if len(code["patch"]) > LONGEST_PATCH:
@@ -233,7 +234,8 @@ class Recorder(pl.Callback):
         folder, read = self.run_dir.resolve(), []
         for place in {*self.places, *places}:
             real = place.resolve()
-            if not real.is_relative_to(folder) and not folder.is_relative_to(real):  # the run's own files come and go
+            # Files in the run's folder change during the run.
+            if not real.is_relative_to(folder) and not folder.is_relative_to(real):
                 read.append(place)
         return data | files_read(read, Path(self.job.root))
 
@@ -279,7 +281,7 @@ class Recorder(pl.Callback):
             self.receipt["checkpoints"] = self.checkpoints()
             receipt.write(self.run_dir, self.receipt)
         elif self.made_folder and (self.receipt is None or self.origin is not None):
-            shutil.rmtree(self.run_dir, ignore_errors=True)  # a signal may have come before it was made
+            shutil.rmtree(self.run_dir, ignore_errors=True)  # a signal may arrive before the folder exists
 
     def release(self) -> None:
         """Release the lock, so that other processes can train the run."""
@@ -330,7 +332,7 @@ def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, 
                     found[name]["transforms"] = [described(transform) for transform in loader.transforms]
             except LabtrainError:
                 raise
-            except Exception as error:  # whatever a person's dataset holds
+            except Exception as error:  # a user's dataset can raise anything
                 say(f"cannot fingerprint the {name} data: {type(error).__name__}: {error}")
     return found, places
 

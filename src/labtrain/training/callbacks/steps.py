@@ -109,10 +109,11 @@ class Trail(pl.Callback):
         self.say, self.said = say, False
         self.is_cut = False
         self.spread = False
-        self.numbers: dict[int, int] = {}  # of each parameter, by id: its place in `tensor_names` as the run began
-        self.loaded: dict[str, int] = {}  # the same by name, where code has changed the model since
-        self.gradients: torch.Tensor | None = None  # their sums, of the step that is being done
-        self.loss: torch.Tensor | None = None  # of its batches so far; Lightning has divided each by their number
+        self.numbers: dict[int, int] = {}  # by a parameter's id, its index in the first `tensor_names`
+        self.loaded: dict[str, int] = {}  # by a parameter's name, if code has changed the model since
+        self.gradients: torch.Tensor | None = None  # checksums of the current step's gradients
+        # Sum over the step's batches so far; Lightning has divided each loss by their number.
+        self.loss: torch.Tensor | None = None
         self.pending: tuple[State, torch.Tensor] | None = None
         self.copied: torch.cuda.Event | None = None
 
@@ -131,7 +132,7 @@ class Trail(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        # Of manual optimization it is not known yet which optimizer's step is the batch's last, whose number counts.
+        # Manual optimization: it is not known yet which optimizer step is the batch's last, which the trail records.
         unwritten = pl_module.automatic_optimization and (trainer.global_step + 1) % self.every_n_steps
         if unwritten or (self.file is None and not self.spread):
             return
@@ -144,7 +145,8 @@ class Trail(pl.Callback):
         ]
         if gradients:
             sums = two_sums(gradients, spread=self.spread)
-            self.gradients = sums if self.gradients is None else self.gradients + sums  # of several optimizers
+            # Add up the gradients of several optimizers.
+            self.gradients = sums if self.gradients is None else self.gradients + sums
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: STEP_OUTPUT, batch: object, batch_idx: int
@@ -153,7 +155,7 @@ class Trail(pl.Callback):
         if step > self.resumed_step:
             self._cut()
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, torch.Tensor) and loss.numel() == 1:  # manual optimization returns what it likes
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:  # with manual optimization a step may return anything
             exact = loss.detach().double().reshape(1)
             more = self.loss is not None and pl_module.automatic_optimization
             self.loss = self.loss + exact if more else exact  # type: ignore[operator]
@@ -200,7 +202,7 @@ class Trail(pl.Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, object]
     ) -> None:
-        self.flush()  # a training that resumes from it needs this step's line
+        self.flush()  # a training that resumes from this checkpoint needs the step's line
         if not self.numbers:
             return
         numbered = [(name, self.numbers.get(id(parameter))) for name, parameter in pl_module.named_parameters()]
@@ -272,10 +274,10 @@ class Progress(ProgressBar):
         self.first_step = 0
         self.samples = 0
 
-    def disable(self) -> None:  # Lightning's protocol: on every rank but 0
+    def disable(self) -> None:  # Lightning's protocol: called on every rank except rank 0
         self.enabled = False
 
-    def enable(self) -> None:  # and after a finder's search, on every rank
+    def enable(self) -> None:  # called on every rank after a finder's search
         self.enabled = self.trainer.is_global_zero
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -295,7 +297,7 @@ class Progress(ProgressBar):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.enabled:
             self.printed = time.monotonic()
-            done = trainer.fit_loop.epoch_loop.batch_progress.current.completed  # a stream has no length to tell
+            done = trainer.fit_loop.epoch_loop.batch_progress.current.completed  # an iterable dataset has no length
             self._print(self._line(trainer, pl_module, done), moving=False)
 
     def _line(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batches: int) -> str:
@@ -304,7 +306,7 @@ class Progress(ProgressBar):
         seconds = max(time.monotonic() - self.started, 1e-9)
         epochs = trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs > 0 else None
         known = math.isfinite(per_epoch)
-        total = trainer.estimated_stepping_batches  # of a stream max_steps, which may be -1
+        total = trainer.estimated_stepping_batches  # for an iterable dataset this is max_steps, which may be -1
         left = (total - trainer.global_step) / done * seconds if done and 0 < total < math.inf else None
         bar = self._bar(batches / per_epoch) if self.terminal and known else ""
         parts = [

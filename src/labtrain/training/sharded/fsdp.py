@@ -25,7 +25,7 @@ from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.checkpoints.format import in_parts, load_folder
 
-BLOCK_PARAMETERS = 1_000_000  # fewer are not worth an exchange of their own
+BLOCK_PARAMETERS = 1_000_000  # smaller blocks are not worth a separate exchange
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
 
@@ -99,14 +99,14 @@ def shard(module: pl.LightningModule, mesh: DeviceMesh) -> None:
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     if any(isinstance(part, FSDPModule) for part in module.modules()):
-        return  # for the fit, before a test
+        return  # already sharded for the fit, which precedes the test
     for name, parameter in module.named_parameters():
         if parameter.dim() == 0:
             raise ConfigError(
                 f"{name} is a scalar: trainer.strategy=fsdp cuts each parameter along its first dimension",
                 hint=f"give {name} the shape (1,)",
             )
-    for block in reversed(large_blocks(module)):  # what lies inside comes first
+    for block in reversed(large_blocks(module)):  # inner blocks first
         fully_shard(block, mesh=mesh)
     fully_shard(module, mesh=mesh)
     for step in STEPS:  # Lightning calls these, not `forward`
@@ -125,7 +125,7 @@ def large_blocks(module: nn.Module) -> list[nn.Module]:
     for name, block in module.named_modules():
         parent = module.get_submodule(name.rpartition(".")[0])
         if not isinstance(parent, nn.ModuleList | nn.Sequential) or isinstance(block, nn.ModuleList | nn.ModuleDict):
-            continue  # torch shards no container; its elements follow
+            continue  # torch does not shard containers; their elements follow
         size = sum(parameter.numel() for parameter in block.parameters())
         own = all(place.startswith(f"{name}.") for parameter in block.parameters() for place in places[id(parameter)])
         if size >= BLOCK_PARAMETERS and own:

@@ -21,8 +21,8 @@ from labtrain.exact.attributes import plain_attributes
 from labtrain.exact.collate import received, to_send
 from labtrain.training.lightning import eval_loaders, evaluation_loop, train_loaders
 
-Path = tuple[object, ...]  # an attribute's dotted name, and the keys from there to a list
-Calls = list[list[int]]  # of each loader: of each batch, how often this rank's step was called
+Path = tuple[object, ...]  # an attribute's dotted name, then the keys that lead to a list
+Calls = list[list[int]]  # calls[loader][batch]: how often this rank's step was called
 
 _trainer: weakref.ref[pl.Trainer] | None = None
 
@@ -121,7 +121,7 @@ def lists_of(module: torch.nn.Module) -> dict[Path, list[object]]:
 def calls_of(trainer: pl.Trainer) -> Calls:
     """Return how often this rank's step has been called in the epoch that a trainer is in."""
     if trainer.training:
-        loaders = [*train_loaders(trainer)][:1]  # several give one batch together
+        loaders = [*train_loaders(trainer)][:1]  # several loaders give one combined batch
         limits, done = [float("inf")], trainer.fit_loop.epoch_loop.batch_progress.current.ready
     elif trainer.sanity_checking or trainer.validating or trainer.testing:
         loop = evaluation_loop(trainer)
@@ -161,7 +161,7 @@ def _order(lengths: list[int], calls: list[Calls], trainer: pl.Trainer | None) -
     Raises:
         ConfigError: the lengths do not fit the calls, or fit two loaders that give two orders.
     """
-    whole = [list(zip(*calls, strict=True))]  # of each loader: the calls of each rank
+    whole = [list(zip(*calls, strict=True))]  # for each loader, the calls of each rank
     found = []
     for loaders in whole + [[loader] for loader in whole[0]]:
         expected = [sum(sum(of_rank) for of_rank in ranks) for ranks in zip(*loaders, strict=True)]

@@ -31,8 +31,8 @@ from labtrain.training.state.reach import label, reach
 Values = TypeVar("Values", Tensor, np.ndarray)
 
 MOST_OBJECTS = 300_000
-MOST_BYTES, PIECES = 1 << 24, 1 << 10  # of a tensor or an array; of a larger one this much, in this many pieces
-# Of a module of the model: the other private attributes belong to torch and Lightning.
+MOST_BYTES, PIECES = 1 << 24, 1 << 10  # hash at most MOST_BYTES of a tensor or array, sampled in PIECES parts
+# Private attributes of a module to compare; its other private attributes belong to torch and Lightning.
 LOOKED_INTO = {"_parameters", "_buffers", "_modules", "_hparams", "_forward_hooks", "_forward_pre_hooks"}
 NOT_LOOKED_INTO = (
     pl.Trainer, Strategy, Logger, logging.Logger, torch.utils.data.Dataset, torch.utils.data.DataLoader,
@@ -47,7 +47,7 @@ NO_STATE = re.compile(
 CACHES = {"_flags_cache", "_value2member_map_", "_clear_cache"}
 STATE = (nn.Module, torch.Generator, Tensor, dict, list)
 
-Look = dict[str, object]  # of a path, a fingerprint; of a list of numbers and texts they themselves, of a dict its keys
+Look = dict[str, object]  # by path: a fingerprint; for a list of numbers and texts its items; for a dict its keys
 
 
 def look(
@@ -61,7 +61,7 @@ def look(
 
     Args:
         module: the model. The content of its parameters and buffers is left out.
-        beside: other objects, by name; of these numbers with a fraction are left out: mostly times.
+        beside: other objects, by name; their non-integer numbers are left out: mostly times.
         known: objects that are left out, such as the training's optimizers.
         kept: attributes that are left out: their holder and name.
     """

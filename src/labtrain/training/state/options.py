@@ -63,7 +63,7 @@ def beginnings_of_callbacks(trainer: pl.Trainer) -> State:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         try:
             state = callback.state_dict()
-        except Exception:  # one that has no state before it is set up
+        except Exception:  # a callback may have no state before setup
             continue
         if options := {key: value for key, value in state.items() if type(value) in (bool, int, float, str)}:
             found[callback.state_key] = options
@@ -83,7 +83,7 @@ def adopt(checkpoint: State, trainer: pl.Trainer, now: State, *, say: Say) -> No
         ConfigError: a state cannot be carried over; nothing has changed.
     """
     before = checkpoint[PLACE].get("initial")
-    if before is None or "optimizer_states" not in checkpoint:  # of an older labtrain
+    if before is None or "optimizer_states" not in checkpoint:  # written by an older labtrain
         return
     _adopt_callbacks(checkpoint.get("callbacks", {}), before.get("callbacks", {}), now.get("callbacks", {}), say)
     if _same(
@@ -133,7 +133,8 @@ def _check_optimizers(checkpoint: State, before: State, now: State) -> None:
 def _enter_schedules(checkpoint: State, trainer: pl.Trainer, before: State, now: State) -> set[int]:
     """Step each changed scheduler to the training's position; return the optimizers whose options it gives."""
     at, saved, states = checkpoint[PLACE], checkpoint["lr_schedulers"], []
-    entered = {old["optimizer"] for old in before["schedulers"][len(now["schedulers"]) :]}  # it has one less
+    # Optimizers of schedulers that no longer exist.
+    entered = {old["optimizer"] for old in before["schedulers"][len(now["schedulers"]) :]}
     for index, config in enumerate(trainer.lr_scheduler_configs):
         new = now["schedulers"][index]
         old = before["schedulers"][index] if index < len(before["schedulers"]) else None
@@ -145,7 +146,7 @@ def _enter_schedules(checkpoint: State, trainer: pl.Trainer, before: State, now:
         if old is not None and (state is None or not old["state"].keys() <= state.keys()):
             raise ConfigError(
                 f"{name} is changed, but the checkpoint holds another scheduler in its place",
-                hint="restore the schedule: StochasticWeightAveraging, say, put its own there; or resume=never",
+                hint="restore the schedule (for example, StochasticWeightAveraging replaced it); or resume=never",
             )
         if _by_metric(config):
             if old is not None and state is not None and old["class"] == new["class"]:
@@ -173,7 +174,7 @@ def _step(trainer: pl.Trainer, scheduler: torch.optim.lr_scheduler.LRScheduler, 
             hint="restore the schedule; or resume=never",
         )
     try:
-        with warnings.catch_warnings(action="ignore"):  # about an optimizer that has made no step
+        with warnings.catch_warnings(action="ignore"):  # torch warns about an optimizer that has made no step
             for _ in range(steps):
                 scheduler.step()
     except Exception as error:
@@ -245,7 +246,7 @@ def _probes(scheduler: object) -> list[object]:
             for step in PROBES:
                 try:
                     found.append(float(function(step)))
-                except Exception as error:  # a table that ends, say
+                except Exception as error:  # for example a table that ends
                     found.append(type(error).__name__)
                     break
     return found

@@ -36,10 +36,10 @@ from labtrain.exact.plain_values import SCALARS, is_experiments, is_own
 from labtrain.training.lightning import train_loaders
 from labtrain.training.state.changes import of_generator
 
-KEY = "outside"  # of the place in a checkpoint
+KEY = "outside"  # in the checkpoint's resume point
 MOST_BYTES = 2**20
 LOOPS = {"max_epochs": "fit_loop", "min_epochs": "fit_loop", "max_steps": "epoch_loop", "min_steps": "epoch_loop"}
-BY_ITSELF = frozenset({"should_stop"})  # what Lightning changes
+BY_ITSELF = frozenset({"should_stop"})  # Lightning itself changes these
 TORCHS = frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=1.0))) | {"_opt_called"}
 
 
@@ -83,7 +83,8 @@ class Outside:
             now = getattr(_owner(self.trainer, name), name, None)
             if first_of_another_kind(value, now) is not None:
                 raise ValueError(f"trainer.{name} cannot be {value!r}")
-            if entering or name in LOOPS:  # GradientAccumulationScheduler looks at the others when the training starts
+            # Before the start, only loop limits: GradientAccumulationScheduler then checks the other settings.
+            if entering or name in LOOPS:
                 setattr(_owner(self.trainer, name), name, value)
         for label, part in _parts(self.trainer):
             shell = _shell(part, self.trainer)
@@ -141,7 +142,8 @@ def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, object]]:
         while isinstance(dataset, Dataset) and not hasattr(dataset, "state_dict"):
             if is_experiments(type(dataset)):
                 yield name, dataset
-            dataset, name = getattr(dataset, "dataset", None), f"{name}.dataset"  # a Subset's, or of one's own wrapper
+            # The dataset in a Subset, or in a user's wrapper.
+            dataset, name = getattr(dataset, "dataset", None), f"{name}.dataset"
     for index, optimizer in enumerate(trainer.optimizers):
         yield f"{type(optimizer).__name__}" if index == 0 else f"{type(optimizer).__name__}-{index}", optimizer
 

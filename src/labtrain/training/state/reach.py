@@ -16,10 +16,8 @@ from typing import Any, cast
 
 from labtrain.exact.plain_values import SCALARS, SIMPLE, is_experiments, is_experiments_module
 
-Items = list[tuple[Any, Any]]  # a name or a key or an index, and what is there
-Enter = Callable[
-    [object, object, object], bool
-]  # an object, a name in it, and what is there: whether it is looked into
+Items = list[tuple[Any, Any]]  # (name, key or index; the value there)
+Enter = Callable[[object, object, object], bool]  # (object, name in it, value there) -> whether to enter the value
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +26,7 @@ class View:
 
     Attributes:
         get: returns what it holds now.
-        put: makes it hold these again; None if that can't be changed from outside.
+        put: restores these; None if it cannot be changed from outside.
         path: the prefix of its items' names; None for the object's own path.
     """
 
@@ -44,7 +42,7 @@ def reach(roots: Mapping[str, object], enter: Enter) -> Iterator[tuple[str, obje
         roots: where to start, by path.
         enter: called before an object is entered; not for the roots, nor for a list's numbers and texts.
     """
-    waiting, seen = deque(roots.items()), dict[int, object]()  # the objects too, so that no id is given away again
+    waiting, seen = deque(roots.items()), dict[int, object]()  # keeps the objects alive, so that no id is reused
     while waiting:
         path, value = waiting.popleft()
         if type(value) not in SCALARS:
@@ -53,7 +51,8 @@ def reach(roots: Mapping[str, object], enter: Enter) -> Iterator[tuple[str, obje
             seen[id(value)] = value
         held = [(view, view.get()) for view in views(value)]
         yield path, value, held
-        if isinstance(value, list) and SIMPLE.issuperset(map(type, value)):  # losses of a million steps
+        # Fast path, for example for the losses of a million steps.
+        if isinstance(value, list) and SIMPLE.issuperset(map(type, value)):
             continue
         for view, items in held:
             base = path if view.path is None else view.path
@@ -118,7 +117,7 @@ def _set_slots(value: object, saved: Items) -> None:
 
 
 def _mapping(mapping: dict[Any, Any]) -> View:
-    kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict  # of a Counter, update would count
+    kind: Any = OrderedDict if isinstance(mapping, OrderedDict) else dict  # Counter.update would add instead of replace
 
     def put(saved: Items) -> None:
         kind.clear(mapping)
@@ -225,6 +224,6 @@ def _reduced(iterator: object) -> tuple[object, ...]:
 
 def _is_empty(cell: types.CellType) -> bool:
     try:
-        return cell.cell_contents is cell  # never
+        return cell.cell_contents is cell  # never true; raises ValueError if the cell is empty
     except ValueError:
         return True

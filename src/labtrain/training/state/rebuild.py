@@ -5,12 +5,12 @@ A resumed process has them as the configuration makes them, before it loads the 
 ========================== ===========================================================================================
 groups of parameters       are made as saved: for example, a backbone that was unfrozen and added to the optimizer
 buffers                    that are new, None or have another shape are made as saved
-parameters, other modules  (after pruning, say) no checkpoint holds the code that made them. The save warns, and the
+parameters, other modules  (after pruning) no checkpoint holds the code that made them. The save warns, and the
                            resumed process refuses, unless `on_load_checkpoint` makes them there
 another optimizer          the same: it belongs in configure_optimizers
 ========================== ===========================================================================================
 
-Lightning 2.6: trainer/connectors/checkpoint_connector.py loads what is loaded.
+Lightning 2.6: trainer/connectors/checkpoint_connector.py loads the states.
 """
 
 import traceback
@@ -32,7 +32,7 @@ from labtrain.record.digests import PLACE
 from labtrain.record.sources import in_environment
 from labtrain.training.lightning import CheckpointConnector, call_module_hook
 
-KEY = "made"  # of the place in a checkpoint: the training's tensors and groups, if they changed
+KEY = "made"  # in the checkpoint's resume point: the training's tensors and groups, if they changed
 IN_THE_MODEL = (
     "make it in __init__ or setup of the model; or in its on_load_checkpoint too, before the weights are loaded"
 )
@@ -145,7 +145,8 @@ class Connector(CheckpointConnector):
     def __init__(self, trainer: pl.Trainer, resumed: Path | None = None) -> None:
         super().__init__(trainer)
         self.resumed = resumed
-        self.changed_by_hook = False  # how many states there are: a hook may begin with new ones
+        # Whether on_load_checkpoint changed the number of states, so that new ones are allowed.
+        self.changed_by_hook = False
 
     @contextmanager
     def putting_back(self) -> Iterator[None]:
@@ -196,7 +197,7 @@ class Connector(CheckpointConnector):
         self.changed_by_hook |= _numbers(self.loaded) != before
         made = self.loaded.get(PLACE, {}).get(KEY)
         if made is not None:
-            now = {**made_of(self.trainer), "optimizers": made["optimizers"]}  # they are made later
+            now = {**made_of(self.trainer), "optimizers": made["optimizers"]}  # the optimizers do not exist yet
             _refuse(lacks(now, made), made, self.loaded["state_dict"])
             _put_buffers(module, made["buffers"], self.loaded["state_dict"])
         try:
@@ -214,7 +215,7 @@ class Connector(CheckpointConnector):
     def restore_callbacks(self) -> None:
         loaded = self.loaded or {}
         for holder in (loaded, loaded.get(PLACE, {}).get("initial", {})):
-            if "callbacks" in holder:  # saved with references to the environment
+            if "callbacks" in holder:  # saved with references such as ${oc.env:X}
                 holder["callbacks"] = as_references(holder["callbacks"], back=True)
         super().restore_callbacks()
 
@@ -234,7 +235,7 @@ class Connector(CheckpointConnector):
     def restore_lr_schedulers(self) -> None:
         made = [config.scheduler for config in self.trainer.lr_scheduler_configs]
         for scheduler, saved in zip(made, self.loaded["lr_schedulers"], strict=False):
-            # It loads with any type, and fails in a later step.
+            # Loading accepts any type, and a later step would fail.
             if (name := first_of_another_kind(saved, scheduler.state_dict())) is not None:
                 raise ValueError(f"{name} of {type(scheduler).__name__} has another type")
         super().restore_lr_schedulers()
@@ -257,7 +258,7 @@ def _regroup(optimizer: torch.optim.Optimizer, names: list[list[str]], parameter
     groups = optimizer.param_groups
     wanted = [[parameters[name] for name in group if name in parameters] for group in names]
     if [len(group) for group in wanted] != [len(group) for group in names]:
-        return  # parameters of other modules, as from the beginning
+        return  # parameters outside the model, which keep their groups
     if [[*map(id, group["params"])] for group in groups] == [[*map(id, group)] for group in wanted]:
         return
     options = [dict(group) for group in groups[: len(wanted)]]

@@ -22,15 +22,15 @@ from torch import Tensor
 from labtrain.exact.attributes import RANDOM
 from labtrain.training.state.reach import Items, View, reach
 
-LARGEST_BYTES = 1 << 30  # of what is saved beside the tensors that do not count
-OBJECT_BYTES = 1 << 10  # that an object or a container counts for
+LARGEST_BYTES = 1 << 30  # limit for saved content, without the tensors in `free`
+OBJECT_BYTES = 1 << 10  # estimated size of one object or container
 
-# Nothing in them is kept.
+# Objects of these types are not saved.
 LEFT_OUT = (
     type(None), bool, int, float, complex, str, bytes, Enum, types.BuiltinFunctionType, weakref.ReferenceType,
     torch.dtype, torch.device, pl.Trainer, Logger, Strategy, logging.Logger,
 )  # fmt: skip
-# Their attributes are kept, and not what these hold: it may be a data set, or as large as the weights.
+# Only their own attributes are saved. What the attributes hold may be a dataset, or as large as the weights.
 SHALLOW = (
     torch.utils.data.Dataset, torch.utils.data.DataLoader, pl.LightningDataModule, torch.optim.Optimizer,
 )  # fmt: skip
@@ -119,7 +119,7 @@ def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
             tensor.grad = None
         if tensor.dtype != memory.dtype or tensor.shape != memory.shape or tensor.data_ptr() != memory.data_ptr():
             tensor.data = memory
-        if not _same_bits(memory, saved):  # else it is not written: it may be a map of a file that cannot be
+        if not _same_bits(memory, saved):  # write only if it changed: the memory may be a read-only map of a file
             memory.copy_(saved)
         if tensor.is_leaf:
             tensor.grad = gradient

@@ -56,13 +56,14 @@ class Unsaved:
 
     Args:
         module: the model.
-        looks: whether to look at all that can be reached, to name what is not saved.
+        looks: whether to check everything reachable, to name state that is not saved.
     """
 
     def __init__(self, module: pl.LightningModule, *, looks: bool) -> None:
         self.module = module
-        self.lost: set[str] = set()  # names of what has changed and is not saved
-        self.overruled: dict[str, str] = {}  # attributes with another first value here; the saved value stays
+        self.lost: set[str] = set()  # names of changed state that is not saved
+        # Attributes whose first value differs in this process; the saved value wins.
+        self.overruled: dict[str, str] = {}
         self.first_look = self._look() if looks else None
         self.trainable = _trainable(module)
         self.modes = _modes(module)
@@ -106,7 +107,7 @@ class Unsaved:
         if self.holders is None:
             self.holders = set(holders(self.module))
             if self.first_look is not None and (now := self._look()) is not None:
-                self.first_look = now | self.first_look  # and what the first hooks made, which a new process makes too
+                self.first_look = now | self.first_look  # add what the first hooks made: a new process makes it too
 
     def restore(self, kept: State, *, device: torch.device, entering: bool) -> None:
         """Restore what `state` returned.
@@ -171,8 +172,8 @@ class Unsaved:
         for each in cast(list[pl.Callback], trainer.callbacks):  # type: ignore[attr-defined]
             if is_experiments(type(each)) and not is_overridden("state_dict", each):
                 name = type(each).__name__
-                beside[f"{name}#{len(beside)}" if name in beside else name] = each  # there may be two of a class
-        # torch saves no function of a scheduler, nor what it has in it.
+                beside[f"{name}#{len(beside)}" if name in beside else name] = each  # two callbacks may have one class
+        # torch does not save a scheduler's functions, nor the state in them.
         for number, config in enumerate(trainer.lr_scheduler_configs):
             functions = {key: _functions(value) for key, value in vars(config.scheduler).items()}
             name = type(config.scheduler).__name__
