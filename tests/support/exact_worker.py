@@ -115,15 +115,12 @@ class Data(pl.LightningDataModule):
             num_workers=self.num_workers,
             transform=self.transforms.get("train", ()),
         )
-        if self.loader == "torch":
-            return torch.utils.data.DataLoader(self.train, self.batch_size, shuffle=True)
-        return [ours, ours] if self.loader == "two" else ours
+        return (batch for batch in ours) if self.loader == "once" else ours
 
     def val_dataloader(self) -> Any:
-        if self.loader == "val":
-            return torch.utils.data.DataLoader(self.val, self.batch_size)
         transform = self.transforms.get("val", ())
-        return labtrain.DataLoader(self.val, self.batch_size, num_workers=self.num_workers, transform=transform)
+        loader = labtrain.DataLoader(self.val, self.batch_size, num_workers=self.num_workers, transform=transform)
+        return (batch for batch in loader) if self.loader == "val once" else loader
 
 
 class Stateful:
@@ -277,9 +274,7 @@ class Faulty(MLP):
     def __init__(self, fault: str, **options: Any) -> None:
         super().__init__(**options)
         self.fault = fault
-        if fault == "manual":
-            self.automatic_optimization = False
-        elif fault == "syncbn":
+        if fault == "syncbn":
             self.norm = nn.SyncBatchNorm(3)
         elif fault == "sparse":
             self.table = nn.Embedding(3, 3, sparse=True)

@@ -44,6 +44,27 @@ def emptied(part: object, size: int, *, average: bool = False) -> object:
     return _emptied(part, size, average=average, top=True)
 
 
+def rows_of(batch: object) -> int | None:
+    """Return the number of rows of a batch: the first dimension of its first tensor or array; None if it has none."""
+    for each in _nodes(batch):
+        if isinstance(each, Tensor | np.ndarray) and each.ndim > 0:
+            return each.shape[0]
+        if isinstance(each, PackedSequence):
+            return len(each.batch_sizes) and int(each.batch_sizes[0])
+    return None
+
+
+def cut(batch: object, size: int, part: slice) -> object:
+    """Return some rows of a batch; what has no rows stays whole. `joined` is the inverse.
+
+    Args:
+        batch: made from samples.
+        size: their number.
+        part: the rows.
+    """
+    return _cut(batch, size, part, top=True)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Sent:
     """A tensor on its way to another rank, in its own memory: a view would send all of its base."""
@@ -160,6 +181,25 @@ def _emptied(part: object, size: int, *, average: bool, top: bool = False) -> ob
     if average and isinstance(part, int | float | np.number):
         return float("nan")
     return part if part is None or isinstance(part, int | float | np.number | str) else []
+
+
+def _cut(data: object, size: int, part: slice, *, top: bool = False) -> object:
+    def inner(value: object) -> object:
+        return _cut(value, size, part)
+
+    if isinstance(data, Tensor | np.ndarray):
+        return data[part] if _has_rows(data, size) else data
+    if isinstance(data, PackedSequence):
+        return pack_sequence(unpack_sequence(data)[part], enforce_sorted=False)
+    if isinstance(data, Mapping):
+        return _like(data, [(key, inner(value)) for key, value in data.items()])
+    if _is_record(data):
+        return _record(data, lambda name: inner(getattr(data, name)))
+    if isinstance(data, list | tuple):
+        if _has_rows(data, size) and not (top and _are_fields(data, size)):
+            return type(data)(data[part])
+        return type(data)([inner(value) for value in data])
+    return data
 
 
 def _has_rows(part: object, size: int) -> bool:

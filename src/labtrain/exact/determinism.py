@@ -189,6 +189,24 @@ def derive_seed(*place: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
+def keep_draws() -> Callable[[], None]:
+    """Save the states of the global generators of `random`, numpy and torch; calling the result restores them."""
+    import numpy as np
+    import torch
+
+    python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore() -> None:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+    return restore
+
+
 _run_seed = 0
 _run_mode = "off"
 _run_accelerator = "cpu"

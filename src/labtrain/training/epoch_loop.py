@@ -25,7 +25,8 @@ from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
 from labtrain.checkpoints.format import is_spread
-from labtrain.data.loader import DataLoader, StatefulLoader, is_stateful
+from labtrain.data.combined import ExactLoader
+from labtrain.data.stream import Stream
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import hold, metrics_of, release
 from labtrain.record.digests import PLACE
@@ -180,7 +181,7 @@ class EpochLoop(TrainingEpochLoop):
 
     def _loader_state(self) -> State:
         for loader in train_loaders(self.trainer):
-            if isinstance(loader, StatefulLoader):
+            if isinstance(loader, Stream):
                 state = loader.states.get(self.batch_progress.current.completed)
                 return {"loader": state, "exhausted": loader.exhausted}
         return {"loader": None}
@@ -215,26 +216,24 @@ class EpochLoop(TrainingEpochLoop):
 
     def _placed(self, loader: object) -> object:
         at = self.loaded[PLACE] if self.loaded is not None else None
-        if isinstance(loader, DataLoader):
+        if isinstance(loader, ExactLoader):
             if at is not None:
                 loader.start_at(at["epoch"], at["batch"])
-        elif is_stateful(loader):
-            loader = StatefulLoader(loader)
-            if at is not None:
-                mine = self._of_this_rank(at)
-                if mine is None:
-                    raise ConfigError(
-                        f"the checkpoint holds the data's state for {len(at['ranks'])} ranks, this training has"
-                        f" {self.trainer.world_size}: the next samples of each rank are unknown",
-                        hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
-                    )
-                loader.start_at(
-                    at["epoch"],
-                    at["batch"],
-                    state=mine["loader"],
-                    ended=at["is_last_batch"],
-                    exhausted=mine.get("exhausted", True),
+        elif isinstance(loader, Stream) and at is not None:
+            mine = self._of_this_rank(at)
+            if mine is None:
+                raise ConfigError(
+                    f"the checkpoint holds the data's state for {len(at['ranks'])} ranks, this training has"
+                    f" {self.trainer.world_size}: the next samples of each rank are unknown",
+                    hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
                 )
+            loader.start_at(
+                at["epoch"],
+                at["batch"],
+                state=mine["loader"],
+                ended=at["is_last_batch"],
+                exhausted=mine.get("exhausted", True),
+            )
         return loader
 
     def _of_this_rank(self, at: State) -> State | None:

@@ -48,6 +48,7 @@ from labtrain.training.devices import choose_accelerator, plain_because
 from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.guard import Guard, explain_operation
 from labtrain.training.lightning import ignore_signals, put_checkpoint_connector
+from labtrain.training.loaders import take_loaders
 from labtrain.training.loggers import log_config, make_loggers
 from labtrain.training.speed import check_compiler, explain_compile
 from labtrain.training.start import find_start, hold_records, refuse_outdated, warn_resumed
@@ -202,8 +203,8 @@ class _Session:
         )
         put_checkpoint_connector(trainer, Connector(trainer, self.start.path))
         ignore_signals(trainer)
-        make_loader, set_up = datamodule.train_dataloader, datamodule.setup
-        datamodule.train_dataloader = lambda: loop.placed(make_loader())  # type: ignore[method-assign]
+        take_loaders(datamodule, loop.placed)
+        set_up = datamodule.setup
         datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))  # type: ignore[method-assign]
 
     def open(self) -> None:

@@ -3,8 +3,8 @@
 =========================== ============================================================================================
 found                       because
 =========================== ============================================================================================
-another loader              its order and draws are not a function of (seed, epoch), and a resume loses its place
-several training loaders    a resume cannot restore the position of each in its cycle
+a loader without an end     an iterator has one epoch, and a resume cannot begin that again
+several other loaders       a resume cannot restore the position of each in its cycle
 torch.compile in code       chooses kernels by timing, and by the shapes that this process has seen
 flags that code has changed cudnn.benchmark chooses kernels by timing; the number of threads changes the order of sums
 asserts left out            by python -O: the code does something else, and the run has the same name
@@ -36,7 +36,8 @@ from torch.overrides import TorchFunctionMode
 
 from labtrain.base.console import full_name
 from labtrain.base.errors import ConfigError
-from labtrain.data.loader import DataLoader, StatefulLoader
+from labtrain.data.combined import ExactLoader, parts_of
+from labtrain.data.stream import Stream
 from labtrain.exact.determinism import STRICT_MODES
 from labtrain.record.sources import Code, can_be_found, count_of_code, stale_modules, unnamed_modules
 from labtrain.training.lightning import checks_validation_by_time, test_loaders, train_loaders, val_loaders
@@ -93,6 +94,8 @@ class Guard(pl.Callback):
         self._refuse(unclippable(trainer))
         self._judge(single_samples(trainer, pl_module, self.shards))
         self._judge(training_loaders(trainer))
+        for text in stateless_streams(trainer) if self.mode != "off" else ():
+            self.say(text)
         self._judge(evaluation_loaders("validation", val_loaders(trainer)))
         self._judge(compiled(pl_module))
         self._judge(changed_flags(self.threads))
@@ -206,17 +209,13 @@ def unnamed(code: Code, there: set[str], root: Path) -> Iterator[tuple[str, Find
 def uncuttable_loaders(trainer: pl.Trainer, shards: int | None) -> Iterator[Finding]:
     """Find training loaders whose batches cannot be cut into shards, in any mode."""
     loaders = list(train_loaders(trainer))
-    if shards in (None, 1) or (len(loaders) == 1 and isinstance(loaders[0], DataLoader)):
+    if shards in (None, 1) or (len(loaders) == 1 and isinstance(loaders[0], ExactLoader | Stream)):
         return
-    kinds = " and ".join(full_name(type(getattr(loader, "loader", loader))) for loader in loaders)
-    if len(loaders) == 1 and isinstance(loaders[0], StatefulLoader):
-        hint = "determinism.shards=null: resumes exactly by its state_dict, on the same number of devices"
-    else:
-        hint = f"{OURS}, or determinism.shards=null determinism.mode=warn"
+    kinds = " and ".join(full_name(type(loader)) for loader in loaders)
     yield (
         f"the training data comes from {kinds}: its batches cannot be cut into determinism.shards={shards}, and its"
         " order and draws are not a function of seed and epoch",
-        hint,
+        f"{OURS}, or determinism.shards=null determinism.mode=warn",
     )
 
 
@@ -227,9 +226,7 @@ def single_samples(trainer: pl.Trainer, module: torch.nn.Module, shards: int | N
     """
     norms = [part for part in module.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
     norms = [part for part in norms if part.training]
-    for loader in train_loaders(trainer) if norms else ():
-        if not isinstance(loader, DataLoader):
-            continue
+    for loader in [part for each in train_loaders(trainer) for part in parts_of(each)] if norms else ():
         whole, last = loader.shard_sizes()
         if 1 in whole:
             hint = f"data.batch_size={2 * (shards or 1)} or more, or fewer determinism.shards"
@@ -260,14 +257,25 @@ def training_loaders(trainer: pl.Trainer) -> Iterator[Finding]:
     if len(loaders) > 1:
         yield f"{len(loaders)} training loaders at once: a resume cannot restore the position of each", hint
     for loader in loaders:
-        if not isinstance(loader, DataLoader | StatefulLoader):
-            what = "its order and draws are not a function of seed and epoch"
+        if not isinstance(loader, ExactLoader | Stream):
+            what = "it can be iterated only once, so a resume cannot begin its epoch again"
             yield f"the training data comes from {full_name(type(loader))}: {what}", hint
-        elif isinstance(loader, StatefulLoader) and trainer.world_size > 1:
+        elif isinstance(loader, Stream) and not loader.is_cut and trainer.world_size > 1:
             yield (
                 f"the training data comes from {full_name(type(loader.loader))}, in {trainer.world_size} processes:"
                 " unless it splits its samples by rank, each process trains on the same samples",
-                "trainer.devices=1; or determinism.mode=warn, if each rank gets samples of its own",
+                "trainer.devices=1, or determinism.shards=4",
+            )
+
+
+def stateless_streams(trainer: pl.Trainer) -> Iterator[str]:
+    """Find streams that a resume has to begin again."""
+    for loader in train_loaders(trainer):
+        if isinstance(loader, Stream) and loader.holder is None:
+            yield (
+                f"the training data comes from {full_name(type(loader.loader))}, which cannot save its position: a"
+                " resume iterates the epoch again and skips what has been trained on. This is exact if the samples"
+                " depend only on the seed, the epoch and data.num_workers (give it state_dict and load_state_dict)"
             )
 
 
@@ -283,7 +291,7 @@ def batch_size_finders(trainer: pl.Trainer) -> Iterator[Finding]:
 def evaluation_loaders(stage: str, loaders: Iterable[object]) -> Iterator[Finding]:
     """Find loaders of a validation or test that Lightning would pad with duplicates on several devices."""
     for loader in loaders:
-        if not isinstance(loader, DataLoader):
+        if not isinstance(loader, ExactLoader | Stream):
             yield (
                 f"the {stage} data comes from {full_name(type(loader))}: its metrics would depend on the number of"
                 " devices, and its draws on earlier draws",

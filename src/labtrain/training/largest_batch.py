@@ -15,6 +15,7 @@ from labtrain.exact import determinism
 from labtrain.record.identity import Config, shards_in_use
 from labtrain.training.cluster import make_environment
 from labtrain.training.devices import choose_accelerator
+from labtrain.training.loaders import take_loaders
 from labtrain.training.speed import check_compiler, hasten
 from labtrain.training.trainer import instantiate, make_trainer
 
@@ -38,6 +39,7 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     )
     determinism.seed_all(seed, "init")
     datamodule = _sized(instantiate(config["data"], "data", pl.LightningDataModule))
+    take_loaders(datamodule, lambda loader: loader)
     model = instantiate(config["model"], "model", pl.LightningModule)
     hasten(model, config["speed"], mode=determined["mode"], say=say)
     if accelerator == "cpu":

@@ -6,12 +6,13 @@ name and the arguments of each private method. No other file uses a private name
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -62,8 +63,31 @@ def eval_loaders(trainer: pl.Trainer) -> Iterable[object]:
     return _flat(evaluation_loop(trainer)._combined_loader)
 
 
+def mode_of(combined: CombinedLoader) -> str:
+    """Return how a CombinedLoader takes batches from its loaders."""
+    return combined._mode
+
+
 def _flat(combined: CombinedLoader | None) -> Iterable[object]:
     return combined.flattened if combined is not None else ()
+
+
+# ---------------------------------------------------------------------------------------------------------- optimizers
+
+
+def lightning_optimizers(strategy: pl.strategies.Strategy) -> list[LightningOptimizer]:
+    """Return what a model's `optimizers()` gives: each counts its steps."""
+    return strategy._lightning_optimizers
+
+
+def toggled(module: pl.LightningModule) -> dict[str, bool]:
+    """Return what `toggle_optimizer` keeps for `untoggle_optimizer`."""
+    return module._param_requires_grad_state
+
+
+def put_toggled(module: pl.LightningModule, state: dict[str, bool]) -> None:
+    """Put back what `toggled` returned."""
+    module._param_requires_grad_state = state
 
 
 # --------------------------------------------------------------------------------------------------------------- loops
@@ -279,6 +303,15 @@ def restore_metrics(trainer: pl.Trainer, metrics: Mapping[str, Tensor], *, first
     connector._first_loop_iter = first_batch
     connector._current_fx = "training_step"
     connector._callback_metrics.update(metrics)
+
+
+@contextmanager
+def keep_logging_hook(trainer: pl.Trainer) -> Iterator[None]:
+    """Let hooks log in a block: the next `self.log` of the code around it does not reset its values."""
+    connector = trainer._logger_connector
+    before = connector._current_fx
+    yield
+    connector._current_fx = before
 
 
 def silence_loggers(trainer: pl.Trainer) -> None:

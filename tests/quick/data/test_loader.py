@@ -1,4 +1,5 @@
 import gc
+import inspect
 import itertools
 import os
 import random
@@ -69,7 +70,7 @@ def test_an_epoch_holds_each_sample_once_and_says_which() -> None:
     seen, told = [], []
     for batch in loader:
         seen += batch[:, 0].long().tolist()
-        told += loader.indices.tolist()
+        told += loader.indices_of(len(told) // 8).tolist()
     assert sorted(seen) == list(range(21))
     assert told == seen
     assert len(loader) == 3
@@ -188,15 +189,14 @@ def test_a_resume_begins_at_its_batch(start: int) -> None:
     assert parts(rest) == parts(whole)
 
 
-def test_a_batch_that_cannot_be_cut_is_refused() -> None:
-    """The error says which loader it is: that of a validation is not changed by data.batch_size."""
-    says = (
-        r"labtrain.DataLoader with batch_size=3 cannot be cut into determinism.shards=4 \(dataset: Drawing, 9 samples\)"
-    )
-    with pytest.raises(ConfigError, match=says) as found:
-        DataLoader(Drawing(9), 3).shard(4, rank=0, world=1)
-    assert "set batch_size=4 or more in train_dataloader, val_dataloader or test_dataloader" in found.value.hint
-    assert "data.batch_size" not in found.value.hint
+@pytest.mark.parametrize(("batch_size", "sizes"), [(3, [1, 1, 1]), (1, [1]), (9, [2, 2, 2, 3])])
+def test_a_batch_has_no_more_shards_than_samples(batch_size: int, sizes: list[int]) -> None:
+    """A validation with batch_size=1 is common; its batches have one shard."""
+    loader = DataLoader(Drawing(9), batch_size)
+    loader.shard(4, rank=0, world=1)
+    for batch in loader:
+        assert [samples for _, samples, _ in batch.parts] == sizes
+        assert batch.shards == len(sizes)
 
 
 class Batched(Drawing):
@@ -257,10 +257,24 @@ def test_a_dataset_that_draws_nothing_by_declaration_is_held_to_it() -> None:
     assert state is not None
 
 
-@pytest.mark.parametrize("name", ["sampler", "batch_sampler", "generator", "worker_init_fn"])
-def test_an_order_of_ones_own_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"labtrain.DataLoader\({name}=...\): order and seeds come"):
-        DataLoader(Drawing(9), 4, **{name: None})
+def test_it_takes_all_arguments_of_torchs_loader() -> None:
+    options = inspect.signature(torch.utils.data.DataLoader).parameters
+    given = {name: option.default for name, option in options.items() if name not in ("dataset", "batch_size")}
+    assert digest_tree(list(DataLoader(Drawing(9), 4, **given))) == digest_tree(list(DataLoader(Drawing(9), 4)))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"shuffle": True, "sampler": [1]}, "sampler option is mutually exclusive with shuffle"),
+        ({"timeout": -1}, "timeout option should be non-negative"),
+        ({"prefetch_factor": 2}, "prefetch_factor option could only be specified in multiprocessing"),
+        ({"prefetch": 2}, "unexpected keyword argument 'prefetch'"),
+    ],
+)
+def test_arguments_that_torch_refuses_are_refused_in_its_words(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=f"labtrain.DataLoader: .*{says}"):
+        DataLoader(Drawing(9), 4, **options)
 
 
 class Endless(torch.utils.data.Dataset):
@@ -447,12 +461,12 @@ def test_a_whole_batch_has_the_samples_of_its_shards(mode: str) -> None:
     determinism.set_run(seed=7, mode=mode)
     whole = DataLoader(arrays(), 8, shuffle=True, transform=TRANSFORMS)
     whole.set_epoch(2)
-    for batch, sharded in zip(whole, transformed(1, 0), strict=True):
+    for number, (batch, sharded) in enumerate(zip(whole, transformed(1, 0), strict=True)):
         joined = [torch.cat(part) for part in zip(*(data for _, _, data in sharded.parts), strict=True)]
         assert digest_tree(joined) == digest_tree(batch)
         assert batch[0].dtype == torch.float32
         assert batch[1].shape == (len(batch[0]), 29)
-        assert len(whole.indices) == len(batch[0])
+        assert whole.samples_of(number) == len(batch[0])
 
 
 def test_a_transform_of_ones_own_may_draw_from_global_generators() -> None:

@@ -34,6 +34,7 @@ from lightning.pytorch.trainer.connectors.logger_connector.result import (
     _Sync,
 )
 from lightning.pytorch.trainer.connectors.signal_connector import _SignalConnector
+from lightning.pytorch.utilities import CombinedLoader
 
 from labtrain import training
 from labtrain.exact import attributes
@@ -55,7 +56,9 @@ ATTRIBUTES: dict[str, set[str]] = {
     "evaluation loop": {"_combined_loader"},
     "logger connector": {"_callback_metrics", "_current_fx", "_first_loop_iter"},
     "checkpoint connector": {"_loaded_checkpoint"},
-    "module": {"_current_fx_name", "_dtype"},
+    "combined loader": {"_mode"},
+    "strategy": {"_lightning_optimizers"},
+    "module": {"_current_fx_name", "_dtype", "_param_requires_grad_state"},
     "entry": {"_computed", "_defaults", "_forward_cache", "_update_count"},
     "metadata": {"_sync"},
     "csv logger": {"_experiment"},
@@ -108,6 +111,8 @@ def instances(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "evaluation loop": trainer.fit_loop.epoch_loop.val_loop,
         "logger connector": trainer._logger_connector,
         "checkpoint connector": trainer._checkpoint_connector,
+        "combined loader": CombinedLoader([]),
+        "strategy": trainer.strategy,
         "module": pl.LightningModule(),
         "entry": _ResultMetric(meta, is_tensor=True),
         "metadata": meta,

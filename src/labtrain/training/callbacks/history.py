@@ -18,7 +18,8 @@ import torch
 from labtrain.base.console import warn
 from labtrain.base.contracts import Best
 from labtrain.base.errors import DamagedError
-from labtrain.data.loader import DataLoader
+from labtrain.data.combined import ExactLoader
+from labtrain.data.stream import Stream
 from labtrain.record.trail import HISTORY, read_history_lines
 from labtrain.training.lightning import active_results
 
@@ -52,7 +53,7 @@ class History(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         loader = trainer.train_dataloader
-        self.samples += len(loader.indices) if isinstance(loader, DataLoader) else self.batch_size
+        self.samples += loader.samples_of(batch_idx) if isinstance(loader, ExactLoader | Stream) else self.batch_size
         now = time.monotonic()
         if now - self.written >= max(self.EVERY_SECONDS, (now - self.started) / 2000):
             self._write(trainer)

@@ -30,7 +30,7 @@ from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.files import file_sha256, write_atomically
 from labtrain.base.nvml import driver_version
 from labtrain.base.permissions import make_sign, open_lock
-from labtrain.data.loader import DataLoader
+from labtrain.data.combined import parts_of
 from labtrain.data.transforms import described
 from labtrain.exact import determinism
 from labtrain.record import receipt
@@ -323,7 +323,7 @@ def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, 
     found: dict[str, DataRecord] = {}
     places: list[Path] = []
     for stage, loaders in (("train", [trainer.train_dataloader]), ("val", val_loaders(trainer))):
-        for number, loader in enumerate(loader for loader in loaders if isinstance(loader, DataLoader)):
+        for number, loader in enumerate(part for each in loaders for part in parts_of(each)):
             name = stage if not number else f"{stage}-{number + 1}"
             try:
                 found[name], read = fingerprint_and_places(loader.dataset)

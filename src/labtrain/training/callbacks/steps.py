@@ -17,10 +17,10 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from labtrain.base.contracts import State
 from labtrain.checkpoints.format import is_spread
-from labtrain.data.loader import DataLoader
+from labtrain.data.combined import ExactLoader
+from labtrain.data.stream import Stream
 from labtrain.exact.checksums import shown_sums, two_sums
 from labtrain.exact.determinism import fill_new_memory, seed_place
-from labtrain.record.digests import tensor_bytes
 from labtrain.record.trail import TRAIL, cut_trail
 from labtrain.training.lightning import active_results
 
@@ -173,11 +173,12 @@ class Trail(pl.Callback):
             return
         self.flush()
         loader = trainer.train_dataloader
+        indices = loader.indices_of(batch_idx) if isinstance(loader, ExactLoader) else None
         line = {
             "step": step,
             "epoch": trainer.current_epoch,
             "loss": loss is not None,
-            "batch": xxhash.xxh3_64_hexdigest(tensor_bytes(loader.indices)) if isinstance(loader, DataLoader) else None,
+            "batch": None if indices is None else xxhash.xxh3_64_hexdigest(indices.tobytes()),
             "gradients": gradients is not None,
         }
         exact = torch.zeros(1, dtype=torch.float64) if loss is None else loss
@@ -289,7 +290,7 @@ class Progress(ProgressBar):
     ) -> None:
         now = time.monotonic()
         loader = trainer.train_dataloader
-        self.samples += len(loader.indices) if isinstance(loader, DataLoader) else self.batch_size
+        self.samples += loader.samples_of(batch_idx) if isinstance(loader, ExactLoader | Stream) else self.batch_size
         if self.enabled and now - self.printed > (0.2 if self.terminal else self.QUIET_SECONDS):
             self.printed = now
             self._print(self._line(trainer, pl_module, batch_idx + 1), moving=self.terminal)

@@ -27,9 +27,8 @@ from labtrain.base.errors import ConfigError
 from labtrain.data.loader import DataLoader
 from labtrain.data.prefetch import on_tensors
 from labtrain.exact.buffers import Buffers
-from labtrain.exact.determinism import seed_place
+from labtrain.exact.determinism import keep_draws, seed_place
 from labtrain.exact.metric_states import add_rows
-from labtrain.exact.permutation import Indices
 from labtrain.exact.tree_sum import alone
 from labtrain.training.lightning import (
     LoggedValues,
@@ -40,7 +39,7 @@ from labtrain.training.lightning import (
     silence_loggers,
 )
 from labtrain.training.state.changes import Look, look, unlike
-from labtrain.training.state.undo import LARGEST_BYTES, TooLargeError, Undo, keep_draws
+from labtrain.training.state.undo import LARGEST_BYTES, TooLargeError, Undo
 from labtrain.training.state.watch import Watch, let_pass
 
 if TYPE_CHECKING:
@@ -157,15 +156,14 @@ class Objective(pl.Callback):
     ) -> None:
         # Not on_train_start: hooks that come after it may prepare what training_step needs.
         loader = trainer.train_dataloader
-        if self.done or not isinstance(loader, DataLoader):
+        if self.done:
             return
         self.done = True
-        size = min(loader.batch_size, len(loader.dataset))
-        if any(isinstance(part, _BatchNorm) and part.training for part in pl_module.modules()):
-            self.say(
-                f"BatchNorm normalises over the {_sizes(size, self.shards)} samples of a shard, not over the batch's"
-                f" {size} (determinism.shards={self.shards})"
-            )
+        size = cast("Exact", trainer.strategy).samples or 1
+        self._say_normalised(pl_module, size)
+        if not isinstance(loader, DataLoader) or not pl_module.automatic_optimization:
+            self.note(f"{NOT_COMPARED}: the training has manual optimization, a stream, or several loaders")
+            return
         changed, read, asked = list[str](), list[str](), list[str]()
         found: tuple[bool, str] | None = None
         if trainer.is_global_zero:
@@ -195,6 +193,13 @@ class Objective(pl.Callback):
             )
         if found is not None:
             (self.say if found[0] else self.note)(found[1])
+
+    def _say_normalised(self, module: pl.LightningModule, size: int) -> None:
+        if any(isinstance(part, _BatchNorm) and part.training for part in module.modules()):
+            self.say(
+                f"BatchNorm normalises over the {_sizes(size, self.shards)} samples of a shard, not over the batch's"
+                f" {size} (determinism.shards={self.shards})"
+            )
 
     def _uncounted(self, names: list[str]) -> tuple[str, str]:
         return (
@@ -233,10 +238,10 @@ def left_by_shards(
         NotComparedError: the step cannot be tried.
     """
     with _bench(trainer, module, loader) as bench:
-        parts = _first_shards(trainer, loader, shards)[:2]
+        parts = loader.first_shards(trainer.current_epoch)[:2]
         if not all(map(len, parts)):
             return [], [], []
-        first, second = next(loader.load([parts], trainer.current_epoch))
+        first, second = next(loader.load([parts]))
         return *bench.left(first, second, strict=strict), bench.asked(second, strict=strict)
 
 
@@ -255,13 +260,13 @@ def compare(
     """
     with _bench(trainer, module, loader) as bench:
         groups = []
-        for shard, part in enumerate(_first_shards(trainer, loader, shards)):
+        for shard, part in enumerate(loader.first_shards(trainer.current_epoch)[:SHARDS_COMPARED]):
             if len(part) > 1:
                 cut = max(1, len(part) // (2 + shard))  # halves may happen to have the same number of tokens
                 groups.append([part, part[:cut], part[cut:]])
         if not groups:
             raise NotComparedError("a shard has one sample")
-        for group, data in zip(groups, loader.load(groups, trainer.current_epoch), strict=True):
+        for group, data in zip(groups, loader.load(groups), strict=True):
             _refuse_unequal(*data)
             sizes = [len(part) for part in group[1:]]
             found = bench.compare(*data, sizes=sizes, strict=strict)
@@ -293,15 +298,6 @@ def _bench(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader) 
     finally:
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-
-
-def _first_shards(trainer: pl.Trainer, loader: DataLoader, shards: int) -> list[Indices]:
-    """Return the samples of the first shards of the epoch's first batch."""
-    batch = loader.first_batch(trainer.current_epoch)
-    return [
-        batch[len(batch) * shard // shards : len(batch) * (shard + 1) // shards]
-        for shard in range(min(shards, SHARDS_COMPARED))
-    ]
 
 
 class _Bench:

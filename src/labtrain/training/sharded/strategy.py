@@ -35,7 +35,9 @@ from torch.utils.hooks import RemovableHandle
 from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
-from labtrain.data.loader import DataLoader, Sharded
+from labtrain.data.combined import ExactLoader
+from labtrain.data.loader import Sharded
+from labtrain.data.stream import Stream
 from labtrain.exact.buffers import SENT, Buffers, broadcast
 from labtrain.exact.determinism import run_mode, seed_place
 from labtrain.exact.plain_values import is_experiments_code
@@ -214,7 +216,7 @@ class Exact(_Base):
         return self._watch.grown() if self._watch is not None else set()
 
     def process_dataloader(self, loader: object) -> object:
-        if isinstance(loader, DataLoader):
+        if isinstance(loader, ExactLoader | Stream):
             loader.shard(self.shards, rank=self._rank, world=self._world)
         return super().process_dataloader(loader)
 

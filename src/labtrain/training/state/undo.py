@@ -173,18 +173,3 @@ def _generator(each: object) -> _Generator | None:
             seed=lambda seed: setattr(bits, "state", type(bits)(seed).state),
         )
     return None
-
-
-def keep_draws() -> Callable[[], None]:
-    """Save the states of the global generators of `random`, numpy and torch; calling the result restores them."""
-    python, numpy, torch_state = random.getstate(), np.random.get_state(legacy=True), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-
-    def restore() -> None:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(torch_state)
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
-
-    return restore

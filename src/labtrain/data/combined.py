@@ -1,0 +1,152 @@
+"""Several loaders whose batches a step gets together, in the modes of Lightning's CombinedLoader.
+
+The batch of step b holds batch b of each loader. A loader that has ended gives None (max_size), begins again with a new
+order and new draws (max_size_cycle), or ends the epoch (min_size). All loaders cut their batch into the same number of
+shards: a shard of the step has one shard of each.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from labtrain.data.batches import CYCLE, Picks
+from labtrain.data.loader import DataLoader, Sharded
+from labtrain.exact.permutation import Indices
+from labtrain.exact.tree_sum import shard_range
+
+MODES = ("max_size_cycle", "max_size", "min_size")
+
+
+class Combined:
+    """Yields the batches of several loaders together.
+
+    Args:
+        loaders: a list, tuple or dict of them, also nested: the form of the batches.
+        mode: one of MODES.
+    """
+
+    def __init__(self, loaders: object, mode: str) -> None:
+        found, self._form = tree_flatten(loaders)
+        self.loaders: list[DataLoader] = found
+        self.mode = mode
+        self.epoch = 0
+        self.sampler, self.batch_sampler = self, None  # Lightning calls loader.sampler.set_epoch(epoch)
+        self._start = (0, 0)
+        self._shards: int | None = None
+        self._place = (0, 1)
+
+    @property
+    def counts(self) -> list[str]:
+        """The attributes of the datasets that count loads."""
+        return [name for loader in self.loaders for name in loader.counts]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.epoch = epoch
+
+    def start_at(self, epoch: int, batch: int) -> None:
+        """Skip the first `batch` batches of `epoch`: they have been trained on."""
+        self._start = (epoch, batch)
+
+    def shard(self, shards: int, *, rank: int, world: int) -> None:
+        """Yield `Sharded` from now on."""
+        self._shards, self._place = shards, (rank, world)
+        for loader in self.loaders:
+            loader.shard(shards, rank=rank, world=world)
+
+    def calls(self, batch: int) -> int:
+        """Return how often this rank calls a step for the batch of that number in its epoch."""
+        if self._shards is None:
+            return 1
+        return len(shard_range(self._shards_of(self._picks(batch)), *self._place))
+
+    def changed(self) -> list[str]:
+        """Return a warning for each number and text of a dataset that code has changed since the epoch began."""
+        return [text for loader in self.loaders for text in loader.changed()]
+
+    def indices_of(self, batch: int) -> Indices:
+        """Return the indices of a batch of this epoch, of all loaders."""
+        return np.concatenate([picks.numbers for picks in self._picks(batch) if picks is not None])
+
+    def samples_of(self, batch: int) -> int:
+        """Return the samples of a batch of this epoch, of all loaders and ranks."""
+        return len(self.indices_of(batch))
+
+    def __len__(self) -> int:
+        return (min if self.mode == "min_size" else max)(map(len, self.loaders))
+
+    def __iter__(self) -> Iterator[object]:
+        first = self._start[1] if self._start[0] == self.epoch else 0
+        plans = itertools.tee(self._plan(first), len(self.loaders) + 1)
+        streams = [loader.along(_of(number, plans[number])) for number, loader in enumerate(self.loaders)]
+        for picks, _ in plans[-1]:
+            yield self._together(
+                [None if each is None else next(stream) for stream, each in zip(streams, picks, strict=True)]
+            )
+
+    def _plan(self, first: int) -> Iterator[tuple[list[Picks | None], int]]:
+        for batch in itertools.count(first):
+            try:
+                picks = self._picks(batch)
+            except IndexError:
+                return
+            yield picks, self._shards_of(picks)
+
+    def _picks(self, batch: int) -> list[Picks | None]:
+        """Return each loader's samples for a batch of this epoch; None if it has ended. IndexError after the last."""
+        found = [self._pick(loader, batch) for loader in self.loaders]
+        if self.mode != "max_size_cycle":
+            ended = [each is None for each in found]
+            if all(ended) or (self.mode == "min_size" and any(ended)):
+                raise IndexError(batch)
+            return found
+        if batch >= max(len(loader.source.epoch(self.epoch)) for loader in self.loaders):
+            raise IndexError(batch)
+        return found
+
+    def _pick(self, loader: DataLoader, batch: int) -> Picks | None:
+        batches = loader.source.epoch(self.epoch)
+        if self.mode == "max_size_cycle" and 0 < len(batches) <= batch:
+            cycle, batch = divmod(batch, len(batches))
+            batches = loader.source.epoch(self.epoch + cycle * CYCLE)
+        try:
+            return batches[batch]
+        except IndexError:
+            return None
+
+    def _shards_of(self, picks: list[Picks | None]) -> int:
+        """Return into how many shards all loaders cut: what the loader with the fewest would choose by itself."""
+        return min(
+            loader.shards_of(len(each)) for loader, each in zip(self.loaders, picks, strict=True) if each is not None
+        )
+
+    def _together(self, batches: list[Any]) -> object:
+        """Return the batches of all loaders as one, in the form of the loaders."""
+        if self._shards is None:
+            return tree_unflatten(batches, self._form)
+        first: Sharded = next(each for each in batches if each is not None)  # its samples are the step's, as Lightning
+        parts = []
+        for place, (shard, samples, _) in enumerate(first.parts):
+            data = [None if each is None else each.parts[place][2] for each in batches]
+            parts.append((shard, samples, tree_unflatten(data, self._form)))
+        return Sharded(parts, samples=first.samples, shards=first.shards)
+
+
+ExactLoader = DataLoader | Combined
+
+
+def parts_of(loader: object) -> list[DataLoader]:
+    """Return the exact loaders in a loader."""
+    if isinstance(loader, Combined):
+        return loader.loaders
+    return [loader] if isinstance(loader, DataLoader) else []
+
+
+def _of(number: int, plan: Iterator[tuple[list[Picks | None], int]]) -> Iterator[tuple[Picks, int]]:
+    """Yield the batches of one loader, with the number of their shards."""
+    for picks, shards in plan:
+        if (mine := picks[number]) is not None:
+            yield mine, shards

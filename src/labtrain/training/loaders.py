@@ -1,0 +1,58 @@
+"""Makes exact loaders of those that the user's code returns: torch's, and several combined."""
+
+from collections.abc import Callable
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils._pytree import tree_leaves, tree_map
+
+from labtrain.data.combined import MODES, Combined
+from labtrain.data.from_torch import exact
+from labtrain.data.loader import DataLoader
+from labtrain.data.stream import Stream, can_begin_again
+from labtrain.training.lightning import mode_of
+
+EVALUATION = ("val_dataloader", "test_dataloader", "predict_dataloader")
+
+
+def take_loaders(datamodule: pl.LightningDataModule, placed: Callable[[object], object]) -> None:
+    """Let a data module's methods return exact loaders.
+
+    Args:
+        datamodule: changed in place.
+        placed: gets the loader of the training, and returns it at the place where a resume begins.
+    """
+    make = datamodule.train_dataloader
+    datamodule.train_dataloader = lambda: placed(exact_training(make()))  # type: ignore[method-assign]
+    for name in filter(lambda name: is_overridden(name, datamodule), EVALUATION):
+        setattr(datamodule, name, _then(exact_evaluation, getattr(datamodule, name)))
+
+
+def exact_training(made: object) -> object:
+    """Return the exact loader of a training; of several loaders one, in their mode."""
+    if not isinstance(made, CombinedLoader | list | tuple | dict):
+        return exact_or_stream(made)
+    mode = mode_of(made) if isinstance(made, CombinedLoader) else "max_size_cycle"
+    loaders = tree_map(exact, made.iterables if isinstance(made, CombinedLoader) else made)
+    exacts = [isinstance(each, DataLoader) for each in tree_leaves(loaders)]
+    return Combined(loaders, mode) if mode in MODES and exacts and all(exacts) else made
+
+
+def exact_evaluation(made: object) -> object:
+    """Return the exact loaders of an evaluation, which Lightning takes one after the other unless they are combined."""
+    if not isinstance(made, CombinedLoader):
+        return tree_map(exact_or_stream, made)
+    if mode_of(made) == "sequential":
+        return CombinedLoader(tree_map(exact_or_stream, made.iterables), "sequential")
+    return exact_training(made)
+
+
+def exact_or_stream(loader: object) -> object:
+    """Return an exact loader for one of torch's, a Stream for another that can be iterated again."""
+    made = exact(loader)
+    return Stream(made) if not isinstance(made, DataLoader) and can_begin_again(made) else made
+
+
+def _then(change: Callable[[object], object], make: Callable[[], object]) -> Callable[[], object]:
+    return lambda: change(make())
