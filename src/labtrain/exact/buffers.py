@@ -103,6 +103,25 @@ class Buffers:
                 if not was_there:
                     del parts[path]._buffers[name]
 
+    def take(self) -> Callable[[], None]:
+        """Restore the buffers from the start of the step; return what puts the current ones back."""
+        taken = [(index, _get(self.owned[index]).clone()) for index in self._changed()]
+        new = self._news() if self._has_new() else {}
+        self.restore()
+
+        def give() -> None:
+            for index, value in taken:
+                part, name = self.owned[index]
+                now = _get(self.owned[index])
+                if (now.shape, now.dtype) == (value.shape, value.dtype):
+                    now.copy_(value)
+                else:
+                    part._buffers[name] = value
+            for (path, name), buffer in new.items():
+                self.module.get_submodule(path)._buffers[name] = buffer
+
+        return give
+
     def leave(self, shard: int, weight: float) -> list[float]:
         """Save the buffers after a shard.
 

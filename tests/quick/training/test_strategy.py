@@ -19,7 +19,6 @@ def faulty(fault: str, **more: Any) -> Any:
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("manual", "Faulty uses manual optimization: its steps cannot be cut into determinism.shards"),
         ("syncbn", "norm is a SyncBatchNorm: its statistics are summed in the order of the devices"),
         ("sparse", "a gradient is sparse"),
         ("counts", "buffer seen of Faulty (torch.int64) differs between the shards of a step"),

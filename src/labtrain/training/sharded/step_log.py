@@ -95,7 +95,8 @@ class Tally:
         self._members: list[object] = []
         self._find_metrics()
         self._entries: dict[str, Entry] = {}
-        self._scratch: dict[bool, LoggedValues] = {}
+        self._training = True
+        self._scratch: dict[tuple[bool, int], LoggedValues] = {}
         self._held: dict[str, Held] = {}
         self._rows: list[Tensor] = []
         self._lists: list[dict[str, list[object]]] = []
@@ -135,12 +136,13 @@ class Tally:
     def begin(self, *, training: bool) -> None:
         """Begin a step: put the metrics' states aside."""
         self._find_metrics()
-        self._logs = self._scratch.setdefault(training, LoggedValues(training=training))
+        self._training = training
         self._held = {name: hold(metric) for name, metric in self.metrics.items() if metric._update_count}
         self._rows, self._lists, self._template = [], [], None
 
-    def open(self, data: object, samples: int, dataloader_idx: int | None = None) -> LoggedValues:
-        """Begin a shard, and return the collection that it logs into."""
+    def open(self, data: object, samples: int, dataloader_idx: int | None = None, *, place: int = 0) -> LoggedValues:
+        """Begin a shard, and return the collection that it logs into: shards at two places may be open at once."""
+        self._logs = self._scratch.setdefault((self._training, place), LoggedValues(training=self._training))
         for metric in self.metrics.values():
             if metric._update_count:
                 metric.reset()
@@ -149,6 +151,20 @@ class Tally:
             entry.empty()
         self._logs.batch, self._logs.batch_size, self._logs.dataloader_idx = data, samples, dataloader_idx
         return self._logs
+
+    def take(self) -> Callable[[], None]:
+        """Return what puts back the open shard's metrics and logged values, after another shard was opened."""
+        logs, beside = self._logs, self._beside
+        held = {name: hold(metric) for name, metric in self.metrics.items()}
+        for metric in self.metrics.values():
+            release(metric, fresh(metric))  # an update changes these in place
+
+        def give() -> None:
+            self._logs, self._beside = logs, beside
+            for name, states in held.items():
+                release(self.metrics[name], states)
+
+        return give
 
     def close(self, front: Tensor, samples: int, weighted: tuple[Tensor, float] | None = None) -> None:
         """End a shard: keep its row.
@@ -159,7 +175,8 @@ class Tally:
             weighted: its loss and the returned weight: if the step logs that loss, it counts by this weight.
         """
         for name, before in self._beside.items():
-            self._check_new(name, before)
+            if name in self._new:  # unless a shard that was open beside this one has updated it
+                self._check_new(name, before)
         logged = [(key, entry) for key, entry in self._logs.items() if not entry.has_reset]
         touched = tuple(name for name, metric in self.metrics.items() if metric._update_count)
         for name in touched if run_mode() != "off" else ():

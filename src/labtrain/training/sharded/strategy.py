@@ -17,7 +17,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -50,6 +50,7 @@ from labtrain.training.lightning import (
     broadcast_module,
     epochs_done,
     evaluation_loop,
+    keep_logging_hook,
     prepare_again,
     prepare_batch,
     put_off_preparing,
@@ -57,6 +58,7 @@ from labtrain.training.lightning import (
     results_of,
 )
 from labtrain.training.sharded.hooks import Handed, Takers, joined_outputs, of_no_shard
+from labtrain.training.sharded.manual import ManualStep
 from labtrain.training.sharded.objective import weight_of, weighted_mean, weighted_row
 from labtrain.training.sharded.step_log import Tally
 from labtrain.training.state.watch import Watch, let_pass
@@ -143,6 +145,8 @@ class Exact(_Base):
         self._filling: int | None = None  # the shard whose gradients go as they come
         # Which gradients the step's sums are to be put into, and what they are divided by first.
         self._waiting: tuple[list[bool], Tensor | None] | None = None
+        self._sums: dict[tuple[int, ...], ShardSum] = {}  # of manual optimization, by the numbers of the parameters
+        self._results: ResultCollection | None = None  # of the training, while a shard logs into one of its own
         self._inside = False  # a shard's step: what it logs is combined later
         self._handed: Handed | None = None  # the batch as hooks have it
         self.samples: int | None = None  # of the whole batch that is at hand
@@ -171,11 +175,6 @@ class Exact(_Base):
                 )
         super().setup(trainer)
         module = self._module
-        if not module.automatic_optimization:
-            raise ConfigError(
-                f"{type(module).__name__} uses manual optimization: its steps cannot be cut into determinism.shards",
-                hint="determinism.shards=null (Lightning's strategy; results then depend on the number of devices)",
-            )
         for name, part in module.named_modules():
             if isinstance(part, torch.nn.SyncBatchNorm):
                 raise ConfigError(
@@ -262,18 +261,22 @@ class Exact(_Base):
         assert isinstance(batch, Sharded)  # guard.py
         step = self._begin_step(batch, epoch, index, moved=moved)
         stopping = self._trainer.should_stop or run_mode() == "off"
+        manual = not self._module.automatic_optimization
         with self.scratch(loop) as results:
             self._tally.begin(training=True)
-            for number in range(len(batch.parts)):
+            if manual:
+                self._manual_step(step, results, args)
+            for number in range(len(batch.parts)) if not manual else ():
                 self._shard_step(step, number, args)
             if self._trainer.should_stop and not stopping:
                 raise ConfigError(
                     "training_step sets trainer.should_stop: a single shard would decide for all",
                     hint="set it in on_train_batch_end, from self.trainer.callback_metrics, those of the whole batch",
                 )
-            cast(ShardSum, self._sum).send()
+            if not manual:
+                cast(ShardSum, self._sum).send()
             rows_SK = self._combined(batch, results, step.ranges)
-        return self._end_step(step, rows_SK)
+        return self._end_manual(step, rows_SK) if manual else self._end_step(step, rows_SK)
 
     def backward(
         self, closure_loss: Tensor, optimizer: torch.optim.Optimizer | None, *args: object, **kwargs: object
@@ -300,8 +303,10 @@ class Exact(_Base):
     # --------------------------------------------------------------------------------------------------------- a step
 
     def _begin_step(self, batch: Sharded, epoch: int, index: int, *, moved: bool) -> "_Step":
-        parameters, ranges = self._prepare(), shard_ranges(batch.shards, self._world)
-        cast(ShardSum, self._sum).begin(ranges)
+        parameters, ranges = list[torch.nn.Parameter](), shard_ranges(batch.shards, self._world)
+        if self._module.automatic_optimization:
+            parameters = self._prepare()
+            cast(ShardSum, self._sum).begin(ranges)
         self._buffers.begin()
         if self._watch is not None:
             self._watch.begin()
@@ -365,24 +370,103 @@ class Exact(_Base):
 
     def _end_step(self, step: "_Step", rows_SK: Tensor) -> STEP_OUTPUT:
         """Install the results of the shards of all ranks; return what hooks get for the step."""
-        parameters, buffers, watch = step.parameters, self._buffers, self._watch
-        sizes = len(parameters), len(buffers.owned) + 1, Watch.NUMBERS if watch is not None else 0
-        has_SP, buffers_SB, watched_S3, losses_SN = rows_SK.split([*sizes, rows_SK.shape[1] - sum(sizes)], 1)
+        parameters = step.parameters
+        has_SP, buffers_SB, watched_S3, losses_SN = self._split(rows_SK, len(parameters))
         has_gradient = (has_SP.amax(0) > 0).tolist() if step.missing else [True] * len(parameters)
         if not any(has_gradient):  # no shard had any weight: zeros, since a GradScaler needs a gradient
             has_gradient = [True] * len(parameters)
-        # One process knows its own numbers: it does not wait for a GPU to send them back.
-        buffers.install(buffers_SB.tolist() if self._world > 1 else buffers.numbers, step.ranges)
-        if watch is not None:
-            watch.end(watched_S3.tolist() if self._world > 1 else watch.numbers, step.ranges)
+        self._install(step, buffers_SB, watched_S3)
         for parameter, gradient in zip(parameters, step.older, strict=True):
             parameter.grad = gradient
-        seed_place("after", step.epoch, step.index)  # what hooks draw from here on is the same on every rank
         mean, shares = weighted_mean(losses_SN)
         self._waiting = has_gradient, shares
         combined = {"loss": mean} if shares is None else {"loss": mean, "weight": shares * step.batch.samples}
         whole = self._as_one(step.outputs, step.ranges) if self._takers.outputs else None
         return {**whole, **combined} if isinstance(whole, dict) else mean
+
+    def _split(self, rows_SK: Tensor, first: int) -> tuple[Tensor, ...]:
+        """Split the shards' rows: the first numbers, those of buffers and of `Watch`, and the loss."""
+        sizes = first, len(self._buffers.owned) + 1, Watch.NUMBERS if self._watch is not None else 0
+        return tuple(rows_SK.split([*sizes, rows_SK.shape[1] - sum(sizes)], 1))
+
+    def _install(self, step: "_Step", buffers_SB: Tensor, watched_S3: Tensor) -> None:
+        """Give every rank the buffers and attributes that the shards of all ranks have left."""
+        # One process knows its own numbers: it does not wait for a GPU to send them back.
+        buffers, watch = self._buffers, self._watch
+        buffers.install(buffers_SB.tolist() if self._world > 1 else buffers.numbers, step.ranges)
+        if watch is not None:
+            watch.end(watched_S3.tolist() if self._world > 1 else watch.numbers, step.ranges)
+        seed_place("after", step.epoch, step.index)  # what hooks draw from here on is the same on every rank
+
+    # ---------------------------------------------------------------------------------------------- manual optimization
+
+    def _manual_step(self, step: "_Step", results: ResultCollection, args: tuple[object, ...]) -> None:
+        """Run the shards of a step with manual optimization, together; then keep what each has left."""
+        self._results = results
+        place: Options = {"device": self._device, "rank": self._rank, "world": self._world}
+        run = partial(self._manual_shard, step, args)
+        manual = ManualStep(self, self._trainer, **place, step=step, run=run)
+        for shard, output, last in manual.run():
+            loss = _loss(output)
+            row = weighted_row(torch.zeros(()) if loss is None else loss.detach().cpu(), shard.share, returned=False)
+            watched = self._watch.leave(shard.number, last=last) if self._watch is not None else []
+            numbers = [float(loss is not None), *self._buffers.leave(shard.number, shard.share), *watched]
+            if self._takers.outputs:
+                step.outputs.append((shard.samples, output))
+            front = torch.cat([torch.tensor(numbers, dtype=torch.float64), row])
+            self._tally.close(front.to(self._device), shard.samples)
+            if not last:
+                self._buffers.restore()
+                if self._watch is not None:
+                    self._watch.restore()
+
+    def _manual_shard(self, step: "_Step", args: tuple[object, ...], place: int) -> object:
+        """Run the model's step of a shard, in the shard's thread."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+        shard, samples, data = step.batch.parts[place]
+        data = data if step.moved else self.moved(data, 0, *self._when(), 0, step.index, shard)
+        put_results(self._trainer.fit_loop.epoch_loop, self._tally.open(data, samples, place=place))
+        seed_place("shard", step.epoch, step.index, shard)
+        return super().training_step(data, *args)
+
+    def _end_manual(self, step: "_Step", rows_SK: Tensor) -> STEP_OUTPUT:
+        """Install the results of the shards of all ranks; return what hooks get for the step."""
+        has_loss, buffers_SB, watched_S3, losses_SN = self._split(rows_SK, 1)
+        self._install(step, buffers_SB, watched_S3)
+        whole = self._as_one(step.outputs, step.ranges) if self._takers.outputs else None
+        if not has_loss.all():
+            return cast(STEP_OUTPUT, whole)
+        mean, _ = weighted_mean(losses_SN)
+        return {**whole, "loss": mean} if isinstance(whole, dict) else mean
+
+    def swap_out(self) -> list[Callable[[], object]]:
+        """Put aside what a shard has to itself, in the middle of its step; return what puts it back."""
+        loop = self._trainer.fit_loop.epoch_loop
+        give: list[Callable[[], object]] = [partial(put_results, loop, results_of(loop))]
+        give += [self._tally.take(), self._buffers.take()]
+        return [*give, self._watch.take()] if self._watch is not None else give
+
+    @contextmanager
+    def between_shards(self) -> Iterator[None]:
+        """Let Lightning and hooks act once for all shards, in the middle of a step: what they log is not a shard's."""
+        loop = self._trainer.fit_loop.epoch_loop
+        inner = results_of(loop)
+        put_results(loop, cast(ResultCollection, self._results))
+        self._inside = False
+        try:
+            with keep_logging_hook(self._trainer), self._watch.unwatched() if self._watch else nullcontext():
+                yield
+        finally:
+            put_results(loop, inner)
+            self._inside = True
+
+    def sum_of(self, which: tuple[int, ...], parameters: list[torch.nn.Parameter]) -> ShardSum:
+        """Return what sums the gradients of some parameters, made once."""
+        if which not in self._sums or [each.shape for each in self._sums[which].like] != [p.shape for p in parameters]:
+            like = [_dense(parameter.detach()) for parameter in parameters]
+            self._sums[which] = ShardSum(like, rank=self._rank, world=self._world)
+        return self._sums[which]
 
     def _loss_again(self, data: object, *args: object) -> Any:
         return _loss(super().training_step(data, *args))
@@ -674,7 +758,7 @@ def _name_of(parameter: Tensor, module: torch.nn.Module) -> str:
 
 
 def _loss(output: object) -> Any:
-    return output["loss"] if isinstance(output, dict) else output
+    return output.get("loss") if isinstance(output, dict) else output
 
 
 def _dense(tensor: Tensor) -> Tensor:

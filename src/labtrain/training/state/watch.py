@@ -14,6 +14,7 @@ import operator
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from operator import is_
 from typing import Any
 
@@ -88,6 +89,7 @@ class Watch:
         self._told: list[Callable[[nn.Module], None]] = []  # in a step, what is told of attributes that are set
         self._setattr: Any = None
         self.numbers: list[list[float]] = []  # of this rank's shards
+        self._changed = 0  # a parameter or an option that was changed earlier in this step
 
     @property
     def schedulers(self) -> list[object]:
@@ -115,7 +117,7 @@ class Watch:
 
     def begin(self) -> None:
         """Begin a step."""
-        self._left, self._prints, self.numbers = {}, {}, []
+        self._left, self._prints, self.numbers, self._changed = {}, {}, [], 0
         self._weights.begin()
         self._rates.begin()
         self._attributes.begin()
@@ -129,6 +131,18 @@ class Watch:
         """Begin another shard of the step."""
         if self._left:
             self._attributes.restore(self._left)
+
+    def take(self) -> Callable[[], None]:
+        """Restore the attributes from the start of the step; return what puts the current ones back."""
+        return self._attributes.take()
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Let a block change weights and options of optimizers, in the middle of a step."""
+        self._changed = self._changed or self._weights.changed() or -self._rates.changed()
+        yield
+        self._weights.begin()
+        self._rates.begin()
 
     def leave(self, shard: int, *, last: bool) -> list[float]:
         """Find what a shard changed.
@@ -145,7 +159,7 @@ class Watch:
         self._left = self._attributes.changes()
         if last:
             self._told.clear()
-        changed = (self._weights.changed() or -self._rates.changed()) if last else 0
+        changed = (self._changed or self._weights.changed() or -self._rates.changed()) if last else 0
         self.numbers.append(self._numbers(shard, float(changed)))
         return self.numbers[-1]
 
@@ -461,6 +475,23 @@ class Attributes:
         tables = {table.path: table for table in self._looked}
         for path, name in keys:
             tables[path].put_back(name)
+
+    def take(self) -> Callable[[], None]:
+        """Restore all attributes; return what puts the current ones back."""
+        changed = self.changes()
+        kept = [(key, value, copied(value) if type(value) in MUTABLE else None) for key, value in changed.items()]
+        self.restore(changed)
+        tables = {table.path: table for table in self._looked}
+
+        def give() -> None:
+            for (path, name), value, copy in kept:
+                if value is ABSENT:
+                    tables[path].now.pop(name, None)
+                else:
+                    tables[path].now[name] = value
+                    put_back(value, copy)
+
+        return give
 
     def objects(self) -> Iterator[tuple[Place, object]]:
         """Yield what can change in place, as the step began, with places that are the same on every rank."""

@@ -1,0 +1,369 @@
+"""Manual optimization with shards: the `training_step`s of all shards advance together, as ranks of DDP would.
+
+Each shard runs to its next meeting point, where all shards of all ranks wait for each other:
+
+- a backward: the shards' gradients are summed along the tree, and each shard sees the gradient of the whole batch;
+- a step of an optimizer or of a scheduler: it is done once.
+
+Between two meeting points a shard has to itself what it changes: random numbers, buffers, attributes, metrics, logged
+values, `requires_grad` and `.grad`. labtrain swaps these when another shard continues. What shards do to `.grad`, such
+as clipping, must be the same in each. All shards' activations are in memory at once.
+
+A rank without a shard of a small last batch takes part in the meetings.
+
+Lightning 2.6: loops/optimization/manual.py and core/optimizer.py, through lightning.py.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial, update_wrapper
+from typing import TYPE_CHECKING, Any, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from labtrain.base.errors import ConfigError
+from labtrain.exact.determinism import keep_draws, seed_place
+from labtrain.exact.tree_sum import alone
+from labtrain.training.lightning import lightning_optimizers, put_toggled, toggled
+from labtrain.training.sharded.lockstep import END, Meeting, Runner, meet, runs_here
+
+if TYPE_CHECKING:
+    from labtrain.training.sharded.strategy import Exact, _Step
+
+BACKWARD, STEP, RAW_STEP, SCHEDULER = "a backward", "optimizer.step", "torch's optimizer.step", "scheduler.step"
+Gradients = list[Tensor | None]
+
+_inside = threading.local()  # whether this thread is in a backward
+
+
+@dataclass(kw_only=True, slots=True)
+class Shard:
+    """One shard of this rank, with what it has to itself.
+
+    Attributes:
+        number: of all shards of the batch.
+        samples: its samples.
+        share: of the batch's samples.
+        runner: of its step.
+        enter: restores what it has to itself.
+        meeting: where it waits.
+        answer: to that.
+        flags: whether each parameter requires a gradient, and what Lightning's toggle_optimizer keeps.
+    """
+
+    number: int
+    samples: int
+    share: float
+    runner: Runner
+    enter: list[Callable[[], object]] = field(default_factory=list)
+    meeting: Meeting = field(default_factory=lambda: Meeting(kind=END))
+    answer: object = None
+    flags: tuple[list[bool], dict[str, bool]] = ([], {})
+
+
+class ManualStep:
+    """Runs one step of a model with manual optimization.
+
+    Args:
+        strategy: of the training.
+        trainer: of the training.
+        device: of this rank.
+        rank: this process.
+        world: the number of processes.
+        step: of this rank.
+        run: the model's `training_step`, of the shard at a place.
+    """
+
+    def __init__(
+        self,
+        strategy: "Exact",
+        trainer: pl.Trainer,
+        *,
+        device: torch.device,
+        rank: int,
+        world: int,
+        step: "_Step",
+        run: Callable[[int], object],
+    ) -> None:
+        self.strategy, self.trainer, self.step = strategy, trainer, step
+        self.device, self.rank, self.world = device, rank, world
+        self.module = trainer.lightning_module
+        self.parameters = list(self.module.parameters())
+        self.gradients: Gradients = [parameter.grad for parameter in self.parameters]
+        self.flags = self._flags()
+        self.meetings = 0
+        self.differs = ""  # the name of a parameter whose .grad differs between shards
+        whole = step.batch.samples
+        self.shards = [
+            Shard(
+                number=number,
+                samples=samples,
+                share=samples / whole,
+                runner=Runner(partial(run, place)),
+                flags=self.flags,
+            )
+            for place, (number, samples, _) in enumerate(step.batch.parts)
+        ]
+
+    def run(self) -> Iterator[tuple[Shard, object, bool]]:
+        """Run all shards to their end; yield each with the output of its step, in the state that it has left.
+
+        And whether it is the last of this rank.
+        """
+        try:
+            with _meeting_in(self.trainer):
+                while (meeting := self._advance()).kind != END:
+                    self._hold(meeting)
+                self._end(meeting)
+        finally:
+            for shard in self.shards:
+                shard.runner.close()
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        for shard in self.shards:
+            for restore in shard.enter:
+                restore()
+            yield shard, shard.runner.result, shard is self.shards[-1]
+
+    # ------------------------------------------------------------------------------------------------- between meetings
+
+    def _advance(self) -> Meeting:
+        """Run each shard to its next meeting point, and return where all of them meet."""
+        several = len(self.shards) > 1
+        kept = [None if each is None else each.clone() for each in self.gradients] if several else self.gradients
+        after: Gradients | None = None
+        for shard in self.shards:
+            before = self.gradients if after is None else [None if each is None else each.clone() for each in kept]
+            self._enter(shard, before)
+            with alone():
+                shard.meeting = shard.runner.resume(shard.answer)
+            now = self._leave(shard)
+            if after is None:
+                after = now
+            else:
+                self._compare(after, now)
+        self.gradients = self._of_rank_0(after, kept)
+        return self._agreed()
+
+    def _enter(self, shard: Shard, gradients: Gradients) -> None:
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+        self._put_flags(*shard.flags)
+        for restore in shard.enter:
+            restore()
+
+    def _leave(self, shard: Shard) -> Gradients:
+        """Put aside what the shard has to itself, and return its gradients."""
+        draws = keep_draws()
+        shard.enter = [draws, *(self.strategy.swap_out() if len(self.shards) > 1 else ())]
+        shard.flags = self._flags()
+        self._put_flags(*self.flags)
+        return [parameter.grad for parameter in self.parameters]
+
+    def _compare(self, first: Gradients, other: Gradients) -> None:
+        """Note a parameter whose gradient a shard changed in a way of its own."""
+        for parameter, one, two in zip(self.parameters, first, other, strict=True):
+            if not _is_same(one, two):
+                name = next(name for name, each in self.module.named_parameters() if each is parameter)
+                self.differs = self.differs or name
+
+    def _of_rank_0(self, gradients: Gradients | None, kept: Gradients) -> Gradients:
+        """Return the gradients on every rank: one without a shard has not run the code that changed them."""
+        if all(self.step.ranges):
+            return cast(Gradients, gradients)
+        mine = gradients if gradients is not None else kept
+        whole = [None if each is None else each.cpu() for each in mine]
+        sent: list[Any] = [whole if self.rank == 0 else None]
+        dist.broadcast_object_list(sent, src=0)
+        if self.shards:
+            return mine
+        device = self.device
+        return [None if each is None else each.to(device) for each in sent[0]]
+
+    # --------------------------------------------------------------------------------------------------------- meetings
+
+    def _agreed(self) -> Meeting:
+        """Return the meeting of all shards of all ranks."""
+        mine = [(shard.number, shard.meeting.kind, shard.meeting.key, self._announced(shard)) for shard in self.shards]
+        ranks = [mine]
+        if self.world > 1:
+            ranks = [[]] * self.world
+            dist.all_gather_object(ranks, mine)
+        everything = [each for of_rank in ranks for each in of_rank]
+        places = {(kind, key): shard for shard, kind, key, _ in everything}
+        if len(places) > 1:
+            one, two, *_ = (f"shard {shard} at {_described(*place)}" for place, shard in places.items())
+            raise ConfigError(
+                f"the shards of a step meet at different places: {one}, {two}",
+                hint="call backward, optimizer.step and scheduler.step equally often for all samples, or"
+                " determinism.shards=1",
+            )
+        ((kind, key),) = places
+        return Meeting(kind=kind, key=key, payload=[payload for *_, payload in everything])
+
+    def _announced(self, shard: Shard) -> object:
+        """Return what other ranks need to know of a shard's meeting."""
+        if shard.meeting.kind == BACKWARD:
+            return [each is not None for each in cast(Gradients, shard.meeting.payload)]
+        if shard.meeting.kind == END:
+            return shard.flags[0], self.differs
+        return shard.share, shard.meeting.payload
+
+    def _flags(self) -> tuple[list[bool], dict[str, bool]]:
+        return [parameter.requires_grad for parameter in self.parameters], toggled(self.module)
+
+    def _put_flags(self, flags: list[bool], toggled: dict[str, bool]) -> None:
+        for parameter, flag in zip(self.parameters, flags, strict=True):
+            if parameter.requires_grad != flag:
+                parameter.requires_grad = flag
+        put_toggled(self.module, toggled)
+
+    def _end(self, meeting: Meeting) -> None:
+        """Give every rank what the last shard has left of `requires_grad`."""
+        left = cast(list[tuple[list[bool], str]], meeting.payload)
+        if left[-1][0] != self.flags[0]:
+            with self.strategy.between_shards():
+                self._put_flags(left[-1][0], {})
+        if differs := next((name for _, name in left if name), ""):
+            raise ConfigError(
+                f"training_step changes the gradient of {differs} after its backward, and not equally in all shards",
+                hint="change gradients by what is the same for all samples, or determinism.shards=1",
+            )
+
+    def _hold(self, meeting: Meeting) -> None:
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        self.meetings += 1
+        seed_place("meeting", self.step.epoch, self.step.index, self.meetings)  # hooks draw the same on every rank
+        answer: object = None
+        if meeting.kind == BACKWARD:
+            self._add(cast(list[list[bool]], meeting.payload))
+        else:
+            with self.strategy.between_shards():
+                answer = self._once(meeting)
+        for shard in self.shards:
+            shard.answer = answer
+        self.gradients = [parameter.grad for parameter in self.parameters]
+
+    def _add(self, has_SP: list[list[bool]]) -> None:
+        """Add the gradient of the whole batch to each parameter that has one in some shard."""
+        wanted = [index for index, column in enumerate(zip(*has_SP, strict=True)) if any(column)]
+        total = self.strategy.sum_of(tuple(wanted), [self.parameters[index] for index in wanted])
+        total.begin(self.step.ranges)
+        for shard in self.shards:
+            mine = cast(Gradients, shard.meeting.payload)
+            for place, index in enumerate(wanted):
+                gradient = mine[index]
+                if gradient is None:
+                    gradient = torch.zeros_like(self.parameters[index])
+                total.push(shard.number, place, gradient.mul_(shard.share))
+            shard.meeting = Meeting(kind=END)  # its gradients' memory holds the sum
+        total.send()
+        for index, gradient in zip(wanted, total.total(), strict=True):
+            before = self.parameters[index].grad
+            self.parameters[index].grad = gradient if before is None else before + gradient
+
+    def _once(self, meeting: Meeting) -> object:
+        """Do on this rank what all shards ask for, and return what they get."""
+        trainer = self.trainer
+        if meeting.kind == STEP:
+            return lightning_optimizers(self.strategy)[meeting.key].step()
+        if meeting.kind == RAW_STEP:
+            return trainer.optimizers[meeting.key].step()
+        scheduler: Any = trainer.lr_scheduler_configs[meeting.key].scheduler
+        given = cast(list[tuple[float, tuple[float, ...]]], meeting.payload)
+        numbers = [arguments for _, arguments in given]
+        if all(each == numbers[0] for each in numbers):
+            return scheduler.step(*numbers[0])
+        mean = math.fsum(share * value for share, (value,) in given)
+        return scheduler.step(mean)
+
+
+@contextmanager
+def _meeting_in(trainer: pl.Trainer) -> Iterator[None]:
+    """Let backward and the steps of optimizers and schedulers meet in a shard's thread."""
+    backward = torch.autograd.backward
+    with ExitStack() as stack:
+        torch.autograd.backward = partial(_backward, backward, list(trainer.lightning_module.parameters()))
+        stack.callback(setattr, torch.autograd, "backward", backward)
+        schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
+        for kind, owners in (
+            (STEP, lightning_optimizers(trainer.strategy)),
+            (RAW_STEP, trainer.optimizers),
+            (SCHEDULER, schedulers),
+        ):
+            for key, owner in enumerate(cast(Sequence[Any], owners)):
+                stack.callback(_put_back, owner, vars(owner).get("step"))
+                owner.step = update_wrapper(partial(_step, kind, key, owner.step), owner.step)  # schedulers mark it
+        yield
+
+
+def _put_back(owner: object, step: object) -> None:
+    del vars(owner)["step"]
+    if step is not None:
+        vars(owner)["step"] = step
+
+
+def _step(kind: str, key: int, usual: Callable[..., object], *arguments: Any, **options: Any) -> object:
+    """Step an optimizer or a scheduler: once for all shards."""
+    if not runs_here():
+        return usual(*arguments, **options)
+    if kind == SCHEDULER:
+        given = (*arguments, *options.values())
+        return meet(kind, key, tuple(float(each) for each in given))
+    closure = options.pop("closure", arguments[0] if arguments else None)
+    if closure is None:
+        return meet(kind, key)
+    if isinstance(getattr(usual, "__self__", None), torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS calls its closure several times in a step, which shards cannot do together",
+            hint="determinism.shards=1, or another optimizer",
+        )
+    with torch.enable_grad():
+        loss = closure()
+    meet(kind, key)
+    return loss
+
+
+def _backward(
+    usual: Callable[..., None],
+    parameters: list[torch.nn.Parameter],
+    tensors: Any,
+    *arguments: Any,
+    **options: Any,
+) -> None:
+    """Compute the gradients of one shard, then wait for the others; a backward inside of one is its part."""
+    if not runs_here() or getattr(_inside, "backward", False):
+        return usual(tensors, *arguments, **options)
+    before = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    _inside.backward = True
+    try:
+        usual(tensors, *arguments, **options)
+    finally:
+        _inside.backward = False
+    found = [parameter.grad for parameter in parameters]
+    for parameter, gradient in zip(parameters, before, strict=True):
+        parameter.grad = gradient
+    meet(BACKWARD, payload=found)
+    return None
+
+
+def _is_same(one: Tensor | None, two: Tensor | None) -> bool:
+    """Return whether two gradients are equal; NaN, of an overflow in fp16, equals NaN."""
+    if one is None or two is None:
+        return one is two
+    return torch.equal(one, two) or bool(((one == two) | (one.isnan() & two.isnan())).all())
+
+
+def _described(kind: str, key: int) -> str:
+    if kind == END:
+        return "its end"
+    return kind if kind == BACKWARD else f"{kind} of number {key}"
