@@ -58,8 +58,9 @@ def new(target: Path, author: str) -> None:
     The experiment has a model, a dataset and a configuration, and is ready to train. It includes the lock files and
     this version of labtrain, so "make setup" in its folder installs the same environment on any machine.
     """
-    from labtrain.project.new import make_experiment
+    from labtrain.project.new import make_experiment, refuse_nested
 
+    refuse_nested(target)
     make_experiment(target, author=author)
     say(target)
     here = Path(sys.prefix, "bin", "python")

@@ -66,6 +66,20 @@ def make_experiment(target: Path, *, author: str) -> None:
             tempfile.tempdir = before
 
 
+def refuse_nested(target: Path) -> None:
+    """Refuse to make an experiment inside another one: its files would become part of the other's code.
+
+    Raises:
+        ConfigError: a folder above `target` is an experiment.
+    """
+    for folder in target.resolve().parents:
+        if (folder / WHEEL_LOCK).exists():
+            raise ConfigError(
+                f"{target} is inside the experiment {folder}",
+                hint=f"labtrain new {quoted(os.path.relpath(folder.parent / target.name))}",
+            )
+
+
 def furnish(experiment: Path) -> None:
     """Copy the locks into an experiment, this labtrain's wheel into `vendor/`, and its hash into labtrain.lock."""
     for name in LOCKS:

@@ -69,13 +69,15 @@ def test_it_stands_alone_and_passes_its_ci(own_experiment: Experiment) -> None:
     )
     assert "\n\nhint: " in failed.stderr
     assert "make golden" in failed.stderr
-    assert run("make", "golden", cwd=root).returncode == 0
+    recorded = run("make", "golden", cwd=root)
+    assert recorded.returncode == 0, recorded.stderr
+    assert recorded.stdout == f"tests/golden/regression.txt: {golden.read_text()}"
     again = run("make", "regression", cwd=root)
     assert again.returncode == 0, again.stderr
 
-    child = run(str(root / ".venv/bin/labtrain"), "new", "child", cwd=root)
+    child = run(str(root / ".venv/bin/labtrain"), "new", "../child", cwd=root)
     assert child.returncode == 0, child.stderr
-    assert files(root / "child")["vendor/" + Path(WHEEL).name] == files(root)[WHEEL], (
+    assert files(root.parent / "child")["vendor/" + Path(WHEEL).name] == files(root)[WHEEL], (
         "an installed labtrain packs another wheel"
     )
 

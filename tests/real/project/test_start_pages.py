@@ -23,7 +23,9 @@ def run(code: str, root: Path) -> str:
 
 
 def test_the_pages_train_a_model_of_ones_own_and_use_its_weights(own_experiment: Experiment) -> None:
-    """Data, model, configuration and callback as printed; two devices give the digest of one; the notebook's code runs."""
+    """Data, model, configuration and callback as printed; two devices give the digest of one; the notebook's code runs in
+    notebooks/; the experiment's tests fit the new model and data.
+    """
     root = own_experiment.root
     (root / "data.py").write_text(blocks("experiment.md", "python")[0])
     (root / "model.py").write_text(blocks("experiment.md", "python")[1])
@@ -39,6 +41,11 @@ def test_the_pages_train_a_model_of_ones_own_and_use_its_weights(own_experiment:
     assert two.out.split() == [f"{run_dir}-2", digest]
 
     use, _, train = blocks("notebook.md", "python")
-    use = use.replace("runs/tumours/888b29ac5b34", run_dir)
+    use = use.replace("runs/tumours/38579417b2ea", run_dir)
     assert run(use, root).startswith("tensor([")
-    assert re.search(r"runs/notebook/[0-9a-f]{12} [0-9a-f]{64}$", run(train, root))
+    assert re.search(r"runs/notebook/[0-9a-f]{12} [0-9a-f]{64}$", run(train, root / "notebooks"))
+    assert next((root / "runs/notebook").iterdir())
+
+    fast = [sys.executable, "-m", "pytest", "-k", "batch or each_time"]
+    tests = subprocess.run(fast, cwd=root, capture_output=True, text=True, check=False, timeout=600)
+    assert "2 passed" in tests.stdout, tests.stdout

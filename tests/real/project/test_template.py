@@ -176,6 +176,17 @@ def test_a_bad_target_is_refused_and_nothing_is_made(command: list[str], says: s
     assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
+def test_an_experiment_inside_another_is_refused(own_experiment: Experiment) -> None:
+    """Its files would be part of the other's code, so runs of the other could not be verified."""
+    for target, below in (("tumours", "."), ("deep/tumours", "."), ("tumours", "notebooks")):
+        before = files(own_experiment.root)
+        done = run(LABTRAIN, "new", target, cwd=own_experiment.root / below)
+        assert done.returncode == 2
+        assert f"{target} is inside the experiment {own_experiment.root}\n\n" in done.stderr
+        assert f"hint: labtrain new {'../' * (1 + (below != '.'))}tumours\n" in done.stderr
+        assert files(own_experiment.root) == before
+
+
 def test_a_bad_name_is_refused_by_cookiecutter_too(tmp_path: Path) -> None:
     cookiecutter = str(Path(LABTRAIN).with_name("cookiecutter"))
     done = run(
