@@ -24,7 +24,7 @@ class GAN(pl.LightningModule):
         return self.generator(z)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        images = batch[0].flatten(1)
+        self.real = images = batch[0].flatten(1)
         first, second = self.optimizers()  # type: ignore[misc]
         z = torch.randn(len(images), 4).type_as(images)
         for _ in range(self.critics):
@@ -47,7 +47,8 @@ class GAN(pl.LightningModule):
         self.log("d_accuracy", self.accuracy, on_step=False, on_epoch=True)
         if self.toggle:
             self.toggle_optimizer(first)
-        loss = self._adversarial(self.discriminator(self(z)), 1)
+        made = self(z)
+        loss = self._adversarial(self.discriminator(made), 1) + (made.mean(0) - self.real.mean(0)).square().sum()
         first.zero_grad()
         self.manual_backward(loss)
         first.step()

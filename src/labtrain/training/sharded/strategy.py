@@ -191,10 +191,12 @@ class Exact(_Base):
         guard = next((each for each in trainer.callbacks if isinstance(each, Guard)), None)  # type: ignore[attr-defined]
         place: Options = {"device": self._device, "rank": self._rank, "world": self._world}
         self._buffers = Buffers(module, **place, judge=guard.judge if guard else let_pass)
-        if guard is not None and guard.mode != "off" and self.shards > 1:
+        checks = guard is not None and guard.mode != "off"
+        if guard is not None and self.shards > 1 and (checks or not module.automatic_optimization):
             schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
             made: Options = {"optimizers": trainer.optimizers, "schedulers": schedulers}
-            self._watch = Watch(module, **made, **place, judge=guard.judge, say=guard.say)
+            said: Options = {"judge": guard.judge, "say": guard.say if checks else let_pass}
+            self._watch = Watch(module, **made, **place, **said)
             self._watch.listen()
         if self._watch is not None and guard is not None:
             _judge_backward_hooks(guard, [module, *trainer.callbacks])  # type: ignore[attr-defined]
