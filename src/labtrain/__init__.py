@@ -31,6 +31,7 @@ __all__ = [
     "Result",
     "digest",
     "fingerprint",
+    "gather",
     "gather_outputs",
     "load_weights",
     "main",
@@ -43,6 +44,7 @@ _HOMES = {
     "Result": "labtrain.training.fit",
     "digest": "labtrain.record.digests",
     "fingerprint": "labtrain.record.fingerprints",
+    "gather": "labtrain.training.sharded.whole",
     "gather_outputs": "labtrain.training.sharded.gathering",
     "load_weights": "labtrain.checkpoints.locate",
     "main": "labtrain.launch.compose",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from labtrain.record.fingerprints import fingerprint
     from labtrain.training.fit import Result, train
     from labtrain.training.sharded.gathering import gather_outputs
+    from labtrain.training.sharded.whole import gather
 
 
 def __getattr__(name: str) -> object:

@@ -274,9 +274,7 @@ class Faulty(MLP):
     def __init__(self, fault: str, **options: Any) -> None:
         super().__init__(**options)
         self.fault = fault
-        if fault == "syncbn":
-            self.norm = nn.SyncBatchNorm(3)
-        elif fault == "sparse":
+        if fault == "sparse":
             self.table = nn.Embedding(3, 3, sparse=True)
         elif fault == "counts":
             self.register_buffer("seen", torch.zeros(3, dtype=torch.long))

@@ -4,7 +4,8 @@ labtrain seeds `random`, `numpy.random` and torch's global generator before each
 an unchanged dataset with torchvision-style transforms gives the same samples with any number of workers, after a
 resume, and on any number of devices. `transform` does the same for whole batches, on the device (augment.py). Rows of
 arrays and memory maps of any size are taken a batch at a time (arrays.py). The loader loads the first batch twice with
-one seed. If the two differ, the dataset has its own generator: strict refuses it, warn reports it. `batch_size` is
+one seed. If the two differ, the dataset has its own generator: strict refuses it, warn reports it. Which samples a
+batch holds: batches.py; what loads them: fetch.py. from_torch.py makes such a loader of torch's. `batch_size` is
 global. In a Trainer with fixed shards (strategy.py) a batch is a `Sharded`: this rank's shards. Otherwise each rank
 takes its contiguous part of every batch. Nothing is padded and no sample comes twice, in training and in evaluation.
 """

@@ -87,10 +87,11 @@ def plain_because(config: Config) -> str:
 def make_strategy(config: Config, accelerator: str, devices: object, wishes: Wishes) -> Strategy | None:
     """Return labtrain's strategy: exact, on one device or several, or fully sharded. None: Lightning's own."""
     shards, world = shards_in_use(config), world_size(config, devices)
+    sync = config["trainer"]["sync_batchnorm"]
     if shards is None:
         return FullySharded(world) if config["trainer"]["strategy"] == SHARDED_STRATEGY else None
     if world > 1:
-        return ExactDDP(shards=shards, wishes=wishes)
+        return ExactDDP(shards=shards, wishes=wishes, sync_batchnorm=sync)
     number = devices[0] if isinstance(devices, list) else 0
     device = torch.device("cuda", number) if accelerator == "gpu" else torch.device("cpu")
-    return ExactSingleDevice(device, shards=shards, wishes=wishes)
+    return ExactSingleDevice(device, shards=shards, wishes=wishes, sync_batchnorm=sync)

@@ -225,7 +225,7 @@ def single_samples(trainer: pl.Trainer, module: torch.nn.Module, shards: int | N
     Plain PyTorch has a last batch of one sample too: only BatchNorm1d raises for it.
     """
     norms = [part for part in module.modules() if isinstance(part, torch.nn.modules.batchnorm._BatchNorm)]
-    norms = [part for part in norms if part.training]
+    norms = [part for part in norms if part.training and not isinstance(part, torch.nn.SyncBatchNorm)]
     for loader in [part for each in train_loaders(trainer) for part in parts_of(each)] if norms else ():
         whole, last = loader.shard_sizes()
         if 1 in whole:

@@ -39,6 +39,7 @@ class Runner:
 
     def __init__(self, body: Callable[[], object]) -> None:
         self.result: object = None
+        self.outside: object = None  # what the function puts back after a block that it is in
         self._body = body
         self._error: BaseException | None = None
         self._meeting: Meeting | None = None
@@ -97,7 +98,12 @@ def runs_here() -> bool:
     return getattr(_here, "runner", None) is not None
 
 
+def here() -> Runner:
+    """Return the function that the calling code runs in."""
+    runner: Runner = _here.runner
+    return runner
+
+
 def meet(kind: str, key: int = 0, payload: object = None) -> object:
     """Stop at a meeting point, and return the answer."""
-    runner: Runner = _here.runner
-    return runner.wait(Meeting(kind=kind, key=key, payload=payload))
+    return here().wait(Meeting(kind=kind, key=key, payload=payload))

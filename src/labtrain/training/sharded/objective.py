@@ -38,6 +38,7 @@ from labtrain.training.lightning import (
     put_results,
     silence_loggers,
 )
+from labtrain.training.sharded.whole import NeedsMeetingError
 from labtrain.training.state.changes import Look, look, unlike
 from labtrain.training.state.undo import LARGEST_BYTES, TooLargeError, Undo
 from labtrain.training.state.watch import Watch, let_pass
@@ -161,8 +162,9 @@ class Objective(pl.Callback):
         self.done = True
         size = cast("Exact", trainer.strategy).samples or 1
         self._say_normalised(pl_module, size)
-        if not isinstance(loader, DataLoader) or not pl_module.automatic_optimization:
-            self.note(f"{NOT_COMPARED}: the training has manual optimization, a stream, or several loaders")
+        together = not pl_module.automatic_optimization or _is_synchronised(pl_module)
+        if together or not isinstance(loader, DataLoader):
+            self.note(f"{NOT_COMPARED}: its shards run together, or its data is a stream or several loaders")
             return
         changed, read, asked = list[str](), list[str](), list[str]()
         found: tuple[bool, str] | None = None
@@ -195,7 +197,8 @@ class Objective(pl.Callback):
             (self.say if found[0] else self.note)(found[1])
 
     def _say_normalised(self, module: pl.LightningModule, size: int) -> None:
-        if any(isinstance(part, _BatchNorm) and part.training for part in module.modules()):
+        norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.training]
+        if any(not isinstance(part, nn.SyncBatchNorm) for part in norms):
             self.say(
                 f"BatchNorm normalises over the {_sizes(size, self.shards)} samples of a shard, not over the batch's"
                 f" {size} (determinism.shards={self.shards})"
@@ -277,6 +280,10 @@ def compare(
     return None
 
 
+def _is_synchronised(module: pl.LightningModule) -> bool:
+    return any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
+
+
 @contextmanager
 def _bench(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader) -> Iterator["_Bench"]:
     """Prepare the process to try steps, then restore everything, including the states of generators."""
@@ -286,6 +293,8 @@ def _bench(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader) 
             yield stack.enter_context(_Bench.around(trainer, module, loader))
     except NotComparedError:
         raise
+    except NeedsMeetingError as error:
+        raise NotComparedError(f"{error} joins the shards of a step") from None
     except TooLargeError:
         size = f"{LARGEST_BYTES >> 30} GiB"
         raise NotComparedError(f"the model holds more than {size} beside its weights, which would be copied") from None

@@ -58,9 +58,10 @@ from labtrain.training.lightning import (
     results_of,
 )
 from labtrain.training.sharded.hooks import Handed, Takers, joined_outputs, of_no_shard
-from labtrain.training.sharded.manual import ManualStep
 from labtrain.training.sharded.objective import weight_of, weighted_mean, weighted_row
 from labtrain.training.sharded.step_log import Tally
+from labtrain.training.sharded.together import Shard, Together
+from labtrain.training.sharded.whole import NeedsMeetingError, by_itself, normalise_whole_batches
 from labtrain.training.state.watch import Watch, let_pass
 
 # Functions in which people make what decides the result. objective.py tests whether a step's loss depends on it.
@@ -123,14 +124,18 @@ class Exact(_Base):
         arguments: of Lightning's strategy.
         shards: S; the result depends on it, but not on the number of processes.
         wishes: what this process asks of all ranks: to stop, to save.
+        sync_batchnorm: BatchNorm normalises over the whole batch.
         options: of Lightning's strategy.
     """
 
     _pretended: Options | None = None  # what the experiment's code sees of its process, in a trial
 
-    def __init__(self, *arguments: Any, shards: int, wishes: Wishes, **options: Any) -> None:
+    def __init__(
+        self, *arguments: Any, shards: int, wishes: Wishes, sync_batchnorm: bool = False, **options: Any
+    ) -> None:
         super().__init__(*arguments, **options)
-        self.shards, self.wishes = shards, wishes
+        self.shards, self.wishes, self.sync_batchnorm = shards, wishes, sync_batchnorm
+        self._end_normalising: Callable[[], object] = bool
         self.device_reads: dict[
             tuple[str, int], str
         ] = {}  # file and line of code that reads their number: what it reads
@@ -145,6 +150,8 @@ class Exact(_Base):
         self._filling: int | None = None  # the shard whose gradients go as they come
         # Which gradients the step's sums are to be put into, and what they are divided by first.
         self._waiting: tuple[list[bool], Tensor | None] | None = None
+        self._together: bool | None = None  # the shards of a step need each other; None before the first step
+        self._tried: tuple[object, object] | None = None  # the first shard's output and data, in the first step
         self._sums: dict[tuple[int, ...], ShardSum] = {}  # of manual optimization, by the numbers of the parameters
         self._results: ResultCollection | None = None  # of the training, while a shard logs into one of its own
         self._inside = False  # a shard's step: what it logs is combined later
@@ -173,14 +180,11 @@ class Exact(_Base):
                     " ranks need its shape now",
                     hint="run a sample of zeros through the model at the end of its __init__; or set the sizes",
                 )
+        if self.sync_batchnorm and self.shards > 1:
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(self._module)
         super().setup(trainer)
         module = self._module
-        for name, part in module.named_modules():
-            if isinstance(part, torch.nn.SyncBatchNorm):
-                raise ConfigError(
-                    f"{name or 'the model'} is a SyncBatchNorm: its statistics are summed in the order of the devices",
-                    hint="use BatchNorm, which has the statistics of a shard; or determinism.shards=null",
-                )
+        self._end_normalising = normalise_whole_batches()
         self._trainer, self._takers = trainer, Takers(trainer)
         self._seeds_transfer = any(
             is_overridden(hook, each)
@@ -204,6 +208,7 @@ class Exact(_Base):
         put_off_preparing(module, lambda batch: isinstance(batch, Sharded))
 
     def teardown(self) -> None:
+        self._end_normalising()
         for hook in self._hooks:
             hook.remove()
         if self._module is not None:
@@ -250,7 +255,7 @@ class Exact(_Base):
             raise ConfigError(
                 f"self.all_gather in a step: with determinism.shards={self.shards} it would gather a part of the batch"
                 " that depends on the number of devices",
-                hint="determinism.shards=1, on one device: a step then has the whole batch",
+                hint="labtrain.gather(tensor), which joins the rows of the whole batch; or determinism.shards=1",
             )
         return super().all_gather(tensor, group, sync_grads)
 
@@ -266,10 +271,11 @@ class Exact(_Base):
         manual = not self._module.automatic_optimization
         with self.scratch(loop) as results:
             self._tally.begin(training=True)
-            if manual:
-                self._manual_step(step, results, args)
-            for number in range(len(batch.parts)) if not manual else ():
-                self._shard_step(step, number, args)
+            if manual or self._needs_meetings(step, args):
+                self._together_step(step, results, args)
+            else:
+                for number in range(len(batch.parts)):
+                    self._shard_step(step, number, args)
             if self._trainer.should_stop and not stopping:
                 raise ConfigError(
                     "training_step sets trainer.should_stop: a single shard would decide for all",
@@ -325,7 +331,19 @@ class Exact(_Base):
 
     def _shard_step(self, step: "_Step", number: int, args: tuple[object, ...]) -> None:
         """Run forward and backward of one shard, from the state that the step began with."""
-        (shard, samples, data), last = step.batch.parts[number], number == len(step.batch.parts) - 1
+        (shard, samples, _), last = step.batch.parts[number], number == len(step.batch.parts) - 1
+        tried, self._tried = self._tried, None
+        output, data = tried or self._shard_forward(step, number, args)
+        self._added = [0] * len(step.parameters)
+        share = self._share_of(output, step, shard, samples)
+        if share:  # else a mean over nothing: 0 * NaN would be NaN
+            self._filling = shard if last else None
+            self._shard_backward(_loss(output) * (share / self._trainer.accumulate_grad_batches), data, args)
+        self._close_shard(step, shard, samples, output, share, last=last)
+
+    def _shard_forward(self, step: "_Step", number: int, args: tuple[object, ...]) -> tuple[object, object]:
+        """Run the model's step of one shard; return its output and the shard's data."""
+        shard, samples, data = step.batch.parts[number]
         if number:
             self._buffers.restore()
             if self._watch is not None:
@@ -335,26 +353,39 @@ class Exact(_Base):
         data = data if step.moved else self.moved(data, 0, *self._when(), 0, step.index, shard)
         put_results(self._trainer.fit_loop.epoch_loop, self._tally.open(data, samples))
         seed_place("shard", step.epoch, step.index, shard)
-        with alone():
-            output = super().training_step(data, *args)
-        loss = _loss(output)
-        if loss is None:
+        try:
+            with alone():
+                return super().training_step(data, *args), data
+        except NeedsMeetingError as error:
+            if self._together is None:
+                raise
+            raise ConfigError(
+                f"{error} was not used in the training's first step: labtrain then runs each shard of a step by itself",
+                hint=f"use {error} in every training_step",
+            ) from None
+
+    def _share_of(self, output: object, step: "_Step", shard: int, samples: int) -> float:
+        """Return what a shard's loss counts for in that of the batch."""
+        if _loss(output) is None:
             raise ConfigError(
                 f"training_step returned no loss for shard {shard} of batch {step.index}",
                 hint="return the loss of every shard (0 * loss to skip one); or determinism.shards=null",
             )
-        weight, given = samples / step.batch.samples, weight_of(output)
-        share = weight if given is None else given / step.batch.samples
-        self._added = [0] * len(step.parameters)
-        if share:  # else a mean over nothing: 0 * NaN would be NaN
-            self._filling = shard if last else None
-            self._shard_backward(loss * (share / self._trainer.accumulate_grad_batches), data, args)
+        given = weight_of(output)
+        return (samples if given is None else given) / step.batch.samples
+
+    def _close_shard(
+        self, step: "_Step", shard: int, samples: int, output: object, share: float, *, last: bool
+    ) -> None:
+        """Add a shard's gradients, and keep what its step has left."""
+        loss, given = _loss(output), weight_of(output)
         present = self._push(shard, step.parameters)
         step.missing |= not all(present)
         watched = self._watch.leave(shard, last=last) if self._watch is not None else []
         if self._takers.outputs:
             step.outputs.append((samples, output))
-        numbers = torch.tensor([*present, *self._buffers.leave(shard, weight), *watched], dtype=torch.float64)
+        left = self._buffers.leave(shard, samples / step.batch.samples)
+        numbers = torch.tensor([*present, *left, *watched], dtype=torch.float64)
         row = weighted_row(loss.detach(), share, returned=given is not None)
         front = torch.cat([numbers.to(loss.device), row])
         self._tally.close(front, samples, None if given is None else (loss.detach(), given))
@@ -400,29 +431,44 @@ class Exact(_Base):
             watch.end(watched_S3.tolist() if self._world > 1 else watch.numbers, step.ranges)
         seed_place("after", step.epoch, step.index)  # what hooks draw from here on is the same on every rank
 
-    # ---------------------------------------------------------------------------------------------- manual optimization
+    # ---------------------------------------------------------------------------------------------- shards together
 
-    def _manual_step(self, step: "_Step", results: ResultCollection, args: tuple[object, ...]) -> None:
-        """Run the shards of a step with manual optimization, together; then keep what each has left."""
-        self._results = results
-        place: Options = {"device": self._device, "rank": self._rank, "world": self._world}
-        run = partial(self._manual_shard, step, args)
-        manual = ManualStep(self, self._trainer, **place, step=step, run=run)
-        for shard, output, last in manual.run():
-            loss = _loss(output)
-            row = weighted_row(torch.zeros(()) if loss is None else loss.detach().cpu(), shard.share, returned=False)
-            watched = self._watch.leave(shard.number, last=last) if self._watch is not None else []
-            numbers = [float(loss is not None), *self._buffers.leave(shard.number, shard.share), *watched]
-            if self._takers.outputs:
-                step.outputs.append((shard.samples, output))
-            front = torch.cat([torch.tensor(numbers, dtype=torch.float64), row])
-            self._tally.close(front.to(self._device), shard.samples)
+    def _needs_meetings(self, step: "_Step", args: tuple[object, ...]) -> bool:
+        """Return whether the model's steps need the whole batch; in the first step, rank 0 tries its first shard."""
+        if self._together is None:
+            together = any(isinstance(part, torch.nn.SyncBatchNorm) for part in self._module.modules())
+            self._together = together or bool(self.broadcast(self._rank == 0 and self._try(step, args), src=0))
+        return self._together
+
+    def _try(self, step: "_Step", args: tuple[object, ...]) -> bool:
+        """Run the first shard's forward by itself; return whether it needs the others, and then undo what it did."""
+        try:
+            self._tried = self._shard_forward(step, 0, args)
+        except NeedsMeetingError:
+            self._buffers.restore()
+            if self._watch is not None:
+                self._watch.take()
+            return True
+        return False
+
+    def _together_step(self, step: "_Step", results: ResultCollection, args: tuple[object, ...]) -> None:
+        """Run the shards of a step together; then keep what each has left."""
+        self._results, manual = results, not self._module.automatic_optimization
+        self._added = [0] * len(step.parameters)
+        place: Options = {"device": self._device, "rank": self._rank, "world": self._world, "manual": manual}
+        run = partial(self._forward if manual else self._forward_and_backward, step, args)
+        for shard, output, last in Together(self, self._trainer, **place, step=step, run=run).run():
+            if manual:
+                self._close_manual(step, shard, output, last=last)
+            else:
+                self._added = [0] * len(step.parameters)
+                self._close_shard(step, shard.number, shard.samples, *cast(tuple[object, float], output), last=last)
             if not last:
                 self._buffers.restore()
                 if self._watch is not None:
                     self._watch.restore()
 
-    def _manual_shard(self, step: "_Step", args: tuple[object, ...], place: int) -> object:
+    def _forward(self, step: "_Step", args: tuple[object, ...], place: int) -> object:
         """Run the model's step of a shard, in the shard's thread."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
@@ -431,6 +477,27 @@ class Exact(_Base):
         put_results(self._trainer.fit_loop.epoch_loop, self._tally.open(data, samples, place=place))
         seed_place("shard", step.epoch, step.index, shard)
         return super().training_step(data, *args)
+
+    def _forward_and_backward(self, step: "_Step", args: tuple[object, ...], place: int) -> tuple[object, float]:
+        """Run forward and backward of a shard, in its thread; return its output and what its loss counts for."""
+        shard, samples, data = step.batch.parts[place]
+        output = self._forward(step, args, place)
+        share = self._share_of(output, step, shard, samples)
+        if share:
+            # A backward that meets must run in this thread, also on a GPU.
+            with torch.autograd.set_multithreading_enabled(False):
+                self._shard_backward(_loss(output) * (share / self._trainer.accumulate_grad_batches), data, args)
+        return output, share
+
+    def _close_manual(self, step: "_Step", shard: Shard, output: object, *, last: bool) -> None:
+        loss = _loss(output)
+        row = weighted_row(torch.zeros(()) if loss is None else loss.detach().cpu(), shard.share, returned=False)
+        watched = self._watch.leave(shard.number, last=last) if self._watch is not None else []
+        numbers = [float(loss is not None), *self._buffers.leave(shard.number, shard.share), *watched]
+        if self._takers.outputs:
+            step.outputs.append((shard.samples, output))
+        front = torch.cat([torch.tensor(numbers, dtype=torch.float64), row])
+        self._tally.close(front.to(self._device), shard.samples)
 
     def _end_manual(self, step: "_Step", rows_SK: Tensor) -> STEP_OUTPUT:
         """Install the results of the shards of all ranks; return what hooks get for the step."""
@@ -490,8 +557,14 @@ class Exact(_Base):
                 data = data if moved else self.moved(data, which or 0, *place, shard)
                 put_results(loop, self._tally.open(data, samples, which))
                 seed_place(*place, shard)
-                with alone():
-                    output = step(data, *args)
+                try:
+                    with alone():
+                        output = step(data, *args)
+                except NeedsMeetingError as error:
+                    raise ConfigError(
+                        f"{error} in a validation or test: their shards run one after the other",
+                        hint="collect the outputs in a list, and labtrain.gather_outputs(list) at the epoch's end",
+                    ) from None
                 if taken:
                     outputs.append((samples, output))
                 self._tally.close(torch.empty(0, dtype=torch.float64, device=self._device), samples)
@@ -559,7 +632,8 @@ class Exact(_Base):
         """Restore Lightning's collection of logged values at the end, whatever happens."""
         results, self._inside = results_of(loop), True
         try:
-            yield results
+            with by_itself() if self.shards > 1 else nullcontext():
+                yield results
         finally:
             put_results(loop, results)
             self._inside = False

@@ -1,23 +1,26 @@
-"""Manual optimization with shards: the `training_step`s of all shards advance together, as ranks of DDP would.
+"""Steps of several shards that advance together, as ranks of DDP would: manual optimization, SyncBatchNorm, `gather`.
 
 Each shard runs to its next meeting point, where all shards of all ranks wait for each other:
 
-- a backward: the shards' gradients are summed along the tree, and each shard sees the gradient of the whole batch;
-- a step of an optimizer or of a scheduler: it is done once.
+- a layer or a call that needs the whole batch: `SyncBatchNorm` sums, `labtrain.gather` joins rows, and so do their
+  backwards;
+- with manual optimization, a backward: the shards' gradients are summed along the tree, and each shard sees the
+  gradient of the whole batch; and a step of an optimizer or of a scheduler: it is done once.
 
 Between two meeting points a shard has to itself what it changes: random numbers, buffers, attributes, metrics, logged
-values, `requires_grad` and `.grad`. labtrain swaps these when another shard continues. What shards do to `.grad`, such
-as clipping, must be the same in each. All shards' activations are in memory at once.
+values, `requires_grad` and `.grad`. labtrain swaps these when another shard continues. With manual optimization, what
+shards do to `.grad` after a backward, such as clipping, must be the same in each. All shards' activations are in memory
+at once.
 
 A rank without a shard of a small last batch takes part in the meetings.
 
 Lightning 2.6: loops/optimization/manual.py and core/optimizer.py, through lightning.py.
 """
 
+import itertools
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any, cast
@@ -29,17 +32,16 @@ from torch import Tensor
 
 from labtrain.base.errors import ConfigError
 from labtrain.exact.determinism import keep_draws, seed_place
-from labtrain.exact.tree_sum import alone
+from labtrain.exact.tree_sum import ShardSum, alone
 from labtrain.training.lightning import lightning_optimizers, put_toggled, toggled
-from labtrain.training.sharded.lockstep import END, Meeting, Runner, meet, runs_here
+from labtrain.training.sharded.lockstep import END, Meeting, Runner, here, meet, runs_here
+from labtrain.training.sharded.whole import BACK, FORWARD, GATHER, SUM
 
 if TYPE_CHECKING:
     from labtrain.training.sharded.strategy import Exact, _Step
 
 BACKWARD, STEP, RAW_STEP, SCHEDULER = "a backward", "optimizer.step", "torch's optimizer.step", "scheduler.step"
 Gradients = list[Tensor | None]
-
-_inside = threading.local()  # whether this thread is in a backward
 
 
 @dataclass(kw_only=True, slots=True)
@@ -54,6 +56,7 @@ class Shard:
         enter: restores what it has to itself.
         meeting: where it waits.
         answer: to that.
+        private: its gradients, in the middle of its backward.
         flags: whether each parameter requires a gradient, and what Lightning's toggle_optimizer keeps.
     """
 
@@ -64,11 +67,12 @@ class Shard:
     enter: list[Callable[[], object]] = field(default_factory=list)
     meeting: Meeting = field(default_factory=lambda: Meeting(kind=END))
     answer: object = None
+    private: Gradients | None = None
     flags: tuple[list[bool], dict[str, bool]] = ([], {})
 
 
-class ManualStep:
-    """Runs one step of a model with manual optimization.
+class Together:
+    """Runs one step of a model, all shards together.
 
     Args:
         strategy: of the training.
@@ -77,7 +81,8 @@ class ManualStep:
         rank: this process.
         world: the number of processes.
         step: of this rank.
-        run: the model's `training_step`, of the shard at a place.
+        run: the model's step, of the shard at a place.
+        manual: optimization is manual; otherwise `run` has a backward too, whose gradients stay the shard's.
     """
 
     def __init__(
@@ -90,12 +95,14 @@ class ManualStep:
         world: int,
         step: "_Step",
         run: Callable[[int], object],
+        manual: bool,
     ) -> None:
         self.strategy, self.trainer, self.step = strategy, trainer, step
-        self.device, self.rank, self.world = device, rank, world
+        self.device, self.rank, self.world, self.manual = device, rank, world, manual
         self.module = trainer.lightning_module
         self.parameters = list(self.module.parameters())
         self.gradients: Gradients = [parameter.grad for parameter in self.parameters]
+        nothing: Gradients = [None] * len(self.parameters)
         self.flags = self._flags()
         self.meetings = 0
         self.differs = ""  # the name of a parameter whose .grad differs between shards
@@ -106,6 +113,7 @@ class ManualStep:
                 samples=samples,
                 share=samples / whole,
                 runner=Runner(partial(run, place)),
+                private=None if manual else nothing,
                 flags=self.flags,
             )
             for place, (number, samples, _) in enumerate(step.batch.parts)
@@ -117,7 +125,7 @@ class ManualStep:
         And whether it is the last of this rank.
         """
         try:
-            with _meeting_in(self.trainer):
+            with _meeting_in(self.trainer) if self.manual else nullcontext():
                 while (meeting := self._advance()).kind != END:
                     self._hold(meeting)
                 self._end(meeting)
@@ -127,6 +135,8 @@ class ManualStep:
         for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
             parameter.grad = gradient
         for shard in self.shards:
+            for parameter, gradient in zip(self.parameters, shard.private or (), strict=self.manual is False):
+                parameter.grad = gradient
             for restore in shard.enter:
                 restore()
             yield shard, shard.runner.result, shard is self.shards[-1]
@@ -135,21 +145,25 @@ class ManualStep:
 
     def _advance(self) -> Meeting:
         """Run each shard to its next meeting point, and return where all of them meet."""
-        several = len(self.shards) > 1
+        several = self.manual and len(self.shards) > 1
         kept = [None if each is None else each.clone() for each in self.gradients] if several else self.gradients
         after: Gradients | None = None
         for shard in self.shards:
             before = self.gradients if after is None else [None if each is None else each.clone() for each in kept]
-            self._enter(shard, before)
+            self._enter(shard, before if shard.private is None else shard.private)
             with alone():
                 shard.meeting = shard.runner.resume(shard.answer)
             now = self._leave(shard)
-            if after is None:
+            if not self.manual:
+                after = self.gradients
+            elif after is None:
                 after = now
             else:
                 self._compare(after, now)
-        self.gradients = self._of_rank_0(after, kept)
-        return self._agreed()
+        meeting = self._agreed()
+        if self.manual and meeting.kind not in (GATHER, SUM):
+            self.gradients = self._of_rank_0(after, kept)
+        return meeting
 
     def _enter(self, shard: Shard, gradients: Gradients) -> None:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -159,12 +173,15 @@ class ManualStep:
             restore()
 
     def _leave(self, shard: Shard) -> Gradients:
-        """Put aside what the shard has to itself, and return its gradients."""
+        """Put aside what the shard has to itself; return its gradients, those outside of a backward that it is in."""
         draws = keep_draws()
         shard.enter = [draws, *(self.strategy.swap_out() if len(self.shards) > 1 else ())]
         shard.flags = self._flags()
         self._put_flags(*self.flags)
-        return [parameter.grad for parameter in self.parameters]
+        found: Gradients = [parameter.grad for parameter in self.parameters]
+        outside = cast(Gradients | None, shard.runner.outside)
+        shard.private = found if outside is not None or not self.manual else None
+        return found if outside is None else outside
 
     def _compare(self, first: Gradients, other: Gradients) -> None:
         """Note a parameter whose gradient a shard changed in a way of its own."""
@@ -213,6 +230,9 @@ class ManualStep:
             return [each is not None for each in cast(Gradients, shard.meeting.payload)]
         if shard.meeting.kind == END:
             return shard.flags[0], self.differs
+        if shard.meeting.kind in (GATHER, SUM):
+            brought = cast(Tensor, shard.meeting.payload)
+            return tuple(brought.shape), brought.dtype
         return shard.share, shard.meeting.payload
 
     def _flags(self) -> tuple[list[bool], dict[str, bool]]:
@@ -242,6 +262,9 @@ class ManualStep:
         self.meetings += 1
         seed_place("meeting", self.step.epoch, self.step.index, self.meetings)  # hooks draw the same on every rank
         answer: object = None
+        if meeting.kind in (GATHER, SUM):
+            self._exchange(meeting)
+            return
         if meeting.kind == BACKWARD:
             self._add(cast(list[list[bool]], meeting.payload))
         else:
@@ -250,6 +273,35 @@ class ManualStep:
         for shard in self.shards:
             shard.answer = answer
         self.gradients = [parameter.grad for parameter in self.parameters]
+
+    def _exchange(self, meeting: Meeting) -> None:
+        """Answer each shard with the rows of all shards, or with the sum over them."""
+        brought = {shard.number: cast(Tensor, shard.meeting.payload) for shard in self.shards}
+        like = cast(list[tuple[tuple[int, ...], torch.dtype]], meeting.payload)
+        if meeting.kind == GATHER and meeting.key == FORWARD:
+            parts = []
+            for rank, numbers in enumerate(self.step.ranges):
+                for number in numbers:
+                    shape, dtype = like[number]
+                    own = brought[number] if rank == self.rank else torch.empty(shape, dtype=dtype, device=self.device)
+                    parts.append(own.contiguous())
+                    if self.world > 1:
+                        dist.broadcast(parts[-1], src=rank)
+            whole, starts = torch.cat(parts), [0, *itertools.accumulate(map(len, parts))]
+            for shard in self.shards:
+                shard.answer = whole, starts[shard.number]
+            return
+        shape, dtype = like[0]
+        total = ShardSum([torch.empty(shape, dtype=dtype, device=self.device)], rank=self.rank, world=self.world)
+        total.begin(self.step.ranges)
+        # A gradient of manual optimization is multiplied by its shard's share after the backward.
+        weighs = self.manual and meeting.key == BACK
+        for shard in self.shards:
+            total.push(shard.number, 0, brought[shard.number].clone().mul_(shard.share if weighs else 1))
+        total.send()
+        (whole,) = total.total()
+        for shard in self.shards:
+            shard.answer = whole / shard.share if weighs else whole
 
     def _add(self, has_SP: list[list[bool]]) -> None:
         """Add the gradient of the whole batch to each parameter that has one in some shard."""
@@ -339,16 +391,16 @@ def _backward(
     **options: Any,
 ) -> None:
     """Compute the gradients of one shard, then wait for the others; a backward inside of one is its part."""
-    if not runs_here() or getattr(_inside, "backward", False):
+    if not runs_here() or here().outside is not None:
         return usual(tensors, *arguments, **options)
     before = [parameter.grad for parameter in parameters]
     for parameter in parameters:
         parameter.grad = None
-    _inside.backward = True
+    here().outside = before
     try:
         usual(tensors, *arguments, **options)
     finally:
-        _inside.backward = False
+        here().outside = None
     found = [parameter.grad for parameter in parameters]
     for parameter, gradient in zip(parameters, before, strict=True):
         parameter.grad = gradient
