@@ -139,7 +139,7 @@ def test_lists_may_grow(runner: Runner) -> None:
 def test_all_gather_in_a_step_is_refused(runner: Runner) -> None:
     runner.run(model("Together", "all_gather"), code=2)
     assert "self.all_gather in a step" in runner.said()
-    assert "hint: determinism.shards=1" in runner.said()
+    assert "hint: labtrain.gather(tensor)" in runner.said()
 
 
 def test_a_step_does_not_see_the_other_ranks(runner: Runner, other: Runner) -> None:
