@@ -37,7 +37,7 @@ from labtrain.training.callbacks.checkpoint import FolderIO
 from labtrain.training.callbacks.steps import BatchSizes, Seeding
 from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.sharded.strategy import ExactDDP, ExactSingleDevice
-from labtrain.training.state.watch import Watch
+from labtrain.training.state.step_changes import Watch
 
 HERE = Path(__file__).resolve().parent
 STEPS, WARMUP, ROUNDS = 30, 5, 6

@@ -1,4 +1,4 @@
-"""Code that changes what is no part of the model while it trains: for test_outside.py, a kind a class."""
+"""Code that changes what is no part of the model while it trains: for test_trainer_state.py, a kind a class."""
 
 from typing import Any
 

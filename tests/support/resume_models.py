@@ -1,4 +1,4 @@
-"""Models with a state that torch and Lightning do not save, for test_unsaved.py: a kind a model."""
+"""Models with a state that torch and Lightning do not save, for test_extra_state.py: a kind a model."""
 
 import copy
 import time

@@ -44,7 +44,7 @@ LOGGED: Form = {
     "updates": is_count,
     "has_reset": bool,
 }
-RANK: Form = {  # what one of the ranks held: epoch_loop.py, and unsaved.py
+RANK: Form = {  # what one of the ranks held: epoch_loop.py, and extra_state.py
     "logged": [LOGGED],
     "metrics": {str: {str: object}},
     "exhausted?": bool,

@@ -46,9 +46,9 @@ from labtrain.training.lightning import (
 from labtrain.training.sharded.gathering import leave_own, made_whole
 from labtrain.training.sharded.step_log import global_already, is_global
 from labtrain.training.sharded.strategy import Exact
-from labtrain.training.state.outside import KEY, Outside
+from labtrain.training.state.extra_state import Unsaved
 from labtrain.training.state.rebuild import Connector
-from labtrain.training.state.unsaved import Unsaved
+from labtrain.training.state.trainer_state import KEY, Outside
 
 
 class EpochLoop(TrainingEpochLoop):

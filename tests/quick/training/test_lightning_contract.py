@@ -38,7 +38,7 @@ from lightning.pytorch.utilities import CombinedLoader
 
 from labtrain import training
 from labtrain.exact import attributes
-from labtrain.training.state.changes import LOOKED_INTO
+from labtrain.training.state.snapshots import LOOKED_INTO
 
 SRC = Path(attributes.__file__).parents[1]
 ADAPTER = SRC / "training" / "lightning.py"
@@ -206,17 +206,21 @@ def _of_lightning() -> set[str]:
 ELSEWHERE = {
     "_computed": ("exact/metric_states.py", "training/sharded/step_log.py"),  # torchmetrics.Metric
     "_forward_cache": ("exact/metric_states.py", "training/sharded/step_log.py"),  # torchmetrics.Metric
-    "_modules": ("exact/buffers.py", "training/sharded/step_log.py", "training/state/watch.py"),  # torch.nn.Module
+    "_modules": (
+        "exact/buffers.py",
+        "training/sharded/step_log.py",
+        "training/state/step_changes.py",
+    ),  # torch.nn.Module
     "_version": (
         "exact/buffers.py",
         "exact/collate.py",
         "exact/metric_states.py",
         "training/speed.py",
-        "training/state/outside.py",
-        "training/state/watch.py",
+        "training/state/trainer_state.py",
+        "training/state/step_changes.py",
     ),  # torch.Tensor
     "_device": ("training/callbacks/checkpoint.py",),  # labtrain's
-    "_spec": ("checkpoints/staging.py", "training/state/unsaved.py"),  # labtrain's
+    "_spec": ("checkpoints/staging.py", "training/state/extra_state.py"),  # labtrain's
 }
 
 
@@ -227,7 +231,7 @@ AS_TEXT = {
     "launch/job.py": {"_step"},  # of the name of a metric
     "training/epoch_loop.py": {"_computed", "_forward_cache"},  # torchmetrics.Metric
     "training/sharded/step_log.py": {"_computed", "_forward_cache"},  # torchmetrics.Metric
-    "training/state/changes.py": LOOKED_INTO,
+    "training/state/snapshots.py": LOOKED_INTO,
     "training/sharded/gathering.py": {"_step"},  # training_step, validation_step
     "training/sharded/hooks.py": {"_batch", "_start"},  # on_train_batch_start
 }

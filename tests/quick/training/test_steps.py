@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from labtrain.training.state.watch import Watch
+from labtrain.training.state.step_changes import Watch
 from tests.support import step_models
 from tests.support.exact import Runner, exchanges, outcome
 from tests.support.steps import CHANGES, model, one_and_two, refused

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from labtrain.training.state.watch import Rates
+from labtrain.training.state.step_changes import Rates
 from tests.support.exact import Runner, configure, outcome
 from tests.support.rate_models import Rates as Model
 

@@ -28,10 +28,10 @@ from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.lightning import checkpoint_connector
 from labtrain.training.loggers import log_positions
 from labtrain.training.sharded.strategy import Exact
+from labtrain.training.state.extra_state import CLOCKS, CODE, Unsaved
 from labtrain.training.state.options import adopt, beginnings, beginnings_of_callbacks
-from labtrain.training.state.outside import Outside
 from labtrain.training.state.rebuild import KEY, can_differ, cure, fitting, lacks, made_of
-from labtrain.training.state.unsaved import CLOCKS, CODE, Unsaved
+from labtrain.training.state.trainer_state import Outside
 
 HYPERPARAMETERS = {  # the key in Lightning's checkpoint dictionary, and the object that it belongs to
     pl.LightningModule.CHECKPOINT_HYPER_PARAMS_KEY: "lightning_module",

@@ -39,9 +39,9 @@ from labtrain.training.lightning import (
     silence_loggers,
 )
 from labtrain.training.sharded.whole import NeedsMeetingError
-from labtrain.training.state.changes import Look, look, unlike
+from labtrain.training.state.snapshots import Look, look, unlike
+from labtrain.training.state.step_changes import Watch, let_pass
 from labtrain.training.state.undo import LARGEST_BYTES, TooLargeError, Undo
-from labtrain.training.state.watch import Watch, let_pass
 
 if TYPE_CHECKING:
     from labtrain.training.sharded.strategy import Exact

@@ -62,7 +62,7 @@ from labtrain.training.sharded.objective import weight_of, weighted_mean, weight
 from labtrain.training.sharded.step_log import Tally
 from labtrain.training.sharded.together import Shard, Together
 from labtrain.training.sharded.whole import NeedsMeetingError, by_itself, normalise_whole_batches
-from labtrain.training.state.watch import Watch, let_pass
+from labtrain.training.state.step_changes import Watch, let_pass
 
 # Functions in which people make what decides the result. objective.py tests whether a step's loss depends on it.
 MAKERS = frozenset(

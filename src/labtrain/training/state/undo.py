@@ -20,7 +20,7 @@ from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from labtrain.exact.attributes import RANDOM
-from labtrain.training.state.reach import Items, View, reach
+from labtrain.training.state.object_graph import Items, View, reach
 
 LARGEST_BYTES = 1 << 30  # limit for saved content, without the tensors in `free`
 OBJECT_BYTES = 1 << 10  # estimated size of one object or container

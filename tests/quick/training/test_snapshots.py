@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from labtrain.base.errors import EXIT_STOPPED
-from labtrain.training.state.changes import look, unlike
+from labtrain.training.state.snapshots import look, unlike
 from labtrain.training.state.undo import Undo
 from tests.support.exact import Runner
 from tests.support.reaching_models import Reaching

@@ -34,7 +34,7 @@ from labtrain.exact.attributes import (
 )
 from labtrain.exact.plain_values import SCALARS, is_experiments, is_own
 from labtrain.training.lightning import train_loaders
-from labtrain.training.state.changes import of_generator
+from labtrain.training.state.snapshots import of_generator
 
 KEY = "outside"  # in the checkpoint's resume point
 MOST_BYTES = 2**20

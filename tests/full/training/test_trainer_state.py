@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from labtrain.base.errors import EXIT_STOPPED
-from tests.real.training.test_outside import _made, config
+from tests.real.training.test_trainer_state import _made, config
 from tests.support.exact import Runner, outcome
 
 

@@ -1,8 +1,8 @@
 """Finds state that a step or a training changes, and that neither a watcher nor a checkpoint sees.
 
-watch.py restores plain attributes, buffers and weights before each shard, and unsaved.py saves them. But code may also
-count in closures, globals and class attributes, draw from its own generators, and step an optimizer that Lightning does
-not know. `look` takes a fingerprint of all that a model can reach; two looks show the changes.
+step_changes.py restores plain attributes, buffers and weights before each shard, and extra_state.py saves them. But
+code may also count in closures, globals and class attributes, draw from its own generators, and step an optimizer that
+Lightning does not know. `look` takes a fingerprint of all that a model can reach; two looks show the changes.
 """
 
 import array
@@ -26,7 +26,7 @@ from torchmetrics import Metric, MetricCollection
 from labtrain.exact.attributes import PRIVATE, RANDOM, fingerprint
 from labtrain.exact.plain_values import SCALARS, SIMPLE
 from labtrain.record.digests import tensor_bytes
-from labtrain.training.state.reach import label, reach
+from labtrain.training.state.object_graph import label, reach
 
 Values = TypeVar("Values", Tensor, np.ndarray)
 

@@ -43,7 +43,7 @@ from labtrain.exact.attributes import (
 )
 from labtrain.exact.checksums import two_sums
 from labtrain.exact.plain_values import SCALARS, is_experiments
-from labtrain.training.state.changes import Look, look, unlike
+from labtrain.training.state.snapshots import Look, look, unlike
 
 CLOCKS = (time.time, time.monotonic, time.perf_counter)
 NUMBERS_AND_TEXTS = {kind.__name__ for kind in SCALARS}
