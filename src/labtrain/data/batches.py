@@ -73,16 +73,6 @@ class Batches(Protocol):
         """Return their number; this ends only if a sampler does."""
 
 
-class Source(Protocol):
-    """Gives the batches of each epoch."""
-
-    def __len__(self) -> int:
-        """Return the number of batches in an epoch; TypeError if a sampler does not tell."""
-
-    def epoch(self, epoch: int) -> Batches:
-        """Return the batches of an epoch."""
-
-
 class Ordered:
     """Batches of one size in labtrain's own order, of which any is found at once.
 
@@ -160,7 +150,7 @@ class Sampled:
         if self._remembers:
             self._iterate_before(epoch)
         batches = Listed(self._iterated(epoch), epoch)
-        if self._has_length():
+        if length_of(self.sampler) is not None:
             batches.all()
             self._left = self._look()
         return batches
@@ -187,7 +177,7 @@ class Sampled:
     def _iterate_before(self, epoch: int) -> None:
         """Iterate a sampler that remembers for the epochs before this one, of which another process saw some."""
         name = self._name()
-        if not self._next <= epoch < CYCLE or (epoch and not self._has_length()):
+        if not self._next <= epoch < CYCLE or (epoch and length_of(self.sampler) is None):
             raise ConfigError(
                 f"{name} yields another order each time it is iterated: the order of one iteration cannot be repeated",
                 hint=f"give {name} __len__ and set_epoch(epoch), and compute its order from the epoch",
@@ -216,15 +206,9 @@ class Sampled:
             tried = copy.deepcopy(self, {id(self.dataset): self.dataset})
         except Exception:  # a running generator or a lock inside: iterate it as torch would, once an epoch
             return True
-        limit = None if self._has_length() else self.TRIED
+        limit = self.TRIED if length_of(self.sampler) is None else None
         first, second = (Listed(tried._iterated(epoch), epoch).all(limit) for _ in range(2))
         return [each.keys.tolist() for each in first] != [each.keys.tolist() for each in second]
-
-    def _has_length(self) -> bool:
-        try:
-            return len(self) >= 0
-        except (TypeError, NotImplementedError):
-            return False
 
 
 class Listed:
@@ -327,6 +311,14 @@ def generators_of(sampler: object) -> list[torch.Generator]:
     for each in (sampler, getattr(sampler, "sampler", None)):
         found += [value for value in getattr(each, "__dict__", {}).values() if isinstance(value, torch.Generator)]
     return found
+
+
+def length_of(sized: Any) -> int | None:
+    """Return a loader's or sampler's length; None if it does not tell."""
+    try:
+        return len(sized)
+    except (TypeError, NotImplementedError):
+        return None
 
 
 def _kept(known: dict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:

@@ -13,14 +13,14 @@ import numpy as np
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from labtrain.data.batches import CYCLE, Picks
-from labtrain.data.loader import DataLoader, Sharded
+from labtrain.data.loader import DataLoader
+from labtrain.data.sharded import Loader, Sharded
 from labtrain.exact.permutation import Indices
-from labtrain.exact.tree_sum import shard_range
 
 MODES = ("max_size_cycle", "max_size", "min_size")
 
 
-class Combined:
+class Combined(Loader):
     """Yields the batches of several loaders together.
 
     Args:
@@ -29,66 +29,38 @@ class Combined:
     """
 
     def __init__(self, loaders: object, mode: str) -> None:
+        super().__init__()
         found, self._form = tree_flatten(loaders)
         self.loaders: list[DataLoader] = found
         self.mode = mode
-        self.epoch = 0
-        self.sampler, self.batch_sampler = self, None  # Lightning calls loader.sampler.set_epoch(epoch)
-        self._start = (0, 0)
-        self._shards: int | None = None
-        self._place = (0, 1)
-
-    @property
-    def counts(self) -> list[str]:
-        """The attributes of the datasets that count loads."""
-        return [name for loader in self.loaders for name in loader.counts]
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
-        self.epoch = epoch
-
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Skip the first `batch` batches of `epoch`: they have been trained on."""
-        self._start = (epoch, batch)
 
     def shard(self, shards: int, *, rank: int, world: int) -> None:
-        """Yield `Sharded` from now on."""
-        self._shards, self._place = shards, (rank, world)
+        super().shard(shards, rank=rank, world=world)
         for loader in self.loaders:
             loader.shard(shards, rank=rank, world=world)
 
-    def calls(self, batch: int) -> int:
-        """Return how often this rank calls a step for the batch of that number in its epoch."""
-        if self._shards is None:
-            return 1
-        return len(shard_range(self._shards_of(self._picks(batch)), *self._place))
-
-    def changed(self) -> list[str]:
-        """Return a warning for each number and text of a dataset that code has changed since the epoch began."""
-        return [text for loader in self.loaders for text in loader.changed()]
-
     def indices_of(self, batch: int) -> Indices:
-        """Return the indices of a batch of this epoch, of all loaders."""
         return np.concatenate([picks.numbers for picks in self._picks(batch) if picks is not None])
 
     def samples_of(self, batch: int) -> int:
-        """Return the samples of a batch of this epoch, of all loaders and ranks."""
         return len(self.indices_of(batch))
+
+    def _shards_in(self, batch: int) -> int:
+        return self._shards_of(self._picks(batch))
 
     def __len__(self) -> int:
         return (min if self.mode == "min_size" else max)(map(len, self.loaders))
 
     def __iter__(self) -> Iterator[object]:
-        first = self._start[1] if self._start[0] == self.epoch else 0
-        plans = itertools.tee(self._plan(first), len(self.loaders) + 1)
+        plans = itertools.tee(self._plan(), len(self.loaders) + 1)
         streams = [loader.along(_of(number, plans[number])) for number, loader in enumerate(self.loaders)]
         for picks, _ in plans[-1]:
             yield self._together(
                 [None if each is None else next(stream) for stream, each in zip(streams, picks, strict=True)]
             )
 
-    def _plan(self, first: int) -> Iterator[tuple[list[Picks | None], int]]:
-        for batch in itertools.count(first):
+    def _plan(self) -> Iterator[tuple[list[Picks | None], int]]:
+        for batch in itertools.count(self._skipped()):
             try:
                 picks = self._picks(batch)
             except IndexError:
@@ -133,9 +105,6 @@ class Combined:
             data = [None if each is None else each.parts[place][2] for each in batches]
             parts.append((shard, samples, tree_unflatten(data, self._form)))
         return Sharded(parts, samples=first.samples, shards=first.shards)
-
-
-ExactLoader = DataLoader | Combined
 
 
 def parts_of(loader: object) -> list[DataLoader]:

@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader as TorchDataLoader
 
 from labtrain.data.loader import WORKERS, DataLoader
 
+ITERATES = ("__iter__", "_get_iterator")  # a subclass with one of its own iterates in its own way
+
 
 def exact(loader: object) -> object:
     """Return an exact loader for a DataLoader of torch with a map-style dataset; anything else as it came.
@@ -22,7 +24,7 @@ def exact(loader: object) -> object:
     """
     if not isinstance(loader, TorchDataLoader) or isinstance(loader.dataset, IterableDataset):
         return loader
-    if type(loader).__iter__ is not TorchDataLoader.__iter__ or _iterator_of(loader) is not _iterator_of(None):
+    if any(getattr(type(loader), name) is not getattr(TorchDataLoader, name) for name in ITERATES):
         return loader
     options = {name: getattr(loader, name) for name in (*WORKERS, "num_workers")}
     options["pin_memory"] = loader.pin_memory and torch.cuda.is_available()
@@ -54,7 +56,3 @@ def _shuffles(sampler: Any, loader: TorchDataLoader[object]) -> bool:
         and sampler.num_samples == len(loader.dataset)  # type: ignore[arg-type]
         and len(sampler.data_source) == sampler.num_samples
     )
-
-
-def _iterator_of(loader: object) -> object:
-    return type(loader)._get_iterator if loader is not None else TorchDataLoader._get_iterator  # type: ignore[attr-defined]

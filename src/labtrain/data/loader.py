@@ -28,6 +28,7 @@ from labtrain.data.batches import Batches, Ordered, Picks, Sampled, alone, toget
 from labtrain.data.draws import Draws
 from labtrain.data.fetch import Fetch, Noted, begin_worker, refuse_other
 from labtrain.data.prefetch import Copies, in_thread, on_tensors
+from labtrain.data.sharded import Loader, Sharded, cuts, number_of_shards
 from labtrain.data.transforms import Own, Transform, apply, with_partners
 from labtrain.exact.determinism import run_device, run_mode, run_say, run_seed, seed_all
 from labtrain.exact.permutation import Indices
@@ -46,20 +47,7 @@ Made = tuple[Picks, int, Parts, list[Any]]
 WORKERS = ("timeout", "worker_init_fn", "multiprocessing_context", "prefetch_factor")
 
 
-class Sharded:
-    """One global batch, as one rank sees it. It is not a collection, so Lightning passes it on unchanged.
-
-    Attributes:
-        parts: (shard number, number of samples, data) of each shard of this rank with samples.
-        samples: of the whole batch.
-        shards: how many shards the whole batch is cut into.
-    """
-
-    def __init__(self, parts: list[tuple[int, int, object]], *, samples: int, shards: int) -> None:
-        self.parts, self.samples, self.shards = parts, samples, shards
-
-
-class DataLoader:
+class DataLoader(Loader):
     """Loads batches of any map-style dataset.
 
     Args:
@@ -105,6 +93,7 @@ class DataLoader:
         generator: torch.Generator | None = None,
         **of_workers: Any,
     ) -> None:
+        super().__init__()
         if batch_sampler is None and (not isinstance(sampler, BatchSampler) if batch_size is None else batch_size < 1):
             raise ConfigError(f"batch_size={batch_size}: must be at least 1", hint="data.batch_size=64")
         self.transforms = [transform] if callable(transform) else list(transform or ())
@@ -125,37 +114,17 @@ class DataLoader:
         if self.by_list and collate_fn is None:
             self.collate_fn = default_convert
         self.source = source_of(self.dataset, self.batch_size, generator=generator, **order)
-        self.epoch, self._start = 0, (0, 0)
-        self.sampler, self.batch_sampler = self, None  # Lightning calls loader.sampler.set_epoch(epoch)
-        self._shards: int | None = None
-        self._place = (0, 1)
         self._loaded_before = self._transformed_before = self._said = self._said_changed = False
         self.counts: list[str] = []  # attributes of the dataset that count loads
         self.begun: dict[str, object] = {}  # its numbers and texts when the epoch began
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
-        self.epoch = epoch
-
-    def start_at(self, epoch: int, batch: int) -> None:
-        """Skip the first `batch` batches of `epoch`: they have been trained on."""
-        self._start = (epoch, batch)
-
     def shard(self, shards: int, *, rank: int, world: int) -> None:
-        """Yield `Sharded` from now on."""
-        self._shards, self._place = shards, (rank, world)
+        super().shard(shards, rank=rank, world=world)
         if self.batch_size is not None and self.batch_size < world:
             run_say(
                 f"a loader of batch_size={self.batch_size} over {type(self.dataset).__name__}: each batch leaves"
                 f" {world - self.batch_size} of {world} devices idle"
             )
-
-    def calls(self, batch: int) -> int:
-        """Return how often this rank calls a step for the batch of that number in its epoch."""
-        if self._shards is None:
-            return 1
-        samples = len(self.source.epoch(self.epoch)[batch])
-        return len(shard_range(self.shards_of(samples), *self._place))
 
     def __len__(self) -> int:
         """Return the number of batches that this rank gets in an epoch; TypeError if a sampler has no length."""
@@ -171,9 +140,8 @@ class DataLoader:
 
     def __iter__(self) -> Iterator[object]:
         # A generator: nothing below runs before the first next(), which comes after set_epoch.
-        first = self._start[1] if self._start[0] == self.epoch else 0
-        batches = self.source.epoch(self.epoch)
-        yield from self.along((picks, self.shards_of(len(picks))) for picks in counted(batches, first))
+        batches = counted(self.source.epoch(self.epoch), self._skipped())
+        yield from self.along((picks, self.shards_of(len(picks))) for picks in batches)
 
     def along(self, batches: Iterable[tuple[Picks, int]]) -> Iterator[object]:
         """Yield chosen batches, each with the number of its shards."""
@@ -346,23 +314,15 @@ class DataLoader:
         return number_of_shards(samples, batch_size=self.batch_size, most=self._shards or 1)
 
     def samples_of(self, batch: int) -> int:
-        """Return the samples of a batch of this epoch, of all ranks."""
         return len(self.indices_of(batch))
 
-
-def number_of_shards(samples: int, *, batch_size: object, most: int) -> int:
-    """Return into how many shards a batch is cut: if it has not batch_size samples, each shard has at least two."""
-    return min(most, samples if samples == batch_size else max(1, samples // 2))
+    def _shards_in(self, batch: int) -> int:
+        return self.shards_of(self.samples_of(batch))
 
 
 def cut(picks: Picks, shards: int) -> list[Picks]:
     """Return the samples of each shard of a batch."""
     return [picks[start:stop] for start, stop in itertools.pairwise(cuts(len(picks), shards))]
-
-
-def cuts(samples: int, shards: int) -> list[int]:
-    """Return where a batch is cut: evenly."""
-    return [samples * shard // shards for shard in range(shards + 1)]
 
 
 def counted(batches: Batches, first: int) -> Iterator[Picks]:

@@ -18,15 +18,15 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from labtrain.base.errors import ConfigError
-from labtrain.data.batches import apart
-from labtrain.data.loader import Sharded, cuts, number_of_shards
+from labtrain.data.batches import apart, length_of
+from labtrain.data.sharded import Loader, Sharded, cuts, number_of_shards
 from labtrain.exact.collate import cut, rows_of
 from labtrain.exact.determinism import derive_seed, run_mode
 from labtrain.exact.tree_sum import shard_range
 from labtrain.record.digests import digest_content
 
 
-class Stream:
+class Stream(Loader):
     """Wraps a loader that can be iterated again for each epoch.
 
     The Trainer may fetch a batch ahead of the one that it trains on. So the wrapper keeps the state after each of the
@@ -34,18 +34,14 @@ class Stream:
     """
 
     def __init__(self, loader: Any) -> None:
+        super().__init__()
         self.loader = loader
         self.holder = holder_of(loader)
-        self.sampler, self.batch_sampler = self, None  # Lightning calls loader.sampler.set_epoch(epoch)
         self.states: dict[int, object] = {}  # by the number of batches of this epoch that were yielded
         self.rows: dict[int, int] = {}  # of the batches of this epoch, by their number
-        self.epoch = 0
         self.exhausted = False  # it was asked for another batch in this epoch, but had no more
-        self._start = (-1, 0)
         self._state: object = None
         self._ended = False
-        self._shards: int | None = None
-        self._place = (0, 1)
         generator = getattr(loader, "generator", None)
         self._generator = (generator, generator.initial_seed()) if isinstance(generator, torch.Generator) else None
 
@@ -74,42 +70,28 @@ class Stream:
         self._start, self._state, self._ended, self.epoch = (epoch, batch), state, ended, epoch
         self.exhausted = exhausted
 
-    def shard(self, shards: int, *, rank: int, world: int) -> None:
-        """Yield `Sharded` from now on."""
-        self._shards, self._place = shards, (rank, world)
-
-    @property
-    def is_cut(self) -> bool:
-        """Whether each batch is cut into shards."""
-        return self._shards is not None
-
-    def calls(self, batch: int) -> int:
-        """Return how often this rank calls a step for the batch of that number in its epoch."""
-        if self._shards is None:
-            return 1
-        return len(shard_range(self._shards_of(self.samples_of(batch)), *self._place))
-
     def samples_of(self, batch: int) -> int:
-        """Return the samples of a batch of this epoch, of all ranks."""
         size = getattr(self.loader, "batch_size", None)
         return self.rows.get(batch, size if isinstance(size, int) else 1)
 
+    def _shards_in(self, batch: int) -> int:
+        return self._shards_of(self.samples_of(batch))
+
     def __iter__(self) -> Iterator[object]:
-        epoch, done = self._start
+        epoch, done = self._start[0], self._skipped()
         if self.epoch == epoch and self._ended:
             return
-        done = done if self.epoch == epoch else 0
         skipped = done if self.holder is None else 0
         if self.holder is not None and (self.epoch == epoch or (self._ended and self.epoch == epoch + 1)):
             self._restore(self.holder)
-        self.exhausted = False
+        self.exhausted, self.rows = False, {}
         for number, batch in enumerate(self._iterated(), done - skipped):
             if number < done:
                 continue
             if number == done:
                 self._compare(batch)
             self.states = {each: state for each, state in self.states.items() if each == number}
-            self.states[number + 1] = None if self.holder is None else self.holder.state_dict()
+            self.states[number + 1] = None if self.holder is None else copy.deepcopy(self.holder.state_dict())
             yield self._cut(batch, number)
         self.exhausted = True
 
@@ -137,7 +119,7 @@ class Stream:
             whether that gave a batch of the next epoch: some loaders start it at once.
         """
         rest, nothing = iter(self.loader), object()
-        if _length(self.loader) is not None or not self.exhausted:
+        if length_of(self.loader) is not None or not self.exhausted:
             return False
         return next(rest, nothing) is not nothing
 
@@ -201,10 +183,3 @@ def can_begin_again(loader: object) -> bool:
 def _name(loader: object) -> str:
     dataset = getattr(loader, "dataset", None)
     return f"{type(loader).__name__}{'' if dataset is None else f' of {type(dataset).__name__}'}"
-
-
-def _length(loader: Any) -> int | None:
-    try:
-        return len(loader)
-    except (TypeError, NotImplementedError):
-        return None

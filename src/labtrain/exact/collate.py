@@ -9,7 +9,7 @@ import copy
 import dataclasses
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -41,7 +41,27 @@ def emptied(part: object, size: int, *, average: bool = False) -> object:
         size: its samples.
         average: the mean of no numbers is NaN.
     """
-    return _emptied(part, size, average=average, top=True)
+
+    def emptied_rows(value: object) -> object:
+        if isinstance(value, PackedSequence):
+            return PackedSequence(value.data[:0], value.batch_sizes[:0])
+        if isinstance(value, list | tuple):
+            return [] if _are_fields(value, size) else type(value)()
+        return cast(Tensor, value)[:0]
+
+    def rest(value: object) -> object:
+        if isinstance(value, Tensor | np.ndarray) and value.ndim:
+            return []
+        if average and isinstance(value, Tensor):
+            return torch.tensor(torch.nan, device=value.device)
+        if average and isinstance(value, np.ndarray):
+            return np.float64("nan")
+        if average and isinstance(value, int | float | np.number):
+            return float("nan")
+        keeps = value is None or isinstance(value, int | float | np.number | str | Tensor | np.ndarray)
+        return value if keeps else []
+
+    return _by_rows(part, size, emptied_rows, rest, top=True)
 
 
 def rows_of(batch: object) -> int | None:
@@ -62,7 +82,13 @@ def cut(batch: object, size: int, part: slice) -> object:
         size: their number.
         part: the rows.
     """
-    return _cut(batch, size, part, top=True)
+
+    def taken(value: object) -> object:
+        if isinstance(value, PackedSequence):
+            return pack_sequence(unpack_sequence(value)[part], enforce_sorted=False)
+        return type(value)(value[part]) if isinstance(value, list | tuple) else cast(Tensor, value)[part]
+
+    return _by_rows(batch, size, taken, lambda value: value, top=True)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -158,48 +184,35 @@ class _Joiner:
         return type(first)([self(list(each)) for each in zip(*parts, strict=True)])
 
 
-def _emptied(part: object, size: int, *, average: bool, top: bool = False) -> object:
+def _by_rows(
+    data: object, size: int, change: Callable[[object], object], rest: Callable[[object], object], *, top: bool = False
+) -> object:
+    """Change each value in a batch that has a row for each sample, and the other values in another way.
+
+    Args:
+        data: a batch, or a value in it.
+        size: the samples.
+        change: of a tensor, an array, a list or tuple of rows, or a packed sequence.
+        rest: of a value without rows that is no container.
+        top: `data` is the whole batch.
+    """
+
     def inner(value: object) -> object:
-        return _emptied(value, size, average=average)
-
-    if isinstance(part, Tensor | np.ndarray):
-        if _has_rows(part, size):
-            return part[:0]
-        if average and not part.ndim:
-            return torch.tensor(torch.nan, device=part.device) if isinstance(part, Tensor) else np.float64("nan")
-        return [] if part.ndim else part
-    if isinstance(part, PackedSequence):
-        return PackedSequence(part.data[:0], part.batch_sizes[:0])
-    if isinstance(part, Mapping):
-        return _like(part, [(key, inner(value)) for key, value in part.items()])
-    if _is_record(part):
-        return _record(part, lambda name: inner(getattr(part, name)))
-    if isinstance(part, list | tuple):
-        if _has_rows(part, size) and not (top and _are_fields(part, size)):
-            return [] if _are_fields(part, size) else type(part)()
-        return type(part)([inner(value) for value in part])
-    if average and isinstance(part, int | float | np.number):
-        return float("nan")
-    return part if part is None or isinstance(part, int | float | np.number | str) else []
-
-
-def _cut(data: object, size: int, part: slice, *, top: bool = False) -> object:
-    def inner(value: object) -> object:
-        return _cut(value, size, part)
+        return _by_rows(value, size, change, rest)
 
     if isinstance(data, Tensor | np.ndarray):
-        return data[part] if _has_rows(data, size) else data
+        return change(data) if _has_rows(data, size) else rest(data)
     if isinstance(data, PackedSequence):
-        return pack_sequence(unpack_sequence(data)[part], enforce_sorted=False)
+        return change(data)
     if isinstance(data, Mapping):
         return _like(data, [(key, inner(value)) for key, value in data.items()])
     if _is_record(data):
         return _record(data, lambda name: inner(getattr(data, name)))
     if isinstance(data, list | tuple):
         if _has_rows(data, size) and not (top and _are_fields(data, size)):
-            return type(data)(data[part])
+            return change(data)
         return type(data)([inner(value) for value in data])
-    return data
+    return rest(data)
 
 
 def _has_rows(part: object, size: int) -> bool:

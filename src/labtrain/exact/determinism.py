@@ -258,7 +258,6 @@ def run(*, seed: int, mode: str, accelerator: str, threads: int, tf32: bool) -> 
 
 def _remembered() -> Callable[[], None]:
     """Return a function that restores the current flags of `apply` and the global generators."""
-    import numpy as np
     import torch
 
     cudnn, threads = torch.backends.cudnn, torch.get_num_threads()
@@ -266,8 +265,7 @@ def _remembered() -> Callable[[], None]:
     deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]  # a property of the module
     absent = [name for name in SET_BY_LABTRAIN if name not in os.environ]
-    generators = random.getstate(), np.random.get_state(), torch.default_generator.get_state()
-    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    put_draws_back = keep_draws()
 
     def put_back() -> None:
         if "labtrain.exact.portable" in sys.modules:
@@ -278,11 +276,7 @@ def _remembered() -> Callable[[], None]:
         torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
         for name in absent:
             os.environ.pop(name, None)
-        random.setstate(generators[0])
-        np.random.set_state(generators[1])
-        torch.default_generator.set_state(generators[2])
-        if on_gpus:
-            torch.cuda.set_rng_state_all(on_gpus)
+        put_draws_back()
 
     return put_back
 

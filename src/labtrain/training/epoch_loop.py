@@ -25,7 +25,7 @@ from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
 from labtrain.checkpoints.format import is_spread
-from labtrain.data.combined import ExactLoader
+from labtrain.data.sharded import Loader
 from labtrain.data.stream import Stream
 from labtrain.exact.determinism import seed_place
 from labtrain.exact.metric_states import hold, metrics_of, release
@@ -216,24 +216,20 @@ class EpochLoop(TrainingEpochLoop):
 
     def _placed(self, loader: object) -> object:
         at = self.loaded[PLACE] if self.loaded is not None else None
-        if isinstance(loader, ExactLoader):
-            if at is not None:
-                loader.start_at(at["epoch"], at["batch"])
-        elif isinstance(loader, Stream) and at is not None:
-            mine = self._of_this_rank(at)
-            if mine is None:
-                raise ConfigError(
-                    f"the checkpoint holds the data's state for {len(at['ranks'])} ranks, this training has"
-                    f" {self.trainer.world_size}: the next samples of each rank are unknown",
-                    hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
-                )
-            loader.start_at(
-                at["epoch"],
-                at["batch"],
-                state=mine["loader"],
-                ended=at["is_last_batch"],
-                exhausted=mine.get("exhausted", True),
+        if at is None or not isinstance(loader, Loader):
+            return loader
+        if not isinstance(loader, Stream):
+            loader.start_at(at["epoch"], at["batch"])
+            return loader
+        mine = self._of_this_rank(at)
+        if mine is None:
+            raise ConfigError(
+                f"the checkpoint holds the data's state for {len(at['ranks'])} ranks, this training has"
+                f" {self.trainer.world_size}: the next samples of each rank are unknown",
+                hint=f"trainer.devices={len(at['ranks'])}, or resume=never",
             )
+        ended, exhausted = at["is_last_batch"], mine.get("exhausted", True)
+        loader.start_at(at["epoch"], at["batch"], state=mine["loader"], ended=ended, exhausted=exhausted)
         return loader
 
     def _of_this_rank(self, at: State) -> State | None:

@@ -36,7 +36,8 @@ from torch.overrides import TorchFunctionMode
 
 from labtrain.base.console import full_name
 from labtrain.base.errors import ConfigError
-from labtrain.data.combined import ExactLoader, parts_of
+from labtrain.data.combined import parts_of
+from labtrain.data.sharded import Loader
 from labtrain.data.stream import Stream
 from labtrain.exact.determinism import STRICT_MODES
 from labtrain.record.sources import Code, can_be_found, count_of_code, stale_modules, unnamed_modules
@@ -137,8 +138,8 @@ class Guard(pl.Callback):
 
     def _say_counts(self, trainer: pl.Trainer) -> None:
         """Warn of attributes of the training data that count how often a sample was loaded."""
-        for loader in train_loaders(trainer):
-            for name in dict.fromkeys(getattr(loader, "counts", ())):
+        for loader in [part for each in train_loaders(trainer) for part in parts_of(each)]:
+            for name in dict.fromkeys(loader.counts):
                 self.say(
                     f"{name} changes each time a sample is loaded, separately in each worker and on each device:"
                     " samples computed from it depend on the number of workers and devices (compute them from the index"
@@ -209,7 +210,7 @@ def unnamed(code: Code, there: set[str], root: Path) -> Iterator[tuple[str, Find
 def uncuttable_loaders(trainer: pl.Trainer, shards: int | None) -> Iterator[Finding]:
     """Find training loaders whose batches cannot be cut into shards, in any mode."""
     loaders = list(train_loaders(trainer))
-    if shards in (None, 1) or (len(loaders) == 1 and isinstance(loaders[0], ExactLoader | Stream)):
+    if shards in (None, 1) or (len(loaders) == 1 and isinstance(loaders[0], Loader)):
         return
     kinds = " and ".join(full_name(type(loader)) for loader in loaders)
     yield (
@@ -257,7 +258,7 @@ def training_loaders(trainer: pl.Trainer) -> Iterator[Finding]:
     if len(loaders) > 1:
         yield f"{len(loaders)} training loaders at once: a resume cannot restore the position of each", hint
     for loader in loaders:
-        if not isinstance(loader, ExactLoader | Stream):
+        if not isinstance(loader, Loader):
             what = "it can be iterated only once, so a resume cannot begin its epoch again"
             yield f"the training data comes from {full_name(type(loader))}: {what}", hint
         elif isinstance(loader, Stream) and not loader.is_cut and trainer.world_size > 1:
@@ -291,7 +292,7 @@ def batch_size_finders(trainer: pl.Trainer) -> Iterator[Finding]:
 def evaluation_loaders(stage: str, loaders: Iterable[object]) -> Iterator[Finding]:
     """Find loaders of a validation or test that Lightning would pad with duplicates on several devices."""
     for loader in loaders:
-        if not isinstance(loader, ExactLoader | Stream):
+        if not isinstance(loader, Loader):
             yield (
                 f"the {stage} data comes from {full_name(type(loader))}: its metrics would depend on the number of"
                 " devices, and its draws on earlier draws",

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DistributedSampler, RandomSampler, Sampler, WeightedRandomSampler
 
+from labtrain.base.console import warn
 from labtrain.base.errors import ConfigError
 from labtrain.data.combined import Combined
 from labtrain.data.from_torch import exact
@@ -27,6 +28,7 @@ def run() -> Iterator[None]:
     determinism.set_run(seed=7, mode="strict")
     yield
     determinism.set_run(seed=0, mode="off")
+    determinism.set_say(warn)
 
 
 def keys(loader: DataLoader, epoch: int, batches: int = 100) -> list[Any]:

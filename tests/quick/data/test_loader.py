@@ -17,8 +17,9 @@ import labtrain
 from labtrain import augment
 from labtrain.base.errors import ConfigError
 from labtrain.data.arrays import Rows
-from labtrain.data.loader import DataLoader, Sharded
+from labtrain.data.loader import DataLoader
 from labtrain.data.prefetch import ahead, in_thread, on_tensors
+from labtrain.data.sharded import Sharded
 from labtrain.exact import determinism
 from labtrain.exact.tree_sum import shard_range
 from labtrain.record.digests import digest_tree

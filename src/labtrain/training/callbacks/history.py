@@ -18,8 +18,7 @@ import torch
 from labtrain.base.console import warn
 from labtrain.base.contracts import Best
 from labtrain.base.errors import DamagedError
-from labtrain.data.combined import ExactLoader
-from labtrain.data.stream import Stream
+from labtrain.data.sharded import Loader
 from labtrain.record.trail import HISTORY, read_history_lines
 from labtrain.training.lightning import active_results
 
@@ -53,7 +52,7 @@ class History(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         loader = trainer.train_dataloader
-        self.samples += loader.samples_of(batch_idx) if isinstance(loader, ExactLoader | Stream) else self.batch_size
+        self.samples += loader.samples_of(batch_idx) if isinstance(loader, Loader) else self.batch_size
         now = time.monotonic()
         if now - self.written >= max(self.EVERY_SECONDS, (now - self.started) / 2000):
             self._write(trainer)

@@ -17,8 +17,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from labtrain.base.contracts import State
 from labtrain.checkpoints.format import is_spread
-from labtrain.data.combined import ExactLoader
-from labtrain.data.stream import Stream
+from labtrain.data.sharded import Loader
 from labtrain.exact.checksums import shown_sums, two_sums
 from labtrain.exact.determinism import fill_new_memory, seed_place
 from labtrain.record.trail import TRAIL, cut_trail
@@ -173,7 +172,7 @@ class Trail(pl.Callback):
             return
         self.flush()
         loader = trainer.train_dataloader
-        indices = loader.indices_of(batch_idx) if isinstance(loader, ExactLoader) else None
+        indices = loader.indices_of(batch_idx) if isinstance(loader, Loader) else None
         line = {
             "step": step,
             "epoch": trainer.current_epoch,
@@ -290,7 +289,7 @@ class Progress(ProgressBar):
     ) -> None:
         now = time.monotonic()
         loader = trainer.train_dataloader
-        self.samples += loader.samples_of(batch_idx) if isinstance(loader, ExactLoader | Stream) else self.batch_size
+        self.samples += loader.samples_of(batch_idx) if isinstance(loader, Loader) else self.batch_size
         if self.enabled and now - self.printed > (0.2 if self.terminal else self.QUIET_SECONDS):
             self.printed = now
             self._print(self._line(trainer, pl_module, batch_idx + 1), moving=self.terminal)

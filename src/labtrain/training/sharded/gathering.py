@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 
 from labtrain.base.errors import ConfigError
-from labtrain.data.combined import ExactLoader
-from labtrain.data.stream import Stream
+from labtrain.data.sharded import Loader
 from labtrain.exact.attributes import plain_attributes
 from labtrain.exact.collate import received, to_send
 from labtrain.training.lightning import eval_loaders, evaluation_loop, train_loaders
@@ -137,9 +136,7 @@ def calls_of(trainer: pl.Trainer) -> Calls:
     for loader, limit in zip(loaders, limits, strict=True):
         batches = int(min(limit, done))
         done -= batches
-        calls.append(
-            [loader.calls(batch) if isinstance(loader, ExactLoader | Stream) else 1 for batch in range(batches)]
-        )
+        calls.append([loader.calls(batch) if isinstance(loader, Loader) else 1 for batch in range(batches)])
     return calls
 
 

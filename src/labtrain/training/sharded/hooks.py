@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from labtrain.base.errors import ConfigError
-from labtrain.data.loader import Sharded
+from labtrain.data.sharded import Sharded
 from labtrain.exact.collate import emptied, is_changed, joined, marks, received, to_send
 
 PREFIXES = {"train": "train", "sanity_check": "validation", "validate": "validation", "test": "test",

@@ -35,9 +35,7 @@ from torch.utils.hooks import RemovableHandle
 from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
-from labtrain.data.combined import ExactLoader
-from labtrain.data.loader import Sharded
-from labtrain.data.stream import Stream
+from labtrain.data.sharded import Loader, Sharded
 from labtrain.exact.buffers import SENT, Buffers, broadcast
 from labtrain.exact.determinism import run_mode, seed_place
 from labtrain.exact.plain_values import is_experiments_code
@@ -60,7 +58,7 @@ from labtrain.training.lightning import (
 from labtrain.training.sharded.hooks import Handed, Takers, joined_outputs, of_no_shard
 from labtrain.training.sharded.objective import weight_of, weighted_mean, weighted_row
 from labtrain.training.sharded.step_log import Tally
-from labtrain.training.sharded.together import Shard, Together
+from labtrain.training.sharded.together import Together
 from labtrain.training.sharded.whole import NeedsMeetingError, by_itself, normalise_whole_batches
 from labtrain.training.state.step_changes import Watch, let_pass
 
@@ -222,7 +220,7 @@ class Exact(_Base):
         return self._watch.grown() if self._watch is not None else set()
 
     def process_dataloader(self, loader: object) -> object:
-        if isinstance(loader, ExactLoader | Stream):
+        if isinstance(loader, Loader):
             loader.shard(self.shards, rank=self._rank, world=self._world)
         return super().process_dataloader(loader)
 
@@ -343,16 +341,13 @@ class Exact(_Base):
 
     def _shard_forward(self, step: "_Step", number: int, args: tuple[object, ...]) -> tuple[object, object]:
         """Run the model's step of one shard; return its output and the shard's data."""
-        shard, samples, data = step.batch.parts[number]
         if number:
             self._buffers.restore()
             if self._watch is not None:
                 self._watch.restore()
         for parameter in step.parameters:
             parameter.grad = None
-        data = data if step.moved else self.moved(data, 0, *self._when(), 0, step.index, shard)
-        put_results(self._trainer.fit_loop.epoch_loop, self._tally.open(data, samples))
-        seed_place("shard", step.epoch, step.index, shard)
+        data = self._open(step, number)
         try:
             with alone():
                 return super().training_step(data, *args), data
@@ -363,6 +358,14 @@ class Exact(_Base):
                 f"{error} was not used in the training's first step: labtrain then runs each shard of a step by itself",
                 hint=f"use {error} in every training_step",
             ) from None
+
+    def _open(self, step: "_Step", number: int, *, place: int = 0) -> object:
+        """Begin a shard: return its data on the device, let it log for itself, and seed its draws."""
+        shard, samples, data = step.batch.parts[number]
+        data = data if step.moved else self.moved(data, 0, *self._when(), 0, step.index, shard)
+        put_results(self._trainer.fit_loop.epoch_loop, self._tally.open(data, samples, place=place))
+        seed_place("shard", step.epoch, step.index, shard)
+        return data
 
     def _share_of(self, output: object, step: "_Step", shard: int, samples: int) -> float:
         """Return what a shard's loss counts for in that of the batch."""
@@ -378,28 +381,46 @@ class Exact(_Base):
         self, step: "_Step", shard: int, samples: int, output: object, share: float, *, last: bool
     ) -> None:
         """Add a shard's gradients, and keep what its step has left."""
-        loss, given = _loss(output), weight_of(output)
+        loss, given = _loss(output).detach(), weight_of(output)
         present = self._push(shard, step.parameters)
         step.missing |= not all(present)
+        row = weighted_row(loss, share, returned=given is not None)
+        self._keep(
+            step, shard, samples, output, present, row, last=last, weighted=None if given is None else (loss, given)
+        )
+
+    def _keep(
+        self,
+        step: "_Step",
+        shard: int,
+        samples: int,
+        output: object,
+        first: list[float],
+        row: Tensor,
+        *,
+        last: bool,
+        weighted: tuple[Tensor, float] | None = None,
+    ) -> None:
+        """Keep what a shard's step has left: attributes, buffers, its output, and what it logged."""
         watched = self._watch.leave(shard, last=last) if self._watch is not None else []
+        left = self._buffers.leave(shard, samples / step.batch.samples)
         if self._takers.outputs:
             step.outputs.append((samples, output))
-        left = self._buffers.leave(shard, samples / step.batch.samples)
-        numbers = torch.tensor([*present, *left, *watched], dtype=torch.float64)
-        row = weighted_row(loss.detach(), share, returned=given is not None)
-        front = torch.cat([numbers.to(loss.device), row])
-        self._tally.close(front, samples, None if given is None else (loss.detach(), given))
+        numbers = torch.tensor([*first, *left, *watched], dtype=torch.float64)
+        self._tally.close(torch.cat([numbers.to(row.device), row]), samples, weighted)
 
     def _shard_backward(self, loss: Tensor, data: object, args: tuple[object, ...]) -> None:
-        module, plugin = self._module, self.precision_plugin
-        scaled = plugin.pre_backward(loss, module)
         try:
-            plugin.backward(scaled, module, None)
+            self._backward_of(loss)
         except RuntimeError as error:
             self._filling = None
-            explain_backward(error, module, partial(self._loss_again, data, *args))
+            explain_backward(error, self._module, partial(self._loss_again, data, *args))
             raise
         self._filling = None
+
+    def _backward_of(self, loss: Tensor) -> None:
+        plugin = self.precision_plugin
+        plugin.backward(plugin.pre_backward(loss, self._module), self._module, None)
 
     def _end_step(self, step: "_Step", rows_SK: Tensor) -> STEP_OUTPUT:
         """Install the results of the shards of all ranks; return what hooks get for the step."""
@@ -454,14 +475,17 @@ class Exact(_Base):
     def _together_step(self, step: "_Step", results: ResultCollection, args: tuple[object, ...]) -> None:
         """Run the shards of a step together; then keep what each has left."""
         self._results, manual = results, not self._module.automatic_optimization
-        self._added = [0] * len(step.parameters)
+        self._added = [0] * len(step.parameters)  # of all shards: none sends its gradients early
         place: Options = {"device": self._device, "rank": self._rank, "world": self._world, "manual": manual}
         run = partial(self._forward if manual else self._forward_and_backward, step, args)
         for shard, output, last in Together(self, self._trainer, **place, step=step, run=run).run():
             if manual:
-                self._close_manual(step, shard, output, last=last)
+                loss = _loss(output)
+                row = weighted_row(torch.zeros((), device=self._device) if loss is None else loss.detach(), shard.share,
+                                   returned=False)  # fmt: skip
+                has_loss = [float(loss is not None)]
+                self._keep(step, shard.number, shard.samples, output, has_loss, row.to(self._device), last=last)
             else:
-                self._added = [0] * len(step.parameters)
                 self._close_shard(step, shard.number, shard.samples, *cast(tuple[object, float], output), last=last)
             if not last:
                 self._buffers.restore()
@@ -472,32 +496,18 @@ class Exact(_Base):
         """Run the model's step of a shard, in the shard's thread."""
         if self._device.type == "cuda":
             torch.cuda.set_device(self._device)
-        shard, samples, data = step.batch.parts[place]
-        data = data if step.moved else self.moved(data, 0, *self._when(), 0, step.index, shard)
-        put_results(self._trainer.fit_loop.epoch_loop, self._tally.open(data, samples, place=place))
-        seed_place("shard", step.epoch, step.index, shard)
-        return super().training_step(data, *args)
+        return super().training_step(self._open(step, place, place=place), *args)
 
     def _forward_and_backward(self, step: "_Step", args: tuple[object, ...], place: int) -> tuple[object, float]:
         """Run forward and backward of a shard, in its thread; return its output and what its loss counts for."""
-        shard, samples, data = step.batch.parts[place]
+        shard, samples, _ = step.batch.parts[place]
         output = self._forward(step, args, place)
         share = self._share_of(output, step, shard, samples)
         if share:
             # A backward that meets must run in this thread, also on a GPU.
             with torch.autograd.set_multithreading_enabled(False):
-                self._shard_backward(_loss(output) * (share / self._trainer.accumulate_grad_batches), data, args)
+                self._backward_of(_loss(output) * (share / self._trainer.accumulate_grad_batches))
         return output, share
-
-    def _close_manual(self, step: "_Step", shard: Shard, output: object, *, last: bool) -> None:
-        loss = _loss(output)
-        row = weighted_row(torch.zeros(()) if loss is None else loss.detach().cpu(), shard.share, returned=False)
-        watched = self._watch.leave(shard.number, last=last) if self._watch is not None else []
-        numbers = [float(loss is not None), *self._buffers.leave(shard.number, shard.share), *watched]
-        if self._takers.outputs:
-            step.outputs.append((shard.samples, output))
-        front = torch.cat([torch.tensor(numbers, dtype=torch.float64), row])
-        self._tally.close(front.to(self._device), shard.samples)
 
     def _end_manual(self, step: "_Step", rows_SK: Tensor) -> STEP_OUTPUT:
         """Install the results of the shards of all ranks; return what hooks get for the step."""

@@ -127,7 +127,7 @@ class Together:
         try:
             with _meeting_in(self.trainer) if self.manual else nullcontext():
                 while (meeting := self._advance()).kind != END:
-                    self._hold(meeting)
+                    self._exchange(meeting) if meeting.kind in (GATHER, SUM) else self._hold(meeting)
                 self._end(meeting)
         finally:
             for shard in self.shards:
@@ -146,11 +146,13 @@ class Together:
     def _advance(self) -> Meeting:
         """Run each shard to its next meeting point, and return where all of them meet."""
         several = self.manual and len(self.shards) > 1
-        kept = [None if each is None else each.clone() for each in self.gradients] if several else self.gradients
+        kept = _cloned(self.gradients) if several else self.gradients
         after: Gradients | None = None
         for shard in self.shards:
-            before = self.gradients if after is None else [None if each is None else each.clone() for each in kept]
-            self._enter(shard, before if shard.private is None else shard.private)
+            if shard.private is not None:
+                self._enter(shard, shard.private)
+            else:  # the shards before may have changed theirs in place
+                self._enter(shard, self.gradients if after is None else _cloned(kept))
             with alone():
                 shard.meeting = shard.runner.resume(shard.answer)
             now = self._leave(shard)
@@ -262,9 +264,6 @@ class Together:
         self.meetings += 1
         seed_place("meeting", self.step.epoch, self.step.index, self.meetings)  # hooks draw the same on every rank
         answer: object = None
-        if meeting.kind in (GATHER, SUM):
-            self._exchange(meeting)
-            return
         if meeting.kind == BACKWARD:
             self._add(cast(list[list[bool]], meeting.payload))
         else:
@@ -406,6 +405,10 @@ def _backward(
         parameter.grad = gradient
     meet(BACKWARD, payload=found)
     return None
+
+
+def _cloned(gradients: Gradients) -> Gradients:
+    return [None if each is None else each.clone() for each in gradients]
 
 
 def _is_same(one: Tensor | None, two: Tensor | None) -> bool:

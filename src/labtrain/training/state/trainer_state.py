@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.checkpoints.structure import first_of_another_kind
-from labtrain.data.combined import ExactLoader
+from labtrain.data.combined import parts_of
 from labtrain.exact.attributes import (
     RANDOM,
     attributes_of,
@@ -108,7 +108,8 @@ class Outside:
         for loader in train_loaders(self.trainer):
             if self.trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
                 break
-            yield from loader.changed() if isinstance(loader, ExactLoader) else ()
+            for each in parts_of(loader):
+                yield from each.changed()
         for label, part in _parts(self.trainer):
             if not isinstance(part, Optimizer):
                 continue
