@@ -168,6 +168,18 @@ class InParts(Drawing):
         return Drawing(part)
 
 
+class Playing(IterableDataset[Any]):
+    """A stream without a state that depends on what happened in this process."""
+
+    def __init__(self, images: Images) -> None:
+        self.images, self.played = images, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in range(len(self.images)):
+            self.played += 1
+            yield self.images.images[index] + self.played, self.images.labels[index]
+
+
 class ByRank(IterableDataset[Any]):
     """A stream that gives each process other samples."""
 
@@ -244,7 +256,10 @@ STREAMS: dict[str, Callable[[Images], Any]] = {
     "stream in parts": lambda images: DataLoader(InParts(images), BATCH),
     "plain iterable": Plain,
 }
-LOADERS |= STREAMS | {"by rank": lambda images: DataLoader(ByRank(images), BATCH)}
+LOADERS |= STREAMS | {
+    "playing": lambda images: DataLoader(Playing(images), BATCH),
+    "by rank": lambda images: DataLoader(ByRank(images), BATCH),
+}
 # Several at once: the step gets two batches.
 SEVERAL: dict[str, Callable[[Images, Images], Any]] = {
     "list": lambda one, two: [torch_loader(one, shuffle=True), torch_loader(two, shuffle=True)],
