@@ -13,14 +13,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Data(L.LightningDataModule):
+    def __init__(self, batch_size=16):
+        super().__init__()
+        self.batch_size = batch_size
+
     def setup(self, stage):
         x = torch.tensor(load_digits().data[:200], dtype=torch.float32) / 8 - 1
         self.a, self.b = TensorDataset(x[:93]), TensorDataset(-x[93:170])
 
     def train_dataloader(self):
         loaders = {
-            "A": DataLoader(self.a, batch_size=16, shuffle=True),
-            "B": DataLoader(self.b, batch_size=16, shuffle=True),
+            "A": DataLoader(self.a, batch_size=self.batch_size, shuffle=True),
+            "B": DataLoader(self.b, batch_size=self.batch_size, shuffle=True),
         }
         return CombinedLoader(loaders, mode="max_size_cycle")
 

@@ -10,20 +10,26 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 TRAINER = {"gradient_clip_val": 1.0, "check_val_every_n_epoch": 1}
-CALLBACKS = {"ema": {"_target_": "lightning.pytorch.callbacks.EMAWeightAveraging", "decay": 0.9, "update_every_n_steps": 1}}
+CALLBACKS = {
+    "ema": {"_target_": "lightning.pytorch.callbacks.EMAWeightAveraging", "decay": 0.9, "update_every_n_steps": 1}
+}
 
 
 class Data(L.LightningDataModule):
+    def __init__(self, batch_size=32):
+        super().__init__()
+        self.batch_size = batch_size
+
     def setup(self, stage):
         x, _ = make_swiss_roll(230, noise=0.3, random_state=1)
         x = torch.from_numpy(x[:, [0, 2]]).float() / 10
         self.train, self.val = TensorDataset(x[:171]), TensorDataset(x[171:])
 
     def train_dataloader(self):
-        return DataLoader(self.train, batch_size=32, shuffle=True, drop_last=False)
+        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True, drop_last=False)
 
     def val_dataloader(self):
-        return DataLoader(self.val, batch_size=32)
+        return DataLoader(self.val, batch_size=self.batch_size)
 
 
 class SinusoidalPositionEmbeddings(nn.Module):
@@ -44,7 +50,10 @@ class Model(L.LightningModule):
         super().__init__()
         self.timesteps = timesteps
         self.time_mlp = nn.Sequential(SinusoidalPositionEmbeddings(dim), nn.Linear(dim, 32), nn.SiLU())
-        self.net_in, self.net_out = nn.Linear(2, 32), nn.Sequential(nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 2))
+        self.net_in, self.net_out = (
+            nn.Linear(2, 32),
+            nn.Sequential(nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 2)),
+        )
         betas = torch.linspace(1e-4, 0.05, timesteps)
         alphas_cumprod = torch.cumprod(1.0 - betas, dim=0)
         self.register_buffer("betas", betas)

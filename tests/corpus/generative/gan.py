@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, random_split
 
-CALLBACKS = {"ema": {"_target_": "tests.corpus.generative.gan.GeneratorEMA", "decay": 0.9}}
+CALLBACKS = {"ema": {"_target_": f"{__name__}.GeneratorEMA", "decay": 0.9}}
 
 
 class GeneratorEMA(L.Callback):
@@ -72,7 +72,12 @@ class Model(L.LightningModule):
         self.automatic_optimization = False
         self.generator = Generator(latent_dim, (1, 8, 8))
         self.discriminator = nn.Sequential(
-            nn.Flatten(), nn.Linear(64, 64), nn.LeakyReLU(0.2, inplace=True), nn.Dropout(0.3), nn.Linear(64, 1), nn.Sigmoid()
+            nn.Flatten(),
+            nn.Linear(64, 64),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Dropout(0.3),
+            nn.Linear(64, 1),
+            nn.Sigmoid(),
         )
         self.validation_z = torch.randn(8, latent_dim)
 

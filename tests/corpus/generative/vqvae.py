@@ -1,6 +1,6 @@
 """A VQ-VAE whose codebook is an EMA in buffers, updated from the batch in each step; a straight-through estimator."""
 
-import labtrain
+import labtrain  # labtrain:
 import lightning as L
 import torch
 from sklearn.datasets import load_digits
@@ -19,7 +19,9 @@ class Data(L.LightningDataModule):
         self.train, self.val = TensorDataset(x[:163]), TensorDataset(x[163:])
 
     def train_dataloader(self):
-        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True, generator=torch.Generator().manual_seed(7))
+        return DataLoader(
+            self.train, batch_size=self.batch_size, shuffle=True, generator=torch.Generator().manual_seed(7)
+        )
 
     def val_dataloader(self):
         return DataLoader(self.val, batch_size=self.batch_size)
@@ -66,7 +68,9 @@ class Model(L.LightningModule):
     def __init__(self, num_embeddings=16, embedding_dim=8, lr=3e-3):
         super().__init__()
         self.save_hyperparameters()
-        self.encoder = nn.Sequential(nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, embedding_dim, 1))
+        self.encoder = nn.Sequential(
+            nn.Conv2d(1, 16, 4, stride=2, padding=1), nn.ReLU(), nn.Conv2d(16, embedding_dim, 1)
+        )
         self.vq = VectorQuantizerEMA(num_embeddings, embedding_dim)
         self.decoder = nn.Sequential(nn.Conv2d(embedding_dim, 16, 1), nn.ReLU(), nn.ConvTranspose2d(16, 1, 4, 2, 1))
 

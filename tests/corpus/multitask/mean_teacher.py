@@ -11,25 +11,31 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 
 class Data(L.LightningDataModule):
+    def __init__(self, batch_size=8):
+        super().__init__()
+        self.batch_size = batch_size
+
     def setup(self, stage=None):
         digits = load_digits()
         x, y = torch.tensor(digits.data, dtype=torch.float32) / 16, torch.tensor(digits.target)
         self.train, self.val = TensorDataset(x[:170], y[:170]), TensorDataset(x[170:220], y[170:220])
 
     def train_dataloader(self):
-        labelled = DataLoader(self.train, batch_size=8, sampler=SubsetRandomSampler(range(37)))
-        unlabelled = DataLoader(self.train, batch_size=24, sampler=SubsetRandomSampler(range(37, 170)))
+        labelled = DataLoader(self.train, batch_size=self.batch_size, sampler=SubsetRandomSampler(range(37)))
+        unlabelled = DataLoader(self.train, batch_size=3 * self.batch_size, sampler=SubsetRandomSampler(range(37, 170)))
         return [labelled, unlabelled]
 
     def val_dataloader(self):
-        return DataLoader(self.val, batch_size=25)
+        return DataLoader(self.val, batch_size=self.batch_size)
 
 
 class Model(L.LightningModule):
     def __init__(self, lr=5e-3, ema_decay=0.95, consistency=2.0, ramp_up=10):
         super().__init__()
         self.save_hyperparameters()
-        self.student = nn.Sequential(nn.Linear(64, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Dropout(0.1), nn.Linear(48, 10))
+        self.student = nn.Sequential(
+            nn.Linear(64, 48), nn.BatchNorm1d(48), nn.ReLU(), nn.Dropout(0.1), nn.Linear(48, 10)
+        )
         self.teacher = AveragedModel(self.student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=True)
         self.acc = torchmetrics.Accuracy(task="multiclass", num_classes=10)
 

@@ -10,15 +10,21 @@ from torch.utils.data import ConcatDataset, DataLoader, TensorDataset
 
 
 class Data(L.LightningDataModule):
+    def __init__(self, batch_size=32):
+        super().__init__()
+        self.batch_size = batch_size
+
     def setup(self, stage):
         parts = []
         for seed in range(2):
             x, y = make_regression(73, 12, n_targets=3, noise=2.0, random_state=seed)
-            parts.append(TensorDataset(torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32) / 100))
+            parts.append(
+                TensorDataset(torch.tensor(x, dtype=torch.float32), torch.tensor(y, dtype=torch.float32) / 100)
+            )
         self.train = ConcatDataset(parts)
 
     def train_dataloader(self):
-        return DataLoader(self.train, batch_size=32, shuffle=True)
+        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True)
 
 
 class PCGrad:

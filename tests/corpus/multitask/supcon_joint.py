@@ -1,6 +1,6 @@
 """A supervised contrastive loss over the batch and a cross entropy, by two optimizers' groups, with class-balanced sampling."""
 
-import labtrain
+import labtrain  # labtrain:
 import lightning as L
 import torch
 import torchmetrics

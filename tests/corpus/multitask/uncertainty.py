@@ -61,7 +61,9 @@ class Model(L.LightningModule):
 
     def training_step(self, batch, batch_idx):
         logits, ink = self(batch["image"])
-        losses = torch.stack([F.cross_entropy(logits, batch["label"], label_smoothing=0.1), F.mse_loss(ink, batch["ink"])])
+        losses = torch.stack(
+            [F.cross_entropy(logits, batch["label"], label_smoothing=0.1), F.mse_loss(ink, batch["ink"])]
+        )
         loss = (torch.exp(-self.log_vars) * losses + self.log_vars).sum()
         self.log_dict({"loss": loss, "loss_label": losses[0], "loss_ink": losses[1]}, on_step=False, on_epoch=True)
         output = self.train_metrics(logits, batch["label"])
@@ -79,6 +81,9 @@ class Model(L.LightningModule):
         self.val_metrics.reset()
 
     def configure_optimizers(self):
-        params = [{"params": [p for n, p in self.named_parameters() if n != "log_vars"]}, {"params": [self.log_vars], "lr": 0.02}]
+        params = [
+            {"params": [p for n, p in self.named_parameters() if n != "log_vars"]},
+            {"params": [self.log_vars], "lr": 0.02},
+        ]
         optimizer = torch.optim.Adam(params, lr=self.lr)
         return [optimizer], [torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=[1, 2], gamma=0.5)]

@@ -81,4 +81,6 @@ class Model(L.LightningModule):
         self.log_dict({"actor_loss": actor_loss, "critic_loss": critic_loss}, on_step=True, on_epoch=True)
 
     def configure_optimizers(self):
-        return torch.optim.Adam(self.actor.parameters(), lr=3e-3), torch.optim.RMSprop(self.critic.parameters(), lr=5e-3)
+        return torch.optim.Adam(self.actor.parameters(), lr=3e-3), torch.optim.RMSprop(
+            self.critic.parameters(), lr=5e-3
+        )

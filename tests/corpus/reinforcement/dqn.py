@@ -8,9 +8,27 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from tests.corpus.reinforcement.reinforce import Corridor
-
 Experience = namedtuple("Experience", field_names=["state", "action", "reward", "done", "new_state"])
+
+
+class Corridor:
+    """Walk from the middle of a corridor to its right end."""
+
+    def __init__(self, length=7):
+        self.length = length
+
+    def reset(self):
+        self.position, self.time = self.length // 2, 0
+        return self.observe()
+
+    def observe(self):
+        return np.eye(self.length, dtype=np.float32)[self.position]
+
+    def step(self, action):
+        self.position = max(0, self.position + (1 if action else -1))
+        self.time += 1
+        done = self.position == self.length - 1 or self.time >= 20
+        return self.observe(), (1.0 if self.position == self.length - 1 else -0.05), done
 
 
 class ReplayBuffer:
@@ -60,8 +78,12 @@ class Agent:
 
 
 class Data(L.LightningDataModule):
+    def __init__(self, batch_size=16):
+        super().__init__()
+        self.batch_size = batch_size
+
     def train_dataloader(self):
-        return DataLoader(dataset=RLDataset(self.trainer.lightning_module.buffer), batch_size=16)
+        return DataLoader(dataset=RLDataset(self.trainer.lightning_module.buffer), batch_size=self.batch_size)
 
 
 class Model(L.LightningModule):

@@ -48,7 +48,9 @@ class Model(L.LightningModule):
         state, action, next_state, reward, not_done = batch
         actor_optimizer, critic_optimizer = self.optimizers()
         with torch.no_grad():
-            noise = (torch.randn_like(action) * self.hparams.policy_noise).clamp(-self.hparams.noise_clip, self.hparams.noise_clip)
+            noise = (torch.randn_like(action) * self.hparams.policy_noise).clamp(
+                -self.hparams.noise_clip, self.hparams.noise_clip
+            )
             next_action = (self.actor_target(next_state) + noise).clamp(-1, 1)
             sa = torch.cat([next_state, next_action], 1)
             target_q = torch.min(self.q1_target(sa), self.q2_target(sa))

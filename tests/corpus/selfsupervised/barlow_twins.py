@@ -1,6 +1,6 @@
 """Barlow Twins: a cross-correlation over the batch, synchronised BatchNorm, views made by the collate function."""
 
-import labtrain
+import labtrain  # labtrain:
 import lightning as L
 import torch
 from sklearn.datasets import load_digits
@@ -38,13 +38,22 @@ class BarlowTwinsCollate:
 
 
 class Data(L.LightningDataModule):
+    def __init__(self, batch_size=32):
+        super().__init__()
+        self.batch_size = batch_size
+
     def train_dataloader(self):
         return DataLoader(
-            Digits(0, 157), batch_size=32, shuffle=True, drop_last=True, collate_fn=BarlowTwinsCollate(), num_workers=2
+            Digits(0, 157),
+            batch_size=self.batch_size,
+            shuffle=True,
+            drop_last=True,
+            collate_fn=BarlowTwinsCollate(),
+            num_workers=2,
         )
 
     def val_dataloader(self):
-        return DataLoader(Digits(157, 200), batch_size=32, collate_fn=BarlowTwinsCollate())
+        return DataLoader(Digits(157, 200), batch_size=self.batch_size, collate_fn=BarlowTwinsCollate())
 
 
 class BarlowTwinsLoss(nn.Module):

@@ -28,7 +28,10 @@ class Data(L.LightningDataModule):
 class MLP(nn.Sequential):
     def __init__(self, in_dim, hidden_dim, out_dim):
         super().__init__(
-            nn.Linear(in_dim, hidden_dim), nn.BatchNorm1d(hidden_dim), nn.ReLU(inplace=True), nn.Linear(hidden_dim, out_dim)
+            nn.Linear(in_dim, hidden_dim),
+            nn.BatchNorm1d(hidden_dim),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden_dim, out_dim),
         )
 
 

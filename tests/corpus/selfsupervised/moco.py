@@ -1,6 +1,6 @@
 """MoCo: a queue of keys in a buffer and a momentum encoder, both updated inside training_step."""
 
-import labtrain
+import labtrain  # labtrain:
 import lightning as L
 import torch
 from sklearn.datasets import load_digits
@@ -21,11 +21,15 @@ class Pairs(Dataset):
 
 
 class Data(L.LightningDataModule):
+    def __init__(self, batch_size=16):
+        super().__init__()
+        self.batch_size = batch_size
+
     def train_dataloader(self):
-        return DataLoader(Pairs(0, 149), batch_size=16, shuffle=True, drop_last=True)
+        return DataLoader(Pairs(0, 149), batch_size=self.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self):
-        return DataLoader(Pairs(149, 180), batch_size=16)
+        return DataLoader(Pairs(149, 180), batch_size=self.batch_size)
 
 
 class Model(L.LightningModule):
@@ -50,7 +54,9 @@ class Model(L.LightningModule):
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, keys):
-        keys = labtrain.gather(keys)  # labtrain: keys = concat_all_gather(keys) if self.trainer.world_size > 1 else keys
+        keys = labtrain.gather(
+            keys
+        )  # labtrain: keys = concat_all_gather(keys) if self.trainer.world_size > 1 else keys
         ptr, batch_size = int(self.queue_ptr), keys.shape[0]
         assert self.hparams.num_negatives % batch_size == 0
         self.queue[:, ptr : ptr + batch_size] = keys.T

@@ -2,7 +2,7 @@
 
 import math
 
-import labtrain
+import labtrain  # labtrain:
 import lightning as L
 import torch
 from sklearn.datasets import load_digits

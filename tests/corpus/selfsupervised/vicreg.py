@@ -1,6 +1,6 @@
 """VICReg: variance, invariance and covariance of the batch, a linear probe trained online, a SequentialLR."""
 
-import labtrain
+import labtrain  # labtrain:
 import lightning as L
 import torch
 import torchmetrics
@@ -11,6 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 
 class Data(L.LightningDataModule):
+    def __init__(self, batch_size=32):
+        super().__init__()
+        self.batch_size = batch_size
+
     def prepare_data(self):
         load_digits()
 
@@ -22,10 +26,10 @@ class Data(L.LightningDataModule):
             self.val_set = TensorDataset(x[143:190], y[143:190])
 
     def train_dataloader(self):
-        return DataLoader(self.train_set, batch_size=32, shuffle=True)
+        return DataLoader(self.train_set, batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self):
-        return DataLoader(self.val_set, batch_size=32)
+        return DataLoader(self.val_set, batch_size=self.batch_size)
 
 
 def off_diagonal(x):

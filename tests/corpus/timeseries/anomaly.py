@@ -1,6 +1,6 @@
 """An autoencoder for anomalies in sensor windows: training errors gathered in a list, and a threshold from them in on_train_epoch_end."""
 
-import labtrain
+import labtrain  # labtrain:
 import lightning as L
 import numpy as np
 import torch
@@ -56,7 +56,9 @@ class Model(L.LightningModule):
         return error.mean()
 
     def on_train_epoch_end(self):
-        errors = torch.cat(labtrain.gather_outputs(self.training_step_outputs))  # labtrain: errors = torch.cat(self.training_step_outputs)
+        errors = torch.cat(
+            labtrain.gather_outputs(self.training_step_outputs)
+        )  # labtrain: errors = torch.cat(self.training_step_outputs)
         self.threshold = torch.quantile(errors, self.hparams.quantile)
         self.log("threshold", self.threshold)
         self.training_step_outputs.clear()

@@ -9,7 +9,12 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_sequence
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 CALLBACKS = {
-    "stop": {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val_mae", "mode": "min", "patience": 5}
+    "stop": {
+        "_target_": "lightning.pytorch.callbacks.EarlyStopping",
+        "monitor": "val_mae",
+        "mode": "min",
+        "patience": 5,
+    }
 }
 
 

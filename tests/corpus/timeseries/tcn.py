@@ -33,11 +33,15 @@ class Windows(Dataset):
 
 
 class Data(L.LightningDataModule):
+    def __init__(self, batch_size=16):
+        super().__init__()
+        self.batch_size = batch_size
+
     def train_dataloader(self):
-        return DataLoader(Windows(0, 159), batch_size=16, shuffle=True)
+        return DataLoader(Windows(0, 159), batch_size=self.batch_size, shuffle=True)
 
     def val_dataloader(self):
-        return DataLoader(Windows(300, 371), batch_size=16)
+        return DataLoader(Windows(300, 371), batch_size=self.batch_size)
 
 
 class TemporalBlock(nn.Module):
