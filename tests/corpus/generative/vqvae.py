@@ -1,12 +1,13 @@
 """A VQ-VAE whose codebook is an EMA in buffers, updated from the batch in each step; a straight-through estimator."""
 
-import labtrain  # labtrain:
 import lightning as L
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+import labtrain  # labtrain:
 
 
 class Data(L.LightningDataModule):

@@ -1,6 +1,5 @@
 """A supervised contrastive loss over the batch and a cross entropy, by two optimizers' groups, with class-balanced sampling."""
 
-import labtrain  # labtrain:
 import lightning as L
 import torch
 import torchmetrics
@@ -8,6 +7,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
+
+import labtrain  # labtrain:
 
 TRAINER = {"precision": "bf16-mixed"}
 

@@ -1,11 +1,12 @@
 """Barlow Twins: a cross-correlation over the batch, synchronised BatchNorm, views made by the collate function."""
 
-import labtrain  # labtrain:
 import lightning as L
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
+
+import labtrain  # labtrain:
 
 TRAINER = {"sync_batchnorm": True, "gradient_clip_val": 5.0}
 

@@ -1,12 +1,13 @@
 """MoCo: a queue of keys in a buffer and a momentum encoder, both updated inside training_step."""
 
-import labtrain  # labtrain:
 import lightning as L
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+
+import labtrain  # labtrain:
 
 
 class Pairs(Dataset):

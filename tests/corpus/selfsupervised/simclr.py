@@ -2,13 +2,14 @@
 
 import math
 
-import labtrain  # labtrain:
 import lightning as L
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+
+import labtrain  # labtrain:
 
 
 class TwoViews(Dataset):

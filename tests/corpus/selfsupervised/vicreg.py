@@ -1,6 +1,5 @@
 """VICReg: variance, invariance and covariance of the batch, a linear probe trained online, a SequentialLR."""
 
-import labtrain  # labtrain:
 import lightning as L
 import torch
 import torchmetrics
@@ -8,6 +7,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
+import labtrain  # labtrain:
 
 
 class Data(L.LightningDataModule):

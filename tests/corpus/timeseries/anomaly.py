@@ -1,12 +1,13 @@
 """An autoencoder for anomalies in sensor windows: training errors gathered in a list, and a threshold from them in on_train_epoch_end."""
 
-import labtrain  # labtrain:
 import lightning as L
 import numpy as np
 import torch
 import torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
+
+import labtrain  # labtrain:
 
 
 class Data(L.LightningDataModule):
