@@ -58,6 +58,7 @@ WORLDS = (4, 2, 1)  # each is killed; then four go on
 BOUND = 1e-6  # relative, for losses and weights that are not the same bits
 SAME = "same bits"
 ONE_LINE = re.compile(r"^(\s*).*# labtrain: ?(.*)$", re.MULTILINE)
+KILLER = "import os\nfrom typing import Any\n\nimport lightning.pytorch as pl\n\n\n"
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -144,7 +145,7 @@ def configuration(program: str) -> Any:
     if "num_workers" in takes:
         config["data"]["num_workers"] = takes["num_workers"].default
     config["trainer"] |= {"max_epochs": EPOCHS, "enable_progress_bar": False, **getattr(module, "TRAINER", {})}
-    config["callbacks"] |= getattr(module, "CALLBACKS", {})
+    config["callbacks"] = {"at": {"_target_": "killer.At"}, **getattr(module, "CALLBACKS", {})}
     return config
 
 
@@ -163,6 +164,8 @@ def _runner(program: str, folder: Path) -> Runner:
     """Return a Runner of an experiment that consists of a program."""
     (folder / "none").mkdir(parents=True)
     shutil.copy(CORPUS / f"{program}.py", folder / "none")
+    # Not by its own name: the run would depend on all tests, and have another name after a change of any.
+    (folder / "none/killer.py").write_text(KILLER + inspect.getsource(exact_worker.At))
     return Runner(folder, work=work, preload="tests.support.corpus")
 
 

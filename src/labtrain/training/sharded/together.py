@@ -32,6 +32,7 @@ from torch import Tensor
 
 from labtrain.base.errors import ConfigError
 from labtrain.exact.determinism import keep_draws, seed_place
+from labtrain.exact.sparse_gradients import ABSENT, DENSE, SPARSE, SparseRows, sparse
 from labtrain.exact.tree_sum import ShardSum, alone
 from labtrain.training.lightning import lightning_optimizers, put_toggled, toggled
 from labtrain.training.sharded.lockstep import END, Meeting, Runner, here, meet, runs_here
@@ -246,7 +247,7 @@ class Together:
     def _announced(self, shard: Shard) -> object:
         """Return what other ranks need to know of a shard's meeting."""
         if shard.meeting.kind == BACKWARD:
-            return [each is not None for each in cast(Gradients, shard.meeting.payload)]
+            return [_kind(each) for each in cast(Gradients, shard.meeting.payload)]
         if shard.meeting.kind == END:
             return shard.flags[0], self.differs
         if shard.meeting.kind in (GATHER, SUM):
@@ -283,7 +284,7 @@ class Together:
         answer: object = None
         self._adopt_weights()
         if meeting.kind == BACKWARD:
-            self._add(cast(list[list[bool]], meeting.payload))
+            self._add(cast(list[list[float]], meeting.payload))
         else:
             with self.strategy.between_shards():
                 answer = self._once(meeting)
@@ -334,9 +335,10 @@ class Together:
         for shard in self.shards:
             shard.answer = whole / shard.share if weighs else whole
 
-    def _add(self, has_SP: list[list[bool]]) -> None:
+    def _add(self, kinds_SP: list[list[float]]) -> None:
         """Add the gradient of the whole batch to each parameter that has one in some shard."""
-        wanted = [index for index, column in enumerate(zip(*has_SP, strict=True)) if any(column)]
+        wanted = [index for index, column in enumerate(zip(*kinds_SP, strict=True)) if any(column)]
+        rows = SparseRows()
         total = self.strategy.sum_of(tuple(wanted), [self.parameters[index] for index in wanted])
         total.begin(self.step.ranges)
         for shard in self.shards:
@@ -345,10 +347,13 @@ class Together:
                 gradient = mine[index]
                 if gradient is None:
                     gradient = torch.zeros_like(self.parameters[index])
-                total.push(shard.number, place, gradient.mul_(shard.share))
+                total.push(shard.number, place, rows.dense(index, gradient).mul_(shard.share))
             shard.meeting = Meeting(kind=END)  # its gradients' memory holds the sum
         total.send()
+        some = rows.of_all(kinds_SP, self.parameters, self.world)
         for index, gradient in zip(wanted, total.total(), strict=True):
+            if index in some:
+                gradient = sparse(gradient, some[index])
             before = self.parameters[index].grad
             self.parameters[index].grad = gradient if before is None else before + gradient
 
@@ -443,10 +448,19 @@ def _cloned(gradients: Gradients) -> Gradients:
     return [None if each is None else each.clone() for each in gradients]
 
 
+def _kind(gradient: Tensor | None) -> float:
+    if gradient is None:
+        return ABSENT
+    return DENSE if gradient.layout == torch.strided else SPARSE
+
+
 def _is_same(one: Tensor | None, two: Tensor | None) -> bool:
     """Return whether two gradients are equal; NaN, of an overflow in fp16, equals NaN."""
     if one is None or two is None:
         return one is two
+    if one.is_sparse and two.is_sparse:
+        one, two = one.coalesce(), two.coalesce()
+        return torch.equal(one.indices(), two.indices()) and _is_same(one.values(), two.values())
     return torch.equal(one, two) or bool(((one == two) | (one.isnan() & two.isnan())).all())
 
 

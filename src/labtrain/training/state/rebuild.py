@@ -238,7 +238,10 @@ class Connector(CheckpointConnector):
             # Loading accepts any type, and a later step would fail.
             if (name := first_of_another_kind(saved, scheduler.state_dict())) is not None:
                 raise ValueError(f"{name} of {type(scheduler).__name__} has another type")
+        # They are loaded again at the first step, and torch's CyclicLR takes a key out of what it loads.
+        untouched = [dict(saved) for saved in self.loaded["lr_schedulers"]]
         super().restore_lr_schedulers()
+        self.loaded["lr_schedulers"][:] = untouched
 
 
 def _numbers(loaded: State) -> list[int]:
