@@ -288,8 +288,8 @@ class Watch:
         self._named |= set(unlike)
         if mixed := sorted(grown.intersection(unlike)):
             self.judge(
-                f"training_step changes items of {mixed[0]}, to which it has also appended: each device has the items of"
-                " its own shards, so the result depends on the number of devices",
+                f"training_step changes items of {mixed[0]}, to which it has also appended: each device has those of"
+                " its shards, so the result depends on the number of devices",
                 "append to it and change it in on_train_batch_end, which runs once a step; or determinism.shards=1",
             )
         if unlike:
