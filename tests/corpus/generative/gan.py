@@ -1,48 +1,84 @@
-"""A GAN in manual optimization with toggle_optimizer, as in Lightning's documentation."""
+"""A GAN in manual optimization with toggle_optimizer, as in Lightning's example, and an EMA of the generator in a callback with a state."""
 
 import lightning as L
 import numpy as np
 import torch
-import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset, random_split
+
+CALLBACKS = {"ema": {"_target_": f"{__name__}.GeneratorEMA", "decay": 0.9}}
+
+
+class GeneratorEMA(L.Callback):
+    """Keep a shadow dict of the generator's weights."""
+
+    def __init__(self, decay=0.999):
+        self.decay, self.shadow = decay, {}
+
+    def on_fit_start(self, trainer, pl_module):
+        if not self.shadow:
+            self.shadow = {k: v.detach().clone() for k, v in pl_module.generator.state_dict().items()}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        for k, v in pl_module.generator.state_dict().items():
+            self.shadow[k] = self.decay * self.shadow[k] + (1 - self.decay) * v if v.is_floating_point() else v.clone()
+
+    def state_dict(self):
+        return {"shadow": self.shadow}
+
+    def load_state_dict(self, state_dict):
+        self.shadow = state_dict["shadow"]
+
+
+class Data(L.LightningDataModule):
+    def __init__(self, batch_size: int = 32):
+        super().__init__()
+        self.save_hyperparameters()
+
+    def setup(self, stage=None):
+        images = torch.tensor(load_digits().images[:170], dtype=torch.float32).unsqueeze(1) / 8 - 1
+        self.train, self.val = random_split(TensorDataset(images), [150, 20], torch.Generator().manual_seed(0))
+
+    def train_dataloader(self):
+        return DataLoader(self.train, batch_size=self.hparams.batch_size, shuffle=True)
 
 
 class Generator(nn.Module):
     def __init__(self, latent_dim, img_shape):
         super().__init__()
         self.img_shape = img_shape
+
+        def block(in_feat, out_feat, normalize=True):
+            layers = [nn.Linear(in_feat, out_feat)]
+            if normalize:
+                layers.append(nn.BatchNorm1d(out_feat, 0.8))
+            layers.append(nn.LeakyReLU(0.01, inplace=True))
+            return layers
+
         self.model = nn.Sequential(
-            nn.Linear(latent_dim, 32), nn.LeakyReLU(0.2, inplace=True),
-            nn.Linear(32, 64), nn.BatchNorm1d(64, 0.8), nn.LeakyReLU(0.2, inplace=True),
-            nn.Linear(64, int(np.prod(img_shape))), nn.Tanh(),
-        )  # fmt: skip
-
-    def forward(self, z):
-        img = self.model(z)
-        return img.view(img.size(0), *self.img_shape)
-
-
-class Discriminator(nn.Module):
-    def __init__(self, img_shape):
-        super().__init__()
-        self.model = nn.Sequential(
-            nn.Linear(int(np.prod(img_shape)), 64), nn.LeakyReLU(0.2, inplace=True), nn.Linear(64, 1), nn.Sigmoid()
+            *block(latent_dim, 32, normalize=False), *block(32, 64), nn.Linear(64, int(np.prod(img_shape))), nn.Tanh()
         )
 
-    def forward(self, img):
-        return self.model(img.view(img.size(0), -1))
+    def forward(self, z):
+        return self.model(z).view(len(z), *self.img_shape)
 
 
 class Model(L.LightningModule):
-    def __init__(self, channels=1, width=8, height=8, latent_dim: int = 16, lr: float = 2e-3, b1=0.5, b2=0.999):
+    def __init__(self, latent_dim: int = 16, lr: float = 0.002, b1: float = 0.5, b2: float = 0.999):
         super().__init__()
         self.save_hyperparameters()
         self.automatic_optimization = False
-        data_shape = (channels, width, height)
-        self.generator = Generator(latent_dim=latent_dim, img_shape=data_shape)
-        self.discriminator = Discriminator(img_shape=data_shape)
+        self.generator = Generator(latent_dim, (1, 8, 8))
+        self.discriminator = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(64, 64),
+            nn.LeakyReLU(0.2, inplace=True),
+            nn.Dropout(0.3),
+            nn.Linear(64, 1),
+            nn.Sigmoid(),
+        )
         self.validation_z = torch.randn(8, latent_dim)
 
     def forward(self, z):
@@ -52,10 +88,9 @@ class Model(L.LightningModule):
         return F.binary_cross_entropy(y_hat, y)
 
     def training_step(self, batch):
-        imgs, _ = batch
+        (imgs,) = batch
         optimizer_g, optimizer_d = self.optimizers()
-        z = torch.randn(imgs.shape[0], self.hparams.latent_dim)
-        z = z.type_as(imgs)
+        z = torch.randn(imgs.shape[0], self.hparams.latent_dim).type_as(imgs)
 
         self.toggle_optimizer(optimizer_g)
         self.generated_imgs = self(z)
@@ -78,26 +113,12 @@ class Model(L.LightningModule):
         optimizer_d.zero_grad()
         self.untoggle_optimizer(optimizer_d)
 
-    def configure_optimizers(self):
-        lr, b1, b2 = self.hparams.lr, self.hparams.b1, self.hparams.b2
-        opt_g = torch.optim.Adam(self.generator.parameters(), lr=lr, betas=(b1, b2))
-        opt_d = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=(b1, b2))
-        return [opt_g, opt_d], []
-
     def on_train_epoch_end(self):
-        self.sample_imgs = self(self.validation_z.type_as(self.generator.model[0].weight))
+        z = self.validation_z.type_as(self.generator.model[0].weight)
+        self.log("sample_mean", self(z).mean())
 
-
-class Data(L.LightningDataModule):
-    def __init__(self, batch_size: int = 32, num_workers: int = 0):
-        super().__init__()
-        self.batch_size = batch_size
-        self.num_workers = num_workers
-
-    def setup(self, stage=None):
-        digits = load_digits()
-        images = torch.tensor(digits.images[:300], dtype=torch.float32).unsqueeze(1) / 8 - 1
-        self.train = TensorDataset(images, torch.tensor(digits.target[:300]))
-
-    def train_dataloader(self):
-        return DataLoader(self.train, batch_size=self.batch_size, shuffle=True, num_workers=self.num_workers)
+    def configure_optimizers(self):
+        lr, betas = self.hparams.lr, (self.hparams.b1, self.hparams.b2)
+        opt_g = torch.optim.Adam(self.generator.parameters(), lr=lr, betas=betas)
+        opt_d = torch.optim.Adam(self.discriminator.parameters(), lr=lr, betas=betas)
+        return [opt_g, opt_d], []

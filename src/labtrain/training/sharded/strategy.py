@@ -430,14 +430,14 @@ class Exact(_Base):
     def _end_step(self, step: "_Step", rows_SK: Tensor) -> STEP_OUTPUT:
         """Install the results of the shards of all ranks; return what hooks get for the step."""
         parameters = step.parameters
-        has_SP, buffers_SB, watched_S3, losses_SN = self._split(rows_SK, len(parameters))
+        has_SP, buffers_SB, watched_S5, losses_SN = self._split(rows_SK, len(parameters))
         has_gradient, rows = [True] * len(parameters), dict[int, Tensor]()
         if step.missing or self._rows:
             has_gradient = (has_SP.amax(0) > ABSENT).tolist()
             rows = self._rows.of_all(has_SP.tolist(), parameters, self._world)
         if not any(has_gradient):  # no shard had any weight: zeros, since a GradScaler needs a gradient
             has_gradient = [True] * len(parameters)
-        self._install(step, buffers_SB, watched_S3)
+        self._install(step, buffers_SB, watched_S5)
         for parameter, gradient in zip(parameters, step.older, strict=True):
             parameter.grad = gradient
         mean, shares = weighted_mean(losses_SN)
@@ -451,13 +451,13 @@ class Exact(_Base):
         sizes = first, len(self._buffers.owned) + 1, Watch.NUMBERS if self._watch is not None else 0
         return tuple(rows_SK.split([*sizes, rows_SK.shape[1] - sum(sizes)], 1))
 
-    def _install(self, step: "_Step", buffers_SB: Tensor, watched_S3: Tensor) -> None:
+    def _install(self, step: "_Step", buffers_SB: Tensor, watched_S5: Tensor) -> None:
         """Give every rank the buffers and attributes that the shards of all ranks have left."""
         # One process knows its own numbers: it does not wait for a GPU to send them back.
         buffers, watch = self._buffers, self._watch
         buffers.install(buffers_SB.tolist() if self._world > 1 else buffers.numbers, step.ranges)
         if watch is not None:
-            watch.end(watched_S3.tolist() if self._world > 1 else watch.numbers, step.ranges)
+            watch.end(watched_S5.tolist() if self._world > 1 else watch.numbers, step.ranges)
         seed_place("after", step.epoch, step.index)  # what hooks draw from here on is the same on every rank
 
     # ---------------------------------------------------------------------------------------------- shards together
@@ -476,7 +476,7 @@ class Exact(_Base):
         except NeedsMeetingError:
             self._buffers.restore()
             if self._watch is not None:
-                self._watch.take()
+                self._watch.restore_all()
             return True
         return False
 
@@ -485,6 +485,7 @@ class Exact(_Base):
         self._results, manual = results, not self._module.automatic_optimization
         self._added = [0] * len(step.parameters)  # of all shards: none sends its gradients early
         place: Options = {"device": self._device, "rank": self._rank, "world": self._world, "manual": manual}
+        place["watch"] = self._watch
         run = partial(self._forward if manual else self._forward_and_backward, step, args)
         for shard, output, last in Together(self, self._trainer, **place, step=step, run=run).run():
             if manual:
@@ -519,8 +520,8 @@ class Exact(_Base):
 
     def _end_manual(self, step: "_Step", rows_SK: Tensor) -> STEP_OUTPUT:
         """Install the results of the shards of all ranks; return what hooks get for the step."""
-        has_loss, buffers_SB, watched_S3, losses_SN = self._split(rows_SK, 1)
-        self._install(step, buffers_SB, watched_S3)
+        has_loss, buffers_SB, watched_S5, losses_SN = self._split(rows_SK, 1)
+        self._install(step, buffers_SB, watched_S5)
         whole = self._as_one(step.outputs, step.ranges) if self._takers.outputs else None
         if not has_loss.all():
             return cast(STEP_OUTPUT, whole)

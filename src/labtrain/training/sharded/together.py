@@ -37,6 +37,8 @@ from labtrain.exact.tree_sum import ShardSum, alone
 from labtrain.training.lightning import lightning_optimizers, put_toggled, toggled
 from labtrain.training.sharded.lockstep import END, Meeting, Runner, here, meet, runs_here
 from labtrain.training.sharded.whole import BACK, FORWARD, GATHER, SUM
+from labtrain.training.state.changed_weights import Taken
+from labtrain.training.state.step_changes import Watch
 
 if TYPE_CHECKING:
     from labtrain.training.sharded.strategy import Exact, _Step
@@ -59,6 +61,7 @@ class Shard:
         answer: to that.
         private: its gradients, in the middle of its backward.
         flags: whether each parameter requires a gradient, and what Lightning's toggle_optimizer keeps.
+        weights: those that its step has changed since the shards last met.
     """
 
     number: int
@@ -70,6 +73,7 @@ class Shard:
     answer: object = None
     private: Gradients | None = None
     flags: tuple[list[bool], dict[str, bool]] = ([], {})
+    weights: Taken = field(default_factory=Taken)
 
 
 class Together:
@@ -84,6 +88,7 @@ class Together:
         step: of this rank.
         run: the model's step, of the shard at a place.
         manual: optimization is manual; otherwise `run` has a backward too, whose gradients stay the shard's.
+        watch: of the weights that the step changes.
     """
 
     def __init__(
@@ -97,8 +102,9 @@ class Together:
         step: "_Step",
         run: Callable[[int], object],
         manual: bool,
+        watch: Watch | None,
     ) -> None:
-        self.strategy, self.trainer, self.step = strategy, trainer, step
+        self.strategy, self.trainer, self.step, self.watch = strategy, trainer, step, watch
         self.device, self.rank, self.world, self.manual = device, rank, world, manual
         self.module = trainer.lightning_module
         self.parameters = list(self.module.parameters())
@@ -106,6 +112,7 @@ class Together:
         nothing: Gradients = [None] * len(self.parameters)
         self.flags = self._flags()
         self.meetings = 0
+        self.changes: list[tuple[int, int]] = []  # of each shard: of weights, since the last meeting
         self.differs = ""  # the name of a parameter whose .grad differs between shards
         whole = step.batch.samples
         self.shards = [
@@ -138,8 +145,7 @@ class Together:
         for shard in self.shards:
             for parameter, gradient in zip(self.parameters, shard.private or (), strict=self.manual is False):
                 parameter.grad = gradient
-            for restore in shard.enter:
-                restore()
+            self._put_own(shard)
             yield shard, shard.runner.result, shard is self.shards[-1]
 
     # ------------------------------------------------------------------------------------------------- between meetings
@@ -172,13 +178,20 @@ class Together:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self._put_flags(*shard.flags)
+        self._put_own(shard)
+
+    def _put_own(self, shard: Shard) -> None:
         for restore in shard.enter:
             restore()
+        if self.watch is not None:
+            self.watch.put_weights(shard.weights)
 
     def _leave(self, shard: Shard) -> Gradients:
         """Put aside what the shard has to itself; return its gradients, those outside of a backward that it is in."""
         draws = keep_draws()
         shard.enter = [draws, *(self.strategy.swap_out() if len(self.shards) > 1 else ())]
+        if self.watch is not None and (self.manual or len(self.shards) > 1):
+            shard.weights = self.watch.take_weights()
         shard.flags = self._flags()
         self._put_flags(*self.flags)
         found: Gradients = [parameter.grad for parameter in self.parameters]
@@ -210,13 +223,16 @@ class Together:
 
     def _agreed(self) -> Meeting:
         """Return the meeting of all shards of all ranks."""
-        mine = [(shard.number, shard.meeting.kind, shard.meeting.key, self._announced(shard)) for shard in self.shards]
+        mine = [
+            (shard.number, shard.meeting.kind, shard.meeting.key, self._announced(shard), shard.weights.changes)
+            for shard in self.shards
+        ]
         ranks = [mine]
         if self.world > 1:
             ranks = [[]] * self.world
             dist.all_gather_object(ranks, mine)
         everything = [each for of_rank in ranks for each in of_rank]
-        places = {(kind, key): shard for shard, kind, key, _ in everything}
+        places = {(kind, key): shard for shard, kind, key, *_ in everything}
         if len(places) > 1:
             one, two, *_ = (f"shard {shard} at {_described(*place)}" for place, shard in places.items())
             raise ConfigError(
@@ -225,7 +241,8 @@ class Together:
                 " determinism.shards=1",
             )
         ((kind, key),) = places
-        return Meeting(kind=kind, key=key, payload=[payload for *_, payload in everything])
+        self.changes = [changes for *_, changes in everything]
+        return Meeting(kind=kind, key=key, payload=[payload for *_, payload, _ in everything])
 
     def _announced(self, shard: Shard) -> object:
         """Return what other ranks need to know of a shard's meeting."""
@@ -265,6 +282,7 @@ class Together:
         self.meetings += 1
         seed_place("meeting", self.step.epoch, self.step.index, self.meetings)  # hooks draw the same on every rank
         answer: object = None
+        self._adopt_weights()
         if meeting.kind == BACKWARD:
             self._add(cast(list[list[float]], meeting.payload))
         else:
@@ -273,6 +291,20 @@ class Together:
         for shard in self.shards:
             shard.answer = answer
         self.gradients = [parameter.grad for parameter in self.parameters]
+
+    def _adopt_weights(self) -> None:
+        """Let all shards go on from the weights that each has changed, such as clamped ones."""
+        if self.watch is None or not any(checksum for _, checksum in self.changes):
+            return
+        if len(set(self.changes)) > 1:
+            name = self.watch.names[max(self.changes)[0] - 1]
+            raise ConfigError(
+                f"training_step changes {name}, and not equally in all shards",
+                hint="change it by what is the same for all samples, or in on_train_batch_end; or determinism.shards=1",
+            )
+        self.watch.adopt_weights(self.shards[0].weights if self.shards else None, ranges=self.step.ranges)
+        for shard in self.shards:
+            shard.weights = Taken()
 
     def _exchange(self, meeting: Meeting) -> None:
         """Answer each shard with the rows of all shards, or with the sum over them."""
