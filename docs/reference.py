@@ -230,7 +230,7 @@ def _kind(node: dict[str, Any]) -> str:
 VERDICTS = {
     "unchanged": "trained unchanged, and exactly",
     "one line": "trained exactly with one changed line",
-    "refused": "refused before the first step, with a hint",
+    "refused": "refused, with a hint",
     "different": "not exact",
 }
 

@@ -19,6 +19,7 @@ many batches of the same sizes, and its losses and weights must be equal.
 
 import argparse
 import copy
+import fcntl
 import importlib.util
 import inspect
 import itertools
@@ -179,7 +180,7 @@ def work(config: dict[str, Any], *arguments: Any) -> None:
         exact_worker.work(config, *arguments)
     finally:
         if "RECORD" in environment:
-            torch.save(asdict(recording), environment["RECORD"])
+            torch.save(recording.kept(), environment["RECORD"])
 
 
 def _run(runner: Runner, config: Any, *, says: str, **options: Any) -> Path:
@@ -192,8 +193,14 @@ def _run(runner: Runner, config: Any, *, says: str, **options: Any) -> Path:
     if "signal_at" not in options:
         if lines:
             raise RefusedError(lines[0].removeprefix("error: "))
-        raise DifferentError(f"{says}: {runner.said()[-3000:]}")
+        raise DifferentError(f"{says}: {_last_line(runner.said())}")
     return Path()
+
+
+def _last_line(log: str) -> str:
+    """Return the last line of a log, an error's; print the log."""
+    print(log, file=sys.stderr)
+    return (log.strip().splitlines() or ["no output"])[-1]
 
 
 def _compare(how: str, one: dict[str, Any], two: dict[str, Any]) -> None:
@@ -226,6 +233,10 @@ class Recording:
     hooks: dict[str, list[Any]] = field(default_factory=dict)
     initial: dict[str, Any] = field(default_factory=dict)
     replayed: "Recording | None" = None  # whose generators' states are restored
+
+    def kept(self) -> dict[str, Any]:
+        """Return what a file keeps."""
+        return {"steps": self.steps, "hooks": self.hooks, "initial": self.initial}
 
     def listen(self) -> None:
         """Record all trainings of this process."""
@@ -260,7 +271,8 @@ class Recording:
             self.initial = copy.deepcopy(module.state_dict())
         if self.replayed is not None and number < len(self.replayed.steps):
             put_draws(self.replayed.steps[number]["draws"])
-        step = {"epoch": module.current_epoch, "draws": draws(), "size": size(arguments[0])}
+        step = {"epoch": module.current_epoch, "index": module.trainer.fit_loop.epoch_loop.batch_idx}
+        step |= {"draws": draws(), "size": size(arguments[0])}
         step["batch"] = copy.deepcopy(arguments[0]) if self.replayed is None else None
         self.steps.append(step)
         self.logged = []
@@ -280,6 +292,11 @@ class Recording:
 def draws() -> tuple[Any, ...]:
     """Return the states of the global generators of random numbers."""
     return random.getstate(), np.random.get_state(), torch.get_rng_state()
+
+
+def first_steps(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return one step of each batch: LBFGS calls training_step several times."""
+    return list({(step["epoch"], step["index"]): step for step in reversed(steps)}.values())[::-1]
 
 
 def put_draws(states: tuple[Any, ...]) -> None:
@@ -312,7 +329,7 @@ def _like_lightning(program: str, folder: Path) -> tuple[str, str]:
     process.start()
     process.join()
     if process.exitcode:
-        raise DifferentError(f"plain Lightning: {log.read_text()[-3000:]}")
+        raise DifferentError(f"plain Lightning: {_last_line(log.read_text())}")
     ours, theirs = (torch.load(each, weights_only=False) for each in (file, plain / "recording.pt"))
     _compare_loaders(ours["steps"], theirs["sizes"])
     _compare_initial(ours["initial"], theirs["initial"])
@@ -325,7 +342,7 @@ def _like_lightning(program: str, folder: Path) -> tuple[str, str]:
 
 
 def _compare_loaders(steps: list[dict[str, Any]], sizes: dict[int, tuple[list[int], bool]]) -> None:
-    for epoch, group in itertools.groupby(steps, key=lambda step: step["epoch"]):
+    for epoch, group in itertools.groupby(first_steps(steps), key=lambda step: step["epoch"]):
         ours, (theirs, ended) = sorted(step["size"] for step in group), sizes.get(epoch, ([], True))
         if len(ours) != len(theirs) if ended else len(ours) > len(theirs):
             raise DifferentError(f"epoch {epoch}: {len(ours)} batches, {len(theirs)} of plain Lightning")
@@ -384,7 +401,7 @@ class Replay:
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self.trainer.current_epoch
-        recorded = iter([step["batch"] for step in self.steps if step["epoch"] == epoch])
+        recorded = iter([step["batch"] for step in first_steps(self.steps) if step["epoch"] == epoch])
         sizes: list[int] = []
         self.sizes[epoch] = sizes, False
         for batch, *_ in self.combined:
@@ -434,12 +451,20 @@ def train_plainly(program: str, config: Any, folder: Path, file: Path, log: Path
         determinism.seed_all(config["seed"], "setup")
 
     data.train_dataloader, data.setup = train_dataloader, setup
-    for owner, hook in itertools.product((model, data), TRANSFER_HOOKS):  # recorded batches have gone through them
-        setattr(owner, hook, lambda batch, *_, **__: batch)
+    for owner, hook in itertools.product((model, data), TRANSFER_HOOKS):
+        setattr(owner, hook, _only_in_evaluation(getattr(owner, hook), trainer))
     trainer.fit(model, datamodule=data)
     sizes = {epoch: found for replay in replays for epoch, found in replay.sizes.items()}
-    recording.replayed = None
-    torch.save({**asdict(recording), "sizes": sizes, "weights": model.state_dict()}, folder / "recording.pt")
+    torch.save({**recording.kept(), "sizes": sizes, "weights": model.state_dict()}, folder / "recording.pt")
+
+
+def _only_in_evaluation(usual: Callable[..., Any], trainer: pl.Trainer) -> Callable[..., Any]:
+    """Return a hook that changes no batch of the training: the recorded ones have gone through it."""
+
+    def hook(batch: Any, *arguments: Any, **options: Any) -> Any:
+        return batch if trainer.training else usual(batch, *arguments, **options)
+
+    return hook
 
 
 # ----------------------------------------------------------------------------------------------------------- results
@@ -448,6 +473,16 @@ def train_plainly(program: str, config: Any, folder: Path, file: Path, log: Path
 def read_results() -> dict[str, Any]:
     """Return the recorded results by program."""
     return dict(json.loads(RESULTS.read_text())) if RESULTS.exists() else {}
+
+
+def write_result(program: str, found: dict[str, Any]) -> None:
+    """Record a program's result, and remove those of programs that are gone; several processes may do so."""
+    with RESULTS.open("r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        results = {name: each for name, each in json.load(file).items() if name in programs()}
+        file.seek(0)
+        file.write(json.dumps(dict(sorted({**results, program: found}.items())), indent=1) + "\n")
+        file.truncate()
 
 
 def main() -> None:
@@ -460,5 +495,4 @@ def main() -> None:
             found = asdict(examine(program, Path(folder)))
         print(f"{program}: {json.dumps(found, indent=1)}", flush=True)
         if arguments.write:
-            results = {name: each for name, each in read_results().items() if name in programs()}
-            RESULTS.write_text(json.dumps(dict(sorted({**results, program: found}.items())), indent=1) + "\n")
+            write_result(program, found)

@@ -17,7 +17,7 @@ class Crops(IterableDataset):
         wave = torch.sin(t / 9) + 0.5 * torch.sin(t / 4 + torch.sin(t / 50))
         self.tokens = ((wave / 3 + 0.5) * 32).long().clamp(0, 31)  # quantised
         self.number, self.length, self.seed = number, length, seed
-        self.position, self.epoch = 0, 0
+        self.first, self.position, self.epoch = 0, 0, 0
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -25,17 +25,16 @@ class Crops(IterableDataset):
     def __iter__(self):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         starts = torch.randint(0, len(self.tokens) - self.length - 1, (self.number,), generator=generator)
-        while self.position < self.number:
-            start = starts[self.position]
-            self.position += 1
-            yield self.tokens[start : start + self.length + 1]
-        self.position = 0
+        first, self.first = self.first, 0
+        for number in range(first, self.number):
+            self.position = number + 1
+            yield self.tokens[starts[number] : starts[number] + self.length + 1]
 
     def state_dict(self):
         return {"position": self.position, "epoch": self.epoch}
 
     def load_state_dict(self, state):
-        self.position, self.epoch = state["position"], state["epoch"]
+        self.first, self.epoch = state["position"], state["epoch"]
 
 
 class CausalBlock(nn.Module):

@@ -51,6 +51,14 @@ def test_what_an_optimizer_keeps_is_kept(runner: Runner) -> None:
     assert found == whole
 
 
+def test_a_scheduler_that_changes_the_state_it_loads_is_kept(runner: Runner) -> None:
+    """CyclicLR's load removes a key, and a resume in mid-epoch loads twice."""
+    options = config("Optimized", optimizer="Lookahead")
+    options["model"] = {"_target_": "tests.support.resume_models.Scheduled", "kind": "cyclic"}
+    whole, found = stopped_and_gone_on(runner, options)
+    assert found == whole
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_curriculum_in_a_dataset_is_kept(runner: Runner, workers: int) -> None:
     """Its numbers and texts; not what counts the loads, which another number of workers counts otherwise."""
