@@ -6,7 +6,7 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real test-full servers packages check golden public release bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock reference picture docs
+.PHONY: help setup demo test test-real test-full servers packages check golden corpus public release bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock reference picture docs
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ golden: setup ## record tests/golden again, with which the demo compares its run
 	@cd .demo/golden && ../../$(VENV)/python train.py determinism.mode=portable trainer.accelerator=cpu paths.runs=runs logger=none
 	@cp .demo/golden/runs/golden/*/receipt.json .demo/golden/runs/golden/*/trail.jsonl tests/golden/
 
+corpus: setup ## train the programs of tests/corpus and record their results; half an hour
+	@$(VENV)/python -m tests.corpus --write && $(VENV)/python docs/reference.py
+
 public: setup ## record the public names, commands, keys and receipt fields in tests/golden/public.json
 	@$(VENV)/python -m tests.support.public > $(TMPDIR)/public.json && mv $(TMPDIR)/public.json tests/golden/public.json
 
@@ -74,7 +77,7 @@ bench-checkpoint: servers ## measure the cost of a save: waits, totals, S3, memo
 bench-receipt: setup ## measure the cost of receipts and trails
 	@PATH=$(CURDIR)/$(VENV):$$PATH $(VENV)/python benchmarks/receipt.py
 
-reference: setup ## write docs/reference from the code: keys, commands, the receipt's fields
+reference: setup ## write docs/reference from the code: keys, commands, the receipt's fields, the corpus
 	@$(VENV)/python docs/reference.py
 
 picture: servers demo ## photograph the demo's report for the documentation, with Chromium (make packages)

@@ -1,6 +1,6 @@
-"""Write the reference pages from the code: configuration keys, commands, fields of the receipt.
+"""Write the reference pages from the code: configuration keys, commands, fields of the receipt, the corpus.
 
-python docs/reference.py            writes docs/reference/{configuration,commands,receipt}.md
+python docs/reference.py            writes docs/reference/{configuration,commands,receipt,corpus}.md
 python docs/reference.py --check    exits with 1 if the committed pages differ from the code
 """
 
@@ -22,6 +22,7 @@ from labtrain.record import receipt
 PAGES = Path(__file__).with_name("reference")
 CONF = Path(conf.__file__).parent
 SCHEMA = Path(receipt.__file__).with_name("receipt.schema.json")
+CORPUS = Path(__file__).parents[1] / "tests/corpus/results.json"
 MADE = "<!-- Written by docs/reference.py. Change the code, then run `make reference`. -->\n\n"
 GROUPS = {
     "trainer": "The arguments of Lightning's Trainer; `null` is Lightning's default.",
@@ -33,7 +34,12 @@ GROUPS = {
 
 def pages() -> dict[str, str]:
     """Return the text of each page, by file name."""
-    return {"configuration.md": configuration(), "commands.md": commands(), "receipt.md": fields()}
+    return {
+        "configuration.md": configuration(),
+        "commands.md": commands(),
+        "receipt.md": fields(),
+        "corpus.md": corpus(),
+    }
 
 
 # ------------------------------------------------------------------------------------------------- configuration
@@ -217,6 +223,51 @@ def _kind(node: dict[str, Any]) -> str:
     if isinstance(node.get("items"), dict) and isinstance(node["items"].get("type"), str):
         words = [f"array of {node['items']['type']}s" if word == "array" else word for word in words]
     return " or ".join(words)
+
+
+# -------------------------------------------------------------------------------------------------------- corpus
+
+VERDICTS = {
+    "unchanged": "trained unchanged, and exactly",
+    "one line": "trained exactly with one changed line",
+    "refused": "refused, with a hint",
+    "different": "not exact",
+}
+
+
+def corpus() -> str:
+    """Return the page of the programs in tests/corpus, from the results of their tests."""
+    results = json.loads(CORPUS.read_text())
+    verdicts = [each["verdict"] for each in results.values()]
+    lines = [
+        "# Programs that were tried\n",
+        f"labtrain was tried with {len(results)} small programs in the forms that Lightning's documentation and users'",
+        "repositories have. Their code is in `tests/corpus`.\n",
+        "| result | programs |",
+        "| --- | --- |",
+        *(f"| {about} | {verdicts.count(verdict)} |" for verdict, about in VERDICTS.items() if verdict in verdicts),
+        "",
+        "*Exactly* means that three trainings had the same outcome: weights, whole training state, metrics and every",
+        "line of the trail. One was on one device. One was on two devices. One was on four devices, killed by SIGKILL,",
+        "resumed on two, killed, resumed on one, killed, and resumed on four. All used the defaults: four shards, mode",
+        "strict.\n",
+        "The last column compares labtrain with plain Lightning. With `determinism.shards=1`, labtrain recorded each",
+        "step's batch and random states. A plain `lightning.Trainer` then trained the same model on them. Its own",
+        "loader had to yield as many batches of the same sizes. `same bits` means that every step's loss, every logged",
+        "value and the final weights were equal. A number is the largest relative difference. The bound is 1e-6.\n",
+        "| program | form | result | against plain Lightning |",
+        "| --- | --- | --- | --- |",
+    ]
+    for program, found in results.items():
+        about = found["verdict"] + (f": {_code(found)}" if found["says"] else "")
+        plain = {found["losses"], found["weights"]} - {"", "same bits"}
+        close = ", ".join(sorted(plain)) or ("same bits" if found["weights"] else "not compared")
+        lines.append(f"| `{program}` | {_cell(found['form'])} | {_cell(about)} | {close} |")
+    return MADE + "\n".join(lines) + "\n"
+
+
+def _code(found: dict[str, Any]) -> str:
+    return f"`{found['says']}`" if found["verdict"] == "one line" else str(found["says"])
 
 
 def _cell(text: str) -> str:

@@ -8,6 +8,7 @@ import multiprocessing.forkserver
 import os
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from pathlib import Path
@@ -23,10 +24,14 @@ VARIABLES = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME
 TIMEOUT_S = 300
 
 
-def forkserver() -> Any:
-    """Return the context whose processes have torch, the models and VARIABLES; this process keeps its own variables."""
+def forkserver(preload: str = "tests.support.exact_worker") -> Any:
+    """Return the context whose processes have torch, the models and VARIABLES; this process keeps its own variables.
+
+    Args:
+        preload: a module that all processes have imported; the first call decides.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.exact_worker"])
+    context.set_forkserver_preload([preload])
     with patch.dict(os.environ, VARIABLES):
         multiprocessing.forkserver.ensure_running()
     return context
@@ -34,10 +39,19 @@ def forkserver() -> Any:
 
 @dataclass
 class Runner:
-    """Trains below one folder."""
+    """Trains below one folder.
+
+    Attributes:
+        folder: of runs and logs.
+        logs: of each start.
+        work: what each process calls.
+        preload: a module that the processes have imported.
+    """
 
     folder: Path
     logs: list[Path] = field(default_factory=list)
+    work: Callable[..., None] = exact_worker.work
+    preload: str = "tests.support.exact_worker"
 
     def run(
         self,
@@ -59,7 +73,7 @@ class Runner:
             environment: variables of the processes.
             bucket_bytes: for buckets so small that a model fills several.
         """
-        context = forkserver()
+        context = forkserver(self.preload)
         config = copy.deepcopy(config)
         config["trainer"] |= {"devices": world, "accelerator": "cpu"}
         config["paths"] = {"runs": str(self.folder / "runs")}
@@ -69,7 +83,7 @@ class Runner:
         receiver, sender = context.Pipe(duplex=False)
         ranks = [
             context.Process(
-                target=exact_worker.work,
+                target=self.work,
                 args=(config, rank, world, port, log, sender, signal_at, bucket_bytes, environment or {}),
             )
             for rank in range(world)

@@ -274,9 +274,7 @@ class Faulty(MLP):
     def __init__(self, fault: str, **options: Any) -> None:
         super().__init__(**options)
         self.fault = fault
-        if fault == "sparse":
-            self.table = nn.Embedding(3, 3, sparse=True)
-        elif fault == "counts":
+        if fault == "counts":
             self.register_buffer("seen", torch.zeros(3, dtype=torch.long))
         elif fault == "metric":
             self.pearson = torchmetrics.PearsonCorrCoef()
@@ -294,9 +292,7 @@ class Faulty(MLP):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         inputs, targets = batch
         loss = super().training_step(batch, batch_idx)
-        if self.fault == "sparse":
-            loss = loss + self.table(targets).sum()
-        elif self.fault == "counts":
+        if self.fault == "counts":
             self.seen += torch.bincount(targets, minlength=3)
         elif self.fault == "names":
             self.log("high" if inputs.mean() > 0 else "low", 1.0)

@@ -12,10 +12,12 @@ from torch.nn import functional
 class GAN(pl.LightningModule):
     """The GAN of Lightning's documentation, on small images: two optimizers that are toggled, an attribute, BatchNorm."""
 
-    def __init__(self, critics: int = 1, penalty: float = 0.0, clip: float | None = None, toggle: bool = True) -> None:
+    def __init__(self, critics: int = 1, penalty: float = 0.0, clip: float | None = None, toggle: bool = True,
+                 clamp: float | None = None) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
         self.critics, self.penalty, self.clip, self.toggle = critics, penalty, clip, toggle
+        self.clamp = clamp
         self.generator = nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 36))
         self.discriminator = nn.Sequential(nn.Linear(36, 16), nn.LeakyReLU(0.2), nn.Dropout(0.1), nn.Linear(16, 1))
         self.accuracy = torchmetrics.Accuracy("binary")
@@ -40,6 +42,9 @@ class GAN(pl.LightningModule):
             if self.clip:
                 self.clip_gradients(second, gradient_clip_val=self.clip, gradient_clip_algorithm="norm")
             second.step()
+            if self.clamp:
+                for parameter in self.discriminator.parameters():
+                    parameter.data.clamp_(-self.clamp, self.clamp)
             if self.toggle:
                 self.untoggle_optimizer(second)
             self.log("d_loss", loss, on_step=True, on_epoch=True)
@@ -159,6 +164,6 @@ class Refused(GAN):
             second.step()
         if self.fault == "clamp":
             for parameter in self.discriminator.parameters():
-                parameter.data.clamp_(-0.01, 0.01)
+                parameter.data.clamp_(-float(images[0, 0].abs()), 0.01)
         if self.fault == "raises" and batch_idx == 1:
             raise ZeroDivisionError("in a shard's step")

@@ -14,17 +14,18 @@ MANUAL: dict[str, dict[str, Any]] = {
     "gan": {"_target_": "tests.support.manual_models.GAN"},
     "gan, clipped": {"_target_": "tests.support.manual_models.GAN", "clip": 0.1, "toggle": False},
     "wgan-gp": {"_target_": "tests.support.manual_models.GAN", "critics": 3, "penalty": 10.0},
+    "wgan": {"_target_": "tests.support.manual_models.GAN", "critics": 3, "clamp": 0.05},
     "accumulated": {"_target_": "tests.support.manual_models.ByHand"},
     "closure": {"_target_": "tests.support.manual_models.ByHand", "closure": True},
     "actor and critic": {"_target_": "tests.support.manual_models.ActorCritic"},
 }
-STEPS_PER_BATCH = {"gan": 2, "gan, clipped": 2, "wgan-gp": 4, "accumulated": 0.5}
+STEPS_PER_BATCH = {"gan": 2, "gan, clipped": 2, "wgan-gp": 4, "wgan": 4, "accumulated": 0.5}
 # In CI: one of each kind. The others: before a release.
 LOADERS_IN_CI = ("weighted", "by length", "own generator", "max_size", "resumable stream")
 # torch's samplers, each by its name in LOADERS.
 SAMPLERS = ("shuffle", "sequential", "replacement", "subset", "weighted", "distributed", "batch sampler")
 LOADERS_IN_FULL = tuple(name for name in [*LOADERS, *SEVERAL] if name not in (*LOADERS_IN_CI, "by rank", "playing"))
-MANUAL_IN_CI = ("gan", "accumulated")
+MANUAL_IN_CI = ("gan", "wgan", "accumulated")
 
 
 WHOLE: dict[str, dict[str, Any]] = {

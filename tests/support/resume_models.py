@@ -316,6 +316,7 @@ class Scheduled(Small):
             "cycle": lambda: schedules.OneCycleLR(
                 optimizer, max_lr=self.lr, total_steps=int(self.trainer.estimated_stepping_batches)
             ),
+            "cyclic": lambda: schedules.CyclicLR(optimizer, self.lr / 10, self.lr, step_size_up=3),
             "epochs": lambda: schedules.StepLR(optimizer, 1, gamma=0.5),
             "plateau": lambda: schedules.ReduceLROnPlateau(optimizer, patience=0, factor=0.5),
         }[self.kind]()

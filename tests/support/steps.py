@@ -19,6 +19,10 @@ CHANGES = {
 }
 
 
+# Those that all shards do alike.
+ALIKE = ("average", "data", "silent", "numpy", "hidden", "library")
+
+
 def model(name: str, kind: str = "plain", /, module: str = "step_models", **more: Any) -> Any:
     groups = {"data": {"size": 37, "batch_size": 8}, "trainer": {"max_epochs": 2}} | more
     config = configure("mlp", "even", **groups)

@@ -73,6 +73,7 @@ class Buffers:
         self.num_means = len(means)
         self._before = [_get(each).clone() for each in self.owned]
         self._seen = [(now := _get(each), now._version) for each in self.owned]
+        self._first = list(self._seen)
         self._sum: tuple[list[int], ShardSum] | None = None
 
     def begin(self) -> None:
@@ -83,7 +84,7 @@ class Buffers:
         for index in self._changed():
             now = _get(self.owned[index])
             self._before[index] = now.clone()
-            self._seen[index] = now, now._version
+            self._seen[index] = self._first[index] = now, now._version
 
     def restore(self) -> None:
         """Begin another shard of the step."""
@@ -95,6 +96,9 @@ class Buffers:
                 part, name = self.owned[index]
                 part._buffers[name] = now = before.clone()
             self._seen[index] = now, now._version
+        self._drop_new()
+
+    def _drop_new(self) -> None:
         if self._has_new():
             parts = dict(self.module.named_modules())
             for path, name in self._news():
@@ -104,23 +108,34 @@ class Buffers:
                     del parts[path]._buffers[name]
 
     def take(self) -> Callable[[], None]:
-        """Restore the buffers from the start of the step; return what puts the current ones back."""
-        taken = [(index, _get(self.owned[index]).clone()) for index in self._changed()]
+        """Restore the buffers from the start of the step; return what puts the current ones back.
+
+        The shard's backward is still to come, so both keep the memory and the version that autograd has noted.
+        """
+        taken = [(index, now := _get(self.owned[index]), now.clone(), now._version) for index in self._changed()]
         new = self._news() if self._has_new() else {}
-        self.restore()
+        for index, *_ in taken:
+            self._put(index, self._first[index][0], self._before[index], self._first[index][1])
+            self._seen[index] = self._first[index]
+        self._drop_new()
 
         def give() -> None:
-            for index, value in taken:
-                part, name = self.owned[index]
-                now = _get(self.owned[index])
-                if (now.shape, now.dtype) == (value.shape, value.dtype):
-                    now.copy_(value)
-                else:
-                    part._buffers[name] = value
+            for index, buffer, value, version in taken:
+                self._put(index, buffer, value, version)
             for (path, name), buffer in new.items():
                 self.module.get_submodule(path)._buffers[name] = buffer
 
         return give
+
+    def _put(self, index: int, buffer: Tensor, value: Tensor, version: int) -> None:
+        """Put a buffer into its module, with this content, as if nothing had written to it since that version."""
+        part, name = self.owned[index]
+        part._buffers[name] = buffer
+        if buffer.shape != value.shape:  # code set its .data
+            buffer.data = value.clone()
+        else:
+            buffer.data.copy_(value)
+        torch._C._autograd._unsafe_set_version_counter((buffer,), (version,))
 
     def leave(self, shard: int, weight: float) -> list[float]:
         """Save the buffers after a shard.

@@ -99,3 +99,34 @@ def test_what_is_no_statistic_and_differs_is_refused(name: str) -> None:
         buffers.leave(shard, 0.5)
     with pytest.raises(ConfigError, match=f"buffer {name} of Module .* differs between the shards"):
         buffers.install(buffers.numbers, [range(2)])
+
+
+def test_a_shard_that_waits_keeps_what_its_backward_needs() -> None:
+    """Other shards run between its forward and its backward: BatchNorm's statistics, replaced buffers, a write in place."""
+    module, rows = Module(), torch.rand(4, 2)
+    buffers = buffers_of(module)
+
+    def forward(shard: int) -> torch.Tensor:
+        module.center = module.center + shard + 1
+        module.running_average += shard
+        return (module.norm(rows * (shard + 1)) * module.center * module.running_average.sum()).sum()
+
+    def gradient(loss: torch.Tensor) -> list[float]:
+        found: list[float] = torch.autograd.grad(loss, module.norm.weight)[0].tolist()
+        return found
+
+    buffers.begin()
+    alone = []
+    for shard in range(3):
+        alone.append((gradient(forward(shard)), module.center.tolist(), module.norm.running_mean.tolist()))
+        buffers.restore()
+    buffers.begin()
+    waiting = []
+    for shard in range(3):
+        loss = forward(shard)
+        waiting.append((loss, buffers.take()))
+    for number, (loss, give) in enumerate(waiting):
+        give()
+        assert (gradient(loss), module.center.tolist(), module.norm.running_mean.tolist()) == alone[number]
+        buffers.restore()
+    assert module.center.tolist() == [0.0, 0.0]

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from labtrain.exact.attributes import hidden_weights
 from labtrain.training.state.step_changes import Watch
 from tests.support import step_models
 from tests.support.exact import Runner, exchanges, outcome
-from tests.support.steps import CHANGES, model, one_and_two, refused
+from tests.support.steps import ALIKE, CHANGES, model, one_and_two, refused
 
 
 def notes(runner: Runner) -> list[str]:
@@ -70,25 +71,66 @@ def test_the_trail_has_the_loss_of_an_accumulated_step(runner: Runner, other: Ru
 
 @pytest.mark.parametrize("kind", CHANGES)
 def test_a_parameter_that_a_step_changes_is_found(kind: str) -> None:
-    """By name, whichever way it is changed."""
-    module, found = step_models.Changes(kind), list[str]()
+    """By name, whichever way it is changed; if all shards change it alike, it is changed once."""
+    module, once, found = step_models.Changes(kind), step_models.Changes(kind), list[str]()
+    once.load_state_dict(module.state_dict())
+    for name, weight in hidden_weights(once).items():
+        weight.data.copy_(hidden_weights(module)[name])
     place: Any = {"device": torch.device("cpu"), "rank": 0, "world": 1}
     watch = Watch(module, **place, judge=lambda what, _: found.append(what), say=found.append)
     watch.begin()
-    module.training_step((torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])), 0)
-    watch.leave(0, last=True)
-    watch.end(watch.numbers, [range(1)])
-    assert [text.partition(":")[0] for text in found] == [f"training_step changes {CHANGES[kind]}"]
+    for shard in range(2):
+        if shard:
+            watch.restore()
+        module.training_step((torch.randn(4, 1, 6, 6), torch.tensor([0, shard, 2 * shard, 0])), 0)
+        watch.leave(shard, last=shard == 1)
+    watch.end(watch.numbers, [range(2)])
+    if kind not in ALIKE:
+        assert [text.partition(":")[0] for text in found] == [f"training_step changes {CHANGES[kind]}"]
+        return
+    once.training_step((torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])), 0)
+    expected, left = ({**model.state_dict(), **hidden_weights(model)} for model in (once, module))
+    assert all(torch.equal(left[name], weight) for name, weight in expected.items())
+    assert not found
+
+
+def test_a_list_that_steps_append_to_and_change_is_refused() -> None:
+    """A pool of generated images: each device has the items of its own shards."""
+    module, found, said = step_models.Changes("average"), list[str](), list[str]()
+    place: Any = {"device": torch.device("cpu"), "rank": 0, "world": 1}
+    watch = Watch(module, **place, judge=lambda what, _: found.append(what), say=said.append)
+    module.pool = []
+    for step in range(3):
+        watch.begin()
+        for shard in range(2):
+            if shard:
+                watch.restore()
+            if step < 2:
+                module.pool.append(torch.full((2,), float(shard)))
+            else:
+                module.pool[0] = torch.full((2,), float(shard))
+            watch.leave(shard, last=shard == 1)
+        watch.end(watch.numbers, [range(2)])
+        assert bool(found) == (step == 2)
+    assert found[0].startswith("training_step changes items of pool, to which it has also appended")
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_parameter_that_a_step_changes_is_refused(world: int, runner: Runner) -> None:
-    refused(runner, "average", world)
+    refused(runner, "max_norm", world)
 
 
 @pytest.mark.parametrize("kind", ["average", "silent"])
-def test_one_that_a_later_step_changes_stops_that_step(kind: str, runner: Runner) -> None:
-    runner.run(model("Changes", kind, model={"since": 4}), code=2)
+def test_one_that_all_shards_change_alike_is_exact(kind: str, runner: Runner, other: Runner) -> None:
+    """Also a target that is first changed in a later step: no optimizer updates it."""
+    changes = model("Changes", kind, model={"since": 4 if kind == "average" else 0}, data={"size": 34, "batch_size": 8})
+    alone = one_and_two(runner, other, changes)
+    assert alone["steps"] == 10
+
+
+def test_one_that_a_later_step_changes_stops_that_step(runner: Runner) -> None:
+    """labtrain has no copy of weights that an optimizer updates, unless the first step changes them."""
+    runner.run(model("Changes", "silent", model={"since": 4}), code=2)
     assert "training_step changes" in runner.said()
     assert len(next(runner.folder.glob("runs/*/*/trail.jsonl")).read_text().splitlines()) == 4
 

@@ -3,13 +3,18 @@
 import pytest
 
 from tests.support.exact import Runner, exchanges, outcome
-from tests.support.steps import CHANGES, model, one_and_two, refused
+from tests.support.steps import ALIKE, CHANGES, model, one_and_two, refused
 
 
 @pytest.mark.parametrize("world", [1, 2])
-@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("kind", [kind for kind in CHANGES if kind not in ALIKE])
 def test_a_parameter_that_a_step_changes_is_refused(kind: str, world: int, runner: Runner) -> None:
     refused(runner, kind, world)
+
+
+@pytest.mark.parametrize("kind", ALIKE)
+def test_a_parameter_that_all_shards_change_alike_is_exact(kind: str, runner: Runner, other: Runner) -> None:
+    one_and_two(runner, other, model("Changes", kind))
 
 
 @pytest.mark.parametrize(("world", "last"), [(2, 3), (3, 2), (4, 5)])

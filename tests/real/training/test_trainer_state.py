@@ -51,6 +51,14 @@ def test_what_an_optimizer_keeps_is_kept(runner: Runner) -> None:
     assert found == whole
 
 
+def test_a_scheduler_that_changes_the_state_it_loads_is_kept(runner: Runner) -> None:
+    """CyclicLR's load removes a key, and a resume in mid-epoch loads twice."""
+    options = config("Optimized", optimizer="Lookahead")
+    options["model"] = {"_target_": "tests.support.resume_models.Scheduled", "kind": "cyclic"}
+    whole, found = stopped_and_gone_on(runner, options)
+    assert found == whole
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_curriculum_in_a_dataset_is_kept(runner: Runner, workers: int) -> None:
     """Its numbers and texts; not what counts the loads, which another number of workers counts otherwise."""
@@ -59,6 +67,14 @@ def test_a_curriculum_in_a_dataset_is_kept(runner: Runner, workers: int) -> None
     whole, found = stopped_and_gone_on(runner, options)
     assert found == whole
     assert "was changed in mid-epoch" not in runner.logs[-1].read_text()
+
+
+def test_what_a_hook_writes_into_a_tensor_dataset_is_kept(runner: Runner) -> None:
+    """A resume in mid-epoch runs the hook again, with other weights: the rest of the epoch is what it was."""
+    options = config("Plays")
+    options["data"]["_target_"] = f"{HERE}.Rollouts"
+    whole, found = stopped_and_gone_on(runner, options)
+    assert found == whole
 
 
 def test_a_dataset_that_is_changed_in_mid_epoch_is_said(runner: Runner) -> None:

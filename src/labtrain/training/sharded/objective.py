@@ -513,7 +513,7 @@ class _Bench:
 
     def _norm(self) -> float:
         parts = [
-            torch.linalg.vector_norm(gradient, dtype=torch.float64)
+            torch.linalg.vector_norm(gradient.to_dense() if gradient.is_sparse else gradient, dtype=torch.float64)
             for gradient in self.gradients
             if gradient is not None
         ]

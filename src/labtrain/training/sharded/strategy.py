@@ -39,6 +39,7 @@ from labtrain.data.sharded import Loader, Sharded
 from labtrain.exact.buffers import SENT, Buffers, broadcast
 from labtrain.exact.determinism import run_mode, seed_place
 from labtrain.exact.plain_values import is_experiments_code
+from labtrain.exact.sparse_gradients import ABSENT, SparseRows, sparse
 from labtrain.exact.tree_sum import ShardSum, alone, shard_ranges
 from labtrain.training.guard import Guard, explain_backward
 from labtrain.training.lightning import (
@@ -146,8 +147,9 @@ class Exact(_Base):
         self._added: list[int] = []  # and this one
         self._pushed: set[int] = set()  # parameters whose gradient of the last shard has gone
         self._filling: int | None = None  # the shard whose gradients go as they come
-        # Which gradients the step's sums are to be put into, and what they are divided by first.
-        self._waiting: tuple[list[bool], Tensor | None] | None = None
+        self._rows = SparseRows()  # of this step's gradients
+        # Which gradients the step's sums are put into, what they are divided by first, and the rows of sparse ones.
+        self._waiting: tuple[list[bool], Tensor | None, dict[int, Tensor]] | None = None
         self._together: bool | None = None  # the shards of a step need each other; None before the first step
         self._tried: tuple[object, object] | None = None  # the first shard's output and data, in the first step
         self._sums: dict[tuple[int, ...], ShardSum] = {}  # of manual optimization, by the numbers of the parameters
@@ -291,11 +293,13 @@ class Exact(_Base):
             return super().backward(closure_loss, optimizer, *args, **kwargs)
         # Here, and not in training_step: the old gradients are gone by now, and their memory is free.
         sums = cast(ShardSum, self._sum).total()
-        has_gradient, shares = self._waiting
+        has_gradient, shares, rows = self._waiting
         if shares is not None:
             torch._foreach_div_(sums, torch.where(shares > 0, shares, 1))  # no shard with any weight: 0
-        for parameter, gradient, wanted in zip(self._parameters, sums, has_gradient, strict=True):
-            if wanted:
+        for number, (parameter, gradient) in enumerate(zip(self._parameters, sums, strict=True)):
+            if number in rows:
+                gradient = sparse(gradient, rows[number])
+            if has_gradient[number]:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
         self._waiting = None
         return self.precision_plugin.post_backward(closure_loss, self._module)
@@ -313,6 +317,7 @@ class Exact(_Base):
         if self._module.automatic_optimization:
             parameters = self._prepare()
             cast(ShardSum, self._sum).begin(ranges)
+        self._rows = SparseRows()
         self._buffers.begin()
         if self._watch is not None:
             self._watch.begin()
@@ -425,15 +430,18 @@ class Exact(_Base):
     def _end_step(self, step: "_Step", rows_SK: Tensor) -> STEP_OUTPUT:
         """Install the results of the shards of all ranks; return what hooks get for the step."""
         parameters = step.parameters
-        has_SP, buffers_SB, watched_S3, losses_SN = self._split(rows_SK, len(parameters))
-        has_gradient = (has_SP.amax(0) > 0).tolist() if step.missing else [True] * len(parameters)
+        has_SP, buffers_SB, watched_S5, losses_SN = self._split(rows_SK, len(parameters))
+        has_gradient, rows = [True] * len(parameters), dict[int, Tensor]()
+        if step.missing or self._rows:
+            has_gradient = (has_SP.amax(0) > ABSENT).tolist()
+            rows = self._rows.of_all(has_SP.tolist(), parameters, self._world)
         if not any(has_gradient):  # no shard had any weight: zeros, since a GradScaler needs a gradient
             has_gradient = [True] * len(parameters)
-        self._install(step, buffers_SB, watched_S3)
+        self._install(step, buffers_SB, watched_S5)
         for parameter, gradient in zip(parameters, step.older, strict=True):
             parameter.grad = gradient
         mean, shares = weighted_mean(losses_SN)
-        self._waiting = has_gradient, shares
+        self._waiting = has_gradient, shares, rows
         combined = {"loss": mean} if shares is None else {"loss": mean, "weight": shares * step.batch.samples}
         whole = self._as_one(step.outputs, step.ranges) if self._takers.outputs else None
         return {**whole, **combined} if isinstance(whole, dict) else mean
@@ -443,13 +451,13 @@ class Exact(_Base):
         sizes = first, len(self._buffers.owned) + 1, Watch.NUMBERS if self._watch is not None else 0
         return tuple(rows_SK.split([*sizes, rows_SK.shape[1] - sum(sizes)], 1))
 
-    def _install(self, step: "_Step", buffers_SB: Tensor, watched_S3: Tensor) -> None:
+    def _install(self, step: "_Step", buffers_SB: Tensor, watched_S5: Tensor) -> None:
         """Give every rank the buffers and attributes that the shards of all ranks have left."""
         # One process knows its own numbers: it does not wait for a GPU to send them back.
         buffers, watch = self._buffers, self._watch
         buffers.install(buffers_SB.tolist() if self._world > 1 else buffers.numbers, step.ranges)
         if watch is not None:
-            watch.end(watched_S3.tolist() if self._world > 1 else watch.numbers, step.ranges)
+            watch.end(watched_S5.tolist() if self._world > 1 else watch.numbers, step.ranges)
         seed_place("after", step.epoch, step.index)  # what hooks draw from here on is the same on every rank
 
     # ---------------------------------------------------------------------------------------------- shards together
@@ -468,7 +476,7 @@ class Exact(_Base):
         except NeedsMeetingError:
             self._buffers.restore()
             if self._watch is not None:
-                self._watch.take()
+                self._watch.restore_all()
             return True
         return False
 
@@ -477,6 +485,7 @@ class Exact(_Base):
         self._results, manual = results, not self._module.automatic_optimization
         self._added = [0] * len(step.parameters)  # of all shards: none sends its gradients early
         place: Options = {"device": self._device, "rank": self._rank, "world": self._world, "manual": manual}
+        place["watch"] = self._watch
         run = partial(self._forward if manual else self._forward_and_backward, step, args)
         for shard, output, last in Together(self, self._trainer, **place, step=step, run=run).run():
             if manual:
@@ -511,8 +520,8 @@ class Exact(_Base):
 
     def _end_manual(self, step: "_Step", rows_SK: Tensor) -> STEP_OUTPUT:
         """Install the results of the shards of all ranks; return what hooks get for the step."""
-        has_loss, buffers_SB, watched_S3, losses_SN = self._split(rows_SK, 1)
-        self._install(step, buffers_SB, watched_S3)
+        has_loss, buffers_SB, watched_S5, losses_SN = self._split(rows_SK, 1)
+        self._install(step, buffers_SB, watched_S5)
         whole = self._as_one(step.outputs, step.ranges) if self._takers.outputs else None
         if not has_loss.all():
             return cast(STEP_OUTPUT, whole)
@@ -686,23 +695,28 @@ class Exact(_Base):
             if self._added[number] == self._uses[number]:  # reentrant checkpointing adds to it once a use
                 assert self._sum is not None
                 self._pushed.add(number)
-                self._sum.push(self._filling, number, _not_sparse(parameter.grad))
+                self._sum.push(self._filling, number, self._rows.dense(number, parameter.grad))
                 parameter.grad = None
 
         return hook
 
     def _push(self, shard: int, parameters: list[torch.nn.Parameter]) -> list[float]:
-        """Add the gradients of one shard that were not sent yet; return 1.0 for each gradient that exists."""
+        """Add the gradients of one shard that were not sent yet; return ABSENT, DENSE or SPARSE for each."""
         assert self._sum is not None
         present = []
         for number, parameter in enumerate(parameters):
             if number in self._pushed:
-                present.append(1.0)
+                present.append(self._rows.kind(number))
                 continue
-            present.append(float(parameter.grad is not None))
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else _not_sparse(parameter.grad)
+            if parameter.grad is None:
+                present.append(ABSENT)
+                gradient = torch.zeros_like(parameter)
+            else:
+                gradient = self._rows.dense(number, parameter.grad)
+                present.append(self._rows.kind(number))
             self._sum.push(shard, number, gradient)
             parameter.grad = None
+        self._rows.end_shard()
         self._pushed.clear()
         self._uses = [max(pair) for pair in zip(self._uses, self._added, strict=True)]
         return present
@@ -850,12 +864,3 @@ def _loss(output: object) -> Any:
 def _dense(tensor: Tensor) -> Tensor:
     """Return the tensor, or one like it if its elements overlap or leave gaps."""
     return tensor if torch.empty_like(tensor, device="meta").stride() == tensor.stride() else torch.empty_like(tensor)
-
-
-def _not_sparse(gradient: Tensor) -> Tensor:
-    if gradient.layout != torch.strided:
-        raise ConfigError(
-            "a gradient is sparse: it cannot be summed along the tree of determinism.shards",
-            hint="use nn.Embedding(..., sparse=False), or determinism.shards=null",
-        )
-    return gradient

@@ -32,10 +32,13 @@ from torch import Tensor
 
 from labtrain.base.errors import ConfigError
 from labtrain.exact.determinism import keep_draws, seed_place
+from labtrain.exact.sparse_gradients import ABSENT, DENSE, SPARSE, SparseRows, sparse
 from labtrain.exact.tree_sum import ShardSum, alone
 from labtrain.training.lightning import lightning_optimizers, put_toggled, toggled
 from labtrain.training.sharded.lockstep import END, Meeting, Runner, here, meet, runs_here
 from labtrain.training.sharded.whole import BACK, FORWARD, GATHER, SUM
+from labtrain.training.state.changed_weights import Taken
+from labtrain.training.state.step_changes import Watch
 
 if TYPE_CHECKING:
     from labtrain.training.sharded.strategy import Exact, _Step
@@ -58,6 +61,7 @@ class Shard:
         answer: to that.
         private: its gradients, in the middle of its backward.
         flags: whether each parameter requires a gradient, and what Lightning's toggle_optimizer keeps.
+        weights: those that its step has changed since the shards last met.
     """
 
     number: int
@@ -69,6 +73,7 @@ class Shard:
     answer: object = None
     private: Gradients | None = None
     flags: tuple[list[bool], dict[str, bool]] = ([], {})
+    weights: Taken = field(default_factory=Taken)
 
 
 class Together:
@@ -83,6 +88,7 @@ class Together:
         step: of this rank.
         run: the model's step, of the shard at a place.
         manual: optimization is manual; otherwise `run` has a backward too, whose gradients stay the shard's.
+        watch: of the weights that the step changes.
     """
 
     def __init__(
@@ -96,8 +102,9 @@ class Together:
         step: "_Step",
         run: Callable[[int], object],
         manual: bool,
+        watch: Watch | None,
     ) -> None:
-        self.strategy, self.trainer, self.step = strategy, trainer, step
+        self.strategy, self.trainer, self.step, self.watch = strategy, trainer, step, watch
         self.device, self.rank, self.world, self.manual = device, rank, world, manual
         self.module = trainer.lightning_module
         self.parameters = list(self.module.parameters())
@@ -105,6 +112,7 @@ class Together:
         nothing: Gradients = [None] * len(self.parameters)
         self.flags = self._flags()
         self.meetings = 0
+        self.changes: list[tuple[int, int]] = []  # of each shard: of weights, since the last meeting
         self.differs = ""  # the name of a parameter whose .grad differs between shards
         whole = step.batch.samples
         self.shards = [
@@ -137,8 +145,7 @@ class Together:
         for shard in self.shards:
             for parameter, gradient in zip(self.parameters, shard.private or (), strict=self.manual is False):
                 parameter.grad = gradient
-            for restore in shard.enter:
-                restore()
+            self._put_own(shard)
             yield shard, shard.runner.result, shard is self.shards[-1]
 
     # ------------------------------------------------------------------------------------------------- between meetings
@@ -171,13 +178,20 @@ class Together:
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
         self._put_flags(*shard.flags)
+        self._put_own(shard)
+
+    def _put_own(self, shard: Shard) -> None:
         for restore in shard.enter:
             restore()
+        if self.watch is not None:
+            self.watch.put_weights(shard.weights)
 
     def _leave(self, shard: Shard) -> Gradients:
         """Put aside what the shard has to itself; return its gradients, those outside of a backward that it is in."""
         draws = keep_draws()
         shard.enter = [draws, *(self.strategy.swap_out() if len(self.shards) > 1 else ())]
+        if self.watch is not None and (self.manual or len(self.shards) > 1):
+            shard.weights = self.watch.take_weights()
         shard.flags = self._flags()
         self._put_flags(*self.flags)
         found: Gradients = [parameter.grad for parameter in self.parameters]
@@ -209,13 +223,16 @@ class Together:
 
     def _agreed(self) -> Meeting:
         """Return the meeting of all shards of all ranks."""
-        mine = [(shard.number, shard.meeting.kind, shard.meeting.key, self._announced(shard)) for shard in self.shards]
+        mine = [
+            (shard.number, shard.meeting.kind, shard.meeting.key, self._announced(shard), shard.weights.changes)
+            for shard in self.shards
+        ]
         ranks = [mine]
         if self.world > 1:
             ranks = [[]] * self.world
             dist.all_gather_object(ranks, mine)
         everything = [each for of_rank in ranks for each in of_rank]
-        places = {(kind, key): shard for shard, kind, key, _ in everything}
+        places = {(kind, key): shard for shard, kind, key, *_ in everything}
         if len(places) > 1:
             one, two, *_ = (f"shard {shard} at {_described(*place)}" for place, shard in places.items())
             raise ConfigError(
@@ -224,12 +241,13 @@ class Together:
                 " determinism.shards=1",
             )
         ((kind, key),) = places
-        return Meeting(kind=kind, key=key, payload=[payload for *_, payload in everything])
+        self.changes = [changes for *_, changes in everything]
+        return Meeting(kind=kind, key=key, payload=[payload for *_, payload, _ in everything])
 
     def _announced(self, shard: Shard) -> object:
         """Return what other ranks need to know of a shard's meeting."""
         if shard.meeting.kind == BACKWARD:
-            return [each is not None for each in cast(Gradients, shard.meeting.payload)]
+            return [_kind(each) for each in cast(Gradients, shard.meeting.payload)]
         if shard.meeting.kind == END:
             return shard.flags[0], self.differs
         if shard.meeting.kind in (GATHER, SUM):
@@ -264,14 +282,29 @@ class Together:
         self.meetings += 1
         seed_place("meeting", self.step.epoch, self.step.index, self.meetings)  # hooks draw the same on every rank
         answer: object = None
+        self._adopt_weights()
         if meeting.kind == BACKWARD:
-            self._add(cast(list[list[bool]], meeting.payload))
+            self._add(cast(list[list[float]], meeting.payload))
         else:
             with self.strategy.between_shards():
                 answer = self._once(meeting)
         for shard in self.shards:
             shard.answer = answer
         self.gradients = [parameter.grad for parameter in self.parameters]
+
+    def _adopt_weights(self) -> None:
+        """Let all shards go on from the weights that each has changed, such as clamped ones."""
+        if self.watch is None or not any(checksum for _, checksum in self.changes):
+            return
+        if len(set(self.changes)) > 1:
+            name = self.watch.names[max(self.changes)[0] - 1]
+            raise ConfigError(
+                f"training_step changes {name}, and not equally in all shards",
+                hint="change it by what is the same for all samples, or in on_train_batch_end; or determinism.shards=1",
+            )
+        self.watch.adopt_weights(self.shards[0].weights if self.shards else None, ranges=self.step.ranges)
+        for shard in self.shards:
+            shard.weights = Taken()
 
     def _exchange(self, meeting: Meeting) -> None:
         """Answer each shard with the rows of all shards, or with the sum over them."""
@@ -302,9 +335,10 @@ class Together:
         for shard in self.shards:
             shard.answer = whole / shard.share if weighs else whole
 
-    def _add(self, has_SP: list[list[bool]]) -> None:
+    def _add(self, kinds_SP: list[list[float]]) -> None:
         """Add the gradient of the whole batch to each parameter that has one in some shard."""
-        wanted = [index for index, column in enumerate(zip(*has_SP, strict=True)) if any(column)]
+        wanted = [index for index, column in enumerate(zip(*kinds_SP, strict=True)) if any(column)]
+        rows = SparseRows()
         total = self.strategy.sum_of(tuple(wanted), [self.parameters[index] for index in wanted])
         total.begin(self.step.ranges)
         for shard in self.shards:
@@ -313,10 +347,13 @@ class Together:
                 gradient = mine[index]
                 if gradient is None:
                     gradient = torch.zeros_like(self.parameters[index])
-                total.push(shard.number, place, gradient.mul_(shard.share))
+                total.push(shard.number, place, rows.dense(index, gradient).mul_(shard.share))
             shard.meeting = Meeting(kind=END)  # its gradients' memory holds the sum
         total.send()
+        some = rows.of_all(kinds_SP, self.parameters, self.world)
         for index, gradient in zip(wanted, total.total(), strict=True):
+            if index in some:
+                gradient = sparse(gradient, some[index])
             before = self.parameters[index].grad
             self.parameters[index].grad = gradient if before is None else before + gradient
 
@@ -411,10 +448,19 @@ def _cloned(gradients: Gradients) -> Gradients:
     return [None if each is None else each.clone() for each in gradients]
 
 
+def _kind(gradient: Tensor | None) -> float:
+    if gradient is None:
+        return ABSENT
+    return DENSE if gradient.layout == torch.strided else SPARSE
+
+
 def _is_same(one: Tensor | None, two: Tensor | None) -> bool:
     """Return whether two gradients are equal; NaN, of an overflow in fp16, equals NaN."""
     if one is None or two is None:
         return one is two
+    if one.is_sparse and two.is_sparse:
+        one, two = one.coalesce(), two.coalesce()
+        return torch.equal(one.indices(), two.indices()) and _is_same(one.values(), two.values())
     return torch.equal(one, two) or bool(((one == two) | (one.isnan() & two.isnan())).all())
 
 

@@ -13,6 +13,7 @@ another optimizer          the same: it belongs in configure_optimizers
 Lightning 2.6: trainer/connectors/checkpoint_connector.py loads the states.
 """
 
+import copy
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -238,7 +239,11 @@ class Connector(CheckpointConnector):
             # Loading accepts any type, and a later step would fail.
             if (name := first_of_another_kind(saved, scheduler.state_dict())) is not None:
                 raise ValueError(f"{name} of {type(scheduler).__name__} has another type")
+        # A load may change what it is given, as CyclicLR's does, and a resume in mid-epoch loads twice.
+        kept = self.loaded["lr_schedulers"]
+        self.loaded["lr_schedulers"] = copy.deepcopy(kept)
         super().restore_lr_schedulers()
+        self.loaded["lr_schedulers"] = kept
 
 
 def _numbers(loaded: State) -> list[int]:

@@ -1,9 +1,9 @@
 """Watches what a step changes beside gradients: parameters, and the plain attributes of the model.
 
-With shards a step calls `training_step` several times, on any number of ranks. A parameter that it changes would change
-several times a step, and differently on each rank: labtrain refuses that. A plain attribute, such as a counter, starts
-from the same value in each shard, so equal changes count once. After the step every rank holds the value from the last
-shard. Lists may grow. buffers.py handles buffers.
+With shards a step calls `training_step` several times, on any number of ranks. A plain attribute, such as a counter,
+starts from the same value in each shard, so equal changes count once. After the step every rank holds the value from
+the last shard. Lists may grow. Parameters too start from the same values (changed_weights.py): labtrain refuses a
+change that differs between shards, and one of a parameter that it has no copy of. buffers.py handles buffers.
 
 Each step checks the versions and addresses of all parameters, and a checksum of their memory, since a write through
 `.data` or numpy raises no version. The checksum covers all memory in a process's first step, and a moving window later.
@@ -31,6 +31,7 @@ from labtrain.base.contracts import State
 from labtrain.exact.attributes import PRIVATE, fingerprint, hidden_weights, holders, own_objects
 from labtrain.exact.checksums import device_hash
 from labtrain.exact.plain_values import DICTS, LEAVES, SCALARS, Decoder, Encoder, Place, is_experiments
+from labtrain.training.state.changed_weights import ChangedWeights, Taken
 
 WINDOW_BYTES = 3 << 15  # of the weights, in each step
 PIECE_BYTES = 1 << 14
@@ -63,7 +64,7 @@ class Watch:
         say: called with each warning.
     """
 
-    NUMBERS = 3
+    NUMBERS = 5
 
     def __init__(
         self,
@@ -80,6 +81,7 @@ class Watch:
         self.device, self.rank, self.world, self.judge, self.say = device, rank, world, judge, say
         self._weights = Weights(module)
         self._rates = Rates(module, optimizers, schedulers)
+        self._kept = ChangedWeights(device, rank=rank, world=world)
         self._attributes = Attributes(module)
         self._left: dict[Key, object] = {}  # what this rank's last shard changed
         self._unknown: set[str] = set()  # names of attributes with values that are not plain
@@ -90,6 +92,11 @@ class Watch:
         self._setattr: Any = None
         self.numbers: list[list[float]] = []  # of this rank's shards
         self._changed = 0  # a parameter or an option that was changed earlier in this step
+
+    @property
+    def names(self) -> list[str]:
+        """Those of the weights."""
+        return self._weights.names
 
     @property
     def schedulers(self) -> list[object]:
@@ -120,6 +127,7 @@ class Watch:
         self._left, self._prints, self.numbers, self._changed = {}, {}, [], 0
         self._weights.begin()
         self._rates.begin()
+        self._kept.begin(self._weights.parameters, self._rates.weights())
         self._attributes.begin()
         self._told[:] = [self._attributes.written]
 
@@ -129,8 +137,35 @@ class Watch:
 
     def restore(self) -> None:
         """Begin another shard of the step."""
+        self._kept.restore()
         if self._left:
             self._attributes.restore(self._left)
+
+    def take_weights(self) -> Taken:
+        """Restore the weights from the start of the step, or from where shards last met; return the current ones."""
+        return self._kept.take()
+
+    def put_weights(self, taken: Taken) -> None:
+        """Put a shard's weights back."""
+        self._kept.put(taken)
+
+    def adopt_weights(self, taken: Taken | None, *, ranges: list[range]) -> None:
+        """Let all shards go on from the weights of one, which are those of every shard; called on every rank.
+
+        Args:
+            taken: of the first shard of this rank.
+            ranges: the shards of each rank.
+        """
+        if taken is not None:
+            self._kept.put(taken)
+        if not all(ranges):
+            self._kept.share(source=0)
+        self._kept.rebase()
+
+    def restore_all(self) -> None:
+        """Undo what a shard has done, in the middle of its step."""
+        self._kept.restore()
+        self._attributes.take()
 
     def take(self) -> Callable[[], None]:
         """Restore the attributes from the start of the step; return what puts the current ones back."""
@@ -139,10 +174,11 @@ class Watch:
     @contextmanager
     def unwatched(self) -> Iterator[None]:
         """Let a block change weights and options of optimizers, in the middle of a step."""
-        self._changed = self._changed or self._weights.changed() or -self._rates.changed()
+        self._changed = self._changed or self._weights.changed(self._kept.kept) or -self._rates.changed()
         yield
         self._weights.begin()
         self._rates.begin()
+        self._kept.rebase()
 
     def leave(self, shard: int, *, last: bool) -> list[float]:
         """Find what a shard changed.
@@ -152,15 +188,18 @@ class Watch:
             last: of this rank, in this step: only then check the parameters.
 
         Returns:
-            Three numbers. First: 0.0, or the number of the first changed parameter from 1, or below 0 that of an option
-            of the optimizers or a scheduler. Second: 0.0, or a checksum of the changed attributes' names. Third: a
-            checksum of their values.
+            Five numbers. First: 0.0, or the number of the first changed parameter that is not kept, from 1, or below 0
+            that of an option of the optimizers or a scheduler. Second: 0.0, or a checksum of the changed attributes'
+            names. Third: a checksum of their values. Fourth: 0.0, or the number of the first changed parameter that is
+            kept. Fifth: a checksum of those.
         """
         self._left = self._attributes.changes()
         if last:
             self._told.clear()
-        changed = (self._changed or self._weights.changed() or -self._rates.changed()) if last else 0
-        self.numbers.append(self._numbers(shard, float(changed)))
+        changed = self._changed if last else 0
+        if last and not changed:
+            changed = self._weights.changed(self._kept.kept) or -self._rates.changed()
+        self.numbers.append([*self._numbers(shard, float(changed)), *map(float, self._kept.left().changes)])
         return self.numbers[-1]
 
     def _numbers(self, shard: int, parameter: float) -> list[float]:
@@ -180,17 +219,19 @@ class Watch:
             *(1.0 + zlib.crc32(repr(part).encode()) for part in (sorted(prints), sorted(prints.items()))),
         ]
 
-    def end(self, numbers_S3: list[list[float]], ranges: list[range]) -> None:
+    def end(self, numbers_S5: list[list[float]], ranges: list[range]) -> None:
         """End the step: judge changed parameters, and give every rank the values from the last shard.
 
         Args:
-            numbers_S3: what `leave` returned for each shard.
+            numbers_S5: what `leave` returned for each shard.
             ranges: the shards of each rank.
 
         Raises:
-            ConfigError: in strict mode, a parameter was changed.
+            ConfigError: in strict mode, a parameter was changed, and not equally in all shards.
         """
-        parameters, names, values = zip(*numbers_S3, strict=True)
+        parameters, names, values, kept, contents = zip(*numbers_S5, strict=True)
+        if len(set(contents)) > 1:
+            parameters = (next(filter(None, kept)),)
         if any(parameters):
             number = int(next(filter(None, parameters)))
             if number > 0:
@@ -203,9 +244,11 @@ class Watch:
                 what, then = self._rates.names()[-number - 1], "so a rank would do it as often as it has shards"
                 hint = "do it in on_train_batch_end, which runs once a step, or determinism.shards=1"
             self.judge(
-                f"training_step {what}: with determinism.shards={len(numbers_S3)} it runs once a shard, {then}",
+                f"training_step {what}: with determinism.shards={len(numbers_S5)} it runs once a shard, {then}",
                 hint,
             )
+        if self.world > 1 and any(contents) and (len(set(contents)) > 1 or not all(ranges)):
+            self._kept.share(source=max(rank for rank, shards in enumerate(ranges) if shards))
         if not any(names):
             return
         differs = len(set(values)) > 1 or len(set(names)) > 1
@@ -213,11 +256,12 @@ class Watch:
             self._take(ranges)
         if differs and not set(names) <= self._said:
             self._said |= set(names)
-            prints = [self._prints]
+            found = [(self._prints, self.grown())]
             if self.world > 1:
-                prints = [{}] * self.world
-                dist.all_gather_object(prints, self._prints)
-            self._tell({shard: found for part in prints for shard, found in part.items()}, len(numbers_S3))
+                found = [({}, set())] * self.world
+                dist.all_gather_object(found, (self._prints, self.grown()))
+            prints = {shard: each for of_rank, _ in found for shard, each in of_rank.items()}
+            self._tell(prints, set().union(*(grown for _, grown in found)), len(numbers_S5))
 
     def _take(self, ranges: list[range]) -> None:
         """Take the values of the last shard from its rank: one object there is one object here."""
@@ -234,7 +278,7 @@ class Watch:
             self._attributes.restore(self._left.keys() - unknown)
             self._attributes.put(nodes, self.device)
 
-    def _tell(self, prints: dict[int, dict[str, str | None]], shards: int) -> None:
+    def _tell(self, prints: dict[int, dict[str, str | None]], grown: set[str], shards: int) -> None:
         everything = {name for found in prints.values() for name in found}
         unlike = sorted(
             name
@@ -242,6 +286,12 @@ class Watch:
             if len({prints.get(shard, {}).get(name) for shard in range(shards)}) > 1
         )
         self._named |= set(unlike)
+        if mixed := sorted(grown.intersection(unlike)):
+            self.judge(
+                f"training_step changes items of {mixed[0]}, to which it has also appended: each device has those of"
+                " its shards, so the result depends on the number of devices",
+                "append to it and change it in on_train_batch_end, which runs once a step; or determinism.shards=1",
+            )
         if unlike:
             one = len(unlike) == 1
             self.say(
@@ -256,7 +306,7 @@ class Weights:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.names: list[str] = []
-        self._parameters: list[Tensor] = []
+        self.parameters: list[Tensor] = []
         self._tables: list[State] = []  # each module's own parameters and submodules
         self._members: list[object] = []
         self._state: list[list[int]] = []
@@ -268,34 +318,40 @@ class Weights:
         """Remember how the parameters are now."""
         if self._step % EVERY_STEPS == 0 or self._has_other_members():
             named = dict(self.module.named_parameters()) | hidden_weights(self.module)
-            self.names, self._parameters = [*named, "a new parameter"], list(named.values())
+            self.names, self.parameters = [*named, "a new parameter"], list(named.values())
             parts = list(self.module.modules())
             self._tables = [table for part in parts for table in (part._parameters, part._modules) if table]
             self._members = list(itertools.chain.from_iterable(map(dict.values, self._tables)))
         state = self._now()
         if self._memory is None or state[1] != self._memory.addresses:
-            self._memory, self._step = Memory(self._parameters, state[1]), 0
+            self._memory, self._step = Memory(self.parameters, state[1]), 0
         self._state = state
         self._sums = self._memory.checksums(self._step)
 
-    def changed(self) -> int:
-        """Return 0, or the number of the first parameter that was changed since `begin`, from 1."""
+    def changed(self, kept: set[int]) -> int:
+        """Return 0, or the number of the first parameter that was changed since `begin`, from 1.
+
+        Args:
+            kept: numbers of parameters whose content does not matter here.
+        """
         assert self._memory is not None
         if self._has_other_members():
             named = dict(self.module.named_parameters()) | hidden_weights(self.module)
-            same = [named.get(name) is then for name, then in zip(self.names, self._parameters, strict=False)]
+            same = [named.get(name) is then for name, then in zip(self.names, self.parameters, strict=False)]
             return 1 + [*same, False].index(False) if len(named) != len(same) or not all(same) else 0
-        now = self._now()
-        for then, each in zip(self._state, now, strict=True):
+        *contents, flags = zip(self._state, self._now(), strict=True)
+        for free, (then, each) in [*((kept, pair) for pair in contents), (set[int](), flags)]:
             if then != each:
-                return 1 + list(map(operator.eq, then, each)).index(False)
+                unlike = [number for number, same in enumerate(map(operator.eq, then, each)) if not same]
+                if found := [number for number in unlike if number not in free]:
+                    return 1 + found[0]
         sums, step = self._memory.checksums(self._step), self._step
         self._step += 1
-        return 0 if sums == self._sums else 1 + self._memory.first_unlike(step, self._sums, sums)
+        return 0 if sums == self._sums else 1 + self._memory.first_unlike(step, self._sums, sums, kept)
 
     def _now(self) -> list[list[int]]:
         """Return versions, addresses and whether a gradient is computed."""
-        parameters = self._parameters
+        parameters = self.parameters
         return [
             [parameter._version for parameter in parameters],
             [parameter.data_ptr() for parameter in parameters],
@@ -329,6 +385,12 @@ class Rates:
         self._step += 1
         self._values = self._now()
         self._counts = [_count(value) for value in self._values if type(value) in COUNTED]
+
+    def weights(self) -> Iterator[Tensor]:
+        """Yield what the optimizers update."""
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                yield from group["params"]
 
     def changed(self) -> int:
         """Return 0, or the number of the first that has changed since `begin`, from 1."""
@@ -402,11 +464,11 @@ class Memory:
             return []
         return [int(number) for number in torch.stack([device_hash(tensor) for _, tensor in self._tensors]).tolist()]
 
-    def first_unlike(self, step: int, then: list[int], now: list[int]) -> int:
-        """Return the number of the first parameter whose checksum differs."""
+    def first_unlike(self, step: int, then: list[int], now: list[int], kept: set[int]) -> int:
+        """Return the number of the first parameter whose checksum differs and that is not kept, or -1."""
         pieces = self._window(step) if self._on_cpu else self._tensors
-        numbers = [number for number, _ in pieces]
-        return next(number for number, *pair in zip(numbers, then, now, strict=True) if pair[0] != pair[1])
+        unlike = (number for (number, _), one, two in zip(pieces, then, now, strict=True) if one != two)
+        return next((number for number in unlike if number not in kept), -1)
 
     def _window(self, step: int) -> list[tuple[int, memoryview]]:
         number = WINDOW_BYTES // PIECE_BYTES

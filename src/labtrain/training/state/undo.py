@@ -119,7 +119,7 @@ def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
             tensor.grad = None
         if tensor.dtype != memory.dtype or tensor.shape != memory.shape or tensor.data_ptr() != memory.data_ptr():
             tensor.data = memory
-        if not _same_bits(memory, saved):  # write only if it changed: the memory may be a read-only map of a file
+        if not same_bits(memory, saved):  # write only if it changed: the memory may be a read-only map of a file
             memory.copy_(saved)
         if tensor.is_leaf:
             tensor.grad = gradient
@@ -127,7 +127,8 @@ def _tensor_restorer(tensor: Tensor) -> Callable[[], None]:
     return restore
 
 
-def _same_bits(left: Tensor, right: Tensor) -> bool:
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Return whether two tensors have the same bits; false for those that are sparse."""
     if left.layout != torch.strided:
         return False
     if left.is_complex():
