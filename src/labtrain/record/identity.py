@@ -79,6 +79,7 @@ class Job:
         path: the module search path after `root`, in the form of PYTHONPATH, including what train.py added to
             sys.path. Empty: the default.
         within: the only folder that it may write to; absolute. Empty: the configured folders.
+        answers: its process writes the result or the error as JSON to standard output, for labtrain.train.
     """
 
     run_id: str
@@ -94,6 +95,7 @@ class Job:
     stop_at: int = 0
     path: str = ""
     within: str = ""
+    answers: bool = False
     references: References = ()
 
     def hold(self, place: str | Path) -> None:

@@ -11,6 +11,7 @@ import functools
 import json
 import reprlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -46,6 +47,33 @@ KEYS = (
 )
 
 Receipt = contracts.Receipt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """The result of a training.
+
+    Attributes:
+        run_dir: the run's folder.
+        metrics: the last value of each metric, by name.
+        weights_digest: 64 hex digits.
+        steps: optimizer steps since the run started.
+    """
+
+    run_dir: Path
+    metrics: dict[str, float]
+    weights_digest: str
+    steps: int
+
+
+def result_of(run_dir: Path, results: contracts.Results) -> Result:
+    """Return the result that the receipt of a complete run records."""
+    return Result(
+        run_dir=run_dir,
+        metrics=results["metrics"],
+        weights_digest=results["weights_digest"],
+        steps=results["steps"],
+    )
 
 
 def write(run_dir: Path, receipt: Receipt) -> None:
