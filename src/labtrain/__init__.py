@@ -34,6 +34,7 @@ __all__ = [
     "fingerprint",
     "gather",
     "gather_outputs",
+    "load",
     "load_weights",
     "main",
     "train",
@@ -48,6 +49,7 @@ _HOMES = {
     "fingerprint": "labtrain.record.fingerprints",
     "gather": "labtrain.training.sharded.whole",
     "gather_outputs": "labtrain.training.sharded.gathering",
+    "load": "labtrain.review.runs.loading",
     "load_weights": "labtrain.checkpoints.locate",
     "main": "labtrain.launch.compose",
     "train": "labtrain.launch.from_python",
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
     from labtrain.record.digests import digest
     from labtrain.record.fingerprints import fingerprint
     from labtrain.record.receipt import Result
+    from labtrain.review.runs.loading import load
     from labtrain.training.sharded.gathering import gather_outputs
     from labtrain.training.sharded.whole import gather
 

@@ -95,7 +95,7 @@ def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) 
     Searches DIR, or runs/ if no DIR is given. Runs whose process died are shown as killed. To resume such a run,
     repeat the command that started it.
     """
-    from labtrain.review import listing
+    from labtrain.review.runs import listing
 
     rows = listing.sort_rows(listing.list_runs(folders or [Path("runs")], metric=metric), sort)
     if as_json:

@@ -12,12 +12,11 @@ from typing import TYPE_CHECKING, cast
 from labtrain.base.console import shown
 from labtrain.base.errors import ConfigError, in_words
 from labtrain.record import config as configuration
-from labtrain.record.identity import Config
+from labtrain.record.identity import SCRIPT, Config, enclosing
 
 if TYPE_CHECKING:
     from omegaconf import Container, DictConfig
 
-SCRIPT = "train.py"
 ROOT = "LABTRAIN_ROOT"  # conf/labtrain.yaml: paths.runs
 _KEPT_AS = "labtrain_root"  # in the metadata of a DictConfig, which its copies and merges keep
 
@@ -98,12 +97,6 @@ def experiment_at(path: str | Path) -> Path:
             hint="cd to an experiment; labtrain new DIR makes one",
         )
     return root
-
-
-def enclosing(path: str | Path) -> Path | None:
-    """Return the nearest folder with a train.py, upwards from a folder; None if there is none."""
-    here = Path(path).resolve()
-    return next((folder for folder in (here, *here.parents) if (folder / SCRIPT).is_file()), None)
 
 
 def called_with(script: Path) -> tuple[str, str]:

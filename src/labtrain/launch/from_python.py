@@ -28,10 +28,10 @@ from labtrain.base.errors import ConfigError, JobFailedError, LabtrainError, in_
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, block, forwarding
 from labtrain.launch.compose import ready
-from labtrain.launch.experiment import composed_at, enclosing
+from labtrain.launch.experiment import composed_at
 from labtrain.record import config as configuration
 from labtrain.record import receipt
-from labtrain.record.identity import ORDERED, Config, Job
+from labtrain.record.identity import ORDERED, Config, Job, enclosing
 from labtrain.record.ranks import adopt, find_ranks
 from labtrain.record.receipt import Result, result_of
 from labtrain.record.resume import changed_data, make_job

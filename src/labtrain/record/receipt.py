@@ -9,19 +9,23 @@ It never contains what looks like a credential (credentials.py). A text from `${
 
 import functools
 import json
+import os
+import re
 import reprlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
 from labtrain.base import contracts, exact_json, untrusted
-from labtrain.base.console import quoted
+from labtrain.base.console import few, quoted, shown
 from labtrain.base.contracts import as_options
 from labtrain.base.credentials import without_secrets as without_secrets
-from labtrain.base.errors import DamagedError, not_readable
+from labtrain.base.errors import ConfigError, DamagedError, not_readable
 from labtrain.base.files import write_atomically
+from labtrain.record.identity import RUN_ID, SHORT_ID, enclosing
 
 SCHEMA = "labtrain/receipt/1"
 FILE = "receipt.json"
@@ -124,6 +128,56 @@ def time_of(text: str) -> datetime:
         return datetime.fromisoformat(text).astimezone(UTC)
     except OverflowError as error:
         raise ValueError(f"{text}: {error}") from error
+
+
+def runs_folder(root: Path | None = None) -> Path:
+    """Return the folder of an experiment's runs: paths.runs in its conf/config.yaml, else its runs/.
+
+    Args:
+        root: the experiment's folder; None: that of the working directory. Outside an experiment it is ./runs.
+    """
+    root = root or enclosing(Path.cwd())
+    if root is None:
+        return Path("runs")
+    import yaml
+
+    with suppress(OSError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        runs = yaml.safe_load((root / "conf" / "config.yaml").read_text())["paths"]["runs"]
+        return Path(re.sub(r"\$\{oc\.env:(\w+)(?:,([^{}]*))?\}", lambda each: _variable(each, root), runs))
+    return root / "runs"
+
+
+def _variable(reference: re.Match[str], root: Path) -> str:
+    return os.environ.get(reference[1], reference[2] or "") if reference[1] != "LABTRAIN_ROOT" else str(root)
+
+
+def find(target: str | Path, runs: Path | None = None) -> Path:
+    """Return a run's folder, given the folder, or the run's id or the beginning of it (at least four digits).
+
+    Anything else, and a path that exists, is returned unchanged.
+
+    Args:
+        target: what the user typed.
+        runs: where to look for ids; None: `runs_folder`.
+
+    Raises:
+        ConfigError: no run has this id, or several have.
+    """
+    name, path = str(target), Path(target)
+    if not (RUN_ID.fullmatch(name) or SHORT_ID.fullmatch(name)) or path.exists():
+        return path
+    runs = runs_folder() if runs is None else runs
+    there = sorted(file.parent for file in runs.glob(f"*/*/{FILE}") if RUN_ID.fullmatch(file.parent.name))
+    found = [each for each in there if each.name == name] or [each for each in there if each.name.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    listed = few([shown(each) for each in found or there])
+    if found:
+        raise ConfigError(f"{name}: {len(found)} runs begin with it: {listed}", hint=f"for example {shown(found[-1])}")
+    raise ConfigError(
+        f"{name}: no run of this id in {shown(runs)}{f', which has {listed}' if listed else ''}",
+        hint="labtrain ls lists the runs; name a run elsewhere by its folder",
+    )
 
 
 def read(run_dir: Path) -> Receipt | None:

@@ -70,7 +70,7 @@ def make_experiment(job: Job) -> Experiment:
         determinism.seed_all(seed, "init")
         datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
         determinism.seed_all(seed, "init")  # seed again: the data's draws must not change the weights
-        model = instantiate(config["model"], "model", pl.LightningModule)
+        model = make_model(config["model"])
     for hook in ("prepare_data", "setup"):
         setattr(datamodule, hook, noting_opened(places)(getattr(datamodule, hook)))
     callbacks = {
@@ -138,6 +138,11 @@ def instantiate(options: Options, key: str, kind: type[Made]) -> Made:
             hint=f"derive it from lightning.pytorch.{kind.__name__}",
         )
     return made
+
+
+def make_model(options: Options) -> pl.LightningModule:
+    """Make the model that a configuration's `model` describes; raise like `instantiate`."""
+    return instantiate(options, "model", pl.LightningModule)
 
 
 def make_callbacks(

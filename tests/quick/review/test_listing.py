@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from labtrain.record import receipt
-from labtrain.review import listing
+from labtrain.review.runs import listing
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, changed
 from tests.support.waiting import wait_until
 

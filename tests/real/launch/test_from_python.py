@@ -20,6 +20,7 @@ from tests.support.waiting import wait_until
 
 pytest_plugins = ["tests.support.training"]
 
+
 def script(experiment: Experiment, *overrides: str, notebook: bool = False) -> str:
     """Return a script that trains and prints the folder and the digest, as train.py does.
 
@@ -186,7 +187,9 @@ def test_errors_are_exceptions_of_python(own_experiment: Experiment, monkeypatch
     cfg.model._target_ = "model.DigitsNet"
     model = own_experiment.root / "model.py"
     model.write_text(model.read_text().replace('return self._step(batch, "train", self.train_acc)', "return 1 / 0"))
-    with pytest.raises(JobFailedError, match=r"(?s)ZeroDivisionError: division by zero.*model\.py:\d+, in training_step"):
+    with pytest.raises(
+        JobFailedError, match=r"(?s)ZeroDivisionError: division by zero.*model\.py:\d+, in training_step"
+    ):
         labtrain.train(cfg)
     assert not (own_experiment.root / "runs" / "digits").exists() or all(
         json.loads((folder / "receipt.json").read_text())["status"] == "failed"
