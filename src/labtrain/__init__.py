@@ -37,6 +37,7 @@ __all__ = [
     "load",
     "load_weights",
     "main",
+    "runs",
     "train",
 ]
 
@@ -52,6 +53,7 @@ _HOMES = {
     "load": "labtrain.review.runs.loading",
     "load_weights": "labtrain.checkpoints.locate",
     "main": "labtrain.launch.compose",
+    "runs": "labtrain.review.runs.listing",
     "train": "labtrain.launch.from_python",
 }
 
@@ -69,6 +71,7 @@ if TYPE_CHECKING:
     from labtrain.record.digests import digest
     from labtrain.record.fingerprints import fingerprint
     from labtrain.record.receipt import Result
+    from labtrain.review.runs.listing import runs
     from labtrain.review.runs.loading import load
     from labtrain.training.sharded.gathering import gather_outputs
     from labtrain.training.sharded.whole import gather

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import labtrain
 from labtrain.record import receipt
 from labtrain.review.runs import listing
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, changed
@@ -146,3 +147,32 @@ def test_a_time_that_is_none_is_one_line_of_the_table(started: str, tmp_path: Pa
     row = listing.row_of(tmp_path)
     assert row.status == "broken"
     assert row.error
+
+
+def test_a_table_has_a_column_for_each_metric_and_each_key_that_differs(runs: Path) -> None:
+    """One row a run, also a broken one; execution keys are no columns."""
+    changed(runs / "worse", "config/seed", 7)
+    changed(runs / "best", "config/data/num_workers", 3)
+    frame = labtrain.runs("runs")
+    by_name = frame.set_index(frame["run"].map(lambda each: Path(each).name))
+    assert list(frame.columns[: len(listing.COLUMNS)]) == list(listing.COLUMNS)
+    assert set(by_name.index) == {"best", "worse", "stopped", "failed", "broken"}
+    assert by_name["status"]["broken"] == "broken"
+    assert (by_name["seed"]["worse"], by_name["seed"]["best"]) == (7, 42)
+    assert by_name["val/acc"]["stopped"] == 0.25
+    assert by_name["test/acc"]["worse"] == 0.5
+    assert by_name["device"]["best"] == "cpu"
+    assert str(by_name["started"]["worse"]) == "2030-01-01 10:00:00+00:00"
+    assert by_name["size_bytes"]["stopped"] == sum(file.stat().st_size for file in (runs / "stopped").iterdir())
+    assert not [name for name in frame.columns if "num_workers" in name or "paths" in name]
+    assert list(frame.columns)[-1] == "seed"
+
+
+def test_an_experiment_without_runs_has_an_empty_table(own_experiment: Experiment) -> None:
+    frame = labtrain.runs(own_experiment.root / "notebooks")
+    assert (len(frame), list(frame.columns)) == (0, list(listing.COLUMNS))
+
+
+def test_a_table_of_no_folder_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(labtrain.LabtrainError, match="no such folder"):
+        labtrain.runs(tmp_path / "nowhere")

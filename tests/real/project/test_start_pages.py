@@ -40,8 +40,9 @@ def test_the_pages_train_a_model_of_ones_own_and_use_its_weights(own_experiment:
     run_dir, digest = one.out.split()
     assert two.out.split() == [f"{run_dir}-2", digest]
 
-    use, _, train = blocks("notebook.md", "python")
+    table, use, _, train = blocks("notebook.md", "python")
     use = use.replace("38579417b2ea", Path(run_dir).name)
+    run(table, root / "notebooks")
     assert run(use, root).startswith("tensor([")
     assert re.search(r"runs/notebook/[0-9a-f]{12} [0-9a-f]{64}$", run(train, root / "notebooks"))
     assert next((root / "runs/notebook").iterdir())

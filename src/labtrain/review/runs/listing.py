@@ -1,4 +1,4 @@
-"""`labtrain ls`: list the runs below a folder with their status. No torch; each receipt is read once."""
+"""`labtrain ls` and `labtrain.runs`: list the runs below a folder. No torch; each receipt is read once."""
 
 import fcntl
 import math
@@ -6,16 +6,24 @@ import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from labtrain.base.console import one_line, shown
+from labtrain.base.console import one_line, shown, warn
 from labtrain.base.errors import ConfigError, LabtrainError, in_words
 from labtrain.base.untrusted import NotPlainError, open_plain
 from labtrain.record import receipt
-from labtrain.record.identity import get
+from labtrain.record.differences import flat
+from labtrain.record.identity import enclosing, get, what_counts
 from labtrain.record.trail import read_history_lines
+from labtrain.stores.backends import is_local
+from labtrain.stores.layout import checkpoint_place
 
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+COLUMNS = ("run", "id", "experiment", "status", "steps", "started", "ended", "seconds", "device", "commit", "size_bytes")
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
 
 
@@ -34,6 +42,15 @@ class Row:
         started: UTC, ISO 8601.
         seconds: training time, over all segments that ended.
         error: why a broken run cannot be read.
+        id: the run id.
+        experiment: its name.
+        metrics: the last value of each metric, by name.
+        ended: UTC, ISO 8601; None if the last segment has not ended.
+        device: what the last segment trained on, such as `2 x NVIDIA H200` or `cpu`.
+        commit: git's, of the code; None outside a repository.
+        size_bytes: of its folder, and of its checkpoints if they are on this machine.
+        config: its configuration by dotted key, without keys that only control execution.
+        differs: the part of `config` that is not the same in all listed runs; None: the run has no such key.
     """
 
     run: str
@@ -45,6 +62,15 @@ class Row:
     started: str | None = None
     seconds: float | None = None
     error: str | None = None
+    id: str | None = None
+    experiment: str | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    ended: str | None = None
+    device: str | None = None
+    commit: str | None = None
+    size_bytes: int | None = None
+    config: dict[str, object] = field(default_factory=dict)
+    differs: dict[str, object] = field(default_factory=dict)
 
 
 def list_runs(folders: Iterable[str | Path], *, metric: str | None = None) -> list[Row]:
@@ -71,7 +97,21 @@ def list_runs(folders: Iterable[str | Path], *, metric: str | None = None) -> li
             f"no run has a metric {metric}",
             hint=f"the default without --metric is {', '.join(names)}" if names else "labtrain ls",
         )
-    return rows
+    return with_differences(rows)
+
+
+def with_differences(rows: list[Row]) -> list[Row]:
+    """Return the rows with `differs`: first the keys that differ within an experiment, each in the receipts' order."""
+    read = [row for row in rows if row.config]
+    keys = list(dict.fromkeys(key for row in read for key in row.config))
+
+    def vary(key: str, rows: list[Row]) -> bool:
+        return any(row.config.get(key) != rows[0].config.get(key) for row in rows)
+
+    groups = [[row for row in read if row.experiment == name] for name in dict.fromkeys(row.experiment for row in read)]
+    found = [key for key in keys if vary(key, read)]
+    found.sort(key=lambda key: not any(vary(key, group) for group in groups))
+    return [replace(row, differs={key: row.config.get(key) for key in found}) if row.config else row for row in rows]
 
 
 def runs_below(folder: Path) -> Iterator[Path]:
@@ -122,7 +162,37 @@ def _row_of(run_dir: Path, metric: str | None) -> Row:
         weights_digest=results.get("weights_digest"),
         started=segments[0]["started"],
         seconds=sum((after - before).total_seconds() for before, after in ended) if ended else None,
+        id=found["run_id"],
+        experiment=found["config"]["experiment"],
+        metrics=metrics,
+        ended=segments[-1]["ended"],
+        device=device_of(found),
+        commit=found["code"]["commit"],
+        size_bytes=size_of(run_dir, found),
+        config=flat(what_counts(found["config"]), ""),
     )
+
+
+def device_of(found: receipt.Receipt) -> str:
+    """Return what a run was trained on last: its GPUs, or `cpu`, and how many processes."""
+    gpus, devices = found["hardware"].get("gpus", []), found["segments"][-1]["devices"]
+    name = gpus[0]["name"] if gpus else "cpu"
+    return f"{devices} x {name}" if devices > 1 else name
+
+
+def size_of(run_dir: Path, found: receipt.Receipt) -> int:
+    """Return the bytes of a run's files on this machine, without following links."""
+    place = checkpoint_place(run_dir, found["config"]["checkpoint"]["url"])
+    folders = [run_dir]
+    if is_local(place) and not Path(place).resolve().is_relative_to(run_dir):
+        folders.append(Path(place))
+    size = 0
+    for folder in folders:
+        for here, _, files in os.walk(folder):
+            for name in files:
+                with suppress(OSError):  # a training has removed it since
+                    size += os.lstat(f"{here}/{name}").st_size
+    return size
 
 
 def rank(name: str) -> tuple[int, str]:
@@ -204,5 +274,44 @@ def duration(seconds: float) -> str:
 
 def as_json(row: Row) -> dict[str, object]:
     """Return a row as JSON values: NaN and infinity become None."""
-    finite = row.value is None or math.isfinite(row.value)
-    return asdict(row) | ({} if finite else {"value": None})
+    found = asdict(row)
+    del found["config"]
+    finite = {name: value if math.isfinite(value) else None for name, value in row.metrics.items()}
+    is_finite = row.value is None or math.isfinite(row.value)
+    return found | {"metrics": finite} | ({} if is_finite else {"value": None})
+
+
+def runs(path: str | Path = ".") -> "DataFrame":
+    """Return a table of an experiment's runs: one row for each, from old to new.
+
+    Columns: run (its folder), id, experiment, status, steps, started, ended, seconds, device, commit, size_bytes; then
+    each metric; then each key of the configuration that differs between the runs.
+
+    Args:
+        path: the experiment's folder, or a folder in it; or a folder of runs.
+
+    Raises:
+        LabtrainError: pandas is not installed, or there is no such folder.
+    """
+    try:
+        from pandas import DataFrame, to_datetime
+    except ImportError:
+        raise LabtrainError("labtrain.runs needs pandas, which is not installed", hint="pip install pandas") from None
+    here = Path(path).resolve()
+    root = enclosing(here)
+    folder = here if root is None or here.is_relative_to(runs := receipt.runs_folder(root).resolve()) else runs
+    rows = list_runs([folder]) if folder.is_dir() or root is None else []
+    for row in rows:
+        if row.error is not None:
+            warn(row.error)
+    metrics, keys = (list(dict.fromkeys(name for each in found for name in each))
+                     for found in ([row.metrics for row in rows], [row.differs for row in rows]))  # fmt: skip
+    table: dict[str, list[object]] = {name: [getattr(row, name) for row in rows] for name in COLUMNS}
+    for name in metrics:
+        is_taken = name in table or name in keys
+        table[f"{name} (metric)" if is_taken else name] = [row.metrics.get(name) for row in rows]
+    table |= {key: [row.differs.get(key) for row in rows] for key in keys}
+    frame = DataFrame(table)
+    for name in ("started", "ended"):
+        frame[name] = to_datetime(frame[name], utc=True)
+    return frame
