@@ -74,8 +74,8 @@ def new(target: Path, author: str) -> None:
 def digest(target: str, whole: bool) -> None:
     """Print the SHA-256 digest of a run's or checkpoint's weights.
 
-    TARGET is a run's folder, a checkpoint's folder or URL, or a .safetensors file. The digest is computed from the
-    files. The exit code is 1 if the receipt or the manifest records a different digest.
+    TARGET is a run's folder or id, a checkpoint's folder or URL, or a .safetensors file. The digest is computed from
+    the files. The exit code is 1 if the receipt or the manifest records a different digest.
     """
     from labtrain.checkpoints.locate import digest_target
 

@@ -167,17 +167,22 @@ def find(target: str | Path, runs: Path | None = None) -> Path:
     if not (RUN_ID.fullmatch(name) or SHORT_ID.fullmatch(name)) or path.exists():
         return path
     runs = runs_folder() if runs is None else runs
-    there = sorted(file.parent for file in runs.glob(f"*/*/{FILE}") if RUN_ID.fullmatch(file.parent.name))
-    found = [each for each in there if each.name == name] or [each for each in there if each.name.startswith(name)]
+    found = with_id(name, runs)
     if len(found) == 1:
         return found[0]
-    listed = few([shown(each) for each in found or there])
+    listed = few([shown(each) for each in found or with_id("", runs)])
     if found:
         raise ConfigError(f"{name}: {len(found)} runs begin with it: {listed}", hint=f"for example {shown(found[-1])}")
     raise ConfigError(
         f"{name}: no run of this id in {shown(runs)}{f', which has {listed}' if listed else ''}",
         hint="labtrain ls lists the runs; name a run elsewhere by its folder",
     )
+
+
+def with_id(name: str, runs: Path) -> list[Path]:
+    """Return the folders of the runs of an id, else of those whose id begins with it."""
+    there = sorted(file.parent for file in runs.glob(f"*/{name}*/{FILE}") if RUN_ID.fullmatch(file.parent.name))
+    return [each for each in there if each.name == name] or there
 
 
 def read(run_dir: Path) -> Receipt | None:

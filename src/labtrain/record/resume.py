@@ -14,6 +14,7 @@ from labtrain.record.config import refers
 from labtrain.record.fingerprints import changed_files
 from labtrain.record.identity import (
     RUN_ID,
+    SHORT_ID,
     Config,
     Job,
     References,
@@ -142,7 +143,7 @@ def find_origin(resume: str, experiment_runs: Path, *, named: str = "") -> tuple
     """Return the folder of the run that resume=RUN resumes, and the folder of its checkpoints.
 
     Args:
-        resume: a run's folder, its id in this experiment, or a folder or URL with its checkpoints.
+        resume: a run's folder, its id or the beginning of it, or a folder or URL with its checkpoints.
         experiment_runs: the folder of this experiment's runs.
         named: the store for this command's checkpoints.
 
@@ -160,6 +161,9 @@ def find_origin(resume: str, experiment_runs: Path, *, named: str = "") -> tuple
             )
         return experiment_runs / _run_of(store.manifest(there[-1]), store.url), store.url
     places = [Path(resume.removeprefix("file://")).resolve(), experiment_runs / resume]
+    is_id = SHORT_ID.fullmatch(resume) or RUN_ID.fullmatch(resume)
+    if is_id and not any(place.exists() for place in places) and receipt.with_id(resume, experiment_runs.parent):
+        places.append(receipt.find(resume, experiment_runs.parent).resolve())
     for place in places:
         found = receipt.read(place)
         if found is not None:

@@ -88,7 +88,7 @@ def list_runs(folders: Iterable[str | Path], *, metric: str | None = None) -> li
     found: dict[Path, Row] = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
-            raise ConfigError(f"{folder}: no such folder", hint="labtrain ls DIR; runs/ is next to train.py")
+            raise ConfigError(f"{shown(folder)}: no such folder", hint="labtrain ls DIR; runs/ is next to train.py")
         found |= {run_dir: row_of(run_dir, metric) for run_dir in runs_below(folder)}
     rows = sorted(found.values(), key=lambda row: (row.started or "", row.run))
     if metric is not None and rows and all(row.metric is None for row in rows):
