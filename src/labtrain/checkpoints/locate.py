@@ -9,7 +9,6 @@ from tempfile import TemporaryDirectory
 from labtrain.base.errors import LabtrainError
 from labtrain.record import receipt
 from labtrain.record.digests import digest_file, digest_folder, state_digest
-from labtrain.record.identity import RUN_ID, SHORT_ID
 from labtrain.record.own_runs import checkpoints_of
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import newest_whole, stores_of
@@ -64,7 +63,7 @@ def load_weights(target: str | Path) -> dict[str, object]:
 
 def _found(target: str) -> str:
     """Return the folder of a run that is named by its id; anything else unchanged."""
-    return str(receipt.find(target)) if RUN_ID.fullmatch(target) or SHORT_ID.fullmatch(target) else target
+    return str(receipt.find(target)) if receipt.is_id(target) else target
 
 
 @contextmanager

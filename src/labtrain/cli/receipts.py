@@ -1,5 +1,6 @@
 """The commands about finished runs: `labtrain ls`, verify, diff, report, gate, sign, crate."""
 
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labtrain.base.console import own, quoted, say, shown, warn
+from labtrain.base.console import few, own, quoted, say, shown, warn
 from labtrain.base.errors import ConfigError
 from labtrain.cli import help_page
 from labtrain.cli.show import RunType, json_option, say_json
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=0)
 RUN = RunType()
-SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds")
+SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds", "size")
 
 
 class OneRunCommand(help_page.Command):
@@ -91,7 +92,7 @@ def crate(run: Path, output: Path, weights: bool, author: str | None, licence: s
 )
 @json_option
 def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) -> None:
-    """List runs with their status, steps, metric and weights digest.
+    """List runs with their status, steps, metric, disk use and what differs between them.
 
     Searches DIR. Without DIR it searches the experiment's runs: paths.runs in conf/config.yaml, else runs/. Runs whose
     process died are shown as killed. To resume such a run, repeat the command that started it.
@@ -103,8 +104,13 @@ def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) 
     rows = listing.sort_rows(listing.list_runs(folders, metric=metric), sort)
     if as_json:
         say_json([listing.as_json(row) for row in rows])
-    for line in listing.lines_of(rows) if rows and not as_json else ():
-        say(line)
+    elif rows:
+        width = shutil.get_terminal_size((listing.WIDTH, 24)).columns if sys.stdout.isatty() else listing.WIDTH
+        lines, left_out = listing.lines_of(rows, width=width)
+        for line in lines:
+            say(line)
+        if left_out:
+            say(f"no room for {few(left_out)}, which differ too (labtrain ls --json)", err=True)
     if not rows:
         say(f"no runs found in {', '.join(map(shown, folders))}", err=True)
         click.echo("\nhint: python train.py", err=True)

@@ -8,6 +8,7 @@ It never contains what looks like a credential (credentials.py). A text from `${
 """
 
 import functools
+import glob
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from labtrain.base.contracts import as_options
 from labtrain.base.credentials import without_secrets as without_secrets
 from labtrain.base.errors import ConfigError, DamagedError, not_readable
 from labtrain.base.files import write_atomically
-from labtrain.record.identity import RUN_ID, SHORT_ID, enclosing
+from labtrain.record.identity import EXPERIMENT, RUN_ID, SHORT_ID, enclosing
 
 SCHEMA = "labtrain/receipt/1"
 FILE = "receipt.json"
@@ -154,6 +155,8 @@ def _variable(reference: re.Match[str], root: Path) -> str:
 def find(target: str | Path, runs: Path | None = None) -> Path:
     """Return a run's folder, given the folder, or the run's id or the beginning of it (at least four digits).
 
+    An id may follow its experiment's name: digits/906ca0.
+
     Anything else, and a path that exists, is returned unchanged.
 
     Args:
@@ -164,7 +167,7 @@ def find(target: str | Path, runs: Path | None = None) -> Path:
         ConfigError: no run has this id, or several have.
     """
     name, path = str(target), Path(target)
-    if not (RUN_ID.fullmatch(name) or SHORT_ID.fullmatch(name)) or path.exists():
+    if not is_id(name) or path.exists():
         return path
     runs = runs_folder() if runs is None else runs
     found = with_id(name, runs)
@@ -179,10 +182,20 @@ def find(target: str | Path, runs: Path | None = None) -> Path:
     )
 
 
+def is_id(name: str) -> bool:
+    """Return whether a text can be a run's id or the beginning of it, also as EXPERIMENT/ID."""
+    experiment, slash, last = name.rpartition("/")
+    return bool(RUN_ID.fullmatch(last) or SHORT_ID.fullmatch(last)) and bool(
+        EXPERIMENT.fullmatch(experiment) or not slash
+    )
+
+
 def with_id(name: str, runs: Path) -> list[Path]:
     """Return the folders of the runs of an id, else of those whose id begins with it."""
-    there = sorted(file.parent for file in runs.glob(f"*/{name}*/{FILE}") if RUN_ID.fullmatch(file.parent.name))
-    return [each for each in there if each.name == name] or there
+    experiment, _, last = name.rpartition("/")
+    folder = glob.escape(experiment) or "*"
+    there = sorted(file.parent for file in runs.glob(f"{folder}/{last}*/{FILE}") if RUN_ID.fullmatch(file.parent.name))
+    return [each for each in there if each.name == last] or there
 
 
 def read(run_dir: Path) -> Receipt | None:

@@ -14,7 +14,6 @@ from labtrain.record.config import refers
 from labtrain.record.fingerprints import changed_files
 from labtrain.record.identity import (
     RUN_ID,
-    SHORT_ID,
     Config,
     Job,
     References,
@@ -161,8 +160,11 @@ def find_origin(resume: str, experiment_runs: Path, *, named: str = "") -> tuple
             )
         return experiment_runs / _run_of(store.manifest(there[-1]), store.url), store.url
     places = [Path(resume.removeprefix("file://")).resolve(), experiment_runs / resume]
-    is_id = SHORT_ID.fullmatch(resume) or RUN_ID.fullmatch(resume)
-    if is_id and not any(place.exists() for place in places) and receipt.with_id(resume, experiment_runs.parent):
+    if (
+        receipt.is_id(resume)
+        and not any(place.exists() for place in places)
+        and receipt.with_id(resume, experiment_runs.parent)
+    ):
         places.append(receipt.find(resume, experiment_runs.parent).resolve())
     for place in places:
         found = receipt.read(place)

@@ -4,6 +4,7 @@ import fcntl
 import math
 import os
 import struct
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -12,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from labtrain.base.console import one_line, shown, warn
 from labtrain.base.errors import ConfigError, LabtrainError, in_words
-from labtrain.base.untrusted import NotPlainError, open_plain
+from labtrain.base.untrusted import NotPlainError, is_number, open_plain
 from labtrain.record import receipt
-from labtrain.record.differences import flat
+from labtrain.record.differences import flat, shown_value
 from labtrain.record.identity import enclosing, get, what_counts
 from labtrain.record.trail import read_history_lines
 from labtrain.stores.backends import is_local
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 COLUMNS = ("run", "id", "experiment", "status", "steps", "started", "ended", "seconds", "device", "commit", "size_bytes")
+WIDTH = 100  # of the table, where there is no terminal
+CELL = 16  # the longest value of a key that differs
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
 
 
@@ -226,10 +229,10 @@ def last_of(run_dir: Path) -> tuple[int, dict[str, float]]:
 def sort_rows(rows: list[Row], key: str) -> list[Row]:
     """Sort rows by a field, descending with a leading -; rows without a value come last."""
     name = key.removeprefix("-")
-    field = "value" if name == "metric" else name
-    with_it = [row for row in rows if comparable(getattr(row, field))]
-    ordered = sorted(with_it, key=lambda row: getattr(row, field), reverse=key.startswith("-"))
-    return ordered + [row for row in rows if not comparable(getattr(row, field))]
+    attribute = {"metric": "value", "size": "size_bytes"}.get(name, name)
+    with_it = [row for row in rows if comparable(getattr(row, attribute))]
+    ordered = sorted(with_it, key=lambda row: getattr(row, attribute), reverse=key.startswith("-"))
+    return ordered + [row for row in rows if not comparable(getattr(row, attribute))]
 
 
 def comparable(value: object) -> bool:
@@ -237,33 +240,110 @@ def comparable(value: object) -> bool:
     return value is not None and value == value
 
 
-def lines_of(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield the lines of a table of runs; if all have the same metric, its name heads the column."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Column:
+    """A column of the table.
+
+    Attributes:
+        heading: its first line.
+        cells: one for each run.
+        right: aligned to the right, as numbers are.
+        key: the configuration's key that it shows; empty: another value.
+    """
+
+    heading: str
+    cells: list[str]
+    right: bool = False
+    key: str = ""
+
+    @property
+    def width(self) -> int:
+        return max(map(len, [self.heading, *self.cells]))
+
+
+def lines_of(rows: Sequence[Row], *, width: int = WIDTH) -> tuple[list[str], list[str]]:
+    """Return the lines of a table of runs, and the configuration's keys that differ but have no room in it.
+
+    A key that differs goes before times and weights, which are left out first.
+    """
+    always, differing, others = _columns(rows), _differing(rows), _others(rows)
+    room = width - sum(column.width + 2 for column in always) + 2
+    kept: list[Column] = []
+    for column in (*differing, *others):
+        if column.width + 2 <= room:
+            room -= column.width + 2
+            kept.append(column)
+    columns = [*always[:4], *(each for each in kept if each.key), *always[4:], *(each for each in kept if not each.key)]
+    lines = []
+    for cells in zip(*([column.heading, *column.cells] for column in columns), strict=True):
+        padded = [cell.rjust(column.width) if column.right else cell.ljust(column.width)
+                  for column, cell in zip(columns, cells, strict=True)]  # fmt: skip
+        lines.append("  ".join(padded).rstrip())
+    return lines, [column.key for column in differing if column not in kept]
+
+
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """Return what every table shows; if all runs have the same metric, its name heads the column."""
     names = {row.metric for row in rows if row.metric}
     heading = names.pop() if len(names) == 1 else "metric"
-    table = [("run", "status", "steps", heading, "weights", "started", "time")]
+    values = []
     for row in rows:
         value = "" if row.value is None else f"{row.value:.4f}" if abs(row.value) < 1e4 else f"{row.value:.4g}"
-        table.append(
-            (
-                row.run,
-                row.status,
-                "" if row.steps is None else str(row.steps),
-                f"{row.metric} {value}" if row.metric and heading == "metric" else value,
-                (row.weights_digest or "")[:12],
-                (row.started or "")[:16].replace("T", " "),
-                "" if row.seconds is None else duration(row.seconds),
-            )
-        )
-    shown_table = [[one_line(cell) for cell in cells] for cells in table]
-    widths = [max(map(len, column)) for column in zip(*shown_table, strict=True)]
-    numbers = {2, 3, 6}
-    for cells in shown_table:
-        padded = [
-            cell.rjust(width) if place in numbers else cell.ljust(width)
-            for place, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
-        yield "  ".join(padded).rstrip()
+        values.append(f"{row.metric} {value}" if row.metric and heading == "metric" else value)
+    return [
+        Column(heading="run", cells=_names(rows)),
+        Column(heading="status", cells=[row.status for row in rows]),
+        Column(heading="steps", cells=["" if row.steps is None else str(row.steps) for row in rows], right=True),
+        Column(heading=one_line(heading), cells=list(map(one_line, values)), right=heading != "metric"),
+        Column(heading="size", cells=["" if row.size_bytes is None else size_text(row.size_bytes) for row in rows],
+               right=True),
+    ]  # fmt: skip
+
+
+def _others(rows: Sequence[Row]) -> list[Column]:
+    times = ["" if row.seconds is None else duration(row.seconds) for row in rows]
+    return [
+        Column(heading="time", cells=times, right=True),
+        Column(heading="started", cells=[one_line((row.started or "")[:16].replace("T", " ")) for row in rows]),
+        Column(heading="weights", cells=[one_line((row.weights_digest or "")[:12]) for row in rows]),
+    ]
+
+
+def _differing(rows: Sequence[Row]) -> list[Column]:
+    """Return a column for each key that differs; its heading is as much of the key's end as it needs to be unique."""
+    keys = list(dict.fromkeys(key for row in rows for key in row.differs))
+    taken = Counter(tail for key in keys for tail in _tails(key)) + Counter(("run", "status", "steps", "size"))
+    found = []
+    for key in keys:
+        values = [row.differs.get(key) for row in rows]
+        cells = ["" if value is None else one_line(shown_value(value, most=CELL)) for value in values]
+        heading = next((tail for tail in _tails(key) if taken[tail] == 1), key)
+        numbers = all(value is None or is_number(value) for value in values)
+        found.append(Column(heading=one_line(heading), cells=cells, right=numbers, key=key))
+    return found
+
+
+def _tails(key: str) -> list[str]:
+    parts = key.split(".")
+    return [".".join(parts[place:]) for place in reversed(range(len(parts)))]
+
+
+def _names(rows: Sequence[Row]) -> list[str]:
+    """Return each run as the user can name it: its id, with the experiment if there are several; else its folder."""
+    runs = receipt.runs_folder().resolve()
+    several = len({row.experiment for row in rows if row.experiment}) > 1
+    names = []
+    for row in rows:
+        folder = Path(row.run).resolve()
+        is_found = row.error is None and folder.parent.parent == runs and receipt.is_id(folder.name)
+        names.append((f"{folder.parent.name}/" if several else "") + folder.name if is_found else one_line(row.run))
+    return names
+
+
+def size_text(size_bytes: int) -> str:
+    """Format bytes as kB, MB or GB."""
+    unit, factor = ("GB", 1e9) if size_bytes >= 1e9 else ("MB", 1e6) if size_bytes >= 1e6 else ("kB", 1e3)
+    return f"{size_bytes / factor:,.1f} {unit}"
 
 
 def duration(seconds: float) -> str:
