@@ -16,7 +16,7 @@ from labtrain.base import console
 from labtrain.base.console import quoted, say, styled
 from labtrain.base.errors import LabtrainError
 from labtrain.base.permissions import close_umask
-from labtrain.cli import help_page, locks, receipts, stores
+from labtrain.cli import help_page, locks, receipts, runs, stores
 from labtrain.cli.show import json_option, say_json
 
 
@@ -185,6 +185,8 @@ main.add_section(
     receipts.sign,
     receipts.crate,
     digest,
+    runs.note,
+    runs.rm,
 )
 main.add_section("Checkpoints", stores.store)
 main.add_section("Environment", doctor, locks.lock)

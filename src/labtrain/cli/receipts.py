@@ -161,9 +161,9 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 def verify(run: Path, changes: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Train a run again from its receipt and compare the results.
 
-    RUN is a run's folder or id, or a receipt in a clone of the experiment's repository. labtrain compares data and
-    environment first and names every difference. Then it trains in a temporary folder and compares
-    each step bit by bit. The exit code is 1 if the results differ.
+    RUN is a run's folder or id, or a receipt (a JSON file of any name) in a clone of the experiment's repository.
+    labtrain compares data and environment first and names every difference. Then it trains in a temporary folder and
+    compares each step bit by bit. The exit code is 1 if the results differ.
 
     If you did not train the run yourself, labtrain shows the code that would run and asks you. With --steps 0, none of
     that code runs.

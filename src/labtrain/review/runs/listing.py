@@ -18,14 +18,16 @@ from labtrain.record import receipt
 from labtrain.record.differences import flat, shown_value
 from labtrain.record.identity import enclosing, get, what_counts
 from labtrain.record.trail import read_history_lines
+from labtrain.review.runs.notes import read_note
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import checkpoint_place
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-COLUMNS = ("run", "id", "experiment", "status", "steps", "started", "ended", "seconds", "device", "commit", "size_bytes")
-WIDTH = 100  # of the table, where there is no terminal
+COLUMNS = ("run", "id", "experiment", "status", "steps", "started", "ended", "seconds", "device", "commit", "size_bytes", "note")
+WIDTH = 100  # of the table, if it is not printed to a terminal
+NOTE = 24  # columns of a note
 CELL = 16  # the longest value of a key that differs
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
 
@@ -52,6 +54,7 @@ class Row:
         device: what the last segment trained on, such as `2 x NVIDIA H200` or `cpu`.
         commit: git's, of the code; None outside a repository.
         size_bytes: of its folder, and of its checkpoints if they are on this machine.
+        note: by `labtrain note`, in one line; empty if there is none.
         config: its configuration by dotted key, without keys that only control execution.
         differs: the part of `config` that is not the same in all listed runs; None: the run has no such key.
     """
@@ -72,6 +75,7 @@ class Row:
     device: str | None = None
     commit: str | None = None
     size_bytes: int | None = None
+    note: str = ""
     config: dict[str, object] = field(default_factory=dict)
     differs: dict[str, object] = field(default_factory=dict)
 
@@ -172,6 +176,7 @@ def _row_of(run_dir: Path, metric: str | None) -> Row:
         device=device_of(found),
         commit=found["code"]["commit"],
         size_bytes=size_of(run_dir, found),
+        note=read_note(run_dir),
         config=flat(what_counts(found["config"]), ""),
     )
 
@@ -269,11 +274,12 @@ def lines_of(rows: Sequence[Row], *, width: int = WIDTH) -> tuple[list[str], lis
     always, differing, others = _columns(rows), _differing(rows), _others(rows)
     room = width - sum(column.width + 2 for column in always) + 2
     kept: list[Column] = []
-    for column in (*differing, *others):
+    for column in (*_notes(rows), *differing, *others):
         if column.width + 2 <= room:
             room -= column.width + 2
             kept.append(column)
-    columns = [*always[:4], *(each for each in kept if each.key), *always[4:], *(each for each in kept if not each.key)]
+    last = [each for each in kept if not each.key]
+    columns = [*always[:4], *(each for each in kept if each.key), *always[4:], *sorted(last, key=_is_note)]
     lines = []
     for cells in zip(*([column.heading, *column.cells] for column in columns), strict=True):
         padded = [cell.rjust(column.width) if column.right else cell.ljust(column.width)
@@ -298,6 +304,15 @@ def _columns(rows: Sequence[Row]) -> list[Column]:
         Column(heading="size", cells=["" if row.size_bytes is None else size_text(row.size_bytes) for row in rows],
                right=True),
     ]  # fmt: skip
+
+
+def _notes(rows: Sequence[Row]) -> list[Column]:
+    notes = [row.note if len(row.note) <= NOTE else f"{row.note[: NOTE - 3]}..." for row in rows]
+    return [Column(heading="note", cells=notes)] if any(notes) else []
+
+
+def _is_note(column: Column) -> bool:
+    return column.heading == "note"
 
 
 def _others(rows: Sequence[Row]) -> list[Column]:
@@ -364,8 +379,8 @@ def as_json(row: Row) -> dict[str, object]:
 def runs(path: str | Path = ".") -> "DataFrame":
     """Return a table of an experiment's runs: one row for each, from old to new.
 
-    Columns: run (its folder), id, experiment, status, steps, started, ended, seconds, device, commit, size_bytes; then
-    each metric; then each key of the configuration that differs between the runs.
+    Columns: run (its folder), id, experiment, status, steps, started, ended, seconds, device, commit, size_bytes, note;
+    then each metric; then each key of the configuration that differs between the runs.
 
     Args:
         path: the experiment's folder, or a folder in it; or a folder of runs.
