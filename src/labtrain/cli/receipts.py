@@ -92,7 +92,7 @@ def crate(run: Path, output: Path, weights: bool, author: str | None, licence: s
 )
 @json_option
 def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) -> None:
-    """List runs with their status, steps, metric, disk use and what differs between them.
+    """List runs with their status, metric, size and differences.
 
     Searches DIR. Without DIR it searches the experiment's runs: paths.runs in conf/config.yaml, else runs/. Runs whose
     process died are shown as killed. To resume such a run, repeat the command that started it.

@@ -13,7 +13,7 @@ from labtrain.cli.show import RunType
 RUN = RunType()
 
 
-@click.command(cls=help_page.Command, example='labtrain note 24c29285cf19 "learning rate too high"')
+@click.command(cls=help_page.Command, example='labtrain note runs/digits/24c29285cf19 "learning rate too high"')
 @click.argument("run", type=RUN)
 @click.argument("text")
 def note(run: Path, text: str) -> None:
@@ -27,7 +27,7 @@ def note(run: Path, text: str) -> None:
     write_note(run, text)
 
 
-@click.command(cls=help_page.Command, example="labtrain rm 24c29285cf19")
+@click.command(cls=help_page.Command, example="labtrain rm runs/digits/24c29285cf19")
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
 @click.option("--yes", is_flag=True, help="Remove without asking.")
 def rm(runs: tuple[Path, ...], yes: bool) -> None:
