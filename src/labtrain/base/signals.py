@@ -159,6 +159,11 @@ def forwarding(child: subprocess.Popen[bytes], *, interrupts: bool) -> Iterator[
             signal.signal(number, handler)
 
 
+def unblock() -> None:
+    """Unblock SIGUSR1, including a pending one."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
 def end_with_parent(parent: int, number: signal.Signals) -> None:
     """Make the kernel send a signal to this process when its parent dies; exit if it is already dead.
 
