@@ -177,7 +177,8 @@ def _row_of(run_dir: Path, metric: str | None) -> Row:
         commit=found["code"]["commit"],
         size_bytes=size_of(run_dir, found),
         note=read_note(run_dir),
-        config=flat(what_counts(found["config"]), ""),
+        # An empty group is one without keys.
+        config={key: value for key, value in flat(what_counts(found["config"]), "").items() if value != {}},
     )
 
 
