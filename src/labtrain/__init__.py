@@ -50,10 +50,10 @@ _HOMES = {
     "fingerprint": "labtrain.record.fingerprints",
     "gather": "labtrain.training.sharded.whole",
     "gather_outputs": "labtrain.training.sharded.gathering",
-    "load": "labtrain.review.runs.loading",
+    "load": "labtrain.review.catalog.loading",
     "load_weights": "labtrain.checkpoints.locate",
     "main": "labtrain.launch.compose",
-    "runs": "labtrain.review.runs.listing",
+    "runs": "labtrain.review.catalog.listing",
     "train": "labtrain.launch.from_python",
 }
 
@@ -71,8 +71,8 @@ if TYPE_CHECKING:
     from labtrain.record.digests import digest
     from labtrain.record.fingerprints import fingerprint
     from labtrain.record.receipt import Result
-    from labtrain.review.runs.listing import runs
-    from labtrain.review.runs.loading import load
+    from labtrain.review.catalog.listing import runs
+    from labtrain.review.catalog.loading import load
     from labtrain.training.sharded.gathering import gather_outputs
     from labtrain.training.sharded.whole import gather
 

@@ -98,7 +98,7 @@ def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) 
     process died are shown as killed. To resume such a run, repeat the command that started it.
     """
     from labtrain.record.receipt import runs_folder
-    from labtrain.review.runs import listing
+    from labtrain.review.catalog import listing
 
     folders = folders or (runs_folder(),)
     rows = listing.sort_rows(listing.list_runs(folders, metric=metric), sort)

@@ -22,7 +22,7 @@ def note(run: Path, text: str) -> None:
     RUN is a run's folder or id. The note replaces an earlier one, and an empty TEXT removes it. "labtrain ls", the
     report and labtrain.runs show it. It is in the run's folder, but not in the receipt, so signatures stay valid.
     """
-    from labtrain.review.runs.notes import write_note
+    from labtrain.review.catalog.notes import write_note
 
     write_note(run, text)
 
@@ -36,7 +36,7 @@ def rm(runs: tuple[Path, ...], yes: bool) -> None:
     RUN is a run's folder or id. labtrain prints what it would remove and asks. It refuses a run that is training. If a
     removal is interrupted, the run is no longer listed, and the same command removes the rest.
     """
-    from labtrain.review.runs.removal import plan, remove
+    from labtrain.review.catalog.removal import plan, remove
 
     planned = plan(runs)
     for removal in planned:

@@ -11,7 +11,7 @@ import pytest
 
 import labtrain
 from labtrain.record import receipt
-from labtrain.review.runs import listing
+from labtrain.review.catalog import listing
 from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, changed
 from tests.support.waiting import wait_until
 

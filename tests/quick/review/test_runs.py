@@ -10,7 +10,7 @@ import pytest
 
 import labtrain
 from labtrain.record import receipt
-from labtrain.review.runs.listing import list_runs
+from labtrain.review.catalog.listing import list_runs
 from tests.conftest import LABTRAIN, ROOT, changed
 
 IDS = ("24c29285cf19", "906ca0b1c2d3")

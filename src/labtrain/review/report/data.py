@@ -15,7 +15,7 @@ from labtrain.base.untrusted import damage_of
 from labtrain.record import receipt as receipts
 from labtrain.record.differences import Comparison, compare, open_run
 from labtrain.record.trail import HISTORY, TRAIL, read_history_lines, read_trail
-from labtrain.review.runs.notes import read_note
+from labtrain.review.catalog.notes import read_note
 from labtrain.review.verdicts import Verification, read_verifications
 
 LATEST_S = 253_402_300_800.0  # the year 10000, beyond Python's datetime

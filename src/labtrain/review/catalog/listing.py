@@ -18,14 +18,27 @@ from labtrain.record import receipt
 from labtrain.record.differences import flat, shown_value
 from labtrain.record.identity import enclosing, get, what_counts
 from labtrain.record.trail import read_history_lines
-from labtrain.review.runs.notes import read_note
+from labtrain.review.catalog.notes import read_note
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import checkpoint_place
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-COLUMNS = ("run", "id", "experiment", "status", "steps", "started", "ended", "seconds", "device", "commit", "size_bytes", "note")
+COLUMNS = (
+    "run",
+    "id",
+    "experiment",
+    "status",
+    "steps",
+    "started",
+    "ended",
+    "seconds",
+    "device",
+    "commit",
+    "size_bytes",
+    "note",
+)
 WIDTH = 100  # of the table, if it is not printed to a terminal
 NOTE = 24  # columns of a note
 CELL = 16  # the longest value of a key that differs
