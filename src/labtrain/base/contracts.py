@@ -99,12 +99,22 @@ class PathsConfig(TypedDict):
     runs: str
 
 
+class InitFrom(TypedDict):
+    """`init_from`: the weights that a training starts with; no path: those that the model makes."""
+
+    path: str | None
+    strict: bool
+    rename: dict[str, str] | None
+    digest: str | None
+
+
 class Config(TypedDict):
     """A configuration, composed and resolved."""
 
     experiment: str
     seed: int
     resume: str
+    init_from: InitFrom
     model: Options
     data: Options
     callbacks: dict[str, Options | None]

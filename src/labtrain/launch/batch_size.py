@@ -37,7 +37,7 @@ def search(root: Path, overrides: list[str], *, mode: str, max_trials: int, step
             hint="trainer.strategy=auto",
         )
     config["trainer"] |= {"devices": 1, "num_nodes": 1, "fast_dev_run": False, "enable_progress_bar": False}
-    config |= {"resume": "never", "logger": {}, "callbacks": {}}
+    config |= {"resume": "never", "logger": {}, "callbacks": {}, "init_from": configuration.init_from(None)}
     command, environment = process_of(make_job(config, root=root, command=sys.argv))
     command = [command[0], "-m", "labtrain.launch.batch_size", mode, str(max_trials), str(steps)]
     sys.stdout.flush()

@@ -20,6 +20,7 @@ from labtrain.base.credentials import CleanStream, remember
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import NUMBERS, block, unblock
+from labtrain.checkpoints.initial import identify_weights
 from labtrain.exact import determinism
 from labtrain.record import config as configuration
 from labtrain.record import receipt
@@ -137,6 +138,7 @@ class HydraTask:
         # hydra.mode=MULTIRUN, typed or in conf/, equals -m: record it in the command.
         command = self.command if single or {"-m", "--multirun"} & set(self.command) else [*self.command, "-m"]
         supervisor = 0 if single else os.getpid()
+        identify_weights(config, Path(self.root))
         job = make_job(config, root=Path(self.root), command=command, supervisor=supervisor, references=references)
         if finished(job):
             return None if single else value_of(job, HydraConfig.get().sweeper)

@@ -190,6 +190,9 @@ def what_counts(config: Config) -> Options:
         for parent in parents:
             node = node.get(parent, {})
         node.pop(last, None)
+    # The weights count, not their place. Without `init_from` the name is that of older versions.
+    if (first := kept.pop("init_from", None)) and first["path"] is not None:
+        kept["init_from"] = {key: value for key, value in first.items() if key != "path"}
     # A switch that is off equals a missing one, as in configurations of older versions.
     if not (on := {key: value for key, value in kept.pop("speed", {}).items() if value is not False}):
         return kept

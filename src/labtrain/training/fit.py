@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain.base.console import few, shown, warn
@@ -31,6 +32,7 @@ from labtrain.base.errors import (
 )
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, Wishes, in_main_thread
+from labtrain.checkpoints.initial import identify_weights, load_initial
 from labtrain.environment.doctor.environment import REPAIR, unlike_lock
 from labtrain.exact import determinism
 from labtrain.record import receipt
@@ -52,6 +54,7 @@ from labtrain.training.loaders import take_loaders
 from labtrain.training.loggers import log_config, make_loggers
 from labtrain.training.speed import check_compiler, explain_compile
 from labtrain.training.start import find_start, hold_records, refuse_outdated, warn_resumed
+from labtrain.training.state.initial import put_initial
 from labtrain.training.state.rebuild import Connector, explain_step
 from labtrain.training.trainer import make_callbacks, make_experiment, make_trainer, seeded_alike
 
@@ -201,11 +204,18 @@ class _Session:
             wishes=self.wishes,
             stop_at=self.job.stop_at,
         )
-        put_checkpoint_connector(trainer, Connector(trainer, self.start.path))
+        put_checkpoint_connector(trainer, Connector(trainer, self.start.path, self._initialise))
         ignore_signals(trainer)
         take_loaders(datamodule, loop.placed)
         set_up = datamodule.setup
         datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))  # type: ignore[method-assign]
+
+    def _initialise(self, trainer: Trainer) -> None:
+        """Start with the weights of `init_from`, unless the training resumes from a checkpoint."""
+        first = self.config["init_from"]
+        if first["path"] is not None and self.start.found is None:
+            weights = load_initial(first, Path(self.job.root))
+            put_initial(trainer, weights, first, say=self.recorder.say)
 
     def open(self) -> None:
         """Open receipt, store and loggers; refuse a run that they rule out."""
@@ -365,6 +375,7 @@ def _job(cfg: object) -> Job:
         _refuse_classes_of_no_file(config)
     root = file.resolve().parent
     references = configuration.references(cfg, config) if isinstance(cfg, DictConfig) else ()
+    identify_weights(config, root)
     return make_job(config, root=root, command=[], references=references)
 
 

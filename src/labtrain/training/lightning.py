@@ -360,9 +360,13 @@ class CheckpointConnector(_CheckpointConnector):
         """Return the context manager around each step of a restore."""
         return nullcontext()
 
+    def begin(self) -> None:
+        """Prepare the model, when all its parts exist and no checkpoint has been restored."""
+
     def _restore_modules_and_callbacks(
         self, checkpoint_path: str | Path | None = None, weights_only: bool | None = None
     ) -> None:
+        self.begin()
         with self.putting_back():
             super()._restore_modules_and_callbacks(checkpoint_path, weights_only)
 
