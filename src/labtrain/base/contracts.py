@@ -99,6 +99,9 @@ class PathsConfig(TypedDict):
     runs: str
 
 
+EVALUATIONS = ("validate", "test", "predict")  # keys that evaluate a complete run instead of a training
+
+
 class InitFrom(TypedDict):
     """`init_from`: the weights that a training starts with; no path: those that the model makes."""
 

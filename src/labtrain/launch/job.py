@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, TextIO, cast
 
+from labtrain.base import exact_json
 from labtrain.base.console import one_line, shown
 from labtrain.base.credentials import CleanStream, remember
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError
@@ -25,6 +26,7 @@ from labtrain.record.ranks import Ranks, find_ranks, in_slurm_step, requeue, wan
 from labtrain.record.sources import load_from_source
 
 if TYPE_CHECKING:
+    from labtrain.training.evaluation import Predictions
     from labtrain.training.fit import Result
 
 WIDE = 1000  # columns of a file
@@ -49,12 +51,13 @@ def main() -> None:
     if job.config["determinism"]["mode"] != "off":
         load_from_source()
     gc.disable()  # importing torch and Lightning creates no garbage; this saves half a second
+    from labtrain.training.evaluation import evaluate
     from labtrain.training.fit import train
 
     gc.freeze()
     gc.enable()
     try:
-        result = train(job)
+        found = evaluate(job) if job.evaluate else train(job)
     except LabtrainError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
@@ -67,10 +70,21 @@ def main() -> None:
             _report_stop(job, error)
         sys.exit(EXIT_STOPPED if not rank else 0)
     if not rank:
-        # srun merges the two streams in any order; in one stream the table precedes the digest.
-        print_table(result, out if in_slurm_step(os.environ) else sys.stderr)
-        out.write(f"{shown(result.run_dir)} {result.weights_digest}\n")
-        out.flush()
+        print_found(found, out, evaluated=bool(job.evaluate))
+
+
+def print_found(found: "Result | Predictions", out: IO[str], *, evaluated: bool) -> None:
+    """Print a training's folder and digest; an evaluation's metrics as one line of JSON; a file and its sha256."""
+    # srun merges the two streams in any order; in one stream the table precedes the digest.
+    from labtrain.training.fit import Result
+
+    if not isinstance(found, Result):
+        out.write(f"{shown(found.file)} {found.digest}\n")
+    else:
+        print_table(found, out if in_slurm_step(os.environ) and not evaluated else sys.stderr)
+        metrics = exact_json.dumps(found.metrics)
+        out.write(f"{metrics if evaluated else f'{shown(found.run_dir)} {found.weights_digest}'}\n")
+    out.flush()
 
 
 def _end_with_starter(job: Job, ranks: Ranks | None) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
-from labtrain.base.contracts import InitFrom, Options, as_options
+from labtrain.base.contracts import EVALUATIONS, InitFrom, Options, as_options
 from labtrain.base.credentials import NOT_RECORDED, REFERENCE, names_a_secret, without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError, not_readable
 from labtrain.record.identity import (
@@ -207,7 +207,8 @@ def check_whole(config: Config) -> None:
     """
     wanted = {"experiment": None, "logger": {}} | _yaml(CONF / "labtrain.yaml")
     wanted |= {group: defaults(group) for group in GROUPS}
-    del wanted["defaults"], wanted["hydra"]
+    for key in ("defaults", "hydra", *EVALUATIONS, "predictions"):
+        del wanted[key]
     tree = as_options(config)
     for key, value in wanted.items():
         if isinstance(value, dict) and key in tree and not isinstance(tree[key], dict):
@@ -329,6 +330,12 @@ def defaults(group: str) -> Options:
 def completed(config: Config) -> Config:
     """Add the keys that a configuration of an older labtrain lacks."""
     whole = {"speed": defaults("speed"), "gpu_stats": True, **config}
+    for key in (*EVALUATIONS, "predictions"):
+        if whole.pop(key, None) is not None:
+            raise ConfigError(
+                f"{key}={as_options(config)[key]}: a configuration for labtrain.train describes a training",
+                hint=f"python train.py {key}=RUN",
+            )
     return cast(Config, whole | {"init_from": init_from(whole.get("init_from"))})
 
 

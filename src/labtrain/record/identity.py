@@ -40,6 +40,8 @@ ROUTES = {
 
 # How a run is executed, watched or stored; the weights do not depend on these.
 EXECUTION_KEYS = (
+    *contracts.EVALUATIONS,
+    "predictions",
     "experiment",
     "resume",
     "logger",
@@ -78,6 +80,8 @@ class Job:
         references: (path, text) of each text of the configuration that comes from `${oc.env:X}` (config.references).
         path: the module search path after `root`, in the form of PYTHONPATH, including what train.py added to
             sys.path. Empty: the default.
+        evaluate: validate, test or predict with the final weights of this complete run; empty: train it.
+        predictions: file for the predictions; absolute. Empty: in the run's folder.
         within: the only folder that it may write to; absolute. Empty: the configured folders.
     """
 
@@ -94,6 +98,8 @@ class Job:
     stop_at: int = 0
     path: str = ""
     within: str = ""
+    evaluate: str = ""
+    predictions: str = ""
     references: References = ()
 
     def hold(self, place: str | Path) -> None:

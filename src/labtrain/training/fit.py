@@ -10,7 +10,7 @@ import shutil
 import signal
 import warnings
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -98,14 +98,8 @@ def train(cfg: object) -> Result:
 
     accelerator, devices = choose_accelerator(config)
     check_compiler(config["speed"], accelerator)
-    _quiet_lightning()
-    with determinism.run(
-        seed=config["seed"],
-        mode=config["determinism"]["mode"],
-        accelerator=accelerator,
-        threads=config["determinism"]["threads"],
-        tf32=config["speed"]["tf32"] and accelerator == "gpu",
-    ):
+    quiet_lightning()
+    with determined(config, accelerator):
         session = _make_session(job, accelerator, devices, done)
         try:
             session.open()
@@ -117,6 +111,17 @@ def train(cfg: object) -> Result:
             raise error from raised
         finally:
             session.close()
+
+
+def determined(config: Config, accelerator: str) -> AbstractContextManager[None]:
+    """Return the context manager that sets torch's flags and the seed for a training or an evaluation."""
+    return determinism.run(
+        seed=config["seed"],
+        mode=config["determinism"]["mode"],
+        accelerator=accelerator,
+        threads=config["determinism"]["threads"],
+        tf32=config["speed"]["tf32"] and accelerator == "gpu",
+    )
 
 
 def _recorded(run_dir: Path, results: Results) -> Result:
@@ -390,7 +395,8 @@ def _refuse_classes_of_no_file(config: Config) -> None:
             )
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
+    """Turn off messages of Lightning and others that say nothing to a user of labtrain."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # aiohttp logs a lost store here; the delivery reports it
