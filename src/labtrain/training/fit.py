@@ -211,7 +211,7 @@ class _Session:
         )
         put_checkpoint_connector(trainer, Connector(trainer, self.start.path, self._initialise))
         ignore_signals(trainer)
-        take_loaders(datamodule, loop.placed)
+        take_loaders(datamodule, loop.placed, same_batches=bool(self.config["trainer"]["overfit_batches"]))
         set_up = datamodule.setup
         datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))  # type: ignore[method-assign]
 
@@ -334,13 +334,6 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
         )
     if (known := explain_compile(error)) is not None:
         return known
-    batches = config["trainer"]["overfit_batches"]
-    if batches and isinstance(error, ValueError) and "needs to subclass `torch.utils.data.DataLoader`" in str(error):
-        return ConfigError(
-            f"trainer.overfit_batches={batches}: Lightning would replace the sampler of labtrain.DataLoader",
-            hint=f"trainer.limit_train_batches={batches} trainer.limit_val_batches={batches}, and shuffle=False in"
-            " train_dataloader",
-        )
     if isinstance(error, FileNotFoundError | PermissionError) and not started:
         return ConfigError(
             f"{error.strerror}: {error.filename}",
