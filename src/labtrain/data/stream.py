@@ -4,13 +4,14 @@ Each process iterates the whole stream and keeps its shards: the rows of each ba
 So the result does not depend on the number of devices, if the stream gives each process the same batches. The first
 batch of an epoch is compared.
 
-The stream runs under global generators of its own, seeded by (seed, epoch). A resume restores the stream's state if it
-has `state_dict` and `load_state_dict`. Otherwise it begins the epoch's stream again, and skips the batches that have
-been trained on.
+The stream runs under global generators of its own, seeded by (seed, epoch, batch). A resume restores the stream's state
+if it has `state_dict` and `load_state_dict`. Otherwise it begins the epoch's stream again, and skips the batches that
+have been trained on.
 """
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,10 +19,10 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from labtrain.base.errors import ConfigError
-from labtrain.data.batches import apart, length_of
+from labtrain.data.batches import length_of
 from labtrain.data.sharded import Loader, Sharded, cuts, number_of_shards
 from labtrain.exact.collate import cut, rows_of
-from labtrain.exact.determinism import derive_seed, run_mode
+from labtrain.exact.determinism import derive_seed, keep_draws, run_mode, run_seed, seed_all
 from labtrain.exact.tree_sum import shard_range
 from labtrain.record.digests import digest_content
 
@@ -70,6 +71,10 @@ class Stream(Loader):
         self._start, self._state, self._ended, self.epoch = (epoch, batch), state, ended, epoch
         self.exhausted = exhausted
 
+    def state_after(self, batches: int) -> object:
+        """Return the state after this number of batches of the epoch; on every rank, or on none."""
+        return self.states.get(batches)
+
     def samples_of(self, batch: int) -> int:
         size = getattr(self.loader, "batch_size", None)
         return self.rows.get(batch, size if isinstance(size, int) else 1)
@@ -85,7 +90,7 @@ class Stream(Loader):
         if self.holder is not None and (self.epoch == epoch or (self._ended and self.epoch == epoch + 1)):
             self._restore(self.holder)
         self.exhausted, self.rows = False, {}
-        for number, batch in enumerate(self._iterated(), done - skipped):
+        for number, batch in enumerate(self._iterated(done - skipped), done - skipped):
             if number < done:
                 continue
             if number == done:
@@ -95,13 +100,13 @@ class Stream(Loader):
             yield self._cut(batch, number)
         self.exhausted = True
 
-    def _iterated(self) -> Iterator[object]:
+    def _iterated(self, first: int) -> Iterator[object]:
         def begin() -> Iterator[object]:
             if self._generator is not None:
                 self._generator[0].manual_seed(derive_seed(self._generator[1], "stream", self.epoch))
             return iter(self.loader)
 
-        return begin() if run_mode() == "off" else apart(begin, "stream", self.epoch)
+        return begin() if run_mode() == "off" else each_seeded(begin, "stream", self.epoch, first=first)
 
     def _restore(self, holder: Any) -> None:
         holder.load_state_dict(copy.deepcopy(self._state))
@@ -159,6 +164,32 @@ class Stream(Loader):
                 " batch itself",
                 hint="remove from the dataset what splits it by rank, or trainer.devices=1",
             )
+
+
+def each_seeded(begin: Callable[[], Iterator[object]], *place: int | str, first: int) -> Iterator[object]:
+    """Iterate with global generators of its own, which are seeded for each batch by the run's seed, place and number.
+
+    So a resume repeats the draws of the batches after its position.
+
+    Args:
+        begin: makes the iterator.
+        place: what is iterated.
+        first: the number of the first batch.
+    """
+    iterator: Iterator[object] | None = None
+    for number in itertools.count(first):
+        put_back = keep_draws()
+        try:
+            if iterator is None:
+                seed_all(run_seed(), *place)
+                iterator = begin()  # draws the seeds of workers
+            seed_all(run_seed(), *place, number)
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            put_back()
+        yield item
 
 
 def holder_of(loader: Any) -> Any:
