@@ -283,8 +283,6 @@ class Faulty(MLP):
             self.pearson = torchmetrics.PearsonCorrCoef()
         elif fault in ("forward", "backward"):
             self.net.append(NoDeterministicForward() if fault == "forward" else NoDeterministicBackward())
-        elif fault == "compiled":
-            self.net = torch.compile(self.net, backend="eager")
         elif fault == "benchmark":
             torch.backends.cudnn.benchmark = True
         elif fault == "tf32":

@@ -9,8 +9,8 @@ import os
 import shutil
 import signal
 import warnings
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -53,7 +53,7 @@ from labtrain.training.guard import Guard, explain_operation
 from labtrain.training.lightning import ignore_signals, put_checkpoint_connector
 from labtrain.training.loaders import take_loaders
 from labtrain.training.loggers import log_config, log_receipt, make_loggers
-from labtrain.training.speed import check_compiler, explain_compile
+from labtrain.training.speed import check_compiler, explain_compile, own_compiles
 from labtrain.training.start import find_start, hold_records, refuse_outdated, warn_resumed
 from labtrain.training.state.initial import put_initial
 from labtrain.training.state.rebuild import Connector, explain_step
@@ -114,15 +114,19 @@ def train(cfg: object) -> Result:
             session.close()
 
 
-def determined(config: Config, accelerator: str) -> AbstractContextManager[None]:
-    """Return the context manager that sets torch's flags and the seed for a training or an evaluation."""
-    return determinism.run(
+@contextmanager
+def determined(config: Config, accelerator: str) -> Iterator[None]:
+    """Set torch's flags, its compiler and the seed for a training or an evaluation."""
+    mode = config["determinism"]["mode"]
+    flags = determinism.run(
         seed=config["seed"],
-        mode=config["determinism"]["mode"],
+        mode=mode,
         accelerator=accelerator,
         threads=config["determinism"]["threads"],
         tf32=config["speed"]["tf32"] and accelerator == "gpu",
     )
+    with flags, own_compiles(mode):
+        yield
 
 
 def _recorded(run_dir: Path, results: Results) -> Result:

@@ -17,7 +17,7 @@ from labtrain.training.cluster import make_environment
 from labtrain.training.devices import choose_accelerator
 from labtrain.training.instantiate import instantiate
 from labtrain.training.loaders import take_loaders
-from labtrain.training.speed import check_compiler, hasten
+from labtrain.training.speed import check_compiler, hasten, own_compiles
 from labtrain.training.trainer import make_trainer
 
 
@@ -46,14 +46,15 @@ def searching(config: Config, *, said: tuple[str, ...]) -> Iterator[Searched]:
     determinism.apply(
         determined["mode"], threads=determined["threads"], tf32=config["speed"]["tf32"] and accelerator == "gpu"
     )
-    determinism.seed_all(seed, "init")
-    datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
-    take_loaders(datamodule, lambda loader: loader)
-    determinism.seed_all(seed, "init")
-    model = instantiate(config["model"], "model", pl.LightningModule)
-    hasten(model, config["speed"], mode=determined["mode"], say=say)
-    _print_only(said)
-    with tempfile.TemporaryDirectory() as scratch:  # for the initial weights, which each trial restores
+    # The folder holds the initial weights, which each trial restores.
+    with own_compiles(determined["mode"]), tempfile.TemporaryDirectory() as scratch:
+        determinism.seed_all(seed, "init")
+        datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
+        take_loaders(datamodule, lambda loader: loader)
+        determinism.seed_all(seed, "init")
+        model = instantiate(config["model"], "model", pl.LightningModule)
+        hasten(model, config["speed"], mode=determined["mode"], say=say)
+        _print_only(said)
         alone = make_environment(None, accelerator=accelerator)
         trainer = make_trainer(config, accelerator, devices, alone, [], [], Wishes(), root=scratch)
         yield Searched(trainer=trainer, model=model, datamodule=datamodule, accelerator=accelerator)
