@@ -13,11 +13,12 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.tuner.tuning import Tuner
 
+from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.checkpoints.initial import load_initial
 from labtrain.record.identity import Config
 from labtrain.training.lightning import put_checkpoint_connector
-from labtrain.training.search.tuner import say, searching
+from labtrain.training.search.tuner import Searched, say, searching
 from labtrain.training.state.initial import put_initial
 from labtrain.training.state.rebuild import Connector
 
@@ -50,21 +51,7 @@ def suggested_rate(
             start = lambda trainer: put_initial(trainer, load_initial(first, root), first, say=say)  # noqa: E731
             put_checkpoint_connector(trainer, Connector(trainer, initialise=start))
         _let_epochs_repeat(trainer)
-        try:
-            finder = Tuner(trainer).lr_find(
-                model,
-                datamodule=search.datamodule,
-                min_lr=min_rate,
-                max_lr=max_rate,
-                num_training=steps,
-                update_attr=False,
-            )
-        except MisconfigurationException as error:
-            raise ConfigError(
-                f"lr-find: {error}", hint="try rates with python train.py -m model.lr=0.1,0.01"
-            ) from error
-        assert finder is not None
-        rates, losses = finder.results["lr"], finder.results["loss"]
+        rates, losses = _trained(search, min_rate=min_rate, max_rate=max_rate, steps=steps)
         best = steepest(losses)
         if best is None:
             raise ConfigError(
@@ -76,6 +63,17 @@ def suggested_rate(
     rate = float(rates[best])
     say(f"set {f'model.{name}={rate:.4g}' if name in config['model'] else f'self.{name} = {rate:.4g} in the model'}")
     return rate
+
+
+def _trained(search: Searched, *, min_rate: float, max_rate: float, steps: int) -> tuple[list[float], list[float]]:
+    """Return the rate of each step, and the smoothed loss."""
+    options: Options = {"min_lr": min_rate, "max_lr": max_rate, "num_training": steps, "update_attr": False}
+    try:
+        finder = Tuner(search.trainer).lr_find(search.model, datamodule=search.datamodule, **options)
+    except MisconfigurationException as error:
+        raise ConfigError(f"lr-find: {error}", hint="try rates with python train.py -m model.lr=0.1,0.01") from error
+    assert finder is not None
+    return finder.results["lr"], finder.results["loss"]
 
 
 def steepest(losses: list[float]) -> int | None:
