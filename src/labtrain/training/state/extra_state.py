@@ -238,7 +238,7 @@ def _modules(module: nn.Module) -> dict[str, nn.Module]:
     """Return the parts of a model, and of modules that callbacks have, such as an averaged model, by name."""
     found = dict(module.named_modules())
     trainer = trainer_of(module)
-    for callback in trainer.callbacks if trainer is not None else ():
+    for callback in trainer.callbacks if trainer is not None else ():  # type: ignore[attr-defined]
         for name, value in vars(callback).items():
             if isinstance(value, nn.Module) and value is not module:
                 prefix = f"{type(callback).__name__}.{name}"
