@@ -160,6 +160,39 @@ class Idle(pl.Callback):
         pass
 
 
+class Appending(Plain):
+    """Appends outputs to lists and uses them at the epoch's end, as Lightning's own guide to version 2 says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outputs: list[Any] = []
+        self.val_outputs: dict[int, list[Any]] = {0: [], 1: []}
+        self.kept: list[Any] = []  # never cleared
+        self.register_buffer("threshold", torch.zeros(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        losses = (self.net(batch[0]).squeeze(1) - batch[1]) ** 2
+        self.outputs.append({"number": batch[1], "loss": losses.detach()})
+        self.kept.append(batch_idx)
+        return losses.mean()
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.val_outputs[dataloader_idx].append(self.net(batch[0]).squeeze(1) > self.threshold)
+
+    def on_train_epoch_end(self) -> None:
+        note(self.trainer, numbers=[item["number"].tolist() for item in self.outputs])
+        losses = torch.cat([item["loss"] for item in self.outputs])
+        self.threshold.copy_(losses.quantile(0.9))
+        self.log("train/median", losses.median())
+        self.outputs.clear()
+
+    def on_validation_epoch_end(self) -> None:
+        for number, items in self.val_outputs.items():
+            if items:
+                self.log(f"val/above{number}", torch.cat(items).float().mean())
+            items.clear()
+
+
 class Gathering(Plain):
     """Gathers outputs in lists, one for all steps of training and one for each loader of a validation."""
 
@@ -212,11 +245,11 @@ class Partial(Plain):
     def __init__(self, kinds: str = "") -> None:
         super().__init__()
         self.kinds = kinds.split()
-        self.numbers: list[torch.Tensor] = []
+        self.total, self.count = 0.0, 0
         self.seen = torchmetrics.MeanMetric()
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.numbers.append(batch[1])
+        self.total, self.count = self.total + float(batch[1].sum()), self.count + len(batch[1])
         self.seen(batch[1])
         self.log("val/seen", self.seen)
 
@@ -234,8 +267,8 @@ class Partial(Plain):
             self.log("train", float(self.global_rank))
 
     def on_validation_epoch_end(self) -> None:
-        value = torch.cat(self.numbers).float().mean()
-        self.numbers.clear()
+        value = torch.tensor(self.total / self.count)
+        self.total, self.count = 0.0, 0
         self.log("val/computed", self.seen.compute(), sync_dist=True)
         self.log("val/own", value, rank_zero_only=True)
         if "plain" in self.kinds:

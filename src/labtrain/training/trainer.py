@@ -24,6 +24,7 @@ from labtrain.training.callbacks.agreement import Agreement
 from labtrain.training.callbacks.checkpoint import Checkpoints, FolderIO
 from labtrain.training.callbacks.gpu_stats import GpuStats
 from labtrain.training.callbacks.history import History
+from labtrain.training.callbacks.outputs import WholeOutputs
 from labtrain.training.callbacks.recorder import Recorder
 from labtrain.training.callbacks.steps import BatchSizes, Progress, Seeding, Trail
 from labtrain.training.devices import make_strategy
@@ -135,7 +136,7 @@ def make_callbacks(
         callbacks.append(
             Objective(shards=shards, strict=strict, judge=guard.judge, say=recorder.say, note=recorder.note)
         )
-    callbacks += [Seeding(per_rank=shards is None), BatchSizes(), recorder]
+    callbacks += [Seeding(per_rank=shards is None), BatchSizes(), WholeOutputs(), recorder]
     if every_n_steps:
         first = recorder.resumed_step
         callbacks.append(Trail(run_dir / TRAIL, every_n_steps=every_n_steps, resumed_step=first, say=recorder.say))

@@ -40,6 +40,26 @@ def test_the_items_of_all_ranks_come_in_the_order_of_batches_and_shards(tmp_path
     assert outcomes[0] == outcomes[1]
 
 
+def test_lists_that_steps_append_to_are_whole_in_the_hooks_at_the_end(tmp_path: Path) -> None:
+    """Without a call of labtrain: on 1, 2 and 3 devices, stopped in mid-epoch."""
+    outcomes = []
+    for world in (1, 2, 3):
+        config = numbered("Appending", data={"two": True}, trainer={"max_epochs": 3, "val_check_interval": 2})
+        folder = tmp_path / str(world)
+        if world == 2:
+            config["checkpoint"]["every_n_steps"] = 1
+            config["callbacks"] |= AT
+            (folder / "seen").mkdir(parents=True)
+            seen = {"SEEN": str(folder / "seen")}
+            Runner(folder).run(config, world=3, code=EXIT_STOPPED, signal_at=f"5 {signal.SIGTERM} 0", environment=seen)
+            (folder / "seen").rename(folder / "before")
+        ranks, found = gathered(folder, world, config)
+        assert all(rank == ranks[0] for rank in ranks)
+        outcomes.append((ranks[0][-1], found["weights_digest"], found["state_digest"], found["metrics"]))
+    assert outcomes[0] == outcomes[1] == outcomes[2]
+    assert sorted(number for shard in outcomes[0][0]["numbers"] for number in shard) == list(range(22))
+
+
 def test_part_of_a_validation_and_without_shards(tmp_path: Path) -> None:
     """limit_val_batches counts; without shards an item is a rank's part of a batch."""
     config = numbered("Gathering", determinism={"shards": None}, trainer={"limit_val_batches": 1})

@@ -7,9 +7,10 @@ of its shards.
 Lightning 2.6: loops/training_epoch_loop.py and loops/evaluation_loop.py, for the number of batches.
 """
 
+import operator
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 
 import lightning.pytorch as pl
 import torch
@@ -19,11 +20,13 @@ from labtrain.base.errors import ConfigError
 from labtrain.data.sharded import Loader
 from labtrain.exact.attributes import plain_attributes
 from labtrain.exact.collate import received, to_send
+from labtrain.exact.plain_values import is_plain
 from labtrain.training.lightning import eval_loaders, evaluation_loop, train_loaders
 
 Path = tuple[object, ...]  # an attribute's dotted name, then the keys that lead to a list
 Calls = list[list[int]]  # calls[loader][batch]: how often this rank's step was called
 
+_filled: set[int] = set()  # ids of lists that have the items of all ranks now
 _trainer: weakref.ref[pl.Trainer] | None = None
 
 
@@ -46,6 +49,8 @@ def gather_outputs(outputs: list[object]) -> list[object]:
     Raises:
         ConfigError: the number of items is not the number of calls.
     """
+    if id(outputs) in _filled:
+        return list(outputs)
     trainer = _trainer() if _trainer is not None else None
     calls = calls_of(trainer) if trainer is not None else [[1] * len(outputs)]
     if trainer is not None and trainer.training and trainer.world_size > 1:
@@ -74,23 +79,58 @@ def made_whole(trainer: pl.Trainer, grown: set[str]) -> Iterator[list[Path]]:
     Yields:
         the paths of these lists: those of rank 0 with one item a call.
     """
+    filled = fill(trainer, {path for path in lists_of(trainer.lightning_module) if path[0] in grown})
+    try:
+        yield list(filled.own)
+    finally:
+        filled.put_back()
+
+
+class Filled:
+    """Lists that have the items of all ranks for a while.
+
+    Args:
+        lists: the lists, by path.
+        own: the items of this rank.
+    """
+
+    def __init__(self, lists: dict[Path, list[object]], own: dict[Path, list[object]]) -> None:
+        self.lists, self.own = lists, own
+        self.whole = {path: list(items) for path, items in lists.items()}
+        _filled.update(map(id, lists.values()))
+
+    def put_back(self) -> None:
+        """Leave this rank's items in the lists that still have those of all ranks."""
+        for path, items in self.lists.items():
+            _filled.discard(id(items))
+            if len(items) == len(self.whole[path]) and all(map(operator.is_, items, self.whole[path])):
+                items[:] = self.own[path]
+
+
+def fill(trainer: pl.Trainer, paths: Collection[Path]) -> Filled:
+    """Fill lists with the items of all ranks; on every rank.
+
+    Only lists of plain values and tensors, with one item for each call of the step on each rank, or for
+    each call with one of several loaders.
+
+    Args:
+        trainer: in or at the end of an epoch, with shards.
+        paths: of lists that steps of this rank append to; those of rank 0 count.
+    """
     lists = lists_of(trainer.lightning_module)
-    mine = grown, calls_of(trainer), {path: len(items) for path, items in lists.items()}
+    mine = paths, calls_of(trainer), {path: len(items) for path, items in lists.items() if is_plain(items)}
     ranks = [mine] * trainer.world_size
     if trainer.world_size > 1:
         dist.all_gather_object(ranks, mine)
-    calls = [sum(map(sum, of_rank)) for _, of_rank, _ in ranks]
-    paths = [
-        path for path in ranks[0][2] if path[0] in ranks[0][0] and [lengths.get(path) for *_, lengths in ranks] == calls
-    ]
-    own = {path: list(lists[path]) for path in paths}
-    try:
-        for path in paths:
-            lists[path][:] = gather_outputs(own[path])
-        yield paths
-    finally:
-        for path, items in own.items():
-            lists[path][:] = items
+    by_loader = [[sum(of_loader) for of_loader in of_rank] for _, of_rank, _ in ranks]
+    calls = [list(map(sum, by_loader)), *map(list, zip(*by_loader, strict=True))]  # of all loaders, and of each
+    found = [path for path in ranks[0][2] if path in ranks[0][0] and [each.get(path) for *_, each in ranks] in calls]
+    own: dict[Path, list[object]] = {}
+    for path in found:
+        with suppress(ConfigError):  # several loaders fit the number of items: gather_outputs in the hook says so
+            whole = gather_outputs(lists[path])
+            own[path], lists[path][:] = list(lists[path]), whole
+    return Filled({path: lists[path] for path in own}, own)
 
 
 def leave_own(trainer: pl.Trainer, paths: list[Path]) -> None:
