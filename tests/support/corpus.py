@@ -45,6 +45,7 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_leaves
 
 import labtrain
@@ -224,7 +225,7 @@ class Recording:
     """The steps of a training.
 
     Attributes:
-        steps: epoch, batch, generators' states, loss and logged values of each training_step.
+        steps: place, batch, generators' states, loss and logged values of each training_step.
         hooks: the generators' states at the n-th call of each hook of the model, and of validation_step.
         initial: the weights before the first step.
     """
@@ -271,7 +272,8 @@ class Recording:
             self.initial = copy.deepcopy(module.state_dict())
         if self.replayed is not None and number < len(self.replayed.steps):
             put_draws(self.replayed.steps[number]["draws"])
-        step = {"epoch": module.current_epoch, "draws": draws(), "size": size(arguments[0])}
+        place = module.current_epoch, module.trainer.fit_loop.epoch_loop.batch_idx
+        step: dict[str, Any] = {"place": place, "draws": draws(), "size": size(arguments[0])}
         step["batch"] = copy.deepcopy(arguments[0]) if self.replayed is None else None
         self.steps.append(step)
         self.logged = []
@@ -286,6 +288,11 @@ class Recording:
         if self.replayed is not None and len(calls) < len(self.replayed.hooks.get(name, [])):
             put_draws(self.replayed.hooks[name][len(calls)])
         calls.append(draws())
+
+
+def first_of_batches(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first step of each batch: an optimizer such as LBFGS calls its closure several times."""
+    return list({step["place"]: step for step in reversed(steps)}.values())[::-1]
 
 
 def draws() -> tuple[Any, ...]:
@@ -336,7 +343,7 @@ def _like_lightning(program: str, folder: Path) -> tuple[str, str]:
 
 
 def _compare_loaders(steps: list[dict[str, Any]], sizes: dict[int, tuple[list[int], bool]]) -> None:
-    for epoch, group in itertools.groupby(steps, key=lambda step: step["epoch"]):
+    for epoch, group in itertools.groupby(first_of_batches(steps), key=lambda step: step["place"][0]):
         ours, (theirs, ended) = sorted(step["size"] for step in group), sizes.get(epoch, ([], True))
         if len(ours) != len(theirs) if ended else len(ours) > len(theirs):
             raise DifferentError(f"epoch {epoch}: {len(ours)} batches, {len(theirs)} of plain Lightning")
@@ -395,7 +402,7 @@ class Replay:
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self.trainer.current_epoch
-        recorded = iter([step["batch"] for step in self.steps if step["epoch"] == epoch])
+        recorded = iter([step["batch"] for step in first_of_batches(self.steps) if step["place"][0] == epoch])
         sizes: list[int] = []
         self.sizes[epoch] = sizes, False
         for batch, *_ in self.combined:
@@ -446,7 +453,8 @@ def train_plainly(program: str, config: Any, folder: Path, file: Path, log: Path
 
     data.train_dataloader, data.setup = train_dataloader, setup
     for owner, hook in itertools.product((model, data), TRANSFER_HOOKS):
-        setattr(owner, hook, _only_in_evaluation(getattr(owner, hook), trainer))
+        if is_overridden(hook, owner):
+            setattr(owner, hook, _only_in_evaluation(getattr(owner, hook), trainer))
     trainer.fit(model, datamodule=data)
     sizes = {epoch: found for replay in replays for epoch, found in replay.sizes.items()}
     torch.save({**recording.kept(), "sizes": sizes, "weights": model.state_dict()}, folder / "recording.pt")
