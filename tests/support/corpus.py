@@ -407,6 +407,7 @@ class Replay:
         self.sizes[epoch] = sizes, False
         for batch, *_ in self.combined:
             sizes.append(size(batch))
+            self.sizes[epoch] = sizes, len(sizes) == vars(self).get("length")  # then it is asked for no more
             if (replayed := next(recorded, None)) is not None:
                 yield copy.deepcopy(replayed)
         self.sizes[epoch] = sizes, True
