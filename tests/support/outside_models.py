@@ -136,6 +136,23 @@ class Teaches(Small):
         data.train.blur = f"{data.train.level} pixels"
 
 
+class Rollouts(exact_worker.Data):
+    """Its training data are tensors, which a hook writes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.train = torch.utils.data.TensorDataset(self.train.images, self.train.labels)
+
+
+class Plays(Small):
+    """Makes the data of each epoch with its weights, as an agent plays episodes."""
+
+    def on_train_epoch_start(self) -> None:
+        data: Any = self.trainer.datamodule
+        images, _ = data.train.tensors
+        images.copy_(torch.randn_like(images) + next(self.parameters()).detach().mean())
+
+
 class Scales(Small):
     """Has a hook of its optimizer keep a factor of the learning rate in it."""
 

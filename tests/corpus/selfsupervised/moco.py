@@ -55,9 +55,7 @@ class Model(L.LightningModule):
 
     @torch.no_grad()
     def _dequeue_and_enqueue(self, keys):
-        keys = labtrain.gather(
-            keys
-        )  # labtrain: keys = concat_all_gather(keys) if self.trainer.world_size > 1 else keys
+        keys = labtrain.gather(keys)  # labtrain: keys = keys.detach()
         ptr, batch_size = int(self.queue_ptr), keys.shape[0]
         assert self.hparams.num_negatives % batch_size == 0
         self.queue[:, ptr : ptr + batch_size] = keys.T

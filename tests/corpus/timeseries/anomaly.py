@@ -57,9 +57,8 @@ class Model(L.LightningModule):
         return error.mean()
 
     def on_train_epoch_end(self):
-        errors = torch.cat(
-            labtrain.gather_outputs(self.training_step_outputs)
-        )  # labtrain: errors = torch.cat(self.training_step_outputs)
+        outputs = labtrain.gather_outputs(self.training_step_outputs)  # labtrain: outputs = self.training_step_outputs
+        errors = torch.cat(outputs)
         self.threshold = torch.quantile(errors, self.hparams.quantile)
         self.log("threshold", self.threshold)
         self.training_step_outputs.clear()

@@ -94,6 +94,27 @@ def test_a_parameter_that_a_step_changes_is_found(kind: str) -> None:
     assert not found
 
 
+def test_a_list_that_steps_append_to_and_change_is_refused() -> None:
+    """A pool of generated images: each device has the items of its own shards."""
+    module, found, said = step_models.Changes("average"), list[str](), list[str]()
+    place: Any = {"device": torch.device("cpu"), "rank": 0, "world": 1}
+    watch = Watch(module, **place, judge=lambda what, _: found.append(what), say=said.append)
+    module.pool = []
+    for step in range(3):
+        watch.begin()
+        for shard in range(2):
+            if shard:
+                watch.restore()
+            if step < 2:
+                module.pool.append(torch.full((2,), float(shard)))
+            else:
+                module.pool[0] = torch.full((2,), float(shard))
+            watch.leave(shard, last=shard == 1)
+        watch.end(watch.numbers, [range(2)])
+        assert bool(found) == (step == 2)
+    assert found[0].startswith("training_step changes items of pool, to which it has also appended")
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_parameter_that_a_step_changes_is_refused(world: int, runner: Runner) -> None:
     refused(runner, "max_norm", world)

@@ -69,6 +69,14 @@ def test_a_curriculum_in_a_dataset_is_kept(runner: Runner, workers: int) -> None
     assert "was changed in mid-epoch" not in runner.logs[-1].read_text()
 
 
+def test_what_a_hook_writes_into_a_tensor_dataset_is_kept(runner: Runner) -> None:
+    """A resume in mid-epoch runs the hook again, with other weights: the rest of the epoch is what it was."""
+    options = config("Plays")
+    options["data"]["_target_"] = f"{HERE}.Rollouts"
+    whole, found = stopped_and_gone_on(runner, options)
+    assert found == whole
+
+
 def test_a_dataset_that_is_changed_in_mid_epoch_is_said(runner: Runner) -> None:
     options = config("Teaches", each="batch")
     options["data"]["_target_"] = f"{HERE}.Curriculum"

@@ -5,7 +5,7 @@ saved                      because
 ========================== ===========================================================================================
 `requires_grad`            code that unfreezes a backbone in epoch 5 does not do it again in a process of epoch 9
 modes, `part.training`     the same, for modules in evaluation mode
-buffers, persistent=False  a schedule or a moving average may lie in one
+buffers, persistent=False  a schedule or a moving average may lie in one; also those of a callback's averaged model
 plain attributes           a counter, a list of losses: attributes.py
 weights in lists           a teacher that the optimizer must not find; and weights in objects of libraries
 accumulated gradients      with manual optimization, or an own `optimizer_zero_grad`, they may belong to steps that the
@@ -120,7 +120,7 @@ class Unsaved:
         Raises:
             ConfigError: an attribute belongs to an object that this process does not have.
         """
-        parameters, modules = dict(self.module.named_parameters()), dict(self.module.named_modules())
+        parameters, modules = dict(self.module.named_parameters()), _modules(self.module)
         for name, flag in kept.get("trainable", {}).items():
             if name in parameters:
                 parameters[name].requires_grad_(flag)
@@ -233,9 +233,23 @@ def _unlike(now: dict[str, bool], before: dict[str, bool]) -> dict[str, bool]:
     return {name: flag for name, flag in now.items() if before.get(name) is not flag}
 
 
+def _modules(module: nn.Module) -> dict[str, nn.Module]:
+    """Return the parts of a model, and of modules that callbacks have, such as an averaged model, by name."""
+    found = dict(module.named_modules())
+    trainer = vars(module).get("_trainer")
+    for callback in trainer.callbacks if trainer is not None else ():
+        for name, value in vars(callback).items():
+            if isinstance(value, nn.Module) and value is not module:
+                prefix = f"{type(callback).__name__}.{name}"
+                while prefix in found:  # two callbacks of one class
+                    prefix += "'"
+                found |= dict(value.named_modules(prefix=prefix))
+    return found
+
+
 def _hidden_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
     """Yield the buffers that are in no state dict, by name."""
-    for path, part in module.named_modules():
+    for path, part in _modules(module).items():
         for name in sorted(part._non_persistent_buffers_set):
             yield f"{path}.{name}" if path else name, part._buffers.get(name)
 

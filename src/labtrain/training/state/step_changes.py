@@ -256,11 +256,12 @@ class Watch:
             self._take(ranges)
         if differs and not set(names) <= self._said:
             self._said |= set(names)
-            prints = [self._prints]
+            found = [(self._prints, self.grown())]
             if self.world > 1:
-                prints = [{}] * self.world
-                dist.all_gather_object(prints, self._prints)
-            self._tell({shard: found for part in prints for shard, found in part.items()}, len(numbers_S5))
+                found = [({}, set())] * self.world
+                dist.all_gather_object(found, (self._prints, self.grown()))
+            prints = {shard: each for of_rank, _ in found for shard, each in of_rank.items()}
+            self._tell(prints, set().union(*(grown for _, grown in found)), len(numbers_S5))
 
     def _take(self, ranges: list[range]) -> None:
         """Take the values of the last shard from its rank: one object there is one object here."""
@@ -277,7 +278,7 @@ class Watch:
             self._attributes.restore(self._left.keys() - unknown)
             self._attributes.put(nodes, self.device)
 
-    def _tell(self, prints: dict[int, dict[str, str | None]], shards: int) -> None:
+    def _tell(self, prints: dict[int, dict[str, str | None]], grown: set[str], shards: int) -> None:
         everything = {name for found in prints.values() for name in found}
         unlike = sorted(
             name
@@ -285,6 +286,12 @@ class Watch:
             if len({prints.get(shard, {}).get(name) for shard in range(shards)}) > 1
         )
         self._named |= set(unlike)
+        if mixed := sorted(grown.intersection(unlike)):
+            self.judge(
+                f"training_step changes items of {mixed[0]}, to which it has also appended: each device has those of"
+                " its shards, so the result depends on the number of devices",
+                "append to it and change it in on_train_batch_end, which runs once a step; or determinism.shards=1",
+            )
         if unlike:
             one = len(unlike) == 1
             self.say(

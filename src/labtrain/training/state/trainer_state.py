@@ -3,7 +3,8 @@
 ================= ====================================================================================================
 the Trainer       numbers and texts: `accumulate_grad_batches`, `gradient_clip_val`, `max_epochs`
 the data module   plain attributes, like the model's (attributes.py); not those over one MiB
-its datasets      numbers and texts, such as the difficulty of a curriculum, except counters of loads
+its datasets      numbers and texts, such as the difficulty of a curriculum, except counters of loads; what a
+                  TensorDataset holds, up to one MiB
 optimizers        plain attributes of any size; of torch's own optimizers, attributes that code has set
 ================= ====================================================================================================
 
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
@@ -89,7 +90,8 @@ class Outside:
         for label, part in _parts(self.trainer):
             shell = _shell(part, self.trainer)
             missing = restore(shell, kept.get(label, {}), device=self.trainer.strategy.root_device)
-            vars(part).update({name: vars(shell)[name] for name in kept.get(label, {}).get("", {})})
+            for name in kept.get(label, {}).get("", {}):
+                _put(part, name, vars(shell)[name])
             if missing and entering:
                 raise ConfigError(
                     f"{label}.{missing[0]} cannot be restored: its object is made during the"
@@ -141,12 +143,24 @@ def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, object]]:
     for loader in train_loaders(trainer):
         dataset, name = getattr(loader, "dataset", None), "dataset"
         while isinstance(dataset, Dataset) and not hasattr(dataset, "state_dict"):
-            if is_experiments(type(dataset)):
+            if is_experiments(type(dataset)) or type(dataset) is TensorDataset:
                 yield name, dataset
             # The dataset in a Subset, or in a user's wrapper.
             dataset, name = getattr(dataset, "dataset", None), f"{name}.dataset"
     for index, optimizer in enumerate(trainer.optimizers):
         yield f"{type(optimizer).__name__}" if index == 0 else f"{type(optimizer).__name__}-{index}", optimizer
+
+
+def _put(part: object, name: str, value: object) -> None:
+    """Set an attribute; the tensors of a TensorDataset in place, since other objects may have them too."""
+    before = vars(part).get(name)
+    if type(part) is TensorDataset and isinstance(value, tuple) and isinstance(before, tuple):
+        alike = [(now.shape, now.dtype) == (new.shape, new.dtype) for now, new in zip(before, value, strict=True)]
+        if all(alike):
+            for now, new in zip(before, value, strict=True):
+                now.copy_(new)
+            return
+    vars(part)[name] = value
 
 
 def _shell(part: object, trainer: pl.Trainer) -> nn.Module:
@@ -169,7 +183,7 @@ def _own(part: object) -> list[tuple[str, object]]:
 
 
 def _is_kept(part: object, value: object) -> bool:
-    if isinstance(part, Dataset):
+    if isinstance(part, Dataset) and type(part) is not TensorDataset:
         return type(value) in SCALARS
     return isinstance(part, Optimizer) or _size(value) <= MOST_BYTES
 
@@ -183,6 +197,8 @@ def _counts(trainer: pl.Trainer) -> set[str]:
 def _marks(trainer: pl.Trainer) -> Iterator[tuple[str, object]]:
     """Yield a mark for each attribute that is not saved, by name: it changes with the attribute."""
     for label, part in _parts(trainer):
+        if type(part) is TensorDataset and _size(part.tensors) > MOST_BYTES:
+            yield f"{label}.tensors", [(each.data_ptr(), each._version) for each in part.tensors]
         if isinstance(part, Dataset):
             continue
         plain = plain_attributes(_shell(part, trainer))
