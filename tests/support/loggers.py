@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from labtrain.training.loggers import wandb_records
+from labtrain.training.loggers.wandb import wandb_records
 from tests.support.exact import Runner, configure, tell
 
 OPTIONS: dict[str, dict[str, str]] = {"tensorboard": {}, "csv": {}, "wandb": {"mode": "offline", "project": "test"}}

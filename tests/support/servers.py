@@ -1,4 +1,4 @@
-"""Real servers on 127.0.0.1: SeaweedFS for S3, OpenSSH for SFTP. As any user."""
+"""Real servers on 127.0.0.1: SeaweedFS for S3, OpenSSH for SFTP, MLflow. As any user."""
 
 import getpass
 import json
@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -258,3 +259,50 @@ class SFTP(Server):
         finally:
             client.close()
         return ""
+
+
+class MLflow(Server):
+    """MLflow's tracking server, with its runs in SQLite."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        if not (ROOT / ".servers" / "mlflow").is_dir():
+            need("mlflow", "")
+        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
+        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        variables = {"PYTHONPATH": str(ROOT / ".servers"), "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (self.folder / "log.txt").open("ab") as log:
+            self.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **variables},
+                cwd=self.folder,
+                start_new_session=True,  # it starts uvicorn, which does not end with it
+            )
+        wait_until(
+            lambda: urllib.request.urlopen(f"{self.url}/health", timeout=1).status == 200,
+            process=self.process,
+            log=self.folder / "log.txt",
+        )
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        super().kill()
+
+
+def environment_with_mlflow(folder: Path) -> Path:
+    """Return the Python of a copy of this environment into which MLflow is installed, as a person installs it."""
+    root = Path(sys.prefix)
+    subprocess.run(["cp", "-al", str(root), str(folder / "venv")], check=True)
+    (site,) = folder.glob("venv/lib/python3.*/site-packages")
+    for path in (ROOT / ".servers").resolve().iterdir():
+        if path.name != "bin" and not (site / path.name).exists():
+            subprocess.run(["cp", "-al", str(path), str(site)], check=True)
+    return folder / "venv" / "bin" / "python"

@@ -274,8 +274,12 @@ class CleanStream:
         self.stream = stream
 
     def write(self, text: str) -> int:
-        self.stream.write(without_secrets(text))
+        self.stream.write(self.clean(text))
         return len(text)
+
+    def clean(self, text: str) -> str:
+        """Return a text without credentials."""
+        return without_secrets(text)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)

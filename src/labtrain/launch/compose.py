@@ -120,7 +120,7 @@ class HydraTask:
         from hydra.types import RunMode
         from omegaconf import OmegaConf
 
-        from labtrain.launch.sweep import value_of
+        from labtrain.launch.sweep import note_run, value_of
 
         if missing := sorted(OmegaConf.missing_keys(cfg)):
             raise ConfigError(
@@ -138,6 +138,7 @@ class HydraTask:
         command = self.command if single or {"-m", "--multirun"} & set(self.command) else [*self.command, "-m"]
         supervisor = 0 if single else os.getpid()
         job = make_job(config, root=Path(self.root), command=command, supervisor=supervisor, references=references)
+        note_run(job.run_dir)
         if finished(job):
             return None if single else value_of(job, HydraConfig.get().sweeper)
         refuse_unwritable(Path(job.run_dir))

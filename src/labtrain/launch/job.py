@@ -11,11 +11,12 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, TextIO, cast
+from typing import IO, TYPE_CHECKING
 
 from labtrain.base.console import one_line, shown
-from labtrain.base.credentials import CleanStream, remember
+from labtrain.base.credentials import remember
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError
+from labtrain.base.output import keep_output
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, end_with_parent
 from labtrain.launch.compose import print_error
@@ -44,7 +45,7 @@ def main() -> None:
     rank = ranks.rank if ranks else int(os.environ.get("LOCAL_RANK", "0"))
     _end_with_starter(job, ranks)
     out = _take_stdout()
-    sys.stdout, sys.stderr = cast(TextIO, CleanStream(sys.stdout)), cast(TextIO, CleanStream(sys.stderr))
+    keep_output(rank)
     job.enter_path()
     if job.config["determinism"]["mode"] != "off":
         load_from_source()

@@ -5,7 +5,9 @@ sampler. https://hydra.cc/docs/1.3/plugins/optuna_sweeper/
 """
 
 import math
+import os
 import random
+import subprocess
 import sys
 import traceback
 from collections.abc import Container
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 PLUGIN = "hydra_plugins.hydra_optuna_sweeper"
 SQLITE = "sqlite:///"
+RUNS = "LABTRAIN_SWEEP_RUNS"  # a file with the folders of the sweep's runs
 
 
 class SweepStart(Callback):
@@ -37,9 +40,32 @@ class SweepStart(Callback):
             refuse_under_launcher()
             complete(config)
             save_without_secrets()
+            os.environ[RUNS] = str(Path(config.hydra.sweep.dir, f"runs-{os.getpid()}").absolute())
         except ConfigError as error:
             sys.stderr.write(f"error: {error}\n")
             sys.exit(error.exit_code)  # Hydra turns any Exception into a warning: hydra/_internal/callbacks.py
+
+    def on_multirun_end(self, config: "DictConfig", **kwargs: object) -> None:
+        """Print the table of the sweep's runs."""
+        path = Path(os.environ.pop(RUNS))
+        if not path.exists():
+            return
+        runs = list(dict.fromkeys(path.read_text().splitlines()))
+        path.unlink()
+        sys.stdout.flush()
+        # In a process, since the command is above this package.
+        subprocess.run(
+            [sys.executable, "-c", "from labtrain.cli import main; main()", "ls", *runs], stdout=2, check=False
+        )
+
+
+def note_run(run_dir: str) -> None:
+    """Note a run of this sweep for the table at its end."""
+    if RUNS in os.environ:
+        path = Path(os.environ[RUNS])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(f"{run_dir}\n")
 
 
 def refuse_under_launcher() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -14,7 +15,9 @@ from labtrain.base.files import file_sha256
 from labtrain.base.programs import run_program
 from labtrain.bootstrap import WHEEL_LOCK
 
-PLUGIN = "hydra_plugins/labtrain_searchpath.py"  # next to labtrain, in a folder that other distributions use too
+# Next to labtrain, in a folder that other distributions use too.
+PLUGINS = ("hydra_plugins/labtrain_searchpath.py", "hydra_plugins/labtrain_parallel.py")
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 ZIP_EPOCH = "315532800"  # 1980-01-01, the earliest date in a zip file: the same files give the same wheel
 PACK_TIMEOUT_S = 600  # it takes a second, on a slow disk more
 SKIPPED = ("__pycache__", "*.pyc")
@@ -24,7 +27,7 @@ def make_experiment(target: Path, *, author: str) -> None:
     """Make the experiment `target`, named after its last part.
 
     Raises:
-        ConfigError: the folder exists or cannot be written, or its name is not an identifier. Nothing is left behind.
+        ConfigError: the folder exists or cannot be written, or its name is not valid. Nothing is left behind.
     """
     from cookiecutter.exceptions import CookiecutterException, FailedHookException
     from cookiecutter.main import cookiecutter
@@ -32,9 +35,9 @@ def make_experiment(target: Path, *, author: str) -> None:
     target = target.resolve()
     if target.exists():
         raise ConfigError(f"{target} already exists", hint=f"labtrain new {target.name}2, or remove it first")
-    if not target.name.isidentifier() or not target.name.isascii():
+    if not NAME.fullmatch(target.name):
         raise ConfigError(
-            f"{target.name!r} is not a valid name: use ASCII letters, digits and _, and do not begin with a digit",
+            f"{target.name!r} is not a valid name: use ASCII letters, digits, _ and -, and begin with a letter or _",
             hint="labtrain new digits",
         )
     missing = target.parent
@@ -116,7 +119,8 @@ def build_wheel(folder: Path) -> Path:
         tree = Path(scratch) / "tree"
         shutil.copytree(Path(__file__).parents[1], tree / "labtrain", ignore=shutil.ignore_patterns("assets", *SKIPPED))
         (tree / "hydra_plugins").mkdir()
-        shutil.copyfile(Path(__file__).parents[2] / PLUGIN, tree / PLUGIN)
+        for name in PLUGINS:
+            shutil.copyfile(Path(__file__).parents[2] / name, tree / name)
         for name in SOURCES:
             copy_asset(name, tree / "labtrain" / "assets" / name)
         info = tree / f"labtrain-{distribution.version}.dist-info"

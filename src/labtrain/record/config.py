@@ -201,7 +201,8 @@ def check_modules(config: Config, root: Path) -> None:
         ConfigError: names the key and the module.
     """
     groups: dict[str, Options | None] = {"model": config["model"], "data": config["data"]}
-    groups |= {f"callbacks.{name}": options for name, options in config["callbacks"].items()}
+    for group in ("callbacks", "logger"):
+        groups |= {f"{group}.{name}": options for name, options in as_options(config)[group].items()}
     for key, options in groups.items():
         target = options.get("_target_") if isinstance(options, dict) else None
         module = target.partition(".")[0] if isinstance(target, str) else ""

@@ -18,8 +18,9 @@ import sys
 import sysconfig
 import tempfile
 import types
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES, ModuleSpec, PathFinder, SourceFileLoader
 from pathlib import Path
@@ -30,6 +31,7 @@ from labtrain.base.untrusted import read_source
 SUFFIXES = (".py", ".pyc", ".so")  # also bytecode without source, and extension modules
 OWN = Path(__file__).parents[1]
 FROM_SOURCE = "LABTRAIN_FROM_SOURCE"  # makes child processes load from source too
+IGNORE = ".labtrainignore"
 STARTS_WITH_PYTHON = ("sitecustomize", "usercustomize")  # imported by the interpreter itself
 MOST_FILES, MOST_BYTES = 20_000, 1_000_000_000  # outside the environment; more than this is another environment
 IMPORT = re.compile(r"(?:^|[;:])[ \t]*(?:from[ \t]+([^\W\d]\w*)|import[ \t]+([\w.,\t ]+))", re.MULTILINE)
@@ -122,13 +124,54 @@ def labtrain_sources() -> dict[str, str]:
 
 
 def sources(root: Path) -> Iterator[Path]:
-    """Yield the modules below `root` that a run can depend on; skip tests, runs, hidden folders and environments."""
+    """Yield the modules below `root` that a run can depend on.
+
+    Skip tests, runs, hidden folders, environments, and what `.labtrainignore` names. If code imports a module that is
+    named there, `read_code` hashes it like one outside the folder.
+    """
+    ignored = ignored_by(root)
     for folder, folders, files in os.walk(root):
         here = Path(folder)
+        place = here.relative_to(root)
+        folders[:] = [name for name in folders if not ignored(place / name, True)]
+        files = [name for name in files if not ignored(place / name, False)]
         folders[:] = [name for name in folders if not name.startswith("__") and not _is_left_out(here / name)]
         if here == root:
             folders[:] = [name for name in folders if name not in ("runs", "tests", "vendor")]
         yield from (here / name for name in files if name.endswith(SUFFIXES))
+
+
+def ignored_by(root: Path) -> Callable[[Path, bool], bool]:
+    """Return whether `.labtrainignore` names a path below `root`; the second argument: whether it is a folder.
+
+    Its lines have the form of .gitignore: a name or pattern anywhere, or with a slash from `root` on. A slash at its
+    end names folders only. # begins a comment. `!` and `**` are not supported.
+
+    Raises:
+        ConfigError: a line is not supported.
+    """
+    path = root / IGNORE
+    patterns = []
+    for number, line in enumerate(path.read_text().splitlines() if path.is_file() else [], start=1):
+        pattern = line.strip()
+        if not pattern or pattern.startswith("#"):
+            continue
+        if pattern.startswith("!") or "**" in pattern:
+            raise ConfigError(
+                f"{IGNORE}, line {number}: {pattern}: ! and ** are not supported",
+                hint="write a file's or folder's name, such as plot.py, figures/ or *_plot.py",
+            )
+        bare = pattern.rstrip("/")
+        patterns.append((bare.lstrip("/"), "/" in bare, pattern.endswith("/")))
+
+    def is_ignored(place: Path, is_folder: bool) -> bool:
+        return any(
+            fnmatchcase(place.as_posix() if anchored else place.name, pattern)
+            for pattern, anchored, folders_only in patterns
+            if is_folder or not folders_only
+        )
+
+    return is_ignored
 
 
 def _is_left_out(folder: Path) -> bool:

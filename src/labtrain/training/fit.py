@@ -29,6 +29,7 @@ from labtrain.base.errors import (
     explain_callback,
     in_words,
 )
+from labtrain.base.output import write_output_to
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, Wishes, in_main_thread
 from labtrain.environment.doctor.environment import REPAIR, unlike_lock
@@ -49,7 +50,7 @@ from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.guard import Guard, explain_operation
 from labtrain.training.lightning import ignore_signals, put_checkpoint_connector
 from labtrain.training.loaders import take_loaders
-from labtrain.training.loggers import log_config, make_loggers
+from labtrain.training.loggers import log_config, log_receipt, make_loggers
 from labtrain.training.speed import check_compiler, explain_compile
 from labtrain.training.start import find_start, hold_records, refuse_outdated, warn_resumed
 from labtrain.training.state.rebuild import Connector, explain_step
@@ -216,13 +217,14 @@ class _Session:
             refuse_outdated(self.before, self.run_dir)
             self.saver.open()
             self._say_start()
+        write_output_to(self.run_dir)
         if shards_in_use(config) is None:
             self.recorder.say(plain_because(config))
             if config["trainer"]["strategy"] not in (*EXACT_STRATEGIES, SHARDED_STRATEGY) and start.found is not None:
                 raise NotThereYetError(
                     f"resuming under trainer.strategy={config['trainer']['strategy']}", hint="resume=never starts again"
                 )
-        log_config(self.loggers, as_options(self.job.recorded()))
+        log_config(self.loggers, as_options(self.job.recorded()), run_id=self.run_dir.name)
 
     def _say_start(self) -> None:
         found, say = self.start.found, self.recorder.say
@@ -251,6 +253,7 @@ class _Session:
         if trainer.is_global_zero:
             self.saver.close(seconds=self.config["checkpoint"]["deliver_seconds"], wanted=True)
             self.recorder.close("complete", step=steps, results=results_of(result, state, self.config))
+            log_receipt(self.loggers, self.run_dir)
         return result
 
     def fail(self, raised: BaseException) -> BaseException:

@@ -15,9 +15,10 @@ from labtrain.exact import determinism
 from labtrain.record.identity import Config, shards_in_use
 from labtrain.training.cluster import make_environment
 from labtrain.training.devices import choose_accelerator
+from labtrain.training.instantiate import instantiate
 from labtrain.training.loaders import take_loaders
 from labtrain.training.speed import check_compiler, hasten
-from labtrain.training.trainer import instantiate, make_trainer
+from labtrain.training.trainer import make_trainer
 
 SAID = ("Batch size", "The batch size", "Reached", "Applying")  # beginnings of Lightning's messages about the search
 

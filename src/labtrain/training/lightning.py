@@ -13,7 +13,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
@@ -339,6 +339,21 @@ def put_experiment(logger: CSVLogger, experiment: ExperimentWriter) -> None:
 def is_offline(logger: WandbLogger) -> bool:
     """Return whether W&B keeps the run on this machine."""
     return bool(logger._offline)
+
+
+def is_begun(logger: MLFlowLogger) -> bool:
+    """Return whether an MLflow logger has its run."""
+    return bool(logger._initialized)
+
+
+def mlflow_of(logger: MLFlowLogger) -> tuple[Any, str]:
+    """Return a logger's client, without beginning a run, and the name of its experiment."""
+    return logger._mlflow_client, logger._experiment_name
+
+
+def take_up(logger: MLFlowLogger, run_id: str) -> None:
+    """Let a logger continue a run that MLflow has."""
+    logger._run_id = run_id
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

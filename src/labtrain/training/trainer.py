@@ -4,18 +4,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import lightning.pytorch as pl
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate as hydra_instantiate
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 
 from labtrain.base.contracts import Options, as_options
-from labtrain.base.errors import ConfigError, in_words, where
+from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Wishes
 from labtrain.exact import determinism
 from labtrain.record.fingerprints import noting_opened, places_in
@@ -30,10 +27,9 @@ from labtrain.training.callbacks.recorder import Recorder
 from labtrain.training.callbacks.steps import BatchSizes, Progress, Seeding, Trail
 from labtrain.training.devices import make_strategy
 from labtrain.training.guard import Guard
+from labtrain.training.instantiate import instantiate
 from labtrain.training.sharded.objective import Objective
 from labtrain.training.speed import Speed
-
-Made = TypeVar("Made")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,37 +103,6 @@ def seeded_alike(set_up: Callable[[], None]) -> None:
     determinism.seed_place("setup")
     set_up()
     determinism.seed_place("setup")
-
-
-def instantiate(options: Options, key: str, kind: type[Made]) -> Made:
-    """Make the object that a part of the configuration describes with `_target_`, with Hydra.
-
-    Args:
-        options: that part.
-        key: its key.
-        kind: the class that it must have.
-
-    Raises:
-        ConfigError: the target cannot be found, does not take these arguments, or makes another class.
-    """
-    target = options["_target_"]
-    try:
-        made = hydra_instantiate(options, _convert_="all")
-    except InstantiationException as error:
-        cause = error.__cause__
-        # If a callback's constructor fails, its arguments are wrong. A model's or datamodule's may fail for any reason.
-        if cause is None or isinstance(cause, TypeError | ImportError) or kind is pl.Callback:
-            text = " ".join(str(error).split()) if cause is None else in_words(cause) + where(cause.__traceback__)
-            raise ConfigError(
-                f"{key}._target_={target}: {text}", hint=f"correct {key} in conf/, or the class it names"
-            ) from error
-        raise cause from None
-    if not isinstance(made, kind):
-        raise ConfigError(
-            f"{key}._target_={target} makes a {type(made).__name__}, expected a {kind.__name__}",
-            hint=f"derive it from lightning.pytorch.{kind.__name__}",
-        )
-    return made
 
 
 def make_callbacks(

@@ -127,6 +127,25 @@ def test_a_source_that_is_no_plain_file_is_refused(kind: str, root: Path, tmp_pa
     assert str(raised.value).startswith(f"{path} is ")
 
 
+def test_what_labtrainignore_names_is_not_in_it(root: Path) -> None:
+    """In the form of .gitignore: names anywhere, paths from the root on, folders, patterns, comments."""
+    write(
+        root, plot="", tools__plot="", figures__one="", deep__figures__two="", my_plot="", deep__keep="", deep__drop=""
+    )
+    (root / ".labtrainignore").write_text("# plots\n\nplot.py\nfigures/\n*_plot.py\n/deep/drop.py\n")
+    assert set(read(root).sources) == {"model.py", "train.py", "deep/keep.py"}
+    before = read(root).digest
+    write(root, plot="1", figures__more="")
+    assert read(root).digest == before
+
+
+@pytest.mark.parametrize("line", ["!plot.py", "**/plot.py"])
+def test_a_line_of_labtrainignore_that_is_not_supported(line: str, root: Path) -> None:
+    (root / ".labtrainignore").write_text(f"a.py\n{line}\n")
+    with pytest.raises(ConfigError, match=r"\.labtrainignore, line 2: .* are not supported"):
+        read(root)
+
+
 def test_what_lies_there_and_is_not_imported_is_not_in_it(root: Path, tmp_path: Path) -> None:
     """Nor is the environment, nor a word of a docstring that looks like an import."""
     (root / "model.py").write_text('"""Sentences begin\nfrom labutils and\nimport labutils."""\nimport torch, numpy\n')

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.training.loggers import ContinuedCSVLogger
+from labtrain.training.loggers.files import ContinuedCSVLogger
 from tests.support.exact import Runner, configure
 from tests.support.loggers import check_each_step_once
 
