@@ -59,6 +59,7 @@ EPOCHS = 3
 WORLDS = (4, 2, 1)  # each is killed; then four go on
 BOUND = 1e-6  # relative, for losses and weights that are not the same bits
 SAME = "same bits"
+NUMBERS = re.compile(r" \([^()]*on rank \d[^()]*\)")  # of an error: other CPUs compute other ones
 ONE_LINE = re.compile(r"^(\s*).*# labtrain: ?(.*)$", re.MULTILINE)
 KILLER = "import os\nfrom typing import Any\n\nimport lightning.pytorch as pl\n\n\n"
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -123,8 +124,9 @@ def _exact(program: str, folder: Path) -> int:
     """Train on one device, on two, and killed and moved; return the number of steps."""
     config, draw = configuration(program), random.Random(program)
     reference = outcome(_run(_runner(program, folder / "one"), config, says="on one device"))
-    found = outcome(_run(_runner(program, folder / "two"), config, world=2, says="on two devices"))
-    _compare("on two devices", reference, found)
+    two = _runner(program, folder / "two")
+    found = outcome(_run(two, config, world=2, says="on two devices"))
+    _compare("on two devices", reference, found, two.said())
     steps = sorted({line["step"] for line in reference["trail"]})
     config["checkpoint"]["every_n_steps"] = draw.choice([1, 2, 3])
     moved = _runner(program, folder / "moved")
@@ -132,7 +134,7 @@ def _exact(program: str, folder: Path) -> int:
         at = f"{step} {int(signal.SIGKILL)} {draw.randrange(world)}"
         _run(moved, config, world=world, signal_at=at, says=f"killed after step {step} of {world} devices")
     run_dir = _run(moved, config, world=4, says="resumed on four devices")
-    _compare("killed and moved", reference, outcome(run_dir))
+    _compare("after kills and on other numbers of devices", reference, outcome(run_dir), moved.logs[0].read_text())
     segments = json.loads((run_dir / "receipt.json").read_text())["segments"]
     assert len(segments) == len(WORLDS) + 1, f"not killed: {segments}"
     return int(reference["steps"])
@@ -190,10 +192,12 @@ def _run(runner: Runner, config: Any, *, says: str, **options: Any) -> Path:
     if run_dir is not None:
         assert "signal_at" not in options, f"{says}: not killed"
         return run_dir
-    lines = [line for line in runner.said().splitlines() if line.startswith("error: ")]
+    lines = runner.said().splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if "signal_at" not in options:
-        if lines:
-            raise RefusedError(lines[0].removeprefix("error: "))
+        if errors:
+            hints = [f" ({line})" for line in lines if line.startswith("hint: ")]
+            raise RefusedError(NUMBERS.sub("", errors[0]) + "".join(hints[:1]))
         raise DifferentError(f"{says}: {_last_line(runner.said())}")
     return Path()
 
@@ -204,7 +208,8 @@ def _last_line(log: str) -> str:
     return (log.strip().splitlines() or ["no output"])[-1]
 
 
-def _compare(how: str, one: dict[str, Any], two: dict[str, Any]) -> None:
+def _compare(how: str, one: dict[str, Any], two: dict[str, Any], log: str) -> None:
+    """Raise DifferentError, with the first warning of a log, unless two outcomes are equal."""
     if one == two:
         return
     differs = [key for key in one if one[key] != two[key]]
@@ -214,7 +219,9 @@ def _compare(how: str, one: dict[str, Any], two: dict[str, Any]) -> None:
         where = next(f"; first: {a} and {b}" for a, b in pairs if a != b)
     if "metrics" in differs:
         where += f"; metrics: {one['metrics']} and {two['metrics']}"
-    raise DifferentError(f"{how}: {', '.join(differs)} differ{where}")
+    print(f"{', '.join(differs)} differ{where}", file=sys.stderr)
+    warnings = [line for line in log.splitlines() if line.startswith("warning: ")]
+    raise DifferentError("; labtrain says: ".join([f"other results {how}", *warnings[:1]]))
 
 
 # ------------------------------------------------------------------------------------- labtrain and plain Lightning
