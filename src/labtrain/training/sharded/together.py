@@ -293,7 +293,7 @@ class Together:
         self.gradients = [parameter.grad for parameter in self.parameters]
 
     def _adopt_weights(self) -> None:
-        """Let all shards go on from the weights that each has changed, such as clamped ones."""
+        """Let all shards continue with the weights that each has changed, such as clamped ones."""
         if self.watch is None or not any(checksum for _, checksum in self.changes):
             return
         if len(set(self.changes)) > 1:
