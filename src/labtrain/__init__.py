@@ -29,26 +29,32 @@ __all__ = [
     "DataLoader",
     "LabtrainError",
     "Result",
+    "compose",
     "digest",
     "fingerprint",
     "gather",
     "gather_outputs",
+    "load",
     "load_weights",
     "main",
+    "runs",
     "train",
 ]
 
 _HOMES = {
     "DataLoader": "labtrain.data.loader",
     "LabtrainError": "labtrain.base.errors",
-    "Result": "labtrain.training.fit",
+    "Result": "labtrain.record.receipt",
+    "compose": "labtrain.launch.experiment",
     "digest": "labtrain.record.digests",
     "fingerprint": "labtrain.record.fingerprints",
     "gather": "labtrain.training.sharded.whole",
     "gather_outputs": "labtrain.training.sharded.gathering",
+    "load": "labtrain.review.catalog.loading",
     "load_weights": "labtrain.checkpoints.locate",
     "main": "labtrain.launch.compose",
-    "train": "labtrain.training.fit",
+    "runs": "labtrain.review.catalog.listing",
+    "train": "labtrain.launch.from_python",
 }
 
 if os.environ.get("LABTRAIN_FROM_SOURCE") == "1":  # started by a training, for example a loader's worker
@@ -60,9 +66,13 @@ if TYPE_CHECKING:
     from labtrain.checkpoints.locate import load_weights
     from labtrain.data.loader import DataLoader
     from labtrain.launch.compose import main
+    from labtrain.launch.experiment import compose
+    from labtrain.launch.from_python import train
     from labtrain.record.digests import digest
     from labtrain.record.fingerprints import fingerprint
-    from labtrain.training.fit import Result, train
+    from labtrain.record.receipt import Result
+    from labtrain.review.catalog.listing import runs
+    from labtrain.review.catalog.loading import load
     from labtrain.training.sharded.gathering import gather_outputs
     from labtrain.training.sharded.whole import gather
 

@@ -33,6 +33,7 @@ def test_another_name_is_an_attribute_error() -> None:
         "labtrain",
         "labtrain.cli",
         "labtrain.launch.compose",
+        "labtrain.launch.from_python",
         "labtrain.environment.doctor",
         "labtrain.project.new",
         "labtrain.checkpoints.locate",

@@ -17,6 +17,8 @@ import pytest
 
 from labtrain.base.errors import EXIT_STOPPED
 from tests.support.exact import SHAPES, STORIES, Runner, configure, newest_manifest, outcome, tell
+from tests.support.loader_models import LOADERS
+from tests.support.own_code import MANUAL, SAMPLERS, manual, of_whole_batches, with_loader
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "model": ("mlp", "cnn", "gpt"),
@@ -30,19 +32,40 @@ Case = tuple[Any, ...]
 EVERY: list[Case] = list(itertools.product(*FACTORS.values()))
 
 
+# The same for what people bring: loaders of torch with each of its samplers, streams, manual optimization, steps that
+# meet. Their shape is "uneven".
+OWN_FACTORS: dict[str, tuple[Any, ...]] = {
+    "program": (*SAMPLERS, "resumable stream", "stream in parts", "gan", "wgan-gp", "clip", "norm"),
+    "world": (1, 2, 3, 4),
+    "story": STORIES,
+    "precision": ("32-true", "bf16-mixed"),
+}
+EVERY_OWN: list[Case] = list(itertools.product(*OWN_FACTORS.values()))
+
+
+def own_program(program: str, precision: str) -> dict[str, Any]:
+    """Return the configuration of a case of EVERY_OWN."""
+    if program in LOADERS:
+        config = with_loader(program)
+    else:
+        config = manual(program) if program in MANUAL else of_whole_batches(program)
+    config["trainer"]["precision"] = precision
+    return dict(config)
+
+
 def meetings(case: Case, count: int) -> set[Any]:
     """Return the sets of `count` values that meet in a case, each value with its factor."""
     return set(itertools.combinations(enumerate(case), count))
 
 
 @cache
-def cover(count: int) -> tuple[Case, ...]:
+def cover(count: int, own: bool = False) -> tuple[Case, ...]:
     """Return cases in which any `count` values of different factors meet: greedily, the case with most new ones next."""
-    draw = random.Random(0)
-    missing = set().union(*(meetings(case, count) for case in EVERY))
+    draw, every = random.Random(0), EVERY_OWN if own else EVERY
+    missing = set().union(*(meetings(case, count) for case in every))
     chosen = []
     while missing:
-        best = max(draw.sample(EVERY, 400), key=lambda case: len(meetings(case, count) & missing))
+        best = max(draw.sample(every, 400), key=lambda case: len(meetings(case, count) & missing))
         chosen.append(best)
         missing -= meetings(best, count)
     return tuple(chosen)
@@ -81,6 +104,30 @@ def is_exact(references: Callable[..., dict[str, Any]], runner: Runner) -> Calla
         config = configure(model, shape, precision, workers)
         found = tell(runner, config, world=world, story=story, seed=zlib.crc32(repr(case).encode()))
         assert found == references(model, shape, precision)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def own_references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], dict[str, Any]]:
+    """The same of a case of EVERY_OWN."""
+
+    @cache
+    def reference(program: str, precision: str) -> dict[str, Any]:
+        return outcome(Runner(tmp_path_factory.mktemp("reference")).run(own_program(program, precision)))
+
+    return reference
+
+
+@pytest.fixture
+def is_exact_own(own_references: Callable[[str, str], dict[str, Any]], runner: Runner) -> Callable[[Case], None]:
+    """Train a case of EVERY_OWN and compare."""
+
+    def check(case: Case) -> None:
+        program, world, story, precision = case
+        config = own_program(program, precision)
+        found = tell(runner, config, world=world, story=story, seed=zlib.crc32(repr(case).encode()))
+        assert found == own_references(program, precision)
 
     return check
 

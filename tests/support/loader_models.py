@@ -151,6 +151,35 @@ class Resumable(IterableDataset[Any]):
         self.order, self.generator.bit_generator.state = list(state["order"]), state["generator"]
 
 
+class Drawing(Resumable):
+    """A stream that augments from the global generators, in the middle of an epoch."""
+
+    def __iter__(self) -> Iterator[Any]:
+        for image, label in super().__iter__():
+            yield image + 0.1 * torch.rand(()) + random.random(), label
+
+
+class InParts(Drawing):
+    """A stream that can be split at fixed places; its parts have different lengths."""
+
+    def shard(self, index: int, count: int) -> "Drawing":
+        part = Images(1)
+        part.images, part.labels = self.images.images[index::count], self.images.labels[index::count]
+        return Drawing(part)
+
+
+class Playing(IterableDataset[Any]):
+    """A stream without a state that depends on what happened in this process."""
+
+    def __init__(self, images: Images) -> None:
+        self.images, self.played = images, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        for index in range(len(self.images)):
+            self.played += 1
+            yield self.images.images[index] + self.played, self.images.labels[index]
+
+
 class ByRank(IterableDataset[Any]):
     """A stream that gives each process other samples."""
 
@@ -223,9 +252,14 @@ STREAMS: dict[str, Callable[[Images], Any]] = {
     "stream": lambda images: DataLoader(Split(images), BATCH),
     "stream in workers": lambda images: DataLoader(Split(images), BATCH, num_workers=2, generator=generator()),
     "resumable stream": lambda images: DataLoader(Resumable(images), BATCH),
+    "drawing stream": lambda images: DataLoader(Drawing(images), BATCH),
+    "stream in parts": lambda images: DataLoader(InParts(images), BATCH),
     "plain iterable": Plain,
 }
-LOADERS |= STREAMS | {"by rank": lambda images: DataLoader(ByRank(images), BATCH)}
+LOADERS |= STREAMS | {
+    "playing": lambda images: DataLoader(Playing(images), BATCH),
+    "by rank": lambda images: DataLoader(ByRank(images), BATCH),
+}
 # Several at once: the step gets two batches.
 SEVERAL: dict[str, Callable[[Images, Images], Any]] = {
     "list": lambda one, two: [torch_loader(one, shuffle=True), torch_loader(two, shuffle=True)],

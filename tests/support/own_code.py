@@ -22,7 +22,9 @@ MANUAL: dict[str, dict[str, Any]] = {
 STEPS_PER_BATCH = {"gan": 2, "gan, clipped": 2, "wgan-gp": 4, "wgan": 4, "accumulated": 0.5}
 # In CI: one of each kind. The others: before a release.
 LOADERS_IN_CI = ("weighted", "by length", "own generator", "max_size", "resumable stream")
-LOADERS_IN_FULL = tuple(name for name in [*LOADERS, *SEVERAL] if name not in (*LOADERS_IN_CI, "by rank"))
+# torch's samplers, each by its name in LOADERS.
+SAMPLERS = ("shuffle", "sequential", "replacement", "subset", "weighted", "distributed", "batch sampler")
+LOADERS_IN_FULL = tuple(name for name in [*LOADERS, *SEVERAL] if name not in (*LOADERS_IN_CI, "by rank", "playing"))
 MANUAL_IN_CI = ("gan", "wgan", "accumulated")
 
 

@@ -10,6 +10,7 @@ import _thread
 import ctypes
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -126,6 +127,36 @@ def _pass_on(done: threading.Event) -> None:
 def block() -> set[signal.Signals]:
     """Block SIGUSR1, also over execve, until a thread waits for it; return the earlier signal mask."""
     return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # type: ignore[return-value]
+
+
+@contextmanager
+def forwarding(child: subprocess.Popen[bytes], *, interrupts: bool) -> Iterator[list[int]]:
+    """Forward signals to a child process; yield the list of those that came, which grows.
+
+    Python sets handlers in the main thread only. In a different thread, forward nothing.
+
+    Args:
+        child: the process.
+        interrupts: also Ctrl-C; False: the child is in the terminal's process group, so it gets Ctrl-C by itself.
+    """
+    caught: list[int] = []
+
+    def forward(number: int, _frame: object) -> None:
+        caught.append(number)
+        if interrupts or number != signal.SIGINT:
+            child.send_signal(number)
+
+    if not in_main_thread():
+        yield caught
+        return
+    before = {number: signal.signal(number, forward) for number in NUMBERS}
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+    try:
+        yield caught
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def unblock() -> None:

@@ -19,12 +19,13 @@ def digest_target(target: str, *, whole: bool = False) -> tuple[str, str | None]
     """Return the digest of `target`, computed from its files, and the digest in its record.
 
     Args:
-        target: a run's folder (its newest checkpoint), a checkpoint's folder or URL, or a .safetensors file.
+        target: a run's folder or id (its newest checkpoint), a checkpoint's folder or URL, or a .safetensors file.
         whole: of the whole training state instead of the weights.
 
     Raises:
         LabtrainError: nothing there has a digest.
     """
+    target = _found(target)
     path = Path(target.removeprefix("file://"))
     if path.is_file() and path.suffix == ".safetensors" and not whole:
         return digest_file(Path(os.path.realpath(path))), None  # model caches use links
@@ -44,8 +45,8 @@ def load_weights(target: str | Path) -> dict[str, object]:
     """Return the weights of a run, or of one checkpoint, as a state dict on the CPU. This runs no code from them.
 
     Args:
-        target: a run's folder or the URL of its checkpoints (the newest complete one), a checkpoint's folder or URL,
-            or a .safetensors file.
+        target: a run's folder or id, or the URL of its checkpoints (the newest complete one), a checkpoint's folder or
+            URL, or a .safetensors file.
 
     Raises:
         DamagedError: the file does not fit the manifest.
@@ -60,12 +61,17 @@ def load_weights(target: str | Path) -> dict[str, object]:
         return load_weights_of(folder)
 
 
+def _found(target: str) -> str:
+    """Return the folder of a run that is named by its id; anything else unchanged."""
+    return str(receipt.find(target)) if receipt.is_id(target) else target
+
+
 @contextmanager
 def found_checkpoint(target: str, *, verified: bool = True) -> Iterator[tuple[Path, Manifest]]:
     """Find a checkpoint and yield its folder on this machine and its manifest.
 
     Args:
-        target: a run's folder or the URL of its checkpoints, for the newest complete one; or a checkpoint.
+        target: a run's folder or id, or the URL of its checkpoints, for the newest complete one; or a checkpoint.
         verified: refuse a named checkpoint on this machine that is damaged.
 
     Raises:
@@ -73,7 +79,7 @@ def found_checkpoint(target: str, *, verified: bool = True) -> Iterator[tuple[Pa
         LabtrainError: there is no checkpoint.
     """
     with TemporaryDirectory(prefix="labtrain-") as scratch:
-        place = target.rstrip("/").removesuffix(f"/{MANIFEST}")
+        place = _found(target).rstrip("/").removesuffix(f"/{MANIFEST}")
         name = place.rpartition("/")[2]
         if NAME.fullmatch(name):
             store = Store(place.rpartition("/")[0] or ".")
@@ -92,6 +98,6 @@ def found_checkpoint(target: str, *, verified: bool = True) -> Iterator[tuple[Pa
         if newest is None:
             raise LabtrainError(
                 f"{target} is neither a run nor a checkpoint: looked for {receipt.FILE}, {MANIFEST} and step-*",
-                hint="ls runs/*/; labtrain store ls URL",
+                hint="labtrain ls lists runs; labtrain store ls URL lists checkpoints",
             )
         yield newest[1], newest[2]

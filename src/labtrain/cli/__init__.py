@@ -16,7 +16,7 @@ from labtrain.base import console
 from labtrain.base.console import quoted, say, styled
 from labtrain.base.errors import LabtrainError
 from labtrain.base.permissions import close_umask
-from labtrain.cli import help_page, locks, receipts, stores
+from labtrain.cli import help_page, locks, receipts, runs, stores
 from labtrain.cli.show import json_option, say_json
 
 
@@ -74,8 +74,8 @@ def new(target: Path, author: str) -> None:
 def digest(target: str, whole: bool) -> None:
     """Print the SHA-256 digest of a run's or checkpoint's weights.
 
-    TARGET is a run's folder, a checkpoint's folder or URL, or a .safetensors file. The digest is computed from the
-    files. The exit code is 1 if the receipt or the manifest records a different digest.
+    TARGET is a run's folder or id, a checkpoint's folder or URL, or a .safetensors file. The digest is computed from
+    the files. The exit code is 1 if the receipt or the manifest records a different digest.
     """
     from labtrain.checkpoints.locate import digest_target
 
@@ -185,6 +185,8 @@ main.add_section(
     receipts.sign,
     receipts.crate,
     digest,
+    runs.note,
+    runs.rm,
 )
 main.add_section("Checkpoints", stores.store)
 main.add_section("Environment", doctor, locks.lock)

@@ -1,5 +1,6 @@
 """The commands about finished runs: `labtrain ls`, verify, diff, report, gate, sign, crate."""
 
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -8,17 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from labtrain.base.console import own, quoted, say, warn
+from labtrain.base.console import few, own, quoted, say, shown, warn
 from labtrain.base.errors import ConfigError
 from labtrain.cli import help_page
-from labtrain.cli.show import json_option, say_json
+from labtrain.cli.show import RunType, json_option, say_json
 
 if TYPE_CHECKING:
     from labtrain.review.gate import Outcome
 
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=0)
-SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds")
+RUN = RunType()
+SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds", "size")
 
 
 class OneRunCommand(help_page.Command):
@@ -37,7 +39,7 @@ class OneRunCommand(help_page.Command):
 
 
 @click.command(cls=OneRunCommand, example="labtrain sign runs/digits/24c29285cf19")
-@click.argument("run", type=PATH)
+@click.argument("run", type=RUN)
 @click.option(
     "--key",
     type=PATH,
@@ -55,7 +57,7 @@ def sign(run: Path, key: Path | None) -> None:
 
 
 @click.command(cls=help_page.Command, example="labtrain crate runs/digits/24c29285cf19 -o run.zip")
-@click.argument("run", type=PATH)
+@click.argument("run", type=RUN)
 @click.option(
     "-o",
     "--output",
@@ -90,20 +92,27 @@ def crate(run: Path, output: Path, weights: bool, author: str | None, licence: s
 )
 @json_option
 def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) -> None:
-    """List runs with their status, steps, metric and weights digest.
+    """List runs with their status, metric, size and differences.
 
-    Searches DIR, or runs/ if no DIR is given. Runs whose process died are shown as killed. To resume such a run,
-    repeat the command that started it.
+    Searches DIR. Without DIR it searches the experiment's runs: paths.runs in conf/config.yaml, else runs/. Runs whose
+    process died are shown as killed. To resume such a run, repeat the command that started it.
     """
-    from labtrain.review import listing
+    from labtrain.record.receipt import runs_folder
+    from labtrain.review.catalog import listing
 
-    rows = listing.sort_rows(listing.list_runs(folders or [Path("runs")], metric=metric), sort)
+    folders = folders or (runs_folder(),)
+    rows = listing.sort_rows(listing.list_runs(folders, metric=metric), sort)
     if as_json:
         say_json([listing.as_json(row) for row in rows])
-    for line in listing.lines_of(rows) if rows and not as_json else ():
-        say(line)
+    elif rows:
+        width = shutil.get_terminal_size((listing.WIDTH, 24)).columns if sys.stdout.isatty() else listing.WIDTH
+        lines, left_out = listing.lines_of(rows, width=width)
+        for line in lines:
+            say(line)
+        if left_out:
+            say(f"no room for {few(left_out)}, which differ too (labtrain ls --json)", err=True)
     if not rows:
-        say(f"no runs found in {', '.join(map(str, folders)) or 'runs'}", err=True)
+        say(f"no runs found in {', '.join(map(shown, folders))}", err=True)
         click.echo("\nhint: python train.py", err=True)
     for row in rows:
         if row.error is not None:
@@ -111,14 +120,14 @@ def ls(folders: tuple[Path, ...], metric: str | None, sort: str, as_json: bool) 
 
 
 @click.command(cls=help_page.Command, example="labtrain diff runs/digits/24c29285cf19 runs/digits/7d0e6ca1b5f2")
-@click.argument("a", type=PATH)
-@click.argument("b", type=PATH)
+@click.argument("a", type=RUN)
+@click.argument("b", type=RUN)
 @json_option
 def diff(a: Path, b: Path, as_json: bool) -> None:
     """Show what differs between two runs, possible causes first.
 
-    A and B are run folders or receipts. Also shows the first step at which the runs differ. The exit code is 1 if the
-    results differ, or anything that can change results.
+    A and B are run folders, run ids or receipts. Also shows the first step at which the runs differ. The exit code is 1
+    if the results differ, or anything that can change results.
     """
     from dataclasses import asdict
 
@@ -136,7 +145,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 
 
 @click.command(cls=OneRunCommand, example="labtrain verify runs/digits/24c29285cf19")
-@click.argument("run", type=PATH)
+@click.argument("run", type=RUN)
 @click.option("--steps", type=COUNT, help="Steps to rerun (0: check metadata only).  [default: all]")
 @click.option("--from", "start", type=COUNT, default=0, metavar="STEP", help="Start from the checkpoint of this step.")
 @click.option("--segments", is_flag=True, help="Stop and resume at the same steps, on the same device counts.")
@@ -152,9 +161,9 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 def verify(run: Path, changes: tuple[str, ...], as_json: bool, **options: Any) -> None:
     """Train a run again from its receipt and compare the results.
 
-    RUN is a run's folder, or a receipt in a clone of the experiment's repository. labtrain compares data and
-    environment first and names every difference. Then it trains in a temporary folder and compares
-    each step bit by bit. The exit code is 1 if the results differ.
+    RUN is a run's folder or id, or a receipt (a JSON file of any name) in a clone of the experiment's repository.
+    labtrain compares data and environment first and names every difference. Then it trains in a temporary folder and
+    compares each step bit by bit. The exit code is 1 if the results differ.
 
     If you did not train the run yourself, labtrain shows the code that would run and asks you. With --steps 0, none of
     that code runs.
@@ -217,7 +226,7 @@ def parsed(changes: tuple[str, ...]) -> dict[str, object]:
 
 
 @click.command(cls=help_page.Command, example="labtrain gate runs/digits/24c29285cf19")
-@click.argument("baselines", nargs=-1, required=True, metavar="BASELINE...", type=PATH)
+@click.argument("baselines", nargs=-1, required=True, metavar="BASELINE...", type=RUN)
 @click.option("--seeds", type=click.IntRange(min=2), metavar="N",
               help="If results differ, compare this many seeds before and after the upgrade.")  # fmt: skip
 @click.option("--metric", metavar="NAME", help="Metric to compare.  [default: checkpoint.monitor]")
@@ -239,7 +248,7 @@ def gate(
 ) -> None:
     """Check whether an environment upgrade changes past results.
 
-    Trains each BASELINE again in the current environment. BASELINE is a run's folder or its receipt. The check passes
+    Trains each BASELINE again in the current environment. BASELINE is a run's folder, id or receipt. The check passes
     if the results are identical. With --seeds and --margin it also passes if an equivalence test shows that the
     metric's mean changed by less than the margin. Baselines that differ only in their seed count as one experiment.
     The exit code is 0 if all pass, else 1.
@@ -278,7 +287,7 @@ def show_outcomes(outcomes: list["Outcome"], keep: Path | None, page: Path | Non
 
 
 @click.command(cls=help_page.Command, example="labtrain report runs/digits/24c29285cf19 -o report.html")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=PATH)
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=RUN)
 @click.option(
     "-o",
     "--output",
@@ -297,7 +306,7 @@ def show_outcomes(outcomes: list["Outcome"], keep: Path | None, page: Path | Non
 def report(runs: tuple[Path, ...], output: Path, signers: Path | None) -> None:
     """Write a self-contained HTML page about one or more runs.
 
-    RUN is a run's folder or its receipt. The page compares all runs with the first and loads nothing from the network.
+    RUN is a run's folder, id or receipt. The page compares all runs with the first and loads nothing from the network.
     Prints the path of the page.
     """
     from labtrain.review.report import write_report

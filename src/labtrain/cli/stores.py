@@ -138,7 +138,7 @@ def _existing(url: str) -> "Store":
 def store_export(target: str, file: Path) -> None:
     """Convert a checkpoint to a Lightning .ckpt file.
 
-    TARGET is a checkpoint, or a run, whose newest checkpoint is then used.
+    TARGET is a checkpoint, or a run's folder or id, whose newest checkpoint is then used.
     """
     from labtrain.checkpoints.lightning_ckpt import export_checkpoint
 

@@ -4,24 +4,26 @@ Each process iterates the whole stream and keeps its shards: the rows of each ba
 So the result does not depend on the number of devices, if the stream gives each process the same batches. The first
 batch of an epoch is compared.
 
-The stream runs under global generators of its own, seeded by (seed, epoch). A resume restores the stream's state if it
-has `state_dict` and `load_state_dict`. Otherwise it begins the epoch's stream again, and skips the batches that have
-been trained on.
+The stream runs under global generators of its own, seeded by (seed, epoch, batch). A resume restores the stream's state
+if it has `state_dict` and `load_state_dict`. Otherwise it begins the epoch's stream again, and skips the batches that
+have been trained on.
 """
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from labtrain.base.errors import ConfigError
-from labtrain.data.batches import apart, length_of
+from labtrain.data.batches import length_of
 from labtrain.data.sharded import Loader, Sharded, cuts, number_of_shards
 from labtrain.exact.collate import cut, rows_of
-from labtrain.exact.determinism import derive_seed, run_mode
+from labtrain.exact.determinism import derive_seed, keep_draws, run_mode, run_seed, seed_all
 from labtrain.exact.tree_sum import shard_range
 from labtrain.record.digests import digest_content
 
@@ -38,6 +40,7 @@ class Stream(Loader):
         self.loader = loader
         self.holder = holder_of(loader)
         self.states: dict[int, object] = {}  # by the number of batches of this epoch that were yielded
+        self.last: dict[int, object] = {}  # as `states`, for a stream without one: the first row of the batch before
         self.rows: dict[int, int] = {}  # of the batches of this epoch, by their number
         self.exhausted = False  # it was asked for another batch in this epoch, but had no more
         self._state: object = None
@@ -70,6 +73,15 @@ class Stream(Loader):
         self._start, self._state, self._ended, self.epoch = (epoch, batch), state, ended, epoch
         self.exhausted = exhausted
 
+    def state_after(self, batches: int) -> object:
+        """Return the state after this number of batches of the epoch; on every rank, or on none.
+
+        A stream without a state has the digest of a row of the last batch instead.
+        """
+        if self.holder is None:
+            return digest_content(self.last[batches]) if batches in self.last else None
+        return self.states.get(batches)
+
     def samples_of(self, batch: int) -> int:
         size = getattr(self.loader, "batch_size", None)
         return self.rows.get(batch, size if isinstance(size, int) else 1)
@@ -85,23 +97,28 @@ class Stream(Loader):
         if self.holder is not None and (self.epoch == epoch or (self._ended and self.epoch == epoch + 1)):
             self._restore(self.holder)
         self.exhausted, self.rows = False, {}
-        for number, batch in enumerate(self._iterated(), done - skipped):
+        for number, batch in enumerate(self._iterated(done - skipped), done - skipped):
             if number < done:
+                if number == done - 1:
+                    self._refuse_others(_first_row(batch))
                 continue
             if number == done:
                 self._compare(batch)
+            if self.holder is None:
+                self.last = {each: row for each, row in self.last.items() if each == number}
+                self.last[number + 1] = _first_row(batch)
             self.states = {each: state for each, state in self.states.items() if each == number}
             self.states[number + 1] = None if self.holder is None else copy.deepcopy(self.holder.state_dict())
             yield self._cut(batch, number)
         self.exhausted = True
 
-    def _iterated(self) -> Iterator[object]:
+    def _iterated(self, first: int) -> Iterator[object]:
         def begin() -> Iterator[object]:
             if self._generator is not None:
                 self._generator[0].manual_seed(derive_seed(self._generator[1], "stream", self.epoch))
             return iter(self.loader)
 
-        return begin() if run_mode() == "off" else apart(begin, "stream", self.epoch)
+        return begin() if run_mode() == "off" else each_seeded(begin, "stream", self.epoch, first=first)
 
     def _restore(self, holder: Any) -> None:
         holder.load_state_dict(copy.deepcopy(self._state))
@@ -147,6 +164,19 @@ class Stream(Loader):
     def _shards_of(self, samples: int) -> int:
         return number_of_shards(samples, batch_size=getattr(self.loader, "batch_size", None), most=self._shards or 1)
 
+    def _refuse_others(self, row: object) -> None:
+        """Compare the last batch that is skipped with the one that was trained on.
+
+        Raises:
+            ConfigError: the stream gives other batches than before, such as one that depends on the weights.
+        """
+        if isinstance(self._state, str) and digest_content(row) != self._state:
+            raise ConfigError(
+                f"{_name(self.loader)} gives other batches than before the resume: it depends on more than the seed,"
+                " the epoch and data.num_workers",
+                hint="give it state_dict and load_state_dict; or resume=never",
+            )
+
     def _compare(self, batch: object) -> None:
         """Raise ConfigError if ranks get different batches: cutting those would leave out samples without a word."""
         if self._shards is None or self._place[1] == 1:
@@ -159,6 +189,32 @@ class Stream(Loader):
                 " batch itself",
                 hint="remove from the dataset what splits it by rank, or trainer.devices=1",
             )
+
+
+def each_seeded(begin: Callable[[], Iterator[object]], *place: int | str, first: int) -> Iterator[object]:
+    """Iterate with global generators of its own, which are seeded for each batch by the run's seed, place and number.
+
+    So a resume repeats the draws of the batches after its position.
+
+    Args:
+        begin: makes the iterator.
+        place: what is iterated.
+        first: the number of the first batch.
+    """
+    iterator: Iterator[object] | None = None
+    for number in itertools.count(first):
+        put_back = keep_draws()
+        try:
+            if iterator is None:
+                seed_all(run_seed(), *place)
+                iterator = begin()  # draws the seeds of workers
+            seed_all(run_seed(), *place, number)
+            item = next(iterator)
+        except StopIteration:
+            return
+        finally:
+            put_back()
+        yield item
 
 
 def holder_of(loader: Any) -> Any:
@@ -183,3 +239,12 @@ def can_begin_again(loader: object) -> bool:
 def _name(loader: object) -> str:
     dataset = getattr(loader, "dataset", None)
     return f"{type(loader).__name__}{'' if dataset is None else f' of {type(dataset).__name__}'}"
+
+
+def _first_row(batch: object) -> object:
+    """Return a copy of a batch's first row; None if it has no rows."""
+    samples = rows_of(batch)
+    if samples is None:
+        return None
+    row = cut(batch, samples, slice(0, 1))
+    return tree_map(lambda each: each.clone() if isinstance(each, torch.Tensor) else copy.deepcopy(each), row)

@@ -8,12 +8,12 @@ the other, so a size that fits on one device fits on up to as many devices as th
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn, cast
+from typing import NoReturn
 
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.launch.compose import print_error, process_of
-from labtrain.record import config as configuration
-from labtrain.record.identity import JOB_VARIABLE, SHARDED_STRATEGY, Config, Job
+from labtrain.launch.experiment import compose, experiment_at, resolved
+from labtrain.record.identity import JOB_VARIABLE, SHARDED_STRATEGY, Job
 from labtrain.record.resume import make_job
 
 
@@ -30,7 +30,8 @@ def search(root: Path, overrides: list[str], *, mode: str, max_trials: int, step
     Raises:
         LabtrainError: there is no experiment here, or the search does not support its configuration.
     """
-    config = composed(root, overrides)
+    root = experiment_at(root)
+    config = resolved(compose(overrides, root), hint="labtrain batch-size")
     if config["trainer"]["strategy"] == SHARDED_STRATEGY:
         raise ConfigError(
             "batch-size does not support trainer.strategy=fsdp: it searches on one device",
@@ -42,33 +43,6 @@ def search(root: Path, overrides: list[str], *, mode: str, max_trials: int, step
     command = [command[0], "-m", "labtrain.launch.batch_size", mode, str(max_trials), str(steps)]
     sys.stdout.flush()
     os.execve(command[0], command, environment)
-
-
-def composed(root: Path, overrides: list[str]) -> Config:
-    """Return the configuration of the experiment in `root`, as its train.py would compose it.
-
-    Raises:
-        LabtrainError: there is no configuration, or it is not valid.
-    """
-    from hydra import compose, initialize_config_dir
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
-
-    if not (root / "conf" / "config.yaml").exists():
-        raise ConfigError("conf/config.yaml: no such file", hint="cd to an experiment; labtrain new DIR makes one")
-    os.environ["LABTRAIN_ROOT"] = str(root)
-    try:
-        with initialize_config_dir(str(root / "conf"), version_base="1.3"):
-            whole = compose("config", overrides=overrides, return_hydra_config=True)
-        HydraConfig.instance().set_config(whole)  # for ${hydra:...} in the configuration
-        cfg = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
-        if missing := sorted(OmegaConf.missing_keys(cfg)):
-            raise ConfigError(f"{missing[0]} has no value", hint=f"labtrain batch-size {missing[0]}=VALUE")
-        config = cast(Config, OmegaConf.to_container(cfg, resolve=True))
-        configuration.check(config)
-    except Exception as error:
-        raise configuration.explain(error) or error from None
-    return config
 
 
 def main() -> None:

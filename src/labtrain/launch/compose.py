@@ -8,7 +8,6 @@ torchrun). For task functions, search paths and launchers see https://hydra.cc/d
 import atexit
 import gc
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from labtrain.base.console import shown
 from labtrain.base.credentials import CleanStream, remember
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError
 from labtrain.base.permissions import close_umask
-from labtrain.base.signals import NUMBERS, block, unblock
+from labtrain.base.signals import block, forwarding
 from labtrain.exact import determinism
 from labtrain.record import config as configuration
 from labtrain.record import receipt
@@ -141,21 +140,29 @@ class HydraTask:
         note_run(job.run_dir)
         if finished(job):
             return None if single else value_of(job, HydraConfig.get().sweeper)
-        refuse_unwritable(Path(job.run_dir))
-        if (near := near_run(job)) is not None:
-            sys.stderr.write(
-                f"note: the unfinished run {shown(near)} has this configuration, but other code or another environment"
-                f" (resume={shown(near)} resumes it)\n"
-            )
-        start, environment = process_of(job)
-        if self.wants_trace:
-            environment["HYDRA_FULL_ERROR"] = "1"
+        start, environment = ready(job, wants_trace=self.wants_trace)
         sys.stdout.flush()
         sys.stderr.flush()
         if single:
             os.execve(start[0], start, environment)  # the same pid: signals, Slurm and torchrun see one process
         supervise(start, environment)
         return value_of(job, HydraConfig.get().sweeper)
+
+
+def ready(job: Job, *, wants_trace: bool) -> tuple[list[str], dict[str, str]]:
+    """Return the command and environment of the process that trains a job, if its folder can be written.
+
+    Raises:
+        ConfigError: it cannot be, or the configuration is too large.
+    """
+    refuse_unwritable(Path(job.run_dir))
+    if (near := near_run(job)) is not None:
+        sys.stderr.write(
+            f"note: the unfinished run {shown(near)} has this configuration, but other code or another environment"
+            f" (resume={shown(near)} resumes it)\n"
+        )
+    command, environment = process_of(job)
+    return command, environment | ({"HYDRA_FULL_ERROR": "1"} if wants_trace else {})
 
 
 def process_of(job: Job) -> tuple[list[str], dict[str, str]]:
@@ -213,21 +220,8 @@ def supervise(command: list[str], environment: dict[str, str]) -> None:
     """
     block()
     child = subprocess.Popen(command, env=environment)
-    caught: list[int] = []
-
-    def forward(number: int, _frame: object) -> None:
-        caught.append(number)
-        if number != signal.SIGINT:  # a terminal sends Ctrl-C to the child as well
-            child.send_signal(number)
-
-    before = {number: signal.signal(number, forward) for number in NUMBERS}
-    try:
-        unblock()
+    with forwarding(child, interrupts=False) as caught:
         code = child.wait()
-    finally:
-        block()
-        for number, handler in before.items():
-            signal.signal(number, handler)
     submitted = "SUBMITIT_FOLDER" in os.environ
     failure = code if code >= 0 else 128 - code
     if caught and (code in (0, EXIT_STOPPED) or not submitted):

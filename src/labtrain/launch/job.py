@@ -11,7 +11,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from labtrain.base.console import one_line, shown
 from labtrain.base.credentials import remember
@@ -20,13 +20,12 @@ from labtrain.base.output import keep_output
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, end_with_parent
 from labtrain.launch.compose import print_error
+from labtrain.launch.from_python import answer
 from labtrain.record import receipt
 from labtrain.record.identity import JOB_VARIABLE, Job
 from labtrain.record.ranks import Ranks, find_ranks, in_slurm_step, requeue, wants_requeue
+from labtrain.record.receipt import Result
 from labtrain.record.sources import load_from_source
-
-if TYPE_CHECKING:
-    from labtrain.training.fit import Result
 
 WIDE = 1000  # columns of a file
 LOST_SECONDS = 600  # Slurm declares a node dead after 300 (SlurmdTimeout)
@@ -54,22 +53,37 @@ def main() -> None:
 
     gc.freeze()
     gc.enable()
+    answers = job.answers and (ranks is not None or not rank)  # not the ranks that Lightning starts
     try:
         result = train(job)
     except LabtrainError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
-        print_error(error, rank)
+        answer(out, error) if answers else print_error(error, rank)
         if ranks and isinstance(error, LostError):
             time.sleep(LOST_SECONDS)  # let the launcher act first: it knows whether a rank or a node failed
         sys.exit(error.exit_code)
     except Stopped as error:
         if not rank:  # with another code Lightning, srun and torchrun kill rank 0, which may still be delivering
             _report_stop(job, error)
+        if answers:
+            answer(out, error)
         sys.exit(EXIT_STOPPED if not rank else 0)
+    except Exception as error:
+        if answers:
+            answer(out, error)
+        raise
+    _tell(result, out, rank, answers=answers)
+
+
+def _tell(result: Result, out: IO[str], rank: int, *, answers: bool) -> None:
+    """Print the metrics, and tell the result to whoever reads standard output."""
     if not rank:
         # srun merges the two streams in any order; in one stream the table precedes the digest.
-        print_table(result, out if in_slurm_step(os.environ) else sys.stderr)
+        print_table(result, out if in_slurm_step(os.environ) and not answers else sys.stderr)
+    if answers:
+        answer(out, result)
+    elif not rank:
         out.write(f"{shown(result.run_dir)} {result.weights_digest}\n")
         out.flush()
 
@@ -96,7 +110,7 @@ def _report_stop(job: Job, stop: Stopped) -> None:
         requeue(starts=len(found["segments"]) if found else 0, progress=stop.saved)
 
 
-def print_table(result: "Result", file: IO[str]) -> None:
+def print_table(result: Result, file: IO[str]) -> None:
     """Print a run's metrics: one row for each metric, one column for each stage."""
     from rich.console import Console
     from rich.table import Table

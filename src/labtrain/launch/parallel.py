@@ -97,11 +97,8 @@ def run_all(jobs: Sequence[SweepJob], *, most: int | None) -> list["JobReturn"]:
         most: how many may run at once; None: as many as have GPUs, or one at a time without GPUs.
     """
     block()
-    waiting, free = list(jobs), visible_gpus()
     running: dict[Connection, Running] = {}
-    results: dict[int, JobReturn | None] = {}
     codes: list[int] = []
-    limit = most if most is not None else max(1, len(free))
 
     def forward(number: int, _frame: object) -> None:
         codes.append(128 + number)
@@ -111,28 +108,39 @@ def run_all(jobs: Sequence[SweepJob], *, most: int | None) -> list["JobReturn"]:
 
     before = {number: signal.signal(number, forward) for number in NUMBERS}
     try:
-        while running or (waiting and not codes):
-            while waiting and not codes and len(running) < limit and waiting[0].gpus <= len(free):
-                job = waiting.pop(0)
-                gpus, free = free[: job.gpus], free[job.gpus :]
-                connection, process = _start(job, gpus)
-                running[connection] = Running(job=job, process=process, gpus=gpus)
-            unblock()
-            for ready in wait(list(running)):
-                assert isinstance(ready, Connection)
-                ended = running[ready]
-                results[ended.job.number] = _result(ready)
-                ended.process.join()
-                free += running.pop(ready).gpus
-                if results[ended.job.number] is None:
-                    codes.append(ended.process.exitcode or 1)
-            block()
+        results = _run(list(jobs), running, codes, most=most)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if codes:
         sys.exit(codes[0])
     return [result for _, result in sorted(results.items()) if result is not None]
+
+
+def _run(
+    waiting: list[SweepJob], running: dict[Connection, Running], codes: list[int], *, most: int | None
+) -> "dict[int, JobReturn | None]":
+    """Run the waiting jobs; return their results by number. Exit codes that end the sweep are added to `codes`."""
+    free = visible_gpus()
+    limit = most if most is not None else max(1, len(free))
+    results: dict[int, JobReturn | None] = {}
+    while running or (waiting and not codes):
+        while waiting and not codes and len(running) < limit and waiting[0].gpus <= len(free):
+            job = waiting.pop(0)
+            gpus, free = free[: job.gpus], free[job.gpus :]
+            connection, process = _start(job, gpus)
+            running[connection] = Running(job=job, process=process, gpus=gpus)
+        unblock()
+        for ready in wait(list(running)):
+            assert isinstance(ready, Connection)
+            ended = running[ready]
+            results[ended.job.number] = _result(ready)
+            ended.process.join()
+            free += running.pop(ready).gpus
+            if results[ended.job.number] is None:
+                codes.append(ended.process.exitcode or 1)
+        block()
+    return results
 
 
 def _start(job: SweepJob, gpus: list[str]) -> tuple[Connection, BaseProcess]:

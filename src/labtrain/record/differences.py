@@ -241,16 +241,16 @@ def open_run(run: Path) -> tuple[Path, receipts.Receipt]:
     """Return a run's folder and its receipt, after checking the trail's sha256.
 
     Args:
-        run: a run's folder, or a receipt.
+        run: a run's folder or id, or a receipt.
 
     Raises:
         ConfigError: there is no run.
         DamagedError: the receipt or the trail is broken or was changed.
     """
-    run_dir = run.parent if run.name == receipts.FILE else run
+    run_dir = run.parent if run.name == receipts.FILE else receipts.find(run)
     found = receipts.read(run_dir)
     if found is None:
-        raise ConfigError(f"{shown(run_dir)} is not a run: looked for {receipts.FILE}", hint="ls runs/*/")
+        raise ConfigError(f"{shown(run_dir)} is not a run: looked for {receipts.FILE}", hint="labtrain ls lists runs")
     said, trail = found["trail"]["sha256"], run_dir / TRAIL
     there = None
     if said is not None and found["status"] != "running":

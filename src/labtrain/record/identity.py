@@ -26,10 +26,12 @@ Config = contracts.Config
 References = Sequence[tuple[Sequence[object], str]]
 
 JOB_VARIABLE = "LABTRAIN_JOB"
+SCRIPT = "train.py"
 # Names that become folders must not lead out of their parent. RUN-2 and RUN-<Slurm job> come from resume=never.
 EXPERIMENT = re.compile(r"\w[\w.=,+-]{0,199}")
 EXPERIMENT_BYTES = 200  # of it in UTF-8
 RUN_ID = re.compile(r"[0-9a-f]{12}(-[A-Za-z0-9_-]{1,100})?")
+SHORT_ID = re.compile(r"[0-9a-f]{4,11}")  # the beginning of one
 LOCK_FILE = "requirements.lock"
 # The locks of each route. Nix installs the wheels of requirements.lock. conda has different builds, so different bits.
 ROUTES = {
@@ -79,6 +81,7 @@ class Job:
         path: the module search path after `root`, in the form of PYTHONPATH, including what train.py added to
             sys.path. Empty: the default.
         within: the only folder that it may write to; absolute. Empty: the configured folders.
+        answers: its process writes the result or the error as JSON to standard output, for labtrain.train.
     """
 
     run_id: str
@@ -94,6 +97,7 @@ class Job:
     stop_at: int = 0
     path: str = ""
     within: str = ""
+    answers: bool = False
     references: References = ()
 
     def hold(self, place: str | Path) -> None:
@@ -207,6 +211,12 @@ def route() -> str:
     if (Path(sys.prefix) / "conda-meta").is_dir():
         return "conda"
     return "nix" if Path(sys.prefix).resolve().is_relative_to("/nix/store") else "wheels"
+
+
+def enclosing(path: str | Path) -> Path | None:
+    """Return the experiment's folder: the nearest one with a train.py, upwards from a folder; None if there is none."""
+    here = Path(path).resolve()
+    return next((folder for folder in (here, *here.parents) if (folder / SCRIPT).is_file()), None)
 
 
 def first_free(run_dir: Path) -> Path:

@@ -8,19 +8,25 @@ It never contains what looks like a credential (credentials.py). A text from `${
 """
 
 import functools
+import glob
 import json
+import os
+import re
 import reprlib
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
 from labtrain.base import contracts, exact_json, untrusted
-from labtrain.base.console import quoted
+from labtrain.base.console import few, quoted, shown
 from labtrain.base.contracts import as_options
 from labtrain.base.credentials import without_secrets as without_secrets
-from labtrain.base.errors import DamagedError, not_readable
+from labtrain.base.errors import ConfigError, DamagedError, not_readable
 from labtrain.base.files import write_atomically
+from labtrain.record.identity import EXPERIMENT, RUN_ID, SHORT_ID, enclosing
 
 SCHEMA = "labtrain/receipt/1"
 FILE = "receipt.json"
@@ -46,6 +52,33 @@ KEYS = (
 )
 
 Receipt = contracts.Receipt
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Result:
+    """The result of a training.
+
+    Attributes:
+        run_dir: the run's folder.
+        metrics: the last value of each metric, by name.
+        weights_digest: 64 hex digits.
+        steps: optimizer steps since the run started.
+    """
+
+    run_dir: Path
+    metrics: dict[str, float]
+    weights_digest: str
+    steps: int
+
+
+def result_of(run_dir: Path, results: contracts.Results) -> Result:
+    """Return the result that the receipt of a complete run records."""
+    return Result(
+        run_dir=run_dir,
+        metrics=results["metrics"],
+        weights_digest=results["weights_digest"],
+        steps=results["steps"],
+    )
 
 
 def write(run_dir: Path, receipt: Receipt) -> None:
@@ -96,6 +129,73 @@ def time_of(text: str) -> datetime:
         return datetime.fromisoformat(text).astimezone(UTC)
     except OverflowError as error:
         raise ValueError(f"{text}: {error}") from error
+
+
+def runs_folder(root: Path | None = None) -> Path:
+    """Return the folder of an experiment's runs: paths.runs in its conf/config.yaml, else its runs/.
+
+    Args:
+        root: the experiment's folder; None: that of the working directory. Outside an experiment it is ./runs.
+    """
+    root = root or enclosing(Path.cwd())
+    if root is None:
+        return Path("runs")
+    import yaml
+
+    with suppress(OSError, yaml.YAMLError, AttributeError, KeyError, TypeError):
+        runs = yaml.safe_load((root / "conf" / "config.yaml").read_text())["paths"]["runs"]
+        return Path(re.sub(r"\$\{oc\.env:(\w+)(?:,([^{}]*))?\}", lambda each: _variable(each, root), runs))
+    return root / "runs"
+
+
+def _variable(reference: re.Match[str], root: Path) -> str:
+    return os.environ.get(reference[1], reference[2] or "") if reference[1] != "LABTRAIN_ROOT" else str(root)
+
+
+def find(target: str | Path, runs: Path | None = None) -> Path:
+    """Return a run's folder, given the folder, or the run's id or the beginning of it (at least four digits).
+
+    An id may follow its experiment's name: digits/906ca0.
+
+    Anything else, and a path that exists, is returned unchanged.
+
+    Args:
+        target: what the user typed.
+        runs: where to look for ids; None: `runs_folder`.
+
+    Raises:
+        ConfigError: no run has this id, or several have.
+    """
+    name, path = str(target), Path(target)
+    if not is_id(name) or path.exists():
+        return path
+    runs = runs_folder() if runs is None else runs
+    found = with_id(name, runs)
+    if len(found) == 1:
+        return found[0]
+    listed = few([shown(each) for each in found or with_id("", runs)])
+    if found:
+        raise ConfigError(f"{name}: {len(found)} runs begin with it: {listed}", hint=f"for example {shown(found[-1])}")
+    raise ConfigError(
+        f"{name}: no run of this id in {shown(runs)}{f', which has {listed}' if listed else ''}",
+        hint="labtrain ls lists the runs; name a run elsewhere by its folder",
+    )
+
+
+def is_id(name: str) -> bool:
+    """Return whether a text can be a run's id or the beginning of it, also as EXPERIMENT/ID."""
+    experiment, slash, last = name.rpartition("/")
+    return bool(RUN_ID.fullmatch(last) or SHORT_ID.fullmatch(last)) and bool(
+        EXPERIMENT.fullmatch(experiment) or not slash
+    )
+
+
+def with_id(name: str, runs: Path) -> list[Path]:
+    """Return the folders of the runs of an id, else of those whose id begins with it."""
+    experiment, _, last = name.rpartition("/")
+    folder = glob.escape(experiment) or "*"
+    there = sorted(file.parent for file in runs.glob(f"{folder}/{last}*/{FILE}") if RUN_ID.fullmatch(file.parent.name))
+    return [each for each in there if each.name == last] or there
 
 
 def read(run_dir: Path) -> Receipt | None:

@@ -32,10 +32,14 @@ from labtrain.stores.layout import list_checkpoints
 from labtrain.stores.store import Manifest, Store
 
 
-def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0,
-             references: References = ()) -> Job:  # fmt: skip
-    """Name the run that `config` describes, and its folder. Writes nothing."""
-    code, lock = read_code(root, as_options(config)).digest, lock_digest(root)
+def make_job(config: Config, *, root: Path, command: list[str], supervisor: int = 0, references: References = (),
+             path: list[str] | None = None) -> Job:  # fmt: skip
+    """Name the run that `config` describes, and its folder. Writes nothing.
+
+    `path` is the module search path after `root`; by default this process's.
+    """
+    path = sys.path if path is None else path
+    code, lock = read_code(root, as_options(config), path=path).digest, lock_digest(root)
     run_id = name(config, code=code, lock=lock)
     run_dir = Path(config["paths"]["runs"]).resolve() / str(config["experiment"]) / run_id
     origin = digest = ""
@@ -67,7 +71,7 @@ def make_job(config: Config, *, root: Path, command: list[str], supervisor: int 
         origin=origin,
         origin_digest=digest,
         references=references,
-        path=os.pathsep.join(os.path.abspath(entry) for entry in search_path(root, sys.path)[1:]),  # noqa: PTH100
+        path=os.pathsep.join(os.path.abspath(entry) for entry in search_path(root, path)[1:]),  # noqa: PTH100
     )
 
 
@@ -138,7 +142,7 @@ def find_origin(resume: str, experiment_runs: Path, *, named: str = "") -> tuple
     """Return the folder of the run that resume=RUN resumes, and the folder of its checkpoints.
 
     Args:
-        resume: a run's folder, its id in this experiment, or a folder or URL with its checkpoints.
+        resume: a run's folder, its id or the beginning of it, or a folder or URL with its checkpoints.
         experiment_runs: the folder of this experiment's runs.
         named: the store for this command's checkpoints.
 
@@ -156,6 +160,12 @@ def find_origin(resume: str, experiment_runs: Path, *, named: str = "") -> tuple
             )
         return experiment_runs / _run_of(store.manifest(there[-1]), store.url), store.url
     places = [Path(resume.removeprefix("file://")).resolve(), experiment_runs / resume]
+    if (
+        receipt.is_id(resume)
+        and not any(place.exists() for place in places)
+        and receipt.with_id(resume, experiment_runs.parent)
+    ):
+        places.append(receipt.find(resume, experiment_runs.parent).resolve())
     for place in places:
         found = receipt.read(place)
         if found is not None:

@@ -1,11 +1,8 @@
 """Compare a receipt with this machine: code, environment, hardware, configuration and checkpoints. No torch."""
 
-import ast
 import os
 import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +11,7 @@ from labtrain.base.contracts import Determinism, Options
 from labtrain.base.credentials import REFERENCE, without_secrets
 from labtrain.base.errors import ConfigError, DamagedError, in_words
 from labtrain.exact.determinism import is_recorded, variables
+from labtrain.launch.experiment import as_main_does, called_with
 from labtrain.record.config import as_written, from_environment
 from labtrain.record.differences import ORIGIN, Difference, differences, overrides
 from labtrain.record.digests import digest_folder
@@ -26,8 +24,6 @@ from labtrain.record.sources import OWN, in_environment, moved
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import check_run, checkpoint_place, without_links
 from labtrain.stores.store import Store
-
-ROOT = "LABTRAIN_ROOT"  # conf/labtrain.yaml: paths.runs
 
 
 def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool = True) -> list[Difference]:
@@ -126,7 +122,8 @@ def composed(root: Path, script: str, typed: list[str]) -> object:
     parsed = OverridesParser.create().parse_overrides(typed)
     if places or any(each.get_key_element() == "hydra.searchpath" for each in parsed):
         raise ConfigError(f"with hydra.searchpath only {script} can compose it, and labtrain does not run that here")
-    with _as_main_does(root), initialize_config_dir(str(place), version_base="1.3"):
+    path = [entry for entry in sys.path if entry == str(OWN.parent) or in_environment(f"{entry}/")]
+    with as_main_does(root, path), initialize_config_dir(str(place), version_base="1.3"):
         cfg = compose(name, typed, return_hydra_config=True)
         HydraConfig.instance().set_config(cfg)
         with open_dict(cfg):
@@ -141,38 +138,6 @@ def _named(name: str, typed: list[str]) -> tuple[str, list[str]]:
     if typed[:1] and (named := typed[0].removeprefix("--config-name=")) != typed[0]:
         return named, typed[1:]
     return name, typed
-
-
-@contextmanager
-def _as_main_does(root: Path) -> Iterator[None]:
-    """Set up what labtrain.main sets up before Hydra composes, without the experiment's modules; then restore it."""
-    from hydra.core.singleton import Singleton
-
-    state, path, before = Singleton.get_state(), sys.path[:], os.environ.get(ROOT)
-    os.environ[ROOT] = str(root)
-    sys.path[:] = [entry for entry in path if entry == str(OWN.parent) or in_environment(f"{entry}/")]
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        sys.path[:] = path
-        Singleton.set_state(state)
-        del os.environ[ROOT]
-        os.environ |= {ROOT: before} if before is not None else {}
-
-
-def called_with(script: Path) -> tuple[str, str]:
-    """Return the config_path and config_name that a script passes to labtrain.main, by reading the script."""
-    given = {"config_path": "conf", "config_name": "config"}
-    for node in ast.walk(ast.parse(script.read_bytes())):
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("labtrain.main", "main"):
-            passed = dict(zip(given, node.args, strict=False)) | {
-                each.arg: each.value for each in node.keywords if each.arg
-            }
-            given |= {key: value.value for key, value in passed.items()
-                      if key in given and isinstance(value, ast.Constant) and isinstance(value.value, str)}  # fmt: skip
-    return given["config_path"], given["config_name"]
 
 
 def _here(config: Config) -> Config:

@@ -54,7 +54,7 @@ def sign(run_dir: Path, *, key: Path | None) -> Path:
     """
     found = receipt.read(run_dir)
     if found is None:
-        raise ConfigError(f"{shown(run_dir)} is not a run: looked for {receipt.FILE}", hint="ls runs/*/")
+        raise ConfigError(f"{shown(run_dir)} is not a run: looked for {receipt.FILE}", hint="labtrain ls lists runs")
     if found["status"] == "running":
         raise LabtrainError(
             f"{shown(run_dir)} is still training, or was killed: its receipt will change",
@@ -113,7 +113,7 @@ def check_signature(run_dir: Path, *, signers: Path | None) -> Signature | None:
     try:
         text = read(run_dir / receipt.FILE)
     except OSError as error:
-        raise DamagedError(f"{shown(file)} exists, but no {receipt.FILE}", hint="ls runs/*/") from error
+        raise DamagedError(f"{shown(file)} exists, but no {receipt.FILE}", hint="labtrain ls lists runs") from error
     fingerprint, wrong = check_text(text, file, purpose=NAMESPACE)
     if wrong:
         raise DamagedError(

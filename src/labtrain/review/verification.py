@@ -7,25 +7,32 @@ the trail's sums cannot identify the tensor, it also gives tensors to compare.
 A verdict needs a comparison: at least one line of the trail, or the results of a whole run.
 """
 
-from collections.abc import Callable
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
-from labtrain.base.console import quoted, shown
+from labtrain.base import untrusted
+from labtrain.base.console import quoted, shown, warn
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
-from labtrain.base.untrusted import scratch_folder
+from labtrain.base.permissions import open_inside
+from labtrain.base.untrusted import damage_of, scratch_folder
 from labtrain.record.differences import Difference, Divergence, open_run, shown_value
 from labtrain.record.own_runs import is_own
-from labtrain.record.receipt import Receipt
+from labtrain.record.provenance import PATCH
+from labtrain.record.receipt import FILE, Receipt, find, read
 from labtrain.record.trail import BEST_UNSURE, TRAIL, Line, read_trail
 from labtrain.review.inspection import check_checkpoints, composed_differently, state_differences
 from labtrain.review.replay import Replay, code_of, home_of, with_filters
 from labtrain.review.retrace import Case, Reached, Say, follow, narrow
 from labtrain.review.sandbox import Sandbox, make_sandbox
+from labtrain.review.signature import FILE as SIGNATURE
 from labtrain.review.signature import check_signature
 from labtrain.review.trust import Ask, admit
-from labtrain.review.verdicts import check_key, note
+from labtrain.review.verdicts import VERIFIED, check_key, note
 
 NOT_COMPARED = "not compared"
 
@@ -113,7 +120,7 @@ def verify_run(
     """Verify a run: check its receipt here, train it again, and compare the bits.
 
     Args:
-        run: its folder, or only its receipt, in a clone of the experiment's repository.
+        run: its folder or id, or only its receipt, of any name, in a clone of the experiment's repository.
         options: by default the whole run is verified.
         ask: shows the user what would run, and returns whether it may; None: only this user's own runs may.
         say: receives each finding.
@@ -126,11 +133,18 @@ def verify_run(
     """
     options = options or VerifyOptions()
     _check_can_sign(options)
+    with alone(run) as (place, above):
+        return _verify(place, above, options, ask=ask, say=say, tick=tick)
+
+
+def _verify(
+    run: Path, above: Path, options: VerifyOptions, *, ask: Ask | None, say: Say, tick: Callable[[int], None]
+) -> Verdict:
     run_dir, receipt = open_run(run)
     trail = {line["step"]: line for line in read_trail(run_dir)}
     plan = _planned(receipt, trail, options)
     _say_recorded(run_dir, receipt, trail, options, say)
-    home = _home(run_dir, receipt, sandbox=options.sandbox)
+    home = _home(above, receipt, sandbox=options.sandbox)
     with scratch_folder("labtrain-verify-") as folder:
         root, whence = code_of(receipt, run_dir, home, folder)
         say(f"code         {whence}")
@@ -147,6 +161,63 @@ def verify_run(
         if not options.sandbox:  # in a sandbox nobody is asked, and filters would run outside it
             case.root = with_filters(root, receipt, run_dir, home, folder / "filtered")
         return _trained(case, plan, key=options.key)
+
+
+@contextmanager
+def alone(run: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield a run's folder, or its receipt, and the place whose parents may be the experiment.
+
+    A receipt of any other name than receipt.json is verified in a folder of its own, because other receipts may be
+    beside it. Its signature NAME.sig counts. A trail and a patch beside it count if they fit. The verdict is added to
+    NAME.verified.jsonl.
+
+    Args:
+        run: a run's folder or id, or a receipt.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    if run.name == FILE or not run.is_file():
+        found = run if run.name == FILE else find(run)
+        yield found, found.parent if found.name == FILE else found
+        return
+    with scratch_folder("labtrain-receipt-") as folder:
+        hint = "name a run's folder, its id, or a receipt, which is a JSON file"
+        with damage_of(shown(run), hint=hint):
+            (folder / FILE).write_bytes(untrusted.read(run))
+        for name, beside in ((SIGNATURE, run.with_name(f"{run.name}.sig")), (PATCH, run.with_name(PATCH))):
+            with suppress(FileNotFoundError), damage_of(shown(beside), hint=f"ls -l {quoted(beside)}"):
+                (folder / name).write_bytes(untrusted.read(beside))
+        said, trail = _trail_sha256(folder, run), run.with_name(TRAIL)
+        with suppress(FileNotFoundError), damage_of(shown(trail), hint=f"ls -l {quoted(trail)}"):
+            if hashlib.sha256(text := untrusted.read(trail, untrusted.LINES_BYTES)).hexdigest() == said:
+                (folder / TRAIL).write_bytes(text)
+        yield folder, run.absolute()
+        if (verdict := folder / VERIFIED).exists():
+            _append(run.with_name(f"{run.stem}.{VERIFIED}"), verdict.read_bytes())
+
+
+def _append(path: Path, line: bytes) -> None:
+    try:
+        with open_inside(path.parent, path.name, flags=os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
+            file.write(line)
+    except (OSError, DamagedError) as error:
+        why = f"{shown(path)}: {error.strerror}" if isinstance(error, OSError) else error.args[0]
+        warn(f"{why}: the verdict is not recorded")
+
+
+def _trail_sha256(folder: Path, run: Path) -> str | None:
+    """Return the sha256 of the trail in a receipt, after checking the receipt.
+
+    Raises:
+        DamagedError: it is not a valid receipt; names the file.
+    """
+    try:
+        found = read(folder)
+    except DamagedError as error:
+        said = str(error.args[0]).replace(str(folder / FILE), shown(run))
+        raise DamagedError(said, hint="ask whoever trained the run for its receipt again") from None
+    return found["trail"]["sha256"] if found else None
 
 
 def _planned(receipt: Receipt, trail: dict[int, Line], options: VerifyOptions) -> _Plan:

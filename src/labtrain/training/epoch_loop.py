@@ -182,7 +182,7 @@ class EpochLoop(TrainingEpochLoop):
     def _loader_state(self) -> State:
         for loader in train_loaders(self.trainer):
             if isinstance(loader, Stream):
-                state = loader.states.get(self.batch_progress.current.completed)
+                state = loader.state_after(self.batch_progress.current.completed)
                 return {"loader": state, "exhausted": loader.exhausted}
         return {"loader": None}
 

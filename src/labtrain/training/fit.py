@@ -3,17 +3,13 @@
 labtrain refuses what it can before it makes the run's folder.
 """
 
-import copy
 import logging
 import os
 import shutil
 import signal
 import warnings
-from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -36,11 +32,10 @@ from labtrain.environment.doctor.environment import REPAIR, unlike_lock
 from labtrain.exact import determinism
 from labtrain.record import receipt
 from labtrain.record.digests import digest
-from labtrain.record.identity import EXACT_STRATEGIES, ORDERED, SHARDED_STRATEGY, Config, Job, route, shards_in_use
-from labtrain.record.ranks import adopt, find_ranks
-from labtrain.record.receipt import Receipt
-from labtrain.record.resume import changed_data, make_job
-from labtrain.record.sources import texts_in
+from labtrain.record.identity import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, route, shards_in_use
+from labtrain.record.ranks import find_ranks
+from labtrain.record.receipt import Receipt, Result, result_of
+from labtrain.record.resume import changed_data
 from labtrain.training.callbacks.checkpoint import Checkpoints, as_floats
 from labtrain.training.callbacks.history import best_of
 from labtrain.training.callbacks.recorder import Recorder, nothing_to_train
@@ -57,42 +52,21 @@ from labtrain.training.state.rebuild import Connector, explain_step
 from labtrain.training.trainer import make_callbacks, make_experiment, make_trainer, seeded_alike
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Result:
-    """The result of a training.
-
-    Attributes:
-        run_dir: the run's folder.
-        metrics: the last value of each metric, by name.
-        weights_digest: 64 hex digits.
-        steps: optimizer steps since the run started.
-    """
-
-    run_dir: Path
-    metrics: dict[str, float]
-    weights_digest: str
-    steps: int
-
-
-def train(cfg: object) -> Result:
-    """Train the run that a configuration describes and return its result; return a complete run's result at once.
-
-    Args:
-        cfg: a configuration from Hydra (a DictConfig or a dict), or the Job that stage 1 made from it.
+def train(job: Job) -> Result:
+    """Train a job in this process and return its result; return a complete run's result at once.
 
     Raises:
         LabtrainError: it cannot be trained; nothing was written.
         Stopped: a signal came; the state is saved, and the receipt records the stop.
     """
     close_umask()
-    job = cfg if isinstance(cfg, Job) else _job(cfg)
     config, run_dir = job.config, Path(job.run_dir)
     remember(config, job.references)
     done = receipt.read(run_dir)
     if done is not None and done["status"] == "complete" and not job.origin:
         if changed := changed_data(job, done):
             warn(changed)
-        return _recorded(run_dir, done["results"])
+        return result_of(run_dir, done["results"])
 
     accelerator, devices = choose_accelerator(config)
     check_compiler(config["speed"], accelerator)
@@ -115,15 +89,6 @@ def train(cfg: object) -> Result:
             raise error from raised
         finally:
             session.close()
-
-
-def _recorded(run_dir: Path, results: Results) -> Result:
-    return Result(
-        run_dir=run_dir,
-        metrics=results["metrics"],
-        weights_digest=results["weights_digest"],
-        steps=results["steps"],
-    )
 
 
 def _make_session(job: Job, accelerator: str, devices: int | list[int] | str, before: Receipt | None) -> "_Session":
@@ -347,39 +312,6 @@ def results_of(result: Result, state_digest: str | None, config: Config) -> Resu
         "weights_digest": result.weights_digest,
         "state_digest": state_digest,
     }
-
-
-def _job(cfg: object) -> Job:
-    from omegaconf import DictConfig, OmegaConf
-
-    import __main__
-    from labtrain.record import config as configuration
-
-    plain = OmegaConf.to_container(cfg, resolve=True) if isinstance(cfg, DictConfig) else cfg
-    if not isinstance(plain, Mapping):
-        raise ConfigError(f"labtrain.train({cfg!r}): must be a configuration, a mapping", hint=configuration.COMPOSE)
-    plain = copy.deepcopy(dict(plain))
-    config = configuration.completed(cast(Config, plain))
-    configuration.check_whole(config)
-    adopt(config, find_ranks())
-    configuration.check(config)
-    file = Path(getattr(__main__, "__file__", "notebook.py"))
-    if not file.exists() and config["determinism"]["mode"] != "off":
-        _refuse_classes_of_no_file(config)
-    root = file.resolve().parent
-    references = configuration.references(cfg, config) if isinstance(cfg, DictConfig) else ()
-    return make_job(config, root=root, command=[], references=references)
-
-
-def _refuse_classes_of_no_file(config: Config) -> None:
-    """Raise ConfigError for a class in a notebook's cell: a run's name needs code that is in a file."""
-    for text in texts_in([as_options(config)[group] for group in ORDERED]):
-        if text.startswith("__main__."):
-            name = text.removeprefix("__main__.")
-            raise ConfigError(
-                f"{text} is defined in the notebook: the run's name includes its code, but no file contains this class",
-                hint=f"%%writefile own.py as the first line of its cell, then _target_: own.{name}",
-            )
 
 
 def _quiet_lightning() -> None:

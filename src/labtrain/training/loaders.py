@@ -11,6 +11,7 @@ from labtrain.data.combined import MODES, Combined
 from labtrain.data.from_torch import exact
 from labtrain.data.loader import DataLoader
 from labtrain.data.stream import Stream, can_begin_again
+from labtrain.data.substreams import SubStreams, can_be_split
 from labtrain.training.lightning import mode_of
 
 EVALUATION = ("val_dataloader", "test_dataloader", "predict_dataloader")
@@ -51,6 +52,8 @@ def exact_evaluation(made: object) -> object:
 def exact_or_stream(loader: object) -> object:
     """Return an exact loader for one of torch's, a Stream for another that can be iterated again."""
     made = exact(loader)
+    if can_be_split(made):
+        return SubStreams(made)  # type: ignore[arg-type]
     return Stream(made) if not isinstance(made, DataLoader) and can_begin_again(made) else made
 
 

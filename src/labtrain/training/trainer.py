@@ -66,7 +66,7 @@ def make_experiment(job: Job) -> Experiment:
         determinism.seed_all(seed, "init")
         datamodule = instantiate(config["data"], "data", pl.LightningDataModule)
         determinism.seed_all(seed, "init")  # seed again: the data's draws must not change the weights
-        model = instantiate(config["model"], "model", pl.LightningModule)
+        model = make_model(config["model"])
     for hook in ("prepare_data", "setup"):
         setattr(datamodule, hook, noting_opened(places)(getattr(datamodule, hook)))
     callbacks = {
@@ -103,6 +103,11 @@ def seeded_alike(set_up: Callable[[], None]) -> None:
     determinism.seed_place("setup")
     set_up()
     determinism.seed_place("setup")
+
+
+def make_model(options: Options) -> pl.LightningModule:
+    """Make the model that a configuration's `model` describes; raise like `instantiate`."""
+    return instantiate(options, "model", pl.LightningModule)
 
 
 def make_callbacks(

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from tests.support.exact import Runner, configure, outcome, tell
-from tests.support.exactness import EVERY, Case, each, most_pairs
+from tests.support.exactness import EVERY, Case, cover, each, most_pairs
 
 pytest_plugins = ["tests.support.exactness"]
 
@@ -14,6 +14,12 @@ pytest_plugins = ["tests.support.exactness"]
 @each([case for case in EVERY if case not in most_pairs()])
 def test_however_it_ran(case: Case, is_exact: Callable[[Case], None]) -> None:
     is_exact(case)
+
+
+@each(cover(2, own=True)[12:])
+def test_what_people_bring(case: Case, is_exact_own: Callable[[Case], None]) -> None:
+    """Any two of program, devices, story and precision meet; the first cases: tests/real."""
+    is_exact_own(case)
 
 
 @pytest.mark.parametrize("step", sorted({*range(1, 15)} - {1, 4, 5, 6, 10}))

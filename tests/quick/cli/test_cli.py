@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -5,7 +6,7 @@ import pytest
 
 from labtrain import __version__
 from labtrain.record import receipt
-from tests.conftest import LABTRAIN, QUICK, Experiment
+from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment
 
 
 def labtrain(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -63,3 +64,29 @@ def test_a_target_that_has_no_digest(target: str, says: str, tmp_path: Path) -> 
     assert done.returncode == 2
     assert says in done.stderr
     assert "hint: " in done.stderr
+
+
+def test_every_command_takes_a_runs_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also its beginning; an unknown or ambiguous one is an error with candidates, before anything is done."""
+    monkeypatch.chdir(tmp_path)
+    golden = ROOT / "tests" / "golden"
+    for name in ("906ca0b1c2d3", "0b6395aaaaaa", "0b6395bbbbbb"):
+        shutil.copytree(golden, tmp_path / "runs" / "digits" / name)
+    assert labtrain("diff", "906c", "0b6395aaaaaa").returncode == 0
+    assert labtrain("report", "906c").returncode == 0
+    assert labtrain("crate", "906c", "-o", "x.zip").returncode == 0
+    for command in (
+        ("diff", "906c"),
+        ("verify",),
+        ("report",),
+        ("gate",),
+        ("sign",),
+        ("crate", "-o", "x.zip"),
+        ("digest",),
+    ):
+        for name, says in (("0b63", "0b63: 2 runs begin with it: runs/digits/0b6395aaaaaa; "),
+                           ("dead", "dead: no run of this id in runs, which has runs/digits/0b6395aaaaaa; ")):  # fmt: skip
+            done = labtrain(*command, name)
+            assert (done.returncode, done.stdout) == (2, ""), command
+            assert f"error: {says}" in done.stderr, command
+            assert "\n\nhint: " in done.stderr

@@ -65,7 +65,7 @@ def run(number):
     signal.signal(signal.SIGTERM, stop)
     unblock()
     open(f"begun-{number}", "w").close()
-    time.sleep(600)
+    time.sleep(600)  # fixed: until the signal
 run_all([SweepJob(number=n, said="", gpus=0, run=lambda n=n: run(n)) for n in range(3)], most=2)
 """
 

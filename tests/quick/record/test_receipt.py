@@ -1,5 +1,6 @@
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 
 from labtrain.base import exact_json
 from labtrain.base.credentials import NOT_RECORDED, without_secrets
-from labtrain.base.errors import DamagedError
+from labtrain.base.errors import ConfigError, DamagedError
 from labtrain.record import receipt
 from labtrain.review.verification import NOT_COMPARED, results_differently
 
@@ -248,3 +249,74 @@ def test_a_crash_while_writing_leaves_the_old_receipt(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         receipt.write(tmp_path, whole(run_id=Unwritable()))
     assert receipt.read(tmp_path) == whole()
+
+
+IDS = ("906ca0b1c2d3", "906ca0b1c2d3-2", "906cffffffff", "0b6395aaaaaa")
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An experiment's folder with runs of two experiments, as the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").touch()
+    Path("notebooks").mkdir()
+    for experiment, name in (*(("digits", each) for each in IDS), ("other", "0b6395bbbbbb"), ("other", IDS[2])):
+        folder = tmp_path / "runs" / experiment / name
+        folder.mkdir(parents=True)
+        (folder / receipt.FILE).write_text(json.dumps(GOLDEN))
+    (tmp_path / "runs" / "digits" / "abcdabcdabcd").mkdir()  # no receipt
+    return tmp_path / "runs"
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [
+        (IDS[0], f"digits/{IDS[0]}"),
+        (IDS[1], f"digits/{IDS[1]}"),
+        ("0b6395a", f"digits/{IDS[3]}"),
+        ("0b6395b", "other/0b6395bbbbbb"),
+    ],
+)
+def test_a_run_is_found_by_its_id_or_its_beginning(
+    name: str, folder: str, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Below the experiment's runs, from a folder in the experiment too; a whole id is not the beginning of another."""
+    assert receipt.find(name).samefile(runs / folder)
+    monkeypatch.chdir("notebooks")
+    assert receipt.find(name).samefile(runs / folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        (
+            "0b6395",
+            "0b6395: 2 runs begin with it: runs/digits/0b6395aaaaaa; runs/other/0b6395bbbbbb\n\nhint: for example",
+        ),
+        (IDS[2], f"{IDS[2]}: 2 runs begin with it: runs/digits/{IDS[2]}; runs/other/{IDS[2]}"),
+        ("dead", "dead: no run of this id in runs, which has runs/digits/0b6395aaaaaa; "),
+        ("abcdabcdabcd", "abcdabcdabcd: no run of this id in runs"),
+    ],
+)
+def test_an_id_of_no_run_or_of_several_is_an_error_with_candidates(name: str, says: str, runs: Path) -> None:
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        receipt.find(name)
+
+
+def test_what_is_no_id_and_what_exists_is_left_alone(runs: Path) -> None:
+    """A folder goes before a run of that id; three digits are too few."""
+    Path("0b6395").mkdir()
+    for name in ("0b6395", "906", "best", "runs/digits/906ca0b1c2d3", "906CA0"):
+        assert receipt.find(name) == Path(name)
+
+
+def test_ids_are_looked_up_where_the_configuration_puts_runs(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("conf").mkdir()
+    monkeypatch.setenv("SCRATCH", str(runs.parent / "scratch"))
+    runs.rename("scratch")
+    for text in ("scratch", "${oc.env:SCRATCH}", "${oc.env:NO_SUCH,scratch}", "${oc.env:LABTRAIN_ROOT}/scratch"):
+        Path("conf/config.yaml").write_text(f"paths: {{runs: '{text}'}}\n")
+        assert receipt.find(IDS[0]).samefile(f"scratch/digits/{IDS[0]}"), text
+    for text in ("paths: 3", "paths: {runs: 3}", "[", "paths:"):
+        Path("conf/config.yaml").write_text(text)
+        assert receipt.runs_folder() == runs

@@ -24,7 +24,7 @@ from labtrain.base.errors import EXIT_STOPPED, LabtrainError
 from labtrain.record import receipt
 from labtrain.record.config import explain
 from labtrain.record.identity import Job, first_free
-from labtrain.review.listing import is_trained, list_runs
+from labtrain.review.catalog.listing import is_trained, list_runs
 from labtrain.stores.prune import leftovers
 from labtrain.stores.store import Store, identity, sealed
 from labtrain.training import start

@@ -8,7 +8,9 @@ STORY = """
 import os, random, tempfile
 import numpy as np, lightning.pytorch, torch
 import labtrain
+from pathlib import Path
 from labtrain.exact import determinism
+from labtrain.record.resume import make_job
 from tests.support.exact import configure
 
 def state():
@@ -27,22 +29,25 @@ def config(seed):
     found["model"] = {"_target_": "tests.support.names_models.Tiny"}
     return found | {"seed": seed, "paths": {"runs": tempfile.mkdtemp()}, "callbacks": {}}
 
+def train(config):
+    return labtrain.train(make_job(config, root=Path.cwd(), command=[]))
+
 torch.set_num_threads(2)
 torch.backends.cudnn.benchmark = True
 torch.manual_seed(5)
 before = state()
 roots = torch.rand(10000).sqrt()
 torch.manual_seed(5)
-digests = [labtrain.train(config(1)).weights_digest]
+digests = [train(config(1)).weights_digest]
 assert state() == before, "state"
 loader = labtrain.DataLoader(list(range(8)), 4, shuffle=True)
 print(list(loader)[0].tolist())
-digests.append(labtrain.train(config(1)).weights_digest)
+digests.append(train(config(1)).weights_digest)
 assert digests[0] == digests[1]
 broken = config(3)
 broken["model"]["_target_"] = "tests.support.names_models.Missing"
 try:
-    labtrain.train(broken)
+    train(broken)
 except labtrain.LabtrainError:
     assert state() == before, "state after an error"
 assert torch.equal(torch.rand(10000).sqrt(), roots)
@@ -50,7 +55,7 @@ assert torch.equal(torch.rand(10000).sqrt(), roots)
 ALONE = "import labtrain; print(list(labtrain.DataLoader(list(range(8)), 4, shuffle=True))[0].tolist())"
 
 
-def test_a_notebook_is_after_a_training_as_it_was_before(tmp_path: Path) -> None:
+def test_a_process_is_after_a_training_as_it_was_before(tmp_path: Path) -> None:
     """Flags, generators, variables: as found; a loader of one's own is outside of any run; a second training is itself."""
     here, alone = (
         subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)

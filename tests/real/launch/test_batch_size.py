@@ -75,4 +75,4 @@ def test_what_cannot_be_searched_is_said_at_once(arguments: tuple[str, ...], say
 def test_outside_of_an_experiment(tmp_path: Path) -> None:
     done = batch_size(tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "conf/config.yaml: no such file" in done.stderr
+    assert "is not in an experiment: found no train.py in it or above it" in done.stderr

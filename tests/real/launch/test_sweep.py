@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.review.listing import is_trained
+from labtrain.review.catalog.listing import is_trained
 from tests.conftest import QUICK, Experiment
 from tests.support.sweep import OPTUNA, SHORT, results
 from tests.support.waiting import wait_until

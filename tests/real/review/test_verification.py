@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from labtrain.record import receipt as receipts
-from tests.conftest import LABTRAIN, Experiment, changed, need
+from tests.conftest import LABTRAIN, ROOT, Experiment, changed, need
 from tests.support.verification import STEPS, name_a_flipped_bit, verify
 
 pytest_plugins = ["tests.support.verification"]
@@ -156,3 +156,39 @@ def test_where_nothing_was_trained_the_word_is_unverified(copy: Path) -> None:
     assert "differs      determinism.variables.MKL_ENABLE_INSTRUCTIONS  - -> SSE4_2" in found
     assert found.splitlines()[-1].startswith("unverified   metadata only, nothing was trained")
     assert not (copy / "verified.jsonl").exists()
+
+
+def test_a_receipt_of_any_name_is_verified(copy: Path, tmp_path: Path) -> None:
+    """Beside other receipts, in a clone: with its trail and signature if they are its own; the verdict is beside it."""
+    root = copy.parents[2]
+    paper = root / "paper"
+    paper.mkdir()
+    row = paper / "table2-row3.json"
+    shutil.copy(copy / "receipt.json", row)
+    (paper / "receipt.json").write_text("{}")
+    shutil.rmtree(root / "runs")
+    done = verify(row, "--steps", "0", cwd=root, code=None)
+    assert "0 lines in its trail, digest correct" in done.out
+    assert not (paper / "table2-row3.verified.jsonl").exists()
+    (paper / "trail.jsonl").write_text("{}")  # of some other run
+    assert "0 lines in its trail" in verify(row, "--steps", "0", cwd=root, code=None).out
+    done = verify(row, cwd=root)
+    assert "yes          the same bits to the end" in done.out
+    assert len((paper / "table2-row3.verified.jsonl").read_text().splitlines()) == 1
+    assert sorted(file.name for file in paper.iterdir()) == [
+        "receipt.json",
+        row.name,
+        "table2-row3.verified.jsonl",
+        "trail.jsonl",
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", "no json", "changed"])
+def test_a_file_that_is_no_receipt_is_an_error_that_names_it(text: str, tmp_path: Path) -> None:
+    row = tmp_path / "table2-row3.json"
+    golden = (ROOT / "tests" / "golden" / "receipt.json").read_text()
+    row.write_text(golden.replace("300", "301") if text == "changed" else text)
+    said = verify(row, code=2, cwd=tmp_path).err
+    assert "table2-row3.json " in said
+    assert "labtrain-receipt-" not in said
+    assert "\n\nhint: ask whoever trained the run" in said

@@ -28,6 +28,12 @@ def test_however_it_ran(case: Case, is_exact: Callable[[Case], None]) -> None:
     is_exact(case)
 
 
+@each(cover(2, own=True)[:12])
+def test_what_people_bring(case: Case, is_exact_own: Callable[[Case], None]) -> None:
+    """torch's samplers, streams, GANs, losses over the batch and synchronised BatchNorm."""
+    is_exact_own(case)
+
+
 @pytest.mark.parametrize("step", [1, 4, 5, 6, 10])
 def test_stopped_after_a_step(step: int, goes_on_after: Callable[[int], None]) -> None:
     """The last of an epoch (5, 10) and the one before and after too; tests/full has every step."""

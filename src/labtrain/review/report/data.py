@@ -15,6 +15,7 @@ from labtrain.base.untrusted import damage_of
 from labtrain.record import receipt as receipts
 from labtrain.record.differences import Comparison, compare, open_run
 from labtrain.record.trail import HISTORY, TRAIL, read_history_lines, read_trail
+from labtrain.review.catalog.notes import read_note
 from labtrain.review.verdicts import Verification, read_verifications
 
 LATEST_S = 253_402_300_800.0  # the year 10000, beyond Python's datetime
@@ -68,6 +69,7 @@ class Run:
     Attributes:
         label: its name on the page: A, B, ...
         folder: as the user named it.
+        note: by `labtrain note`; empty if there is none.
         verifications: newest first; including those of an earlier state of this receipt.
         comparison: with the first run; None for the first run.
     """
@@ -79,6 +81,7 @@ class Run:
     history: HistoryCurves
     verifications: list[Verification]
     comparison: Comparison | None
+    note: str = ""
 
     @property
     def parts_at(self) -> int | None:
@@ -129,6 +132,7 @@ def _read_run(
         history=read_history(folder, _starts(receipt)),
         verifications=read_verifications(folder, digest=receipt["digest"], signers=signers),
         comparison=comparison,
+        note=read_note(folder),
     )
 
 

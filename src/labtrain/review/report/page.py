@@ -117,7 +117,7 @@ def facts_of(runs: list[Run]) -> list[tuple[str, list[Cell]]]:
         ("Started", [Cell(text=when(receipt["segments"][0]["started"])) for receipt in receipts]),
         ("Ended", [Cell(text=when(receipt["segments"][-1]["ended"])) for receipt in receipts]),
         ("Host", [Cell(text=_in_turn(segment["host"] for segment in receipt["segments"])) for receipt in receipts]),
-        ("Command", [Cell(text=shlex.join(["python", *receipt["command"]]), code=True) for receipt in receipts]),
+        ("Command", [Cell(text=_command(receipt["command"]), code=True) for receipt in receipts]),
         ("Seed", [Cell(text=str(receipt["determinism"]["seed"])) for receipt in receipts]),
         ("Devices", [Cell(text=_in_turn(each["devices"] for each in receipt["segments"])) for receipt in receipts]),
         ("Steps", [Cell(text=_steps(run)) for run in runs]),
@@ -134,6 +134,8 @@ def facts_of(runs: list[Run]) -> list[tuple[str, list[Cell]]]:
         ("Training data", [_train_digest(receipt["data"].get("train")) for receipt in receipts]),
         ("Weights", [_digest(receipt["results"].get("weights_digest")) for receipt in receipts]),
     ]
+    if any(run.note for run in runs):
+        rows.insert(1, ("Note", [Cell(text=run.note) for run in runs]))
     if any(origins := [_origin(receipt) for receipt in receipts]):
         rows.insert(3, ("Begins from", [cell or Cell(text="nothing") for cell in origins]))
     if any(receipt["determinism"]["notes"] for receipt in receipts):
@@ -143,6 +145,10 @@ def facts_of(runs: list[Run]) -> list[tuple[str, list[Cell]]]:
     for name in metrics:
         rows.append((name, [_number(receipt["results"].get("metrics", {}), name) for receipt in receipts]))
     return rows
+
+
+def _command(words: list[str]) -> str:
+    return shlex.join(["python", *words]) if words else "labtrain.train(cfg)"
 
 
 def verdict_of(run: Run) -> ShownVerdict:

@@ -1,0 +1,1 @@
+"""The runs of an experiment: list them, load a model, keep a note, remove one."""
