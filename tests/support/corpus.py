@@ -49,6 +49,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_leaves
 
 import labtrain
+from labtrain.data.stream import each_seeded
 from labtrain.exact import determinism
 from tests.support import exact_worker
 from tests.support.exact import Runner, forkserver, outcome
@@ -412,12 +413,18 @@ class Replay:
         recorded = iter([step["batch"] for step in first_of_batches(self.steps) if step["place"][0] == epoch])
         sizes: list[int] = []
         self.sizes[epoch] = sizes, False
-        for batch, *_ in self.combined:
+        for batch, *_ in self._iterated(epoch):
             sizes.append(size(batch))
             self.sizes[epoch] = sizes, len(sizes) == vars(self).get("length")  # then it is asked for no more
             if (replayed := next(recorded, None)) is not None:
                 yield copy.deepcopy(replayed)
         self.sizes[epoch] = sizes, True
+
+    def _iterated(self, epoch: int) -> Iterator[Any]:
+        """Iterate the program's own loader; a stream with the draws that labtrain gives it, which may decide its length."""
+        if "length" in vars(self):
+            return iter(self.combined)
+        return each_seeded(lambda: iter(self.combined), "stream", epoch, first=0)
 
 
 def _has_length(loader: Any) -> bool:
@@ -441,6 +448,7 @@ def train_plainly(program: str, config: Any, folder: Path, file: Path, log: Path
     options = {key: value for key, value in config["trainer"].items() if value is not None}
     options |= {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
     callbacks = {name: each for name, each in config["callbacks"].items() if name != "at"}
+    determinism.set_run(seed=config["seed"], mode="off")
     # From the same draws as labtrain: the weights are the same before the first step.
     determinism.seed_all(config["seed"], "init")
     data = hydra.utils.instantiate(config["data"], _convert_="all")
