@@ -30,9 +30,10 @@ from labtrain import augment
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError
 from labtrain.base.signals import Stopped
 from labtrain.checkpoints import format as files
+from labtrain.checkpoints.initial import identify_weights
 from labtrain.checkpoints.saver import Saver
 from labtrain.exact import tree_sum as reduction
-from labtrain.record.config import CONF
+from labtrain.record.config import CONF, init_from
 from labtrain.record.resume import make_job
 from labtrain.training import fit as training
 from labtrain.training import start as start_of
@@ -280,8 +281,6 @@ class Faulty(MLP):
             self.pearson = torchmetrics.PearsonCorrCoef()
         elif fault in ("forward", "backward"):
             self.net.append(NoDeterministicForward() if fault == "forward" else NoDeterministicBackward())
-        elif fault == "compiled":
-            self.net = torch.compile(self.net, backend="eager")
         elif fault == "benchmark":
             torch.backends.cudnn.benchmark = True
         elif fault == "tf32":
@@ -508,6 +507,8 @@ def work(
     root = Path(config["paths"]["runs"]).parent / "none"
     try:
         train = in_a_thread(training.train) if "IN_A_THREAD" in environment else training.train
+        config["init_from"] = init_from(config["init_from"])
+        identify_weights(config, root)
         found = train(make_job(config, root=root, command=["test"]))
     except LabtrainError as error:
         sys.stderr.write(f"error: {error}\n")

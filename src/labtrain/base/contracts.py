@@ -99,12 +99,25 @@ class PathsConfig(TypedDict):
     runs: str
 
 
+EVALUATIONS = ("validate", "test", "predict")  # keys that evaluate a complete run instead of a training
+
+
+class InitFrom(TypedDict):
+    """`init_from`: the weights that a training starts with; no path: those that the model makes."""
+
+    path: str | None
+    strict: bool
+    rename: dict[str, str] | None
+    digest: str | None
+
+
 class Config(TypedDict):
     """A configuration, composed and resolved."""
 
     experiment: str
     seed: int
     resume: str
+    init_from: InitFrom
     model: Options
     data: Options
     callbacks: dict[str, Options | None]

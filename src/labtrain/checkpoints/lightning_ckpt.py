@@ -76,6 +76,17 @@ def import_checkpoint(file: Path, url: str) -> str:
     return f"{store.url}/{name}"
 
 
+def read_weights(file: Path) -> State:
+    """Return the state dict in a Lightning .ckpt, or in a file with a state dict. This runs no code from it.
+
+    Raises:
+        ConfigError: there is no such file.
+        DamagedError: it holds something else, or loading it would run code.
+    """
+    weights: State = _read(file)["state_dict"]
+    return weights
+
+
 def _read(file: Path) -> State:
     """Return what a .ckpt holds, without its loops."""
     try:

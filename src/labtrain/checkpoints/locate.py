@@ -79,25 +79,54 @@ def found_checkpoint(target: str, *, verified: bool = True) -> Iterator[tuple[Pa
         LabtrainError: there is no checkpoint.
     """
     with TemporaryDirectory(prefix="labtrain-") as scratch:
-        place = _found(target).rstrip("/").removesuffix(f"/{MANIFEST}")
-        name = place.rpartition("/")[2]
-        if NAME.fullmatch(name):
-            store = Store(place.rpartition("/")[0] or ".")
-            named = Checkpoint(store, name, {})
-            if store.local and not verified:
-                yield named.folder, store.manifest(named)
+        target = _found(target)
+        if (named := _named(target)) is not None:
+            if named.store.local and not verified:
+                yield named.folder, named.store.manifest(named)
             else:
-                yield store.fetch(named, Path(scratch, name))
+                yield named.store.fetch(named, Path(scratch, named.name))
             return
-        run_dir = Path(place.removeprefix("file://"))
-        found = receipt.read(run_dir) if is_local(place) else None
-        if found is not None:
-            place = checkpoints_of(run_dir, found)
-        stores, run_id = (stores_of(run_dir, place), found["run_id"]) if found else ([Store(place)], None)
+        stores, run_id = _stores(target)
         newest = newest_whole(stores, into=Path(scratch), run_id=run_id)
         if newest is None:
-            raise LabtrainError(
-                f"{target} is neither a run nor a checkpoint: looked for {receipt.FILE}, {MANIFEST} and step-*",
-                hint="labtrain ls lists runs; labtrain store ls URL lists checkpoints",
-            )
+            raise _nothing_at(target)
         yield newest[1], newest[2]
+
+
+def found_manifest(target: str) -> Manifest:
+    """Return the manifest of the checkpoint that `found_checkpoint` finds if none is damaged, and fetch nothing else.
+
+    Raises:
+        LabtrainError: there is no checkpoint.
+    """
+    target = _found(target)
+    if (named := _named(target)) is not None:
+        return named.store.manifest(named)
+    found = [each for store in _stores(target)[0] for each in store.find() if each.complete and not each.is_link]
+    if not found:
+        raise _nothing_at(target)
+    newest = max(found, key=lambda each: each.order)
+    return newest.store.manifest(newest)
+
+
+def _named(target: str) -> Checkpoint | None:
+    """Return the checkpoint whose folder or URL `target` is; None if it is something else."""
+    place, _, name = target.rstrip("/").removesuffix(f"/{MANIFEST}").rpartition("/")
+    return Checkpoint(Store(place or "."), name, {}) if NAME.fullmatch(name) else None
+
+
+def _stores(target: str) -> tuple[list[Store], str | None]:
+    """Return the stores with the checkpoints of `target`, and the run's id if it is a run's folder."""
+    place = target.rstrip("/").removesuffix(f"/{MANIFEST}")
+    run_dir = Path(place.removeprefix("file://"))
+    found = receipt.read(run_dir) if is_local(place) else None
+    if found is None:
+        return [Store(place)], None
+    return stores_of(run_dir, checkpoints_of(run_dir, found)), found["run_id"]
+
+
+def _nothing_at(target: str) -> LabtrainError:
+    return LabtrainError(
+        f"{target} is neither a run nor a checkpoint: looked for {receipt.FILE}, {MANIFEST} and step-*",
+        hint="labtrain ls lists runs; labtrain store ls URL lists checkpoints",
+    )

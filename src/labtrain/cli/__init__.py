@@ -169,12 +169,42 @@ def batch_size(overrides: tuple[str, ...], mode: str, max_trials: int, steps: in
     Run it in an experiment's folder. KEY=VALUE overrides the configuration, as for train.py. Lightning does the
     search. It leaves no files. binsearch subtracts a safety margin of 5 % from its result.
     """
-    from labtrain.launch.batch_size import search
+    from labtrain.launch.search import search_batch_size
 
-    search(Path.cwd(), list(overrides), mode=mode, max_trials=max_trials, steps=steps)
+    search_batch_size(Path.cwd(), list(overrides), mode=mode, max_trials=max_trials, steps=steps)
 
 
-main.add_section("Experiment", new, demo, batch_size)
+@click.command(
+    "lr-find",
+    cls=help_page.Command,
+    example="labtrain lr-find --plot rates.png",
+    context_settings={"ignore_unknown_options": True},
+)
+@click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
+@click.option("--min", "min_rate", type=float, default=1e-8, show_default=True, help="First learning rate.")
+@click.option("--max", "max_rate", type=float, default=1.0, show_default=True, help="Last learning rate.")
+@click.option(
+    "--steps", type=click.IntRange(min=20), default=100, show_default=True, help="Training steps, each with a new rate."
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png",
+    help="Draw the loss of each rate. An existing file is replaced.",
+)
+def lr_find(overrides: tuple[str, ...], min_rate: float, max_rate: float, steps: int, plot: Path | None) -> None:
+    """Suggest a learning rate.
+
+    Run it in an experiment's folder. KEY=VALUE overrides the configuration, as for train.py. Lightning does the
+    search, on one device: it trains with a growing rate and prints the rate at which the loss falls fastest. The model
+    needs self.lr or self.learning_rate. It leaves no files, except the plot.
+    """
+    from labtrain.launch.search import search_rate
+
+    search_rate(Path.cwd(), list(overrides), min_rate=min_rate, max_rate=max_rate, steps=steps, plot=plot)
+
+
+main.add_section("Experiment", new, demo, batch_size, lr_find)
 main.add_section(
     "Runs",
     receipts.ls,

@@ -115,6 +115,40 @@ class Cut:
         return Picks(indices, indices, self.epoch)
 
 
+class OfFirstEpoch:
+    """The batches of the first epoch, in each epoch: the same samples, with the draws of their epoch.
+
+    Args:
+        source: gives the batches of the first epoch.
+    """
+
+    def __init__(self, source: "Ordered | Sampled") -> None:
+        self.source = source
+        self._first: Batches | None = None
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def epoch(self, epoch: int) -> "Again":
+        if self._first is None:
+            self._first = self.source.epoch(0)
+        return Again(self._first, epoch)
+
+
+class Again:
+    """The batches of another epoch, in this one."""
+
+    def __init__(self, batches: Batches, epoch: int) -> None:
+        self.batches, self.epoch = batches, epoch
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> Picks:
+        picks = self.batches[number]
+        return Picks(picks.keys, picks.numbers, self.epoch)
+
+
 class Sampled:
     """Batches that a sampler yields.
 

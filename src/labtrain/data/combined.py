@@ -34,6 +34,11 @@ class Combined(Loader):
         self.loaders: list[DataLoader] = found
         self.mode = mode
 
+    def take_same_batches(self) -> None:
+        super().take_same_batches()
+        for loader in self.loaders:
+            loader.take_same_batches()
+
     def shard(self, shards: int, *, rank: int, world: int) -> None:
         super().shard(shards, rank=rank, world=world)
         for loader in self.loaders:

@@ -24,7 +24,7 @@ from torch.utils.data._utils.pin_memory import pin_memory as pinned
 
 from labtrain.base.errors import ConfigError
 from labtrain.data.arrays import Arrays, is_arrays
-from labtrain.data.batches import Batches, Ordered, Picks, Sampled, alone, together
+from labtrain.data.batches import Batches, OfFirstEpoch, Ordered, Picks, Sampled, alone, together
 from labtrain.data.draws import Draws
 from labtrain.data.fetch import Fetch, Noted, begin_worker, refuse_other
 from labtrain.data.prefetch import Copies, in_thread, on_tensors
@@ -113,10 +113,19 @@ class DataLoader(Loader):
         self.by_list = self.batch_size is None and batch_sampler is None  # the dataset gets a list of keys
         if self.by_list and collate_fn is None:
             self.collate_fn = default_convert
-        self.source = source_of(self.dataset, self.batch_size, generator=generator, **order)
+        made = source_of(self.dataset, self.batch_size, generator=generator, **order)
+        self.source: Ordered | Sampled | OfFirstEpoch = made
         self._loaded_before = self._transformed_before = self._said = self._said_changed = False
         self.counts: list[str] = []  # attributes of the dataset that count loads
         self.begun: dict[str, object] = {}  # its numbers and texts when the epoch began
+
+    def take_same_batches(self) -> None:
+        super().take_same_batches()
+        if isinstance(self.source, Ordered):
+            size, drop_last = self.source.batch_size, self.source.drop_last
+            self.source = Ordered(self.source.num_samples, size, shuffle=False, drop_last=drop_last)
+        elif isinstance(self.source, Sampled):
+            self.source = OfFirstEpoch(self.source)
 
     def shard(self, shards: int, *, rank: int, world: int) -> None:
         super().shard(shards, rank=rank, world=world)

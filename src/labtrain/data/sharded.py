@@ -2,6 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
+
+from torch.utils.data import SequentialSampler
 
 from labtrain.exact.permutation import Indices
 from labtrain.exact.tree_sum import shard_range
@@ -20,12 +23,20 @@ class Sharded:
         self.parts, self.samples, self.shards = parts, samples, shards
 
 
+class _InOrder(SequentialSampler):
+    """The sampler of a loader that does not shuffle: Lightning's overfit_batches then leaves the loader unchanged."""
+
+    def __init__(self, loader: "Loader") -> None:
+        self.set_epoch = loader.set_epoch
+
+
 class Loader(ABC):
     """A loader that Lightning iterates once an epoch, after `set_epoch`."""
 
     def __init__(self) -> None:
         self.epoch, self._start = 0, (-1, 0)
-        self.sampler, self.batch_sampler = self, None  # Lightning calls loader.sampler.set_epoch(epoch)
+        self.sampler: Any = self  # Lightning calls loader.sampler.set_epoch(epoch)
+        self.batch_sampler = None
         self._shards: int | None = None
         self._place = (0, 1)
 
@@ -48,6 +59,10 @@ class Loader(ABC):
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch of the next iteration."""
         self.epoch = epoch
+
+    def take_same_batches(self) -> None:
+        """Yield the same batches in each epoch: in the dataset's order, or as a sampler yields them in the first."""
+        self.sampler = _InOrder(self)
 
     def start_at(self, epoch: int, batch: int) -> None:
         """Skip the first `batch` batches of `epoch`: they have been trained on."""

@@ -12,14 +12,16 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO, cast
+from typing import TYPE_CHECKING, NoReturn, TextIO, cast
 
 from labtrain.base.console import shown
 from labtrain.base.credentials import CleanStream, remember
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import block, forwarding
+from labtrain.checkpoints.initial import identify_weights
 from labtrain.exact import determinism
+from labtrain.launch.evaluation import Asked, asked_in, evaluation_job
 from labtrain.record import config as configuration
 from labtrain.record import receipt
 from labtrain.record.identity import JOB_VARIABLE, Config, Job
@@ -127,15 +129,18 @@ class HydraTask:
             )
         config = cast(Config, OmegaConf.to_container(cfg, resolve=True))
         remember(config)
+        single = HydraConfig.get().mode == RunMode.RUN
+        if (asked := asked_in(config)) is not None:
+            self._evaluate(asked, config, list(HydraConfig.get().overrides.task), single=single)
         adopt(config, find_ranks())
         configuration.check(config)
         configuration.check_modules(config, Path(self.root))
         references = configuration.references(cfg, config)
         remember(config, references)
-        single = HydraConfig.get().mode == RunMode.RUN
         # hydra.mode=MULTIRUN, typed or in conf/, equals -m: record it in the command.
         command = self.command if single or {"-m", "--multirun"} & set(self.command) else [*self.command, "-m"]
         supervisor = 0 if single else os.getpid()
+        identify_weights(config, Path(self.root))
         job = make_job(config, root=Path(self.root), command=command, supervisor=supervisor, references=references)
         note_run(job.run_dir)
         if finished(job):
@@ -147,6 +152,20 @@ class HydraTask:
             os.execve(start[0], start, environment)  # the same pid: signals, Slurm and torchrun see one process
         supervise(start, environment)
         return value_of(job, HydraConfig.get().sweeper)
+
+    def _evaluate(self, asked: Asked, config: Config, typed: list[str], *, single: bool) -> NoReturn:
+        """Become the job that evaluates a run."""
+        if not single:
+            raise ConfigError(f"{asked.stage}={asked.run} in a sweep (-m)", hint="a command for each run, without -m")
+        job = evaluation_job(asked, config, root=Path(self.root), command=self.command, typed=typed)
+        remember(job.config, job.references)
+        if asked.stage == "predict":
+            refuse_unwritable(Path(job.predictions or job.run_dir))
+        start, environment = process_of(job)
+        if self.wants_trace:
+            environment["HYDRA_FULL_ERROR"] = "1"
+        sys.stderr.flush()
+        os.execve(start[0], start, environment)
 
 
 def ready(job: Job, *, wants_trace: bool) -> tuple[list[str], dict[str, str]]:

@@ -27,7 +27,9 @@ from labtrain.base.credentials import remember
 from labtrain.base.errors import ConfigError, JobFailedError, LabtrainError, in_words, where
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, block, forwarding
+from labtrain.checkpoints.initial import identify_weights
 from labtrain.launch.compose import ready
+from labtrain.launch.evaluation import asked_in
 from labtrain.launch.experiment import composed_at
 from labtrain.record import config as configuration
 from labtrain.record import receipt
@@ -83,6 +85,11 @@ def _job(cfg: object) -> Job:
     if not isinstance(plain, Mapping):
         raise ConfigError(f"labtrain.train({cfg!r}): must be a configuration, a mapping", hint=configuration.COMPOSE)
     config = configuration.completed(cast(Config, copy.deepcopy(dict(plain))))
+    if (asked := asked_in(config)) is not None:
+        raise ConfigError(
+            f"labtrain.train: {asked.stage}={asked.run} evaluates a run and trains nothing",
+            hint=f"python train.py {asked.stage}={asked.run}; labtrain.load({asked.run!r}) returns its model",
+        )
     configuration.check_whole(config)
     adopt(config, find_ranks())
     configuration.check(config)
@@ -91,6 +98,7 @@ def _job(cfg: object) -> Job:
         _refuse_classes_of_no_file(config, root)
     configuration.check_modules(config, root)
     references = configuration.references(cfg, config) if isinstance(cfg, DictConfig) else ()
+    identify_weights(config, root)
     importlib.invalidate_caches()  # a cell may have written a module
     return make_job(config, root=root, command=[], supervisor=os.getpid(), references=references, path=path)
 

@@ -11,8 +11,9 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
+from labtrain.base import exact_json
 from labtrain.base.console import one_line, shown
 from labtrain.base.credentials import remember
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError
@@ -26,6 +27,9 @@ from labtrain.record.identity import JOB_VARIABLE, Job
 from labtrain.record.ranks import Ranks, find_ranks, in_slurm_step, requeue, wants_requeue
 from labtrain.record.receipt import Result
 from labtrain.record.sources import load_from_source
+
+if TYPE_CHECKING:
+    from labtrain.training.evaluation import Predictions
 
 WIDE = 1000  # columns of a file
 LOST_SECONDS = 600  # Slurm declares a node dead after 300 (SlurmdTimeout)
@@ -49,13 +53,14 @@ def main() -> None:
     if job.config["determinism"]["mode"] != "off":
         load_from_source()
     gc.disable()  # importing torch and Lightning creates no garbage; this saves half a second
+    from labtrain.training.evaluation import evaluate
     from labtrain.training.fit import train
 
     gc.freeze()
     gc.enable()
     answers = job.answers and (ranks is not None or not rank)  # not the ranks that Lightning starts
     try:
-        result = train(job)
+        found = evaluate(job) if job.evaluate else train(job)
     except LabtrainError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             traceback.print_exc()
@@ -73,19 +78,32 @@ def main() -> None:
         if answers:
             answer(out, error)
         raise
-    _tell(result, out, rank, answers=answers)
+    _tell(found, out, rank, evaluated=bool(job.evaluate), answers=answers)
 
 
-def _tell(result: Result, out: IO[str], rank: int, *, answers: bool) -> None:
+def _tell(found: "Result | Predictions", out: IO[str], rank: int, *, evaluated: bool, answers: bool) -> None:
     """Print the metrics, and tell the result to whoever reads standard output."""
     if not rank:
+        print_found(found, out, evaluated=evaluated, answers=answers)
+    if answers and isinstance(found, Result):
+        answer(out, found)
+
+
+def print_found(found: "Result | Predictions", out: IO[str], *, evaluated: bool, answers: bool) -> None:
+    """Print a training's table, folder and digest; an evaluation's metrics as one line of JSON; a file and its sha256.
+
+    Standard output has none of this if it is read by labtrain.train, which gets an answer.
+    """
+    if not isinstance(found, Result):
+        out.write(f"{shown(found.file)} {found.digest}\n")
+    else:
         # srun merges the two streams in any order; in one stream the table precedes the digest.
-        print_table(result, out if in_slurm_step(os.environ) and not answers else sys.stderr)
-    if answers:
-        answer(out, result)
-    elif not rank:
-        out.write(f"{shown(result.run_dir)} {result.weights_digest}\n")
-        out.flush()
+        print_table(found, out if in_slurm_step(os.environ) and not evaluated and not answers else sys.stderr)
+        if evaluated:
+            out.write(f"{exact_json.dumps(found.metrics)}\n")
+        elif not answers:
+            out.write(f"{shown(found.run_dir)} {found.weights_digest}\n")
+    out.flush()
 
 
 def _end_with_starter(job: Job, ranks: Ranks | None) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import yaml
 
-from labtrain.base.contracts import Options, as_options
+from labtrain.base.contracts import EVALUATIONS, InitFrom, Options, as_options
 from labtrain.base.credentials import NOT_RECORDED, REFERENCE, names_a_secret, without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError, not_readable
 from labtrain.record.identity import (
@@ -100,6 +100,7 @@ def check(config: Config) -> None:
     """
     _check_plain(config, "")
     tree = as_options(config)
+    config["init_from"] = init_from(tree["init_from"])
     for group in GROUPS:
         known = defaults(group)
         for key in tree[group]:
@@ -116,16 +117,41 @@ def check(config: Config) -> None:
     _check_checkpoint(tree["checkpoint"])
     _check_shards(config)
     _check_speed(config)
+    _check_init_from(config)
     _want(
         "resume",
         config["resume"],
         isinstance(config["resume"], str) and config["resume"],
         "auto, never, or a run's id or folder",
     )
-    for key, url in (("checkpoint.url", config["checkpoint"]["url"]), ("resume", config["resume"])):
+    urls = {"checkpoint.url": config["checkpoint"]["url"], "resume": config["resume"]}
+    for key, url in (urls | {"init_from.path": config["init_from"]["path"]}).items():
         if url is not None:
             _want(key, url, isinstance(url, str), "a path or a URL")
             check_url(url)
+
+
+def init_from(value: object) -> InitFrom:
+    """Return `init_from` with all its keys; a text is its path."""
+    given = {"path": value} if not isinstance(value, dict) else value
+    return cast(InitFrom, {"path": None, "strict": True, "rename": None, "digest": None, **given})
+
+
+def _check_init_from(config: Config) -> None:
+    given, known = as_options(config["init_from"]), init_from(None)
+    for key in given:
+        if key not in known:
+            raise unknown_key(f"init_from.{key}", [f"init_from.{name}" for name in known], where=" in conf/")
+    path, rename, digest = given["path"], given["rename"], given["digest"]
+    good = path is None or (isinstance(path, str) and path != "")
+    _want("init_from.path", path, good, "a text: quote a name that is a number, such as 'init_from.path=\"123\"'")
+    _want("init_from.strict", given["strict"], isinstance(given["strict"], bool), "true or false")
+    names = isinstance(rename, dict) and all(isinstance(each, str) for pair in rename.items() for each in pair)
+    _want("init_from.rename", rename, rename is None or names, "a mapping of prefixes: {old: new}")
+    good = digest is None or bool(isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest))
+    _want("init_from.digest", digest, good, "64 hex digits, as labtrain digest prints them")
+    if path is None and given != known:
+        raise ConfigError("init_from has options, but no path", hint="init_from.path=RUN, or a file with weights")
 
 
 def _check_groups(config: Config) -> None:
@@ -181,7 +207,8 @@ def check_whole(config: Config) -> None:
     """
     wanted = {"experiment": None, "logger": {}} | _yaml(CONF / "labtrain.yaml")
     wanted |= {group: defaults(group) for group in GROUPS}
-    del wanted["defaults"], wanted["hydra"]
+    for key in ("defaults", "hydra", *EVALUATIONS, "predictions"):
+        del wanted[key]
     tree = as_options(config)
     for key, value in wanted.items():
         if isinstance(value, dict) and key in tree and not isinstance(tree[key], dict):
@@ -303,7 +330,14 @@ def defaults(group: str) -> Options:
 
 def completed(config: Config) -> Config:
     """Add the keys that a configuration of an older labtrain lacks."""
-    return cast(Config, {"speed": defaults("speed"), "gpu_stats": True, **config})
+    whole = {"speed": defaults("speed"), "gpu_stats": True, **config}
+    for key in (*EVALUATIONS, "predictions"):
+        if whole.pop(key, None) is not None:
+            raise ConfigError(
+                f"{key}={as_options(config)[key]}: a configuration for labtrain.train describes a training",
+                hint=f"python train.py {key}=RUN",
+            )
+    return cast(Config, whole | {"init_from": init_from(whole.get("init_from"))})
 
 
 @contextmanager

@@ -42,6 +42,8 @@ ROUTES = {
 
 # How a run is executed, watched or stored; the weights do not depend on these.
 EXECUTION_KEYS = (
+    *contracts.EVALUATIONS,
+    "predictions",
     "experiment",
     "resume",
     "logger",
@@ -80,6 +82,8 @@ class Job:
         references: (path, text) of each text of the configuration that comes from `${oc.env:X}` (config.references).
         path: the module search path after `root`, in the form of PYTHONPATH, including what train.py added to
             sys.path. Empty: the default.
+        evaluate: validate, test or predict with the final weights of this complete run; empty: train it.
+        predictions: file for the predictions; absolute. Empty: in the run's folder.
         within: the only folder that it may write to; absolute. Empty: the configured folders.
         answers: its process writes the result or the error as JSON to standard output, for labtrain.train.
     """
@@ -98,6 +102,8 @@ class Job:
     path: str = ""
     within: str = ""
     answers: bool = False
+    evaluate: str = ""
+    predictions: str = ""
     references: References = ()
 
     def hold(self, place: str | Path) -> None:
@@ -194,6 +200,9 @@ def what_counts(config: Config) -> Options:
         for parent in parents:
             node = node.get(parent, {})
         node.pop(last, None)
+    # The weights count, not their place. Without `init_from` the name is that of older versions.
+    if (first := kept.pop("init_from", None)) and first["path"] is not None:
+        kept["init_from"] = {key: value for key, value in first.items() if key != "path"}
     # A switch that is off equals a missing one, as in configurations of older versions.
     if not (on := {key: value for key, value in kept.pop("speed", {}).items() if value is not False}):
         return kept

@@ -35,6 +35,8 @@ def remember(receipt: Receipt, root: Path) -> None:
     """
     _note("trained", _name_of(receipt, receipt["code"]["patch"], root))
     remember_store(receipt["config"]["checkpoint"]["url"] or "")
+    first = receipt["config"].get("init_from")
+    remember_store(first["path"] or "" if first else "")
 
 
 def is_own(receipt: Receipt, run_dir: Path, home: Path) -> bool:

@@ -49,6 +49,7 @@ def make_job(config: Config, *, root: Path, command: list[str], supervisor: int 
         experiment_runs = run_dir.parent
         begun, origin = find_origin(str(config["resume"]), experiment_runs, named=config["checkpoint"]["url"] or "")
         found = receipt.read(begun)
+        refuse_other_weights(config, found, is_own=begun.name == run_id)
         if found is not None and same_run(found, config, references, code=code, lock=lock):
             run_dir, run_id, origin = begun, found["run_id"], ""  # already complete
         elif found["status"] == "complete" if found is not None else begun.name != run_id:
@@ -72,6 +73,27 @@ def make_job(config: Config, *, root: Path, command: list[str], supervisor: int 
         origin_digest=digest,
         references=references,
         path=os.pathsep.join(os.path.abspath(entry) for entry in search_path(root, path)[1:]),  # noqa: PTH100
+    )
+
+
+def refuse_other_weights(config: Config, found: receipt.Receipt | None, *, is_own: bool) -> None:
+    """Raise if resume=RUN would ignore `init_from`, because RUN did not start with these weights.
+
+    Args:
+        config: resolved.
+        found: the receipt of RUN.
+        is_own: whether RUN has the name of this configuration, which covers the weights.
+
+    Raises:
+        ConfigError: names both keys.
+    """
+    first, began = config["init_from"], found["config"].get("init_from") if found is not None else None
+    if first["path"] is None or is_own or (began and began["digest"] == first["digest"]):
+        return
+    raise ConfigError(
+        f"resume={config['resume']} continues with the weights of that run, so init_from={first['path']} would have no"
+        " effect",
+        hint=f"init_from.path=null; or resume=never, to start with the weights of {first['path']}",
     )
 
 

@@ -12,7 +12,7 @@ from labtrain.base.credentials import REFERENCE, without_secrets
 from labtrain.base.errors import ConfigError, DamagedError, in_words
 from labtrain.exact.determinism import is_recorded, variables
 from labtrain.launch.experiment import as_main_does, called_with
-from labtrain.record.config import as_written, from_environment
+from labtrain.record.config import as_written, from_environment, init_from
 from labtrain.record.differences import ORIGIN, Difference, differences, overrides
 from labtrain.record.digests import digest_folder
 from labtrain.record.fingerprints import files_now
@@ -75,9 +75,12 @@ def composed_differently(receipt: Receipt, root: Path) -> list[Difference]:
         return []
     try:
         with as_written():  # else the command's author could choose which variables are shown
-            now = without_secrets(composed(root, Path(command[0]).name, command[1:]))
+            now = cast(Options, without_secrets(composed(root, Path(command[0]).name, command[1:])))
         recorded = without_secrets(receipt["config"])
-        changed = overrides(what_counts(recorded), what_counts(_as_recorded(now, recorded)))
+        now["init_from"] = init_from(now.get("init_from"))
+        if now["init_from"]["digest"] is None:  # labtrain fills it in
+            now["init_from"]["digest"] = init_from(recorded.get("init_from"))["digest"]
+        changed = overrides(what_counts(recorded), what_counts(cast(Config, _as_recorded(now, recorded))))
     except Exception as error:  # untrusted YAML and overrides can raise anything in Hydra
         said = str(error.args[0]) if isinstance(error, ConfigError) else in_words(error)
         return [Difference(key="config", a="composes", b=f"cannot be composed: {said[:200]}", matters=False)]

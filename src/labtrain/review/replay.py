@@ -25,12 +25,13 @@ from labtrain.launch.compose import process_of
 from labtrain.record import receipt as receipts
 from labtrain.record.config import REFERRING, check, check_whole, completed, flat_texts, from_environment, variables_in
 from labtrain.record.identity import Config, Job, References, get, lock_digest, name, what_counts
-from labtrain.record.own_runs import patch_of
+from labtrain.record.own_runs import opened, patch_of
 from labtrain.record.ranks import alone
 from labtrain.record.receipt import Receipt, origin_digest
 from labtrain.record.sources import moved, read_code, source_digests
 from labtrain.record.trail import TRAIL, Line, parse_trail, trail_bytes
 from labtrain.review.sandbox import Sandbox, is_kept, only_kept
+from labtrain.stores.backends import is_local
 from labtrain.stores.layout import copy_as
 
 POLL_S = 0.02
@@ -76,6 +77,7 @@ class Replay:
             receipt, scratch, changes or {}, keep_trail=keep_trail, sandboxed=sandbox is not None
         )
         self.recorded, self.root, self.home, self.python = receipt, root, home.resolve(), python
+        _find_weights(self.config, self.home)
         code = read_code(root, as_options(self.config), path=moved(sys.path, home, root))
         self.code_digest = code.digest
         self.absent = [path for path in receipt["code"].get("outside", {}) if path not in code.outside]
@@ -253,6 +255,17 @@ def _config_of(
     except (ConfigError, TypeError) as error:
         raise _no_configuration(error) from error
     return config, references
+
+
+def _find_weights(config: Config, home: Path) -> None:
+    """Let `init_from` name its weights below the experiment's folder here, not below a checkout of its code.
+
+    Raises:
+        StoreError: they are in a store that only the receipt names.
+    """
+    path = config["init_from"]["path"]
+    if path is not None:
+        config["init_from"]["path"] = str(home / path.removeprefix("file://")) if is_local(path) else opened(path)
 
 
 def _change(config: Config, changes: dict[str, object]) -> None:

@@ -55,7 +55,8 @@ class Sandbox:
 
     def hidden(self, config: Config) -> list[str]:
         """Return KEY=PATH of each existing path in the configuration that the sandbox hides."""
-        return [f"{key}={text}" for group in ORDERED for key, text in _texts(as_options(config).get(group), group)
+        groups = *ORDERED, "init_from"
+        return [f"{key}={text}" for group in groups for key, text in _texts(as_options(config).get(group), group)
                 if Path(text).is_absolute() and not any(Path(text).is_relative_to(path) for path in self.reads)
                 and _paths_in(text, self.home)]  # fmt: skip
 

@@ -294,15 +294,35 @@ class EpochLoop(TrainingEpochLoop):
         self._restore_unsaved(at, entering=True)
         mine, device = self._of_this_rank(at), trainer.strategy.root_device
         if mine is not None:
-            parts = metrics_of(trainer.lightning_module)
-            for name, state in mine["metrics"].items():
-                values = {key: _moved(value, device) for key, value in state.items()}
-                release(parts[name], values | {"_computed": None, "_forward_cache": None})
+            self._restore_metrics(mine["metrics"], device)
             for name, value in mine.get("buffers", {}).items():
                 trainer.lightning_module.get_buffer(name).copy_(value)
             self._restore_logged(mine["logged"])
         metrics = {key: value.to(device) for key, value in at["callback_metrics"].items()}
         restore_metrics(trainer, metrics, first_batch=at["batch"] == 1)
+
+    def _restore_metrics(self, states: State, device: torch.device) -> None:
+        parts = metrics_of(self.trainer.lightning_module)
+        for name, state in states.items():
+            values = {key: _moved(value, device) for key, value in state.items()}
+            release(parts[name], values | {"_computed": None, "_forward_cache": None})
+
+    def stand_at(self, at: State, *, over: bool) -> None:
+        """Set epoch and step, and restore what no state dict holds, for an evaluation outside of a training.
+
+        Args:
+            at: the position in a checkpoint.
+            over: the training is over; else its last validation follows.
+        """
+        fit, device = self.trainer.fit_loop, torch.device("cpu")  # the strategy moves the model later
+        for progress in (fit.epoch_progress.total, fit.epoch_progress.current):
+            _put(progress, at["epoch"] + over)
+        self._put_global_step(at["global_step"])
+        kept: State = self._of_this_rank(at) or at["ranks"][0]
+        Unsaved(self.trainer.lightning_module, looks=False).restore(kept, device=device, entering=False)
+        Outside(self.trainer).restore(at.get(KEY, {}), entering=False)
+        names = metrics_of(self.trainer.lightning_module).keys()
+        self._restore_metrics({name: kept["metrics"][name] for name in names & kept["metrics"].keys()}, device)
 
     def _restore_logged(self, entries: list[State]) -> None:
         strategy, device = self.trainer.strategy, self.trainer.strategy.root_device

@@ -8,10 +8,12 @@ import os
 import shutil
 import signal
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from labtrain.base.console import few, shown, warn
@@ -28,6 +30,7 @@ from labtrain.base.errors import (
 from labtrain.base.output import write_output_to
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, Wishes, in_main_thread
+from labtrain.checkpoints.initial import load_initial
 from labtrain.environment.doctor.environment import REPAIR, unlike_lock
 from labtrain.exact import determinism
 from labtrain.record import receipt
@@ -46,8 +49,9 @@ from labtrain.training.guard import Guard, explain_operation
 from labtrain.training.lightning import ignore_signals, put_checkpoint_connector
 from labtrain.training.loaders import take_loaders
 from labtrain.training.loggers import log_config, log_receipt, make_loggers
-from labtrain.training.speed import check_compiler, explain_compile
+from labtrain.training.speed import check_compiler, explain_compile, own_compiles
 from labtrain.training.start import find_start, hold_records, refuse_outdated, warn_resumed
+from labtrain.training.state.initial import put_initial
 from labtrain.training.state.rebuild import Connector, explain_step
 from labtrain.training.trainer import make_callbacks, make_experiment, make_trainer, seeded_alike
 
@@ -70,14 +74,8 @@ def train(job: Job) -> Result:
 
     accelerator, devices = choose_accelerator(config)
     check_compiler(config["speed"], accelerator)
-    _quiet_lightning()
-    with determinism.run(
-        seed=config["seed"],
-        mode=config["determinism"]["mode"],
-        accelerator=accelerator,
-        threads=config["determinism"]["threads"],
-        tf32=config["speed"]["tf32"] and accelerator == "gpu",
-    ):
+    quiet_lightning()
+    with determined(config, accelerator):
         session = _make_session(job, accelerator, devices, done)
         try:
             session.open()
@@ -89,6 +87,21 @@ def train(job: Job) -> Result:
             raise error from raised
         finally:
             session.close()
+
+
+@contextmanager
+def determined(config: Config, accelerator: str) -> Iterator[None]:
+    """Set torch's flags, its compiler and the seed for a training or an evaluation."""
+    mode = config["determinism"]["mode"]
+    flags = determinism.run(
+        seed=config["seed"],
+        mode=mode,
+        accelerator=accelerator,
+        threads=config["determinism"]["threads"],
+        tf32=config["speed"]["tf32"] and accelerator == "gpu",
+    )
+    with flags, own_compiles(mode):
+        yield
 
 
 def _make_session(job: Job, accelerator: str, devices: int | list[int] | str, before: Receipt | None) -> "_Session":
@@ -167,11 +180,18 @@ class _Session:
             wishes=self.wishes,
             stop_at=self.job.stop_at,
         )
-        put_checkpoint_connector(trainer, Connector(trainer, self.start.path))
+        put_checkpoint_connector(trainer, Connector(trainer, self.start.path, self._initialise))
         ignore_signals(trainer)
-        take_loaders(datamodule, loop.placed)
+        take_loaders(datamodule, loop.placed, same_batches=bool(self.config["trainer"]["overfit_batches"]))
         set_up = datamodule.setup
         datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))  # type: ignore[method-assign]
+
+    def _initialise(self, trainer: Trainer) -> None:
+        """Start with the weights of `init_from`, unless the training resumes from a checkpoint."""
+        first = self.config["init_from"]
+        if first["path"] is not None and self.start.found is None:
+            weights = load_initial(first, Path(self.job.root))
+            put_initial(trainer, weights, first, say=self.recorder.say)
 
     def open(self) -> None:
         """Open receipt, store and loggers; refuse a run that they rule out."""
@@ -287,13 +307,6 @@ def explain(error: BaseException, config: Config, *, started: bool) -> LabtrainE
         )
     if (known := explain_compile(error)) is not None:
         return known
-    batches = config["trainer"]["overfit_batches"]
-    if batches and isinstance(error, ValueError) and "needs to subclass `torch.utils.data.DataLoader`" in str(error):
-        return ConfigError(
-            f"trainer.overfit_batches={batches}: Lightning would replace the sampler of labtrain.DataLoader",
-            hint=f"trainer.limit_train_batches={batches} trainer.limit_val_batches={batches}, and shuffle=False in"
-            " train_dataloader",
-        )
     if isinstance(error, FileNotFoundError | PermissionError) and not started:
         return ConfigError(
             f"{error.strerror}: {error.filename}",
@@ -314,7 +327,8 @@ def results_of(result: Result, state_digest: str | None, config: Config) -> Resu
     }
 
 
-def _quiet_lightning() -> None:
+def quiet_lightning() -> None:
+    """Turn off messages of Lightning and others that say nothing to a user of labtrain."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # aiohttp logs a lost store here; the delivery reports it

@@ -5,7 +5,7 @@ found                       because
 =========================== ============================================================================================
 a loader without an end     an iterator has one epoch, and a resume cannot begin that again
 several other loaders       a resume cannot restore the position of each in its cycle
-torch.compile in code       chooses kernels by timing, and by the shapes that this process has seen
+torch.compile before        compiled before the training: chooses kernels by the shapes that this process has seen
 flags that code has changed cudnn.benchmark chooses kernels by timing; the number of threads changes the order of sums
 asserts left out            by python -O: the code does something else, and the run has the same name
 TF32 set from outside       NVIDIA_TF32_OVERRIDE and its like change bits, and are not part of the run's name
@@ -42,6 +42,7 @@ from labtrain.data.stream import Stream
 from labtrain.exact.determinism import STRICT_MODES
 from labtrain.record.sources import Code, can_be_found, count_of_code, stale_modules, unnamed_modules
 from labtrain.training.lightning import checks_validation_by_time, test_loaders, train_loaders, val_loaders
+from labtrain.training.speed import COMPILED
 
 TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
 NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
@@ -301,13 +302,15 @@ def evaluation_loaders(stage: str, loaders: Iterable[object]) -> Iterator[Findin
 
 
 def compiled(module: torch.nn.Module) -> Iterator[Finding]:
-    """Find modules under torch.compile."""
+    """Find modules under torch.compile that are not compiled exactly (speed.own_compiles)."""
     for name, part in module.named_modules():
-        if isinstance(part, torch._dynamo.OptimizedModule) or getattr(part, "_compiled_call_impl", None) is not None:
+        found = part if isinstance(part, torch._dynamo.OptimizedModule) else getattr(part, "_compiled_call_impl", None)
+        if found is not None and found not in COMPILED:
             yield (
-                f"{name or type(part).__name__} is compiled by torch.compile, which chooses kernels by timing and by"
-                " the shapes that the process has seen: a resumed training may use different kernels",
-                "speed.compile=true instead, or determinism.mode=warn",
+                f"{name or type(part).__name__} was compiled by torch.compile before the training started, or in mode"
+                " warn: its kernels depend on the shapes that the process has seen, and a resumed training may use"
+                " different ones",
+                "call torch.compile in the model's __init__ or configure_model, or use speed.compile=true",
             )
             return
 

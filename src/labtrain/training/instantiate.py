@@ -7,7 +7,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate as hydra_instantiate
 
 from labtrain.base.contracts import Options
-from labtrain.base.errors import ConfigError, in_words, where
+from labtrain.base.errors import ConfigError, LabtrainError, in_words, where
 
 Made = TypeVar("Made")
 
@@ -28,6 +28,8 @@ def instantiate(options: Options, key: str, kind: type[Made]) -> Made:
         made = hydra_instantiate(options, _convert_="all")
     except InstantiationException as error:
         cause = error.__cause__
+        if (known := _known(error)) is not None:
+            raise known from error
         # If a callback's constructor fails, its arguments are wrong. A model's or datamodule's may fail for any reason.
         if cause is None or isinstance(cause, TypeError | ImportError) or kind is pl.Callback:
             text = " ".join(str(error).split()) if cause is None else in_words(cause) + where(cause.__traceback__)
@@ -41,3 +43,13 @@ def instantiate(options: Options, key: str, kind: type[Made]) -> Made:
             hint=f"derive it from lightning.pytorch.{kind.__name__}",
         )
     return made
+
+
+def _known(error: BaseException) -> LabtrainError | None:
+    """Return the error for people that code met while it was imported, or its object made; None if there is none."""
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, LabtrainError):
+            return chain
+        chain = chain.__cause__ or chain.__context__
+    return None

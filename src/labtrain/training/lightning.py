@@ -13,7 +13,7 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
@@ -61,6 +61,11 @@ def test_loaders(trainer: pl.Trainer) -> Iterable[object]:
 def eval_loaders(trainer: pl.Trainer) -> Iterable[object]:
     """Return the loaders of the validation or test that runs."""
     return _flat(evaluation_loop(trainer)._combined_loader)
+
+
+def predict_loaders(trainer: pl.Trainer) -> Iterable[object]:
+    """Return the loaders of `trainer.predict`."""
+    return _flat(trainer.predict_loop._combined_loader)
 
 
 def mode_of(combined: CombinedLoader) -> str:
@@ -316,7 +321,12 @@ def keep_logging_hook(trainer: pl.Trainer) -> Iterator[None]:
 
 def silence_loggers(trainer: pl.Trainer) -> None:
     """Replace each of the trainer's loggers with one that writes nothing."""
-    trainer._loggers = [DummyLogger() for _ in trainer._loggers]
+    trainer._loggers = mute_loggers(len(trainer._loggers))
+
+
+def mute_loggers(number: int) -> list[Logger]:
+    """Return loggers that write nothing, for code that uses its loggers."""
+    return [DummyLogger() for _ in range(number)]
 
 
 class QuietWriter(ExperimentWriter):
@@ -339,6 +349,11 @@ def put_experiment(logger: CSVLogger, experiment: ExperimentWriter) -> None:
 def is_offline(logger: WandbLogger) -> bool:
     """Return whether W&B keeps the run on this machine."""
     return bool(logger._offline)
+
+
+def trainer_of(module: torch.nn.Module) -> pl.Trainer | None:
+    """Return the trainer of a model; None before a training, and for a module that is not Lightning's."""
+    return module._trainer if isinstance(module, pl.LightningModule) else None
 
 
 def is_begun(logger: MLFlowLogger) -> bool:
@@ -375,9 +390,13 @@ class CheckpointConnector(_CheckpointConnector):
         """Return the context manager around each step of a restore."""
         return nullcontext()
 
+    def begin(self) -> None:
+        """Prepare the model, when all its parts exist and no checkpoint has been restored."""
+
     def _restore_modules_and_callbacks(
         self, checkpoint_path: str | Path | None = None, weights_only: bool | None = None
     ) -> None:
+        self.begin()
         with self.putting_back():
             super()._restore_modules_and_callbacks(checkpoint_path, weights_only)
 

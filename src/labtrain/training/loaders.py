@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from labtrain.data.combined import MODES, Combined
 from labtrain.data.from_torch import exact
 from labtrain.data.loader import DataLoader
+from labtrain.data.sharded import Loader
 from labtrain.data.stream import Stream, can_begin_again
 from labtrain.data.substreams import SubStreams, can_be_split
 from labtrain.training.lightning import mode_of
@@ -17,17 +18,34 @@ from labtrain.training.lightning import mode_of
 EVALUATION = ("val_dataloader", "test_dataloader", "predict_dataloader")
 
 
-def take_loaders(datamodule: pl.LightningDataModule, placed: Callable[[object], object]) -> None:
+def take_loaders(
+    datamodule: pl.LightningDataModule, placed: Callable[[object], object], *, same_batches: bool = False
+) -> None:
     """Let a data module's methods return exact loaders.
 
     Args:
         datamodule: changed in place.
         placed: gets the loader of the training, and returns it at the place where a resume begins.
+        same_batches: training and validation take the same batches in each epoch: trainer.overfit_batches.
     """
-    make = datamodule.train_dataloader
-    datamodule.train_dataloader = lambda: placed(exact_training(make()))  # type: ignore[method-assign]
+    make, finish = datamodule.train_dataloader, _with_same_batches if same_batches else _unchanged
+    datamodule.train_dataloader = lambda: placed(finish(exact_training(make())))  # type: ignore[method-assign]
     for name in filter(lambda name: is_overridden(name, datamodule), EVALUATION):
         setattr(datamodule, name, _then(exact_evaluation, getattr(datamodule, name)))
+    if is_overridden("val_dataloader", datamodule):
+        datamodule.val_dataloader = _then(finish, datamodule.val_dataloader)  # type: ignore[method-assign]
+
+
+def _with_same_batches(made: object) -> object:
+    """Let each loader yield the same batches in each epoch."""
+    for loader in tree_leaves(made.iterables if isinstance(made, CombinedLoader) else made):
+        if isinstance(loader, Loader):
+            loader.take_same_batches()
+    return made
+
+
+def _unchanged(made: object) -> object:
+    return made
 
 
 def exact_training(made: object) -> object:

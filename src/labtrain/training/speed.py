@@ -13,8 +13,10 @@ https://docs.pytorch.org/docs/2.9/torch.compiler_dynamic_shapes.html.
 import os
 import random
 import shutil
+import sys
 import sysconfig
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -30,7 +32,8 @@ from torch.utils.checkpoint import checkpoint
 
 from labtrain.base.contracts import Options, SpeedConfig
 from labtrain.base.errors import ConfigError, DeviceError
-from labtrain.exact.determinism import STRICT_MODES
+from labtrain.exact.determinism import STRICT_MODES, run_mode
+from labtrain.exact.plain_values import is_experiments_code
 
 # Compiled versions per function. Torch's default is 8, too few if many parts share one forward function.
 COMPILED_SIZES = 64
@@ -45,6 +48,15 @@ TIMED = (
     "max_autotune_pointwise",
     "shape_padding",
 )
+TORCHS_COMPILE = torch.compile
+BACKENDS = ("inductor", "aot_eager", "eager")  # the last two compile nothing
+COMPILED: "weakref.WeakSet[object]" = weakref.WeakSet()  # what the experiment's code has compiled exactly
+WHY_NOT = {
+    "dynamic": "which code runs would depend on the sizes that the process has seen",
+    "mode": "it chooses kernels by timing, or reuses memory between shards",
+    "options": "it chooses kernels by timing, or reuses memory between shards",
+    "backend": "it may choose kernels by timing, or by the CPU",
+}
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)  # never called
 
 
@@ -125,16 +137,98 @@ def compile_parts(module: pl.LightningModule, *, mode: str | bool, exact: bool) 
         exact: the code must depend only on the model and the sizes of its inputs.
     """
     name = "default" if mode is True else str(mode)
-    options: Options = {"mode": name}
-    if exact:
-        known = torch._inductor.list_options()
-        chosen = {**torch._inductor.list_mode_options(name), **{key: False for key in TIMED if key in known}}
-        options = {"options": chosen, "dynamic": False}
-        torch._dynamo.config.recompile_limit = COMPILED_SIZES
-        torch._dynamo.config.fail_on_recompile_limit_hit = True
+    options: Options = exact_options(name, {}) if exact else {"mode": name}
     for part in called(module):
         # part.compile() sets this attribute too, but does not change torch's own modules, such as nn.Sequential.
-        part._compiled_call_impl = torch.compile(_calls(part), **options)
+        part._compiled_call_impl = TORCHS_COMPILE(_calls(part), **options)
+
+
+def exact_options(mode: str, options: Options) -> Options:
+    """Return arguments of torch.compile with which each size is compiled by itself, and no kernel chosen by timing.
+
+    Args:
+        mode: of torch.compile.
+        options: of Inductor, beside those of the mode.
+    """
+    known = torch._inductor.list_options()
+    untimed = {key: False for key in TIMED if key in known}
+    torch._dynamo.config.recompile_limit = COMPILED_SIZES
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return {"options": {**torch._inductor.list_mode_options(mode), **options, **untimed}, "dynamic": False}
+
+
+@contextmanager
+def own_compiles(mode: str) -> Iterator[None]:
+    """Let `torch.compile` in the experiment's code compile each size by itself, in strict and portable mode.
+
+    It replaces torch's function until the block ends: decorators call it while modules are imported.
+    """
+    if mode not in STRICT_MODES:
+        yield
+        return
+    before = torch.compile
+    torch.compile = _compiled_exactly  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = before
+
+
+def _compiled_exactly(
+    model: Callable[..., object] | None = None,
+    *,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    backend: str | Callable[..., object] = "inductor",
+    mode: str | None = None,
+    options: Options | None = None,
+    disable: bool = False,
+) -> object:
+    """Do what torch.compile does, exactly.
+
+    Raises:
+        ConfigError: this cannot be exact.
+    """
+    given: Options = {"fullgraph": fullgraph, "dynamic": dynamic, "backend": backend, "mode": mode, "options": options}
+    if model is None:
+        return lambda model: _compiled_exactly(model, **given, disable=disable)
+    if disable:
+        return TORCHS_COMPILE(model, disable=True)
+    if (wrong := _not_exact(dynamic, backend, mode, options or {})) is not None:
+        raise ConfigError(
+            f"torch.compile({wrong}) in {_caller()}: {WHY_NOT[wrong.partition('=')[0]]}",
+            hint=f"leave out {wrong}, or determinism.mode=warn",
+        )
+    chosen: Options = {"dynamic": False}
+    if backend == "inductor":
+        chosen = exact_options(mode or "default", options or {})
+    compiled = TORCHS_COMPILE(model, fullgraph=fullgraph, backend=backend, **chosen)
+    COMPILED.add(compiled)
+    return compiled
+
+
+def _not_exact(
+    dynamic: bool | None, backend: str | Callable[..., object], mode: str | None, options: Options
+) -> str | None:
+    """Return the argument of torch.compile that prevents exact kernels."""
+    if run_mode() == "portable" and backend == "inductor":
+        return "backend='inductor'"
+    if dynamic:
+        return "dynamic=True"
+    if backend not in BACKENDS:
+        return f"backend={backend!r}"
+    if mode not in (None, "default"):
+        return f"mode={mode!r}"
+    on = [key for key in (*TIMED, "triton.cudagraphs") if options.get(key)]
+    return f"options={{{on[0]!r}: True}}" if on else None
+
+
+def _caller() -> str:
+    """Return file and line of the experiment's code that runs."""
+    frame: types.FrameType | None = sys._getframe(2)
+    while frame is not None and not is_experiments_code(frame):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "a library"
 
 
 def _calls(part: nn.Module) -> Callable[..., object]:
@@ -160,7 +254,7 @@ def explain_compile(error: BaseException) -> ConfigError | None:
     if type(error).__name__ != "FailOnRecompileLimitHit":
         return None
     return ConfigError(
-        f"speed.compile: a function was compiled for {COMPILED_SIZES} different sizes or numbers; torch would now stop"
+        f"torch.compile: a function was compiled for {COMPILED_SIZES} different sizes or numbers; torch would now stop"
         " compiling it, and a resumed training would compute differently",
         hint="pad the inputs to a few sizes; TORCH_LOGS=recompiles shows what differs; or speed.compile=false",
     )

@@ -10,6 +10,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from labtrain.base.contracts import Options, as_options
 from labtrain.base.errors import ConfigError
@@ -30,6 +31,13 @@ from labtrain.training.guard import Guard
 from labtrain.training.instantiate import instantiate
 from labtrain.training.sharded.objective import Objective
 from labtrain.training.speed import Speed
+
+# Lightning would print what they find, or write it into the first logger's folder.
+PROFILERS: dict[str, Callable[..., Profiler]] = {
+    "simple": SimpleProfiler,
+    "advanced": AdvancedProfiler,
+    "pytorch": PyTorchProfiler,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +183,8 @@ def make_trainer(
     options: Options = {key: value for key, value in config["trainer"].items() if value is not None}
     options["check_val_every_n_epoch"] = config["trainer"]["check_val_every_n_epoch"]
     options |= {"accelerator": accelerator, "devices": devices}
+    if (profiler := PROFILERS.get(config["trainer"]["profiler"] or "")) is not None:
+        options["profiler"] = profiler(dirpath=Path(root, "profiler"), filename="profile")
     if (strategy := make_strategy(config, accelerator, devices, wishes)) is not None:
         options["strategy"] = strategy
     try:

@@ -74,7 +74,7 @@ def test_more_sizes_than_are_compiled_end_in_an_error(cache: dict[str, str]) -> 
         [sys.executable, "-c", code], env={**os.environ, **cache}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("torch.Size([2, 3])\nspeed.compile: a function was compiled for 1 different sizes")
+    assert done.stdout.startswith("torch.Size([2, 3])\ntorch.compile: a function was compiled for 1 different sizes")
     assert "hint: pad the inputs" in done.stdout
 
 

@@ -11,7 +11,11 @@ from click.testing import CliRunner
 from labtrain.cli import main
 from labtrain.cli.help_page import Command, Group, summary_of
 
-SECTIONS = {"Experiment": {"new", "demo", "batch-size"}, "Checkpoints": {"store"}, "Environment": {"doctor", "lock"}}
+SECTIONS = {
+    "Experiment": {"new", "demo", "batch-size", "lr-find"},
+    "Checkpoints": {"store"},
+    "Environment": {"doctor", "lock"},
+}
 
 
 def commands(group: Group = main, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:

@@ -22,7 +22,6 @@ def notes(run_dir: Path | None) -> list[str]:
 @pytest.mark.parametrize(
     ("fault", "says"),
     [
-        ("compiled", "net is compiled by torch.compile, which chooses kernels by timing"),
         ("benchmark", "torch.backends.cudnn.benchmark is True, but determinism.mode set False"),
         ("threads", "torch.get_num_threads() is 2, but determinism.mode set 1"),
     ],
@@ -32,8 +31,6 @@ def test_refused_in_strict_said_in_warn_left_alone_in_off(fault: str, says: str,
     assert says in runner.said()
     assert "determinism.mode=warn" in runner.said()
     assert not list(runner.folder.glob("runs/*/*"))
-    if fault == "compiled":
-        return  # to train it would need a compiler, which a newcomer's machine may not have
     assert any(says in note for note in notes(runner.run(faulty(fault, determinism={"mode": "warn"}))))
     assert f"warning: {says}" in runner.said()
     runner.run(faulty(fault, determinism={"mode": "off"}))

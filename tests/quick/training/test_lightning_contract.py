@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
@@ -58,7 +58,7 @@ ATTRIBUTES: dict[str, set[str]] = {
     "checkpoint connector": {"_loaded_checkpoint"},
     "combined loader": {"_mode"},
     "strategy": {"_lightning_optimizers"},
-    "module": {"_current_fx_name", "_dtype", "_param_requires_grad_state"},
+    "module": {"_current_fx_name", "_dtype", "_param_requires_grad_state", "_trainer"},
     "entry": {"_computed", "_defaults", "_forward_cache", "_update_count"},
     "metadata": {"_sync"},
     "csv logger": {"_experiment"},
@@ -74,6 +74,10 @@ IN_SOURCE: list[tuple[Any, str]] = [
     (_EvaluationLoop, "_results"),
     (WandbLogger, "_experiment"),
     (WandbLogger, "_offline"),
+    (MLFlowLogger, "_experiment_name"),
+    (MLFlowLogger, "_initialized"),
+    (MLFlowLogger, "_mlflow_client"),
+    (MLFlowLogger, "_run_id"),
     (inspect.getmodule(_sync_module_states), "_ddp_params_and_buffers_to_ignore"),
 ]
 SIGNATURES: list[tuple[Any, str]] = [
@@ -216,9 +220,12 @@ ELSEWHERE = {
         "exact/collate.py",
         "exact/metric_states.py",
         "training/speed.py",
+        "training/state/changed_weights.py",
         "training/state/trainer_state.py",
         "training/state/step_changes.py",
     ),  # torch.Tensor
+    "_start": ("data/substreams.py",),  # labtrain's
+    "_metadata": ("launch/experiment.py",),  # omegaconf.DictConfig
     "_device": ("training/callbacks/checkpoint.py",),  # labtrain's
     "_spec": ("checkpoints/staging.py", "training/state/extra_state.py"),  # labtrain's
 }

@@ -46,12 +46,86 @@ def test_a_stream_without_length_has_a_progress_bar(runner: Runner, terminal: bo
     assert ("epoch 1/3  batch 2  " in runner.said()) == terminal
 
 
-def test_overfit_batches_is_refused_with_what_does_it(runner: Runner) -> None:
-    """Lightning would replace the sampler of labtrain's loader, of the training or of the validation."""
-    runner.run(configure("mlp", trainer={"overfit_batches": 2}), code=2)
-    assert "error: trainer.overfit_batches=2: Lightning would replace the sampler of" in runner.said()
-    assert "hint: trainer.limit_train_batches=2 trainer.limit_val_batches=2, and shuffle=False" in runner.said()
-    assert not list(runner.folder.glob("runs/*/*"))
+@pytest.mark.parametrize("loader", ["shuffled", "weighted"])
+def test_overfit_batches_takes_the_same_batches_in_each_epoch(loader: str, runner: Runner, other: Runner) -> None:
+    """In the dataset's order, or as torch's sampler yields them first; the same bits when moved and killed."""
+    config = configure("mlp", "even", trainer={"overfit_batches": 2, "max_epochs": 4})
+    if loader == "weighted":
+        config["data"] = {"_target_": "tests.support.overfit_models.Weighted", "batch_size": 8}
+    whole = outcome(runner.run(config))
+    batches = [line["batch"] for line in whole["trail"]]
+    assert len(batches) == 8
+    assert len(set(batches)) == 2
+    assert batches == batches[:2] * 4
+    config["checkpoint"]["every_n_steps"] = 1
+    other.run(config, code=None, signal_at=f"3 {int(signal.SIGKILL)} 0", world=2)
+    other.run(config, code=EXIT_STOPPED, signal_at=f"5 {int(signal.SIGTERM)} 0")
+    assert outcome(other.run(config, world=4)) == whole
+    assert "turning off" not in runner.said()
+
+
+def test_overfit_batches_of_a_fraction_are_those_of_lightning(runner: Runner) -> None:
+    """The first samples of the dataset, in its order, as Lightning takes them from a shuffled loader."""
+    config = configure("mlp", "even", trainer={"overfit_batches": 0.4, "max_epochs": 1})
+    config["data"] = {"_target_": "tests.support.overfit_models.Noted", "folder": str(runner.folder), "batch_size": 8}
+    runner.run(config)
+    seen = set(map(int, (runner.folder / "seen").read_text().split()))
+    assert seen == set(range(16))
+
+
+def test_fast_dev_run_trains_validates_and_stops(runner: Runner, other: Runner) -> None:
+    config = configure("mlp", "even", trainer={"fast_dev_run": 2})
+    whole = outcome(runner.run(config))
+    assert whole["steps"] == 2
+    assert "val/acc" in whole["metrics"]
+    assert outcome(other.run(config, world=2)) == whole
+
+
+@pytest.mark.parametrize("name", ["simple", "advanced", "pytorch"])
+def test_a_profiler_writes_into_the_runs_folder_and_changes_no_bit(name: str, runner: Runner, other: Runner) -> None:
+    config = configure("mlp", "even", trainer={"max_epochs": 1})
+    plain = outcome(other.run(config))
+    config["trainer"]["profiler"] = name
+    before = set(Path.cwd().iterdir())
+    run_dir = runner.run(config)
+    assert run_dir is not None
+    assert outcome(run_dir) == plain
+    found = [path for path in (run_dir / "profiler").iterdir() if path.name.startswith("fit-profile")]
+    assert any("training_step" in path.read_text() or "run_training_batch" in path.read_text() for path in found)
+    assert set(Path.cwd().iterdir()) == before
+    assert "Profiler Report" not in runner.said()
+
+
+LIGHTNINGS = {
+    "summary": {"_target_": "lightning.pytorch.callbacks.ModelSummary"},
+    "rich_summary": {"_target_": "lightning.pytorch.callbacks.RichModelSummary", "max_depth": 2},
+    "devices": {"_target_": "lightning.pytorch.callbacks.DeviceStatsMonitor", "cpu_stats": True},
+    "early": {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "val/loss", "patience": 1,
+              "min_delta": 10.0},
+    "rates": {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor", "logging_interval": "step"},
+    "throughput": {"_target_": "tests.support.overfit_models.Throughput", "window_size": 3},
+    "own": {"_target_": "tests.support.overfit_models.Remembers"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
+def test_lightnings_callbacks_change_no_bit_and_resume(bar: str, runner: Runner, other: Runner) -> None:
+    """All at once: EarlyStopping ends at the same step, and a callback has its state, when moved and killed."""
+    config = configure("mlp", "even", trainer={"max_epochs": 5, "enable_progress_bar": True, "log_every_n_steps": 1})
+    config["logger"] = {"csv": {}}
+    config["callbacks"] |= {**LIGHTNINGS, "bar": {"_target_": f"lightning.pytorch.callbacks.{bar}"}}
+    run_dir = runner.run(config)
+    whole = outcome(run_dir)
+    assert whole["steps"] == 10
+    assert whole["metrics"]["remembered"] == sum(range(1, 11))
+    columns = (run_dir / "metrics.csv").read_text().splitlines()[0]
+    for name in ("lr-AdamW", "DeviceStatsMonitor.on_train_batch_end/cpu", "samples_per_sec"):
+        assert name in columns, name
+    assert "Total params" in runner.said()
+    config["checkpoint"]["every_n_steps"] = 1
+    other.run(config, code=None, signal_at=f"3 {int(signal.SIGKILL)} 0")
+    other.run(config, code=EXIT_STOPPED, signal_at=f"7 {int(signal.SIGTERM)} 0", world=2)
+    assert outcome(other.run(config)) == whole
 
 
 def test_a_progress_bar_of_ones_own_takes_the_place_of_ours(runner: Runner) -> None:

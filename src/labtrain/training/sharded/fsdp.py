@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
-from labtrain.checkpoints.format import in_parts, load_folder
+from labtrain.checkpoints.format import in_parts, is_spread, load_folder
 
 BLOCK_PARAMETERS = 1_000_000  # smaller blocks are not worth a separate exchange
 STEPS = ("training_step", "validation_step", "test_step", "predict_step")
@@ -76,7 +76,11 @@ class FullySharded(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-        set_model_state_dict(self._sharded, checkpoint["state_dict"], options=StateDictOptions(strict=strict))
+        weights = checkpoint["state_dict"]
+        options = StateDictOptions(
+            strict=strict, full_state_dict=not is_spread(weights)
+        )  # initial.py has whole weights
+        set_model_state_dict(self._sharded, weights, options=options)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict

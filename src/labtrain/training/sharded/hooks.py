@@ -25,8 +25,8 @@ class Takers:
 
     @property
     def batch(self) -> bool:
-        """Whether a hook of the current stage takes the batch; predict_step gets this rank's part at once too."""
-        return any(self._found()) or bool(self.trainer.predicting)
+        """Whether a hook of the current stage takes the batch."""
+        return any(self._found())
 
     @property
     def outputs(self) -> bool:

@@ -158,6 +158,8 @@ class Exact(_Base):
         self._handed: Handed | None = None  # the batch as hooks have it
         self.samples: int | None = None  # of the whole batch that is at hand
         self.on_reduce: Callable[[list[Tensor], bool, str], None] | None = None  # told of values of all ranks
+        # Told of loader, batch, shard, its samples and what predict_step returned.
+        self.on_predicted: Callable[[int, int, int, int, object], None] | None = None
 
     # ------------------------------------------------------------------------------------------- called by the Trainer
 
@@ -309,6 +311,30 @@ class Exact(_Base):
 
     def test_step(self, batch: object, *args: object) -> Any:
         return self._evaluate(super().test_step, batch, *args)
+
+    def predict_step(self, batch: object, *args: object) -> Any:
+        """Run predict_step once a shard; return what hooks get as its outputs."""
+        batch, moved = self._shards_of(batch)
+        if not isinstance(batch, Sharded):
+            return super().predict_step(batch, *args)
+        which, index = (cast(int, args[1]) if len(args) > 1 else 0), batches_begun(self._trainer) - 1
+        place, outputs = (*self._when(), which, index), list[tuple[int, object]]()
+        self._inside = True
+        try:
+            with by_itself() if self.shards > 1 else nullcontext():
+                for shard, samples, data in batch.parts:
+                    data = data if moved else self.moved(data, which, *place, shard)
+                    seed_place(*place, shard)
+                    with alone():
+                        output = super().predict_step(data, *args)
+                    outputs.append((samples, output))
+                    if self.on_predicted is not None:
+                        self.on_predicted(which, index, shard, samples, output)
+        finally:
+            self._inside = False
+        seed_place("after", *place)
+        # Lightning warns about None.
+        return self._as_one(outputs, shard_ranges(batch.shards, self._world)) if self._takers.outputs else ()
 
     # --------------------------------------------------------------------------------------------------------- a step
 

@@ -4,7 +4,7 @@ Each shard of a step starts from the same weights, so an equal change of all sha
 this labtrain keeps a copy of the weights that a step may change:
 
 - in the first step of a process all of them, up to MOST_BYTES;
-- later those that a step has changed, and those that no optimizer updates, unless these are larger than the rest.
+- later those that a step has changed, and those that no optimizer updates, unless they are larger than the rest.
 """
 
 import zlib

@@ -43,6 +43,7 @@ from labtrain.exact.attributes import (
 )
 from labtrain.exact.checksums import two_sums
 from labtrain.exact.plain_values import SCALARS, is_experiments
+from labtrain.training.lightning import trainer_of
 from labtrain.training.state.snapshots import Look, look, unlike
 
 CLOCKS = (time.time, time.monotonic, time.perf_counter)
@@ -236,8 +237,8 @@ def _unlike(now: dict[str, bool], before: dict[str, bool]) -> dict[str, bool]:
 def _modules(module: nn.Module) -> dict[str, nn.Module]:
     """Return the parts of a model, and of modules that callbacks have, such as an averaged model, by name."""
     found = dict(module.named_modules())
-    trainer = vars(module).get("_trainer")
-    for callback in trainer.callbacks if trainer is not None else ():
+    trainer = trainer_of(module)
+    for callback in trainer.callbacks if trainer is not None else ():  # type: ignore[attr-defined]
         for name, value in vars(callback).items():
             if isinstance(value, nn.Module) and value is not module:
                 prefix = f"{type(callback).__name__}.{name}"

@@ -15,7 +15,7 @@ Lightning 2.6: trainer/connectors/checkpoint_connector.py loads the states.
 
 import copy
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -141,13 +141,24 @@ class Connector(CheckpointConnector):
     Args:
         trainer: of the training.
         resumed: the folder of the checkpoint that it resumes from.
+        initialise: called once, with the model that the first training or evaluation gets.
     """
 
-    def __init__(self, trainer: pl.Trainer, resumed: Path | None = None) -> None:
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        resumed: Path | None = None,
+        initialise: Callable[[pl.Trainer], None] | None = None,
+    ) -> None:
         super().__init__(trainer)
-        self.resumed = resumed
+        self.resumed, self.initialise = resumed, initialise
         # Whether on_load_checkpoint changed the number of states, so that new ones are allowed.
         self.changed_by_hook = False
+
+    def begin(self) -> None:
+        initialise, self.initialise = self.initialise, None
+        if initialise is not None:
+            initialise(self.trainer)
 
     @contextmanager
     def putting_back(self) -> Iterator[None]:

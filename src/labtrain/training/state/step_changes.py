@@ -150,7 +150,7 @@ class Watch:
         self._kept.put(taken)
 
     def adopt_weights(self, taken: Taken | None, *, ranges: list[range]) -> None:
-        """Let all shards continue with the weights of one, which every shard has; called on every rank.
+        """Let all shards continue with the weights of one, which are those of every shard; called on every rank.
 
         Args:
             taken: of the first shard of this rank.

@@ -1,8 +1,5 @@
 """The largest data.batch_size that fits, by Lightning's Tuner: the search of `labtrain batch-size`."""
 
-import logging
-import sys
-import tempfile
 from typing import Any
 
 import lightning.pytorch as pl
@@ -10,15 +7,8 @@ from lightning.pytorch.tuner.tuning import Tuner
 
 from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError, DeviceError
-from labtrain.base.signals import Wishes
-from labtrain.exact import determinism
 from labtrain.record.identity import Config, shards_in_use
-from labtrain.training.cluster import make_environment
-from labtrain.training.devices import choose_accelerator
-from labtrain.training.instantiate import instantiate
-from labtrain.training.loaders import take_loaders
-from labtrain.training.speed import check_compiler, hasten
-from labtrain.training.trainer import make_trainer
+from labtrain.training.search.tuner import say, searching
 
 SAID = ("Batch size", "The batch size", "Reached", "Applying")  # beginnings of Lightning's messages about the search
 
@@ -29,30 +19,17 @@ def largest(config: Config, *, mode: str, max_trials: int, steps: int) -> int:
     Raises:
         LabtrainError: it cannot be trained, or not even one sample a shard fits.
     """
-    shards, seed, determined = shards_in_use(config), config["seed"], config["determinism"]
+    shards = shards_in_use(config)
     smallest = max(2, shards or 1)
     config["data"]["batch_size"] = smallest
-    accelerator, devices = choose_accelerator(config)
-    check_compiler(config["speed"], accelerator)
-    determinism.set_run(seed=seed, mode=determined["mode"], accelerator=accelerator)
-    determinism.apply(
-        determined["mode"], threads=determined["threads"], tf32=config["speed"]["tf32"] and accelerator == "gpu"
-    )
-    determinism.seed_all(seed, "init")
-    datamodule = _sized(instantiate(config["data"], "data", pl.LightningDataModule))
-    take_loaders(datamodule, lambda loader: loader)
-    model = instantiate(config["model"], "model", pl.LightningModule)
-    hasten(model, config["speed"], mode=determined["mode"], say=say)
-    if accelerator == "cpu":
-        say("a CPU does not report full memory: the search ends at the size of the data, 8192 or --max-trials")
-    let_lightning_say_how_it_goes()
-    with tempfile.TemporaryDirectory() as scratch:  # for the initial weights, which each trial restores
-        alone = make_environment(None, accelerator=accelerator)
-        trainer = make_trainer(config, accelerator, devices, alone, [], [], Wishes(), root=scratch)
+    with searching(config, said=SAID) as search:
+        datamodule, trainer = _sized(search.datamodule), search.trainer
+        if search.accelerator == "cpu":
+            say("a CPU does not report full memory: the search ends at the size of the data, 8192 or --max-trials")
         fitted = _noting_sizes(trainer, datamodule)
         options: Options = {"mode": mode, "steps_per_trial": steps, "max_trials": max_trials}
         try:
-            found = Tuner(trainer).scale_batch_size(model, datamodule=datamodule, init_val=smallest, **options)
+            found = Tuner(trainer).scale_batch_size(search.model, datamodule=datamodule, init_val=smallest, **options)
         except ConfigError as error:
             if datamodule.batch_size >= smallest:
                 raise
@@ -101,15 +78,3 @@ def held_at_once(size: int, shards: int | None) -> str:
         f"determinism.shards={shards}, shards of {-(-size // shards)} samples, one after the other on one device,"
         f" or on up to {shards} devices"
     )
-
-
-def let_lightning_say_how_it_goes() -> None:
-    """Print only Lightning's messages about the search, to standard error."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            handler.addFilter(lambda record: record.getMessage().startswith(SAID))
-
-
-def say(text: str) -> None:
-    """Print a line to standard error."""
-    sys.stderr.write(f"{text}\n")

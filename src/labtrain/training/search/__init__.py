@@ -1,0 +1,1 @@
+"""Searches by Lightning's Tuner, which train for some steps and keep nothing."""

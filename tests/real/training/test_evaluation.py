@@ -1,0 +1,166 @@
+"""`validate=RUN`, `test=RUN`, `predict=RUN`: the numbers of the training, to the bit, on any number of devices."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import QUICK, Experiment, Run
+
+# Draws in evaluations, an attribute and a callback that the training changes; weights that change after the last step.
+DRAWING = """
+
+class Drawing(DigitsNet):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.scale = 0.0
+
+    def on_train_epoch_start(self):
+        self.scale += 0.25
+
+    def _step(self, batch, stage, accuracy):
+        if stage != "train":
+            images = batch[0] + self.scale * torch.rand(batch[0].shape)
+            counting = next(each for each in self.trainer.callbacks if isinstance(each, Counting))
+            self.log(f"{stage}/seen", counting.epochs + torch.rand(()), on_epoch=True)
+            batch = images, batch[1]
+        return super()._step(batch, stage, accuracy)
+
+    def predict_step(self, batch, batch_idx):
+        scores = self(batch[0] + self.scale * torch.rand(batch[0].shape))
+        return {"scores": scores, "labels": (batch[1], [str(int(each)) for each in batch[1]])}
+
+
+class Counting(pl.Callback):
+    epochs = 0
+
+    def on_train_epoch_start(self, *_):
+        self.epochs += 1
+
+    def state_dict(self):
+        return {"epochs": self.epochs}
+
+    def load_state_dict(self, state):
+        self.epochs = state["epochs"]
+
+
+class Ending(pl.Callback):
+    def on_train_end(self, trainer, module):
+        with torch.no_grad():
+            module.net[-1].bias += 0.01
+"""
+OPTIONS = (
+    "model._target_=model.Drawing",
+    "+callbacks.counting._target_=model.Counting",
+    "trainer.max_epochs=2",
+    "data.batch_size=100",
+)
+
+
+@pytest.fixture(scope="module")
+def trained(shared_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> tuple[Experiment, Run]:
+    root = tmp_path_factory.mktemp("evaluated") / "digits"
+    shutil.copytree(shared_experiment.root, root, ignore=shutil.ignore_patterns("runs", "__pycache__"))
+    (root / "model.py").write_text((root / "model.py").read_text() + DRAWING)
+    experiment = Experiment(root)
+    return experiment, experiment.train(*QUICK, *OPTIONS, cwd=root)
+
+
+def stage(found: dict[str, float], name: str) -> dict[str, float]:
+    return {key: value for key, value in found.items() if key.startswith(f"{name}/")}
+
+
+def test_the_numbers_are_those_of_the_training(trained: tuple[Experiment, Run]) -> None:
+    """Of the test and of the last validation, by folder and by id, on one device and on three."""
+    experiment, run = trained
+    receipt = (run.folder / "receipt.json").read_bytes()
+    metrics = run.receipt["results"]["metrics"]
+    for word, name in (("validate", "val"), ("test", "test")):
+        for where in (run.folder.name, str(run.folder)):
+            found = experiment.train(f"{word}={where}", *QUICK, cwd=experiment.root)
+            assert json.loads(found.out) == stage(metrics, name)
+            assert "┃" in found.err
+            assert "warning" not in found.err
+        moved = experiment.train(f"{word}={run.folder.name}", "trainer.devices=3", *QUICK, cwd=experiment.root)
+        assert moved.out == found.out
+    assert (run.folder / "receipt.json").read_bytes() == receipt
+
+
+def test_predictions_are_one_file_on_any_devices(trained: tuple[Experiment, Run], tmp_path: Path) -> None:
+    """In the order of the test's samples; weights_only reads it; the digest is that of the file."""
+    experiment, run = trained
+    places = [run.folder / "predictions.pt", tmp_path / "two.pt", tmp_path / "four.pt"]
+    for devices, place in zip((1, 2, 4), places, strict=True):
+        asked = (f"trainer.devices={devices}", *([] if devices == 1 else [f"predictions={place}"]))
+        found = experiment.train(f"predict={run.folder}", *asked, *QUICK, cwd=experiment.root)
+        assert Path(experiment.root, found.folder) == place
+        assert found.digest == hashlib.sha256(place.read_bytes()).hexdigest()
+    assert len({place.read_bytes() for place in places}) == 1
+    read = torch.load(places[0], weights_only=True)
+    assert read["scores"].shape == (270, 10)
+    assert read["labels"][1] == [str(int(label)) for label in read["labels"][0]]
+
+
+def test_a_typed_key_and_changed_code_count(trained: tuple[Experiment, Run]) -> None:
+    """One key takes its composed value, and all others stay the run's; a changed file is named."""
+    experiment, run = trained
+    other = experiment.train(f"test={run.folder}", "seed=3", *QUICK, cwd=experiment.root)
+    assert json.loads(other.out) != stage(run.receipt["results"]["metrics"], "test")
+    model = experiment.root / "model.py"
+    text = model.read_text()
+    model.write_text(text.replace("0.25\n", "0.25  # the same\n"))
+    try:
+        found = experiment.train(f"test={run.folder}", *QUICK, cwd=experiment.root)
+    finally:
+        model.write_text(text)
+    assert f"warning: not as when {run.folder.relative_to(experiment.root)} was trained" in found.err
+    assert "so the numbers can differ: model.py\n" in found.err
+    assert json.loads(found.out) == stage(run.receipt["results"]["metrics"], "test")
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("test=000000000000",), "test=000000000000: no such run"),
+        (("test={run}", "experiment=other"), "experiment=other has no effect with test="),
+        (("test={run}", "resume=never"), "resume=never has no effect with test="),
+        (("test={run}", "~callbacks"), "~callbacks: with test="),
+        (("test={run}", "validate={run}"), ": a command does one of them"),
+        (("predictions=a.pt",), "predictions=a.pt, but there is no predict=RUN"),
+        (("test={run}", "data.batch_sise=3"), "unknown key data.batch_sise"),
+        (("test={run}", "trainer.strategy=fsdp"), "test=RUN with trainer.strategy=fsdp: not implemented"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(
+    words: tuple[str, ...], says: str, trained: tuple[Experiment, Run]
+) -> None:
+    experiment, run = trained
+    words = tuple(word.format(run=run.folder) for word in words)
+    found = experiment.train(*words, *QUICK, cwd=experiment.root, code=2)
+    assert found.out == ""
+    assert says in found.err
+    assert "hint: " in found.err
+    assert "Traceback" not in found.err
+
+
+def test_weights_that_changed_after_the_last_step_are_in_the_end(
+    trained: tuple[Experiment, Run], tmp_path: Path
+) -> None:
+    """They are in a checkpoint of their own; without it, or without any, labtrain refuses."""
+    experiment, _ = trained
+    ending = "+callbacks.ending._target_=model.Ending"
+    run = experiment.train(*QUICK, *OPTIONS, ending, cwd=experiment.root)
+    found = experiment.train(f"test={run.folder}", *QUICK, cwd=experiment.root)
+    assert json.loads(found.out) == stage(run.receipt["results"]["metrics"], "test")
+    copy = tmp_path / run.folder.name
+    shutil.copytree(run.folder, copy)
+    [final] = copy.glob("checkpoints/*-end")
+    shutil.rmtree(final)
+    found = experiment.train(f"test={copy}", *QUICK, cwd=experiment.root, code=2)
+    assert "does not have the final weights of" in found.err
+    shutil.rmtree(copy / "checkpoints")
+    found = experiment.train(f"test={copy}", *QUICK, cwd=experiment.root, code=2)
+    assert "has no checkpoint any more" in found.err
