@@ -231,7 +231,7 @@ VERDICTS = {
     "unchanged": "trained unchanged, and exactly",
     "one line": "trained exactly with one changed line",
     "refused": "refused, with a hint",
-    "different": "not exact",
+    "different": "other results after a resume, with a warning",
 }
 
 

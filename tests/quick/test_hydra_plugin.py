@@ -48,7 +48,7 @@ def test_a_notebook_composes_with_the_wheel_of_an_experiment(tmp_path: Path) -> 
     """The one that `labtrain new` packs, without other distributions' plugins."""
     wheel = build_wheel(tmp_path)
     plugins = [name for name in zipfile.ZipFile(wheel).namelist() if name.startswith("hydra_plugins/")]
-    assert plugins == ["hydra_plugins/labtrain_searchpath.py"]
+    assert sorted(plugins) == ["hydra_plugins/labtrain_parallel.py", "hydra_plugins/labtrain_searchpath.py"]
     assert composed(wheel, tmp_path / "experiment") == "7 strict\n"
 
 

@@ -45,9 +45,11 @@ import torch
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.trainer import call
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch.utils._pytree import tree_leaves
 
 import labtrain
+from labtrain.data.stream import each_seeded
 from labtrain.exact import determinism
 from tests.support import exact_worker
 from tests.support.exact import Runner, forkserver, outcome
@@ -58,6 +60,7 @@ EPOCHS = 3
 WORLDS = (4, 2, 1)  # each is killed; then four go on
 BOUND = 1e-6  # relative, for losses and weights that are not the same bits
 SAME = "same bits"
+NUMBERS = re.compile(r" \([^()]*on rank \d[^()]*\)")  # of an error: other CPUs compute other ones
 ONE_LINE = re.compile(r"^(\s*).*# labtrain: ?(.*)$", re.MULTILINE)
 KILLER = "import os\nfrom typing import Any\n\nimport lightning.pytorch as pl\n\n\n"
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -122,8 +125,9 @@ def _exact(program: str, folder: Path) -> int:
     """Train on one device, on two, and killed and moved; return the number of steps."""
     config, draw = configuration(program), random.Random(program)
     reference = outcome(_run(_runner(program, folder / "one"), config, says="on one device"))
-    found = outcome(_run(_runner(program, folder / "two"), config, world=2, says="on two devices"))
-    _compare("on two devices", reference, found)
+    two = _runner(program, folder / "two")
+    found = outcome(_run(two, config, world=2, says="on two devices"))
+    _compare("on two devices", reference, found, two.said())
     steps = sorted({line["step"] for line in reference["trail"]})
     config["checkpoint"]["every_n_steps"] = draw.choice([1, 2, 3])
     moved = _runner(program, folder / "moved")
@@ -131,7 +135,7 @@ def _exact(program: str, folder: Path) -> int:
         at = f"{step} {int(signal.SIGKILL)} {draw.randrange(world)}"
         _run(moved, config, world=world, signal_at=at, says=f"killed after step {step} of {world} devices")
     run_dir = _run(moved, config, world=4, says="resumed on four devices")
-    _compare("killed and moved", reference, outcome(run_dir))
+    _compare("after kills and on other numbers of devices", reference, outcome(run_dir), moved.logs[0].read_text())
     segments = json.loads((run_dir / "receipt.json").read_text())["segments"]
     assert len(segments) == len(WORLDS) + 1, f"not killed: {segments}"
     return int(reference["steps"])
@@ -189,10 +193,12 @@ def _run(runner: Runner, config: Any, *, says: str, **options: Any) -> Path:
     if run_dir is not None:
         assert "signal_at" not in options, f"{says}: not killed"
         return run_dir
-    lines = [line for line in runner.said().splitlines() if line.startswith("error: ")]
+    lines = runner.said().splitlines()
+    errors = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if "signal_at" not in options:
-        if lines:
-            raise RefusedError(lines[0].removeprefix("error: "))
+        if errors:
+            hints = [f" ({line})" for line in lines if line.startswith("hint: ")]
+            raise RefusedError(NUMBERS.sub("", errors[0]) + "".join(hints[:1]))
         raise DifferentError(f"{says}: {_last_line(runner.said())}")
     return Path()
 
@@ -203,7 +209,8 @@ def _last_line(log: str) -> str:
     return (log.strip().splitlines() or ["no output"])[-1]
 
 
-def _compare(how: str, one: dict[str, Any], two: dict[str, Any]) -> None:
+def _compare(how: str, one: dict[str, Any], two: dict[str, Any], log: str) -> None:
+    """Raise DifferentError, with the first warning of a log, unless two outcomes are equal."""
     if one == two:
         return
     differs = [key for key in one if one[key] != two[key]]
@@ -213,7 +220,9 @@ def _compare(how: str, one: dict[str, Any], two: dict[str, Any]) -> None:
         where = next(f"; first: {a} and {b}" for a, b in pairs if a != b)
     if "metrics" in differs:
         where += f"; metrics: {one['metrics']} and {two['metrics']}"
-    raise DifferentError(f"{how}: {', '.join(differs)} differ{where}")
+    print(f"{', '.join(differs)} differ{where}", file=sys.stderr)
+    warnings = [line for line in log.splitlines() if line.startswith("warning: ")]
+    raise DifferentError("; labtrain says: ".join([f"other results {how}", *warnings[:1]]))
 
 
 # ------------------------------------------------------------------------------------- labtrain and plain Lightning
@@ -224,7 +233,7 @@ class Recording:
     """The steps of a training.
 
     Attributes:
-        steps: epoch, batch, generators' states, loss and logged values of each training_step.
+        steps: place, batch, generators' states, loss and logged values of each training_step.
         hooks: the generators' states at the n-th call of each hook of the model, and of validation_step.
         initial: the weights before the first step.
     """
@@ -271,8 +280,8 @@ class Recording:
             self.initial = copy.deepcopy(module.state_dict())
         if self.replayed is not None and number < len(self.replayed.steps):
             put_draws(self.replayed.steps[number]["draws"])
-        step = {"epoch": module.current_epoch, "index": module.trainer.fit_loop.epoch_loop.batch_idx}
-        step |= {"draws": draws(), "size": size(arguments[0])}
+        place = module.current_epoch, module.trainer.fit_loop.epoch_loop.batch_idx
+        step: dict[str, Any] = {"place": place, "draws": draws(), "size": size(arguments[0])}
         step["batch"] = copy.deepcopy(arguments[0]) if self.replayed is None else None
         self.steps.append(step)
         self.logged = []
@@ -289,14 +298,14 @@ class Recording:
         calls.append(draws())
 
 
+def first_of_batches(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the first step of each batch: an optimizer such as LBFGS calls its closure several times."""
+    return list({step["place"]: step for step in reversed(steps)}.values())[::-1]
+
+
 def draws() -> tuple[Any, ...]:
     """Return the states of the global generators of random numbers."""
     return random.getstate(), np.random.get_state(), torch.get_rng_state()
-
-
-def first_steps(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one step of each batch: LBFGS calls training_step several times."""
-    return list({(step["epoch"], step["index"]): step for step in reversed(steps)}.values())[::-1]
 
 
 def put_draws(states: tuple[Any, ...]) -> None:
@@ -342,7 +351,7 @@ def _like_lightning(program: str, folder: Path) -> tuple[str, str]:
 
 
 def _compare_loaders(steps: list[dict[str, Any]], sizes: dict[int, tuple[list[int], bool]]) -> None:
-    for epoch, group in itertools.groupby(first_steps(steps), key=lambda step: step["epoch"]):
+    for epoch, group in itertools.groupby(first_of_batches(steps), key=lambda step: step["place"][0]):
         ours, (theirs, ended) = sorted(step["size"] for step in group), sizes.get(epoch, ([], True))
         if len(ours) != len(theirs) if ended else len(ours) > len(theirs):
             raise DifferentError(f"epoch {epoch}: {len(ours)} batches, {len(theirs)} of plain Lightning")
@@ -401,14 +410,21 @@ class Replay:
 
     def __iter__(self) -> Iterator[Any]:
         epoch = self.trainer.current_epoch
-        recorded = iter([step["batch"] for step in first_steps(self.steps) if step["epoch"] == epoch])
+        recorded = iter([step["batch"] for step in first_of_batches(self.steps) if step["place"][0] == epoch])
         sizes: list[int] = []
         self.sizes[epoch] = sizes, False
-        for batch, *_ in self.combined:
+        for batch, *_ in self._iterated(epoch):
             sizes.append(size(batch))
+            self.sizes[epoch] = sizes, len(sizes) == vars(self).get("length")  # then it is asked for no more
             if (replayed := next(recorded, None)) is not None:
                 yield copy.deepcopy(replayed)
         self.sizes[epoch] = sizes, True
+
+    def _iterated(self, epoch: int) -> Iterator[Any]:
+        """Iterate the program's own loader; a stream with the draws that labtrain gives it, which may decide its length."""
+        if "length" in vars(self):
+            return iter(self.combined)
+        return each_seeded(lambda: iter(self.combined), "stream", epoch, first=0)
 
 
 def _has_length(loader: Any) -> bool:
@@ -432,6 +448,7 @@ def train_plainly(program: str, config: Any, folder: Path, file: Path, log: Path
     options = {key: value for key, value in config["trainer"].items() if value is not None}
     options |= {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
     callbacks = {name: each for name, each in config["callbacks"].items() if name != "at"}
+    determinism.set_run(seed=config["seed"], mode="off")
     # From the same draws as labtrain: the weights are the same before the first step.
     determinism.seed_all(config["seed"], "init")
     data = hydra.utils.instantiate(config["data"], _convert_="all")
@@ -452,7 +469,8 @@ def train_plainly(program: str, config: Any, folder: Path, file: Path, log: Path
 
     data.train_dataloader, data.setup = train_dataloader, setup
     for owner, hook in itertools.product((model, data), TRANSFER_HOOKS):
-        setattr(owner, hook, _only_in_evaluation(getattr(owner, hook), trainer))
+        if is_overridden(hook, owner):
+            setattr(owner, hook, _only_in_evaluation(getattr(owner, hook), trainer))
     trainer.fit(model, datamodule=data)
     sizes = {epoch: found for replay in replays for epoch, found in replay.sizes.items()}
     torch.save({**recording.kept(), "sizes": sizes, "weights": model.state_dict()}, folder / "recording.pt")

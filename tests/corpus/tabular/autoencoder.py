@@ -18,7 +18,7 @@ class Model(L.LightningModule):
         self.encoder = nn.Sequential(nn.Linear(n_features, 16), nn.ELU(), nn.Linear(16, bottleneck))
         self.decoder = nn.Sequential(nn.Linear(bottleneck, 16), nn.ELU(), nn.Linear(16, n_features), nn.Sigmoid())
         self.register_buffer("threshold", torch.tensor(0.0))
-        self.validation_step_outputs = []
+        self.val_outputs = []
 
     def forward(self, x):
         return self.decoder(self.encoder(x))
@@ -34,18 +34,16 @@ class Model(L.LightningModule):
     def validation_step(self, batch, batch_idx):
         x, is_anomaly = batch
         errors = (self(x) - x).pow(2).mean(dim=1)
-        self.validation_step_outputs.append((errors, is_anomaly))
+        self.val_outputs.append((errors, is_anomaly))
         return errors
 
     def on_validation_epoch_end(self):
-        outputs = labtrain.gather_outputs(
-            self.validation_step_outputs
-        )  # labtrain: outputs = self.validation_step_outputs
+        outputs = labtrain.gather_outputs(self.val_outputs)  # labtrain: outputs = self.val_outputs
         errors, truth = (torch.cat(each).cpu().numpy() for each in zip(*outputs))
         self.threshold.fill_(float(np.quantile(errors, 0.9)))
         self.log("val_auc", roc_auc_score(truth, errors), prog_bar=True)
         self.log("val_threshold", self.threshold.item())
-        self.validation_step_outputs.clear()  # free memory
+        self.val_outputs.clear()  # free memory
 
     def configure_optimizers(self):
         optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams.lr)

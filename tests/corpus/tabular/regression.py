@@ -49,10 +49,6 @@ class Model(L.LightningModule):
         self.val_metrics(self(x), y)
         self.log_dict(self.val_metrics, on_step=False, on_epoch=True)
 
-    def test_step(self, batch, batch_idx):
-        x, y = batch
-        self.log("test/loss", nn.functional.smooth_l1_loss(self(x), y))
-
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=self.hparams.lr, weight_decay=1e-4)
 
@@ -77,6 +73,3 @@ class Data(L.LightningDataModule):
 
     def val_dataloader(self):
         return DataLoader(self.val, batch_size=self.hparams.batch_size)
-
-    def test_dataloader(self):
-        return self.val_dataloader()
