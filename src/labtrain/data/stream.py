@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader as TorchDataLoader
 
 from labtrain.base.errors import ConfigError
@@ -26,6 +26,8 @@ from labtrain.exact.collate import cut, rows_of
 from labtrain.exact.determinism import derive_seed, keep_draws, run_mode, run_seed, seed_all
 from labtrain.exact.tree_sum import shard_range
 from labtrain.record.digests import digest_content
+
+COMPARED_BYTES = 1 << 20  # of a batch, to see whether a stream without a state is the same after a resume
 
 
 class Stream(Loader):
@@ -40,7 +42,7 @@ class Stream(Loader):
         self.loader = loader
         self.holder = holder_of(loader)
         self.states: dict[int, object] = {}  # by the number of batches of this epoch that were yielded
-        self.last: dict[int, object] = {}  # as `states`, for a stream without one: the first row of the batch before
+        self.last: dict[int, object] = {}  # as `states`, for a stream without one: the first rows of the batch before
         self.rows: dict[int, int] = {}  # of the batches of this epoch, by their number
         self.exhausted = False  # it was asked for another batch in this epoch, but had no more
         self._state: object = None
@@ -76,7 +78,7 @@ class Stream(Loader):
     def state_after(self, batches: int) -> object:
         """Return the state after this number of batches of the epoch; on every rank, or on none.
 
-        A stream without a state has the digest of a row of the last batch instead.
+        A stream without a state has the digest of the last batch instead.
         """
         if self.holder is None:
             return digest_content(self.last[batches]) if batches in self.last else None
@@ -100,13 +102,13 @@ class Stream(Loader):
         for number, batch in enumerate(self._iterated(done - skipped), done - skipped):
             if number < done:
                 if number == done - 1:
-                    self._refuse_others(_first_row(batch))
+                    self._refuse_others(_first_rows(batch))
                 continue
             if number == done:
                 self._compare(batch)
             if self.holder is None:
-                self.last = {each: row for each, row in self.last.items() if each == number}
-                self.last[number + 1] = _first_row(batch)
+                self.last = {each: rows for each, rows in self.last.items() if each == number}
+                self.last[number + 1] = _first_rows(batch)
             self.states = {each: state for each, state in self.states.items() if each == number}
             self.states[number + 1] = None if self.holder is None else copy.deepcopy(self.holder.state_dict())
             yield self._cut(batch, number)
@@ -164,13 +166,13 @@ class Stream(Loader):
     def _shards_of(self, samples: int) -> int:
         return number_of_shards(samples, batch_size=getattr(self.loader, "batch_size", None), most=self._shards or 1)
 
-    def _refuse_others(self, row: object) -> None:
+    def _refuse_others(self, rows: object) -> None:
         """Compare the last batch that is skipped with the one that was trained on.
 
         Raises:
             ConfigError: the stream gives other batches than before, such as one that depends on the weights.
         """
-        if isinstance(self._state, str) and digest_content(row) != self._state:
+        if isinstance(self._state, str) and digest_content(rows) != self._state:
             raise ConfigError(
                 f"{_name(self.loader)} gives other batches than before the resume: it depends on more than the seed,"
                 " the epoch and data.num_workers",
@@ -241,10 +243,11 @@ def _name(loader: object) -> str:
     return f"{type(loader).__name__}{'' if dataset is None else f' of {type(dataset).__name__}'}"
 
 
-def _first_row(batch: object) -> object:
-    """Return a copy of a batch's first row; None if it has no rows."""
+def _first_rows(batch: object) -> object:
+    """Return a copy of a batch's first rows, up to COMPARED_BYTES; None if it has no rows."""
     samples = rows_of(batch)
-    if samples is None:
+    if not samples:
         return None
-    row = cut(batch, samples, slice(0, 1))
-    return tree_map(lambda each: each.clone() if isinstance(each, torch.Tensor) else copy.deepcopy(each), row)
+    size = sum(each.numel() * each.element_size() for each in tree_leaves(batch) if isinstance(each, torch.Tensor))
+    rows = cut(batch, samples, slice(0, max(1, min(samples, COMPARED_BYTES * samples // max(size, 1)))))
+    return tree_map(lambda each: each.clone() if isinstance(each, torch.Tensor) else copy.deepcopy(each), rows)

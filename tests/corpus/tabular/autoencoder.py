@@ -8,8 +8,6 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import MinMaxScaler
 from torch.utils.data import DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
-import labtrain  # labtrain:
-
 
 class Model(L.LightningModule):
     def __init__(self, n_features: int = 8, bottleneck: int = 3, swap: float = 0.1, lr: float = 1e-2):
@@ -38,7 +36,7 @@ class Model(L.LightningModule):
         return errors
 
     def on_validation_epoch_end(self):
-        outputs = labtrain.gather_outputs(self.val_outputs)  # labtrain: outputs = self.val_outputs
+        outputs = self.val_outputs
         errors, truth = (torch.cat(each).cpu().numpy() for each in zip(*outputs))
         self.threshold.fill_(float(np.quantile(errors, 0.9)))
         self.log("val_auc", roc_auc_score(truth, errors), prog_bar=True)

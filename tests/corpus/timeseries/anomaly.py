@@ -7,8 +7,6 @@ import torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader, SequentialSampler, TensorDataset
 
-import labtrain  # labtrain:
-
 
 class Data(L.LightningDataModule):
     def __init__(self, batch_size=24, num_workers=0):
@@ -57,7 +55,7 @@ class Model(L.LightningModule):
         return error.mean()
 
     def on_train_epoch_end(self):
-        outputs = labtrain.gather_outputs(self.training_step_outputs)  # labtrain: outputs = self.training_step_outputs
+        outputs = self.training_step_outputs
         errors = torch.cat(outputs)
         self.threshold = torch.quantile(errors, self.hparams.quantile)
         self.log("threshold", self.threshold)
