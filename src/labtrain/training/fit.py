@@ -55,6 +55,11 @@ from labtrain.training.state.initial import put_initial
 from labtrain.training.state.rebuild import Connector, explain_step
 from labtrain.training.trainer import make_callbacks, make_experiment, make_trainer, seeded_alike
 
+NO_STEPS = (
+    "no optimizer step was counted, so the trail is empty and a resume starts again: training_step has to call step()"
+    " of what self.optimizers() returns, not a method of the optimizer's own"
+)
+
 
 def train(job: Job) -> Result:
     """Train a job in this process and return its result; return a complete run's result at once.
@@ -230,6 +235,8 @@ class _Session:
         weights, steps = digest(model), trainer.global_step
         if self.start.origin is not None and steps == self.start.origin["step"]:
             raise nothing_to_train(self.config, steps)
+        if not steps and trainer.fit_loop.epoch_loop.total_batch_idx >= 0:
+            self.recorder.say(NO_STEPS)
         state = self.checkpoints.finish(trainer, weights, resumed=self.start.path)
         if is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model):
             trainer.test(model, datamodule=datamodule, verbose=False)

@@ -105,7 +105,7 @@ def test_a_value_of_a_part_of_the_outputs_is_refused(kind: str, runner: Runner) 
     config["model"]["kinds"] = kind
     runner.run(config, world=2, code=None)
     assert f"error: {KINDS[kind]}" in runner.said(), runner.said()
-    assert "hint: compute it from labtrain.gather_outputs(list)" in runner.said()
+    assert "hint: compute it with a torchmetrics metric, or from a list" in runner.said()
     assert "Traceback" not in runner.said()
 
 

@@ -61,3 +61,11 @@ def test_shards_compute_the_gradient_of_the_batch(closure: bool, runner: Runner,
     for name, one in weights[0].items():
         assert one.dtype == torch.float64
         assert (one - weights[1][name]).abs().max() <= 1e-12 * one.abs().max(), name
+
+
+def test_steps_that_lightning_does_not_count_are_reported(runner: Runner) -> None:
+    """With one shard; with several each would step, and it is refused."""
+    config = manual("accumulated", determinism={"shards": 1}, trainer={"max_epochs": 1})
+    config["model"] = {"_target_": "tests.support.manual_models.Uncounted"}
+    runner.run(config)
+    assert "warning: no optimizer step was counted, so the trail is empty" in runner.said()

@@ -23,8 +23,8 @@ from labtrain.training.sharded.step_log import is_global
 from labtrain.training.sharded.strategy import Exact
 
 HINT = (
-    "compute it from labtrain.gather_outputs(list), the outputs of all ranks, without sync_dist (docs/guides/data.md);"
-    " for a value of one rank, such as a time: self.log(..., rank_zero_only=True)"
+    "compute it with a torchmetrics metric, or from a list to which each step appends one item, without sync_dist"
+    " (docs/guides/data.md); for a value of one rank, such as a time: self.log(..., rank_zero_only=True)"
 )
 
 
