@@ -1,6 +1,8 @@
 """Optuna's sweeps: more of tests/real/launch/test_sweep.py."""
 
-from tests.conftest import Experiment
+from pathlib import Path
+
+from tests.conftest import QUICK, Experiment
 from tests.support.sweep import OPTUNA, SHORT, results
 
 
@@ -30,3 +32,18 @@ def test_trials_that_fail_end_the_sweep_unless_it_may_lose_them(experiment: Expe
         *sweep, "model.dropout=choice(7)", "hydra.sweeper.n_trials=1", "hydra.sweeper.max_failure_rate=1", code=1
     )
     assert "error: every trial of this sweep failed" in none.err
+
+
+def test_runs_side_by_side_are_those_of_one_after_the_other(experiment: Experiment, tmp_path: Path) -> None:
+    """The same folders and digests; each line says which run it is of, and a table of the runs comes last."""
+    sweep = ("-m", "seed=1,2", "model.width=2,4", "trainer.max_steps=3", *QUICK)
+    first = experiment.train(*sweep, "paths.runs=runs")
+    (tmp_path / "runs").rename(tmp_path / "before")
+    second = experiment.train(*sweep, "paths.runs=runs", "hydra/launcher=parallel", "hydra.launcher.jobs=2")
+    assert sorted(second.out.splitlines()) == sorted(first.out.splitlines())
+    assert {line.split()[0] for line in second.err.splitlines() if line.startswith("#")} >= {"#0", "#1", "#2", "#3"}
+    for run in (first, second):
+        table = run.err.splitlines()[-4:]
+        assert sorted(line.split()[0] for line in table) == sorted(
+            Path(line.split()[0]).name for line in run.out.splitlines()
+        )

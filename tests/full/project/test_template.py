@@ -103,3 +103,25 @@ def test_its_gate_runs_where_a_lock_changes(own_experiment: Experiment, tmp_path
     done = run("sh", "-c", command, cwd=own_experiment.root)
     assert done.returncode == 1
     assert "no: different bits, weights_digest" in done.stdout
+
+
+def test_a_plotting_script_can_be_kept_out_of_the_name(own_experiment: Experiment, tmp_path: Path) -> None:
+    """Another script gives another run; one that .labtrainignore names does not, until the experiment imports it."""
+    root, options = own_experiment.root, (*QUICK, f"paths.runs={tmp_path}/runs", "trainer.max_steps=2")
+    first = own_experiment.train(*options)
+    (root / "plot.py").write_text("SCALE = 1.0\n")
+    assert own_experiment.train(*options).folder != first.folder
+    (root / ".labtrainignore").write_text("plot.py\n")
+    again = own_experiment.train(*options)
+    assert again.folder == first.folder
+    assert "is complete: nothing to train" in again.err
+    (root / "model.py").write_text("import plot\n" + (root / "model.py").read_text())
+    importing = own_experiment.train(*options)
+    (root / "plot.py").write_text("SCALE = 2.0\n")
+    assert own_experiment.train(*options).folder not in (first.folder, importing.folder)
+
+
+def test_a_name_with_a_hyphen(tmp_path: Path) -> None:
+    assert run(LABTRAIN, "new", "vit-small", cwd=tmp_path).returncode == 0
+    trained = Experiment(tmp_path / "vit-small").train(*QUICK, "trainer.max_steps=2")
+    assert trained.folder.parent == tmp_path / "vit-small" / "runs" / "vit-small"

@@ -141,7 +141,7 @@ def test_an_optimizers_state_that_does_not_fit_is_refused(runner: Runner, change
     ("path", "value", "says"),
     [
         (("pytorch-lightning_version",), "x", "InvalidVersion: Invalid version: 'x' (Version.__init__)"),
-        ((PLACE, "ranks", 0, "metrics"), {"nothing": {}}, "KeyError: 'nothing' (EpochLoop._enter)"),
+        ((PLACE, "ranks", 0, "metrics"), {"nothing": {}}, "KeyError: 'nothing' (EpochLoop._restore_metrics)"),
         ((PLACE, "ranks", 0, "logged", 0, "sync"), [], "ValueError: not enough values to unpack (expected 3, got 0) ("),
         ((PLACE, "ranks", 0, "logged", 0, "meta", "reduce_fx"), "x", "MisconfigurationException: Only `self.log("),
         (

@@ -77,16 +77,3 @@ def test_a_sweep_that_is_asked_for_by_hydra_mode_is_recorded_as_one(experiment: 
     experiment.train("hydra.mode=MULTIRUN", "seed=1", "trainer.max_steps=1", "paths.runs=runs", *QUICK)
     [path] = tmp_path.glob("runs/*/*/receipt.json")
     assert json.loads(path.read_text())["command"][-1] == "-m"
-
-
-def test_runs_side_by_side_are_those_of_one_after_the_other(experiment: Experiment, tmp_path: Path) -> None:
-    """The same folders and digests; each line says which run it is of, and a table of the runs comes last."""
-    sweep = ("-m", "seed=1,2", "model.width=2,4", "trainer.max_steps=3", *QUICK)
-    first = experiment.train(*sweep, "paths.runs=runs")
-    (tmp_path / "runs").rename(tmp_path / "before")
-    second = experiment.train(*sweep, "paths.runs=runs", "hydra/launcher=parallel", "hydra.launcher.jobs=2")
-    assert sorted(second.out.splitlines()) == sorted(first.out.splitlines())
-    assert {line.split()[0] for line in second.err.splitlines() if line.startswith("#")} >= {"#0", "#1", "#2", "#3"}
-    for run in (first, second):
-        table = run.err.splitlines()[-4:]
-        assert sorted(line.split()[0] for line in table) == sorted(line.split()[0] for line in run.out.splitlines())

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from labtrain.record import receipt as receipts
-from tests.conftest import LABTRAIN, QUICK, ROOT, Experiment, changed, need
+from tests.conftest import LABTRAIN, ROOT, Experiment, changed, need
 from tests.support.verification import STEPS, name_a_flipped_bit, verify
 
 pytest_plugins = ["tests.support.verification"]
@@ -158,31 +158,6 @@ def test_where_nothing_was_trained_the_word_is_unverified(copy: Path) -> None:
     assert not (copy / "verified.jsonl").exists()
 
 
-def test_a_receipt_of_any_name_is_verified(copy: Path, tmp_path: Path) -> None:
-    """Beside other receipts, in a clone: with its trail and signature if they are its own; the verdict is beside it."""
-    root = copy.parents[2]
-    paper = root / "paper"
-    paper.mkdir()
-    row = paper / "table2-row3.json"
-    shutil.copy(copy / "receipt.json", row)
-    (paper / "receipt.json").write_text("{}")
-    shutil.rmtree(root / "runs")
-    done = verify(row, "--steps", "0", cwd=root, code=None)
-    assert "0 lines in its trail, digest correct" in done.out
-    assert not (paper / "table2-row3.verified.jsonl").exists()
-    (paper / "trail.jsonl").write_text("{}")  # of some other run
-    assert "0 lines in its trail" in verify(row, "--steps", "0", cwd=root, code=None).out
-    done = verify(row, cwd=root)
-    assert "yes          the same bits to the end" in done.out
-    assert len((paper / "table2-row3.verified.jsonl").read_text().splitlines()) == 1
-    assert sorted(file.name for file in paper.iterdir()) == [
-        "receipt.json",
-        row.name,
-        "table2-row3.verified.jsonl",
-        "trail.jsonl",
-    ]
-
-
 @pytest.mark.parametrize("text", ["", "{}", "[]", "no json", "changed"])
 def test_a_file_that_is_no_receipt_is_an_error_that_names_it(text: str, tmp_path: Path) -> None:
     row = tmp_path / "table2-row3.json"
@@ -192,28 +167,3 @@ def test_a_file_that_is_no_receipt_is_an_error_that_names_it(text: str, tmp_path
     assert "table2-row3.json " in said
     assert "labtrain-receipt-" not in said
     assert "\n\nhint: ask whoever trained the run" in said
-
-
-def test_a_run_that_began_with_weights_is_trained_again_with_them(own_experiment: Experiment) -> None:
-    """Also in a clone, since the path is relative; with weights of another digest it is refused."""
-    root = own_experiment.root
-    first = own_experiment.train(*QUICK, "trainer.max_epochs=1", "data.batch_size=256", cwd=root)
-    weights = root / "weights.safetensors"
-    shutil.copy(next(first.folder.glob("checkpoints/*/weights.safetensors")), weights)
-    begun = (*QUICK, "trainer.max_epochs=1", "data.batch_size=256", "seed=3")
-    run = own_experiment.train(*begun, f"init_from={first.folder.name}", cwd=root)
-    again = own_experiment.train(*begun, "init_from.path=weights.safetensors", cwd=root)
-    assert "is complete: nothing to train" in again.err
-    assert again.out == run.out
-    found = verify(run.folder, cwd=root)
-    assert found.out.splitlines()[-1].startswith("yes          the same bits")
-    assert "no effect" not in found.out
-    assert "init_from" not in found.out
-    shutil.rmtree(first.folder)
-    found = verify(run.folder, "--set", f"init_from.path={weights}", cwd=root)
-    assert found.out.splitlines()[-1].startswith("yes          the same bits")
-    found = verify(run.folder, cwd=root, code=2)
-    assert f"init_from={first.folder}: no such file or run" in found.err
-    shutil.copy(next(run.folder.glob("checkpoints/*/weights.safetensors")), weights)
-    found = verify(run.folder, "--set", f"init_from.path={weights}", cwd=root, code=2)
-    assert f"the digest of its weights is {run.digest[:12]}, expected {first.digest[:12]}" in found.err

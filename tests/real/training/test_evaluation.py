@@ -73,22 +73,6 @@ def stage(found: dict[str, float], name: str) -> dict[str, float]:
     return {key: value for key, value in found.items() if key.startswith(f"{name}/")}
 
 
-def test_the_numbers_are_those_of_the_training(trained: tuple[Experiment, Run]) -> None:
-    """Of the test and of the last validation, by folder and by id, on one device and on three."""
-    experiment, run = trained
-    receipt = (run.folder / "receipt.json").read_bytes()
-    metrics = run.receipt["results"]["metrics"]
-    for word, name in (("validate", "val"), ("test", "test")):
-        for where in (run.folder.name, str(run.folder)):
-            found = experiment.train(f"{word}={where}", *QUICK, cwd=experiment.root)
-            assert json.loads(found.out) == stage(metrics, name)
-            assert "┃" in found.err
-            assert "warning" not in found.err
-        moved = experiment.train(f"{word}={run.folder.name}", "trainer.devices=3", *QUICK, cwd=experiment.root)
-        assert moved.out == found.out
-    assert (run.folder / "receipt.json").read_bytes() == receipt
-
-
 def test_predictions_are_one_file_on_any_devices(trained: tuple[Experiment, Run], tmp_path: Path) -> None:
     """In the order of the test's samples; weights_only reads it; the digest is that of the file."""
     experiment, run = trained
@@ -144,23 +128,3 @@ def test_what_cannot_be_evaluated_is_refused(
     assert says in found.err
     assert "hint: " in found.err
     assert "Traceback" not in found.err
-
-
-def test_weights_that_changed_after_the_last_step_are_in_the_end(
-    trained: tuple[Experiment, Run], tmp_path: Path
-) -> None:
-    """They are in a checkpoint of their own; without it, or without any, labtrain refuses."""
-    experiment, _ = trained
-    ending = "+callbacks.ending._target_=model.Ending"
-    run = experiment.train(*QUICK, *OPTIONS, ending, cwd=experiment.root)
-    found = experiment.train(f"test={run.folder}", *QUICK, cwd=experiment.root)
-    assert json.loads(found.out) == stage(run.receipt["results"]["metrics"], "test")
-    copy = tmp_path / run.folder.name
-    shutil.copytree(run.folder, copy)
-    [final] = copy.glob("checkpoints/*-end")
-    shutil.rmtree(final)
-    found = experiment.train(f"test={copy}", *QUICK, cwd=experiment.root, code=2)
-    assert "does not have the final weights of" in found.err
-    shutil.rmtree(copy / "checkpoints")
-    found = experiment.train(f"test={copy}", *QUICK, cwd=experiment.root, code=2)
-    assert "has no checkpoint any more" in found.err

@@ -312,10 +312,12 @@ class Weights:
         self._state: list[list[int]] = []
         self._memory: Memory | None = None
         self._sums: list[int] = []
-        self._step = 0
+        self._step, self._checked = 0, False  # a step may be checked several times
 
     def begin(self) -> None:
         """Remember how the parameters are now."""
+        if self._checked:
+            self._step, self._checked = self._step + 1, False
         if self._step % EVERY_STEPS == 0 or self._has_other_members():
             named = dict(self.module.named_parameters()) | hidden_weights(self.module)
             self.names, self.parameters = [*named, "a new parameter"], list(named.values())
@@ -345,9 +347,8 @@ class Weights:
                 unlike = [number for number, same in enumerate(map(operator.eq, then, each)) if not same]
                 if found := [number for number in unlike if number not in free]:
                     return 1 + found[0]
-        sums, step = self._memory.checksums(self._step), self._step
-        self._step += 1
-        return 0 if sums == self._sums else 1 + self._memory.first_unlike(step, self._sums, sums, kept)
+        sums, self._checked = self._memory.checksums(self._step), True
+        return 0 if sums == self._sums else 1 + self._memory.first_unlike(self._step, self._sums, sums, kept)
 
     def _now(self) -> list[list[int]]:
         """Return versions, addresses and whether a gradient is computed."""
