@@ -1,6 +1,7 @@
 """Run another program to its end, for a limited time."""
 
 import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -34,3 +35,8 @@ def run_program(
     except subprocess.TimeoutExpired as error:
         name = " ".join([Path(command[0]).name, *command[1:3]])
         raise LabtrainError(f"{name} took longer than {timeout_s} s, so labtrain ended it", hint=hint) from error
+
+
+def labtrain_command(*arguments: str | Path) -> list[str]:
+    """Return the command line of `labtrain` in this environment: for packages below the one with the commands."""
+    return [sys.executable, "-c", "from labtrain.cli import main; main()", *map(str, arguments)]

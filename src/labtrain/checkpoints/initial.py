@@ -85,7 +85,9 @@ def load_initial(first: InitFrom, root: Path) -> State:
 
 def _paths(typed: str, runs: Path) -> Iterator[Path]:
     yield Path(typed.removeprefix("file://")).absolute()
-    if RUN_ID.fullmatch(typed):
+    if receipt.is_id(typed) and receipt.with_id(typed, runs.parent):
+        yield receipt.find(typed, runs.parent)
+    elif RUN_ID.fullmatch(typed):  # a run that is gone
         yield runs / typed
 
 

@@ -119,21 +119,15 @@ def _find(asked: Asked, runs: Path) -> tuple[Path, receipt.Receipt]:
     Raises:
         ConfigError: there is none.
     """
-    word = f"{asked.stage}={asked.run}"
-    places = [
-        Path(asked.run).resolve(),
-        *(path.parent for path in runs.glob(f"*/{Path(asked.run).name}/{receipt.FILE}")),
-    ]
-    for place in places if Path(asked.run).name == asked.run else places[:1]:
-        if (found := receipt.read(place)) is None:
-            continue
-        if found["status"] != "complete":
-            raise ConfigError(
-                f"{word}: that run is {found['status']}, so it has no final weights",
-                hint=f"python train.py resume={shown(place)} trains it to its end",
-            )
-        return place, found
-    raise ConfigError(f"{word}: no such run", hint=f"labtrain ls {shown(runs)}")
+    word, place = f"{asked.stage}={asked.run}", receipt.find(asked.run, runs).resolve()
+    if (found := receipt.read(place)) is None:
+        raise ConfigError(f"{word}: no such run", hint=f"labtrain ls {shown(runs)}")
+    if found["status"] != "complete":
+        raise ConfigError(
+            f"{word}: that run is {found['status']}, so it has no final weights",
+            hint=f"python train.py resume={shown(place)} trains it to its end",
+        )
+    return place, found
 
 
 def _override(config: dict[str, object], composed: dict[str, object], typed: list[str], asked: Asked) -> None:

@@ -20,6 +20,7 @@ from hydra.experimental.callback import Callback
 from labtrain.base.console import shown
 from labtrain.base.credentials import remember, without_secrets
 from labtrain.base.errors import ConfigError, JobFailedError
+from labtrain.base.programs import labtrain_command
 from labtrain.record import receipt
 from labtrain.record.identity import Job
 from labtrain.record.ranks import find_ranks, own_rank
@@ -53,10 +54,7 @@ class SweepStart(Callback):
         runs = list(dict.fromkeys(path.read_text().splitlines()))
         path.unlink()
         sys.stdout.flush()
-        # In a process, since the command is above this package.
-        subprocess.run(
-            [sys.executable, "-c", "from labtrain.cli import main; main()", "ls", *runs], stdout=2, check=False
-        )
+        subprocess.run(labtrain_command("ls", *runs), stdout=2, check=False)
 
 
 def note_run(run_dir: str) -> None:

@@ -6,7 +6,6 @@ rows that they lack. Other loggers get those rows again, with the same values.
 """
 
 import hashlib
-import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +15,7 @@ from lightning.pytorch.loggers import Logger
 from labtrain.base.console import shown, warn
 from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError, LabtrainError, in_words
-from labtrain.base.programs import run_program
+from labtrain.base.programs import labtrain_command, run_program
 from labtrain.record import receipt
 from labtrain.record.identity import Job
 from labtrain.training.instantiate import instantiate
@@ -187,21 +186,13 @@ def log_receipt(loggers: list[Logger], run_dir: Path) -> None:
 
 
 def report_of(run_dir: Path, folder: Path) -> Path:
-    """Write a run's report into a folder, as `labtrain report` does: in a process, since it is above this package.
+    """Write a run's report into a folder, as `labtrain report` does.
 
     Raises:
         LabtrainError: it cannot be written.
     """
     path = folder / "report.html"
-    command = [
-        sys.executable,
-        "-c",
-        "from labtrain.cli import main; main()",
-        "report",
-        str(run_dir),
-        "--output",
-        str(path),
-    ]
+    command = labtrain_command("report", run_dir, "--output", path)
     done = run_program(command, timeout_s=120, hint=f"labtrain report {shown(run_dir)}")
     if done.returncode:
         raise LabtrainError(f"no report: {done.stderr.strip()}", hint=f"labtrain report {shown(run_dir)}")
