@@ -257,7 +257,7 @@ def watching_microseconds() -> float:
         for shard in range(SHARDS):
             if shard:
                 watch.restore()
-            watch.leave(shard, last=shard == SHARDS - 1)
+            watch.leave(shard, 1, last=shard == SHARDS - 1)
         watch.end(watch.numbers, [range(SHARDS)])
         times.append(time.thread_time() - started)
     return statistics.fmean(times) * 1e6

@@ -33,6 +33,10 @@ def _is_rate(value: object) -> bool:
     return isinstance(value, Tensor) or is_number(value)
 
 
+def _is_kind(value: object) -> bool:
+    return value in ("sum", "mean", "count")  # counters.py
+
+
 LOGGED: Form = {
     "key": str,
     "meta": {str: SCALAR, "fx": str, "name": str, "on_step": bool, "on_epoch": bool, "reduce_fx": str},
@@ -92,6 +96,7 @@ STATE: Form = {
         "exact": bool,
         "ranks": [RANK],
         "outside?": {str: {str: object}, "trainer?": {str: SCALAR, **LIMITS}},
+        "counters?": {str: {str: {str: _is_kind}}},
         "lost?": [str],
         "initial?": INITIAL,
         "made?": MADE,

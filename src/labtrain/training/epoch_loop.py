@@ -46,6 +46,7 @@ from labtrain.training.lightning import (
 from labtrain.training.sharded.gathering import leave_own, made_whole
 from labtrain.training.sharded.step_log import global_already, is_global
 from labtrain.training.sharded.strategy import Exact
+from labtrain.training.state.counters import kinds_of
 from labtrain.training.state.extra_state import Unsaved
 from labtrain.training.state.rebuild import Connector
 from labtrain.training.state.trainer_state import KEY, Outside
@@ -148,9 +149,14 @@ class EpochLoop(TrainingEpochLoop):
             "callback_metrics": {name: value.cpu() for name, value in trainer.callback_metrics.items()},
             "exact": isinstance(trainer.strategy, Exact),
             "ranks": ranks,
+            **({"counters": counters} if (counters := self._counters()) else {}),
             **({KEY: outside} if outside else {}),
             **({"lost": sorted(self.unsaved.lost)} if self.unsaved is not None and self.unsaved.lost else {}),
         }
+
+    def _counters(self) -> State:
+        strategy = self.trainer.strategy
+        return strategy.counters.state() if isinstance(strategy, Exact) else {}
 
     def _logged(self) -> list[State]:
         entries = []
@@ -253,6 +259,8 @@ class EpochLoop(TrainingEpochLoop):
         assert self.unsaved is not None
         assert self.outside is not None
         self.unsaved.restore(kept, device=device, entering=entering)
+        if isinstance(self.trainer.strategy, Exact):
+            self.trainer.strategy.kinds.update(kinds_of(at.get("counters", {})))
         self.unsaved.lost |= set(at.get("lost", []))
         self.outside.restore(at.get(KEY, {}), entering=entering)
         leave_own(self.trainer, kept.get("outputs", []))
@@ -321,6 +329,8 @@ class EpochLoop(TrainingEpochLoop):
         kept: State = self._of_this_rank(at) or at["ranks"][0]
         Unsaved(self.trainer.lightning_module, looks=False).restore(kept, device=device, entering=False)
         Outside(self.trainer).restore(at.get(KEY, {}), entering=False)
+        if isinstance(self.trainer.strategy, Exact):
+            self.trainer.strategy.kinds.update(kinds_of(at.get("counters", {})))
         names = metrics_of(self.trainer.lightning_module).keys()
         self._restore_metrics({name: kept["metrics"][name] for name in names & kept["metrics"].keys()}, device)
 

@@ -83,7 +83,7 @@ def test_a_parameter_that_a_step_changes_is_found(kind: str) -> None:
         if shard:
             watch.restore()
         module.training_step((torch.randn(4, 1, 6, 6), torch.tensor([0, shard, 2 * shard, 0])), 0)
-        watch.leave(shard, last=shard == 1)
+        watch.leave(shard, 1, last=shard == 1)
     watch.end(watch.numbers, [range(2)])
     if kind not in ALIKE:
         assert [text.partition(":")[0] for text in found] == [f"training_step changes {CHANGES[kind]}"]
@@ -109,7 +109,7 @@ def test_a_list_that_steps_append_to_and_change_is_refused() -> None:
                 module.pool.append(torch.full((2,), float(shard)))
             else:
                 module.pool[0] = torch.full((2,), float(shard))
-            watch.leave(shard, last=shard == 1)
+            watch.leave(shard, 1, last=shard == 1)
         watch.end(watch.numbers, [range(2)])
         assert bool(found) == (step == 2)
     assert found[0].startswith("training_step changes items of pool, to which it has also appended")

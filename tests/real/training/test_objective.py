@@ -5,7 +5,7 @@ import random
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,7 +19,8 @@ import labtrain
 from labtrain.base.signals import Wishes
 from labtrain.exact import determinism
 from labtrain.training.sharded.objective import LossDifference, NotComparedError, compare
-from labtrain.training.sharded.strategy import ExactSingleDevice
+from labtrain.training.sharded.strategy import Exact, ExactSingleDevice
+from labtrain.training.state.counters import Trial
 from tests.support import exact_worker
 from tests.support.exact import Runner, configure, outcome
 from tests.support.objective_models import LR, SAMPLES, Data, Restless, Unweighted, Weighted, points, sentences
@@ -189,7 +190,8 @@ class Probe(pl.Callback):
         self.before = state_of(trainer, pl_module)
         self.found: Any = None
         try:
-            self.found = compare(trainer, pl_module, loader, shards=self.shards, strict=True)
+            trial = Trial(cast(Exact, trainer.strategy).counters, training=True)
+            self.found = compare(trainer, pl_module, loader, trial, strict=True)
         except NotComparedError as error:
             self.found = str(error)
         self.after = state_of(trainer, pl_module)

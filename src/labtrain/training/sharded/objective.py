@@ -9,8 +9,8 @@ the mean over their two halves, and those of other shards with other parts.
 import copy
 import math
 import numbers
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_leaves
 from labtrain.base.console import few
 from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
+from labtrain.data.batches import Picks
 from labtrain.data.loader import DataLoader
 from labtrain.data.prefetch import on_tensors
 from labtrain.exact.buffers import Buffers
@@ -31,14 +32,18 @@ from labtrain.exact.determinism import keep_draws, seed_place
 from labtrain.exact.metric_states import add_rows
 from labtrain.exact.tree_sum import alone
 from labtrain.training.lightning import (
+    AnyLoop,
     LoggedValues,
     begin_hook,
+    evaluation_loop,
     halves_to_float,
     logger_connector,
     put_results,
+    results_of,
     silence_loggers,
 )
 from labtrain.training.sharded.whole import NeedsMeetingError
+from labtrain.training.state.counters import Added, Counters, Kinds, Trial
 from labtrain.training.state.snapshots import Look, look, unlike
 from labtrain.training.state.step_changes import Watch, let_pass
 from labtrain.training.state.undo import LARGEST_BYTES, TooLargeError, Undo
@@ -160,10 +165,12 @@ class Objective(pl.Callback):
         if self.done:
             return
         self.done = True
-        size = cast("Exact", trainer.strategy).samples or 1
+        strategy = cast("Exact", trainer.strategy)
+        size, trial = strategy.samples or 1, Trial(strategy.counters, training=True)
         self._say_normalised(pl_module, size)
         together = not pl_module.automatic_optimization or _is_synchronised(pl_module)
         if together or not isinstance(loader, DataLoader):
+            strategy.kinds.setdefault("train", trial.kinds())
             self.note(f"{NOT_COMPARED}: its shards run together, or its data is a stream or several loaders")
             return
         changed, read, asked = list[str](), list[str](), list[str]()
@@ -172,12 +179,14 @@ class Objective(pl.Callback):
             try:
                 tried = left_by_shards(trainer, pl_module, loader, shards=self.shards, strict=self.strict)
                 changed, read, asked = tried
-                difference = compare(trainer, pl_module, loader, shards=self.shards, strict=self.strict)
+                difference = compare(trainer, pl_module, loader, trial, strict=self.strict)
                 if difference is not None:
                     found = True, self._sentence(difference, size)
             except NotComparedError as error:
                 found = False, f"{NOT_COMPARED}: {error}"
-        changed, read, asked, found = trainer.strategy.broadcast((changed, read, asked, found), src=0)
+        counted = trial.kinds()
+        changed, read, asked, found, counted = strategy.broadcast((changed, read, asked, found, counted), src=0)
+        strategy.kinds.setdefault("train", counted)
         if changed:
             self.judge(*self._uncounted(changed))
         elif read:
@@ -249,11 +258,18 @@ def left_by_shards(
 
 
 def compare(
-    trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, *, shards: int, strict: bool
+    trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, trial: Trial, *, strict: bool
 ) -> LossDifference | None:
     """Compare losses and gradients of shards of an epoch's first batch with the mean over two parts of each.
 
     In eval mode, so without dropout, and in float32. Afterwards it restores everything.
+
+    Args:
+        trainer: of the training.
+        module: the model.
+        loader: of the training.
+        trial: told of what the steps add to numbers.
+        strict: the kernels are deterministic.
 
     Returns:
         None if they are equal up to rounding.
@@ -261,14 +277,8 @@ def compare(
     Raises:
         NotComparedError: they cannot be compared.
     """
-    with _bench(trainer, module, loader) as bench:
-        groups = []
-        for shard, part in enumerate(loader.first_shards(trainer.current_epoch)[:SHARDS_COMPARED]):
-            if len(part) > 1:
-                cut = max(1, len(part) // (2 + shard))  # halves may happen to have the same number of tokens
-                groups.append([part, part[:cut], part[cut:]])
-        if not groups:
-            raise NotComparedError("a shard has one sample")
+    with _bench(trainer, module, loader, trial) as bench:
+        groups = _groups(loader, trainer.current_epoch)
         for group, data in zip(groups, loader.load(groups), strict=True):
             _refuse_unequal(*data)
             sizes = [len(part) for part in group[1:]]
@@ -280,17 +290,60 @@ def compare(
     return None
 
 
+def counted_in_evaluation(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    loader: object,
+    counters: Counters,
+    args: Sequence[object],
+) -> Kinds:
+    """Return how an evaluation combines what shards add to numbers.
+
+    Args:
+        trainer: in an evaluation.
+        module: the model.
+        loader: of the evaluation.
+        counters: of the training.
+        args: of the model's step, after the batch.
+    """
+    trial = Trial(counters, training=False)
+    with suppress(NotComparedError), torch.inference_mode(False), torch.no_grad():
+        if trial.found and isinstance(loader, DataLoader):
+            with _bench(trainer, module, loader, trial) as bench:
+                groups = _groups(loader, trainer.current_epoch)
+                for group, data in zip(groups, loader.load(groups), strict=True):
+                    added = [bench.evaluate(part, args) for part in data]
+                    trial.compare(*added, share=len(group[1]) / len(group[0]))
+    return trial.kinds()
+
+
+def _groups(loader: DataLoader, epoch: int) -> list[list[Picks]]:
+    """Return the samples of the first shards of an epoch, each with two parts of them."""
+    groups = []
+    for shard, part in enumerate(loader.first_shards(epoch)[:SHARDS_COMPARED]):
+        if len(part) > 1:
+            cut = max(1, len(part) // (2 + shard))  # halves may happen to have the same number of tokens
+            groups.append([part, part[:cut], part[cut:]])
+    if not groups:
+        raise NotComparedError("a shard has one sample")
+    return groups
+
+
 def _is_synchronised(module: pl.LightningModule) -> bool:
     return any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())
 
 
 @contextmanager
-def _bench(trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader) -> Iterator["_Bench"]:
+def _bench(
+    trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, trial: Trial | None = None
+) -> Iterator["_Bench"]:
     """Prepare the process to try steps, then restore everything, including the states of generators."""
     try:
         with ExitStack() as stack:
             stack.callback(keep_draws())
-            yield stack.enter_context(_Bench.around(trainer, module, loader))
+            bench = stack.enter_context(_Bench.around(trainer, module, loader))
+            bench.trial = trial
+            yield bench
     except NotComparedError:
         raise
     except NeedsMeetingError as error:
@@ -318,12 +371,15 @@ class _Bench:
         self.gradients: list[Tensor | None] = [None] * len(self.parameters)
         self.is_thorough = False
         self.eps = 0.0  # of the coarsest numbers that were computed with
+        self.trial: Trial | None = None  # told of what steps add to numbers
+        self.step = "training_step" if trainer.training else "test_step" if trainer.testing else "validation_step"
+        self.loop: AnyLoop = trainer.fit_loop.epoch_loop if trainer.training else evaluation_loop(trainer)
 
     @classmethod
     @contextmanager
     def around(cls, trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader) -> Iterator["_Bench"]:
         """Prepare the process for such runs, and put everything back."""
-        strategy, loop = cast("Exact", trainer.strategy), trainer.fit_loop.epoch_loop
+        strategy = cast("Exact", trainer.strategy)
         tensors = [*module.parameters(), *module.buffers()]
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
@@ -331,25 +387,28 @@ class _Bench:
         datamodule = getattr(trainer, "datamodule", None)
         shallow += [datamodule] if datamodule is not None else []
         undo = Undo([module, groups, schedulers, loader.transforms], shallow=shallow, free=tensors)
+        bench = cls(trainer, module, undo)
         with ExitStack() as stack:
             stack.callback(undo)
-            stack.enter_context(strategy.scratch(loop))  # where self.log writes
+            stack.enter_context(strategy.scratch(bench.loop))  # where self.log writes
             stack.enter_context(alone())
             stack.enter_context(_exact_products())
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(torch.enable_grad() if trainer.training else nullcontext())
             if any(getattr(part, "_compiled_call_impl", None) is not None for part in module.modules()) or any(
                 type(part).__name__ == "OptimizedModule" for part in module.modules()
             ):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
-            yield cls(trainer, module, undo)
+            yield bench
 
     def compare(
         self, whole: object, first: object, second: object, *, sizes: list[int], strict: bool
     ) -> LossDifference | None:
         """Compare some samples with two parts of them; the first time the gradients too, and whether the loss draws."""
         weights: list[float] = [size / sum(sizes) for size in sizes]
-        losses, given = zip(*(self.run(half) for half in (first, second)), strict=True)
-        loss, own = self.run(whole)
+        runs = [(*self.run(part), self._added()) for part in (first, second, whole)]
+        (*losses, loss), (*given, own), (one, two, both) = zip(*runs, strict=True)
+        if self.trial is not None:
+            self.trial.compare(both, one, two, share=sizes[0] / sum(sizes))
         if len({each is None for each in (own, *given)}) > 1:
             raise NotComparedError("it returns a weight for some samples only")
         if own is not None:
@@ -392,7 +451,7 @@ class _Bench:
         for shard, data in enumerate((first, second)):
             loss, _ = self.run(data, backward=1.0, fresh=False)
             buffers.leave(shard, 0.5)
-            changes_weights = watch.leave(shard, last=True)[0] != 0  # which the watcher itself refuses, by name
+            changes_weights = watch.leave(shard, 1, last=True)[0] != 0  # which the watcher itself refuses, by name
             buffers.restore()
             watch.restore()
             for parameter in self.parameters:
@@ -449,20 +508,15 @@ class _Bench:
         seed_place("objective", seed)
         if seed:
             self.undo.seed(seed)
-        strategy, loop = cast("Exact", self.trainer.strategy), self.trainer.fit_loop.epoch_loop
-        data = strategy.moved(copy.deepcopy(data), 0)
-        if fresh:
-            data = on_tensors(lambda each: each.float() if each.is_floating_point() and _is_half(each) else each, data)
-        results = LoggedValues(training=True)
-        results.batch, results.batch_size = data, 1
-        put_results(loop, results)
+        data = self._prepared(data, fresh=fresh)
         with torch.autograd.graph.saved_tensors_hooks(self._watch, _as_it_is) if watch else nullcontext():
             args = (
-                [max(loop.batch_idx, 0)]
+                [max(self.trainer.fit_loop.epoch_loop.batch_idx, 0)]
                 if is_param_in_hook_signature(self.module.training_step, "batch_idx", min_args=2)
                 else []
             )
-            output = self.module.training_step(data, *args)
+            with self._counting():
+                output = self.module.training_step(data, *args)
         loss: Any
         loss, weight = output["loss"] if isinstance(output, dict) else output, weight_of(output)
         if loss is None:
@@ -474,6 +528,42 @@ class _Bench:
             self.gradients = [parameter.grad for parameter in self.parameters]
         return float(loss.detach()), weight
 
+    def evaluate(self, data: object, args: Sequence[object]) -> Added:
+        """Run a step of the evaluation; return what it adds to numbers.
+
+        Args:
+            data: of a loader.
+            args: of the step, after the batch.
+        """
+        self._begin()
+        seed_place("objective", 0)
+        data = self._prepared(data, fresh=True)
+        with self._counting():
+            getattr(self.module, self.step)(data, *args)
+        return self._added()
+
+    def _prepared(self, data: object, *, fresh: bool) -> object:
+        """Return data on the device, and give what the step logs a place."""
+        data = cast("Exact", self.trainer.strategy).moved(copy.deepcopy(data), 0)
+        if fresh:
+            data = on_tensors(lambda each: each.float() if each.is_floating_point() and _is_half(each) else each, data)
+        results = LoggedValues(training=self.trainer.training)
+        results.batch, results.batch_size, results.dataloader_idx = data, 1, results_of(self.loop).dataloader_idx
+        put_results(self.loop, results)
+        return data
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        if self.trial is None:
+            yield
+            return
+        self.trial.begin()
+        yield
+        self.trial.end()
+
+    def _added(self) -> Added:
+        return self.trial.added if self.trial is not None else {}
+
     def _reset(self) -> None:
         self.undo()
         silence_loggers(self.trainer)
@@ -482,7 +572,7 @@ class _Bench:
         self._reset()
         module = self.module
         module.eval()
-        begin_hook(module, "training_step")
+        begin_hook(module, self.step)
         halves_to_float(module.modules())
         for part in module.modules():
             if isinstance(part, nn.RNNBase):  # cuDNN has no backward of one in eval mode

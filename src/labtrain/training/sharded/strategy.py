@@ -48,6 +48,7 @@ from labtrain.training.lightning import (
     batches_begun,
     broadcast_module,
     epochs_done,
+    eval_loaders,
     evaluation_loop,
     keep_logging_hook,
     prepare_again,
@@ -57,10 +58,11 @@ from labtrain.training.lightning import (
     results_of,
 )
 from labtrain.training.sharded.hooks import Handed, Takers, joined_outputs, of_no_shard
-from labtrain.training.sharded.objective import weight_of, weighted_mean, weighted_row
+from labtrain.training.sharded.objective import counted_in_evaluation, weight_of, weighted_mean, weighted_row
 from labtrain.training.sharded.step_log import Tally
 from labtrain.training.sharded.together import Together
 from labtrain.training.sharded.whole import NeedsMeetingError, by_itself, normalise_whole_batches
+from labtrain.training.state.counters import Counters, Kinds
 from labtrain.training.state.step_changes import Watch, let_pass
 
 # Functions in which people make what decides the result. objective.py tests whether a step's loss depends on it.
@@ -141,6 +143,8 @@ class Exact(_Base):
         self._asked: set[str] = set()  # in a trial
         self._sum: ShardSum | None = None
         self._watch: Watch | None = None
+        self.kinds: dict[str, Kinds] = {}  # of numbers that steps add to
+        self.counters: Counters
         self._parameters: list[torch.nn.Parameter] = []
         self._hooks: list[RemovableHandle] = []
         self._uses: list[int] = []  # how often a backward has added to each gradient, at most
@@ -194,6 +198,7 @@ class Exact(_Base):
             for each in (module, trainer.datamodule)  # type: ignore
         )
         self._tally = Tally(module)
+        self.counters = Counters(module, self._device, self.kinds)
         guard = next((each for each in trainer.callbacks if isinstance(each, Guard)), None)  # type: ignore[attr-defined]
         place: Options = {"device": self._device, "rank": self._rank, "world": self._world}
         self._buffers = Buffers(module, **place, judge=guard.judge if guard else let_pass)
@@ -202,8 +207,9 @@ class Exact(_Base):
             schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
             made: Options = {"optimizers": trainer.optimizers, "schedulers": schedulers}
             said: Options = {"judge": guard.judge, "say": guard.say if checks else let_pass}
-            self._watch = Watch(module, **made, **place, **said)
+            self._watch = Watch(module, **made, **place, **said, kinds=self.kinds)
             self._watch.listen()
+            self.counters = self._watch.counters
         if self._watch is not None and guard is not None:
             _judge_backward_hooks(guard, [module, *trainer.callbacks])  # type: ignore[attr-defined]
         # Lightning runs this before the strategy gets the batch: put it off until a shard is at hand.
@@ -433,7 +439,7 @@ class Exact(_Base):
         weighted: tuple[Tensor, float] | None = None,
     ) -> None:
         """Keep what a shard's step has left: attributes, buffers, its output, and what it logged."""
-        watched = self._watch.leave(shard, last=last) if self._watch is not None else []
+        watched = self._watch.leave(shard, samples, last=last) if self._watch is not None else []
         left = self._buffers.leave(shard, samples / step.batch.samples)
         if self._takers.outputs:
             step.outputs.append((samples, output))
@@ -474,7 +480,7 @@ class Exact(_Base):
 
     def _split(self, rows_SK: Tensor, first: int) -> tuple[Tensor, ...]:
         """Split the shards' rows: the first numbers, those of buffers and of `Watch`, and the loss."""
-        sizes = first, len(self._buffers.owned) + 1, Watch.NUMBERS if self._watch is not None else 0
+        sizes = first, len(self._buffers.owned) + 1, self._watch.width if self._watch is not None else 0
         return tuple(rows_SK.split([*sizes, rows_SK.shape[1] - sum(sizes)], 1))
 
     def _install(self, step: "_Step", buffers_SB: Tensor, watched_S5: Tensor) -> None:
@@ -598,6 +604,7 @@ class Exact(_Base):
         taken = self._takers.outputs
         with self.scratch(loop) as results:
             self._tally.begin(training=False)
+            self._begin_counters(which or 0, args)
             for shard, samples, data in batch.parts:
                 data = data if moved else self.moved(data, which or 0, *place, shard)
                 put_results(loop, self._tally.open(data, samples, which))
@@ -612,12 +619,26 @@ class Exact(_Base):
                     ) from None
                 if taken:
                     outputs.append((samples, output))
-                self._tally.close(torch.empty(0, dtype=torch.float64, device=self._device), samples)
-            self._combined(batch, results, ranges)
+                counted = torch.tensor(self.counters.take(samples), dtype=torch.float64, device=self._device)
+                self._tally.close(counted, samples)
+            counted_SN = self._combined(batch, results, ranges)
+            if self.counters.width:
+                self.counters.end(counted_SN.tolist())
         if self.wishes.agreed_stop:
             raise Stopped(self.wishes.agreed_stop)  # what was trained is saved before each validation
         seed_place("after", *place)
         return self._as_one(outputs, ranges) if taken else None
+
+    def _begin_counters(self, loader: int, args: tuple[object, ...]) -> None:
+        """Begin a step of an evaluation for numbers that it adds to; in the first one, find them."""
+        stage, counters = str(self._trainer.state.fn), self.counters
+        if self._watch is not None and stage not in self.kinds:
+            kinds = Kinds()
+            if self._rank == 0:
+                of_stage = [*eval_loaders(self._trainer)][loader]
+                kinds = counted_in_evaluation(self._trainer, self._module, of_stage, counters, args)
+            self.kinds[stage] = self.broadcast(kinds, src=0)
+        counters.begin(stage)
 
     def _hand(self, batch: Sharded, dataloader_idx: int, *place: int | str) -> Handed:
         """Move a batch's shards to the device, and join them for hooks."""

@@ -32,10 +32,12 @@ from labtrain.exact.attributes import PRIVATE, fingerprint, hidden_weights, hold
 from labtrain.exact.checksums import device_hash
 from labtrain.exact.plain_values import DICTS, LEAVES, SCALARS, Decoder, Encoder, Place, is_experiments
 from labtrain.training.state.changed_weights import ChangedWeights, Taken
+from labtrain.training.state.counters import Counters, Kinds
 
 WINDOW_BYTES = 3 << 15  # of the weights, in each step
 PIECE_BYTES = 1 << 14
 EVERY_STEPS = 100  # how often to take a checksum of weights on a GPU, and to check rarely changed attributes
+FINDINGS = 5  # how many numbers tell what a shard has changed, before those of its counters
 FEW = 64  # items of a list that are compared one by one
 MUTABLE = {Tensor, np.ndarray, list, tuple, set, deque, *DICTS}
 COUNTED = (Tensor, list)
@@ -62,9 +64,8 @@ class Watch:
         world: the number of processes.
         judge: called with what cannot be exact.
         say: called with each warning.
+        kinds: of numbers that steps add to, by stage.
     """
-
-    NUMBERS = 5
 
     def __init__(
         self,
@@ -77,12 +78,14 @@ class Watch:
         world: int,
         judge: Judge,
         say: Callable[[str], None],
+        kinds: dict[str, Kinds] | None = None,
     ) -> None:
         self.device, self.rank, self.world, self.judge, self.say = device, rank, world, judge, say
         self._weights = Weights(module)
         self._rates = Rates(module, optimizers, schedulers)
         self._kept = ChangedWeights(device, rank=rank, world=world)
         self._attributes = Attributes(module)
+        self.counters = Counters(module, device, {} if kinds is None else kinds)
         self._left: dict[Key, object] = {}  # what this rank's last shard changed
         self._unknown: set[str] = set()  # names of attributes with values that are not plain
         self._prints: dict[int, dict[str, str | None]] = {}  # by shard: a checksum of each attribute that it changed
@@ -128,8 +131,14 @@ class Watch:
         self._weights.begin()
         self._rates.begin()
         self._kept.begin(self._weights.parameters, self._rates.weights())
+        self.counters.begin("train")
         self._attributes.begin()
         self._told[:] = [self._attributes.written]
+
+    @property
+    def width(self) -> int:
+        """How many numbers `leave` returns."""
+        return FINDINGS + self.counters.width
 
     def grown(self) -> set[str]:
         """Return the dotted names of the attributes with lists that a step has appended to."""
@@ -180,26 +189,29 @@ class Watch:
         self._rates.begin()
         self._kept.rebase()
 
-    def leave(self, shard: int, *, last: bool) -> list[float]:
+    def leave(self, shard: int, samples: int, *, last: bool) -> list[float]:
         """Find what a shard changed.
 
         Args:
             shard: its number.
+            samples: of the shard.
             last: of this rank, in this step: only then check the parameters.
 
         Returns:
-            Five numbers. First: 0.0, or the number of the first changed parameter that is not kept, from 1, or below 0
+            Numbers. First: 0.0, or the number of the first changed parameter that is not kept, from 1, or below 0
             that of an option of the optimizers or a scheduler. Second: 0.0, or a checksum of the changed attributes'
             names. Third: a checksum of their values. Fourth: 0.0, or the number of the first changed parameter that is
-            kept. Fifth: a checksum of those.
+            kept. Fifth: a checksum of those. Then those of `Counters.take`.
         """
+        counted = self.counters.take(samples)
         self._left = self._attributes.changes()
         if last:
             self._told.clear()
         changed = self._changed if last else 0
         if last and not changed:
             changed = self._weights.changed(self._kept.kept) or -self._rates.changed()
-        self.numbers.append([*self._numbers(shard, float(changed)), *map(float, self._kept.left().changes)])
+        weights = map(float, self._kept.left().changes)
+        self.numbers.append([*self._numbers(shard, float(changed)), *weights, *counted])
         return self.numbers[-1]
 
     def _numbers(self, shard: int, parameter: float) -> list[float]:
@@ -219,16 +231,20 @@ class Watch:
             *(1.0 + zlib.crc32(repr(part).encode()) for part in (sorted(prints), sorted(prints.items()))),
         ]
 
-    def end(self, numbers_S5: list[list[float]], ranges: list[range]) -> None:
-        """End the step: judge changed parameters, and give every rank the values from the last shard.
+    def end(self, numbers_SN: list[list[float]], ranges: list[range]) -> None:
+        """End the step: judge what was changed, and give every rank the values from the last shard.
 
         Args:
-            numbers_S5: what `leave` returned for each shard.
+            numbers_SN: what `leave` returned for each shard.
             ranges: the shards of each rank.
 
         Raises:
             ConfigError: in strict mode, a parameter was changed, and not equally in all shards.
         """
+        self._judge([row[:FINDINGS] for row in numbers_SN], ranges)
+        self.counters.end([row[FINDINGS:] for row in numbers_SN])
+
+    def _judge(self, numbers_S5: list[list[float]], ranges: list[range]) -> None:
         parameters, names, values, kept, contents = zip(*numbers_S5, strict=True)
         if len(set(contents)) > 1:
             parameters = (next(filter(None, kept)),)

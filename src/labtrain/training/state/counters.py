@@ -1,0 +1,384 @@
+"""Numbers that a step adds to by hand: `self.correct += ...`, `self.seen += len(y)`, `self.total_loss += loss.item()`.
+
+With shards, labtrain calls a step once a shard. So that such a number is what one call with the whole batch would make
+of it, labtrain combines what the shards add:
+
+===== ==============================================================================================
+sum   of amounts that samples add up to, such as `self.seen += len(y)`
+mean  of amounts that are a mean over samples, such as a loss, or that count batches: `self.steps += 1`
+count a sum, if all amounts are integers
+===== ==============================================================================================
+
+The source of a class tells which attributes its methods add to. A trial tells sum and mean apart: it compares what some
+samples add with what two parts of them add (objective.py). Checkpoints hold the result, since another trial, on other
+samples, may find less.
+"""
+
+import ast
+import inspect
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from labtrain.exact.attributes import holders
+from labtrain.exact.plain_values import is_experiments
+
+SUM, MEAN, COUNT, OTHER = "sum", "mean", "count", "other"
+MOST_NUMBERS = 4096  # in a tensor or an array
+ROUNDING = math.sqrt(torch.finfo(torch.float32).eps)  # of a trial: up to here half of the digits agree
+EXACT = 1 << 53  # ranks exchange amounts as float64
+CALLS, SOME_CALLS, AMOUNTS = range(3)  # what code adds: a constant in each call or in some calls, or anything else
+SAME, UNLIKE, INTEGER, FLOAT, FIRST_TENSOR, FIRST_ARRAY = 0, -1, 1, 2, 3, 100  # types of the result
+DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+          torch.float32, torch.float64, torch.float16, torch.bfloat16)  # fmt: skip
+ARRAY_DTYPES = tuple(map(np.dtype, ("i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "f8", "f4", "f2")))
+
+Site = tuple[str, str]  # the path of a holder, the name of its attribute
+Kinds = dict[Site, str]
+Numbers = np.ndarray[Any, np.dtype[np.float64]]  # 1-D
+Added = dict[Site, Numbers | None]
+
+
+# ----------------------------------------------------------------------------------------------------------- the source
+
+
+@cache
+def added_to(kind: type[Any]) -> dict[str, int]:
+    """Return the names of the attributes that a class's methods add to, and what: CALLS, SOME_CALLS or AMOUNTS.
+
+    Not those that one method both adds to and sets: they may start anew within an epoch.
+    """
+    found: dict[str, int] = {}
+    refused: set[str] = set()
+    for each in filter(is_experiments, kind.__mro__):
+        for function in filter(inspect.isfunction, vars(each).values()):
+            adds, sets = _stores_of(inspect.unwrap(function))
+            refused |= adds.keys() & sets
+            for name, what in adds.items():
+                found[name] = max(what, found.get(name, CALLS))
+    return {name: what for name, what in found.items() if name not in refused}
+
+
+def _added_to(holder: object) -> dict[str, int]:
+    kind: Any = type(holder)
+    return added_to(kind)
+
+
+def _stores_of(function: Any) -> tuple[dict[str, int], set[str]]:
+    """Return the attributes that a function adds to, with what it adds, and those that it sets."""
+    adds: dict[str, int] = {}
+    sets: set[str] = set()
+    try:
+        body: Any = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return adds, sets
+    always = {id(statement) for statement in getattr(body, "body", [])}
+    loops = [node for node in ast.walk(body) if isinstance(node, ast.For | ast.While)]
+    often = {id(node) for loop in loops for node in ast.walk(loop)}
+    for node in ast.walk(body):
+        for name, amount in _stores(node):
+            if amount is None:
+                sets.add(name)
+                continue
+            what = AMOUNTS
+            if isinstance(amount, ast.Constant) and id(node) not in often:
+                what = CALLS if id(node) in always else SOME_CALLS
+            adds[name] = max(what, adds.get(name, CALLS))
+    return adds, sets
+
+
+def _stores(node: ast.AST) -> Iterator[tuple[str, ast.expr | None]]:
+    """Yield the attributes that a statement stores, with what it adds to each; None if it sets the attribute."""
+    if isinstance(node, ast.AugAssign):
+        if isinstance(node.target, ast.Attribute):
+            yield node.target.attr, node.value if isinstance(node.op, ast.Add | ast.Sub) else None
+    elif isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        stored = [each for target in targets for each in ast.walk(target) if isinstance(each, ast.Attribute)]
+        for each in stored:
+            if isinstance(each.ctx, ast.Store):
+                yield each.attr, _amount(targets, node.value)
+
+
+def _amount(targets: Sequence[ast.expr], value: ast.expr | None) -> ast.expr | None:
+    """Return `amount` if a statement is `x = x + amount`, `x = amount + x` or `x = x - amount`."""
+    if len(targets) == 1 and isinstance(value, ast.BinOp):
+        target = ast.unparse(targets[0])
+        if isinstance(value.op, ast.Add | ast.Sub) and ast.unparse(value.left) == target:
+            return value.right
+        if isinstance(value.op, ast.Add) and ast.unparse(value.right) == target:
+            return value.left
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------- one step
+
+
+class Counters:
+    """Combines what the shards of a step add to numbers.
+
+    Args:
+        module: the model.
+        device: of the training.
+        kinds: of each stage, as far as they are known; a checkpoint holds them.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, kinds: dict[str, Kinds]) -> None:
+        self.module, self.device, self.kinds = module, device, kinds
+        self.begun: dict[Site, _Number] = {}  # as the step began
+
+    def found(self, *, training: bool) -> Kinds:
+        """Return the attributes that hold numbers and that methods add to, with their kinds if a trial finds nothing.
+
+        In a training not those that count calls: step_changes.py has them.
+        """
+        found = Kinds()
+        for path, holder in holders(self.module).items():
+            for name, what in _added_to(holder).items():
+                value = vars(holder).get(name)
+                if _size_of(value) and not (training and what != AMOUNTS):
+                    unknown = COUNT if _code_of(value) == INTEGER else OTHER
+                    found[path, name] = unknown if training else MEAN if what == CALLS else SUM
+        return found
+
+    def state(self) -> dict[str, dict[str, dict[str, str]]]:
+        """Return the kinds by stage, holder and name; nothing if no method of the model adds to an attribute."""
+        if not any(_added_to(holder) for holder in holders(self.module).values()):
+            return {}
+        found: dict[str, dict[str, dict[str, str]]] = {stage: {} for stage in self.kinds}
+        for stage, kinds in self.kinds.items():
+            for (path, name), kind in kinds.items():
+                found[stage].setdefault(path, {})[name] = kind
+        return found
+
+    def begin(self, stage: str) -> None:
+        """Begin a step of a stage."""
+        kinds = self.kinds.get(stage, {})
+        inner = holders(self.module) if any(path for path, _ in kinds) else {"": self.module}
+        tables = {path: vars(holder) for path, holder in inner.items()}
+        self.begun = {
+            (path, name): _Number.of(tables[path], name, kind)
+            for (path, name), kind in kinds.items()
+            if path in tables and _size_of(tables[path].get(name))
+        }
+
+    @property
+    def width(self) -> int:
+        """How many numbers `take` returns."""
+        return sum(2 + number.size for number in self.begun.values())
+
+    def take(self, samples: int) -> list[float]:
+        """Return what a shard has added, and take it back. The other ranks need it, as numbers.
+
+        Args:
+            samples: of the shard.
+        """
+        return [each for number in self.begun.values() for each in (float(samples), *number.take())]
+
+    def end(self, rows_SN: list[list[float]]) -> None:
+        """End the step: add what all shards have added; called on every rank.
+
+        Args:
+            rows_SN: what `take` returned for each shard.
+        """
+        at = 0
+        for number in self.begun.values():
+            samples, codes = ([row[at + place] for row in rows_SN] for place in (0, 1))
+            added_SN = np.array([row[at + 2 : at + 2 + number.size] for row in rows_SN])
+            at += 2 + number.size
+            if min(codes) > UNLIKE and max(codes) > SAME:
+                number.put(int(max(codes)), _combined(added_SN, samples, number.kind), self.device)
+
+
+def kinds_of(state: dict[str, dict[str, dict[str, str]]]) -> dict[str, Kinds]:
+    """Return the kinds of each stage, from `Counters.state`."""
+    return {
+        stage: {(path, name): kind for path, names in paths.items() for name, kind in names.items()}
+        for stage, paths in state.items()
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class _Number:
+    """A number, a tensor or an array as it was when the step began.
+
+    Attributes:
+        table: the attributes of its holder.
+        name: of the attribute.
+        kind: SUM, MEAN or COUNT.
+        value: of the attribute.
+        content: of a tensor or an array; None for a number.
+        version: of a tensor, as autograd has noted it.
+    """
+
+    table: dict[str, object]
+    name: str
+    kind: str
+    value: Any
+    content: Any
+    version: int
+
+    @classmethod
+    def of(cls, table: dict[str, object], name: str, kind: str) -> "_Number":
+        value: Any = table[name]
+        if isinstance(value, Tensor):
+            return cls(table, name, kind, value, value.detach().clone(), value._version)
+        return cls(table, name, kind, value, value.copy() if isinstance(value, np.ndarray) else None, 0)
+
+    @property
+    def size(self) -> int:
+        return _size_of(self.value)
+
+    def take(self) -> list[float]:
+        """Return the type of what a shard has made of this number, and what it has added; take that back."""
+        now = self.table.get(self.name)
+        if now is self.value and self._has_content():
+            return [float(SAME), *[0.0] * self.size]
+        code, added = _code_of(now), self._added(now)
+        if code == UNLIKE or added is None or (self.kind == COUNT and code != INTEGER):
+            return [float(UNLIKE), *[0.0] * self.size]
+        self.table[self.name] = self.value
+        if isinstance(self.value, Tensor):
+            self.value.detach().copy_(self.content)
+            torch._C._autograd._unsafe_set_version_counter((self.value,), (self.version,))
+        elif self.content is not None:
+            self.value[...] = self.content
+        return [float(code), *added]
+
+    def put(self, code: int, added: Numbers, device: torch.device) -> None:
+        """Add an amount, and make a value of the type that shards have left."""
+        if code in (INTEGER, FLOAT):
+            (amount,) = added.tolist()
+            whole = code == INTEGER and amount.is_integer()
+            self.table[self.name] = _number(self.value) + (int(amount) if whole else amount)
+            return
+        before: Any = self.value if self.content is None else self.content
+        total = np.reshape(_as_float64(before) + added, np.shape(self.content) if self.content is not None else ())
+        if code >= FIRST_ARRAY:
+            made: Any = total.astype(ARRAY_DTYPES[code - FIRST_ARRAY])
+        else:
+            dtype, on_cpu = divmod(code - FIRST_TENSOR, 2)
+            made = torch.tensor(total, dtype=DTYPES[dtype], device=torch.device("cpu") if on_cpu else device)
+        if isinstance(self.value, Tensor | np.ndarray) and self.value.dtype == made.dtype:
+            self.value[...] = made
+        else:
+            self.table[self.name] = made
+
+    def _has_content(self) -> bool:
+        if isinstance(self.value, Tensor):
+            return bool(self.value._version == self.version)
+        return self.content is None or self.value.tobytes() == self.content.tobytes()
+
+    def _added(self, now: Any) -> list[float] | None:
+        """Return what was added; None if that cannot be told."""
+        before: Any = self.value if self.content is None else self.content
+        if self.content is None and isinstance(now, int | np.integer) and isinstance(before, int | np.integer):
+            difference = int(now) - int(before)
+            return [float(difference)] if abs(difference) < EXACT else None
+        if np.shape(now) not in ((), np.shape(before)) or _size_of(now) != self.size:
+            return None
+        return list((_as_float64(now) - _as_float64(before)).tolist())
+
+
+def _size_of(value: Any) -> int:
+    """Return how many numbers a value holds; 0 if it is not a number, a tensor or an array of numbers, or too large."""
+    if _code_of(value) == UNLIKE:
+        return 0
+    size = int(value.numel() if isinstance(value, Tensor) else np.size(value))
+    return size if size <= MOST_NUMBERS else 0
+
+
+def _code_of(value: Any) -> int:
+    """Return the type of a value, as a number."""
+    if isinstance(value, bool | np.bool_):
+        return UNLIKE
+    if isinstance(value, int | np.integer):
+        return INTEGER
+    if isinstance(value, float | np.floating):
+        return FLOAT
+    if type(value) is Tensor and value.layout == torch.strided and value.dtype in DTYPES:
+        return FIRST_TENSOR + 2 * DTYPES.index(value.dtype) + value.is_cpu
+    if type(value) is np.ndarray and value.dtype in ARRAY_DTYPES:
+        return FIRST_ARRAY + ARRAY_DTYPES.index(value.dtype)
+    return UNLIKE
+
+
+def _number(value: Any) -> int | float:
+    return int(value) if isinstance(value, int | np.integer) else float(value)
+
+
+def _as_float64(value: Any) -> Numbers:
+    flat = value.detach().double().cpu().numpy() if isinstance(value, Tensor) else value
+    return np.fromiter(np.ravel(flat).tolist(), np.float64)
+
+
+def _combined(added_SN: Any, samples: list[float], kind: str) -> Any:
+    """Return what a step adds, from what its shards have added, in their order."""
+    if kind == MEAN and (added_SN == added_SN[0]).all():
+        return added_SN[0]
+    shares = [each / sum(samples) for each in samples] if kind == MEAN else [1.0] * len(samples)
+    total = np.zeros_like(added_SN[0])
+    for row, share in zip(added_SN, shares, strict=True):
+        total = total + row * share
+    return total
+
+
+# -------------------------------------------------------------------------------------------------------------- a trial
+
+
+class Trial:
+    """Finds out whether the amounts that a step adds are sums or means.
+
+    Args:
+        counters: of the training.
+        training: the steps are those of the training; otherwise of an evaluation.
+    """
+
+    def __init__(self, counters: Counters, *, training: bool) -> None:
+        self.found, self._kinds = counters.found(training=training), Kinds()
+        self._numbers = Counters(counters.module, counters.device, {"trial": dict.fromkeys(self.found, SUM)})
+        self.added: Added = {}  # by the last step; None: it did something else
+
+    def begin(self) -> None:
+        """Begin a step on some samples."""
+        self._numbers.begin("trial")
+
+    def end(self) -> None:
+        """End it: keep what it has added."""
+        self.added = {}
+        for site, number in self._numbers.begun.items():
+            code, *added = number.take()
+            self.added[site] = None if code == UNLIKE else np.array(added)
+
+    def compare(self, whole: Added, first: Added, second: Added, *, share: float) -> None:
+        """Compare what some samples add with what two parts of them add.
+
+        Args:
+            whole: what all of them add.
+            first: what the first part adds.
+            second: what the other part adds.
+            share: of the first part in the samples.
+        """
+        for site in self.found:
+            all_of_them, one, two = (each.get(site) for each in (whole, first, second))
+            if all_of_them is None or one is None or two is None:
+                self._kinds[site] = OTHER
+                continue
+            scale = ROUNDING * max(float(np.abs(each).max()) for each in (all_of_them, one, two))
+            is_sum = bool((np.abs(all_of_them - one - two) <= scale).all())
+            is_mean = bool((np.abs(all_of_them - share * one - (1 - share) * two) <= scale).all())
+            if is_sum != is_mean:
+                self._kinds.setdefault(site, SUM if is_sum else MEAN)
+            elif not is_sum:
+                self._kinds[site] = OTHER
+
+    def kinds(self) -> Kinds:
+        """Return the kind of each number; without those whose amounts are neither sums nor means."""
+        return {site: kind for site, kind in (self.found | self._kinds).items() if kind != OTHER}
