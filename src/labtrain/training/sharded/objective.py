@@ -60,6 +60,8 @@ NOT_COMPARED = "the loss of a batch and the mean of its shards' losses were not 
 # show that the classes have weights.
 SHARDS_COMPARED = 4
 
+Tried = tuple[list[str], list[str], list[str]]
+
 
 # ---------------------------------------------------------------------------------------------------- a returned weight
 
@@ -173,20 +175,12 @@ class Objective(pl.Callback):
             strategy.kinds.setdefault("train", trial.kinds())
             self.note(f"{NOT_COMPARED}: its shards run together, or its data is a stream or several loaders")
             return
-        changed, read, asked = list[str](), list[str](), list[str]()
-        found: tuple[bool, str] | None = None
+        tried: tuple[Tried, tuple[bool, str] | None] = ([], [], []), None
         if trainer.is_global_zero:
-            try:
-                tried = left_by_shards(trainer, pl_module, loader, shards=self.shards, strict=self.strict)
-                changed, read, asked = tried
-                difference = compare(trainer, pl_module, loader, trial, strict=self.strict)
-                if difference is not None:
-                    found = True, self._sentence(difference, size)
-            except NotComparedError as error:
-                found = False, f"{NOT_COMPARED}: {error}"
-        counted = trial.kinds()
-        changed, read, asked, found, counted = strategy.broadcast((changed, read, asked, found, counted), src=0)
-        strategy.kinds.setdefault("train", counted)
+            tried = self._tried(trainer, pl_module, loader, trial, size)
+        tried, kinds = strategy.broadcast((tried, trial.kinds()), src=0)
+        (changed, read, asked), found = tried
+        strategy.kinds.setdefault("train", kinds)
         if changed:
             self.judge(*self._uncounted(changed))
         elif read:
@@ -204,6 +198,18 @@ class Objective(pl.Callback):
             )
         if found is not None:
             (self.say if found[0] else self.note)(found[1])
+
+    def _tried(
+        self, trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, trial: Trial, size: int
+    ) -> tuple[Tried, tuple[bool, str] | None]:
+        """Try the first step; return what `left_by_shards` returns, and a text with whether it is a warning."""
+        tried: Tried = [], [], []
+        try:
+            tried = left_by_shards(trainer, module, loader, shards=self.shards, strict=self.strict)
+            difference = compare(trainer, module, loader, trial, strict=self.strict)
+        except NotComparedError as error:
+            return tried, (False, f"{NOT_COMPARED}: {error}")
+        return tried, None if difference is None else (True, self._sentence(difference, size))
 
     def _say_normalised(self, module: pl.LightningModule, size: int) -> None:
         norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.training]
@@ -237,7 +243,7 @@ class Objective(pl.Callback):
 
 def left_by_shards(
     trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, *, shards: int, strict: bool
-) -> tuple[list[str], list[str], list[str]]:
+) -> Tried:
     """Run two shards of a step, one after the other; return the names of what they change, read and ask.
 
     Between them labtrain restores what a real step restores; afterwards it restores everything.

@@ -18,13 +18,14 @@ import ast
 import inspect
 import math
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from labtrain.exact.attributes import holders
@@ -42,18 +43,18 @@ ARRAY_DTYPES = tuple(map(np.dtype, ("i8", "i4", "i2", "i1", "u8", "u4", "u2", "u
 
 Site = tuple[str, str]  # the path of a holder, the name of its attribute
 Kinds = dict[Site, str]
-Numbers = np.ndarray[Any, np.dtype[np.float64]]  # 1-D
+Numbers = NDArray[np.float64]  # 1-D
+Value = Any  # a number, a tensor or an array
 Added = dict[Site, Numbers | None]
 
 
 # ----------------------------------------------------------------------------------------------------------- the source
 
 
-@cache
-def added_to(kind: type[Any]) -> dict[str, int]:
+def added_to(kind: type[object]) -> dict[str, int]:
     """Return the names of the attributes that a class's methods add to, and what: CALLS, SOME_CALLS or AMOUNTS.
 
-    Not those that one method both adds to and sets: they may start anew within an epoch.
+    Not those that one method both adds to and sets: they may begin again within an epoch.
     """
     found: dict[str, int] = {}
     refused: set[str] = set()
@@ -66,17 +67,13 @@ def added_to(kind: type[Any]) -> dict[str, int]:
     return {name: what for name, what in found.items() if name not in refused}
 
 
-def _added_to(holder: object) -> dict[str, int]:
-    kind: Any = type(holder)
-    return added_to(kind)
-
-
-def _stores_of(function: Any) -> tuple[dict[str, int], set[str]]:
+@cache
+def _stores_of(function: Callable[..., object]) -> tuple[dict[str, int], set[str]]:
     """Return the attributes that a function adds to, with what it adds, and those that it sets."""
     adds: dict[str, int] = {}
     sets: set[str] = set()
     try:
-        body: Any = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
+        body = ast.parse(textwrap.dedent(inspect.getsource(function))).body[0]
     except (OSError, TypeError, SyntaxError):
         return adds, sets
     always = {id(statement) for statement in getattr(body, "body", [])}
@@ -141,7 +138,7 @@ class Counters:
         """
         found = Kinds()
         for path, holder in holders(self.module).items():
-            for name, what in _added_to(holder).items():
+            for name, what in added_to(type(holder)).items():
                 value = vars(holder).get(name)
                 if _size_of(value) and not (training and what != AMOUNTS):
                     unknown = COUNT if _code_of(value) == INTEGER else OTHER
@@ -150,7 +147,7 @@ class Counters:
 
     def state(self) -> dict[str, dict[str, dict[str, str]]]:
         """Return the kinds by stage, holder and name; nothing if no method of the model adds to an attribute."""
-        if not any(_added_to(holder) for holder in holders(self.module).values()):
+        if not any(added_to(type(holder)) for holder in holders(self.module).values()):
             return {}
         found: dict[str, dict[str, dict[str, str]]] = {stage: {} for stage in self.kinds}
         for stage, kinds in self.kinds.items():
@@ -221,13 +218,13 @@ class _Number:
     table: dict[str, object]
     name: str
     kind: str
-    value: Any
-    content: Any
+    value: Value
+    content: Value
     version: int
 
     @classmethod
     def of(cls, table: dict[str, object], name: str, kind: str) -> "_Number":
-        value: Any = table[name]
+        value: Value = table[name]
         if isinstance(value, Tensor):
             return cls(table, name, kind, value, value.detach().clone(), value._version)
         return cls(table, name, kind, value, value.copy() if isinstance(value, np.ndarray) else None, 0)
@@ -259,10 +256,10 @@ class _Number:
             whole = code == INTEGER and amount.is_integer()
             self.table[self.name] = _number(self.value) + (int(amount) if whole else amount)
             return
-        before: Any = self.value if self.content is None else self.content
+        before = self.value if self.content is None else self.content
         total = np.reshape(_as_float64(before) + added, np.shape(self.content) if self.content is not None else ())
         if code >= FIRST_ARRAY:
-            made: Any = total.astype(ARRAY_DTYPES[code - FIRST_ARRAY])
+            made: Value = total.astype(ARRAY_DTYPES[code - FIRST_ARRAY])
         else:
             dtype, on_cpu = divmod(code - FIRST_TENSOR, 2)
             made = torch.tensor(total, dtype=DTYPES[dtype], device=torch.device("cpu") if on_cpu else device)
@@ -276,9 +273,9 @@ class _Number:
             return bool(self.value._version == self.version)
         return self.content is None or self.value.tobytes() == self.content.tobytes()
 
-    def _added(self, now: Any) -> list[float] | None:
+    def _added(self, now: Value) -> list[float] | None:
         """Return what was added; None if that cannot be told."""
-        before: Any = self.value if self.content is None else self.content
+        before = self.value if self.content is None else self.content
         if self.content is None and isinstance(now, int | np.integer) and isinstance(before, int | np.integer):
             difference = int(now) - int(before)
             return [float(difference)] if abs(difference) < EXACT else None
@@ -287,7 +284,7 @@ class _Number:
         return list((_as_float64(now) - _as_float64(before)).tolist())
 
 
-def _size_of(value: Any) -> int:
+def _size_of(value: Value) -> int:
     """Return how many numbers a value holds; 0 if it is not a number, a tensor or an array of numbers, or too large."""
     if _code_of(value) == UNLIKE:
         return 0
@@ -295,7 +292,7 @@ def _size_of(value: Any) -> int:
     return size if size <= MOST_NUMBERS else 0
 
 
-def _code_of(value: Any) -> int:
+def _code_of(value: object) -> int:
     """Return the type of a value, as a number."""
     if isinstance(value, bool | np.bool_):
         return UNLIKE
@@ -310,21 +307,21 @@ def _code_of(value: Any) -> int:
     return UNLIKE
 
 
-def _number(value: Any) -> int | float:
+def _number(value: Value) -> int | float:
     return int(value) if isinstance(value, int | np.integer) else float(value)
 
 
-def _as_float64(value: Any) -> Numbers:
+def _as_float64(value: Value) -> Numbers:
     flat = value.detach().double().cpu().numpy() if isinstance(value, Tensor) else value
-    return np.fromiter(np.ravel(flat).tolist(), np.float64)
+    return np.array(np.ravel(flat), np.float64)
 
 
-def _combined(added_SN: Any, samples: list[float], kind: str) -> Any:
+def _combined(added_SN: Numbers, samples: list[float], kind: str) -> Numbers:
     """Return what a step adds, from what its shards have added, in their order."""
     if kind == MEAN and (added_SN == added_SN[0]).all():
-        return added_SN[0]
+        return np.array(added_SN[0])
     shares = [each / sum(samples) for each in samples] if kind == MEAN else [1.0] * len(samples)
-    total = np.zeros_like(added_SN[0])
+    total: Numbers = np.zeros(added_SN.shape[1])
     for row, share in zip(added_SN, shares, strict=True):
         total = total + row * share
     return total
