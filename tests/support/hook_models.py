@@ -113,11 +113,12 @@ class Returning(Plain):
 
     Args:
         unsendable: returns a function, too.
+        manual: optimizes by hand, and returns no loss.
     """
 
-    def __init__(self, unsendable: bool = False) -> None:
+    def __init__(self, unsendable: bool = False, manual: bool = False) -> None:
         super().__init__()
-        self.unsendable = unsendable
+        self.unsendable, self.automatic_optimization = unsendable, not manual
 
     def _returned(self, batch: Any) -> dict[str, Any]:
         rows, more = batch
@@ -136,7 +137,13 @@ class Returning(Plain):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss(batch.rows)
         self.log("train/loss", loss, on_step=True, on_epoch=True)
-        return {"loss": loss, **self._returned(batch)}
+        if self.automatic_optimization:
+            return {"loss": loss, **self._returned(batch)}
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return self._returned(batch)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         return self._returned(batch)

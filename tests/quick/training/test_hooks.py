@@ -33,10 +33,11 @@ def numbered(model: str, *callbacks: str, **more: Any) -> Any:
     return config
 
 
-def seen_by_hooks(folder: Path, world: int, **data: Any) -> list[list[dict[str, Any]]]:
+def seen_by_hooks(folder: Path, world: int, **model: Any) -> list[list[dict[str, Any]]]:
     """Train with `Seeing`, and return the lines of each rank."""
     (folder / "seen").mkdir(parents=True)
-    config = numbered("Returning", "Seeing", data={"named": True, **data})
+    config = numbered("Returning", "Seeing", data={"named": True})
+    config["model"] |= model
     Runner(folder).run(config, world=world, environment={"SEEN": str(folder / "seen")})
     return [list(map(json.loads, (folder / f"seen/{rank}.jsonl").read_text().splitlines())) for rank in range(world)]
 

@@ -19,8 +19,8 @@ from labtrain.training.sharded.reading import reads
 
 PREFIXES = {"train": "train", "sanity_check": "validation", "validate": "validation", "test": "test",
             "predict": "predict"}  # fmt: skip
-# What a shard's training_step has returned, in numbers that ranks exchange: only OTHER has to be sent.
-NOTHING, LOSS, LOSS_IN_DICT, OTHER = range(4)
+# What a shard's training_step has returned, in numbers that ranks exchange: only MORE has to be sent.
+NOTHING, LOSS, LOSS_IN_DICT, MORE = range(4)
 MOST_METRICS = 100  # of one list: a callback's list of outputs is longer
 
 
@@ -111,10 +111,10 @@ def whole(parts: list[tuple[int, object]], device: torch.device, *, average: boo
 
 
 def content(output: object) -> int:
-    """Return what a shard's training_step has returned: NOTHING, LOSS, LOSS_IN_DICT or OTHER."""
+    """Return what a shard's training_step has returned: NOTHING, LOSS, LOSS_IN_DICT or MORE."""
     if output is None or isinstance(output, torch.Tensor):
         return NOTHING if output is None else LOSS
-    return LOSS_IN_DICT if isinstance(output, dict) and output.keys() == {"loss"} else OTHER
+    return LOSS_IN_DICT if isinstance(output, dict) and output.keys() == {"loss"} else MORE
 
 
 def _read_by(owner: object, stage: str, *, first: int) -> tuple[bool, bool]:
