@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 import torchmetrics
 from torch import nn
@@ -37,7 +38,13 @@ def collate(samples: list[tuple[torch.Tensor, int]]) -> Part:
     """Return a named tuple with a dict in it: rows, names, and rows that are padded to the longest of their shard."""
     numbers = [number for _, number in samples]
     padded = nn.utils.rnn.pad_sequence([torch.ones(number + 1) for number in numbers], batch_first=True)
-    more = {"number": torch.tensor(numbers), "name": [f"sample {number}" for number in numbers], "padded": padded}
+    packed = nn.utils.rnn.pack_sequence([torch.ones(number + 1) for number in numbers], enforce_sorted=False)
+    more = {
+        "packed": packed,
+        "number": torch.tensor(numbers),
+        "name": [f"sample {number}" for number in numbers],
+        "padded": padded,
+    }
     return Part(torch.stack([features for features, _ in samples]), more)
 
 
@@ -94,18 +101,49 @@ def note(trainer: pl.Trainer, **what: Any) -> None:
         file.write(json.dumps({"stage": str(trainer.state.stage.value), **what}) + "\n")
 
 
+class Scores:
+    """An object of no class that labtrain knows."""
+
+    def __init__(self, best: torch.Tensor) -> None:
+        self.best, self.names = best, {"best": [best * 2]}
+
+
 class Returning(Plain):
-    """Returns what it saw of each shard."""
+    """Returns what it saw of each shard, in all kinds of values; then it changes the batch.
+
+    Args:
+        unsendable: returns a function, too.
+        manual: optimizes by hand, and returns no loss.
+    """
+
+    def __init__(self, unsendable: bool = False, manual: bool = False) -> None:
+        super().__init__()
+        self.unsendable, self.automatic_optimization = unsendable, not manual
 
     def _returned(self, batch: Any) -> dict[str, Any]:
         rows, more = batch
-        mean = more["number"].double().mean()
-        return {"number": more["number"] + 0, "names": more["name"], "pair": (rows.sum(1), mean), "mean": mean.item()}
+        numbers = more["number"]
+        mean = numbers.double().mean()
+        images = rows.view(-1, 1, 3, 2).expand(-1, 2, -1, -1)
+        found = {
+            "number": numbers + 0, "names": more["name"], "pair": (rows.sum(1), mean), "mean": mean.item(),
+            "last": images.contiguous(memory_format=torch.channels_last), "wide": images, "turned": rows.T[:2].T,
+            "array": numbers.numpy() / 3, "scores": Scores(rows[:1] * (1 + 2j)), "nested": [{"odd": numbers % 2 == 1}],
+            "packed": more["packed"], "none": None, "count": len(numbers), "kind": "all", "weights": self.net.weight,
+        }  # fmt: skip
+        numbers.zero_()
+        return {**found, "function": lambda: None} if self.unsendable else found
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss(batch.rows)
         self.log("train/loss", loss, on_step=True, on_epoch=True)
-        return {"loss": loss, **self._returned(batch)}
+        if self.automatic_optimization:
+            return {"loss": loss, **self._returned(batch)}
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+        return self._returned(batch)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         return self._returned(batch)
@@ -114,13 +152,26 @@ class Returning(Plain):
         return self._returned(batch)
 
 
+def shown(value: Any) -> Any:
+    """Return all of a value as JSON: of a tensor its type, layout and bytes, too."""
+    if isinstance(value, torch.Tensor):
+        return [str(value.dtype), value.stride(), value.requires_grad, shown(value.numpy(force=True))]
+    if isinstance(value, np.ndarray):
+        return [value.dtype.str, value.shape, value.tobytes().hex()]
+    if isinstance(value, dict):
+        return {key: shown(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [type(value).__name__, *map(shown, value)]
+    return shown(vars(value)) if isinstance(value, Scores) else repr(value)
+
+
 class Seeing(pl.Callback):
     """Writes down the batch and the outputs that hooks get."""
 
     def _start(self, trainer: pl.Trainer, _: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         rows, more = batch
         note(trainer, hook="start", batch=batch_idx, kind=type(batch).__name__, number=more["number"].tolist(),
-             name=more["name"], sums=rows.sum(1).tolist())  # fmt: skip
+             name=more["name"], sums=rows.sum(1).tolist(), all=shown(batch))  # fmt: skip
         self.given = batch
 
     def _end(
@@ -130,13 +181,47 @@ class Seeing(pl.Callback):
         padded = batch.more["padded"]
         sums, mean = outputs["pair"]
         note(trainer, hook="end", batch=batch_idx, number=outputs["number"].tolist(), name=outputs["names"],
-             sums=sums.tolist(), mean=float(mean), as_number=outputs["mean"],
-             padded=len(padded) if isinstance(padded, list) else "tensor",
-             loss=outputs["loss"].item() if "loss" in outputs else None)  # fmt: skip
-        module.log("seen", 1.0, on_step=False, on_epoch=True)
+             sums=sums.tolist(), mean=float(mean), as_number=outputs["mean"], all=shown([outputs, batch]),
+             padded=len(padded) if isinstance(padded, list) else "tensor")  # fmt: skip
+        module.log("seen", outputs["array"].mean(), on_step=False, on_epoch=True)
 
     on_train_batch_start = on_validation_batch_start = on_test_batch_start = _start
     on_train_batch_end = on_validation_batch_end = on_test_batch_end = _end
+
+
+class Collecting(Plain):
+    """Appends outputs to a list in a hook, and updates a metric there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+        self.of_steps: list[Any] = []
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
+        self.of_steps.append(batch[1])
+        return batch[1] * 2.0
+
+    def on_validation_batch_end(self, outputs: Any, *_: Any) -> None:
+        self.seen.append(len(outputs))
+
+    def on_validation_epoch_end(self) -> None:
+        self.log("val/seen", float(sum(self.seen)))
+        self.log("val/steps", float(sum(map(len, self.of_steps))))
+        self.seen.clear()
+        self.of_steps.clear()
+
+
+class Summing(pl.Callback):
+    """Adds up outputs in a metric of its own, one for each epoch."""
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        self.total = torchmetrics.SumMetric()
+
+    def on_validation_batch_end(self, trainer: pl.Trainer, pl_module: Any, outputs: Any, *_: Any) -> None:
+        self.total.update(outputs)
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        pl_module.log("val/total", self.total.compute())
 
 
 class Changing(pl.Callback):
@@ -154,10 +239,17 @@ class Noisy(Plain):
 
 
 class Idle(pl.Callback):
-    """Takes the batch and does nothing."""
+    """Takes the outputs and the batch, and reads neither."""
 
     def on_train_batch_end(self, *_: Any) -> None:
         pass
+
+
+class Reading(pl.Callback):
+    """Reads the outputs, and hands them to the method of its base class."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_end(trainer, pl_module, outputs, None, batch_idx)
 
 
 class Appending(Plain):
@@ -256,11 +348,11 @@ class Partial(Plain):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         loss = self.loss(batch[0])
         self.log("train/loss", loss)
-        return {"loss": loss, "last": batch[1][-1].float()}
+        return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         if "step" in self.kinds:
-            self.log("step", outputs["last"], sync_dist=True)
+            self.log("step", float(self.global_rank), sync_dist=True)
 
     def on_train_epoch_end(self) -> None:
         if "train" in self.kinds:

@@ -1,4 +1,4 @@
-"""Joins the parts of a batch: gives what collate would have made of all samples of a rank.
+"""Joins the parts of a batch: gives what collate would have made of all its samples.
 
 A value has rows if its first dimension, or its length, is the number of samples of its part, in every part. Rows are
 concatenated; numbers in outputs are averaged. Values that cannot be joined, such as rows padded to different lengths,
@@ -31,37 +31,6 @@ def joined(parts: list[object], sizes: list[int], *, average: bool = False) -> o
     """
     with torch.no_grad():
         return parts[0] if len(parts) == 1 else _Joiner(sizes, average=average)(parts, top=True)
-
-
-def emptied(part: object, size: int, *, average: bool = False) -> object:
-    """Return what `joined` would give for no samples, made from a part with `size` samples.
-
-    Args:
-        part: of another rank.
-        size: its samples.
-        average: the mean of no numbers is NaN.
-    """
-
-    def emptied_rows(value: object) -> object:
-        if isinstance(value, PackedSequence):
-            return PackedSequence(value.data[:0], value.batch_sizes[:0])
-        if isinstance(value, list | tuple):
-            return [] if _are_fields(value, size) else type(value)()
-        return cast(Tensor, value)[:0]
-
-    def rest(value: object) -> object:
-        if isinstance(value, Tensor | np.ndarray) and value.ndim:
-            return []
-        if average and isinstance(value, Tensor):
-            return torch.tensor(torch.nan, device=value.device)
-        if average and isinstance(value, np.ndarray):
-            return np.float64("nan")
-        if average and isinstance(value, int | float | np.number):
-            return float("nan")
-        keeps = value is None or isinstance(value, int | float | np.number | str | Tensor | np.ndarray)
-        return value if keeps else []
-
-    return _by_rows(part, size, emptied_rows, rest, top=True)
 
 
 def rows_of(batch: object) -> int | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, arange
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, unpack_sequence
 
-from labtrain.exact.collate import emptied, is_changed, joined, marks, received, to_send
+from labtrain.exact.collate import is_changed, joined, marks, to_send
 
 
 class Pair(NamedTuple):
@@ -74,7 +74,6 @@ def test_as_many_items_as_samples_are_told_from_inputs_and_targets() -> None:
 
 @pytest.mark.parametrize("kind", WHOLE)
 def test_parts_are_joined_to_what_collate_makes_of_all(kind: str) -> None:
-    """Also where it is made after a part that has all samples, of none of them."""
     make = WHOLE[kind]
     together = joined(parts(make), SIZES)
     assert plain(together) == plain(make(range(9)))
@@ -108,19 +107,6 @@ def test_what_cannot_be_joined_is_a_list_of_its_parts() -> None:
     assert joined([{"views": part} for part in views], [2, 2]) == {"views": views}
     assert joined([{"a": 1}, {"b": 1}], SIZES) == [{"a": 1}, {"b": 1}]
     assert joined([None, 3], SIZES, average=True) == [None, 3]
-
-
-def test_of_no_sample_there_are_no_rows() -> None:
-    """The layout stays, so that `x, y = batch` works; the mean of nothing is NaN."""
-    batch = [torch.ones(4, 2), {"names": list("abcd"), "time first": torch.ones(9, 4), "kind": "all", "none": None}]
-    x, more = received(to_send(emptied(batch, 4)), torch.device("cpu"))
-    assert x.shape == (0, 2)
-    assert more == {"names": [], "time first": [], "kind": "all", "none": None}
-    output = emptied({"pred": torch.ones(4, 3), "acc": torch.tensor(1.0), "n": 4}, 4, average=True)
-    assert output["pred"].shape == (0, 3)
-    assert output["acc"].isnan()
-    assert np.isnan(output["n"])
-    assert len(emptied(pack_sequence([torch.ones(2)] * 4), 4).data) == 0
 
 
 def test_what_is_sent_takes_no_more_memory_than_it_has() -> None:

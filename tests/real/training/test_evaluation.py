@@ -12,6 +12,7 @@ from tests.conftest import QUICK, Experiment, Run
 
 # Draws in evaluations, an attribute and a callback that the training changes; weights that change after the last step.
 DRAWING = """
+import sys
 
 class Drawing(DigitsNet):
     def __init__(self, **options):
@@ -32,6 +33,10 @@ class Drawing(DigitsNet):
     def predict_step(self, batch, batch_idx):
         scores = self(batch[0] + self.scale * torch.rand(batch[0].shape))
         return {"scores": scores, "labels": (batch[1], [str(int(each)) for each in batch[1]])}
+
+    def on_predict_batch_end(self, outputs, batch, batch_idx):
+        seen = batch_idx, float(outputs["scores"].sum()), float(batch[0].sum()), "".join(outputs["labels"][1])
+        sys.stderr.write(f"seen {seen}\\n")
 
 
 class Counting(pl.Callback):
@@ -74,15 +79,22 @@ def stage(found: dict[str, float], name: str) -> dict[str, float]:
 
 
 def test_predictions_are_one_file_on_any_devices(trained: tuple[Experiment, Run], tmp_path: Path) -> None:
-    """In the order of the test's samples; weights_only reads it; the digest is that of the file."""
+    """In the order of the test's samples; weights_only reads it; the digest is that of the file.
+
+    on_predict_batch_end sees whole batches on each device.
+    """
     experiment, run = trained
+    seen = []
     places = [run.folder / "predictions.pt", tmp_path / "two.pt", tmp_path / "four.pt"]
     for devices, place in zip((1, 2, 4), places, strict=True):
         asked = (f"trainer.devices={devices}", *([] if devices == 1 else [f"predictions={place}"]))
         found = experiment.train(f"predict={run.folder}", *asked, *QUICK, cwd=experiment.root)
+        seen.append([line for line in found.err.splitlines() if line.startswith("seen ")])
+        assert len(seen[-1]) == 3 * devices
         assert Path(experiment.root, found.folder) == place
         assert found.digest == hashlib.sha256(place.read_bytes()).hexdigest()
     assert len({place.read_bytes() for place in places}) == 1
+    assert set(seen[0]) == set(seen[1]) == set(seen[2])
     read = torch.load(places[0], weights_only=True)
     assert read["scores"].shape == (270, 10)
     assert read["labels"][1] == [str(int(label)) for label in read["labels"][0]]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from labtrain.base.errors import EXIT_STOPPED
-from tests.quick.training.test_hooks import numbered
+from tests.quick.training.test_hooks import numbered, seen_by_hooks
 from tests.support.exact import Runner, outcome
 
 
@@ -38,6 +38,13 @@ def test_the_items_of_all_ranks_come_in_the_order_of_batches_and_shards(tmp_path
     assert sorted(number for shard in trained[0] for number in shard) == list(range(22))
     assert trained[0] != trained[1]
     assert outcomes[0] == outcomes[1]
+
+
+def test_hooks_get_all_outputs_of_manual_optimization(tmp_path: Path) -> None:
+    """On two and three devices those of one, where no step returns a loss."""
+    (lines,) = seen_by_hooks(tmp_path / "1", 1, manual=True)
+    for world in (2, 3):
+        assert seen_by_hooks(tmp_path / str(world), world, manual=True) == [lines] * world
 
 
 def test_lists_that_steps_append_to_are_whole_in_the_hooks_at_the_end(tmp_path: Path) -> None:

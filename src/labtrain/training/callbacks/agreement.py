@@ -1,8 +1,9 @@
 """Check that hooks log the same values on every rank: otherwise they depend on the number of devices.
 
-labtrain combines what a step logs over its shards (step_log.py), but not what a hook logs. A value that a hook computes
-from a list of outputs covers this rank's part only. So labtrain compares the values of hooks once an epoch, after the
-last hook and before Lightning reduces or writes them, in one small exchange.
+labtrain combines what a step logs over its shards (step_log.py), but not what a hook logs. Hooks that run once a batch
+get the whole batch (hooks.py). But a value that a hook computes from what steps have left, such as a count, covers this
+rank's shards only. So labtrain compares the values of hooks once an epoch, after the last hook and before Lightning
+reduces or writes them, in one small exchange.
 
 Lightning 2.6: trainer/connectors/logger_connector/logger_connector.py, `on_epoch_end`.
 """

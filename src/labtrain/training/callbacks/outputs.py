@@ -3,7 +3,7 @@
 Since Lightning 2.0, models append the outputs of their steps to a list of their own, and use it in
 `on_train_epoch_end`, `on_validation_epoch_end` or `on_test_epoch_end`. With several devices, each has the items of its
 shards. This callback fills such lists with the items of all ranks before these hooks, in the order of one device, and
-afterwards puts back what the hooks have left.
+afterwards puts back what the hooks have left. Lists that hooks append to are complete: each rank has whole batches.
 """
 
 import lightning.pytorch as pl
@@ -35,7 +35,7 @@ class WholeOutputs(pl.Callback):
         self._note(pl_module, batch_idx, dataloader_idx)
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._fill(trainer, self.empty)
+        self._fill_evaluated(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._put_back()
@@ -46,7 +46,7 @@ class WholeOutputs(pl.Callback):
         self._note(pl_module, batch_idx, dataloader_idx)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._fill(trainer, self.empty)
+        self._fill_evaluated(trainer)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._put_back()
@@ -54,6 +54,10 @@ class WholeOutputs(pl.Callback):
     def _note(self, module: pl.LightningModule, batch: int, loader: int) -> None:
         if not batch and not loader:
             self.empty = {path for path, items in lists_of(module).items() if not items}
+
+    def _fill_evaluated(self, trainer: pl.Trainer) -> None:
+        if isinstance(trainer.strategy, Exact):
+            self._fill(trainer, self.empty & trainer.strategy.appended.paths)
 
     def _fill(self, trainer: pl.Trainer, paths: set[Path]) -> None:
         self._put_back()

@@ -86,6 +86,37 @@ def made_whole(trainer: pl.Trainer, grown: set[str]) -> Iterator[list[Path]]:
         filled.put_back()
 
 
+class Appended:
+    """Tells which lists of a model the steps of an evaluation append to: hooks append items of whole batches.
+
+    Attributes:
+        paths: of these lists.
+    """
+
+    def __init__(self) -> None:
+        self.paths: set[Path] = set()
+        self._loaders: set[int] = set()
+
+    @contextmanager
+    def watch(self, module: torch.nn.Module, *, loader: int, batch: int) -> Iterator[None]:
+        """Compare the lists around the first step of each loader.
+
+        Args:
+            module: the model.
+            loader: of the batch.
+            batch: its number in the evaluation.
+        """
+        if not batch:
+            self.paths, self._loaders = set(), set()
+        if loader in self._loaders:
+            yield
+            return
+        self._loaders.add(loader)
+        before = {path: len(items) for path, items in lists_of(module).items()}
+        yield
+        self.paths |= {path for path, items in lists_of(module).items() if len(items) > before.get(path, 0)}
+
+
 class Filled:
     """Lists that have the items of all ranks for a while.
 

@@ -57,7 +57,8 @@ from labtrain.training.lightning import (
     put_results,
     results_of,
 )
-from labtrain.training.sharded.hooks import Handed, Takers, joined_outputs, of_no_shard
+from labtrain.training.sharded.gathering import Appended
+from labtrain.training.sharded.hooks import LOSS, LOSS_IN_DICT, NOTHING, Handed, Readers, content, whole
 from labtrain.training.sharded.objective import counted_in_evaluation, weight_of, weighted_mean, weighted_row
 from labtrain.training.sharded.step_log import Tally
 from labtrain.training.sharded.together import Together
@@ -160,6 +161,7 @@ class Exact(_Base):
         self._results: ResultCollection | None = None  # of the training, while a shard logs into one of its own
         self._inside = False  # a shard's step: what it logs is combined later
         self._handed: Handed | None = None  # the batch as hooks have it
+        self.appended = Appended()  # lists of the model
         self.samples: int | None = None  # of the whole batch that is at hand
         self.on_reduce: Callable[[list[Tensor], bool, str], None] | None = None  # told of values of all ranks
         # Told of loader, batch, shard, its samples and what predict_step returned.
@@ -191,7 +193,7 @@ class Exact(_Base):
         super().setup(trainer)
         module = self._module
         self._end_normalising = normalise_whole_batches()
-        self._trainer, self._takers = trainer, Takers(trainer)
+        self._trainer, self._readers = trainer, Readers(trainer)
         self._seeds_transfer = any(
             is_overridden(hook, each)
             for hook in TRANSFER_HOOKS
@@ -239,7 +241,8 @@ class Exact(_Base):
         if not isinstance(batch, Sharded):
             return super().batch_to_device(batch, device, dataloader_idx)
         self.samples = batch.samples
-        if self.shards > 1 and not self._takers.batch:
+        self._readers.leave_metrics(self._when())
+        if self.shards > 1 and not self._readers.batch:
             return batch
         index = batches_begun(self._trainer)
         self._handed = self._hand(batch, dataloader_idx, *self._when(), dataloader_idx, index)
@@ -339,8 +342,9 @@ class Exact(_Base):
         finally:
             self._inside = False
         seed_place("after", *place)
-        # Lightning warns about None.
-        return self._as_one(outputs, shard_ranges(batch.shards, self._world)) if self._takers.outputs else ()
+        if not self._readers.outputs:
+            return ()  # Lightning warns about None
+        return self._joined(outputs, what="what predict_step returns", average=True)
 
     # --------------------------------------------------------------------------------------------------------- a step
 
@@ -441,9 +445,9 @@ class Exact(_Base):
         """Keep what a shard's step has left: attributes, buffers, its output, and what it logged."""
         watched = self._watch.leave(shard, samples, last=last) if self._watch is not None else []
         left = self._buffers.leave(shard, samples / step.batch.samples)
-        if self._takers.outputs:
+        if self._readers.outputs:
             step.outputs.append((samples, output))
-        numbers = torch.tensor([*first, *left, *watched], dtype=torch.float64)
+        numbers = torch.tensor([*first, *left, *watched, content(output)], dtype=torch.float64)
         self._tally.close(torch.cat([numbers.to(row.device), row]), samples, weighted)
 
     def _shard_backward(self, loss: Tensor, data: object, args: tuple[object, ...]) -> None:
@@ -462,7 +466,7 @@ class Exact(_Base):
     def _end_step(self, step: "_Step", rows_SK: Tensor) -> STEP_OUTPUT:
         """Install the results of the shards of all ranks; return what hooks get for the step."""
         parameters = step.parameters
-        has_SP, buffers_SB, watched_S5, losses_SN = self._split(rows_SK, len(parameters))
+        has_SP, buffers_SB, watched_S5, contents_S1, losses_SN = self._split(rows_SK, len(parameters))
         has_gradient, rows = [True] * len(parameters), dict[int, Tensor]()
         if step.missing or self._rows:
             has_gradient = (has_SP.amax(0) > ABSENT).tolist()
@@ -475,12 +479,12 @@ class Exact(_Base):
         mean, shares = weighted_mean(losses_SN)
         self._waiting = has_gradient, shares, rows
         combined = {"loss": mean} if shares is None else {"loss": mean, "weight": shares * step.batch.samples}
-        whole = self._as_one(step.outputs, step.ranges) if self._takers.outputs else None
-        return {**whole, **combined} if isinstance(whole, dict) else mean
+        outputs = self._outputs_of(step, contents_S1)
+        return {**outputs, **combined} if isinstance(outputs, dict) else mean
 
     def _split(self, rows_SK: Tensor, first: int) -> tuple[Tensor, ...]:
-        """Split the shards' rows: the first numbers, those of buffers and of `Watch`, and the loss."""
-        sizes = first, len(self._buffers.owned) + 1, self._watch.width if self._watch is not None else 0
+        """Split the shards' rows: the first numbers, those of buffers and `Watch`, the output's content, the loss."""
+        sizes = first, len(self._buffers.owned) + 1, self._watch.width if self._watch is not None else 0, 1
         return tuple(rows_SK.split([*sizes, rows_SK.shape[1] - sum(sizes)], 1))
 
     def _install(self, step: "_Step", buffers_SB: Tensor, watched_S5: Tensor) -> None:
@@ -552,13 +556,13 @@ class Exact(_Base):
 
     def _end_manual(self, step: "_Step", rows_SK: Tensor) -> STEP_OUTPUT:
         """Install the results of the shards of all ranks; return what hooks get for the step."""
-        has_loss, buffers_SB, watched_S5, losses_SN = self._split(rows_SK, 1)
+        has_loss, buffers_SB, watched_S5, contents_S1, losses_SN = self._split(rows_SK, 1)
         self._install(step, buffers_SB, watched_S5)
-        whole = self._as_one(step.outputs, step.ranges) if self._takers.outputs else None
+        outputs = self._outputs_of(step, contents_S1)
         if not has_loss.all():
-            return cast(STEP_OUTPUT, whole)
+            return cast(STEP_OUTPUT, outputs)
         mean, _ = weighted_mean(losses_SN)
-        return {**whole, "loss": mean} if isinstance(whole, dict) else mean
+        return {**outputs, "loss": mean} if isinstance(outputs, dict) else mean
 
     def swap_out(self) -> list[Callable[[], object]]:
         """Put aside what a shard has to itself, in the middle of its step; return what puts it back."""
@@ -601,8 +605,8 @@ class Exact(_Base):
         which, ranges = results_of(loop).dataloader_idx, shard_ranges(batch.shards, self._world)
         place = (*self._when(), which or 0, index)
         outputs: list[tuple[int, object]] = []
-        taken = self._takers.outputs
-        with self.scratch(loop) as results:
+        taken = self._readers.outputs
+        with self.scratch(loop) as results, self.appended.watch(self._module, loader=which or 0, batch=index):
             self._tally.begin(training=False)
             self._begin_counters(which or 0, args)
             for shard, samples, data in batch.parts:
@@ -619,15 +623,17 @@ class Exact(_Base):
                     ) from None
                 if taken:
                     outputs.append((samples, output))
-                counted = torch.tensor(self.counters.take(samples), dtype=torch.float64, device=self._device)
-                self._tally.close(counted, samples)
-            counted_SN = self._combined(batch, results, ranges)
+                front = [*([content(output)] if taken else []), *self.counters.take(samples)]
+                self._tally.close(torch.tensor(front, dtype=torch.float64, device=self._device), samples)
+            rows_SK = self._combined(batch, results, ranges)
             if self.counters.width:
-                self.counters.end(counted_SN.tolist())
+                self.counters.end(rows_SK[:, int(taken) :].tolist())
         if self.wishes.agreed_stop:
             raise Stopped(self.wishes.agreed_stop)  # what was trained is saved before each validation
         seed_place("after", *place)
-        return self._as_one(outputs, ranges) if taken else None
+        if not taken or not rows_SK[:, 0].any():
+            return None
+        return self._joined(outputs, what="what validation_step or test_step returns", average=True)
 
     def _begin_counters(self, loader: int, args: tuple[object, ...]) -> None:
         """Begin a step of an evaluation for numbers that it adds to; in the first one, find them."""
@@ -641,15 +647,13 @@ class Exact(_Base):
         counters.begin(stage)
 
     def _hand(self, batch: Sharded, dataloader_idx: int, *place: int | str) -> Handed:
-        """Move a batch's shards to the device, and join them for hooks."""
+        """Move a batch's shards to the device, and join those of all ranks for hooks."""
         parts = [
             (shard, samples, self.moved(data, dataloader_idx, *place, shard)) for shard, samples, data in batch.parts
         ]
-        like = None
-        if batch.shards < self._world:
-            mine = [(samples, data) for _, samples, data in parts]
-            like = of_no_shard(mine, average=False, device=self._device)
-        return Handed(Sharded(parts, samples=batch.samples, shards=batch.shards), like)
+        moved = Sharded(parts, samples=batch.samples, shards=batch.shards)
+        joined = self._joined([(samples, data) for _, samples, data in parts], what="a batch", average=False)
+        return Handed(moved, joined)
 
     def _shards_of(self, batch: object) -> tuple[object, bool]:
         """Return the shards of a batch as hooks had it, and whether they are on the device."""
@@ -659,13 +663,23 @@ class Exact(_Base):
             self._handed.check(self._trainer)
         return self._handed.sharded, True
 
-    def _as_one(self, outputs: list[tuple[int, object]], ranges: list[range]) -> object:
-        """Return what hooks get for the outputs of this rank's shards."""
-        if not all(ranges):
-            like = of_no_shard(outputs, average=True, device=self._device)
-            if not outputs:
-                return like
-        return joined_outputs([output for _, output in outputs], [samples for samples, _ in outputs])
+    def _joined(self, parts: list[tuple[int, object]], *, what: str, average: bool) -> object:
+        """Return what hooks get for the shards of all ranks; every rank calls it."""
+        if self.shards == 1:
+            return parts[0][1]
+        return whole(parts, self._device, average=average, what=what)
+
+    def _outputs_of(self, step: "_Step", contents_S1: Tensor) -> object:
+        """Return what hooks get for the outputs of a training step; every rank knows the loss already."""
+        if not self._readers.outputs:
+            return None
+        own = [[content(output)] for _, output in step.outputs]
+        found = {kind for (kind,) in (contents_S1.tolist() if self._world > 1 else own)}
+        if found in ({NOTHING}, {LOSS}):
+            return None
+        if found == {LOSS_IN_DICT}:
+            return {}
+        return self._joined(step.outputs, what="what training_step returns", average=True)
 
     def _when(self) -> tuple[str, int]:
         """Return the stage, and the epoch of training or the step of an evaluation."""
