@@ -142,8 +142,8 @@ class World:
         ]
         found["results"]["weights_digest"] = manifests[-1]["weights_digest"]
         receipt.write(self.base, found)
-        line = {"time": 1.8e9, "step": 5, "samples_per_s": 9.5, "memory_bytes": 10**8, "gpu_memory_bytes": None,
-                "lr": [0.1], "metrics": {"val/acc": 0.5}}  # fmt: skip
+        line = {"time": 1.8e9, "step": 5, "samples_per_s": 9.5, "flops_per_s": 10**9, "peak_flops_per_s": 10**12,
+                "memory_bytes": 10**8, "gpu_memory_bytes": None, "lr": [0.1], "metrics": {"val/acc": 0.5}}  # fmt: skip
         (self.base / HISTORY).write_text("".join(json.dumps({**line, "step": step}) + "\n" for step in range(1, 6)))
         said = {"when": "2026-11-29T05:00:00+00:00", "by": "ada", "host": "vm", "cpu": "x", "gpus": [], "labtrain": "1",
                 "receipt": found["digest"], "from_step": 0, "to_step": 300, "whole": True, "same": True,

@@ -394,11 +394,26 @@ class TrailLine(TypedDict, total=False):
 
 
 class HistoryLine(TypedDict, total=False):
-    """A line of history.jsonl: how a training went at one moment."""
+    """A line of history.jsonl: how a training went at one moment.
+
+    Attributes:
+        time: in seconds since the epoch.
+        step: steps done.
+        samples_per_s: of all devices.
+        flops_per_s: floating-point operations of the model's forward and backward, of all devices. Absent in lines of
+            earlier versions, as is the next one.
+        peak_flops_per_s: of all devices, in the dtype that the precision computes in.
+        memory_bytes: of the process.
+        gpu_memory_bytes: of its GPU.
+        lr: of each parameter group.
+        metrics: that were logged, by name.
+    """
 
     time: float
     step: int
     samples_per_s: float | None
+    flops_per_s: float | None
+    peak_flops_per_s: float | None
     memory_bytes: int
     gpu_memory_bytes: int | None
     lr: list[float]

@@ -5,6 +5,7 @@ name and the arguments of each private method. No other file uses a private name
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -156,6 +159,22 @@ def checks_validation_by_time(trainer: pl.Trainer) -> bool:
 def ignore_signals(trainer: pl.Trainer) -> None:
     """Keep Lightning from handling signals: it would end with exit code 0 after SIGTERM, and requeue a Slurm job."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+# ----------------------------------------------------------------------------------------------------------- throughput
+
+
+def peak_of_device(trainer: pl.Trainer) -> int | None:
+    """Return the peak of one device in FLOP/s, in the dtype that the precision computes in.
+
+    Lightning's table has it; None if the device or the dtype is not in the table.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a GPU that is not in Lightning's table
+            return get_available_flops(trainer.strategy.root_device, _plugin_to_compute_dtype(trainer.precision_plugin))
+    except Exception:  # a device name of another form, or a precision of the experiment's own
+        return None
 
 
 # -------------------------------------------------------------------------------------------------------------- logging

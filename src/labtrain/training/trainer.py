@@ -129,18 +129,26 @@ def make_callbacks(
     """
     config, shards, run_dir = job.config, shards_in_use(job.config), Path(job.run_dir)
     mode, every_n_steps = config["determinism"]["mode"], config["trail"]["every_n_steps"]
+    history = History(run_dir, batch_size=config["data"]["batch_size"])
     callbacks: list[pl.Callback] = [checkpoints, guard]  # first: counters are restored before other callbacks read them
     callbacks += [Speed(config["speed"], mode=mode, say=recorder.say), Agreement(mode=mode, say=recorder.say)]
     if shards is not None and shards > 1 and mode != "off":
         strict = mode in determinism.STRICT_MODES
         callbacks.append(
-            Objective(shards=shards, strict=strict, judge=guard.judge, say=recorder.say, note=recorder.note)
+            Objective(
+                shards=shards,
+                strict=strict,
+                judge=guard.judge,
+                say=recorder.say,
+                note=recorder.note,
+                count=history.put_flops,
+            )
         )
     callbacks += [Seeding(per_rank=shards is None), BatchSizes(), WholeOutputs(), recorder]
     if every_n_steps:
         first = recorder.resumed_step
         callbacks.append(Trail(run_dir / TRAIL, every_n_steps=every_n_steps, resumed_step=first, say=recorder.say))
-    callbacks.append(History(run_dir, batch_size=config["data"]["batch_size"]))
+    callbacks.append(history)
     if config["gpu_stats"]:
         callbacks.append(GpuStats())
     if wants_progress(config, own):

@@ -17,6 +17,7 @@ import lightning
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks.throughput_monitor import _plugin_to_compute_dtype
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -97,6 +98,7 @@ SIGNATURES: list[tuple[Any, str]] = [
     (_ResultCollection.metrics, "(self, on_step)"),
     (_Sync.__init__, "(self, fn, _should, rank_zero_only, _op, _group)"),
     (ExperimentWriter._check_log_dir_exists, "(self)"),
+    (_plugin_to_compute_dtype, "(plugin)"),
     (_sync_module_states, "(module)"),
     (_call_lightning_module_hook, "(trainer, hook_name, args, pl_module, kwargs)"),
     (pl.LightningModule._on_before_batch_transfer, "(self, batch, dataloader_idx)"),

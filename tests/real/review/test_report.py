@@ -512,6 +512,38 @@ def test_a_history_is_read_around_what_a_crash_left(tmp_path: Path) -> None:
         read_history(tmp_path)
 
 
+def test_flops_are_drawn_beside_the_throughput_where_they_are_known(run_dir: Path, tmp_path: Path) -> None:
+    """In a unit that can be read, and in percent of a peak; a history without them, or of an earlier version, has none."""
+    flops = [{"flops_per_s": 390_000_000_000_000 + step, "peak_flops_per_s": 1_978_800_000_000_000} for step in (1, 2)]
+    known = [line(step, **more) for step, more in enumerate(flops, 1)]
+    no_peak = [line(step, **{**more, "peak_flops_per_s": None}) for step, more in enumerate(flops, 1)]
+    unknown = [line(step, flops_per_s=None, peak_flops_per_s=10**12) for step in (1, 2)]
+    runs = {
+        name: crafted(run_dir, tmp_path / name, lines=lines)
+        for name, lines in {
+            "known": known,
+            "no peak": no_peak,
+            "unknown": unknown,
+            "earlier": [line(1), line(2)],
+        }.items()
+    }
+    titles = {name: [chart.title for chart in machine_of(read_runs([run]))] for name, run in runs.items()}
+    rest = ["Memory of the process", "Learning rate"]
+    assert titles["known"] == ["Throughput", "FLOP/s", "Model FLOPs utilisation", *rest]
+    assert titles["no peak"] == ["Throughput", "FLOP/s", *rest]
+    assert titles["unknown"] == titles["earlier"] == ["Throughput", *rest]
+    _, rate, utilisation, *_ = machine_of(read_runs(list(runs.values())))
+    assert [each.run for each in rate.lines] == ["A", "B"]
+    assert (rate.drawn["unit"], rate.drawn["traces"][0]["y"]) == ("TFLOP/s", [390, 390])
+    assert [each[1] for each in (rate.lines[0].first, rate.lines[0].last) if each] == [
+        "390000000000001",
+        "390000000000002",
+    ]
+    assert "first 390 TFLOP/s at" in rate.summary[0]
+    assert [each.run for each in utilisation.lines] == ["A"]
+    assert (utilisation.drawn["unit"], utilisation.drawn["traces"][0]["y"]) == ("%", [19.7089, 19.7089])
+
+
 def verification(run: Path, **more: Any) -> dict[str, Any]:
     found = receipt.read(run)
     assert found is not None

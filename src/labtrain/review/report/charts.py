@@ -15,6 +15,11 @@ from labtrain.review.report.data import Numbers, Run, Series, seconds_of
 AT_MOST = 4_000  # points of a reduced curve, without those around a step where runs first differ
 AROUND = 100  # steps before and after it
 DIGITS = 7  # of a drawn point: more than a screen can show
+# Units whose numbers are whole. A chart shows the first of these that its greatest number reaches, else the last one.
+SIZES = {
+    "bytes": ((1e9, "GB"), (1e6, "MB")),
+    "FLOP/s": ((1e15, "PFLOP/s"), (1e12, "TFLOP/s"), (1e9, "GFLOP/s"), (1e6, "MFLOP/s")),
+}
 SPANS = ((86400, "days"), (3600, "hours"), (60, "minutes"), (1, "seconds"))
 STATUSES = ("complete", "interrupted", "killed", "failed", "running")
 
@@ -69,9 +74,11 @@ def curves_of(runs: list[Run]) -> list[Chart]:
 
 
 def machine_of(runs: list[Run]) -> list[Chart]:
-    """Return charts of throughput and memory over time, and of learning rates over steps."""
+    """Return charts of throughput, utilisation and memory over time, and of learning rates over steps."""
     charts = [
         _by_time("Throughput", "samples/s", runs, lambda run: run.history.throughput),
+        _by_time("FLOP/s", "FLOP/s", runs, lambda run: run.history.flops),
+        _by_time("Model FLOPs utilisation", "%", runs, lambda run: run.history.utilisation),
         _by_time("Memory of the process", "bytes", runs, lambda run: run.history.memory),
         _by_time("Memory of the GPU", "bytes", runs, lambda run: run.history.gpu_memory),
         _by_step("Learning rate", runs, _rates),
@@ -152,7 +159,7 @@ def _by_step(title: str, runs: list[Run], series_of: Callable[[Run], list[tuple[
             indices = reduced(series.y, keep=keep)
             traces.append(_trace(place, of, series.x[indices], series.y[indices]))
             lines.append(_line(run.label, of, series, [f"{step:.0f}" for step in _corners(series)]))
-            summary += [_sentence(title, lines[-1], "step ")]
+            summary += [_sentence(lines[-1], "step ")]
             if len(indices) < len(series.x):
                 summary[-1] += f" {len(indices):,} of {len(series.x):,} points are drawn."
             if series.gaps:
@@ -171,14 +178,15 @@ def _by_time(title: str, unit: str, runs: list[Run], series_of: Callable[[Run], 
     longest = max((series.x[-1] - begin for _, series, begin in found), default=0.0)
     most = max((np.nanmax(series.y) for _, series, _ in found), default=0.0)
     span, word = next((each for each in SPANS if longest >= 2 * each[0]), SPANS[-1])
-    size, unit_drawn = ((1e9, "GB") if most >= 1e9 else (1e6, "MB")) if unit == "bytes" else (1.0, unit)
+    sizes = SIZES.get(unit, ((1.0, unit),))
+    size, unit_drawn = next((each for each in sizes if most >= each[0]), sizes[-1])
     traces, lines, summary = [], [], []
     for place, series, begin in found:
         indices = reduced(series.y)
         traces.append(_trace(place, "", (series.x[indices] - begin) / span, series.y[indices] / size))
         places = [f"{(time - begin) / span:.4g} {word}" for time in _corners(series)]
-        lines.append(_line(runs[place].label, "", series, places, whole=unit == "bytes"))
-        summary += [_sentence(title, lines[-1], "", unit)]
+        lines.append(_line(runs[place].label, "", series, places, whole=unit in SIZES))
+        summary += [_sentence(lines[-1], "", unit_drawn, size)]
     drawn = {"kind": "time", "title": title, "axis": f"{word} since the first start", "unit": unit_drawn,
              "traces": traces, "marks": []}  # fmt: skip
     return Chart(title=title, unit=unit, where="time", summary=summary, lines=lines, drawn=drawn)
@@ -228,12 +236,12 @@ def _line(run: str, of: str, series: Series, places: list[str], *, whole: bool =
     )
 
 
-def _sentence(title: str, line: CurveNumbers, step: str, unit: str = "") -> str:
+def _sentence(line: CurveNumbers, step: str, unit: str = "", size: float = 1.0) -> str:
+    """Return a curve's numbers in words, in a unit that is `size` of the numbers' own."""
+
     def say(point: tuple[str, str]) -> str:
-        try:
-            value = f"{float(point[1]):,.4g}" if abs(float(point[1])) < 1e4 else f"{float(point[1]):,.0f}"
-        except ValueError:
-            value = point[1]
+        number = float(point[1]) / size
+        value = f"{number:,.4g}" if abs(number) < 1e4 else f"{number:,.0f}"
         return f"{value}{f' {unit}' if unit else ''} at {step}{point[0]}"
 
     name = f"{line.run}{f' {line.of}' if line.of else ''}"

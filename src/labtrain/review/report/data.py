@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from labtrain.base.console import quoted, shown
-from labtrain.base.contracts import as_options
+from labtrain.base.contracts import Options, as_options
 from labtrain.base.errors import ConfigError
 from labtrain.base.untrusted import damage_of
 from labtrain.record import receipt as receipts
@@ -20,6 +20,9 @@ from labtrain.review.verdicts import Verification, read_verifications
 
 LATEST_S = 253_402_300_800.0  # the year 10000, beyond Python's datetime
 MOST_GROUPS = 10_000
+MEASURED = ("samples_per_s", "memory_bytes", "gpu_memory_bytes")
+MEASURED_LATER = ("flops_per_s",)  # histories of earlier versions have no such key
+UTILISATION = "utilisation"  # computed from two of a line's values
 
 Numbers = npt.NDArray[np.float64]
 
@@ -49,6 +52,8 @@ class HistoryCurves:
         metrics: by name, over steps.
         rates: the learning rate of each parameter group, over steps.
         throughput: samples per second, over time.
+        flops: floating-point operations per second of the model's forward and backward, over time; empty if unknown.
+        utilisation: these in percent of the peak of the devices, over time; empty if either is unknown.
         memory: bytes of the process, over time.
         gpu_memory: bytes of the GPU, over time; empty without a GPU.
         last_time: of the last line, in seconds since the epoch.
@@ -57,6 +62,8 @@ class HistoryCurves:
     metrics: dict[str, Series]
     rates: list[Series]
     throughput: Series
+    flops: Series
+    utilisation: Series
     memory: Series
     gpu_memory: Series
     last_time: float | None
@@ -148,7 +155,7 @@ def read_history(folder: Path, starts: Iterable[float] = ()) -> HistoryCurves:
     """
     metrics: dict[str, dict[float, float]] = {}
     rates: list[dict[float, float]] = []
-    measured: dict[str, list[tuple[float, float]]] = {"samples_per_s": [], "memory_bytes": [], "gpu_memory_bytes": []}
+    measured: dict[str, list[tuple[float, float]]] = {key: [] for key in (*MEASURED, *MEASURED_LATER, UTILISATION)}
     last_time = None
     path = folder / HISTORY
     for line in read_history_lines(folder):
@@ -163,9 +170,9 @@ def read_history(folder: Path, starts: Iterable[float] = ()) -> HistoryCurves:
             for group, value in enumerate(line["lr"]):
                 rates.extend({} for _ in range(group + 1 - len(rates)))
                 rates[group][step] = float(value)
-            for key, points in measured.items():
-                if (value := as_options(line)[key]) is not None:
-                    points.append((time, float(value)))
+            for key, value in _measured(as_options(line)).items():
+                if value is not None:
+                    measured[key].append((time, float(value)))
         last_time = max(time, last_time or time)
     cuts = sorted(starts)
     by_time = {key: _series(_with_gaps(sorted(points), cuts), gaps=False) for key, points in measured.items()}
@@ -173,10 +180,24 @@ def read_history(folder: Path, starts: Iterable[float] = ()) -> HistoryCurves:
         metrics={name: _series(sorted(points.items())) for name, points in sorted(metrics.items())},
         rates=[_series(sorted(points.items())) for points in rates],
         throughput=by_time["samples_per_s"],
+        flops=by_time["flops_per_s"],
+        utilisation=by_time[UTILISATION],
         memory=by_time["memory_bytes"],
         gpu_memory=by_time["gpu_memory_bytes"],
         last_time=last_time,
     )
+
+
+def _measured(line: Options) -> Options:
+    """Return what a line of a history measured at its time; None where nothing was measured.
+
+    Raises:
+        KeyError: a value that each version writes is missing.
+    """
+    found = {key: line[key] for key in MEASURED} | {key: line.get(key) for key in MEASURED_LATER}
+    flops, peak = found["flops_per_s"], float(line.get("peak_flops_per_s") or 0)
+    found[UTILISATION] = round(100 * float(flops) / peak, 4) if flops is not None and peak else None
+    return found
 
 
 def seconds_of(text: str | None) -> float | None:

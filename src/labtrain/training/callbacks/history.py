@@ -20,7 +20,7 @@ from labtrain.base.contracts import Best
 from labtrain.base.errors import DamagedError
 from labtrain.data.sharded import Loader
 from labtrain.record.trail import HISTORY, read_history_lines
-from labtrain.training.lightning import active_results
+from labtrain.training.lightning import active_results, peak_of_device
 
 
 class History(pl.Callback):
@@ -39,6 +39,12 @@ class History(pl.Callback):
         self.process = psutil.Process()
         self.started = self.written = 0.0
         self.samples = 0
+        self.flops_per_sample: float | None = None
+        self.peak_flops_per_s: int | None = None  # of all devices
+
+    def put_flops(self, per_sample: float | None) -> None:
+        """Take the floating-point operations of one sample, forward and backward; None: unknown."""
+        self.flops_per_sample = per_sample
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -47,6 +53,8 @@ class History(pl.Callback):
                 self.file.write("\n")  # a line that a kill cut short ends here
             self.started = self.written = time.monotonic()
             self.samples = 0
+            peak = peak_of_device(trainer)
+            self.peak_flops_per_s = peak * trainer.world_size if peak else None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
@@ -75,10 +83,14 @@ class History(pl.Callback):
         now = time.monotonic()
         seconds = now - self.written
         device = trainer.strategy.root_device
+        samples_per_s = self.samples / seconds if self.samples and seconds else None
+        flops = self._flops_of_sample(trainer) if samples_per_s else None
         line: dict[str, object] = {
             "time": round(time.time(), 3),
             "step": trainer.global_step,
-            "samples_per_s": round(self.samples / seconds, 1) if self.samples and seconds else None,
+            "samples_per_s": round(samples_per_s, 1) if samples_per_s else None,
+            "flops_per_s": round(samples_per_s * flops) if samples_per_s and flops else None,
+            "peak_flops_per_s": self.peak_flops_per_s,
             "memory_bytes": self.process.memory_info().rss,
             "gpu_memory_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
             "lr": [group["lr"] for optimizer in trainer.optimizers for group in optimizer.param_groups],
@@ -91,6 +103,21 @@ class History(pl.Callback):
             line["metrics"] = {name: value for name, value in found.items() if math.isfinite(value)}
         self.file.write(json.dumps(line, default=float) + "\n")
         self.written, self.samples = now, 0
+
+    def _flops_of_sample(self, trainer: pl.Trainer) -> float | None:
+        """Return the floating-point operations of a sample: from the model's `flops_per_batch`, else as counted.
+
+        Lightning's ThroughputMonitor reads that attribute too. It may be a property, so it is read each time.
+        """
+        try:
+            per_batch = getattr(trainer.lightning_module, "flops_per_batch", None)
+            given = 0.0 if per_batch is None else float(per_batch)
+        except Exception:  # of the property: no result of a training depends on it
+            given = 0.0
+        if not (math.isfinite(given) and given > 0):
+            return self.flops_per_sample
+        loader = trainer.train_dataloader
+        return given / (loader.samples_of(0) if isinstance(loader, Loader) else self.batch_size)
 
 
 def best_of(run_dir: Path, *, monitor: str | None, mode: str) -> Best | None:

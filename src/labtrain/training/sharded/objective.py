@@ -42,6 +42,7 @@ from labtrain.training.lightning import (
     results_of,
     silence_loggers,
 )
+from labtrain.training.sharded.flops import FlopCount
 from labtrain.training.sharded.whole import NeedsMeetingError
 from labtrain.training.state.counters import Added, Counters, Kinds, Trial
 from labtrain.training.state.snapshots import Look, look, unlike
@@ -145,6 +146,7 @@ class Objective(pl.Callback):
         judge: called with (what, hint) for a change in a step that labtrain does not undo before the next shard.
         say: called with each warning, which is printed and goes into the receipt.
         note: called with each note that goes only into the receipt.
+        count: called on rank 0 with the floating-point operations of a sample; None: unknown.
     """
 
     def __init__(
@@ -155,8 +157,10 @@ class Objective(pl.Callback):
         judge: Callable[[str, str], None],
         say: Callable[[str], object],
         note: Callable[[str], object],
+        count: Callable[[float | None], object],
     ) -> None:
         self.shards, self.strict, self.judge, self.say, self.note = shards, strict, judge, say, note
+        self.count = count
         self.done = False
 
     def on_train_batch_start(
@@ -205,7 +209,7 @@ class Objective(pl.Callback):
         """Try the first step; return what `left_by_shards` returns, and a text with whether it is a warning."""
         tried: Tried = [], [], []
         try:
-            tried = left_by_shards(trainer, module, loader, shards=self.shards, strict=self.strict)
+            tried = left_by_shards(trainer, module, loader, strict=self.strict, count=self.count)
             difference = compare(trainer, module, loader, trial, strict=self.strict)
         except NotComparedError as error:
             return tried, (False, f"{NOT_COMPARED}: {error}")
@@ -242,11 +246,23 @@ class Objective(pl.Callback):
 
 
 def left_by_shards(
-    trainer: pl.Trainer, module: pl.LightningModule, loader: DataLoader, *, shards: int, strict: bool
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    loader: DataLoader,
+    *,
+    strict: bool,
+    count: Callable[[float | None], object],
 ) -> Tried:
     """Run two shards of a step, one after the other; return the names of what they change, read and ask.
 
     Between them labtrain restores what a real step restores; afterwards it restores everything.
+
+    Args:
+        trainer: of the training.
+        module: the model.
+        loader: of the training.
+        strict: the kernels are deterministic.
+        count: called with the floating-point operations of a sample; None: unknown.
 
     Returns:
         names of what the second shard changes again; of what its loss reads from the first one; and of what the step
@@ -260,6 +276,7 @@ def left_by_shards(
         if not all(map(len, parts)):
             return [], [], []
         first, second = next(loader.load([parts]))
+        count(bench.flops(first, samples=len(parts[0])))
         return *bench.left(first, second, strict=strict), bench.asked(second, strict=strict)
 
 
@@ -516,15 +533,7 @@ class _Bench:
             self.undo.seed(seed)
         data = self._prepared(data, fresh=fresh)
         with torch.autograd.graph.saved_tensors_hooks(self._watch, _as_it_is) if watch else nullcontext():
-            args = (
-                [max(self.trainer.fit_loop.epoch_loop.batch_idx, 0)]
-                if is_param_in_hook_signature(self.module.training_step, "batch_idx", min_args=2)
-                else []
-            )
-            with self._counting():
-                output = self.module.training_step(data, *args)
-        loss: Any
-        loss, weight = output["loss"] if isinstance(output, dict) else output, weight_of(output)
+            loss, weight = self._training_step(data)
         if loss is None:
             raise NotComparedError("training_step returns no loss")
         if backward:
@@ -533,6 +542,30 @@ class _Bench:
             (loss * backward).backward()
             self.gradients = [parameter.grad for parameter in self.parameters]
         return float(loss.detach()), weight
+
+    def flops(self, data: object, *, samples: int) -> float | None:
+        """Return the floating-point operations of one sample, forward and backward; None if they cannot be counted.
+
+        Args:
+            data: of a loader.
+            samples: how many these are.
+        """
+        self._reset()
+        try:
+            seed_place("objective", 0)
+            data = self._prepared(data, fresh=False)
+            with FlopCount() as found:
+                with self.trainer.precision_plugin.train_step_context():
+                    loss, _ = self._training_step(data)
+                for parameter in self.parameters:
+                    parameter.grad = None
+                found.is_backward = True
+                loss.backward()
+            return found.total / samples or None
+        except Exception:  # whatever a person's code or torch's counter raises: the training does not depend on it
+            return None
+        finally:
+            self._reset()
 
     def evaluate(self, data: object, args: Sequence[object]) -> Added:
         """Run a step of the evaluation; return what it adds to numbers.
@@ -547,6 +580,17 @@ class _Bench:
         with self._counting():
             getattr(self.module, self.step)(data, *args)
         return self._added()
+
+    def _training_step(self, data: object) -> tuple[Any, float | None]:
+        """Return the loss of data on the device, with its graph, and the weight that came with it."""
+        args = (
+            [max(self.trainer.fit_loop.epoch_loop.batch_idx, 0)]
+            if is_param_in_hook_signature(self.module.training_step, "batch_idx", min_args=2)
+            else []
+        )
+        with self._counting():
+            output = self.module.training_step(data, *args)
+        return output["loss"] if isinstance(output, dict) else output, weight_of(output)
 
     def _prepared(self, data: object, *, fresh: bool) -> object:
         """Return data on the device, and give what the step logs a place."""

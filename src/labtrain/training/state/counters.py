@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from labtrain.exact.attributes import holders
 from labtrain.exact.plain_values import is_experiments
+from labtrain.training.state.changed_weights import Content
 
 SUM, MEAN, COUNT, OTHER = "sum", "mean", "count", "other"
 MOST_NUMBERS = 4096  # in a tensor or an array
@@ -211,27 +212,31 @@ class _Number:
         name: of the attribute.
         kind: SUM, MEAN or COUNT.
         value: of the attribute.
-        content: of a tensor or an array; None for a number.
-        version: of a tensor, as autograd has noted it.
+        content: of a tensor; a copy of an array; None for a number.
     """
 
     table: dict[str, object]
     name: str
     kind: str
     value: Value
-    content: Value
-    version: int
+    content: Content | NDArray[np.generic] | None
 
     @classmethod
     def of(cls, table: dict[str, object], name: str, kind: str) -> "_Number":
         value: Value = table[name]
         if isinstance(value, Tensor):
-            return cls(table, name, kind, value, value.detach().clone(), value._version)
-        return cls(table, name, kind, value, value.copy() if isinstance(value, np.ndarray) else None, 0)
+            return cls(table, name, kind, value, Content.of(value))
+        return cls(table, name, kind, value, value.copy() if isinstance(value, np.ndarray) else None)
 
     @property
     def size(self) -> int:
         return _size_of(self.value)
+
+    @property
+    def _before(self) -> Value:
+        if isinstance(self.content, Content):
+            return self.content.values
+        return self.value if self.content is None else self.content
 
     def take(self) -> list[float]:
         """Return the type of what a shard has made of this number, and what it has added; take that back."""
@@ -242,9 +247,8 @@ class _Number:
         if code == UNLIKE or added is None or (self.kind == COUNT and code != INTEGER):
             return [float(UNLIKE), *[0.0] * self.size]
         self.table[self.name] = self.value
-        if isinstance(self.value, Tensor):
-            self.value.detach().copy_(self.content)
-            torch._C._autograd._unsafe_set_version_counter((self.value,), (self.version,))
+        if isinstance(self.content, Content):
+            self.content.put_into(self.value)
         elif self.content is not None:
             self.value[...] = self.content
         return [float(code), *added]
@@ -256,8 +260,7 @@ class _Number:
             whole = code == INTEGER and amount.is_integer()
             self.table[self.name] = _number(self.value) + (int(amount) if whole else amount)
             return
-        before = self.value if self.content is None else self.content
-        total = np.reshape(_as_float64(before) + added, np.shape(self.content) if self.content is not None else ())
+        total = np.reshape(_as_float64(self._before) + added, np.shape(self._before))
         if code >= FIRST_ARRAY:
             made: Value = total.astype(ARRAY_DTYPES[code - FIRST_ARRAY])
         else:
@@ -269,14 +272,14 @@ class _Number:
             self.table[self.name] = made
 
     def _has_content(self) -> bool:
-        if isinstance(self.value, Tensor):
-            return bool(self.value._version == self.version)
+        if isinstance(self.content, Content):
+            return self.content.is_in(self.value, thorough=False)
         return self.content is None or self.value.tobytes() == self.content.tobytes()
 
     def _added(self, now: Value) -> list[float] | None:
         """Return what was added; None if that cannot be told."""
-        before = self.value if self.content is None else self.content
-        if self.content is None and isinstance(now, int | np.integer) and isinstance(before, int | np.integer):
+        before = self._before
+        if isinstance(now, int | np.integer) and isinstance(before, int | np.integer):
             difference = int(now) - int(before)
             return [float(difference)] if abs(difference) < EXACT else None
         if np.shape(now) not in ((), np.shape(before)) or _size_of(now) != self.size:
