@@ -62,6 +62,7 @@ LIMITS = dict.fromkeys(("max_epochs?", "min_epochs?", "max_steps?", "min_steps?"
 INITIAL: Form = {  # options.py
     "callbacks?": {object: dict},
     "optimizers": [{"class": str, "groups": [dict]}],
+    "inner?": {str: [dict]},
     "schedulers": [
         {"class": str, "interval": str, "frequency": is_count, "optimizer": is_count, "state": dict, "probes": list}
     ],
@@ -91,7 +92,11 @@ STATE: Form = {
         "callback_metrics": {str: Tensor},
         "exact": bool,
         "ranks": [RANK],
-        "outside?": {str: {str: object}, "trainer?": {str: SCALAR, **LIMITS}},
+        "outside?": {
+            str: {str: object},
+            "trainer?": {str: SCALAR, **LIMITS},
+            "optimizers?": {str: {"state": dict, "param_groups": [dict]}},
+        },
         "lost?": [str],
         "initial?": INITIAL,
         "made?": MADE,
