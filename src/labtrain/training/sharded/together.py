@@ -298,7 +298,8 @@ class Together:
         if differs := next((name for _, name in left if name), ""):
             raise ConfigError(
                 f"training_step changes the gradient of {differs} after its backward, and not equally in all shards",
-                hint="change gradients by what is the same for all samples, or determinism.shards=1",
+                hint="change gradients by what is the same for all samples; shards draw different random numbers,"
+                " unless from a generator of the step's own, such as random.Random(batch_idx); or determinism.shards=1",
             )
 
     def _hold(self, meeting: Meeting) -> None:
