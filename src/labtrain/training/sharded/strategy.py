@@ -673,6 +673,8 @@ class Exact(_Base):
                     " shards, and each device has the value of its own (use an attribute that the step adds to by +=,"
                     " a list, or a torchmetrics metric)"
                 )
+        elif self._watch is not None and args and args[0] == 0:  # other numbers may be there by now
+            self.kinds[stage] = Trial(self.counters, training=False).kinds() | self.kinds[stage]
         self.counters.begin(stage)
         return stage
 
