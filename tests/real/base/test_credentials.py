@@ -6,6 +6,7 @@ import subprocess
 import zipfile
 from pathlib import Path
 
+import pytest
 import yaml
 
 from labtrain.base.credentials import NOT_RECORDED
@@ -114,6 +115,7 @@ class Counts(pl.Callback):
 """
 
 
+@pytest.mark.release
 def test_a_callbacks_option_from_the_environment_is_in_no_checkpoint(own_experiment: Experiment) -> None:
     """Its state's key is made of its options; a training that goes on finds the state all the same."""
     root = own_experiment.root
@@ -131,6 +133,7 @@ def test_a_callbacks_option_from_the_environment_is_in_no_checkpoint(own_experim
     assert holding(root / "runs") == []
 
 
+@pytest.mark.release
 def test_what_a_sweep_leaves_and_says_holds_no_credential(own_experiment: Experiment, tmp_path: Path) -> None:
     """In multirun.yaml, in Hydra's line of each job, in the text of an error; the jobs are given them."""
     root = own_experiment.root
@@ -163,6 +166,7 @@ def verify(run_dir: Path, *options: str, **variables: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.release
 def test_a_reference_is_recorded_and_read_where_the_run_is_trained_again(own_experiment: Experiment) -> None:
     """The name is that of the value; another value, or none, is named; with the value the bits are the same."""
     root = own_experiment.root
@@ -191,6 +195,7 @@ def test_a_reference_is_recorded_and_read_where_the_run_is_trained_again(own_exp
     assert "model.token is ${oc.env:LAB_TOKEN} in the receipt, but LAB_TOKEN is not set here" in said
 
 
+@pytest.mark.release
 def test_a_start_with_another_value_is_another_run(own_experiment: Experiment) -> None:
     """The command is the same, and the recorded configuration: the run's name tells."""
     root = own_experiment.root

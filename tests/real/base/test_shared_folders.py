@@ -50,6 +50,7 @@ def here(config: Any, umask: str = "022") -> Any:
     }
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("url", [None, "{}/store", "local://{}/store"])
 def test_every_file_of_a_run_has_the_mode_that_the_umask_says(runner: Runner, url: str | None) -> None:
     """Under umask 002 a second user of the group can read, write and lock each; under 077 nobody else can.
@@ -69,6 +70,7 @@ def test_every_file_of_a_run_has_the_mode_that_the_umask_says(runner: Runner, ur
     assert not [path for path in run_dir.rglob("*") if path.stat().st_mode & 0o077]
 
 
+@pytest.mark.release
 def test_nothing_that_labtrain_writes_can_be_written_by_all(own_experiment: Experiment, tmp_path: Path) -> None:
     """Under umask 000: by a sweep with a loader's worker and all loggers, and by the commands that write."""
     root, folder = own_experiment.root, tmp_path / "lab"

@@ -46,6 +46,7 @@ def trained(runner: Runner) -> dict[Path, bytes]:
     }
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("model", ["Groups", "Registers"])
 def test_groups_and_buffers_are_made_as_they_were(runner: Runner, model: str) -> None:
     """A group that is added after step 3; buffers that are new, larger, or None: stopped before, after and again."""

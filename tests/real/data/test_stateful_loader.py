@@ -16,6 +16,7 @@ def stream(loader: str, **more: Any) -> Any:
     return config
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(
     ("loader", "limit"),
     [("torchdata", None), ("torchdata stream", None), ("torchdata", 3)],

@@ -9,6 +9,7 @@ from tests.support.exact import Runner
 from tests.support.own_code import LOADERS_IN_CI, is_exact_with_loader, with_loader
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("loader", LOADERS_IN_CI)
 def test_the_order_is_what_the_sampler_yields(loader: str, runner: Runner, other: Runner) -> None:
     is_exact_with_loader(loader, runner, other)

@@ -88,6 +88,7 @@ def listening(docker: Docker, container: str) -> bool:
     return docker("exec", container, "python", "-c", code).stdout.strip() == "True"
 
 
+@pytest.mark.release
 def test_a_mirrors_password_is_in_no_layer_and_no_history(docker: Docker, own_experiment: Experiment) -> None:
     """pip and uv reach the mirror with it; the saved image, all its bytes, does not know it; nor do they know the user's files.
 

@@ -5,12 +5,15 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import LABTRAIN, ROOT
 from tests.support.locks import FILES, change
 
 pytest_plugins = ["tests.support.locks"]
 
 
+@pytest.mark.release
 def test_written_locks_are_those_of_the_repository(locks: Path) -> None:
     """`lock write` of an unchanged spec changes nothing; what was damaged in a derived file is mended. Asks the registry."""
     shutil.copy(ROOT / "README.md", locks / "README.md")

@@ -36,6 +36,7 @@ def test_before_the_time_limit_it_saves_and_goes_on_in_the_same_folder(cluster: 
     assert cluster.slurm.field(job, "Restarts") == "1"
 
 
+@pytest.mark.release
 def test_a_node_that_dies_starts_the_job_again(cluster: Cluster, alone: Run) -> None:
     job = cluster.submit(EPOCHS, "checkpoint.every_n_steps=5")
     with patient(cluster.out):
@@ -63,6 +64,7 @@ def test_a_rank_that_dies_takes_the_job_down_with_its_own_traceback(
     assert text.count("Traceback (most recent call last):") == 1, "another rank's as well"
 
 
+@pytest.mark.release
 def test_a_node_whose_name_is_not_known_is_said_at_once(cluster: Cluster) -> None:
     job = cluster.submit(EPOCHS, MASTER_ADDR="no-such-node.invalid")
     with patient(cluster.out):
@@ -71,6 +73,7 @@ def test_a_node_whose_name_is_not_known_is_said_at_once(cluster: Cluster) -> Non
     assert not cluster.runs.exists()
 
 
+@pytest.mark.release
 def test_a_port_in_use_is_said_at_once(cluster: Cluster) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

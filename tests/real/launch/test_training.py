@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from labtrain.base.errors import DeviceError
@@ -111,6 +112,7 @@ def test_a_second_ctrl_c_ends_at_once(own_experiment: Experiment) -> None:
     assert child.wait(timeout=30) == -signal.SIGINT
 
 
+@pytest.mark.release
 def test_a_damaged_checkpoint_is_passed_over_aloud(experiment: Experiment, reference: Run) -> None:
     """One flipped bit in the newest: the run goes on from the one before, and ends with the same bits."""
     kill_when(experiment, *SHORT, checkpoints=2)
@@ -135,6 +137,7 @@ def test_a_broken_receipt_stops_the_start(experiment: Experiment) -> None:
     assert "hint: mv " in run.err
 
 
+@pytest.mark.release
 def test_two_starts_of_one_run_do_not_meet(experiment: Experiment) -> None:
     """The second is refused, names the first, and leaves it alone."""
     first = subprocess.Popen(

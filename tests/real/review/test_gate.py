@@ -4,6 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from labtrain.record import receipt as receipts
 from tests.conftest import changed
 from tests.support.gate import gate
@@ -24,6 +26,7 @@ def test_the_same_bits_are_a_yes_and_the_runs_are_kept_as_the_next_baselines(
     assert f"kept         {tmp_path}/kept/digits-{recorded[0].name}-2" in again.out  # no training is thrown away
 
 
+@pytest.mark.release
 def test_other_bits_are_a_no_and_it_says_where_they_begin(recorded: list[Path], tmp_path: Path) -> None:
     page = tmp_path / "gate.html"
     found = gate(recorded[0], "--report", page, code=1, OTHER_BITS="1")
@@ -34,6 +37,7 @@ def test_other_bits_are_a_no_and_it_says_where_they_begin(recorded: list[Path], 
     assert "Trained again in the current environment by this gate. Different bits, first at step 1" in page.read_text()
 
 
+@pytest.mark.release
 def test_one_that_cannot_be_judged_keeps_none_of_the_others_from_it(recorded: list[Path], tmp_path: Path) -> None:
     """A baseline of lost code is a no with its reason, the next one is trained and compared; the page tells both."""
     lost, page = recorded[0].parent / "lost", tmp_path / "gate.html"

@@ -15,6 +15,7 @@ from tests.support.verification import STEPS, name_a_flipped_bit, verify
 pytest_plugins = ["tests.support.verification"]
 
 
+@pytest.mark.release
 def test_a_run_of_two_devices_comes_out_again_on_two_and_on_one(trained: tuple[Experiment, Path]) -> None:
     _, run_dir = trained
     before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
@@ -132,6 +133,7 @@ def test_bad_input_is_refused(copy: Path, tmp_path: Path) -> None:
     assert "config.model.token" in verify(copy, code=2).err or "model.token is a credential" in verify(copy, code=2).err
 
 
+@pytest.mark.release
 def test_who_signed_it_is_said_and_can_be_asked_for(copy: Path, tmp_path: Path) -> None:
     need("ssh-keygen", "openssh-client")
     key, signers = tmp_path / "key", tmp_path / "signers"

@@ -59,6 +59,7 @@ def test_a_checkpoint_gets_the_metrics_of_a_validation_that_was_killed(runner: R
 # ----------------------------------------------------------------------------------------- other ways to train one step
 
 
+@pytest.mark.release
 @pytest.mark.parametrize(("world", "workers", "story"), [(1, 2, "killed"), (2, 0, "moved"), (3, 2, "killed twice")])
 def test_transformed_in_batches(world: int, workers: int, story: str, runner: Runner, other: Runner) -> None:
     """Arrays of bytes, shifted, flipped, noisy and mixed with partners; and a transform that draws from torch."""
@@ -95,6 +96,7 @@ CALLBACKS = {
 }  # fmt: skip
 
 
+@pytest.mark.release
 @pytest.mark.parametrize("name", ["ema", "early", "halved"])
 def test_callbacks_keep_their_state(name: str, runner: Runner, other: Runner) -> None:
     """An average of the weights, a stop that counts epochs; and what changes the weights at the end is in a checkpoint."""
