@@ -66,6 +66,7 @@ LIMITS = dict.fromkeys(("max_epochs?", "min_epochs?", "max_steps?", "min_steps?"
 INITIAL: Form = {  # options.py
     "callbacks?": {object: dict},
     "optimizers": [{"class": str, "groups": [dict]}],
+    "inner?": {str: [dict]},
     "schedulers": [
         {"class": str, "interval": str, "frequency": is_count, "optimizer": is_count, "state": dict, "probes": list}
     ],
@@ -95,7 +96,11 @@ STATE: Form = {
         "callback_metrics": {str: Tensor},
         "exact": bool,
         "ranks": [RANK],
-        "outside?": {str: {str: object}, "trainer?": {str: SCALAR, **LIMITS}},
+        "outside?": {
+            str: {str: object},
+            "trainer?": {str: SCALAR, **LIMITS},
+            "optimizers?": {str: {"state": dict, "param_groups": [dict]}},
+        },
         "counters?": {str: {str: {str: _is_kind}}},
         "lost?": [str],
         "initial?": INITIAL,

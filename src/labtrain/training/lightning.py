@@ -88,6 +88,15 @@ def lightning_optimizers(strategy: pl.strategies.Strategy) -> list[LightningOpti
     return strategy._lightning_optimizers
 
 
+@contextmanager
+def counted_step(trainer: pl.Trainer) -> Iterator[None]:
+    """Count a block as a step of an optimizer in manual optimization, as `global_step` counts them."""
+    loop = trainer.fit_loop.epoch_loop.manual_optimization
+    loop._on_before_step()
+    yield
+    loop._on_after_step()
+
+
 def toggled(module: pl.LightningModule) -> dict[str, bool]:
     """Return what `toggle_optimizer` keeps for `untoggle_optimizer`."""
     return module._param_requires_grad_state

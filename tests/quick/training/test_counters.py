@@ -172,3 +172,15 @@ def test_a_checkpoint_holds_the_kinds_and_refuses_others() -> None:
     for forged in ({"train": {"": {"value": "product"}}}, {"train": {"": {"value": 1}}}, {"train": [1]}, [1]):
         with pytest.raises(ValueError, match=r"."):
             check(forged, form["counters?"])
+
+
+def test_a_number_that_a_hook_changes_in_mid_step_is_left_to_the_hook() -> None:
+    model = Model(value=1)
+    counters = Counters(model, CPU, {"train": {("", "value"): "sum"}})
+    counters.begin("train")
+    model.value = 7
+    counters.rebase()
+    model.step(1)
+    assert counters.take(1) == []
+    counters.end([[], []])
+    assert model.value == 8

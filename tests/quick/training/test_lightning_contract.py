@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.overrides.distributed import _sync_module_states
 from lightning.pytorch.trainer.call import _call_lightning_module_hook
@@ -101,6 +102,8 @@ SIGNATURES: list[tuple[Any, str]] = [
     (_plugin_to_compute_dtype, "(plugin)"),
     (_sync_module_states, "(module)"),
     (_call_lightning_module_hook, "(trainer, hook_name, args, pl_module, kwargs)"),
+    (_ManualOptimization._on_before_step, "(self)"),
+    (_ManualOptimization._on_after_step, "(self)"),
     (pl.LightningModule._on_before_batch_transfer, "(self, batch, dataloader_idx)"),
 ]
 

@@ -63,9 +63,12 @@ def test_shards_compute_the_gradient_of_the_batch(closure: bool, runner: Runner,
         assert (one - weights[1][name]).abs().max() <= 1e-12 * one.abs().max(), name
 
 
-def test_steps_that_lightning_does_not_count_are_reported(runner: Runner) -> None:
-    """With one shard; with several each would step, and it is refused."""
-    config = manual("accumulated", determinism={"shards": 1}, trainer={"max_epochs": 1})
-    config["model"] = {"_target_": "tests.support.manual_models.Uncounted"}
-    runner.run(config)
-    assert "warning: no optimizer step was counted, so the trail is empty" in runner.said()
+def test_steps_that_lightning_does_not_count_are_counted_and_reported(runner: Runner, other: Runner) -> None:
+    """With any number of shards; plain Lightning, which `shards: null` uses, counts none."""
+    for shards, each in ((1, runner), (4, runner), (None, other)):
+        config = manual("accumulated", determinism={"shards": shards}, trainer={"max_epochs": 1})
+        config["model"] = {"_target_": "tests.support.manual_models.Uncounted"}
+        assert outcome(each.run(config))["steps"] == (0 if shards is None else 5)
+        counted = "warning: global_step counts the steps of SGD: Lightning alone counts only step()"
+        none = "warning: no optimizer step was counted, so the trail is empty"
+        assert (none if shards is None else counted) in each.said()

@@ -23,10 +23,11 @@ def config(kind: str, **model: Any) -> Any:
 
 
 def test_each_change_is_found() -> None:
-    """A number, a tensor in place, a list of parameters, a new group, a scheduler of the model's own."""
+    """A number, a tensor in place, a list of parameters, a scheduler of the model's own, the state, a new group."""
     model = Model("own scheduler")
+    model.automatic_optimization = False  # in automatic optimization a trial finds a changed state
     optimizer = model.configure_optimizers()
-    rates = Rates(model, [optimizer], [])
+    rates = Rates(model, lambda: [optimizer], [])
     (group,) = optimizer.param_groups
     group["weight"] = torch.zeros(1)
 
@@ -42,7 +43,11 @@ def test_each_change_is_found() -> None:
     assert found(lambda: group["weight"].add_(1)) == "sets weight of AdamW, param group 0"
     assert found(lambda: group["params"].append(torch.zeros(1))) == "sets params of AdamW, param group 0"
     assert found(model.own.step) == "steps StepLR"
-    assert found(lambda: optimizer.add_param_group({"params": [torch.zeros(1)]})) != ""
+    assert found(lambda: optimizer.state[group["params"][0]].update(old=1)) == "changes what AdamW holds"
+    assert found(lambda: vars(optimizer).update(count=1)) == "changes what AdamW holds"
+    assert found(lambda: optimizer.add_param_group({"params": [torch.zeros(1)]})) == (
+        "adds a param group to an optimizer"
+    )
 
 
 @pytest.mark.parametrize(("kind", "world"), [("scheduler", 2), ("own scheduler", 1), ("lr", 2)])

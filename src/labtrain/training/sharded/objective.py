@@ -467,7 +467,7 @@ class _Bench:
         place: Options = {"device": strategy.root_device, "rank": 0, "world": 1, "judge": let_pass}
         optimizers, schedulers = self.trainer.optimizers, [each.scheduler for each in self.trainer.lr_scheduler_configs]
         buffers = Buffers(self.module, **place)
-        watch = Watch(self.module, **place, optimizers=optimizers, schedulers=schedulers, say=let_pass)
+        watch = Watch(self.module, **place, optimizers=lambda: optimizers, schedulers=schedulers, say=let_pass)
         buffers.begin()
         watch.begin()
         looks: list[Look | None] = []

@@ -57,6 +57,7 @@ from labtrain.training.lightning import (
     put_results,
     results_of,
 )
+from labtrain.training.sharded.calls import counting
 from labtrain.training.sharded.gathering import Appended
 from labtrain.training.sharded.hooks import LOSS, LOSS_IN_DICT, NOTHING, Handed, Readers, content, whole
 from labtrain.training.sharded.objective import counted_in_evaluation, weight_of, weighted_mean, weighted_row
@@ -64,6 +65,7 @@ from labtrain.training.sharded.step_log import Tally
 from labtrain.training.sharded.together import Together
 from labtrain.training.sharded.whole import NeedsMeetingError, by_itself, normalise_whole_batches
 from labtrain.training.state.counters import Counters, Kinds
+from labtrain.training.state.optimizers import optimizers_of, wrappers_of
 from labtrain.training.state.step_changes import Watch, let_pass
 
 # Functions in which people make what decides the result. objective.py tests whether a step's loss depends on it.
@@ -157,6 +159,9 @@ class Exact(_Base):
         self._waiting: tuple[list[bool], Tensor | None, dict[int, Tensor]] | None = None
         self._together: bool | None = None  # the shards of a step need each other; None before the first step
         self._tried: tuple[object, object] | None = None  # the first shard's output and data, in the first step
+        self._say: Callable[[str], None] = let_pass
+        self._counted: set[str] = set()  # names of optimizers whose steps Lightning would not count
+        self._by_name: dict[str, torch.optim.Optimizer] = {}  # with manual optimization: all of them
         self._sums: dict[tuple[int, ...], ShardSum] = {}  # of manual optimization, by the numbers of the parameters
         self._results: ResultCollection | None = None  # of the training, while a shard logs into one of its own
         self._inside = False  # a shard's step: what it logs is combined later
@@ -207,11 +212,13 @@ class Exact(_Base):
         checks = guard is not None and guard.mode != "off"
         if guard is not None and self.shards > 1 and (checks or not module.automatic_optimization):
             schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
-            made: Options = {"optimizers": trainer.optimizers, "schedulers": schedulers}
+            made: Options = {"optimizers": self._find_optimizers, "schedulers": schedulers}
             said: Options = {"judge": guard.judge, "say": guard.say if checks else let_pass}
             self._watch = Watch(module, **made, **place, **said, kinds=self.kinds)
             self._watch.listen()
             self.counters = self._watch.counters
+        if guard is not None and guard.mode != "off":
+            self._say = guard.say
         if self._watch is not None and guard is not None:
             _judge_backward_hooks(guard, [module, *trainer.callbacks])  # type: ignore[attr-defined]
         # Lightning runs this before the strategy gets the batch: put it off until a shard is at hand.
@@ -226,6 +233,22 @@ class Exact(_Base):
         if self._watch is not None:
             self._watch.close()
         super().teardown()
+
+    def _find_optimizers(self) -> list[torch.optim.Optimizer]:
+        """Return all that a step may change: with manual optimization also those that others hold."""
+        if self._module.automatic_optimization:
+            return self._trainer.optimizers
+        self._by_name = optimizers_of(self._trainer)
+        return [*self._by_name.values(), *cast(list[torch.optim.Optimizer], wrappers_of(self._trainer).values())]
+
+    def tell_counted(self, name: str) -> None:
+        """Report an optimizer whose steps are counted, though Lightning would not count them; once."""
+        if name not in self._counted:
+            self._counted.add(name)
+            self._say(
+                f"global_step counts the steps of {name}: Lightning alone counts only step() of what self.optimizers()"
+                " returns"
+            )
 
     def grown(self) -> set[str]:
         """Return the names of the model's attributes with lists that steps have appended to."""
@@ -357,6 +380,8 @@ class Exact(_Base):
         self._buffers.begin()
         if self._watch is not None:
             self._watch.begin()
+        elif not self._module.automatic_optimization:
+            self._find_optimizers()
         return _Step(
             batch=batch,
             epoch=epoch,
@@ -520,8 +545,8 @@ class Exact(_Base):
         """Run the shards of a step together; then keep what each has left."""
         self._results, manual = results, not self._module.automatic_optimization
         self._added = [0] * len(step.parameters)  # of all shards: none sends its gradients early
-        place: Options = {"device": self._device, "rank": self._rank, "world": self._world, "manual": manual}
-        place["watch"] = self._watch
+        place: Options = {"device": self._device, "rank": self._rank, "world": self._world, "watch": self._watch}
+        place["optimizers"] = self._by_name if manual else None
         run = partial(self._forward if manual else self._forward_and_backward, step, args)
         for shard, output, last in Together(self, self._trainer, **place, step=step, run=run).run():
             if manual:
@@ -703,7 +728,10 @@ class Exact(_Base):
     def _whole(self, batch: object, epoch: int, index: int, *args: object) -> STEP_OUTPUT:
         """Run a step of one shard as Lightning would: there is nothing to combine."""
         seed_place("shard", epoch, index, 0)
-        output = super().training_step(batch, *args)
+        manual = not self._module.automatic_optimization
+        counted = counting(self._trainer, optimizers_of(self._trainer), self.tell_counted) if manual else nullcontext()
+        with counted:
+            output = super().training_step(batch, *args)
         self.wishes.agree(*self.wishes.numbers())
         return output
 

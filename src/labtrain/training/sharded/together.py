@@ -5,7 +5,8 @@ Each shard runs to its next meeting point, where all shards of all ranks wait fo
 - a layer or a call that needs the whole batch: `SyncBatchNorm` sums, `labtrain.gather` joins rows, and so do their
   backwards;
 - with manual optimization, a backward: the shards' gradients are summed along the tree, and each shard sees the
-  gradient of the whole batch; and a step of an optimizer or of a scheduler: it is done once.
+  gradient of the whole batch; and a step of an optimizer or of a scheduler, or a method of the experiment's own
+  optimizer: it runs once (calls.py).
 
 Between two meeting points a shard has to itself what it changes: random numbers, buffers, attributes, metrics, logged
 values, `requires_grad` and `.grad`. labtrain swaps these when another shard continues. With manual optimization, what
@@ -18,11 +19,10 @@ Lightning 2.6: loops/optimization/manual.py and core/optimizer.py, through light
 """
 
 import itertools
-import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial, update_wrapper
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
@@ -34,7 +34,20 @@ from labtrain.base.errors import ConfigError
 from labtrain.exact.determinism import keep_draws, seed_place
 from labtrain.exact.sparse_gradients import ABSENT, DENSE, SPARSE, SparseRows, sparse
 from labtrain.exact.tree_sum import ShardSum, alone
-from labtrain.training.lightning import lightning_optimizers, put_toggled, toggled
+from labtrain.training.lightning import put_toggled, toggled
+from labtrain.training.sharded.calls import (
+    RETURN,
+    SCHEDULER,
+    STEP,
+    Again,
+    Calls,
+    Done,
+    Function,
+    Given,
+    joined,
+    mean,
+    meeting_in,
+)
 from labtrain.training.sharded.lockstep import END, Meeting, Runner, here, meet, runs_here
 from labtrain.training.sharded.whole import BACK, FORWARD, GATHER, SUM
 from labtrain.training.state.changed_weights import Taken
@@ -43,7 +56,7 @@ from labtrain.training.state.step_changes import Watch
 if TYPE_CHECKING:
     from labtrain.training.sharded.strategy import Exact, _Step
 
-BACKWARD, STEP, RAW_STEP, SCHEDULER = "a backward", "optimizer.step", "torch's optimizer.step", "scheduler.step"
+BACKWARD = "a backward"
 Gradients = list[Tensor | None]
 
 
@@ -87,7 +100,8 @@ class Together:
         world: the number of processes.
         step: of this rank.
         run: the model's step, of the shard at a place.
-        manual: optimization is manual; otherwise `run` has a backward too, whose gradients stay the shard's.
+        optimizers: all of them, by name, with manual optimization; otherwise None, and `run` has a backward too, whose
+            gradients stay the shard's.
         watch: of the weights that the step changes.
     """
 
@@ -101,11 +115,14 @@ class Together:
         world: int,
         step: "_Step",
         run: Callable[[int], object],
-        manual: bool,
+        optimizers: dict[str, torch.optim.Optimizer] | None,
         watch: Watch | None,
     ) -> None:
         self.strategy, self.trainer, self.step, self.watch = strategy, trainer, step, watch
-        self.device, self.rank, self.world, self.manual = device, rank, world, manual
+        self.device, self.rank, self.world = device, rank, world
+        self.optimizers, self.manual = optimizers, optimizers is not None
+        self.calls: Calls = {}
+        self.between = ExitStack()  # open while code runs once for all shards
         self.module = trainer.lightning_module
         self.parameters = list(self.module.parameters())
         self.gradients: Gradients = [parameter.grad for parameter in self.parameters]
@@ -121,7 +138,7 @@ class Together:
                 samples=samples,
                 share=samples / whole,
                 runner=Runner(partial(run, place)),
-                private=None if manual else nothing,
+                private=None if self.manual else nothing,
                 flags=self.flags,
             )
             for place, (number, samples, _) in enumerate(step.batch.parts)
@@ -133,10 +150,12 @@ class Together:
         And whether it is the last of this rank.
         """
         try:
-            with _meeting_in(self.trainer) if self.manual else nullcontext():
-                while (meeting := self._advance()).kind != END:
-                    self._exchange(meeting) if meeting.kind in (GATHER, SUM) else self._hold(meeting)
-                self._end(meeting)
+            with ExitStack() as stack:
+                if self.optimizers is not None:
+                    stack.enter_context(_backward_meets(self.module))
+                    tell = self.strategy.tell_counted
+                    self.calls = stack.enter_context(meeting_in(self.trainer, self.optimizers, tell))
+                self._end(self._run_until(END))
         finally:
             for shard in self.shards:
                 shard.runner.close()
@@ -147,6 +166,12 @@ class Together:
                 parameter.grad = gradient
             self._put_own(shard)
             yield shard, shard.runner.result, shard is self.shards[-1]
+
+    def _run_until(self, kind: str) -> Meeting:
+        """Run all shards, with what they do at meetings, until they meet at a place of this kind."""
+        while (meeting := self._advance()).kind != kind:
+            self._exchange(meeting) if meeting.kind in (GATHER, SUM) else self._hold(meeting)
+        return meeting
 
     # ------------------------------------------------------------------------------------------------- between meetings
 
@@ -273,21 +298,33 @@ class Together:
         if differs := next((name for _, name in left if name), ""):
             raise ConfigError(
                 f"training_step changes the gradient of {differs} after its backward, and not equally in all shards",
-                hint="change gradients by what is the same for all samples, or determinism.shards=1",
+                hint="change gradients by what is the same for all samples; shards draw different random numbers,"
+                " unless from a generator of the step's own, such as random.Random(batch_idx); or determinism.shards=1",
             )
 
     def _hold(self, meeting: Meeting) -> None:
-        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
-            parameter.grad = gradient
-        self.meetings += 1
-        seed_place("meeting", self.step.epoch, self.step.index, self.meetings)  # hooks draw the same on every rank
+        self._begin_whole()
         answer: object = None
-        self._adopt_weights()
         if meeting.kind == BACKWARD:
             self._add(cast(list[list[float]], meeting.payload))
         else:
-            with self.strategy.between_shards():
-                answer = self._once(meeting)
+            outer, self.between = self.between, ExitStack()
+            with self.between:
+                self.between.enter_context(self.strategy.between_shards())
+                answer = Done(self._once(meeting))
+            self.between = outer
+        self._end_whole(answer)
+
+    def _begin_whole(self) -> None:
+        """Put gradients and weights as all shards have left them; hooks draw the same on every rank."""
+        for parameter, gradient in zip(self.parameters, self.gradients, strict=True):
+            parameter.grad = gradient
+        self.meetings += 1
+        seed_place("meeting", self.step.epoch, self.step.index, self.meetings)
+        self._adopt_weights()
+
+    def _end_whole(self, answer: object) -> None:
+        """Let all shards continue from the gradients as they are now."""
         for shard in self.shards:
             shard.answer = answer
         self.gradients = [parameter.grad for parameter in self.parameters]
@@ -359,64 +396,41 @@ class Together:
 
     def _once(self, meeting: Meeting) -> object:
         """Do on this rank what all shards ask for, and return what they get."""
-        trainer = self.trainer
-        if meeting.kind == STEP:
-            return lightning_optimizers(self.strategy)[meeting.key].step()
-        if meeting.kind == RAW_STEP:
-            return trainer.optimizers[meeting.key].step()
-        scheduler: Any = trainer.lr_scheduler_configs[meeting.key].scheduler
-        given = cast(list[tuple[float, tuple[float, ...]]], meeting.payload)
-        numbers = [arguments for _, arguments in given]
-        if all(each == numbers[0] for each in numbers):
-            return scheduler.step(*numbers[0])
-        mean = math.fsum(share * value for share, (value,) in given)
-        return scheduler.step(mean)
+        shares_given = cast(list[tuple[float, Given]], meeting.payload)
+        given = joined(shares_given, meeting.kind, self.device)
+        functions = {
+            each.number: partial(self._in_shards, each.number)
+            for each in (*given.arguments, *given.options.values())
+            if isinstance(each, Function)
+        }
+
+        def real(value: object) -> object:
+            return functions[value.number] if isinstance(value, Function) else value
+
+        call = self.calls[meeting.kind, meeting.key]
+        return call(*map(real, given.arguments), **{name: real(value) for name, value in given.options.items()})
+
+    def _in_shards(self, number: int, *_: object) -> object:
+        """Run a function that each shard gave to a call, such as a closure; return the mean of what they return."""
+        self.between.close()
+        self._end_whole(Again(number, torch.is_grad_enabled()))
+        with torch.enable_grad():
+            meeting = self._run_until(RETURN)
+        self._begin_whole()
+        self.between.enter_context(self.strategy.between_shards())
+        shares, values = zip(*cast(list[tuple[float, object]], meeting.payload), strict=True)
+        return mean(shares, values, RETURN, self.device)
 
 
 @contextmanager
-def _meeting_in(trainer: pl.Trainer) -> Iterator[None]:
-    """Let backward and the steps of optimizers and schedulers meet in a shard's thread."""
+def _backward_meets(module: torch.nn.Module) -> Iterator[None]:
+    """Let backward meet in a shard's thread."""
     backward = torch.autograd.backward
-    with ExitStack() as stack:
-        torch.autograd.backward = partial(_backward, backward, list(trainer.lightning_module.parameters()))
-        stack.callback(setattr, torch.autograd, "backward", backward)
-        schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
-        for kind, owners in (
-            (STEP, lightning_optimizers(trainer.strategy)),
-            (RAW_STEP, trainer.optimizers),
-            (SCHEDULER, schedulers),
-        ):
-            for key, owner in enumerate(cast(Sequence[Any], owners)):
-                stack.callback(_put_back, owner, vars(owner).get("step"))
-                owner.step = update_wrapper(partial(_step, kind, key, owner.step), owner.step)  # schedulers mark it
+    torch.autograd.backward = partial(_backward, backward, list(module.parameters()))
+    try:
         yield
-
-
-def _put_back(owner: object, step: object) -> None:
-    del vars(owner)["step"]
-    if step is not None:
-        vars(owner)["step"] = step
-
-
-def _step(kind: str, key: int, usual: Callable[..., object], *arguments: Any, **options: Any) -> object:
-    """Step an optimizer or a scheduler: once for all shards."""
-    if not runs_here():
-        return usual(*arguments, **options)
-    if kind == SCHEDULER:
-        given = (*arguments, *options.values())
-        return meet(kind, key, tuple(float(each) for each in given))
-    closure = options.pop("closure", arguments[0] if arguments else None)
-    if closure is None:
-        return meet(kind, key)
-    if isinstance(getattr(usual, "__self__", None), torch.optim.LBFGS):
-        raise ConfigError(
-            "LBFGS calls its closure several times in a step, which shards cannot do together",
-            hint="determinism.shards=1, or another optimizer",
-        )
-    with torch.enable_grad():
-        loss = closure()
-    meet(kind, key)
-    return loss
+    finally:
+        torch.autograd.backward = backward
 
 
 def _backward(
@@ -467,4 +481,4 @@ def _is_same(one: Tensor | None, two: Tensor | None) -> bool:
 def _described(kind: str, key: int) -> str:
     if kind == END:
         return "its end"
-    return kind if kind == BACKWARD else f"{kind} of number {key}"
+    return f"{kind} of number {key}" if kind in (STEP, SCHEDULER) else kind

@@ -167,6 +167,10 @@ class Counters:
             if path in tables and _size_of(tables[path].get(name))
         }
 
+    def rebase(self) -> None:
+        """Leave out, in the middle of a step, numbers that a hook has changed for all shards."""
+        self.begun = {site: number for site, number in self.begun.items() if number.is_unchanged}
+
     @property
     def width(self) -> int:
         """How many numbers `take` returns."""
@@ -241,7 +245,7 @@ class _Number:
     def take(self) -> list[float]:
         """Return the type of what a shard has made of this number, and what it has added; take that back."""
         now = self.table.get(self.name)
-        if now is self.value and self._has_content():
+        if self.is_unchanged:
             return [float(SAME), *[0.0] * self.size]
         code, added = _code_of(now), self._added(now)
         if code == UNLIKE or added is None or (self.kind == COUNT and code != INTEGER):
@@ -271,10 +275,15 @@ class _Number:
         else:
             self.table[self.name] = made
 
-    def _has_content(self) -> bool:
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether the attribute is what it was."""
+        now: Value = self.table.get(self.name)
+        if now is not self.value:
+            return False
         if isinstance(self.content, Content):
-            return self.content.is_in(self.value, thorough=False)
-        return self.content is None or self.value.tobytes() == self.content.tobytes()
+            return self.content.is_in(now, thorough=False)
+        return self.content is None or now.tobytes() == self.content.tobytes()
 
     def _added(self, now: Value) -> list[float] | None:
         """Return what was added; None if that cannot be told."""

@@ -44,6 +44,7 @@ from labtrain.exact.attributes import (
 from labtrain.exact.checksums import two_sums
 from labtrain.exact.plain_values import SCALARS, is_experiments
 from labtrain.training.lightning import trainer_of
+from labtrain.training.state.optimizers import optimizers_of, wrappers_of
 from labtrain.training.state.snapshots import Look, look, unlike
 
 CLOCKS = (time.time, time.monotonic, time.perf_counter)
@@ -168,7 +169,8 @@ class Unsaved:
 
     def _look(self) -> Look | None:
         trainer = self.module.trainer
-        known = [*trainer.optimizers, *(each.scheduler for each in trainer.lr_scheduler_configs)]
+        known: list[object] = [*optimizers_of(trainer).values(), *wrappers_of(trainer).values()]  # trainer_state.py
+        known += [each.scheduler for each in trainer.lr_scheduler_configs]
         beside: Options = {}
         for each in cast(list[pl.Callback], trainer.callbacks):  # type: ignore[attr-defined]
             if is_experiments(type(each)) and not is_overridden("state_dict", each):

@@ -30,6 +30,9 @@ from labtrain.base.contracts import State
 from labtrain.base.errors import ConfigError
 from labtrain.checkpoints.staging import unsavable
 from labtrain.record.digests import PLACE, digest_tree
+from labtrain.training.state.optimizers import inner_of, shares_groups
+from labtrain.training.state.trainer_state import INNER
+from labtrain.training.state.trainer_state import KEY as OUTSIDE
 
 Say = Callable[[str], None]
 
@@ -54,7 +57,12 @@ def beginnings(trainer: pl.Trainer) -> State:
         }
         for config in trainer.lr_scheduler_configs
     ]
-    return copy.deepcopy({"optimizers": optimizers, "schedulers": schedulers})
+    inner = {
+        name: [_options(group) for group in optimizer.param_groups]
+        for name, optimizer in inner_of(trainer).items()
+        if not shares_groups(optimizer, trainer)
+    }
+    return copy.deepcopy({"optimizers": optimizers, "schedulers": schedulers, "inner": inner})
 
 
 def beginnings_of_callbacks(trainer: pl.Trainer) -> State:
@@ -86,6 +94,7 @@ def adopt(checkpoint: State, trainer: pl.Trainer, now: State, *, say: Say) -> No
     if before is None or "optimizer_states" not in checkpoint:  # written by an older labtrain
         return
     _adopt_callbacks(checkpoint.get("callbacks", {}), before.get("callbacks", {}), now.get("callbacks", {}), say)
+    _adopt_inner(checkpoint[PLACE], before.get("inner", {}), now["inner"], say)
     if _same(
         {key: before[key] for key in ("optimizers", "schedulers")},
         {key: now[key] for key in ("optimizers", "schedulers")},
@@ -182,6 +191,14 @@ def _step(trainer: pl.Trainer, scheduler: torch.optim.lr_scheduler.LRScheduler, 
             f"the new {name} cannot continue at step {steps}, where the run resumes: {' '.join(str(error).split())}",
             hint="use a longer schedule (trainer.max_epochs, trainer.max_steps); or resume=never",
         ) from error
+
+
+def _adopt_inner(at: State, before: State, now: State, say: Say) -> None:
+    """Set the options of the optimizers that the Trainer does not have."""
+    saved: State = at.get(OUTSIDE, {}).get(INNER, {})
+    for name in saved.keys() & before.keys() & now.keys():
+        tell = partial(_tell, say, at["global_step"], name)
+        _adopt_options(saved[name]["param_groups"], now[name], before[name], now[name], entered=False, say=tell)
 
 
 def _adopt_options(

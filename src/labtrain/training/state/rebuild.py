@@ -32,6 +32,7 @@ from labtrain.checkpoints.structure import first_of_another_kind
 from labtrain.record.digests import PLACE
 from labtrain.record.sources import in_environment
 from labtrain.training.lightning import CheckpointConnector, call_module_hook
+from labtrain.training.state.optimizers import in_place, optimizers_of
 
 KEY = "made"  # in the checkpoint's resume point: the training's tensors and groups, if they changed
 IN_THE_MODEL = (
@@ -242,7 +243,8 @@ class Connector(CheckpointConnector):
             parameters = dict(self.trainer.lightning_module.named_parameters())
             for optimizer, saved in zip(self.trainer.optimizers, made["optimizers"], strict=True):
                 _regroup(optimizer, saved["groups"], parameters)
-        super().restore_optimizers()
+        with in_place(optimizers_of(self.trainer)):
+            super().restore_optimizers()
 
     def restore_lr_schedulers(self) -> None:
         made = [config.scheduler for config in self.trainer.lr_scheduler_configs]

@@ -33,6 +33,7 @@ from labtrain.exact.checksums import device_hash
 from labtrain.exact.plain_values import DICTS, LEAVES, SCALARS, Decoder, Encoder, Place, is_experiments
 from labtrain.training.state.changed_weights import ChangedWeights, Taken
 from labtrain.training.state.counters import Counters, Kinds
+from labtrain.training.state.optimizers import held_values
 
 WINDOW_BYTES = 3 << 15  # of the weights, in each step
 PIECE_BYTES = 1 << 14
@@ -57,7 +58,7 @@ class Watch:
 
     Args:
         module: the model.
-        optimizers: of the training.
+        optimizers: returns those of the training.
         schedulers: of the training; those that are attributes of the model are found.
         device: of the training.
         rank: this process.
@@ -71,7 +72,7 @@ class Watch:
         self,
         module: nn.Module,
         *,
-        optimizers: Sequence[torch.optim.Optimizer] = (),
+        optimizers: Callable[[], Sequence[torch.optim.Optimizer]] = list,
         schedulers: Sequence[object] = (),
         device: torch.device,
         rank: int,
@@ -129,10 +130,10 @@ class Watch:
         """Begin a step."""
         self._left, self._prints, self.numbers, self._changed = {}, {}, [], 0
         self._weights.begin()
-        self._rates.begin()
+        looks_again = self._attributes.begin()
+        self._rates.begin(looks_again=looks_again)
         self._kept.begin(self._weights.parameters, self._rates.weights())
         self.counters.begin("train")
-        self._attributes.begin()
         self._told[:] = [self._attributes.written]
 
     @property
@@ -182,12 +183,14 @@ class Watch:
 
     @contextmanager
     def unwatched(self) -> Iterator[None]:
-        """Let a block change weights and options of optimizers, in the middle of a step."""
+        """Let a block change weights, attributes and options of optimizers, in the middle of a step."""
         self._changed = self._changed or self._weights.changed(self._kept.kept) or -self._rates.changed()
         yield
         self._weights.begin()
         self._rates.begin()
         self._kept.rebase()
+        self._attributes.rebase()
+        self.counters.rebase()
 
     def leave(self, shard: int, samples: int, *, last: bool) -> list[float]:
         """Find what a shard changed.
@@ -381,27 +384,61 @@ class Weights:
         return len(members) != len(self._members) or not all(map(is_, members, self._members))
 
 
+class Noted:
+    """Values as they were noted: the objects, and how often tensors and lists had been changed in place."""
+
+    def __init__(self, values: list[object]) -> None:
+        self.values = values
+        self.counts = [_count(value) for value in values if type(value) in COUNTED]
+
+    def first_unlike(self, now: list[object]) -> int:
+        """Return 0, or the number of the first value that has changed, from 1; one more than all if some are new."""
+        counts = [_count(value) for value in now if type(value) in COUNTED]
+        if len(now) == len(self.values) and counts == self.counts and all(map(is_, now, self.values)):
+            return 0
+        if len(now) != len(self.values):
+            return len(self.values) + 1
+        before = iter(self.counts)
+        for number, (value, then) in enumerate(zip(now, self.values, strict=True), 1):
+            count = next(before) if type(then) in COUNTED else 0
+            same = value is then or (type(value) in SCALARS and value == then)
+            if not same or (type(value) in COUNTED and _count(value) != count):
+                return number
+        return 0
+
+
 class Rates:
-    """Tells whether a shard's step changed an option of an optimizer, such as the rate, or stepped a scheduler."""
+    """Tells whether a shard's step changed an optimizer's options, such as the rate, or its state, or a scheduler."""
 
     def __init__(
-        self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], schedulers: Sequence[object]
+        self,
+        module: nn.Module,
+        optimizers: Callable[[], Sequence[torch.optim.Optimizer]],
+        schedulers: Sequence[object],
     ) -> None:
-        self.module, self.optimizers, self.schedulers = module, optimizers, list(schedulers)
-        self._values: list[object] = []
-        self._counts: list[int] = []
+        self.module, self.find, self.schedulers = module, optimizers, list(schedulers)
+        self.optimizers: Sequence[torch.optim.Optimizer] = []
+        self._options = Noted([])
+        self._states: list[Noted] = []
         self._step = 0
 
-    def begin(self) -> None:
-        """Remember how they are now."""
+    def begin(self, *, looks_again: bool = False) -> None:
+        """Remember how they are now.
+
+        Args:
+            looks_again: whether there may be others than before.
+        """
+        if looks_again or not self._step:
+            self.optimizers = self.find()
         if self._step % EVERY_STEPS == 0:
             for holder in holders(self.module).values():
                 for value in vars(holder).values():
                     if isinstance(value, LRScheduler) and not any(value is each for each in self.schedulers):
                         self.schedulers.append(value)
         self._step += 1
-        self._values = self._now()
-        self._counts = [_count(value) for value in self._values if type(value) in COUNTED]
+        self._options = Noted(self._now())
+        if not getattr(self.module, "automatic_optimization", True):
+            self._states = [Noted(held_values(optimizer)) for optimizer in self.optimizers]
 
     def weights(self) -> Iterator[Tensor]:
         """Yield what the optimizers update."""
@@ -411,18 +448,12 @@ class Rates:
 
     def changed(self) -> int:
         """Return 0, or the number of the first that has changed since `begin`, from 1."""
-        now = self._now()
-        counts = [_count(value) for value in now if type(value) in COUNTED]
-        if len(now) == len(self._values) and counts == self._counts and all(map(is_, now, self._values)):
-            return 0
-        if len(now) != len(self._values):
-            return len(self.names())
-        before = iter(self._counts)
-        for number, (value, then) in enumerate(zip(now, self._values, strict=True), 1):
-            count = next(before) if type(then) in COUNTED else 0
-            same = value is then or (type(value) in SCALARS and value == then)
-            if not same or (type(value) in COUNTED and _count(value) != count):
-                return number
+        now, names = self._now(), len(self._options.values) + 1
+        if number := self._options.first_unlike(now):
+            return number if len(now) == len(self._options.values) else len(self.names()) - len(self.optimizers)
+        for number, (optimizer, noted) in enumerate(zip(self.optimizers, self._states, strict=False), 1):
+            if noted.first_unlike(held_values(optimizer)):
+                return names + number
         return 0
 
     def names(self) -> list[str]:
@@ -430,17 +461,24 @@ class Rates:
         return [
             *(
                 f"sets {option} of {type(optimizer).__name__}, param group {number}"
-                for optimizer in self.optimizers
-                for number, group in enumerate(optimizer.param_groups)
+                for optimizer, number, group in self._groups()
                 for option in group
             ),
             *(f"steps {type(scheduler).__name__}" for scheduler in self.schedulers),
             "adds a param group to an optimizer",
+            *(f"changes what {type(optimizer).__name__} holds" for optimizer in self.optimizers),
         ]
 
+    def _groups(self) -> list[tuple[torch.optim.Optimizer, int, State]]:
+        """Return each group of parameters once, with its first optimizer and its number there."""
+        found: dict[int, tuple[torch.optim.Optimizer, int, State]] = {}
+        for optimizer in self.optimizers:
+            for number, group in enumerate(optimizer.param_groups):
+                found.setdefault(id(group), (optimizer, number, group))
+        return list(found.values())
+
     def _now(self) -> list[object]:
-        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        options = itertools.chain.from_iterable(map(dict.values, groups))
+        options = itertools.chain.from_iterable(group.values() for _, _, group in self._groups())
         return [*options, *[vars(scheduler).get("last_epoch") for scheduler in self.schedulers]]
 
 
@@ -506,6 +544,7 @@ class Attributes:
         self._set: list[Table] = []  # and of which one was set in this step
         self._looked: list[Table] = []
         self._grown: set[str] = set()
+        self._has_others = False  # objects than those in the tables
         self._step = 0
 
     def grown(self) -> set[str]:
@@ -513,9 +552,12 @@ class Attributes:
         here = {".".join(filter(None, (table.path, name))) for table in self._tables for name in table.grown}
         return self._grown | here
 
-    def begin(self) -> None:
-        """Remember how the attributes are now."""
-        if any(table.renew() for table in self._hot) or self._step % EVERY_STEPS == 0:
+    def begin(self) -> bool:
+        """Remember how the attributes are now; return whether to look for objects again."""
+        self.rebase(self._hot)
+        looks_again = self._has_others or self._step % EVERY_STEPS == 0
+        if looks_again:
+            self._has_others = False
             hot = {table.path for table in self._hot}
             self._grown = self.grown()
             self._tables = [Table(path, holder) for path, holder in holders(self.module).items()]
@@ -529,6 +571,12 @@ class Attributes:
             self._looked = [*self._hot]
         self._set = []
         self._step += 1
+        return looks_again
+
+    def rebase(self, tables: Iterable["Table"] | None = None) -> None:
+        """Take the attributes as they are now as what each shard starts from."""
+        renewed = [table.renew() for table in (self._looked if tables is None else tables)]
+        self._has_others |= any(renewed)
 
     def written(self, module: nn.Module) -> None:
         """Check a module too, such as a torch layer, whose attribute is about to be set."""
@@ -619,6 +667,7 @@ class Table:
         self._values = list(self.now.values())
         large = [value for value in self._then.values() if type(value) not in LEAVES]
         self._objects = [item for value in large for _, item in own_objects(value, "")]
+        self._objects += [value for value in large if isinstance(value, torch.optim.Optimizer)]
 
     def renew(self) -> bool:
         """Take the current attributes as the start; return whether they hold other objects."""

@@ -6,18 +6,22 @@ the data module   plain attributes, like the model's (attributes.py); not those 
 its datasets      numbers and texts, such as the difficulty of a curriculum, except counters of loads; what a
                   TensorDataset holds, up to one MiB
 optimizers        plain attributes of any size; of torch's own optimizers, attributes that code has set
+those they hold   the state too, as their `state_dict` has it, unless the Trainer saves it: SAM's base optimizer; and
+                  optimizers that are attributes of the model
 ================= ====================================================================================================
 
 A checkpoint holds only values that differ from the start of the training. So values from the configuration or the
 machine belong to each process. A warning names what changed and cannot be saved.
 """
 
+import copy
 from collections.abc import Iterator
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils.data import Dataset, TensorDataset
 
@@ -35,13 +39,22 @@ from labtrain.exact.attributes import (
 )
 from labtrain.exact.plain_values import SCALARS, is_experiments, is_own
 from labtrain.training.lightning import train_loaders
+from labtrain.training.state.optimizers import (
+    TORCHS,
+    held_values,
+    in_place,
+    inner_of,
+    optimizers_of,
+    shares_groups,
+    wrappers_of,
+)
 from labtrain.training.state.snapshots import of_generator
 
 KEY = "outside"  # in the checkpoint's resume point
 MOST_BYTES = 2**20
 LOOPS = {"max_epochs": "fit_loop", "min_epochs": "fit_loop", "max_steps": "epoch_loop", "min_steps": "epoch_loop"}
 BY_ITSELF = frozenset({"should_stop"})  # Lightning itself changes these
-TORCHS = frozenset(vars(torch.optim.SGD([torch.zeros(1)], lr=1.0))) | {"_opt_called"}
+INNER = "optimizers"  # in the saved state: those that the Trainer does not save
 
 
 class Outside:
@@ -67,6 +80,11 @@ class Outside:
         }
         now = _settings(self.trainer)
         found["trainer"] = {name: value for name, value in now.items() if name not in before or before[name] != value}
+        found[INNER] = {
+            name: optimizer.state_dict()
+            for name, optimizer in _unsaved(self.trainer)
+            if name in self.parts and not _is_spread(optimizer)
+        }
         return {name: values for name, values in found.items() if values}
 
     def restore(self, kept: State, *, entering: bool) -> None:
@@ -87,6 +105,7 @@ class Outside:
             # Before the start, only loop limits: GradientAccumulationScheduler then checks the other settings.
             if entering or name in LOOPS:
                 setattr(_owner(self.trainer, name), name, value)
+        self._restore_optimizers(kept.get(INNER, {}), entering=entering)
         for label, part in _parts(self.trainer):
             shell = _shell(part, self.trainer)
             missing = restore(shell, kept.get(label, {}), device=self.trainer.strategy.root_device)
@@ -98,6 +117,23 @@ class Outside:
                     " training, and this process does not have it yet",
                     hint="make it in __init__ or setup; or resume=never",
                 )
+
+    def _restore_optimizers(self, kept: State, *, entering: bool) -> None:
+        optimizers = optimizers_of(self.trainer)
+        missing = [name for name in kept if name not in optimizers]
+        if missing and entering:
+            raise ConfigError(
+                f"the state of {missing[0]} cannot be restored: this optimizer is made during the training, and this"
+                " process does not have it yet",
+                hint="make it in configure_optimizers, or in __init__ or setup of the model; or resume=never",
+            )
+        with in_place(optimizers):
+            for name, state in kept.items():
+                if (optimizer := optimizers.get(name)) is not None:
+                    state = copy.deepcopy(state)  # a load takes the tensors that it is given
+                    if shares_groups(optimizer, self.trainer):  # which Lightning has loaded, with changed options
+                        state["param_groups"] = optimizer.state_dict()["param_groups"]
+                    optimizer.load_state_dict(state)
 
     def unkept(self) -> Iterator[str]:
         """Yield a warning for each attribute that has changed and that no checkpoint holds."""
@@ -112,15 +148,26 @@ class Outside:
                 break
             for each in parts_of(loader):
                 yield from each.changed()
-        for label, part in _parts(self.trainer):
-            if not isinstance(part, Optimizer):
-                continue
-            for name, inner in vars(part).items():
-                if isinstance(inner, Optimizer) and not _tensors(inner.state) <= _tensors(part.state_dict()):
-                    yield (
-                        f"{label}.{name} is an optimizer whose state the state_dict of {type(part).__name__} does not"
-                        " hold: a resumed training starts with a new one (put it there)"
-                    )
+        for name, optimizer in _unsaved(self.trainer):
+            if name not in self.parts or _is_spread(optimizer):
+                yield (
+                    f"no checkpoint holds the state of the optimizer {name}, since it was made during the training or"
+                    " its state is spread over the ranks: a resumed training starts with a new one (make it in"
+                    " configure_optimizers; or put its state into the state_dict of the optimizer that holds it)"
+                )
+
+
+def _unsaved(trainer: pl.Trainer) -> Iterator[tuple[str, Optimizer]]:
+    """Yield each optimizer with a state that is not in those of the Trainer's optimizers, with its name."""
+    inner = inner_of(trainer)
+    saved = set().union(*(_tensors(each.state_dict()) for each in trainer.optimizers if inner))
+    for name, optimizer in inner.items():
+        if not ((mine := _tensors(optimizer.state)) and mine <= saved):
+            yield name, optimizer
+
+
+def _is_spread(optimizer: Optimizer) -> bool:
+    return any(isinstance(each, DTensor) for each in held_values(optimizer))
 
 
 def _settings(trainer: pl.Trainer) -> State:
@@ -147,8 +194,8 @@ def _parts(trainer: pl.Trainer) -> Iterator[tuple[str, object]]:
                 yield name, dataset
             # The dataset in a Subset, or in a user's wrapper.
             dataset, name = getattr(dataset, "dataset", None), f"{name}.dataset"
-    for index, optimizer in enumerate(trainer.optimizers):
-        yield f"{type(optimizer).__name__}" if index == 0 else f"{type(optimizer).__name__}-{index}", optimizer
+    yield from optimizers_of(trainer).items()
+    yield from wrappers_of(trainer).items()
 
 
 def _put(part: object, name: str, value: object) -> None:
