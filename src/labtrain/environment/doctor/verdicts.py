@@ -16,15 +16,15 @@ Result = Literal["runs", "warns", "fails"]
 SOURCES = {
     "minor versions": "NVIDIA, CUDA Compatibility, Minor Version Compatibility:"
     " https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html",
-    "release notes": "NVIDIA, CUDA Toolkit Release Notes, tables of driver versions, and new architectures:"
+    "release notes": "NVIDIA, CUDA Toolkit Release Notes, driver versions and new architectures:"
     " https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/",
     "binaries": "NVIDIA, CUDA C++ Programming Guide, Binary Compatibility and PTX Compatibility:"
     " https://docs.nvidia.com/cuda/cuda-c-programming-guide/",
-    "unix drivers": "NVIDIA, Unix graphics feature deprecation schedule: R580 is the last for Maxwell, Pascal and Volta:"
+    "unix drivers": "NVIDIA, Unix graphics feature deprecation schedule, R580 and Maxwell to Volta:"
     " https://nvidia.custhelp.com/app/answers/detail/a_id/3142",
     "cudnn": "NVIDIA, cuDNN support matrix:"
     " https://docs.nvidia.com/deeplearning/cudnn/backend/latest/reference/support-matrix.html",
-    "triton": "PyTorch, torch/_dynamo/exc.py, GPUTooOldForTriton: compute capability 7.0",
+    "triton": "PyTorch, torch/_inductor/exc.py, GPUTooOldForTriton: compute capability 7.0",
     "torch": "the installed torch: torch.cuda.get_arch_list()",
 }
 
@@ -76,7 +76,8 @@ BUILDS = {
     ),
     "conda": Build(
         cuda=(12, 9),
-        architectures=("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"),
+        architectures=("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120",
+                       "compute_120"),
         cudnn=(9, 10, 2),
     ),
 }  # fmt: skip
@@ -118,7 +119,7 @@ def of_driver(driver: str, cuda: Version) -> Verdict:
     if number < QUIET_DRIVER:
         return Verdict(
             result="warns",
-            why=f"it is older than CUDA 12.1 ({shown(QUIET_DRIVER)}): programs of CUDA 12 run, but no PTX code of theirs",
+            why=f"it is older than CUDA 12.1 ({shown(QUIET_DRIVER)}): programs of CUDA 12 run, but not their PTX code",
             hint="install NVIDIA's driver 535 or later; the CUDA toolkit need not change",
             source="minor versions",
         )
@@ -140,7 +141,7 @@ def of_gpu(driver: str, cuda: Version, capability: Version, build: Build) -> Ver
     if capability < TURING and version_of(driver)[0] > LAST_DRIVER_BEFORE_TURING:
         return Verdict(
             result="fails",
-            why=f"drivers after R{LAST_DRIVER_BEFORE_TURING} have no support for compute capability {shown(capability)}",
+            why=f"drivers after R{LAST_DRIVER_BEFORE_TURING} do not support compute capability {shown(capability)}",
             hint=f"install NVIDIA's driver R{LAST_DRIVER_BEFORE_TURING}, which gets updates until June 2028",
             source="unix drivers",
         )
@@ -172,14 +173,14 @@ def _of_code(cuda: Version, capability: Version, build: Build) -> Verdict | None
         if cuda < build.cuda:
             return Verdict(
                 result="fails",
-                why=f"torch has only PTX code for {shown(capability)}, and a driver for CUDA {shown(cuda)} cannot compile"
-                f" PTX of CUDA {shown(build.cuda)} (error 222)",
+                why=f"torch has only PTX code for {shown(capability)}, and a driver for CUDA {shown(cuda)} cannot"
+                f" compile PTX of CUDA {shown(build.cuda)} (error 222)",
                 hint="install NVIDIA's driver 580 or later",
                 source="binaries",
             )
         return Verdict(
             result="warns",
-            why=f"torch has only PTX code for {shown(capability)}: the driver compiles it at the first start, for minutes",
+            why=f"torch has only PTX code for {shown(capability)}: the driver compiles it at the first start",
             hint="use a torch that was built for this GPU",
             source="binaries",
         )
