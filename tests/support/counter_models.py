@@ -98,3 +98,57 @@ class Counting(Step):
         self.log("val/loss", self.val_loss / self.batches)
         self.log("val/seen", float(self.val_seen))
         self.log("val/batches", float(self.batches))
+
+
+class Late(Counting):
+    """Adds from the second epoch on, not in the sanity check, and to what no attribute of its own holds."""
+
+    def __init__(self, kind: str = "plain") -> None:
+        super().__init__(kind)
+        self.late, self.items = 0.0, {"n": 0}
+        self.register_buffer("of_buffer", torch.zeros((), dtype=torch.int64))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if self.kind == "items":
+            self.items["n"] += len(batch[1])
+            self.of_buffer += len(batch[1])
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.trainer.sanity_checking:
+            return
+        super().validation_step(batch, batch_idx)
+        if self.current_epoch:
+            self.late += nn.functional.cross_entropy(self(batch[0].double()), batch[1]).item()
+        if self.kind == "squares":
+            self.squares += self.val_loss**2
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            super().on_validation_epoch_end()
+            self.log("val/late", self.late / self.batches)
+
+
+class ByHand(Counting):
+    """Counts updates in a loop, in manual optimization: the generator of a GAN follows each tenth."""
+
+    def __init__(self, kind: str = "plain") -> None:
+        super().__init__(kind)
+        self.automatic_optimization = False
+        self.updates = self.rare = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        optimizer: Any = self.optimizers()
+        for _ in range(2):
+            loss = super().training_step(batch, batch_idx)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+            self.updates += 1
+            if self.updates % 4 == 0:
+                self.rare += 1
+        return loss
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        self.log_dict({"train/updates": float(self.updates), "train/rare": float(self.rare)})

@@ -34,7 +34,7 @@ def _is_rate(value: object) -> bool:
 
 
 def _is_kind(value: object) -> bool:
-    return value in ("sum", "mean", "count")  # counters.py
+    return value in ("sum", "mean", "count", "other", "unknown")  # counters.py
 
 
 LOGGED: Form = {

@@ -177,9 +177,9 @@ class DataLoader(Loader):
             if name not in counts and now.get(name) != value
         ]
 
-    def first_shards(self, epoch: int) -> list[Picks]:
-        """Return the samples of each shard of the first batch of an epoch."""
-        picks = self.source.epoch(epoch)[0]
+    def shards_in(self, epoch: int, batch: int = 0) -> list[Picks]:
+        """Return the samples of each shard of a batch of an epoch."""
+        picks = self.source.epoch(epoch)[batch]
         return cut(picks, self.shards_of(len(picks)))
 
     def load(self, groups: Iterable[Sequence[Picks]]) -> Iterator[list[object]]:

@@ -67,7 +67,7 @@ class Buffers:
                 if buffer is not None:
                     owned.setdefault(id(buffer), (part, name))
                     self._known.add((id(part), name))
-        means = [each for each in owned.values() if _is_statistic(each[1], _get(each))]
+        means = [each for each in owned.values() if is_statistic(each[1], _get(each))]
         others = [each for each in owned.values() if each not in means]
         self.owned = means + others
         self.num_means = len(means)
@@ -212,7 +212,7 @@ class Buffers:
         for path, name in dict.fromkeys(key for new, _ in by_shard.values() for key in new):
             found = [(new[path, name], weight) for _, (new, weight) in sorted(by_shard.items()) if (path, name) in new]
             value = found[-1][0]
-            if _is_statistic(name, value) and len(found) == shards:
+            if is_statistic(name, value) and len(found) == shards:
                 rows = [(each.double() * weight).reshape(-1) for each, weight in found]
                 value = add_rows(torch.stack(rows)).to(value.dtype).view(value.shape)
             elif len(found) < shards or len({tensor_bytes(each).tobytes() for each, _ in found}) > 1:
@@ -263,7 +263,8 @@ def _differs(name: str, kind: str, buffer: Tensor) -> tuple[str, str]:
     )
 
 
-def _is_statistic(name: str, buffer: Tensor) -> bool:
+def is_statistic(name: str, buffer: Tensor) -> bool:
+    """Return whether a buffer, by its own name, is averaged over the samples."""
     return name.startswith(STATISTICS) and (buffer.is_floating_point() or buffer.is_complex())
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base.console import shown
-from labtrain.base.contracts import as_options
+from labtrain.base.contracts import Options, as_options
 from labtrain.base.credentials import NOT_RECORDED, without_secrets
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, DamagedError, LabtrainError
 from labtrain.base.git import GitError, ask_git, borrow_commit, git_variables, run_git
@@ -212,6 +212,13 @@ class Replay:
         copy_as(checkpoint, self.run_dir, self.run_id)
 
 
+def _quiet(name: str, options: Options | None) -> Options:
+    """Return the options of a logger that sends nothing: one by its `_target_` becomes one that takes all calls."""
+    if options and "_target_" in options:
+        return {"_target_": "lightning.pytorch.loggers.logger.DummyLogger"}
+    return {"mode": "offline"} if name == "wandb" else {}
+
+
 def _config_of(
     receipt: Receipt, scratch: Path, changes: dict[str, object], *, keep_trail: bool, sandboxed: bool
 ) -> tuple[Config, References]:
@@ -222,7 +229,7 @@ def _config_of(
         config["paths"]["runs"] = str(scratch / "runs")
         config["resume"] = "auto"
         # The model's code may use loggers. With their options they would send data to a service, with the user's key.
-        config["logger"] = {name: {"mode": "offline"} if name == "wandb" else {} for name in config["logger"]}
+        config["logger"] = {name: _quiet(name, options) for name, options in config["logger"].items()}
         if not keep_trail:
             config["trail"]["every_n_steps"] = 1
         config["checkpoint"] |= {

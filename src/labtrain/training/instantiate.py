@@ -10,6 +10,7 @@ from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError, LabtrainError, in_words, where
 
 Made = TypeVar("Made")
+PASSED = ("batch_size", "num_workers")  # of the data, whether conf/ has them or not
 
 
 def instantiate(options: Options, key: str, kind: type[Made]) -> Made:
@@ -33,9 +34,7 @@ def instantiate(options: Options, key: str, kind: type[Made]) -> Made:
         # If a callback's constructor fails, its arguments are wrong. A model's or datamodule's may fail for any reason.
         if cause is None or isinstance(cause, TypeError | ImportError) or kind is pl.Callback:
             text = " ".join(str(error).split()) if cause is None else in_words(cause) + where(cause.__traceback__)
-            raise ConfigError(
-                f"{key}._target_={target}: {text}", hint=f"correct {key} in conf/, or the class it names"
-            ) from error
+            raise ConfigError(f"{key}._target_={target}: {text}", hint=_hint(key, target, text)) from error
         raise cause from None
     if not isinstance(made, kind):
         raise ConfigError(
@@ -43,6 +42,13 @@ def instantiate(options: Options, key: str, kind: type[Made]) -> Made:
             hint=f"derive it from lightning.pytorch.{kind.__name__}",
         )
     return made
+
+
+def _hint(key: str, target: str, text: str) -> str:
+    for name in PASSED:
+        if key == "data" and f"unexpected keyword argument '{name}'" in text:
+            return f"add {name} to the arguments of {target}.__init__: labtrain passes data.{' and data.'.join(PASSED)}"
+    return f"correct {key} in conf/, or the class it names"
 
 
 def _known(error: BaseException) -> LabtrainError | None:

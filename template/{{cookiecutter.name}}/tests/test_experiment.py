@@ -9,7 +9,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
+from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,23 +33,25 @@ def config() -> DictConfig:
         return compose("config")
 
 
-def first_batch(config: DictConfig, loader: str) -> list[torch.Tensor]:
+def test_the_model_trains_on_a_batch(config: DictConfig) -> None:
+    trainer = Trainer(fast_dev_run=True, accelerator="cpu", logger=False, enable_model_summary=False)
+    trainer.fit(instantiate(config.model), datamodule=instantiate(config.data))
+
+
+def first_values(config: DictConfig) -> list[object]:
+    """Return what the first batch of the validation holds, in whatever form."""
     data = instantiate(config.data)
+    if not is_overridden("val_dataloader", data):
+        pytest.skip("the data have no validation")
     data.prepare_data()
     data.setup("fit")
-    return next(iter(getattr(data, loader)()))
-
-
-@pytest.mark.filterwarnings("ignore:You are trying to `self.log")  # no Trainer here, so there is nothing to log to
-def test_the_model_trains_on_a_batch(config: DictConfig) -> None:
-    loss = instantiate(config.model).training_step(first_batch(config, "train_dataloader"), 0)
-    assert torch.isfinite(loss)
+    return tree_leaves(next(iter(data.val_dataloader())))
 
 
 def test_the_validation_data_are_the_same_each_time(config: DictConfig) -> None:
     """A split without a seed of its own would give other samples in each process."""
-    first, second = (first_batch(config, "val_dataloader") for _ in range(2))
-    assert all(torch.equal(one, two) for one, two in zip(first, second, strict=True))
+    for one, two in zip(first_values(config), first_values(config), strict=True):
+        assert torch.equal(one, two) if isinstance(one, torch.Tensor) else one == two
 
 
 def test_the_same_start_gives_the_same_bits(tmp_path: Path) -> None:

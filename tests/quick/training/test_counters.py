@@ -9,7 +9,16 @@ from torch import nn
 
 from labtrain.checkpoints.structure import STATE, check
 from labtrain.record.digests import PLACE
-from labtrain.training.state.counters import AMOUNTS, CALLS, SOME_CALLS, Counters, Trial, added_to, kinds_of
+from labtrain.training.state.counters import (
+    AMOUNTS,
+    CALLS,
+    SOME_CALLS,
+    Added,
+    Counters,
+    Trial,
+    added_to,
+    kinds_of,
+)
 
 CPU = torch.device("cpu")
 
@@ -50,7 +59,7 @@ def test_the_source_tells_what_methods_add_to() -> None:
         "total": AMOUNTS,
         "reverse": AMOUNTS,
         "large": SOME_CALLS,
-        "each": AMOUNTS,
+        "each": SOME_CALLS,
     }
 
 
@@ -148,7 +157,7 @@ def test_a_trial_tells_sums_and_means_apart() -> None:
     model = Model(value=0.5)
     found = []
     for whole, first, second in ((6.0, 2.0, 4.0), (3.0, 2.0, 3.5), (0.0, 0.0, 0.0), (9.0, 1.0, 2.0)):
-        trial, added = Trial(Counters(model, CPU, {}), training=True), []
+        trial, added = Trial(Counters(model, CPU, {}), training=True), list[Added]()
         for amount in (whole, first, second):
             model.value = 0.5
             trial.begin()
@@ -157,8 +166,42 @@ def test_a_trial_tells_sums_and_means_apart() -> None:
             added.append(trial.added)
         trial.compare(*added, share=1 / 3)
         found.append(trial.kinds().get(("", "value")))
-    assert found == ["sum", "mean", None, None]
-    assert Trial(Counters(model, CPU, {}), training=False).kinds() == {("", "value"): "sum"}
+    assert found == ["sum", "mean", "other", "other"]
+    assert Trial(Counters(model, CPU, {}), training=False).kinds() == {("", "value"): "unknown"}
+
+
+def test_a_number_that_no_trial_has_told_is_found_when_shards_add_to_it() -> None:
+    model = Model(value=0.0)
+    counters = Counters(model, CPU, {"validate": {("", "value"): "unknown"}})
+    for amount, unknown in ((0.0, []), (1.5, [("", "value")])):
+        counters.begin("validate")
+        rows = []
+        for _ in range(2):
+            model.step(amount)
+            rows.append(counters.take(1))
+        assert counters.unknown(rows) == unknown
+        counters.end(rows, {("", "value"): "mean"})
+    assert model.value == 1.5
+
+
+def test_other_numbers_that_depend_on_the_number_of_calls_are_named() -> None:
+    model = Model(value=0, items={"n": 0, "calls": 0, "loss": 0.0}, text="", nested=[[0]])
+    model.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+    named = []
+    for training in (True, False):
+        trial, added = Trial(Counters(model, CPU, {}), training=training), list[Added]()
+        for samples, loss in ((4, 1.0), (2, 0.5), (2, 1.5)):
+            trial.begin()
+            model.items["n"] += samples
+            model.items["calls"] += 1
+            model.items["loss"] += loss
+            model.nested[0][0] += samples
+            model.seen += samples
+            trial.end()
+            added.append(trial.added)
+        trial.compare(*added, share=0.5)
+        named.append(trial.unlike)
+    assert named == [{"items['n']", "nested[0][0]", "seen"}, {"items['n']", "items['loss']", "nested[0][0]", "seen"}]
 
 
 def test_a_checkpoint_holds_the_kinds_and_refuses_others() -> None:

@@ -138,11 +138,10 @@ def _places(trainer: pl.Trainer, optimizers: dict[str, Any]) -> Iterator[tuple[s
     wrappers = lightning_optimizers(trainer.strategy)
     for key, wrapper in enumerate(wrappers):
         yield STEP, "step", key, wrapper
-        kind: Any = type(wrapper.optimizer)
-        yield from ((f"{kind.__name__}.{method}", method, key, wrapper) for method in own_methods(kind))
+        name = type(wrapper.optimizer).__name__
+        yield from ((f"{name}.{method}", method, key, wrapper) for method in own_methods(wrapper.optimizer))
     for name, optimizer in optimizers.items():
-        kind = type(optimizer)
-        for method in ("step", *own_methods(kind)):
+        for method in ("step", *own_methods(optimizer)):
             yield f"{name}.{method}, called directly", method, 0, optimizer
 
 

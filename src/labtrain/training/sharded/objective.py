@@ -44,7 +44,8 @@ from labtrain.training.lightning import (
 )
 from labtrain.training.sharded.flops import FlopCount
 from labtrain.training.sharded.whole import NeedsMeetingError
-from labtrain.training.state.counters import Added, Counters, Kinds, Trial
+from labtrain.training.state.counters import Added, Trial
+from labtrain.training.state.optimizers import optimizers_of, own_methods, wrappers_of
 from labtrain.training.state.snapshots import Look, look, unlike
 from labtrain.training.state.step_changes import Watch, let_pass
 from labtrain.training.state.undo import LARGEST_BYTES, TooLargeError, Undo
@@ -176,15 +177,20 @@ class Objective(pl.Callback):
         self._say_normalised(pl_module, size)
         together = not pl_module.automatic_optimization or _is_synchronised(pl_module)
         if together or not isinstance(loader, DataLoader):
-            strategy.kinds.setdefault("train", trial.kinds())
+            if trainer.is_global_zero:
+                count_steps(trainer, pl_module, loader, trial)
+            kinds, unlike = strategy.broadcast((trial.kinds(), trial.unlike), src=0)
+            strategy.kinds.setdefault("train", kinds)
+            self._say_unlike(unlike)
             self.note(f"{NOT_COMPARED}: its shards run together, or its data is a stream or several loaders")
             return
         tried: tuple[Tried, tuple[bool, str] | None] = ([], [], []), None
         if trainer.is_global_zero:
             tried = self._tried(trainer, pl_module, loader, trial, size)
-        tried, kinds = strategy.broadcast((tried, trial.kinds()), src=0)
+        tried, kinds, unlike = strategy.broadcast((tried, trial.kinds(), trial.unlike), src=0)
         (changed, read, asked), found = tried
         strategy.kinds.setdefault("train", kinds)
+        self._say_unlike(unlike)
         if changed:
             self.judge(*self._uncounted(changed))
         elif read:
@@ -214,6 +220,14 @@ class Objective(pl.Callback):
         except NotComparedError as error:
             return tried, (False, f"{NOT_COMPARED}: {error}")
         return tried, None if difference is None else (True, self._sentence(difference, size))
+
+    def _say_unlike(self, names: set[str]) -> None:
+        if names:
+            self.say(
+                f"training_step adds to {few(sorted(names))} for each sample: labtrain cannot combine what the"
+                f" {self.shards} shards of a step add, and keeps what one of them adds (use an attribute that the step"
+                " adds to by +=, or a torchmetrics metric)"
+            )
 
     def _say_normalised(self, module: pl.LightningModule, size: int) -> None:
         norms = [part for part in module.modules() if isinstance(part, _BatchNorm) and part.training]
@@ -272,7 +286,7 @@ def left_by_shards(
         NotComparedError: the step cannot be tried.
     """
     with _bench(trainer, module, loader) as bench:
-        parts = loader.first_shards(trainer.current_epoch)[:2]
+        parts = loader.shards_in(trainer.current_epoch)[:2]
         if not all(map(len, parts)):
             return [], [], []
         first, second = next(loader.load([parts]))
@@ -313,37 +327,65 @@ def compare(
     return None
 
 
-def counted_in_evaluation(
+def count_steps(
     trainer: pl.Trainer,
     module: pl.LightningModule,
     loader: object,
-    counters: Counters,
-    args: Sequence[object],
-) -> Kinds:
-    """Return how an evaluation combines what shards add to numbers.
+    trial: Trial,
+    *,
+    args: Sequence[object] | None = None,
+    batch: int = 0,
+) -> None:
+    """Let a trial see what steps of the current stage add to numbers.
 
     Args:
-        trainer: in an evaluation.
+        trainer: in a training or an evaluation.
         module: the model.
-        loader: of the evaluation.
-        counters: of the training.
-        args: of the model's step, after the batch.
+        loader: of the batch.
+        trial: to tell.
+        args: of the model's step, after the batch; None for those of `training_step`.
+        batch: its number in the epoch.
     """
-    trial = Trial(counters, training=False)
-    with suppress(NotComparedError), torch.inference_mode(False), torch.no_grad():
-        if trial.found and isinstance(loader, DataLoader):
-            with _bench(trainer, module, loader, trial) as bench:
-                groups = _groups(loader, trainer.current_epoch)
-                for group, data in zip(groups, loader.load(groups), strict=True):
-                    added = [bench.evaluate(part, args) for part in data]
-                    trial.compare(*added, share=len(group[1]) / len(group[0]))
-    return trial.kinds()
+    if not isinstance(loader, DataLoader):
+        return
+    steps = _without_steps(trainer) if trainer.training else nullcontext()
+    with steps, suppress(NotComparedError), _bench(trainer, module, loader, trial) as bench:
+        groups = _groups(loader, trainer.current_epoch, batch)
+        for group, data in zip(groups, loader.load(groups), strict=True):
+            added = [bench.count(part, args) for part in data]
+            trial.compare(*added, share=len(group[1]) / len(group[0]))
 
 
-def _groups(loader: DataLoader, epoch: int) -> list[list[Picks]]:
-    """Return the samples of the first shards of an epoch, each with two parts of them."""
+@contextmanager
+def _without_steps(trainer: pl.Trainer) -> Iterator[None]:
+    """Let methods of optimizers, and steps of schedulers, do nothing but call a closure. Enter it before a bench."""
+
+    def step(*arguments: object, **options: object) -> object:
+        closure = options.get("closure", arguments[0] if arguments else None)
+        if not callable(closure):
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
+    owners = [*optimizers_of(trainer).values(), *wrappers_of(trainer).values(), *schedulers]
+    places = [(vars(owner), name) for owner in owners for name in ("step", *own_methods(owner))]
+    before = [table.get(name) for table, name in places]
+    for table, name in places:
+        table[name] = step
+    try:
+        yield
+    finally:
+        for (table, name), usual in zip(places, before, strict=True):
+            table.pop(name, None)
+            if usual is not None:
+                table[name] = usual
+
+
+def _groups(loader: DataLoader, epoch: int, batch: int = 0) -> list[list[Picks]]:
+    """Return the samples of the shards of a batch, each with two parts of them."""
     groups = []
-    for shard, part in enumerate(loader.first_shards(epoch)[:SHARDS_COMPARED]):
+    for shard, part in enumerate(loader.shards_in(epoch, batch)[:SHARDS_COMPARED]):
         if len(part) > 1:
             cut = max(1, len(part) // (2 + shard))  # halves may happen to have the same number of tokens
             groups.append([part, part[:cut], part[cut:]])
@@ -404,7 +446,7 @@ class _Bench:
         """Prepare the process for such runs, and put everything back."""
         strategy = cast("Exact", trainer.strategy)
         tensors = [*module.parameters(), *module.buffers()]
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        groups = [group for optimizer in optimizers_of(trainer).values() for group in optimizer.param_groups]
         schedulers = [each.scheduler for each in trainer.lr_scheduler_configs]
         shallow = [trainer, logger_connector(trainer), *_datasets(loader.dataset)]
         datamodule = getattr(trainer, "datamodule", None)
@@ -567,29 +609,31 @@ class _Bench:
         finally:
             self._reset()
 
-    def evaluate(self, data: object, args: Sequence[object]) -> Added:
-        """Run a step of the evaluation; return what it adds to numbers.
+    def count(self, data: object, args: Sequence[object] | None) -> Added:
+        """Run a step of the stage; return what it adds to numbers.
 
         Args:
             data: of a loader.
-            args: of the step, after the batch.
+            args: of the step, after the batch; None for those of `training_step`.
         """
         self._begin()
+        for parameter in self.module.parameters():
+            parameter.grad = None  # a backward would add to it in place
         seed_place("objective", 0)
         data = self._prepared(data, fresh=True)
         with self._counting():
-            getattr(self.module, self.step)(data, *args)
+            getattr(self.module, self.step)(data, *(self._arguments() if args is None else args))
         return self._added()
+
+    def _arguments(self) -> list[object]:
+        """Return the arguments of `training_step` after the batch."""
+        takes_number = is_param_in_hook_signature(self.module.training_step, "batch_idx", min_args=2)
+        return [max(self.trainer.fit_loop.epoch_loop.batch_idx, 0)] if takes_number else []
 
     def _training_step(self, data: object) -> tuple[Any, float | None]:
         """Return the loss of data on the device, with its graph, and the weight that came with it."""
-        args = (
-            [max(self.trainer.fit_loop.epoch_loop.batch_idx, 0)]
-            if is_param_in_hook_signature(self.module.training_step, "batch_idx", min_args=2)
-            else []
-        )
         with self._counting():
-            output = self.module.training_step(data, *args)
+            output = self.module.training_step(data, *self._arguments())
         return output["loss"] if isinstance(output, dict) else output, weight_of(output)
 
     def _prepared(self, data: object, *, fresh: bool) -> object:
@@ -612,7 +656,7 @@ class _Bench:
         self.trial.end()
 
     def _added(self) -> Added:
-        return self.trial.added if self.trial is not None else {}
+        return self.trial.added if self.trial is not None else Added({}, {})
 
     def _reset(self) -> None:
         self.undo()

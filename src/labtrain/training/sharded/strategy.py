@@ -32,6 +32,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
+from labtrain.base.console import few
 from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError
 from labtrain.base.signals import Stopped, Wishes
@@ -60,11 +61,11 @@ from labtrain.training.lightning import (
 from labtrain.training.sharded.calls import counting
 from labtrain.training.sharded.gathering import Appended
 from labtrain.training.sharded.hooks import LOSS, LOSS_IN_DICT, NOTHING, Handed, Readers, content, whole
-from labtrain.training.sharded.objective import counted_in_evaluation, weight_of, weighted_mean, weighted_row
+from labtrain.training.sharded.objective import count_steps, weight_of, weighted_mean, weighted_row
 from labtrain.training.sharded.step_log import Tally
 from labtrain.training.sharded.together import Together
 from labtrain.training.sharded.whole import NeedsMeetingError, by_itself, normalise_whole_batches
-from labtrain.training.state.counters import Counters, Kinds
+from labtrain.training.state.counters import OTHER, UNKNOWN, Counters, Kinds, Trial
 from labtrain.training.state.optimizers import optimizers_of, wrappers_of
 from labtrain.training.state.step_changes import Watch, let_pass
 
@@ -633,7 +634,7 @@ class Exact(_Base):
         taken = self._readers.outputs
         with self.scratch(loop) as results, self.appended.watch(self._module, loader=which or 0, batch=index):
             self._tally.begin(training=False)
-            self._begin_counters(which or 0, args)
+            stage = self._begin_counters(which or 0, args)
             for shard, samples, data in batch.parts:
                 data = data if moved else self.moved(data, which or 0, *place, shard)
                 put_results(loop, self._tally.open(data, samples, which))
@@ -652,7 +653,7 @@ class Exact(_Base):
                 self._tally.close(torch.tensor(front, dtype=torch.float64, device=self._device), samples)
             rows_SK = self._combined(batch, results, ranges)
             if self.counters.width:
-                self.counters.end(rows_SK[:, int(taken) :].tolist())
+                self._end_counters(stage, rows_SK[:, int(taken) :].tolist(), which or 0, args)
         if self.wishes.agreed_stop:
             raise Stopped(self.wishes.agreed_stop)  # what was trained is saved before each validation
         seed_place("after", *place)
@@ -660,16 +661,49 @@ class Exact(_Base):
             return None
         return self._joined(outputs, what="what validation_step or test_step returns", average=True)
 
-    def _begin_counters(self, loader: int, args: tuple[object, ...]) -> None:
-        """Begin a step of an evaluation for numbers that it adds to; in the first one, find them."""
-        stage, counters = str(self._trainer.state.fn), self.counters
+    def _begin_counters(self, loader: int, args: tuple[object, ...]) -> str:
+        """Begin a step of an evaluation for numbers that it adds to; in the first one, find them. Return the stage."""
+        stage = _stage_of(self._trainer)
         if self._watch is not None and stage not in self.kinds:
-            kinds = Kinds()
-            if self._rank == 0:
-                of_stage = [*eval_loaders(self._trainer)][loader]
-                kinds = counted_in_evaluation(self._trainer, self._module, of_stage, counters, args)
-            self.kinds[stage] = self.broadcast(kinds, src=0)
-        counters.begin(stage)
+            self.kinds[stage], unlike = self._try_evaluation(loader, 0, args)
+            self._say_others(stage, self.kinds[stage])
+            if unlike:
+                self._say(
+                    f"{stage}_step changes {few(sorted(unlike))}: it runs once for each of a batch's {self.shards}"
+                    " shards, and each device has the value of its own (use an attribute that the step adds to by +=,"
+                    " a list, or a torchmetrics metric)"
+                )
+        elif self._watch is not None and args and args[0] == 0:  # other numbers may be there by now
+            self.kinds[stage] = Trial(self.counters, training=False).kinds() | self.kinds[stage]
+        self.counters.begin(stage)
+        return stage
+
+    def _try_evaluation(self, loader: int, batch: int, args: tuple[object, ...]) -> tuple[Kinds, set[str]]:
+        """Return how to combine what shards add to numbers, and the names of others that they change."""
+        found: tuple[Kinds, set[str]] = {}, set()
+        if self._rank == 0 and self.counters.may_change():
+            trial = Trial(self.counters, training=False)
+            of_stage = [*eval_loaders(self._trainer)][loader]
+            count_steps(self._trainer, self._module, of_stage, trial, args=args, batch=batch)
+            found = trial.kinds(), trial.unlike
+        return self.broadcast(found, src=0)
+
+    def _end_counters(self, stage: str, rows_SN: list[list[float]], loader: int, args: tuple[object, ...]) -> None:
+        """End the step; if it has added to a number whose kind no step has shown, find that out."""
+        if unknown := self.counters.unknown(rows_SN):
+            batch = args[0] if args and isinstance(args[0], int) else 0
+            now, _ = self._try_evaluation(loader, batch, args)
+            found = {site: OTHER if now[site] == UNKNOWN else now[site] for site in unknown}
+            self.kinds[stage] |= found
+            self._say_others(stage, found)
+        self.counters.end(rows_SN, self.kinds.get(stage))
+
+    def _say_others(self, stage: str, found: Kinds) -> None:
+        if others := sorted(".".join(filter(None, site)) for site, kind in found.items() if kind == OTHER):
+            self._say(
+                f"{stage}_step adds to {few(others)} what is neither a sum over samples nor a mean: labtrain adds what"
+                f" the {self.shards} shards of a batch add (use a torchmetrics metric)"
+            )
 
     def _hand(self, batch: Sharded, dataloader_idx: int, *place: int | str) -> Handed:
         """Move a batch's shards to the device, and join those of all ranks for hooks."""
@@ -940,6 +974,11 @@ def _judge_backward_hooks(guard: Guard, owners: list[object]) -> None:
                 " depends on the number of devices",
                 "use on_after_backward or on_before_optimizer_step, which run once a step; or determinism.shards=1",
             )
+
+
+def _stage_of(trainer: pl.Trainer) -> str:
+    """Return the name of an evaluation; that inside of a training is a validation."""
+    return "test" if trainer.testing else "validation"
 
 
 def _name_of(parameter: Tensor, module: torch.nn.Module) -> str:

@@ -214,7 +214,7 @@ class Together:
     def _leave(self, shard: Shard) -> Gradients:
         """Put aside what the shard has to itself; return its gradients, those outside of a backward that it is in."""
         draws = keep_draws()
-        shard.enter = [draws, *(self.strategy.swap_out() if len(self.shards) > 1 else ())]
+        shard.enter = [draws, *(self.strategy.swap_out() if self.manual or len(self.shards) > 1 else ())]
         if self.watch is not None and (self.manual or len(self.shards) > 1):
             shard.weights = self.watch.take_weights()
         shard.flags = self._flags()

@@ -94,12 +94,17 @@ def _inside(value: Any, path: str, seen: set[int], depth: int = 0) -> Iterator[t
         yield from _held(vars(value), path, seen, depth + 1)
 
 
-@cache
-def own_methods(kind: Any) -> tuple[str, ...]:
+def own_methods(optimizer: object) -> tuple[str, ...]:
     """Return the names of the public methods of an optimizer's class that torch and Lightning do not define.
 
     Not those with `yield`, such as context managers: their caller's code runs in the middle of them.
     """
+    kind: Any = type(optimizer)
+    return _own_methods(kind)
+
+
+@cache
+def _own_methods(kind: Any) -> tuple[str, ...]:
     names = dict.fromkeys(
         name
         for each in kind.__mro__
