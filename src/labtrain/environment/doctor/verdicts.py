@@ -83,6 +83,19 @@ BUILDS = {
 }  # fmt: skip
 
 
+# Of the table in docs/reference/gpus.md: drivers with their CUDA, and cards.
+DRIVERS: tuple[tuple[str, Version], ...] = (
+    ("515.105.01", (11, 7)), ("525.60.13", (12, 0)), ("525.147.05", (12, 0)), ("530.30.02", (12, 1)),
+    ("535.183.01", (12, 2)), ("550.54.14", (12, 4)), ("570.86.15", (12, 8)), ("580.65.06", (13, 0)),
+    ("590.44.01", (13, 1)),
+)  # fmt: skip
+CARDS: dict[Version, str] = {
+    (5, 2): "GTX 900, M40", (6, 1): "GTX 1000, P40", (7, 0): "V100", (7, 5): "RTX 2000, T4", (8, 0): "A100",
+    (8, 6): "RTX 3000, A40", (8, 9): "RTX 4000, L40", (9, 0): "H100, H200", (10, 0): "B200", (10, 3): "B300",
+    (12, 0): "RTX 5000", (12, 1): "GB10",
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """Whether a combination runs.
@@ -109,10 +122,10 @@ def of_driver(driver: str, cuda: Version) -> Verdict:
     """
     number = version_of(driver)
     if cuda < (12, 0) or number < LEAST_DRIVER:
-        old = f" This one is for CUDA {shown(cuda)}; CUDA 11 ended with PyTorch 2.7." if cuda < (12, 0) else ""
+        old = f"; this one is for CUDA {shown(cuda)}, and CUDA 11 ended with PyTorch 2.7" if cuda < (12, 0) else ""
         return Verdict(
             result="fails",
-            why=f"programs of CUDA 12 need driver {shown(LEAST_DRIVER)} or later.{old}",
+            why=f"programs of CUDA 12 need driver {shown(LEAST_DRIVER)} or later{old}",
             hint="install NVIDIA's driver 580 or later, or R570 where it is packaged; the CUDA toolkit need not change",
             source="minor versions",
         )
