@@ -1,6 +1,6 @@
-"""Write the reference pages from the code: configuration keys, commands, fields of the receipt, the corpus.
+"""Write the reference pages from the code: configuration keys, commands, fields of the receipt, the corpus, GPUs.
 
-python docs/reference.py            writes docs/reference/{configuration,commands,receipt,corpus}.md
+python docs/reference.py            writes docs/reference/{configuration,commands,receipt,corpus,gpus}.md
 python docs/reference.py --check    exits with 1 if the committed pages differ from the code
 """
 
@@ -17,6 +17,8 @@ import yaml
 from labtrain import conf
 from labtrain.cli import help_page
 from labtrain.cli import main as labtrain
+from labtrain.environment.doctor import verdicts
+from labtrain.environment.doctor.cliffs import CLIFFS
 from labtrain.record import receipt
 
 PAGES = Path(__file__).with_name("reference")
@@ -39,7 +41,41 @@ def pages() -> dict[str, str]:
         "commands.md": commands(),
         "receipt.md": fields(),
         "corpus.md": corpus(),
+        "gpus.md": gpus(),
     }
+
+
+# ---------------------------------------------------------------------------------------------------------- GPUs
+
+
+def gpus() -> str:
+    """Return the page of drivers and GPUs, from the data of `labtrain doctor`."""
+    lines = [
+        "# Drivers and GPUs\n",
+        "`labtrain doctor` compares the driver and each GPU with the torch that is installed. These tables are its",
+        "verdicts for the locks' builds. No combination was run: each verdict follows from a source below.\n",
+    ]
+    for route, build in verdicts.BUILDS.items():
+        heads = [f"{driver} ({verdicts.shown(cuda)})" for driver, cuda in verdicts.DRIVERS]
+        lines += [
+            f"## {route}: CUDA {verdicts.shown(build.cuda)}\n",
+            f"Code for {', '.join(build.architectures)}; cuDNN {verdicts.shown(build.cudnn or ())}.\n",
+            f"| GPU | {' | '.join(heads)} |",
+            f"| --- |{' --- |' * len(heads)}",
+        ]
+        reasons: dict[str, str] = {}
+        for capability, name in verdicts.CARDS.items():
+            found = [verdicts.of_gpu(driver, cuda, capability, build) for driver, cuda in verdicts.DRIVERS]
+            lines.append(f"| {verdicts.shown(capability)} {name} | {' | '.join(each.result for each in found)} |")
+            for each in found:
+                if each.result != "runs":
+                    reasons.setdefault(each.source, each.why)
+        lines += ["", "Why, with an example for each source:\n"]
+        lines += [*(f"- {why} ({source})" for source, why in reasons.items()), ""]
+    lines += ["## What ends when\n", "| what | ends | then |", "| --- | --- | --- |"]
+    lines += [f"| {each.what} | {f'{each.ends:%B %Y}' if each.ends else ''} | {each.then} |" for each in CLIFFS]
+    lines += ["", "## Sources\n", *(f"- {key}: {text}" for key, text in verdicts.SOURCES.items())]
+    return MADE + "\n".join(lines) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------- configuration

@@ -113,7 +113,7 @@ def doctor(as_json: bool, gpu: str, deep: bool, checkpoints: str | None) -> None
     if as_json:
         say_json([asdict(check) for check in checks])
     else:
-        colours = {"ok": "32", "failed": "31", "skipped": "0"}
+        colours = {"ok": "32", "warned": "33", "failed": "31", "skipped": "0"}
         group = ""
         for check in checks:
             if check.group != group:

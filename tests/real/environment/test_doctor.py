@@ -31,11 +31,20 @@ def test_a_good_driver_and_gpu_pass(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("cuda", "says"), [(12000, "530.30.02"), (11080, "CUDA 11 ended with PyTorch 2.7")])
+@pytest.mark.parametrize(("cuda", "says"), [(12000, "525.60.13"), (11080, "CUDA 11 ended with PyTorch 2.7")])
 def test_a_driver_below_the_floor_fails_in_words(cuda: int, says: str, tmp_path: Path) -> None:
     code, checks = doctor(**driver(tmp_path, number="520.61.05", CUDA=cuda))
     assert (code, checks["driver"]["status"]) == (1, "failed")
-    assert says in checks["driver"]["hint"]
+    assert says in checks["driver"]["found"]
+
+
+def test_a_driver_of_cuda_12_0_warns(tmp_path: Path) -> None:
+    """NVIDIA's floor for CUDA 12 is 525.60.13; R525 has no updates any more."""
+    code, checks = doctor(**driver(tmp_path, number="525.147.05", CUDA=12000))
+    assert (code, checks["driver"]["status"], checks["GPU 0"]["status"]) == (0, "warned", "warned")
+    assert checks["driver support"]["found"] == (
+        "R525 gets no updates any more: NVIDIA ended updates of driver R535 in June 2026"
+    )
 
 
 @pytest.mark.parametrize(("major", "minor"), [(6, 1), (3, 5), (11, 0)])
@@ -93,9 +102,9 @@ def test_the_table_can_be_plain() -> None:
     assert "\x1b[" not in done.stdout
     assert [line for line in done.stdout.splitlines() if not line.startswith(" ")] == [
         "environment",
-        "NVIDIA",
         "machine",
         "libraries",
+        "NVIDIA",
     ]
 
 

@@ -1,8 +1,8 @@
 """Check this machine and environment: each check has what was found, what is expected, and a hint.
 
-`environment` checks Python and the installed packages, `nvidia` the driver and the GPUs, `machine` memory, limits,
-disks and the clock. `libraries` checks torch, last, in its own process and with a time limit, so that a broken torch
-cannot crash the doctor.
+`environment` checks Python and the installed packages, `machine` memory, limits, disks and the clock. `libraries`
+checks torch in its own process and with a time limit, so that a broken torch cannot crash the doctor. `nvidia` compares
+the driver and the GPUs with that torch.
 """
 
 from collections.abc import Iterator
@@ -26,6 +26,7 @@ def examine(*, gpu_required: bool = False, deep: bool = False, checkpoints: str 
     lock = find_lock()
     pins = read_lock(lock)
     yield from environment.checks(pins, lock, deep=deep)
-    yield from nvidia.checks(required=gpu_required)
     yield from machine.checks(Path.cwd(), checkpoints)
-    yield from libraries.checks(pins)
+    probed = libraries.probe()
+    yield from libraries.checks(pins, probed)
+    yield from nvidia.checks(probed.build, required=gpu_required)

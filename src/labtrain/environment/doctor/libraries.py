@@ -5,12 +5,14 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from labtrain.base.console import few
 from labtrain.base.contracts import Options
 from labtrain.environment.doctor.environment import REPAIR
 from labtrain.environment.doctor.report import Check, judged, skipped
+from labtrain.environment.doctor.verdicts import Build
 from labtrain.environment.lock import Pin
 from labtrain.record.identity import route
 
@@ -24,7 +26,8 @@ if torch.version.cuda:
     number = torch.backends.cudnn.version()
     found["cuDNN"] = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
     found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-(torch.ones(8, 8) @ torch.ones(8, 8)).sum().item()
+    # torch.cuda.get_arch_list() says nothing on a machine without a GPU.
+    found["architectures"] = (torch._C._cuda_getArchFlags() or "").split()
 with open("/proc/self/maps") as maps:
     found["loaded"] = sorted({line.split()[-1] for line in maps if "/libcu" in line or "/libnccl" in line})
 print(json.dumps(found))
@@ -39,8 +42,29 @@ PROBED = {
 DRIVER_LIBRARY = "libcuda.so"
 
 
-def checks(pins: dict[str, Pin], *, python: str = sys.executable, timeout_s: float = TIMEOUT_S) -> Iterator[Check]:
-    """Yield the group's checks: import torch, multiply two matrices, and compare the loaded versions with the lock."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Probed:
+    """What a process found that imported torch.
+
+    Attributes:
+        found: versions by name, and the files that it loaded; empty if it could not import torch.
+        reason: why it could not.
+    """
+
+    found: Options
+    reason: str
+
+    @property
+    def build(self) -> Build | None:
+        """What torch was built with; None if it cannot be imported, or is a build for CPUs."""
+        if not self.found.get("CUDA runtime"):
+            return None
+        cuda, cudnn = (tuple(map(int, self.found[name].split("."))) for name in ("CUDA runtime", "cuDNN"))
+        return Build(cuda=cuda[:2], architectures=tuple(self.found["architectures"]), cudnn=cudnn)
+
+
+def probe(*, python: str = sys.executable, timeout_s: float = TIMEOUT_S) -> Probed:
+    """Import torch in its own process, and ask it for its versions."""
     try:
         done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False, timeout=timeout_s)
         found: Options = json.loads(done.stdout) if done.returncode == 0 else {}
@@ -49,6 +73,12 @@ def checks(pins: dict[str, Pin], *, python: str = sys.executable, timeout_s: flo
         found, reason = {}, f"no answer in {timeout_s:.0f} seconds"
     except ValueError:
         found, reason = {}, "unexpected output"
+    return Probed(found=found, reason=reason)
+
+
+def checks(pins: dict[str, Pin], probed: Probed) -> Iterator[Check]:
+    """Yield the group's checks: compare the loaded versions with the lock."""
+    found, reason = probed.found, probed.reason
     if not found:
         yield judged(
             GROUP, "torch", False, reason, "a torch that can be imported", explain_missing(reason) or REPAIR[route()]

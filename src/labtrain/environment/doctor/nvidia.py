@@ -1,4 +1,4 @@
-"""Check the driver (by NVML) against the CUDA 12.1 minimum, and each GPU against what this torch was built for."""
+"""Check the driver (by NVML) and each GPU against what the installed torch was built for (verdicts.py)."""
 
 import itertools
 from collections.abc import Iterator
@@ -7,68 +7,74 @@ from types import ModuleType
 
 from labtrain.base.console import few
 from labtrain.base.nvml import NoDriverError, nvml
-from labtrain.environment.doctor.report import Check, judged, skipped
+from labtrain.environment.doctor import cliffs
+from labtrain.environment.doctor.report import Check, judged, skipped, warned
+from labtrain.environment.doctor.verdicts import QUIET_DRIVER, Build, Verdict, Version, of_driver, of_gpu, shown
 
 GROUP = "NVIDIA"
-DRIVER_FLOOR = (12, 1)  # CUDA version of the oldest supported driver
-# Compute capabilities in the torch 2.9 wheels; a later minor version of the same major runs that code too.
-CAPABILITIES = ((7, 0), (7, 5), (8, 0), (8, 6), (9, 0), (10, 0), (12, 0))
-WANTED = f"a driver for CUDA {DRIVER_FLOOR[0]}.{DRIVER_FLOOR[1]} or later (530.30.02 or later)"
+WANTED = f"driver {shown(QUIET_DRIVER)} (CUDA 12.1) or later"
 
 
-def checks(*, required: bool = False) -> Iterator[Check]:
-    """Yield the group's checks; only one if there is no driver."""
+def checks(build: Build | None, *, required: bool = False) -> Iterator[Check]:
+    """Yield the group's checks; only one if there is no driver.
+
+    Args:
+        build: of the installed torch; None if it cannot use a GPU, or cannot be imported.
+        required: whether a machine without a GPU fails.
+    """
     try:
         with nvml() as pynvml:
-            yield from _check_all(pynvml, required=required)
+            yield from _check_all(pynvml, build, required=required)
     except NoDriverError as error:
         found = f"no NVIDIA driver: CPU only ({error})"
-        hint = f"install NVIDIA's driver, 530.30.02 or later; in a container, start it with --gpus all{_wsl_hint()}"
+        hint = f"install NVIDIA's driver 580 or later; in a container, start it with --gpus all{_wsl_hint()}"
         yield (
             judged(GROUP, "driver", False, found, WANTED, hint) if required else skipped(GROUP, "driver", found, WANTED)
         )
 
 
-def _check_all(pynvml: ModuleType, *, required: bool) -> Iterator[Check]:
-    yield check_driver(pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion_v2())
+def _check_all(pynvml: ModuleType, build: Build | None, *, required: bool) -> Iterator[Check]:
+    driver, number = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion_v2()
+    cuda = number // 1000, number % 1000 // 10
+    verdict = of_driver(driver, cuda)
+    yield check(verdict, "driver", f"{driver}, for CUDA {shown(cuda)}", WANTED)
+    if verdict.result != "fails":
+        yield from cliffs.checks(driver)
     count = pynvml.nvmlDeviceGetCount()
     hint = "nvidia-smi -L; in a container, start it with --gpus all"
     yield judged(
         GROUP, "GPUs", count > 0 or not required, str(count), "one or more" if required else "any number", hint
     )
     for index in range(count):
-        yield from check_gpu(pynvml, index)
+        yield from check_gpu(pynvml, index, driver, cuda, build)
     if count > 1:
         yield check_p2p(pynvml, count)
 
 
-def check_driver(driver: str, cuda_number: int) -> Check:
-    """Compare a driver with the minimum; `cuda_number` is NVML's, 12010 for CUDA 12.1."""
-    cuda = (cuda_number // 1000, cuda_number % 1000 // 10)
-    hint = "install NVIDIA's driver 530.30.02 or later (it runs older programs too); the CUDA toolkit need not change"
-    if cuda[0] < 12:
-        hint += f". This one is for CUDA {cuda[0]}.{cuda[1]}; CUDA 11 ended with PyTorch 2.7"
-    return judged(GROUP, "driver", cuda >= DRIVER_FLOOR, f"{driver}, for CUDA {cuda[0]}.{cuda[1]}", WANTED, hint)
+def check(verdict: Verdict, name: str, found: str, wanted: str) -> Check:
+    """Return the check of a verdict."""
+    said = f"{found}: {verdict.why}"
+    if verdict.result == "runs":
+        return judged(GROUP, name, True, found, wanted, "")
+    if verdict.result == "warns":
+        return warned(GROUP, name, said, wanted, verdict.hint)
+    return judged(GROUP, name, False, said, wanted, verdict.hint)
 
 
-def check_gpu(pynvml: ModuleType, index: int) -> Iterator[Check]:
+def check_gpu(pynvml: ModuleType, index: int, driver: str, cuda: Version, build: Build | None) -> Iterator[Check]:
     """Check one GPU: its compute capability and other users; report its memory, ECC, MIG and persistence."""
     handle = pynvml.nvmlDeviceGetHandleByIndex(index)
     name = pynvml.nvmlDeviceGetName(handle)
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
-    good = any(capability[0] == major and capability[1] >= minor for major, minor in CAPABILITIES)
     modes = ", ".join(f"{what} {_mode(pynvml, handle, what)}" for what in ("ECC", "MIG", "persistence"))
-    found = f"{name}, {memory.total / 1e9:.0f} GB, compute capability {capability[0]}.{capability[1]}, {modes}"
-    built = " ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
-    yield judged(
-        GROUP,
-        f"GPU {index}",
-        good,
-        found,
-        f"a compute capability of {built}",
-        "use another GPU, or a torch built for this one",
-    )
+    found = f"{name}, {memory.total / 1e9:.0f} GB, compute capability {shown(capability)}, {modes}"
+    if build is None:
+        hint = "see the check of torch"
+        yield judged(GROUP, f"GPU {index}", False, f"{found}: this torch cannot use a GPU", "a torch for CUDA", hint)
+    else:
+        wanted = f"a GPU that torch has code for: {' '.join(map(shown, build.compiled))}"
+        yield check(of_gpu(driver, cuda, capability, build), f"GPU {index}", found, wanted)
     others = _processes(pynvml, handle)
     yield judged(
         GROUP,

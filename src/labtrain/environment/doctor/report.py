@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Status = Literal["ok", "failed", "skipped"]
+Status = Literal["ok", "warned", "failed", "skipped"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -13,7 +13,7 @@ class Check:
     Attributes:
         group: environment, NVIDIA, machine or libraries.
         name: of the check, unique.
-        status: ok, failed or skipped.
+        status: ok, warned, failed or skipped.
         found: the actual state.
         wanted: the expected state.
         hint: what to type or install; empty if nothing is wrong.
@@ -32,6 +32,11 @@ def judged(group: str, name: str, good: bool, found: str, wanted: str, hint: str
     return Check(
         group=group, name=name, status="ok" if good else "failed", found=found, wanted=wanted, hint="" if good else hint
     )
+
+
+def warned(group: str, name: str, found: str, wanted: str, hint: str) -> Check:
+    """Return a check of what works, but not as well as it could, or not for long."""
+    return Check(group=group, name=name, status="warned", found=found, wanted=wanted, hint=hint)
 
 
 def skipped(group: str, name: str, found: str, wanted: str) -> Check:

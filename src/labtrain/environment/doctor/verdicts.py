@@ -1,0 +1,232 @@
+"""Which drivers and GPUs run an installed torch, and why: the data of `labtrain doctor` and of docs/reference/gpus.md.
+
+A GPU runs code that was compiled for its own compute capability, or for an earlier minor version of the same major
+version. Otherwise the driver compiles the PTX code in the library, if there is any, and only if the driver's CUDA is
+not older than the compiler's. Each verdict names its source.
+"""
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+Version = tuple[int, ...]
+Result = Literal["runs", "warns", "fails"]
+
+SOURCES = {
+    "minor versions": "NVIDIA, CUDA Compatibility, Minor Version Compatibility:"
+    " https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html",
+    "release notes": "NVIDIA, CUDA Toolkit Release Notes, driver versions and new architectures:"
+    " https://docs.nvidia.com/cuda/cuda-toolkit-release-notes/",
+    "binaries": "NVIDIA, CUDA C++ Programming Guide, Binary Compatibility and PTX Compatibility:"
+    " https://docs.nvidia.com/cuda/cuda-c-programming-guide/",
+    "unix drivers": "NVIDIA, Unix graphics feature deprecation schedule, R580 and Maxwell to Volta:"
+    " https://nvidia.custhelp.com/app/answers/detail/a_id/3142",
+    "cudnn": "NVIDIA, cuDNN support matrix:"
+    " https://docs.nvidia.com/deeplearning/cudnn/backend/latest/reference/support-matrix.html",
+    "triton": "PyTorch, torch/_inductor/exc.py, GPUTooOldForTriton: compute capability 7.0",
+    "torch": "the installed torch: torch.cuda.get_arch_list()",
+}
+
+LEAST_DRIVER: Version = (525, 60, 13)  # for any CUDA 12.x
+QUIET_DRIVER: Version = (530, 30, 2)  # CUDA 12.1, which labtrain is made for
+LAST_DRIVER_BEFORE_TURING = 580
+TURING: Version = (7, 5)
+TRITON: Version = (7, 0)
+CUDNN_WITHOUT_VOLTA: Version = (9, 11)  # this cuDNN and later ones need compute capability 7.5
+# The first CUDA whose driver knows GPUs of this compute capability; the others are older than CUDA 11.
+KNOWN_SINCE: dict[Version, Version] = {
+    (8, 0): (11, 0), (8, 6): (11, 1), (8, 7): (11, 4), (8, 9): (11, 8), (9, 0): (11, 8),
+    (10, 0): (12, 8), (12, 0): (12, 8), (10, 3): (12, 9), (12, 1): (12, 9), (11, 0): (13, 0),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Build:
+    """What an installed torch was built with.
+
+    Attributes:
+        cuda: the version of its CUDA compiler and runtime.
+        architectures: of torch.cuda.get_arch_list(), such as sm_90 (compiled) and compute_90 (PTX).
+        cudnn: the installed cuDNN; None if there is none.
+    """
+
+    cuda: Version
+    architectures: tuple[str, ...]
+    cudnn: Version | None = None
+
+    @property
+    def compiled(self) -> list[Version]:
+        """The compute capabilities that it has code for."""
+        return sorted(_capabilities(self.architectures, "sm"))
+
+    @property
+    def ptx(self) -> list[Version]:
+        """The compute capabilities that it has PTX code for."""
+        return sorted(_capabilities(self.architectures, "compute"))
+
+
+# The builds in the locks. The wheels' list is what torch 2.9.1+cu128 prints; conda-forge's is its feedstock's
+# TORCH_CUDA_ARCH_LIST of pytorch 2.9.1, build 301.
+BUILDS = {
+    "wheels, Nix": Build(
+        cuda=(12, 8),
+        architectures=("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"),
+        cudnn=(9, 10, 2),
+    ),
+    "conda": Build(
+        cuda=(12, 9),
+        architectures=("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120",
+                       "compute_120"),
+        cudnn=(9, 10, 2),
+    ),
+}  # fmt: skip
+
+
+# Of the table in docs/reference/gpus.md: drivers with their CUDA, and cards.
+DRIVERS: tuple[tuple[str, Version], ...] = (
+    ("515.105.01", (11, 7)), ("525.60.13", (12, 0)), ("525.147.05", (12, 0)), ("530.30.02", (12, 1)),
+    ("535.183.01", (12, 2)), ("550.54.14", (12, 4)), ("570.86.15", (12, 8)), ("580.65.06", (13, 0)),
+    ("590.44.01", (13, 1)),
+)  # fmt: skip
+CARDS: dict[Version, str] = {
+    (5, 2): "GTX 900, M40", (6, 1): "GTX 1000, P40", (7, 0): "V100", (7, 5): "RTX 2000, T4", (8, 0): "A100",
+    (8, 6): "RTX 3000, A40", (8, 9): "RTX 4000, L40", (9, 0): "H100, H200", (10, 0): "B200", (10, 3): "B300",
+    (12, 0): "RTX 5000", (12, 1): "GB10",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """Whether a combination runs.
+
+    Attributes:
+        result: runs, warns or fails.
+        why: one sentence.
+        hint: what to do; empty if it runs.
+        source: a key of SOURCES.
+    """
+
+    result: Result
+    why: str
+    source: str
+    hint: str = ""
+
+
+def of_driver(driver: str, cuda: Version) -> Verdict:
+    """Return whether a driver runs programs of CUDA 12.
+
+    Args:
+        driver: its version, such as 550.54.14.
+        cuda: the CUDA version that it reports.
+    """
+    number = version_of(driver)
+    if cuda < (12, 0) or number < LEAST_DRIVER:
+        old = f"; this one is for CUDA {shown(cuda)}, and CUDA 11 ended with PyTorch 2.7" if cuda < (12, 0) else ""
+        return Verdict(
+            result="fails",
+            why=f"programs of CUDA 12 need driver {shown(LEAST_DRIVER)} or later{old}",
+            hint="install NVIDIA's driver 580 or later, or R570 where it is packaged; the CUDA toolkit need not change",
+            source="minor versions",
+        )
+    if number < QUIET_DRIVER:
+        return Verdict(
+            result="warns",
+            why=f"it is older than CUDA 12.1 ({shown(QUIET_DRIVER)}): programs of CUDA 12 run, but not their PTX code",
+            hint="install NVIDIA's driver 535 or later; the CUDA toolkit need not change",
+            source="minor versions",
+        )
+    return Verdict(result="runs", why=f"it runs programs of any CUDA 12.x ({shown(cuda)})", source="minor versions")
+
+
+def of_gpu(driver: str, cuda: Version, capability: Version, build: Build) -> Verdict:
+    """Return whether a GPU runs an installed torch under a driver.
+
+    Args:
+        driver: its version, such as 550.54.14.
+        cuda: the CUDA version that the driver reports.
+        capability: the GPU's compute capability.
+        build: the installed torch.
+    """
+    by_driver = of_driver(driver, cuda)
+    if by_driver.result == "fails":
+        return by_driver
+    if capability < TURING and version_of(driver)[0] > LAST_DRIVER_BEFORE_TURING:
+        return Verdict(
+            result="fails",
+            why=f"drivers after R{LAST_DRIVER_BEFORE_TURING} do not support compute capability {shown(capability)}",
+            hint=f"install NVIDIA's driver R{LAST_DRIVER_BEFORE_TURING}, which gets updates until June 2028",
+            source="unix drivers",
+        )
+    known = KNOWN_SINCE.get(capability, (0,))
+    if cuda < known:
+        return Verdict(
+            result="fails",
+            why=f"a driver for CUDA {shown(cuda)} does not know compute capability {shown(capability)}, which came with"
+            f" CUDA {shown(known)}",
+            hint="install NVIDIA's driver 580 or later",
+            source="release notes",
+        )
+    return _of_code(cuda, capability, build) or by_driver
+
+
+def _of_code(cuda: Version, capability: Version, build: Build) -> Verdict | None:
+    """Return what is wrong with the code that a torch has for a GPU; None if nothing is."""
+    built = " ".join(map(shown, build.compiled))
+    if not any(major == capability[0] and minor <= capability[1] for major, minor in build.compiled):
+        if not any(each <= capability for each in build.ptx):
+            return Verdict(
+                result="fails",
+                why=f"torch has code for {built}, none for {shown(capability)} (error 209, no kernel image)",
+                hint="use the conda route, which has code for 5.0 and later"
+                if capability < (7, 0) and BUILDS["conda"].compiled[0] <= capability and (5, 0) not in build.compiled
+                else "use another GPU, or a torch that was built for this one",
+                source="torch",
+            )
+        if cuda < build.cuda:
+            return Verdict(
+                result="fails",
+                why=f"torch has only PTX code for {shown(capability)}, and a driver for CUDA {shown(cuda)} cannot"
+                f" compile PTX of CUDA {shown(build.cuda)} (error 222)",
+                hint="install NVIDIA's driver 580 or later",
+                source="binaries",
+            )
+        return Verdict(
+            result="warns",
+            why=f"torch has only PTX code for {shown(capability)}: the driver compiles it at the first start",
+            hint="use a torch that was built for this GPU",
+            source="binaries",
+        )
+    if build.cudnn is not None and build.cudnn >= CUDNN_WITHOUT_VOLTA and capability < TURING:
+        return Verdict(
+            result="fails",
+            why=f"cuDNN {shown(build.cudnn)} has no code for {shown(capability)}; 9.10 is the last that has",
+            hint="restore the locked cuDNN 9.10.2: make setup, or create the conda environment again",
+            source="cudnn",
+        )
+    if capability < TRITON:
+        return Verdict(
+            result="warns",
+            why=f"torch runs on {shown(capability)}, but Triton, which torch.compile uses, needs {shown(TRITON)}",
+            hint="speed.compile=false",
+            source="triton",
+        )
+    return None
+
+
+def version_of(driver: str) -> Version:
+    """Return the numbers of a driver's version."""
+    return tuple(map(int, re.findall(r"\d+", driver)[:3]))
+
+
+def shown(version: Version) -> str:
+    """Return a version as text; a driver's has two digits in each later part."""
+    if version[0] > 99:
+        return ".".join(f"{number:02}" for number in version)
+    return ".".join(map(str, version))
+
+
+def _capabilities(architectures: Iterable[str], kind: str) -> Iterator[Version]:
+    for name in architectures:
+        if found := re.fullmatch(rf"{kind}_(\d+)(\d)[af]?", name):
+            yield int(found[1]), int(found[2])
