@@ -29,7 +29,8 @@ def test_a_page_says_what_the_code_says(name: str) -> None:
 
 def test_every_key_command_and_field_has_a_meaning() -> None:
     for name, text in reference.pages().items():
-        rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| `")]
+        begins = "| " if name == "gpus.md" else "| `"
+        rows = [line.split(" | ") for line in text.splitlines() if line.startswith(begins)]
         assert len(rows) > 10
         for first, *_, last in rows:
             assert last.strip("| ") != "", f"{name}: {first}"
