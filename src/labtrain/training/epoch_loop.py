@@ -264,6 +264,8 @@ class EpochLoop(TrainingEpochLoop):
         self.unsaved.lost |= set(at.get("lost", []))
         self.outside.restore(at.get(KEY, {}), entering=entering)
         leave_own(self.trainer, kept.get("outputs", []))
+        if isinstance(self.trainer.strategy, Exact):  # no step may follow in this epoch
+            self.trainer.strategy.know_grown({path[0] for path in kept.get("outputs", [])})
         self.epoch_without_outputs = None if kept.get("outputs") else at["epoch"]
 
     def reset(self) -> None:

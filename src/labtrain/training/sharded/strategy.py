@@ -255,6 +255,11 @@ class Exact(_Base):
         """Return the names of the model's attributes with lists that steps have appended to."""
         return self._watch.grown() if self._watch is not None else set()
 
+    def know_grown(self, names: set[str]) -> None:
+        """Add attributes with lists that steps of an earlier process have appended to."""
+        if self._watch is not None:
+            self._watch.know_grown(names)
+
     def process_dataloader(self, loader: object) -> object:
         if isinstance(loader, Loader):
             loader.shard(self.shards, rank=self._rank, world=self._world)

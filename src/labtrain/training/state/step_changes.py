@@ -145,6 +145,10 @@ class Watch:
         """Return the dotted names of the attributes with lists that a step has appended to."""
         return self._attributes.grown()
 
+    def know_grown(self, names: set[str]) -> None:
+        """Add names to those that `grown` returns."""
+        self._attributes.know_grown(names)
+
     def restore(self) -> None:
         """Begin another shard of the step."""
         self._kept.restore()
@@ -551,6 +555,10 @@ class Attributes:
         """Return the dotted names of those with lists that a step has appended to."""
         here = {".".join(filter(None, (table.path, name))) for table in self._tables for name in table.grown}
         return self._grown | here
+
+    def know_grown(self, names: set[str]) -> None:
+        """Add names to those that `grown` returns."""
+        self._grown |= names
 
     def begin(self) -> bool:
         """Remember how the attributes are now; return whether to look for objects again."""
