@@ -259,12 +259,12 @@ class EpochLoop(TrainingEpochLoop):
         assert self.unsaved is not None
         assert self.outside is not None
         self.unsaved.restore(kept, device=device, entering=entering)
-        if isinstance(self.trainer.strategy, Exact):
-            self.trainer.strategy.kinds.update(kinds_of(at.get("counters", {})))
         self.unsaved.lost |= set(at.get("lost", []))
         self.outside.restore(at.get(KEY, {}), entering=entering)
         leave_own(self.trainer, kept.get("outputs", []))
-        if isinstance(self.trainer.strategy, Exact):  # no step may follow in this epoch
+        if isinstance(self.trainer.strategy, Exact):
+            self.trainer.strategy.kinds.update(kinds_of(at.get("counters", {})))
+            # In this process no step may follow that shows it.
             self.trainer.strategy.know_grown({path[0] for path in kept.get("outputs", [])})
         self.epoch_without_outputs = None if kept.get("outputs") else at["epoch"]
 

@@ -134,7 +134,7 @@ def test_a_machine_without_a_gpu_is_named_so_and_fails_where_one_is_required(tmp
     code, checks = doctor("--gpu", "required", LD_LIBRARY_PATH=str(tmp_path))
     assert checks["driver"]["found"].startswith("no NVIDIA driver: CPU only")
     assert (code, checks["driver"]["status"]) == (1, "failed")
-    assert "install NVIDIA's driver 580 or later" in checks["driver"]["hint"]
+    assert "install NVIDIA's driver R580" in checks["driver"]["hint"]
 
 
 # ------------------------------------------------------------------------------------------------------------ libraries

@@ -17,36 +17,21 @@ DRIVERS = [
 ]
 # One letter for each driver: runs, warns, fails. R590 has no Volta. Blackwell came with R570, its later chips with
 # CUDA 12.9.
-TABLES = {
-    "wheels, Nix": {
-        (5, 2): "fffffffff",
-        (6, 1): "fffffffff",
-        (7, 0): "fwwrrrrrf",
-        (7, 5): "fwwrrrrrr",
-        (8, 0): "fwwrrrrrr",
-        (8, 6): "fwwrrrrrr",
-        (8, 9): "fwwrrrrrr",
-        (9, 0): "fwwrrrrrr",
-        (10, 0): "ffffffrrr",
-        (10, 3): "fffffffrr",
-        (12, 0): "ffffffrrr",
-        (12, 1): "fffffffrr",
-    },
-    "conda": {
-        (5, 2): "fwwwwwwwf",
-        (6, 1): "fwwwwwwwf",
-        (7, 0): "fwwrrrrrf",
-        (7, 5): "fwwrrrrrr",
-        (8, 0): "fwwrrrrrr",
-        (8, 6): "fwwrrrrrr",
-        (8, 9): "fwwrrrrrr",
-        (9, 0): "fwwrrrrrr",
-        (10, 0): "ffffffrrr",
-        (10, 3): "fffffffrr",
-        (12, 0): "ffffffrrr",
-        (12, 1): "fffffffrr",
-    },
+WHEELS = {
+    (5, 2): "fffffffff",
+    (6, 1): "fffffffff",
+    (7, 0): "fwwrrrrrf",
+    (7, 5): "fwwrrrrrr",
+    (8, 0): "fwwrrrrrr",
+    (8, 6): "fwwrrrrrr",
+    (8, 9): "fwwrrrrrr",
+    (9, 0): "fwwrrrrrr",
+    (10, 0): "ffffffrrr",
+    (10, 3): "fffffffrr",
+    (12, 0): "ffffffrrr",
+    (12, 1): "fffffffrr",
 }
+TABLES = {"wheels, Nix": WHEELS, "conda": WHEELS | {(5, 2): "fwwwwwwwf", (6, 1): "fwwwwwwwf"}}
 
 
 @pytest.mark.parametrize("route", TABLES)

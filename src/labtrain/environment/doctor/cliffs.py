@@ -1,4 +1,4 @@
-"""Dates on which support ends, as docs/guides/upgrade.md lists them: `labtrain doctor` warns of the next one."""
+"""What ends when, as docs/reference/gpus.md lists it: `labtrain doctor` warns of a driver without updates."""
 
 import datetime
 from collections.abc import Iterator

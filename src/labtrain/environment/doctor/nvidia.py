@@ -9,7 +9,16 @@ from labtrain.base.console import few
 from labtrain.base.nvml import NoDriverError, nvml
 from labtrain.environment.doctor import cliffs
 from labtrain.environment.doctor.report import Check, judged, skipped, warned
-from labtrain.environment.doctor.verdicts import QUIET_DRIVER, Build, Verdict, Version, of_driver, of_gpu, shown
+from labtrain.environment.doctor.verdicts import (
+    NEWER_DRIVER,
+    QUIET_DRIVER,
+    Build,
+    Verdict,
+    Version,
+    of_driver,
+    of_gpu,
+    shown,
+)
 
 GROUP = "NVIDIA"
 WANTED = f"driver {shown(QUIET_DRIVER)} (CUDA 12.1) or later"
@@ -27,7 +36,7 @@ def checks(build: Build | None, *, required: bool = False) -> Iterator[Check]:
             yield from _check_all(pynvml, build, required=required)
     except NoDriverError as error:
         found = f"no NVIDIA driver: CPU only ({error})"
-        hint = f"install NVIDIA's driver 580 or later; in a container, start it with --gpus all{_wsl_hint()}"
+        hint = f"{NEWER_DRIVER}; in a container, start it with --gpus all{_wsl_hint()}"
         yield (
             judged(GROUP, "driver", False, found, WANTED, hint) if required else skipped(GROUP, "driver", found, WANTED)
         )

@@ -31,6 +31,8 @@ SOURCES = {
 LEAST_DRIVER: Version = (525, 60, 13)  # for any CUDA 12.x
 QUIET_DRIVER: Version = (530, 30, 2)  # CUDA 12.1, which labtrain is made for
 LAST_DRIVER_BEFORE_TURING = 580
+# It runs every card of the tables: a later one has no support for cards before Turing.
+NEWER_DRIVER = "install NVIDIA's driver R580, the long-term branch; the CUDA toolkit need not change"
 TURING: Version = (7, 5)
 TRITON: Version = (7, 0)
 CUDNN_WITHOUT_VOLTA: Version = (9, 11)  # this cuDNN and later ones need compute capability 7.5
@@ -64,6 +66,10 @@ class Build:
     def ptx(self) -> list[Version]:
         """The compute capabilities that it has PTX code for."""
         return sorted(_capabilities(self.architectures, "compute"))
+
+    def has_code(self, capability: Version) -> bool:
+        """Return whether it has compiled code for GPUs of a compute capability."""
+        return any(major == capability[0] and minor <= capability[1] for major, minor in self.compiled)
 
 
 # The builds in the locks. The wheels' list is what torch 2.9.1+cu128 prints; conda-forge's is its feedstock's
@@ -126,14 +132,14 @@ def of_driver(driver: str, cuda: Version) -> Verdict:
         return Verdict(
             result="fails",
             why=f"programs of CUDA 12 need driver {shown(LEAST_DRIVER)} or later{old}",
-            hint="install NVIDIA's driver 580 or later, or R570 where it is packaged; the CUDA toolkit need not change",
+            hint=NEWER_DRIVER,
             source="minor versions",
         )
     if number < QUIET_DRIVER:
         return Verdict(
             result="warns",
             why=f"it is older than CUDA 12.1 ({shown(QUIET_DRIVER)}): programs of CUDA 12 run, but not their PTX code",
-            hint="install NVIDIA's driver 535 or later; the CUDA toolkit need not change",
+            hint=NEWER_DRIVER,
             source="minor versions",
         )
     return Verdict(result="runs", why=f"it runs programs of any CUDA 12.x ({shown(cuda)})", source="minor versions")
@@ -155,7 +161,7 @@ def of_gpu(driver: str, cuda: Version, capability: Version, build: Build) -> Ver
         return Verdict(
             result="fails",
             why=f"drivers after R{LAST_DRIVER_BEFORE_TURING} do not support compute capability {shown(capability)}",
-            hint=f"install NVIDIA's driver R{LAST_DRIVER_BEFORE_TURING}, which gets updates until June 2028",
+            hint=NEWER_DRIVER,
             source="unix drivers",
         )
     known = KNOWN_SINCE.get(capability, (0,))
@@ -164,7 +170,7 @@ def of_gpu(driver: str, cuda: Version, capability: Version, build: Build) -> Ver
             result="fails",
             why=f"a driver for CUDA {shown(cuda)} does not know compute capability {shown(capability)}, which came with"
             f" CUDA {shown(known)}",
-            hint="install NVIDIA's driver 580 or later",
+            hint=NEWER_DRIVER,
             source="release notes",
         )
     return _of_code(cuda, capability, build) or by_driver
@@ -173,13 +179,13 @@ def of_gpu(driver: str, cuda: Version, capability: Version, build: Build) -> Ver
 def _of_code(cuda: Version, capability: Version, build: Build) -> Verdict | None:
     """Return what is wrong with the code that a torch has for a GPU; None if nothing is."""
     built = " ".join(map(shown, build.compiled))
-    if not any(major == capability[0] and minor <= capability[1] for major, minor in build.compiled):
+    if not build.has_code(capability):
         if not any(each <= capability for each in build.ptx):
             return Verdict(
                 result="fails",
                 why=f"torch has code for {built}, none for {shown(capability)} (error 209, no kernel image)",
-                hint="use the conda route, which has code for 5.0 and later"
-                if capability < (7, 0) and BUILDS["conda"].compiled[0] <= capability and (5, 0) not in build.compiled
+                hint="create the environment from conda-lock.yml, whose torch has code for it: docs/start/install.md"
+                if BUILDS["conda"].has_code(capability)
                 else "use another GPU, or a torch that was built for this one",
                 source="torch",
             )
@@ -188,7 +194,7 @@ def _of_code(cuda: Version, capability: Version, build: Build) -> Verdict | None
                 result="fails",
                 why=f"torch has only PTX code for {shown(capability)}, and a driver for CUDA {shown(cuda)} cannot"
                 f" compile PTX of CUDA {shown(build.cuda)} (error 222)",
-                hint="install NVIDIA's driver 580 or later",
+                hint=NEWER_DRIVER,
                 source="binaries",
             )
         return Verdict(

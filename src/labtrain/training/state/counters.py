@@ -239,7 +239,7 @@ class _Number:
     Attributes:
         table: the attributes of its holder.
         name: of the attribute.
-        kind: SUM, MEAN or COUNT.
+        kind: of its amounts.
         value: of the attribute.
         content: of a tensor; a copy of an array or of a tensor of inference mode; None for a number.
     """
