@@ -9,6 +9,7 @@ int nvmlSystemGetCudaDriverVersion_v2(int *to) { *to = CUDA; return 0; }
 int nvmlDeviceGetCount_v2(unsigned *to) { *to = COUNT; return 0; }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **to) { *to = (void *)(size_t)(index + 1); return 0; }
 int nvmlDeviceGetName(void *gpu, char *to, unsigned size) { (void)gpu; strncpy(to, "Test GPU", size); return 0; }
+int nvmlDeviceGetUUID(void *gpu, char *to, unsigned size) { (void)gpu; strncpy(to, "GPU-whole", size); return 0; }
 struct memory { unsigned long long total, free, used; };
 int nvmlDeviceGetMemoryInfo(void *gpu, struct memory *to) { (void)gpu; to->total = 24000000000ULL; to->used = USED; to->free = to->total - to->used; return 0; }
 int nvmlDeviceGetCudaComputeCapability(void *gpu, int *major, int *minor) { (void)gpu; *major = MAJOR; *minor = MINOR; return 0; }

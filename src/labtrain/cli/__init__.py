@@ -96,20 +96,21 @@ def digest(target: str, whole: bool) -> None:
     help="Whether to fail on a machine without a GPU.",
 )
 @click.option("--deep", is_flag=True, help="Hash every installed file (takes about 30 seconds).")
+@click.option("--fast", is_flag=True, help="Run no kernels on the GPUs.")
 @click.option(
     "--checkpoints", metavar="URL", help="Where checkpoints will be saved (checkpoint.url).  [default: runs/]"
 )
-def doctor(as_json: bool, gpu: str, deep: bool, checkpoints: str | None) -> None:
+def doctor(as_json: bool, gpu: str, deep: bool, fast: bool, checkpoints: str | None) -> None:
     """Check this machine and its installed packages against the lock.
 
-    Checks packages, NVIDIA driver, GPUs, shared memory, disk and CUDA libraries. Each problem has a hint. The exit
-    code is 1 if a check fails.
+    Checks packages, NVIDIA driver, GPUs, shared memory, disk and CUDA libraries. Runs kernels on each GPU, and NCCL
+    between several. Each problem has a hint. The exit code is 1 if a check fails.
     """
     from dataclasses import asdict
 
     from labtrain.environment.doctor import Check, examine
 
-    checks: list[Check] = list(examine(gpu_required=gpu == "required", deep=deep, checkpoints=checkpoints))
+    checks: list[Check] = list(examine(gpu_required=gpu == "required", deep=deep, fast=fast, checkpoints=checkpoints))
     if as_json:
         say_json([asdict(check) for check in checks])
     else:
@@ -121,9 +122,9 @@ def doctor(as_json: bool, gpu: str, deep: bool, checkpoints: str | None) -> None
                 say(styled(group, "1"))
             expected = "" if check.status == "ok" else f"   expected: {check.wanted}"
             status = styled(f"{check.status:<8}", colours[check.status])
-            say(f"  {check.name:<18}{status}  {check.found}{expected}")
+            say(f"  {check.name:<22}{status}  {check.found}{expected}")
             if check.hint:
-                say(f"  {'':<18}hint: {check.hint}")
+                say(f"  {'':<22}hint: {check.hint}")
     sys.exit(any(check.status == "failed" for check in checks))
 
 

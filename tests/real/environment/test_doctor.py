@@ -22,7 +22,7 @@ def test_an_old_c_library_fails(tmp_path: Path) -> None:
 
 
 def test_a_good_driver_and_gpu_pass(tmp_path: Path) -> None:
-    code, checks = doctor("--gpu", "required", **driver(tmp_path))
+    code, checks = doctor("--gpu", "required", "--fast", **driver(tmp_path))
     assert code == 0, checks
     assert checks["driver"]["found"] == "550.54.14, for CUDA 12.4"
     assert (
@@ -33,29 +33,60 @@ def test_a_good_driver_and_gpu_pass(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("cuda", "says"), [(12000, "525.60.13"), (11080, "CUDA 11 ended with PyTorch 2.7")])
 def test_a_driver_below_the_floor_fails_in_words(cuda: int, says: str, tmp_path: Path) -> None:
-    code, checks = doctor(**driver(tmp_path, number="520.61.05", CUDA=cuda))
+    code, checks = doctor("--fast", **driver(tmp_path, number="520.61.05", CUDA=cuda))
     assert (code, checks["driver"]["status"]) == (1, "failed")
     assert says in checks["driver"]["found"]
 
 
 def test_a_driver_of_cuda_12_0_warns(tmp_path: Path) -> None:
     """NVIDIA's floor for CUDA 12 is 525.60.13; R525 has no updates any more."""
-    code, checks = doctor(**driver(tmp_path, number="525.147.05", CUDA=12000))
+    code, checks = doctor("--fast", **driver(tmp_path, number="525.147.05", CUDA=12000))
     assert (code, checks["driver"]["status"], checks["GPU 0"]["status"]) == (0, "warned", "warned")
     assert checks["driver support"]["found"] == (
         "R525 gets no updates any more: NVIDIA ended updates of driver R535 in June 2026"
     )
 
 
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [(804, "cuda-compat"), (803, "different versions"), (802, "NVSwitch"), (999, "does not answer"),
+     (100, "finds no GPU")],
+)  # fmt: skip
+def test_a_gpu_that_cuda_cannot_use_fails_in_words(code: int, says: str, tmp_path: Path) -> None:
+    """torch itself meets the error: a libcuda of our own answers cuInit with it."""
+    environment = driver(tmp_path, number="580.65.06", CUDA=13000)
+    library(tmp_path, "fake_cuda.c", "libcuda.so.1", CODE=code)
+    ended, checks = doctor(**environment)
+    assert (ended, checks["GPU 0"]["status"]) == (1, "ok")
+    assert checks["GPU 0 start"]["status"] == "failed"
+    assert says in checks["GPU 0 start"]["found"]
+    assert checks["GPU 0 start"]["hint"]
+
+
+def test_a_gpu_without_libcuda_fails(tmp_path: Path) -> None:
+    """As in a container that has only the driver's management library."""
+    code, checks = doctor(**driver(tmp_path))
+    assert (code, checks["GPU 0 start"]["status"]) == (1, "failed")
+    assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in checks["GPU 0 start"]["hint"]
+    code, checks = doctor(CUDA_VISIBLE_DEVICES="", **driver(tmp_path))
+    assert (code, checks["kernels"]["found"]) == (0, "CUDA_VISIBLE_DEVICES= hides every GPU")
+
+
+def test_the_last_pytorch_for_a_driver_is_told(tmp_path: Path) -> None:
+    code, checks = doctor("--fast", **driver(tmp_path))
+    assert (code, checks["GPU 0 later"]["status"]) == (0, "warned")
+    assert checks["GPU 0 later"]["found"].startswith("PyTorch 2.14 is the last with wheels (CUDA 12.6)")
+
+
 @pytest.mark.parametrize(("major", "minor"), [(6, 1), (3, 5), (11, 0)])
 def test_a_gpu_that_this_torch_has_no_code_for_fails(major: int, minor: int, tmp_path: Path) -> None:
-    code, checks = doctor(**driver(tmp_path, MAJOR=major, MINOR=minor))
+    code, checks = doctor("--fast", **driver(tmp_path, MAJOR=major, MINOR=minor))
     assert (code, checks["GPU 0"]["status"]) == (1, "failed")
     assert f"compute capability {major}.{minor}" in checks["GPU 0"]["found"]
 
 
 def test_a_gpu_that_others_use_fails(tmp_path: Path) -> None:
-    code, checks = doctor(**driver(tmp_path, PROCESSES=2))
+    code, checks = doctor("--fast", **driver(tmp_path, PROCESSES=2))
     assert (code, checks["GPU 0 in use"]["status"]) == (1, "failed")
     assert checks["GPU 0 in use"]["found"] == "process 4242 holds 21.0 GB, process 4243 holds 21.0 GB"
 
@@ -64,8 +95,8 @@ def test_gpus_that_cannot_reach_each_other_are_told(tmp_path: Path) -> None:
     """Not a failure: cards for the desk never can."""
     (tmp_path / "with").mkdir()
     (tmp_path / "without").mkdir()
-    assert doctor(**driver(tmp_path / "with", COUNT=3))[1]["P2P"]["status"] == "ok"
-    code, checks = doctor(**driver(tmp_path / "without", COUNT=3, P2P=5))
+    assert doctor("--fast", **driver(tmp_path / "with", COUNT=3))[1]["P2P"]["status"] == "ok"
+    code, checks = doctor("--fast", **driver(tmp_path / "without", COUNT=3, P2P=5))
     assert code == 0
     assert checks["P2P"]["found"].startswith("not between 0-1; 0-2; 1-2")
 

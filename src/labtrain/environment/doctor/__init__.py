@@ -2,25 +2,28 @@
 
 `environment` checks Python and the installed packages, `machine` memory, limits, disks and the clock. `libraries`
 checks torch in its own process and with a time limit, so that a broken torch cannot crash the doctor. `nvidia` compares
-the driver and the GPUs with that torch.
+the driver and the GPUs with that torch (verdicts.py), and `kernels` runs that torch on each GPU.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
 
-from labtrain.environment.doctor import environment, libraries, machine, nvidia
+from labtrain.environment.doctor import environment, kernels, libraries, machine, nvidia
 from labtrain.environment.doctor.report import Check
 from labtrain.environment.lock import find_lock, read_lock
 
 __all__ = ["Check", "examine"]
 
 
-def examine(*, gpu_required: bool = False, deep: bool = False, checkpoints: str | None = None) -> Iterator[Check]:
+def examine(
+    *, gpu_required: bool = False, deep: bool = False, fast: bool = False, checkpoints: str | None = None
+) -> Iterator[Check]:
     """Yield the result of each check, the slow ones last.
 
     Args:
         gpu_required: fail without an NVIDIA driver instead of skipping the check.
         deep: hash every installed file, not only those that changed since the installation.
+        fast: run no kernels on the GPUs.
         checkpoints: the folder or URL for checkpoints; by default runs/ in the working directory.
     """
     lock = find_lock()
@@ -30,3 +33,5 @@ def examine(*, gpu_required: bool = False, deep: bool = False, checkpoints: str 
     probed = libraries.probe()
     yield from libraries.checks(pins, probed)
     yield from nvidia.checks(probed.build, required=gpu_required)
+    if not fast and probed.build is not None and (gpus := nvidia.numbers()):
+        yield from kernels.checks("cuda", probed.found["GPUs"], gpus)

@@ -21,7 +21,7 @@ TIMEOUT_S = 120.0
 # /proc/self/maps shows the files that the dynamic linker really loaded.
 PROBE = """
 import json, torch
-found = {"torch": torch.__version__, "CUDA runtime": torch.version.cuda}
+found = {"torch": torch.__version__, "CUDA runtime": torch.version.cuda, "GPUs": torch.cuda.device_count()}
 if torch.version.cuda:
     number = torch.backends.cudnn.version()
     found["cuDNN"] = f"{number // 10000}.{number // 100 % 100}.{number % 100}"

@@ -17,8 +17,10 @@ from labtrain.environment.doctor.verdicts import (
     Version,
     of_driver,
     of_gpu,
+    of_later_wheels,
     shown,
 )
+from labtrain.record.identity import route
 
 GROUP = "NVIDIA"
 WANTED = f"driver {shown(QUIET_DRIVER)} (CUDA 12.1) or later"
@@ -84,6 +86,8 @@ def check_gpu(pynvml: ModuleType, index: int, driver: str, cuda: Version, build:
     else:
         wanted = f"a GPU that torch has code for: {' '.join(map(shown, build.compiled))}"
         yield check(of_gpu(driver, cuda, capability, build), f"GPU {index}", found, wanted)
+    if route() != "conda" and (later := of_later_wheels(driver, capability)).result == "warns":
+        yield warned(GROUP, f"GPU {index} later", later.why, "a driver and GPU for later PyTorch, too", later.hint)
     others = _processes(pynvml, handle)
     yield judged(
         GROUP,
@@ -93,6 +97,16 @@ def check_gpu(pynvml: ModuleType, index: int, driver: str, cuda: Version, build:
         "no other process",
         "nvidia-smi; wait, or choose another GPU: trainer.devices=[1]",
     )
+
+
+def numbers() -> dict[str, int]:
+    """Return the number of each GPU, by UUID; empty without a driver."""
+    try:
+        with nvml() as pynvml:
+            handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+            return {pynvml.nvmlDeviceGetUUID(handle): number for number, handle in enumerate(handles)}
+    except NoDriverError:
+        return {}
 
 
 def check_p2p(pynvml: ModuleType, count: int) -> Check:

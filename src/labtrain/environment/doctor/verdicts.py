@@ -26,6 +26,8 @@ SOURCES = {
     " https://docs.nvidia.com/deeplearning/cudnn/backend/latest/reference/support-matrix.html",
     "triton": "PyTorch, torch/_inductor/exc.py, GPUTooOldForTriton: compute capability 7.0",
     "torch": "the installed torch: torch.cuda.get_arch_list()",
+    "wheels": "PyTorch, RELEASE.md and the plan for 2.15, pytorch/pytorch issue 190385",
+    "conv3d": "PyTorch, 2.9.1 release notes and pytorch/pytorch issues 163539 and 166643",
 }
 
 LEAST_DRIVER: Version = (525, 60, 13)  # for any CUDA 12.x
@@ -103,6 +105,33 @@ CARDS: dict[Version, str] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Wheels:
+    """PyTorch's wheels for one CUDA.
+
+    Attributes:
+        cuda: of the build.
+        capabilities: the lowest and the highest compute capability that it has code for.
+        last: the last release with them.
+    """
+
+    cuda: Version
+    capabilities: tuple[Version, Version]
+    last: Version
+
+
+# The last wheels for a driver of CUDA 12; those for CUDA 13 need R580 and compute capability 7.5.
+WHEELS = (
+    Wheels(cuda=(12, 6), capabilities=((5, 0), (9, 0)), last=(2, 14)),
+    Wheels(cuda=(12, 8), capabilities=((7, 5), (12, 1)), last=(2, 11)),
+    Wheels(cuda=(12, 8), capabilities=((7, 0), (12, 1)), last=(2, 10)),
+)
+DRIVER_OF_CUDA_13 = 580
+# torch 2.9 goes around these cuDNN in Conv3d: [first, end). Before 2.9 they gave wrong results.
+CONV3D_HINT = "only for models with Conv3d: cuDNN 9.15, or these layers in fp32: docs/guides/speed.md"
+CUDNN_WITHOUT_CONV3D: tuple[Version, Version] = ((9, 8), (9, 15))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Verdict:
     """Whether a combination runs.
 
@@ -174,6 +203,50 @@ def of_gpu(driver: str, cuda: Version, capability: Version, build: Build) -> Ver
             source="release notes",
         )
     return _of_code(cuda, capability, build) or by_driver
+
+
+def of_later_wheels(driver: str, capability: Version) -> Verdict:
+    """Return whether PyTorch's later wheels run on a driver and a GPU, or which release is the last.
+
+    Args:
+        driver: its version.
+        capability: the GPU's compute capability.
+    """
+    branch = version_of(driver)[0]
+    if branch >= DRIVER_OF_CUDA_13 and capability >= TURING:
+        return Verdict(result="runs", why="wheels for CUDA 13 run", source="wheels")
+    fit = [each for each in WHEELS if each.capabilities[0] <= capability <= each.capabilities[1]]
+    last = max(fit, key=lambda each: each.last, default=None)
+    if last is None:
+        return Verdict(result="fails", why="no wheels for CUDA 12 fit", hint=NEWER_DRIVER, source="wheels")
+    old = capability < TURING
+    return Verdict(
+        result="warns",
+        why=f"PyTorch {shown(last.last)} is the last with wheels (CUDA {shown(last.cuda)}) for compute capability"
+        f" {shown(capability)}" + ("" if old else f" and driver R{branch}"),
+        hint="conda-lock.yml: conda-forge still builds for such cards; or a newer card" if old else NEWER_DRIVER,
+        source="wheels",
+    )
+
+
+def of_conv3d(torch: str, cudnn: Version | None) -> Verdict:
+    """Return whether torch uses cuDNN for Conv3d in bf16 and fp16.
+
+    Args:
+        torch: its version, such as 2.9.1+cu128.
+        cudnn: the installed one; None if there is none.
+    """
+    first, end = CUDNN_WITHOUT_CONV3D
+    release = tuple(map(int, re.findall(r"\d+", torch)[:3]))
+    if cudnn is None or cudnn < first or (cudnn >= end and release != (2, 9, 0)):
+        return Verdict(result="runs", why="through cuDNN", source="conv3d")
+    return Verdict(
+        result="warns",
+        why=f"torch {torch} does not use cuDNN {shown(cudnn)} for Conv3d in bf16 and fp16: three times the memory of"
+        " fp32, and slower",
+        hint=CONV3D_HINT,
+        source="conv3d",
+    )
 
 
 def _of_code(cuda: Version, capability: Version, build: Build) -> Verdict | None:
