@@ -30,6 +30,7 @@ import torchmetrics
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from labtrain.base.console import few
 from labtrain.base.contracts import Options, SpeedConfig
 from labtrain.base.errors import ConfigError, DeviceError
 from labtrain.exact.determinism import STRICT_MODES, run_mode
@@ -78,6 +79,10 @@ class Speed(pl.Callback):
             self.say("speed.tf32 has no effect on a CPU")
         if self.speed["compile"] and self.mode == "warn":
             self.say("speed.compile outside strict mode: its kernels depend on the sizes that a process has seen")
+        if trainer.strategy.root_device.type == "cuda" and (
+            costly := costly_convolutions(pl_module, trainer.precision)
+        ):
+            self.say(costly)
         hasten(pl_module, self.speed, mode=self.mode, say=self.say)
         self.looks = bool(self.speed["compile"])
 
@@ -87,6 +92,24 @@ class Speed(pl.Callback):
         if self.looks and not torch._dynamo.utils.counters["stats"]["unique_graphs"]:
             self.say("speed.compile: nothing was compiled: training_step calls neither the model nor its modules")
         self.looks = False
+
+
+def costly_convolutions(model: nn.Module, precision: str) -> str:
+    """Return a warning if torch computes Conv3d in bf16 or fp16 without cuDNN; empty if it does not.
+
+    Args:
+        model: to search for Conv3d and ConvTranspose3d.
+        precision: of the trainer, such as bf16-mixed.
+    """
+    from labtrain.environment.doctor.verdicts import of_conv3d
+
+    kinds = (nn.Conv3d, nn.ConvTranspose3d)
+    names = [name for name, module in model.named_modules() if isinstance(module, kinds) and module.weight.numel() > 1]
+    number = torch.backends.cudnn.version() or 0
+    verdict = of_conv3d(torch.__version__, (number // 10_000, number // 100 % 100, number % 100))
+    if not names or "16" not in str(precision) or verdict.result == "runs":
+        return ""
+    return f"{few(names)}: {verdict.why}. docs/guides/speed.md has two cures"
 
 
 def hasten(module: pl.LightningModule, speed: SpeedConfig, *, mode: str, say: Callable[[str], None]) -> None:

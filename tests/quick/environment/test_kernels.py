@@ -14,10 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from labtrain.environment.doctor import cuda_errors, kernels, kernels_process
 from labtrain.environment.doctor.verdicts import of_conv3d, of_later_wheels
+from labtrain.training.speed import costly_convolutions
 from tests.conftest import ROOT
 from tests.support.waiting import wait_until
 
@@ -168,6 +169,15 @@ def test_spans() -> None:
 def test_conv3d_without_cudnn_is_told(torch_version: str, cudnn: tuple[int, ...] | None, result: str) -> None:
     """Of PyTorch's code: no cuDNN from 9.8 to 9.14; in 2.9.0 no later one either."""
     assert of_conv3d(torch_version, cudnn).result == result
+
+
+def test_a_training_with_conv3d_in_bf16_is_warned() -> None:
+    """By the locked cuDNN 9.10.2; a model without Conv3d, and fp32, are not concerned."""
+    model = nn.Sequential(nn.Conv3d(1, 2, 3), nn.ReLU(), nn.ConvTranspose3d(2, 1, 3))
+    for precision in ("bf16-mixed", "16-mixed", "bf16-true"):
+        said = costly_convolutions(model, precision)
+        assert said.startswith(f"0; 2: torch {torch.__version__} does not use cuDNN 9.10.2 for Conv3d")
+    assert costly_convolutions(model, "32-true") == costly_convolutions(nn.Conv2d(1, 1, 3), "bf16-mixed") == ""
 
 
 @pytest.mark.parametrize(

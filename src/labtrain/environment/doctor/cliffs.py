@@ -42,14 +42,14 @@ CLIFFS = (
     ),
     Cliff(
         what="wheels of PyTorch for CUDA 12.8",
-        ends=None,
-        then="PyTorch 2.11 is the last with them, since 2.12 has none: move to CUDA 12.9 or 13",
+        ends=datetime.date(2026, 5, 13),
+        then="2.12 has none. 2.11 is the last with them, 2.10 the last for a V100",
     ),
     Cliff(
         what="wheels of PyTorch for any CUDA 12",
-        ends=None,
-        then="PyTorch 2.14 is the last with them: later ones need a driver for CUDA 13, R580 or later, and compute"
-        " capability 7.5",
+        ends=datetime.date(2026, 10, 28),
+        then="the planned day of 2.15, which has none. 2.14 is the last with them (CUDA 12.6, compute capability 5.0 to"
+        " 9.0). Later wheels need driver R580 and compute capability 7.5",
     ),
     Cliff(
         what="conda-forge's PyTorch for CUDA 12.9",

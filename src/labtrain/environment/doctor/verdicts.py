@@ -26,7 +26,8 @@ SOURCES = {
     " https://docs.nvidia.com/deeplearning/cudnn/backend/latest/reference/support-matrix.html",
     "triton": "PyTorch, torch/_inductor/exc.py, GPUTooOldForTriton: compute capability 7.0",
     "torch": "the installed torch: torch.cuda.get_arch_list()",
-    "wheels": "PyTorch, RELEASE.md and the plan for 2.15, pytorch/pytorch issue 190385",
+    "wheels": "PyTorch, RELEASE.md; pytorch/pytorch issues 172352 (2.11), 178665 (2.12) and 190385 (2.15), and pull"
+    " request 196028 for the day of 2.15",
     "conv3d": "PyTorch, 2.9.1 release notes and pytorch/pytorch issues 163539 and 166643",
 }
 
