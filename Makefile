@@ -66,7 +66,7 @@ bench: setup ## measure steps, epochs, memory and starts, against training witho
 bench-kernels: setup ## measure the cost of determinism.mode=strict for each kernel, on this GPU or CPU
 	@OMP_NUM_THREADS=1 $(VENV)/python benchmarks/kernels.py
 
-bench-gpu: setup ## compare a ResNet-18 and a GPT in bf16 with a bare loop, on a GPU
+bench-gpu: setup ## compare ResNets and a GPT in bf16 with a bare loop, on a GPU
 	@$(VENV)/python benchmarks/gpu.py
 
 bench-exact: setup ## measure the cost of exactness, against Lightning: ratios, interleaved

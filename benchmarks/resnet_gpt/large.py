@@ -40,7 +40,7 @@ class LargeData(pl.LightningDataModule):
             self.batch_size,
             shuffle=True,
             num_workers=self.num_workers,
-            transform=Scale(networks.MEAN, networks.STD) if self.network == "resnet18" else None,
+            transform=Scale(networks.MEAN, networks.STD) if self.network != "gpt" else None,
         )
 
 

@@ -1,4 +1,4 @@
-"""What both sides share: a ResNet-18 and a GPT of 124 million weights, random data of their kind, and the clock.
+"""What both sides share: ResNet-18, ResNet-50 and a GPT of 124 million weights, random data, and the clock.
 
 On a CPU both are small and so is the data: it shows that the benchmark runs, and no more.
 
@@ -20,45 +20,57 @@ from torch.nn import functional
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LARGE = DEVICE.type == "cuda"
 MEAN, STD = 0.449, 0.226  # of ImageNet's, over its channels
-BATCH = {"resnet18": 256, "gpt": 16} if LARGE else {"resnet18": 8, "gpt": 4}
+BATCH = {"resnet18": 256, "resnet50": 128, "gpt": 16} if LARGE else {"resnet18": 8, "resnet50": 8, "gpt": 4}
 WARMUP, STEPS = (20, 100) if LARGE else (3, 10)
 SIDE, WIDTH, CLASSES = (224, 64, 1000) if LARGE else (64, 16, 10)
 CONTEXT, VOCABULARY, LAYERS, HEADS, CHANNELS = (1024, 50_304, 12, 12, 768) if LARGE else (64, 512, 2, 4, 64)
 
 
-class Residual(nn.Module):
-    """Two convolutions beside an identity, or beside one of 1 x 1 where the shape changes."""
+def normalised(before: int, after: int, size: int, stride: int = 1) -> list[nn.Module]:
+    """Return a convolution without bias and its BatchNorm."""
+    return [nn.Conv2d(before, after, size, stride, padding=size // 2, bias=False), nn.BatchNorm2d(after)]
 
-    def __init__(self, before: int, after: int, stride: int) -> None:
+
+class Residual(nn.Module):
+    """Convolutions beside an identity, or beside one of 1 x 1 where the shape changes.
+
+    Args:
+        before: channels of the input.
+        width: of its convolutions.
+        stride: of the first 3 x 3.
+        deep: a bottleneck of three convolutions, whose output has 4 * width channels; else two of width channels.
+    """
+
+    def __init__(self, before: int, width: int, stride: int, *, deep: bool) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Conv2d(before, after, 3, stride, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True),
-            nn.Conv2d(after, after, 3, padding=1, bias=False), nn.BatchNorm2d(after),
-        )  # fmt: skip
-        self.side: nn.Module = nn.Identity()
-        if stride != 1 or before != after:
-            self.side = nn.Sequential(nn.Conv2d(before, after, 1, stride, bias=False), nn.BatchNorm2d(after))
+        after = 4 * width if deep else width
+        relu = nn.ReLU(inplace=True)
+        if deep:
+            first, second = normalised(before, width, 1), normalised(width, width, 3, stride)
+            layers = [*first, relu, *second, relu, *normalised(width, after, 1)]
+        else:
+            layers = [*normalised(before, width, 3, stride), relu, *normalised(width, after, 3)]
+        self.body = nn.Sequential(*layers)
+        changes = stride != 1 or before != after
+        self.side = nn.Sequential(*normalised(before, after, 1, stride)) if changes else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.relu(self.body(x) + self.side(x))
 
 
-class ResNet18(nn.Module):
-    """Images (B, 3, H, W) to scores (B, CLASSES)."""
+class ResNet(nn.Module):
+    """Images (B, 3, H, W) to scores (B, CLASSES): ResNet-18, or ResNet-50 if it is deep."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, deep: bool) -> None:
         super().__init__()
-        widths = [WIDTH << stage for stage in range(4)]
-        blocks = [
-            Residual(before, after, stride)
-            for stage, after in enumerate(widths)
-            for before, stride in ((widths[max(stage - 1, 0)], 2 if stage else 1), (after, 1))
-        ]
-        self.body = nn.Sequential(
-            nn.Conv2d(3, WIDTH, 7, 2, padding=3, bias=False), nn.BatchNorm2d(WIDTH), nn.ReLU(inplace=True),
-            nn.MaxPool2d(3, 2, padding=1), *blocks,
-        )  # fmt: skip
-        self.head = nn.Linear(widths[-1], CLASSES)
+        blocks, channels = [], WIDTH
+        for stage, count in enumerate((3, 4, 6, 3) if deep else (2, 2, 2, 2)):
+            for block in range(count):
+                blocks.append(Residual(channels, WIDTH << stage, 2 if stage and not block else 1, deep=deep))
+                channels = (WIDTH << stage) * (4 if deep else 1)
+        stem = [*normalised(3, WIDTH, 7, 2), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, padding=1)]
+        self.body = nn.Sequential(*stem, *blocks)
+        self.head = nn.Linear(channels, CLASSES)
 
     def forward(self, images: Tensor) -> Tensor:
         return cast(Tensor, self.head(self.body(images).mean((2, 3))))
@@ -102,8 +114,8 @@ class GPT(nn.Module):
 
 
 def network(name: str) -> nn.Module:
-    """Return `resnet18` or `gpt`."""
-    return ResNet18() if name == "resnet18" else GPT()
+    """Return `resnet18`, `resnet50` or `gpt`."""
+    return GPT() if name == "gpt" else ResNet(deep=name == "resnet50")
 
 
 def rows(name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -113,7 +125,7 @@ def rows(name: str) -> tuple[np.ndarray, np.ndarray]:
     """
     draws, batches = np.random.default_rng(0), WARMUP + STEPS + 1
     size = BATCH[name] * batches
-    if name == "resnet18":
+    if name != "gpt":
         images = draws.integers(0, 256, (BATCH[name], 3, SIDE, SIDE), np.uint8)
         return np.tile(images, (batches, 1, 1, 1)), draws.integers(0, CLASSES, size)
     tokens = draws.integers(0, VOCABULARY, (size, CONTEXT + 1))
