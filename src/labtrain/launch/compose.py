@@ -129,6 +129,7 @@ class HydraTask:
             )
         config = cast(Config, OmegaConf.to_container(cfg, resolve=True))
         remember(config)
+        configuration.check_complete(config, hint=configuration.RESTORE)
         single = HydraConfig.get().mode == RunMode.RUN
         if (asked := asked_in(config)) is not None:
             self._evaluate(asked, config, list(HydraConfig.get().overrides.task), single=single)

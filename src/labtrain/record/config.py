@@ -69,6 +69,7 @@ TRAINER_NUMBERS = {
     "gradient_clip_val": 0,
 }
 TRAINER_SWITCHES = ("enable_progress_bar", "enable_model_summary", "inference_mode", "detect_anomaly", "sync_batchnorm")
+RESTORE = "leave out ~KEY; logger=none, or null, false or 0 for another key, turns it off: python train.py --help"
 COMPOSE = "compose it with Hydra from a config.yaml that begins with `defaults: [labtrain, _self_]`"
 # torch.compile's modes; those that choose kernels by timing; those that use CUDA graphs.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -200,25 +201,45 @@ def _check_checkpoint(options: Options) -> None:
 
 
 def check_whole(config: Config) -> None:
-    """Raise if a configuration lacks a key, for example because it was composed without labtrain's defaults.
+    """Raise if a configuration was composed without labtrain's defaults: a key is missing, or no mapping.
+
+    Raises:
+        ConfigError: names the keys.
+    """
+    tree = as_options(config)
+    for key, value in _whole().items():
+        if isinstance(value, dict) and key in tree and not isinstance(tree[key], dict):
+            raise ConfigError(f"{key}={tree[key]}: must be a mapping", hint=COMPOSE)
+    check_complete(config, hint=COMPOSE)
+
+
+def check_complete(config: Config, *, hint: str) -> None:
+    """Raise if a configuration lacks a key.
+
+    Args:
+        config: resolved.
+        hint: what to do about it.
 
     Raises:
         ConfigError: names the missing keys.
     """
-    wanted = {"experiment": None, "logger": {}} | _yaml(CONF / "labtrain.yaml")
-    wanted |= {group: defaults(group) for group in GROUPS}
-    for key in ("defaults", "hydra", *EVALUATIONS, "predictions"):
-        del wanted[key]
-    tree = as_options(config)
-    for key, value in wanted.items():
-        if isinstance(value, dict) and key in tree and not isinstance(tree[key], dict):
-            raise ConfigError(f"{key}={tree[key]}: must be a mapping", hint=COMPOSE)
-    lacks = [key for key in wanted if key not in config]
-    lacks += [f"{key}.{name}" for key, value in wanted.items() if isinstance(value, dict) and key in config
+    wanted, tree = _whole(), as_options(config)
+    lacks = [key for key in wanted if key not in tree]
+    lacks += [f"{key}.{name}" for key, value in wanted.items() if isinstance(value, dict)
+              and isinstance(tree.get(key), dict) and key != "init_from"
               for name in value if name not in tree[key]]  # fmt: skip
     if lacks:
         more = f" and {len(lacks) - 5} more keys" if len(lacks) > 5 else ""
-        raise ConfigError(f"the configuration lacks {', '.join(lacks[:5])}{more}", hint=COMPOSE)
+        raise ConfigError(f"the configuration lacks {', '.join(lacks[:5])}{more}", hint=hint)
+
+
+def _whole() -> Options:
+    """Return every key that a configuration must have, with labtrain's defaults."""
+    wanted = {"experiment": None, "logger": {}} | _yaml(CONF / "labtrain.yaml")
+    wanted |= {group: defaults(group) for group in GROUPS}
+    return {
+        key: value for key, value in wanted.items() if key not in ("defaults", "hydra", *EVALUATIONS, "predictions")
+    }
 
 
 def check_modules(config: Config, root: Path) -> None:

@@ -8,6 +8,7 @@ A verdict needs a comparison: at least one line of the trail, or the results of 
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -215,6 +216,9 @@ def _trail_sha256(folder: Path, run: Path) -> str | None:
     try:
         found = read(folder)
     except DamagedError as error:
+        if isinstance(error.__cause__, json.JSONDecodeError):
+            hint = "labtrain verify RUN, or the file receipt.json of a run"
+            raise DamagedError(f"{shown(run)} is not a receipt: it is not JSON", hint=hint) from None
         said = str(error.args[0]).replace(str(folder / FILE), shown(run))
         raise DamagedError(said, hint="ask whoever trained the run for its receipt again") from None
     return found["trail"]["sha256"] if found else None

@@ -242,6 +242,9 @@ def test_a_stranger_is_not_explained() -> None:
             r"no run found: looked for [\s\S]*receipt.json[\s\S]*\n\nhint: labtrain ls ",
         ),
         (["trainer.gradient_clip_algorithm=cut"], r"Lightning's Trainer: [\s\S]*\n\nhint: "),
+        (["~data"], r"the configuration lacks data\n\nhint: leave out ~KEY"),
+        (["~determinism.shards"], r"the configuration lacks determinism.shards"),
+        (["~logger"], r"the configuration lacks logger\n\nhint: .*logger=none"),
         (["+logger.tensorbord={}"], r"unknown logger tensorbord: [\s\S]*\n\nhint: "),
     ],
 )

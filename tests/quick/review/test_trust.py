@@ -20,7 +20,7 @@ from labtrain.review.replay import _config_of, code_of, with_filters
 from labtrain.review.sandbox import Sandbox, is_kept, make_sandbox, shows_a_home
 from labtrain.review.trust import LIBRARY, _summary, foreign_targets, is_known
 from labtrain.review.verification import VerifyOptions, verify_run
-from tests.conftest import QUICK, Experiment, need
+from tests.conftest import LABTRAIN, QUICK, Experiment, need
 
 SOURCES = {
     "model.py": "import os\nimport torch\nfrom parts.layers import Block\nfrom os import system\nclass Net: pass\n"
@@ -312,3 +312,13 @@ def test_data_that_the_receipt_names_is_said_to_be_hidden_and_never_shown(tmp_pa
     bound = [command[at + 1] for at, word in enumerate(command) if re.fullmatch(r"--(ro-)?bind(-try)?", word)]
     assert str(tmp_path) in bound
     assert "/" not in bound
+
+
+def test_a_file_that_is_no_receipt_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.py").write_text("import torch\n")
+    done = subprocess.run([LABTRAIN, "verify", "model.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "error: model.py is not a receipt: it is not JSON\n\nhint: labtrain verify RUN, or the file receipt.json of a"
+        " run\n"
+    )

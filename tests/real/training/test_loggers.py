@@ -105,6 +105,18 @@ def test_mlflow_has_each_step_once_and_the_receipt(
     assert len(found["whole"]["lr-AdamW"]) == 40
 
 
+def test_an_mlflow_server_that_does_not_answer_is_an_error(
+    python: Path, shared_experiment: Experiment, tmp_path: Path
+) -> None:
+    """After four attempts, and not after MLflow's eight minutes; MLflow's own key sets another number."""
+    experiment = WithMLflow(shared_experiment.root, python)
+    options = [*SHORT, "logger=mlflow", "logger.mlflow.tracking_uri=http://127.0.0.1:9", f"paths.runs={tmp_path}"]
+    run = experiment.train(*options, code=2, env={"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"})
+    assert "error: MLflow at http://127.0.0.1:9: API request to" in run.err
+    assert "hint: start the server, or set logger.mlflow.tracking_uri" in run.err
+    assert "Traceback" not in run.err
+
+
 def test_tensorboard_csv_and_wandb_have_the_run_and_its_receipt(experiment: Experiment) -> None:
     options = (*SHORT, "logger=many", "logger.wandb.mode=offline", "paths.runs=runs")
     trained = experiment.train(*options)

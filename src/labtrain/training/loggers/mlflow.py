@@ -1,8 +1,10 @@
 """MLflow's logger: one MLflow run for each of labtrain's runs, however often the training is resumed."""
 
 import argparse
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +13,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.loggers import MLFlowLogger
 
 from labtrain.base.contracts import Options
+from labtrain.base.errors import ConfigError
 from labtrain.training.lightning import is_begun, mlflow_of, take_up
 from labtrain.training.loggers.clean import Clean
 
@@ -18,6 +21,31 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 TAG = "labtrain.run_id"
+# MLflow waits 2 + 4 + ... seconds for a server that does not answer, in all eight minutes: too long at the start.
+RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+FIRST_RETRIES = "3"
+
+
+@contextmanager
+def _soon(uri: str) -> Iterator[None]:
+    """Wait for MLflow's first answer for 14 seconds, unless the user has set how often to retry.
+
+    Raises:
+        ConfigError: there is no answer, or an error.
+    """
+    from mlflow.exceptions import MlflowException
+
+    given = os.environ.get(RETRIES)
+    os.environ[RETRIES] = given or FIRST_RETRIES
+    try:
+        yield
+    except MlflowException as error:
+        said = " ".join(str(error).split())
+        hint = f"start the server, or set logger.mlflow.tracking_uri; {RETRIES} sets how long to wait"
+        raise ConfigError(f"MLflow at {uri}: {said[:300]}", hint=hint) from error
+    finally:
+        if given is None:
+            del os.environ[RETRIES]
 
 
 class ContinuedMLFlowLogger(Clean, MLFlowLogger):
@@ -37,7 +65,8 @@ class ContinuedMLFlowLogger(Clean, MLFlowLogger):
     @rank_zero_experiment
     def experiment(self) -> "MlflowClient":
         if not is_begun(self):
-            self._take_up()
+            with _soon(str(self._tracking_uri)):
+                self._take_up()
         return super().experiment
 
     def _take_up(self) -> None:
