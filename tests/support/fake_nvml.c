@@ -1,4 +1,5 @@
 /* A driver library of the shape of NVIDIA's libnvidia-ml.so.1: GPUs as the macros say. Compiled by test_doctor.py. */
+#include <stdlib.h>
 #include <string.h>
 int nvmlInitWithFlags(unsigned flags) { (void)flags; return INIT; }
 int nvmlInit_v2(void) { return INIT; }

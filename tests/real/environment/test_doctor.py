@@ -11,6 +11,7 @@ import pytest
 
 from labtrain.environment.doctor import machine
 from tests.conftest import LABTRAIN, ROOT, need, skip_or_fail
+from tests.quick.environment.test_verdicts import DRIVERS, TABLES
 from tests.support.doctor import doctor, driver, library
 
 
@@ -173,3 +174,37 @@ def test_an_nccl_variable_that_switches_a_transport_off_fails() -> None:
     _, checks = doctor(NCCL_P2P_DISABLE="1", NCCL_DEBUG="INFO")
     assert checks["NCCL variables"]["status"] == "failed"
     assert checks["NCCL variables"]["hint"] == "unset NCCL_P2P_DISABLE"
+
+
+ASK = """
+import json, os, sys
+from labtrain.environment.doctor import nvidia
+from labtrain.environment.doctor.verdicts import BUILDS
+found = []
+for route, number, cuda, major, minor in json.load(sys.stdin):
+    os.environ |= {"DRIVER": number, "CUDA": str(cuda[0] * 1000 + cuda[1] * 10), "MAJOR": str(major), "MINOR": str(minor)}
+    checks = {check.name: check for check in nvidia.checks(BUILDS[route])}
+    found.append([checks["driver"].status, checks["GPU 0"].status, checks["GPU 0"].hint])
+print(json.dumps(found))
+"""
+
+
+def test_each_driver_and_card_has_its_verdict(tmp_path: Path) -> None:
+    """The whole table, through NVML: a driver library of our own that answers as each driver and card would."""
+    variables = {name: f'atoi(getenv("{name}"))' for name in ("CUDA", "MAJOR", "MINOR")}
+    library(tmp_path, "fake_nvml.c", "libnvidia-ml.so.1", DRIVER='getenv("DRIVER")', INIT=0, COUNT=1, PROCESSES=0, P2P=0,
+            USED="0ULL", **variables)  # fmt: skip
+    cases = [(route, number, cuda, *capability) for route, table in TABLES.items() for capability in table
+             for number, cuda in DRIVERS]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", ASK], input=json.dumps(cases), env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}, cwd=ROOT, text=True,
+        capture_output=True, check=True,
+    )  # fmt: skip
+    letters = {"ok": "r", "warned": "w", "failed": "f"}
+    found = json.loads(done.stdout)
+    wanted = [letter for table in TABLES.values() for row in table.values() for letter in row]
+    assert [letters[gpu] for _, gpu, _ in found] == wanted
+    assert all(bool(hint) == (gpu != "ok") for _, gpu, hint in found)
+    assert {number: of_driver for (_, number, *_), (of_driver, *_) in zip(cases, found, strict=True)} == {
+        number: {"515": "failed", "525": "warned"}.get(number[:3], "ok") for number, _ in DRIVERS
+    }
