@@ -44,7 +44,7 @@ def lock_check(as_json: bool) -> None:
         with suppress(LabtrainError):  # the table already lists a lock that cannot be read
             routes = stack(Path.cwd())
         for route, versions in routes.items():
-            say(f"{route:<8}" + ", ".join(f"{name} {version}" for name, version in versions.items()))
+            say(f"{route:<11}" + ", ".join(f"{name} {version}" for name, version in versions.items()))
     if found:
         say("hint: labtrain lock write, or git checkout the file if it should not have changed", err=True)
     sys.exit(bool(found))
