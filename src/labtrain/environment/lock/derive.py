@@ -86,6 +86,14 @@ def wheel_entry(pin: Pin, file: str, sha256: str) -> dict[str, object]:
     return entry | {"format": "sdist", "pname": pname, "version": version, "extension": "tar.gz"}
 
 
+def file_name(entry: Options) -> str:
+    """Return the name of an entry's file, the inverse of `wheel_entry`."""
+    if entry["format"] != "wheel":
+        return f"{entry['pname']}-{entry['version']}.{entry['extension']}"
+    parts = (entry["pname"], entry["version"], entry["build"], entry["python"], entry["abi"], entry["platform"])
+    return "-".join(part for part in parts if part) + ".whl"
+
+
 def sri(sha256: str) -> str:
     """Format a sha256 for Nix (Subresource Integrity)."""
     return f"sha256-{base64.b64encode(bytes.fromhex(sha256)).decode()}"
@@ -154,7 +162,7 @@ def read_wheels(folder: Path) -> list[Options]:
     try:
         entries = json.loads(path.read_text())
         for entry in entries:
-            entry["name"], entry["version"], entry["hash"], entry["format"]
+            entry["name"], entry["version"], file_name(entry), hex_digest(entry["hash"])
         return list(entries)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DamagedError(f"{path}: {error!r}", hint="labtrain lock write") from error

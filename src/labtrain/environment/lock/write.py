@@ -49,7 +49,7 @@ def write_locks(folder: Path, *, upgrade: bool = False) -> Iterator[str]:
         yield f"{LOCK_FILE}: {'unchanged' if (folder / LOCK_FILE).read_text() == before else 'resolved again'}"
         write_atomically(folder / conda.CPU.spec, conda.cpu_spec(folder))
         for profile in conda.PROFILES:
-            yield f"{profile.lock}: {'solved again' if _lock_conda(folder, profile) else 'unchanged'}"
+            yield f"{profile.lock}: {'solved again' if lock_conda(folder, profile) else 'unchanged'}"
         wheels = choose_wheels(folder)
         (folder / derive.WHEELS).parent.mkdir(exist_ok=True)
         write_atomically(folder / derive.WHEELS, "[\n" + ",\n".join(json.dumps(entry) for entry in wheels) + "\n]\n")
@@ -57,7 +57,7 @@ def write_locks(folder: Path, *, upgrade: bool = False) -> Iterator[str]:
         text = derive.conda_requirements(folder)
         write_atomically(folder / derive.CONDA_REQUIREMENTS, text)
         yield f"{derive.CONDA_REQUIREMENTS}: {text.count('==')} packages"
-        yield _lock_pixi(folder)
+        yield lock_pixi(folder)
         write_atomically(folder / derive.SEAL, sbom(folder))
         yield f"{derive.SEAL}: {len(derive.read_seal(folder))} entries"
 
@@ -154,7 +154,7 @@ def _packages(folder: Path) -> dict[str, tuple["PackageURL", list[str]]]:
     return found
 
 
-def _lock_conda(folder: Path, profile: conda.Profile) -> bool:
+def lock_conda(folder: Path, profile: conda.Profile) -> bool:
     """Solve a conda lock again if its sources changed; return whether it was solved.
 
     The cpu profile keeps the versions and builds of the default one, which its solver gets as pins.
@@ -194,7 +194,7 @@ def _lock_conda(folder: Path, profile: conda.Profile) -> bool:
     return True
 
 
-def _lock_pixi(folder: Path) -> str:
+def lock_pixi(folder: Path) -> str:
     """Write pixi.toml and pixi.lock, and return a line about them."""
     try:
         sealed, lock = derive.read_seal(folder), pixi.read_pixi_lock(folder)
