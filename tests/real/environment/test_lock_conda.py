@@ -80,6 +80,29 @@ def test_a_cpu_lock_with_other_builds_is_solved_again(project: Path) -> None:
         lock_conda(project, conda.CPU)
 
 
+@pytest.mark.parametrize("profile", conda.PROFILES)
+def test_a_damaged_lock_is_an_error_and_is_not_solved_again(profile: conda.Profile, project: Path) -> None:
+    """That would take newer packages; the file that was committed is the better one."""
+    (md5,) = {
+        entry["hash"]["md5"] for entry in conda.read_conda_lock(project, profile)["package"] if entry["name"] == "base"
+    }
+    change(project / profile.lock, md5, "abcd")
+    with pytest.raises(
+        LabtrainError, match=rf"{profile.lock}: base: found md5 abcd, expected 32 hex digits"
+    ) as raised:
+        lock_conda(project, profile)
+    assert raised.value.hint == f"git checkout {profile.lock}"
+
+
+@pytest.mark.parametrize("damage", ["", "{[", "subdirs: 3", "a: b"])
+def test_a_damaged_list_of_virtual_packages_is_an_error(damage: str, project: Path) -> None:
+    (project / conda.VIRTUAL).write_text(damage)
+    with pytest.raises(LabtrainError, match=r"virtual-packages\.yml: not virtual packages|environment\.yml: "):
+        lock_conda(project, conda.DEFAULT)
+    with pytest.raises(LabtrainError, match=r"virtual-packages\.yml: not virtual packages"):
+        lock_conda(project, conda.CPU)
+
+
 def test_pixi_gets_full_records_from_the_channel_and_keeps_them(project: Path, channel: tuple[Path, str]) -> None:
     assert lock_pixi(project) == "pixi.lock: 5 packages for default, 3 packages for cpu"
     text = (project / pixi.LOCK).read_text()

@@ -97,11 +97,20 @@ def cpu_spec(folder: Path) -> str:
 
 
 def write_virtual_packages(folder: Path, profile: Profile, target: Path) -> None:
-    """Write the virtual packages that a profile is solved for: those of virtual-packages.yml, on a CPU without CUDA."""
-    virtual = yaml.safe_load((folder / VIRTUAL).read_text())
-    if profile == CPU:
-        for subdir in virtual["subdirs"].values():
+    """Write the virtual packages that a profile is solved for: those of virtual-packages.yml, on a CPU without CUDA.
+
+    Raises:
+        DamagedError: virtual-packages.yml cannot be read.
+    """
+    try:
+        virtual = yaml.safe_load((folder / VIRTUAL).read_text())
+        for subdir in virtual["subdirs"].values() if profile == CPU else ():
             subdir["packages"].pop("__cuda", None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+        text = " ".join(str(error).split())[:200]
+        raise DamagedError(
+            f"{folder / VIRTUAL}: not virtual packages ({text})", hint=f"git checkout {VIRTUAL}"
+        ) from error
     target.write_text(yaml.safe_dump(virtual, sort_keys=False))
 
 
@@ -155,18 +164,26 @@ def content_hash(folder: Path, profile: Profile = DEFAULT) -> str:
     """Return the content hash of a profile's spec and virtual packages, by conda-lock's API.
 
     The same steps as `conda_lock.conda_lock.make_lock_files`, without access to a channel.
+
+    Raises:
+        DamagedError: conda-lock cannot read the spec or the virtual packages.
     """
     from conda_lock import content_hash as hashes
     from conda_lock import lookup, src_parser, virtual_package
 
-    spec = src_parser.make_lock_spec(
-        src_files=[folder / profile.spec], platform_overrides=[PLATFORM], mapping_url=lookup.DEFAULT_MAPPING_URL
-    )
     with tempfile.TemporaryDirectory() as scratch:
-        write_virtual_packages(folder, profile, Path(scratch) / VIRTUAL)
-        repository = virtual_package.virtual_package_repo_from_specification(Path(scratch) / VIRTUAL)
-    with repository:
-        return str(hashes.compute_content_hashes(spec, repository)[PLATFORM])
+        virtual = Path(scratch) / VIRTUAL
+        write_virtual_packages(folder, profile, virtual)
+        try:
+            spec = src_parser.make_lock_spec(
+                src_files=[folder / profile.spec], platform_overrides=[PLATFORM], mapping_url=lookup.DEFAULT_MAPPING_URL
+            )
+            repository = virtual_package.virtual_package_repo_from_specification(virtual)
+            with repository:
+                return str(hashes.compute_content_hashes(spec, repository)[PLATFORM])
+        except Exception as error:  # conda-lock's parsers can raise anything on a broken spec
+            text = " ".join(str(error).split())[:200]
+            raise DamagedError(f"{folder / profile.spec}: {text}", hint=f"git checkout {profile.spec}") from error
 
 
 def match_spec(text: str) -> "MatchSpec | None":

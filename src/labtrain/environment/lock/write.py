@@ -158,17 +158,19 @@ def lock_conda(folder: Path, profile: conda.Profile) -> bool:
     """Solve a conda lock again if its sources changed; return whether it was solved.
 
     The cpu profile keeps the versions and builds of the default one, which its solver gets as pins.
+
+    Raises:
+        LabtrainError: the lock is damaged, or no channel can be reached.
     """
     environment = dict(os.environ)
     if (folder / profile.lock).exists():
         lock = conda.read_conda_lock(folder, profile)
-        is_new = conda.content_hash(folder, profile) == conda.locked_hash(lock)
-        if (
-            is_new
-            and not list(conda.wrong_entries(lock["package"]))
-            and (profile == conda.DEFAULT or not list(conda.unlike_default(folder)))
-        ):
-            return False
+        if conda.content_hash(folder, profile) == conda.locked_hash(lock):
+            for name, found, expected in conda.wrong_entries(lock["package"]):
+                what = f"{profile.lock}: {name}: found {found}, expected {expected}"
+                raise DamagedError(what, hint=f"git checkout {profile.lock}")
+            if profile == conda.DEFAULT or not list(conda.unlike_default(folder)):
+                return False
     if profile == conda.CPU:
         kept = [entry for entry in conda.read_conda_lock(folder)["package"] if entry["name"] not in conda.BUILT_TWICE]
         builds = [f"{entry['name']}={entry['version']}={conda.build_of(entry)}" for entry in kept]
@@ -181,7 +183,7 @@ def lock_conda(folder: Path, profile: conda.Profile) -> bool:
         try:
             _run(folder, "conda-lock", "lock", *options, environment=environment)
         except LabtrainError as error:
-            what = f"{profile.lock} is damaged or does not fit {profile.spec}, and could not be solved again"
+            what = f"{profile.lock} does not fit {profile.spec} or {conda.VIRTUAL}, and could not be solved again"
             raise LabtrainError(
                 f"{what}: {error.args[0]}",
                 hint="run it with access to conda-forge, or git checkout the file that changed",
