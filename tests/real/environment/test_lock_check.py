@@ -265,6 +265,15 @@ def test_conda_lock_renders_the_lock(profile: Profile, count: int, tmp_path: Pat
     assert len([line for line in lines if line.startswith("https://")]) == count
 
 
+def test_any_character_of_the_sbom_is_named(locks: Path) -> None:
+    """Its seals by the locks, and the rest by its serial number, a digest of its content."""
+    text, draw = (locks / "sbom.cdx.json").read_text(), random.Random(1)
+    for _ in range(12):
+        at = draw.choice([match.start() for match in re.finditer(r"[0-9a-z](?=[^\n]*\n)", text)])
+        (locks / "sbom.cdx.json").write_text(one_character(text, at))
+        assert [entry for entry in check_locks(locks) if entry.file == "sbom.cdx.json"], at
+
+
 def packages_of(text: str) -> list[str]:
     return re.findall(r"^- conda: (\S+)\n  ", text, re.MULTILINE)
 

@@ -87,9 +87,7 @@ def test_a_damaged_lock_is_an_error_and_is_not_solved_again(profile: conda.Profi
         entry["hash"]["md5"] for entry in conda.read_conda_lock(project, profile)["package"] if entry["name"] == "base"
     }
     change(project / profile.lock, md5, "abcd")
-    with pytest.raises(
-        LabtrainError, match=rf"{profile.lock}: base: found md5 abcd, expected 32 hex digits"
-    ) as raised:
+    with pytest.raises(LabtrainError, match=rf"{profile.lock}: base: found md5 abcd, expected 32 hex digits") as raised:
         lock_conda(project, profile)
     assert raised.value.hint == f"git checkout {profile.lock}"
 

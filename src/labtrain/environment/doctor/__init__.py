@@ -28,5 +28,5 @@ def examine(*, gpu_required: bool = False, deep: bool = False, checkpoints: str 
     yield from environment.checks(pins, lock, deep=deep)
     yield from machine.checks(Path.cwd(), checkpoints)
     probed = libraries.probe()
-    yield from libraries.checks(pins, probed)
+    yield from libraries.checks(pins, probed, libraries.of_conda(lock.parent))
     yield from nvidia.checks(probed.build, required=gpu_required)

@@ -1,6 +1,7 @@
 """Compare the locks with their sources and with each other, offline; report all disagreements at once."""
 
 import itertools
+import json
 import re
 import tomllib
 from collections import Counter
@@ -248,8 +249,12 @@ def check_pixi(folder: Path) -> Iterator[Disagreement]:
 
 
 def check_seal(folder: Path) -> Iterator[Disagreement]:
-    """Check that sbom.cdx.json seals every package of every lock."""
+    """Check that sbom.cdx.json seals every package of every lock, and itself by its serial number."""
     sealed = derive.read_seal(folder)
+    document = json.loads((folder / derive.SEAL).read_text())
+    number, expected = str(document.get("serialNumber")), derive.serial_number(document)
+    if number != expected:
+        yield Disagreement(file=derive.SEAL, what="serialNumber", found=number, wanted=f"{expected}, of its content")
     files = {"wheels": LOCK_FILE, "nix": derive.WHEELS, "pixi": pixi.LOCK}
     files |= {profile.route: profile.lock for profile in conda.PROFILES}
     now = derive.seal(folder)

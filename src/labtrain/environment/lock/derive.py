@@ -2,6 +2,7 @@
 
 import base64
 import json
+import uuid
 from pathlib import Path
 
 from packaging.tags import compatible_tags, cpython_tags
@@ -146,6 +147,12 @@ def read_seal(folder: Path) -> Seal:
         }
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
         raise DamagedError(f"{path}: {error!r}", hint="labtrain lock write") from error
+
+
+def serial_number(document: Options) -> str:
+    """Return the serial number of an SBOM: a digest of everything else in it."""
+    rest = {key: value for key, value in document.items() if key != "serialNumber"}
+    return f"urn:uuid:{uuid.UUID(_digest(rest)[:32], version=4)}"
 
 
 def _digest(entry: Options) -> str:

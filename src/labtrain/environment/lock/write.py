@@ -5,7 +5,6 @@ import os
 import sys
 import tempfile
 import tomllib
-import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from labtrain.base.console import few
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
-from labtrain.base.files import text_sha256, write_atomically
+from labtrain.base.files import write_atomically
 from labtrain.base.programs import run_program
 from labtrain.environment.lock import conda, derive, pixi
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, read_lock, read_pins
@@ -108,7 +107,7 @@ def choose_wheels(folder: Path) -> list[dict[str, object]]:
 def sbom(folder: Path) -> str:
     """Return sbom.cdx.json: a CycloneDX 1.6 document of every package of every route, by CycloneDX's library.
 
-    https://cyclonedx.org/docs/1.6/json/. The same locks give the same text: no time, a serial number from the seals.
+    https://cyclonedx.org/docs/1.6/json/. The same locks give the same text: no time, a serial number from the content.
     """
     from cyclonedx.model import HashType, Property
     from cyclonedx.model.bom import Bom
@@ -116,7 +115,7 @@ def sbom(folder: Path) -> str:
     from cyclonedx.output.json import JsonV1Dot6
 
     sealed, packages = derive.seal(folder), _packages(folder)
-    bom = Bom(serial_number=uuid.UUID(text_sha256(json.dumps(sealed, sort_keys=True))[:32], version=4))
+    bom = Bom()
     for key, digest in sealed.items():
         route, name, *_ = key.split(" ")
         purl, hashes = packages.get(key, (None, []))
@@ -132,6 +131,7 @@ def sbom(folder: Path) -> str:
         bom.components.add(component)
     document = json.loads(JsonV1Dot6(bom).output_as_string())
     document.get("metadata", {}).pop("timestamp", None)
+    document["serialNumber"] = derive.serial_number(document)
     return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
 
