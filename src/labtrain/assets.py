@@ -12,13 +12,17 @@ SOURCES = {
     "environment.yml": "environment.yml",
     "virtual-packages.yml": "virtual-packages.yml",
     "conda-lock.yml": "conda-lock.yml",
+    "environment-cpu.yml": "environment-cpu.yml",
+    "conda-lock-cpu.yml": "conda-lock-cpu.yml",
+    "pixi.toml": "pixi.toml",
+    "pixi.lock": "pixi.lock",
     "flake.nix": "flake.nix",
     "flake.lock": "flake.lock",
     "nix": "nix",
     "containers": "containers",
     "sbom.cdx.json": "sbom.cdx.json",
 }
-# What an experiment gets: the three locks, their seal, and the files that build images.
+# What an experiment gets: the locks, their seal, and the files that build images.
 LOCKS = tuple(name for name in SOURCES if name.partition("/")[0] not in ("template", "golden"))
 
 

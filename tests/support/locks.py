@@ -8,6 +8,7 @@ import pytest
 from tests.conftest import ROOT
 
 FILES = ["environment.yml", "virtual-packages.yml", "conda-lock.yml", "requirements.lock", "requirements-conda.lock"]
+FILES += ["environment-cpu.yml", "conda-lock-cpu.yml", "pixi.toml", "pixi.lock"]
 FILES += ["nix/wheels.json", "flake.lock", "sbom.cdx.json", "pyproject.toml"]
 
 

@@ -1,4 +1,4 @@
-"""`labtrain lock`: check and write."""
+"""`labtrain lock`: check, write and export."""
 
 import sys
 from contextlib import suppress
@@ -14,9 +14,10 @@ from labtrain.cli.show import json_option, say_json
 
 @click.group(cls=help_page.Group, example="labtrain lock check")
 def lock() -> None:
-    """Compare or update the lock files of the three environments.
+    """Compare, update or export the lock files of the environments.
 
-    The environments are wheels (requirements.lock), conda (conda-lock.yml) and Nix (flake.lock).
+    These are wheels (requirements.lock), conda (conda-lock.yml, and conda-lock-cpu.yml without CUDA), pixi (pixi.lock)
+    and Nix (flake.lock).
     """
 
 
@@ -44,7 +45,7 @@ def lock_check(as_json: bool) -> None:
         with suppress(LabtrainError):  # the table already lists a lock that cannot be read
             routes = stack(Path.cwd())
         for route, versions in routes.items():
-            say(f"{route:<8}" + ", ".join(f"{name} {version}" for name, version in versions.items()))
+            say(f"{route:<11}" + ", ".join(f"{name} {version}" for name, version in versions.items()))
     if found:
         say("hint: labtrain lock write, or git checkout the file if it should not have changed", err=True)
     sys.exit(bool(found))
@@ -55,9 +56,27 @@ def lock_check(as_json: bool) -> None:
 def lock_write(upgrade: bool) -> None:
     """Update the lock files from pyproject.toml and environment.yml.
 
-    conda-lock.yml is solved again only if environment.yml has changed. All other lock files are always written.
+    The conda locks are solved again only if environment.yml has changed. All other lock files are always written. If
+    one of them cannot be written, all stay as they were.
     """
     from labtrain.environment.lock.write import write_locks
 
     for line in write_locks(Path.cwd(), upgrade=upgrade):
         say(line)
+
+
+@lock.command("export", cls=help_page.Command, example="labtrain lock export --wheels wheels")
+@click.option("--format", "kind", type=click.Choice(["pylock"]), default="pylock", help="pylock: PEP 751.")
+@click.option("--wheels", metavar="DIR", help="A folder with the files for this Python, from pip download.")
+@click.option("-o", "--output", metavar="FILE", default="pylock.toml", help="pylock.toml or pylock.NAME.toml.")
+def lock_export(kind: str, wheels: str | None, output: str) -> None:
+    """Write requirements.lock as pylock.toml, to install with uv or pip.
+
+    The file has hashes, and paths into a folder of wheels, relative to itself. Without --wheels it is for Python 3.12
+    and expects the files in `wheels`; they need not be there yet.
+    """
+    from labtrain.environment.lock.pylock import export_pylock
+
+    written = export_pylock(Path.cwd(), Path(output), Path(wheels) if wheels else None)
+    python = str(written.requires_python).removeprefix("==").removesuffix(".*")
+    say(f"{output}: {len(written.packages)} packages for Python {python}")

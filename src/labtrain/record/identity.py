@@ -33,11 +33,13 @@ EXPERIMENT_BYTES = 200  # of it in UTF-8
 RUN_ID = re.compile(r"[0-9a-f]{12}(-[A-Za-z0-9_-]{1,100})?")
 SHORT_ID = re.compile(r"[0-9a-f]{4,11}")  # the beginning of one
 LOCK_FILE = "requirements.lock"
-# The locks of each route. Nix installs the wheels of requirements.lock. conda has different builds, so different bits.
+# The locks of each route. Nix installs the wheels of requirements.lock. conda has different builds, so different bits,
+# and so has its environment for machines without a GPU.
 ROUTES = {
     "wheels": (LOCK_FILE,),
     "nix": (LOCK_FILE,),
     "conda": ("conda-lock.yml", "requirements-conda.lock"),
+    "conda-cpu": ("conda-lock-cpu.yml", "requirements-conda.lock"),
 }
 
 # How a run is executed, watched or stored; the weights do not depend on these.
@@ -216,9 +218,10 @@ def lock_digest(root: Path) -> str:
 
 
 def route() -> str:
-    """Return how this environment was made: conda, nix or wheels. Bits are the same only within a route."""
-    if (Path(sys.prefix) / "conda-meta").is_dir():
-        return "conda"
+    """Return how this environment was made: a key of ROUTES. Bits are the same only within a route."""
+    packages = Path(sys.prefix) / "conda-meta"
+    if packages.is_dir():
+        return "conda-cpu" if any(packages.glob("pytorch-*-cpu_*.json")) else "conda"
     return "nix" if Path(sys.prefix).resolve().is_relative_to("/nix/store") else "wheels"
 
 

@@ -166,7 +166,7 @@ def _workflow(crate: "ROCrate", found: Receipt, code: dict[str, Path]) -> object
 def _software(crate: "ROCrate", found: Receipt) -> list[object]:
     """Add the software that determines the bits, by package URL: Python, libraries, CUDA on a GPU; and the lock."""
     environment, hardware = found["environment"], found["hardware"]
-    kind = "generic" if environment["route"] == "conda" else "pypi"
+    kind = "generic" if environment["route"].startswith("conda") else "pypi"
     versions = {
         ("generic", "python"): environment["python"],
         ("generic", "labtrain"): environment["distributions"].get("labtrain"),

@@ -175,6 +175,34 @@ def test_a_torch_of_another_version_is_named(tmp_path: Path) -> None:
     assert (found["torch"].wanted, found["torch"].hint) == ("2.9.0", "make setup")
 
 
+@pytest.mark.parametrize(
+    ("file", "versions"),
+    [
+        ("pytorch-2.9.1-cuda129_mkl_py312_h04de0ce_301.json",
+         {"torch": "2.9.1", "CUDA runtime": "12.9", "cuDNN": "9.10.2", "NCCL": "2.29.3"}),
+        ("pytorch-2.9.1-cpu_mkl_py312_hd3d05ca_101.json", {"torch": "2.9.1", "CUDA runtime": None}),
+    ],
+)  # fmt: skip
+def test_condas_libraries_are_compared_with_condas_lock(
+    file: str, versions: dict[str, str | None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with the wheels', which have another CUDA and NCCL."""
+    (tmp_path / "conda-meta").mkdir()
+    (tmp_path / "conda-meta" / file).touch()
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    probed = libraries.Probed(found={**versions, "loaded": []}, reason="")
+    found = list(libraries.checks(read_lock(ROOT / "requirements.lock"), probed, libraries.of_conda(ROOT)))
+    assert {check.name: check.status for check in found if versions.get(check.name)} == {
+        name: "ok" for name, version in versions.items() if version
+    }
+    assert "failed" not in {check.status for check in found}
+    other = libraries.Probed(found={"torch": "2.9.0", "loaded": []}, reason="")
+    torch = next(libraries.checks({}, other, libraries.of_conda(ROOT)))
+    assert (torch.status, torch.wanted) == ("failed", "2.9.1")
+    assert torch.hint.startswith("create it again from conda-lock")
+    assert libraries.of_conda(tmp_path) == {}
+
+
 # -------------------------------------------------------------------------------------------------------------- machine
 
 

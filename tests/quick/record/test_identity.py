@@ -178,15 +178,19 @@ def test_never_starts_beside(tmp_path: Path) -> None:
 
 
 def test_the_lock_is_that_of_the_route(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """conda's builds have bits of their own, so a run there has a name of its own."""
-    for lock in ("requirements.lock", "conda-lock.yml", "requirements-conda.lock"):
+    """conda's builds have bits of their own, so a run there has a name of its own; so have those for a CPU."""
+    for lock in ("requirements.lock", "conda-lock.yml", "conda-lock-cpu.yml", "requirements-conda.lock"):
         (tmp_path / lock).write_text(lock)
     wheels = lock_digest(tmp_path)
     assert route() == "wheels"
     (tmp_path / "prefix" / "conda-meta").mkdir(parents=True)
     monkeypatch.setattr("sys.prefix", str(tmp_path / "prefix"))
     assert route() == "conda"
-    assert lock_digest(tmp_path) != wheels
+    conda = lock_digest(tmp_path)
+    assert conda != wheels
+    (tmp_path / "prefix" / "conda-meta" / "pytorch-2.9.1-cpu_mkl_py312_hd3d05ca_101.json").touch()
+    assert route() == "conda-cpu"
+    assert lock_digest(tmp_path) not in (conda, wheels)
     monkeypatch.setattr("sys.prefix", "/nix/store/abc-env")
     assert route() == "nix"
     assert lock_digest(tmp_path) == wheels

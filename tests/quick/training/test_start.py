@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 import labtrain
 from labtrain.base.errors import EXIT_STOPPED, ConfigError
 from labtrain.environment.doctor.environment import unlike_lock
-from labtrain.environment.lock.conda import read_conda_lock
+from labtrain.environment.lock.conda import PROFILES, Profile, read_conda_lock
+from labtrain.record.identity import route
 from labtrain.review.replay import _git
 from tests.conftest import QUICK, ROOT, Experiment
 from tests.support.exact import Runner, configure, outcome
@@ -111,21 +112,26 @@ def test_an_environment_that_is_not_the_locks_is_said_at_the_start(runner: Runne
     assert unlike_lock(experiment) == []
 
 
+@pytest.mark.parametrize("profile", PROFILES)
 def test_of_condas_environment_builds_are_compared_and_what_pip_put_beside_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    profile: Profile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the names of the files in conda-meta, and by requirements-conda.lock."""
-    for name in ("conda-lock.yml", "requirements-conda.lock"):
+    for name in (profile.lock, "requirements-conda.lock"):
         shutil.copy(ROOT / name, tmp_path / name)
     meta = tmp_path / "prefix" / "conda-meta"
     meta.mkdir(parents=True)
-    for entry in read_conda_lock(ROOT)["package"]:
+    for entry in read_conda_lock(ROOT, profile)["package"]:
         (meta / f"{entry['url'].rpartition('/')[2].removesuffix('.conda').removesuffix('.tar.bz2')}.json").touch()
     monkeypatch.setattr(sys, "prefix", str(tmp_path / "prefix"))
+    assert route() == profile.route
     beside = unlike_lock(tmp_path)
     assert not [each for each in beside if "locked" not in each]  # of pip's some are of other platforms than this
     (torch,) = meta.glob("pytorch-2.9.1-*.json")
-    torch.rename(meta / "pytorch-2.9.0-cuda129_mkl_py312_0.json")
-    assert set(unlike_lock(tmp_path)) - set(beside) == {
-        "pytorch-2.9.0-cuda129_mkl_py312_0 (not locked)", f"{torch.stem} missing"
-    }  # fmt: skip
+    other = torch.stem.replace("2.9.1", "2.9.0")
+    torch.rename(meta / f"{other}.json")
+    assert set(unlike_lock(tmp_path)) - set(beside) == {f"{other} (not locked)", f"{torch.stem} missing"}
+    (tmp_path / profile.lock).unlink()  # an experiment of before there was a lock for a CPU
+    assert unlike_lock(tmp_path) == [f"{profile.lock} is missing in {tmp_path}"]
+    (tmp_path / "requirements-conda.lock").unlink()
+    assert unlike_lock(tmp_path) == []

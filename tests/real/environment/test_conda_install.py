@@ -1,70 +1,15 @@
 """`conda-lock install` from end to end: a channel that the test makes, served over loopback http, and a tampered package."""
 
-import functools
-import hashlib
-import http.server
-import io
-import json
 import os
 import subprocess
-import sys
-import tarfile
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import yaml
 
-from tests.conftest import LABTRAIN, ROOT
+from tests.conftest import LABTRAIN
+from tests.support.conda_channel import package, write_conda
 
-STANDIN = ROOT / "tests/support/conda_standin.py"
-
-
-def package(folder: Path, name: str, text: str, depends: list[str]) -> dict[str, str]:
-    """Write a conda package of one file into a channel, and return its hashes."""
-    index = {
-        "name": name,
-        "version": "1.0",
-        "build": "0",
-        "build_number": 0,
-        "depends": depends,
-        "subdir": "noarch",
-        "noarch": "generic",
-    }
-    file = f"share/{name}.txt"
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    paths = [{"_path": file, "path_type": "hardlink", "sha256": digest, "size_in_bytes": len(text)}]
-    contents = {
-        "info/index.json": json.dumps(index),
-        "info/paths.json": json.dumps({"paths": paths, "paths_version": 1}),
-        "info/files": f"{file}\n",
-        file: text,
-    }
-    path = folder / "noarch" / f"{name}-1.0-0.tar.bz2"
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w:bz2") as archive:
-        for member, body in contents.items():
-            info = tarfile.TarInfo(member)
-            info.size = len(body)
-            archive.addfile(info, io.BytesIO(body.encode()))
-    raw = path.read_bytes()
-    return {"md5": hashlib.md5(raw).hexdigest(), "sha256": hashlib.sha256(raw).hexdigest()}
-
-
-@pytest.fixture
-def channel(tmp_path: Path) -> Iterator[tuple[Path, str]]:
-    folder = tmp_path / "channel"
-    folder.mkdir()
-
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield folder, f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
+pytest_plugins = ["tests.support.conda_channel"]
 
 
 def install(
@@ -100,9 +45,7 @@ def install(
     (tmp_path / "conda-lock.yml").write_text(yaml.safe_dump(lock, sort_keys=False))
     if tamper:
         package(folder, "tiny", "hullo\n", ["tiny-base"])
-    conda = tmp_path / "conda"
-    conda.write_text(f'#!/bin/sh\nexec {sys.executable} {STANDIN} "$@"\n')
-    conda.chmod(0o755)
+    conda = write_conda(tmp_path)
     prefix = tmp_path / "prefix"
     program = str(Path(LABTRAIN).with_name("conda-lock"))
     command = [program, "install", "--conda", str(conda), "--prefix", str(prefix), "conda-lock.yml"]

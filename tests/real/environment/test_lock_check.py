@@ -14,9 +14,10 @@ from packaging.requirements import Requirement
 
 from labtrain.environment.lock import read_lock
 from labtrain.environment.lock.check import check_locks
-from labtrain.environment.lock.conda import content_hash
+from labtrain.environment.lock.conda import CPU, DEFAULT, Profile, content_hash
 from labtrain.environment.lock.derive import choose_file, conda_requirements, hex_digest, sri, wheel_entry
 from labtrain.environment.lock.pins import PYTHON_312_LINUX
+from labtrain.environment.lock.pixi import full_records, lock_text, manifest
 from tests.conftest import LABTRAIN, ROOT
 from tests.support.locks import FILES, change
 
@@ -42,6 +43,7 @@ def test_the_locks_of_the_repository_agree() -> None:
     assert re.fullmatch(
         r"torch 2\.9\.1, CUDA runtime 12\.9\.\d+, cuDNN 9\.10\.[\d.]+, NCCL 2\.\d+[\d.]+", routes["conda"]
     )
+    assert routes["conda-cpu"] == "torch 2.9.1"
 
 
 def test_all_of_a_locks_disagreements_come_at_once(locks: Path) -> None:
@@ -67,10 +69,17 @@ def test_a_broken_lock_is_a_row_of_the_table(locks: Path) -> None:
     assert done.stdout.splitlines()[1].startswith("conda-lock.yml  the file  not a conda lock")
 
 
+OWNERS = {  # what begins an entry, with its name
+    "requirements.lock": r"^([a-z0-9][\w.-]*)==",
+    "requirements-conda.lock": r"^([a-z0-9][\w.-]*)==",
+    "pixi.lock": r"^- conda: \S+/(\S+)-[^-\s]+-[^-\s]+$",
+}
+
+
 def hashes_of(name: str, pattern: str) -> list[tuple[int, str]]:
     """(position of a digit, package) for a seeded choice of a lock's hashes."""
     text = (ROOT / name).read_text()
-    owner = re.compile(r"^([a-z0-9][\w.-]*)==" if name.endswith(".lock") else r"^- name: (\S+)", re.MULTILINE)
+    owner = re.compile(OWNERS.get(name, r"^- name: (\S+)"), re.MULTILINE)
     places = [match.start(1) for match in re.finditer(pattern, text)]
     chosen = random.Random(1).sample(places, 8)
     return [
@@ -83,6 +92,10 @@ HASHES = [
     *[("requirements-conda.lock", *case) for case in hashes_of("requirements-conda.lock", r"sha256:([0-9a-f]{64})")],
     *[("conda-lock.yml", *case) for case in hashes_of("conda-lock.yml", r"sha256: ([0-9a-f]{64})")],
     *[("conda-lock.yml", *case) for case in hashes_of("conda-lock.yml", r"md5: ([0-9a-f]{32})")],
+    *[("conda-lock-cpu.yml", *case) for case in hashes_of("conda-lock-cpu.yml", r"sha256: ([0-9a-f]{64})")[:4]],
+    *[("conda-lock-cpu.yml", *case) for case in hashes_of("conda-lock-cpu.yml", r"md5: ([0-9a-f]{32})")[:4]],
+    *[("pixi.lock", *case) for case in hashes_of("pixi.lock", r"sha256: ([0-9a-f]{64})")[:4]],
+    *[("pixi.lock", *case) for case in hashes_of("pixi.lock", r"md5: ([0-9a-f]{32})")[:4]],
 ]
 
 
@@ -160,6 +173,30 @@ def test_an_entry_of_the_conda_lock_that_is_not_whole_is_named(
             "conda-lock.yml",
             "content hash of environment.yml and virtual-packages.yml",
         ),
+        ("environment-cpu.yml", "cpu_mkl", "cpu_mkk", "environment-cpu.yml", "pytorch"),
+        ("environment-cpu.yml", "- rich\n", "", "environment-cpu.yml", "rich"),
+        ("environment-cpu.yml", "# environment.yml for", "# environment.yml of", "environment-cpu.yml", "environment"),
+        ("environment.yml", "  - tqdm\n", "", "environment-cpu.yml", "tqdm"),
+        ("environment.yml", "  - tqdm\n", "", "pixi.toml", "tqdm"),
+        ("conda-lock-cpu.yml", "- url: conda-forge", "- url: conda-forgf", "conda-lock-cpu.yml", "(metadata)"),
+        ("conda-lock.yml", "- environment.yml", "- environment.yaml", "conda-lock.yml", "(metadata)"),
+        ("conda-lock-cpu.yml", "click-8.4.2", "click-8.4.3", "conda-lock-cpu.yml", "click"),
+        ("conda-lock-cpu.yml", "category: main", "category: mail", "conda-lock-cpu.yml", "_openmp_mutex"),
+        ("conda-lock-cpu.yml", "libtorch: 2.9.1", "libtorch: 2.9.2", "conda-lock-cpu.yml", "pytorch"),
+        ("pixi.toml", 'cuda = "12"', 'cuda = "13"', "pixi.toml", "platforms"),
+        ("pixi.toml", "--require-hashes ", "", "pixi.toml", "cmd"),
+        ("pixi.toml", 'hydra-core = "1.3.*"', 'hydra-core = "1.4.*"', "pixi.toml", "hydra-core"),
+        ("pixi.lock", "version: 7", "version: 6", "pixi.lock", "(metadata)"),
+        ("pixi.lock", "__cuda=12", "__cuda=11", "pixi.lock", "(metadata)"),
+        ("pixi.lock", "conda-forge/\n", "conda-forgf/\n", "pixi.lock", "(metadata)"),
+        (
+            "pixi.lock",
+            "- llvm-openmp >=9.0.1",
+            "- llvm-openmp >=9.0.2",
+            "pixi.lock",
+            "_openmp_mutex-4.5-7_kmp_llvm.conda",
+        ),
+        ("pixi.lock", "size: 8244", "size: 8245", "pixi.lock", "_openmp_mutex-4.5-7_kmp_llvm.conda"),
         ("requirements.lock", "\nclick==8.5.1 ", "\nclick==8.5.2 ", "requirements.lock", "click 8.5.2"),
         ("requirements-conda.lock", "ruff==0.", "ruff==1.", "requirements-conda.lock", "ruff"),
         (
@@ -201,16 +238,18 @@ def test_what_conda_lacks_is_what_is_installed_on_top() -> None:
     assert not names & {"torch", "numpy", "lightning", "matplotlib", "xxhash", "nvidia-cudnn-cu12"}
 
 
-def test_conda_lock_itself_agrees() -> None:
+@pytest.mark.parametrize(("profile", "count"), [(DEFAULT, 320), (CPU, 289)])
+def test_conda_lock_itself_agrees(profile: Profile, count: int) -> None:
     """Its own parser reads the lock, its renderer lists each package, its hash is the one in the lock."""
     from conda_lock.conda_lock import parse_conda_lock_file
 
-    content = parse_conda_lock_file(ROOT / "conda-lock.yml")
-    assert len(content.package) == 320
-    assert content.metadata.content_hash["linux-64"] == content_hash(ROOT)
+    content = parse_conda_lock_file(ROOT / profile.lock)
+    assert len(content.package) == count
+    assert content.metadata.content_hash["linux-64"] == content_hash(ROOT, profile)
 
 
-def test_conda_lock_renders_the_lock(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("profile", "count"), [(DEFAULT, 320), (CPU, 289)])
+def test_conda_lock_renders_the_lock(profile: Profile, count: int, tmp_path: Path) -> None:
     command = [
         str(Path(LABTRAIN).with_name("conda-lock")),
         "render",
@@ -218,12 +257,88 @@ def test_conda_lock_renders_the_lock(tmp_path: Path) -> None:
         "explicit",
         "-p",
         "linux-64",
-        str(ROOT / "conda-lock.yml"),
+        str(ROOT / profile.lock),
     ]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "conda-linux-64.lock").read_text().splitlines()
-    assert len([line for line in lines if line.startswith("https://")]) == 320
+    assert len([line for line in lines if line.startswith("https://")]) == count
+
+
+def test_any_character_of_the_sbom_is_named(locks: Path) -> None:
+    """Its seals by the locks, and the rest by its serial number, a digest of its content."""
+    text, draw = (locks / "sbom.cdx.json").read_text(), random.Random(1)
+    for _ in range(12):
+        at = draw.choice([match.start() for match in re.finditer(r"[0-9a-z](?=[^\n]*\n)", text)])
+        (locks / "sbom.cdx.json").write_text(one_character(text, at))
+        assert [entry for entry in check_locks(locks) if entry.file == "sbom.cdx.json"], at
+
+
+def packages_of(text: str) -> list[str]:
+    return re.findall(r"^- conda: (\S+)\n  ", text, re.MULTILINE)
+
+
+def test_a_package_of_pixis_lock_is_named(locks: Path) -> None:
+    """One that is missing, one that no conda lock has, and one in the wrong environment."""
+    text = (locks / "pixi.lock").read_text()
+    (click,) = [url for url in packages_of(text) if "/click-" in url]
+    lock = yaml.safe_load(text)
+    lock["packages"] = [entry for entry in lock["packages"] if entry["conda"] != click]
+    lock["packages"].append({"conda": click.replace("/click-", "/clack-"), "md5": "0" * 32})
+    lock["environments"]["cpu"]["packages"]["linux-64"].remove({"conda": click})
+    (cudnn,) = [url for url in packages_of(text) if "/cudnn-" in url]
+    lock["environments"]["cpu"]["packages"]["linux-64"].append({"conda": cudnn})
+    (locks / "pixi.lock").write_text(yaml.safe_dump(lock))
+    found = {(entry.what, entry.found) for entry in check_locks(locks) if entry.file == "pixi.lock"}
+    assert {("click", "missing in packages"), ("click", "missing in cpu"), ("cudnn", cudnn),
+            ("clack", click.replace("/click-", "/clack-"))} <= found  # fmt: skip
+
+
+def test_a_build_that_only_the_cpu_lock_has_is_named(locks: Path) -> None:
+    """Apart from PyTorch's: those must have the same version."""
+    change(locks / "conda-lock-cpu.yml", "/click-8.4.2-pyh", "/click-8.4.2-pyg")
+    change(locks / "conda-lock-cpu.yml", "- name: pytorch\n  version: 2.9.1", "- name: pytorch\n  version: 2.9.0")
+    found = {(entry.what, entry.wanted) for entry in check_locks(locks) if entry.file == "conda-lock-cpu.yml"}
+    assert ("pytorch", "2.9.1 (conda-lock.yml)") in found
+    assert any(what == "click" and "/click-8.4.2-pyh" in wanted for what, wanted in found)
+
+
+@pytest.mark.parametrize("name", ["environment-cpu.yml", "conda-lock-cpu.yml", "pixi.toml", "pixi.lock"])
+def test_any_character_is_named(name: str, locks: Path) -> None:
+    """A seeded choice of places: another character there, one more, or one less. Equal YAML is no change."""
+    text, draw = (locks / name).read_text(), random.Random(name)
+    for _ in range(12):
+        at, character = draw.randrange(len(text)), draw.choice("aZ07-:=<>{}[]'\"#&*!,. \n")
+        changed = text[:at] + draw.choice([character, character + text[at], ""]) + text[at + 1 :]
+        (locks / name).write_text(changed)
+        found = [entry.what for entry in check_locks(locks) if entry.file == name]
+        if not found:
+            assert name.endswith((".yml", ".lock")), (at, character)
+            assert yaml.safe_load(changed) == yaml.safe_load(text), (at, character)
+
+
+def test_rattler_reads_pixis_lock_and_its_packages_fit() -> None:
+    """With pixi's own library: both environments, and every package's dependencies and constraints."""
+    from rattler import BuildString, LockFile, PackageRecord
+
+    lock = LockFile.from_path(ROOT / "pixi.lock")
+    for name, count, virtual in (("default", 320, {"__cuda": "12"}), ("cpu", 289, {})):
+        environment = lock.environment(name)
+        (platform,) = environment.platforms()
+        records = environment.conda_repodata_records_for_platform(platform)
+        assert len(records) == count
+        versions = {"__glibc": "2.28", "__unix": "0", "__linux": "4.18"} | virtual
+        machine = [
+            PackageRecord(name=package, version=version, build=BuildString("0"), build_number=0, subdir="linux-64")
+            for package, version in versions.items()
+        ]
+        PackageRecord.validate([*records, *machine])
+
+
+def test_pixis_lock_is_what_rattler_writes(locks: Path) -> None:
+    """From its own records: so `lock write` of unchanged locks changes nothing."""
+    assert lock_text(locks, full_records(locks, set())) == (ROOT / "pixi.lock").read_text()
+    assert manifest(locks) == (ROOT / "pixi.toml").read_text()
 
 
 def test_wheels_are_chosen_by_their_tags() -> None:

@@ -125,9 +125,25 @@ def test_the_lock_names_the_wheel_that_made_it(shared_experiment: Experiment) ->
     assert (shared_experiment.root / "requirements.lock").read_bytes() == (ROOT / "requirements.lock").read_bytes()
     with zipfile.ZipFile(wheel) as archive:
         assert archive.read("labtrain/training/fit.py") == (ROOT / "src/labtrain/training/fit.py").read_bytes()
-        assert archive.read("labtrain/assets/requirements.lock") == (ROOT / "requirements.lock").read_bytes()
+        for name in ("requirements.lock", "conda-lock-cpu.yml", "pixi.toml", "pixi.lock"):
+            assert archive.read(f"labtrain/assets/{name}") == (ROOT / name).read_bytes()
         assert "labtrain/conf/labtrain.yaml" in archive.namelist()
         assert not [name for name in archive.namelist() if name.endswith(".pyc")]
+
+
+def test_its_locks_agree_and_are_exported_with_its_wheel(own_experiment: Experiment) -> None:
+    """`labtrain lock check` and `lock export` in an experiment; a change there is named, as in the repository."""
+    root = own_experiment.root
+    done = run(LABTRAIN, "lock", "check", cwd=root)
+    assert done.returncode == 0, done.stdout
+    done = run(LABTRAIN, "lock", "export", cwd=root)
+    assert done.returncode == 0, done.stderr
+    assert f'path = "{WHEEL}"' in (root / "pylock.toml").read_text()
+    text = (root / "pixi.lock").read_text()
+    (root / "pixi.lock").write_text(text.replace("size: 8244", "size: 8245"))
+    done = run(LABTRAIN, "lock", "check", cwd=root)
+    assert done.returncode == 1
+    assert "pixi.lock  _openmp_mutex-4.5-7_kmp_llvm.conda" in done.stdout
 
 
 def test_the_assets_are_those_that_hatchling_packs() -> None:

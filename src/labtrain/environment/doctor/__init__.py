@@ -31,7 +31,7 @@ def examine(
     yield from environment.checks(pins, lock, deep=deep)
     yield from machine.checks(Path.cwd(), checkpoints)
     probed = libraries.probe()
-    yield from libraries.checks(pins, probed)
+    yield from libraries.checks(pins, probed, libraries.of_conda(lock.parent))
     yield from nvidia.checks(probed.build, required=gpu_required)
     if not fast and probed.build is not None and (gpus := nvidia.numbers()):
         yield from kernels.checks("cuda", probed.found["GPUs"], gpus)

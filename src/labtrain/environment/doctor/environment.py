@@ -22,6 +22,7 @@ GLIBC = (2, 28)
 REPAIR = {
     "wheels": "make setup",
     "conda": "create it again from conda-lock.yml: docs/start/install.md",
+    "conda-cpu": "create it again from conda-lock-cpu.yml: docs/start/install.md",
     "nix": "nix develop creates it again",
 }
 CUDA_LIBRARIES = ("libcudart", "libcublas", "libcudnn", "libnccl", "libcufft", "libcusparse", "libcusolver", "libnvrtc")
@@ -61,7 +62,7 @@ def check_glibc() -> Check:
 
 def check_packages(pins: dict[str, Pin], lock: Path) -> Check:
     """Compare the version of every installed distribution with requirements.lock."""
-    if route() == "conda":
+    if route().startswith("conda"):
         return skipped(
             GROUP,
             "packages",
@@ -90,11 +91,14 @@ def unlike_lock(root: Path) -> list[str]:
     Args:
         root: the experiment's folder; if it has no lock, the result is empty.
     """
-    if not all((root / name).exists() for name in ROUTES[route()]):
-        return []
-    if route() != "conda":
+    lock, *beside = ROUTES[route()]
+    missing = [name for name in (lock, *beside) if not (root / name).exists()]
+    if missing:
+        # An experiment of an older labtrain has no lock for a CPU, but has the file beside it.
+        return [] if len(missing) == 1 + len(beside) else [f"{name} is missing in {root}" for name in missing]
+    if not beside:
         return not_as_locked(read_lock(root / LOCK_FILE))
-    text, here = (root / "conda-lock.yml").read_text(), distributions()
+    text, here = (root / lock).read_text(), distributions()
     locked = set(re.findall(r"/([^/\s]+)\.(?:conda|tar\.bz2)\s*$", text, re.MULTILINE))
     there = {path.stem for path in Path(sys.prefix, "conda-meta").glob("*.json")}
     wrong = [f"{name} (not locked)" for name in sorted(there - locked)]

@@ -4,12 +4,13 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from labtrain.base.console import few
 from labtrain.base.contracts import Options
+from labtrain.base.errors import DamagedError
 from labtrain.environment.doctor.environment import REPAIR
 from labtrain.environment.doctor.report import Check, judged, skipped
 from labtrain.environment.doctor.verdicts import Build
@@ -76,8 +77,14 @@ def probe(*, python: str = sys.executable, timeout_s: float = TIMEOUT_S) -> Prob
     return Probed(found=found, reason=reason)
 
 
-def checks(pins: dict[str, Pin], probed: Probed) -> Iterator[Check]:
-    """Yield the group's checks: compare the loaded versions with the lock."""
+def checks(pins: dict[str, Pin], probed: Probed, forge: Mapping[str, str] | None = None) -> Iterator[Check]:
+    """Yield the group's checks: compare the loaded versions with the lock.
+
+    Args:
+        pins: of requirements.lock.
+        probed: what torch loaded.
+        forge: in a conda environment, the versions in its lock, by the names of PROBED.
+    """
     found, reason = probed.found, probed.reason
     if not found:
         yield judged(
@@ -86,6 +93,7 @@ def checks(pins: dict[str, Pin], probed: Probed) -> Iterator[Check]:
         return
     for name, distribution in PROBED.items():
         wanted = pins[distribution].version if distribution in pins else None
+        wanted = wanted if forge is None else forge.get(name)
         value = found.get(name)
         if value is None or wanted is None:
             yield skipped(GROUP, name, value or "not in this build", wanted or "not locked")
@@ -106,6 +114,18 @@ def checks(pins: dict[str, Pin], probed: Probed) -> Iterator[Check]:
         "from this environment",
         "unset LD_PRELOAD LD_LIBRARY_PATH",
     )
+
+
+def of_conda(folder: Path) -> dict[str, str] | None:
+    """Return the versions in the conda lock of this environment; None if it is not conda's, empty without a lock."""
+    from labtrain.environment.lock.derive import stack
+
+    if not route().startswith("conda"):
+        return None
+    try:
+        return stack(folder)[route()]
+    except DamagedError:
+        return {}
 
 
 def explain_missing(reason: str) -> str:

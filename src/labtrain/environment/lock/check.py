@@ -4,18 +4,19 @@ import itertools
 import json
 import re
 import tomllib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from difflib import SequenceMatcher
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-import yaml
 from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
-from labtrain.base.contracts import Options
 from labtrain.base.errors import ConfigError, DamagedError
-from labtrain.environment.lock import conda, derive
+from labtrain.environment.lock import conda, derive, pixi
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, parse_pins, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
 from labtrain.record.provenance import normalised
@@ -46,14 +47,18 @@ def check_locks(folder: Path) -> list[Disagreement]:
     Raises:
         ConfigError: the folder has no lock.
     """
-    if not any((folder / name).exists() for name in (LOCK_FILE, conda.LOCK, derive.WHEELS, derive.SEAL)):
+    if not any((folder / name).exists() for name in (LOCK_FILE, conda.DEFAULT.lock, derive.WHEELS, derive.SEAL)):
         raise ConfigError(
             f"{folder} has no lock files",
             hint=f"cd to an experiment, the folder that has {LOCK_FILE}; or labtrain new NAME",
         )
     found: list[Disagreement] = []
-    parts = (check_requirements, check_spec, check_conda, check_conda_pins, check_wheels, check_conda_requirements,
-             check_seal)  # fmt: skip
+    of_profiles = (partial(check_conda, profile=profile) for profile in conda.PROFILES)
+    pins_of_profiles = (partial(check_conda_pins, profile=profile) for profile in conda.PROFILES)
+    parts: tuple[Callable[[Path], Iterator[Disagreement]], ...] = (
+        check_requirements, check_spec, check_cpu_spec, *of_profiles, *pins_of_profiles, check_profiles, check_wheels,
+        check_conda_requirements, check_pixi_manifest, check_pixi, check_seal,
+    )  # fmt: skip
     for part in parts:
         try:
             found += part(folder)
@@ -89,45 +94,61 @@ def check_spec(folder: Path) -> Iterator[Disagreement]:
     """Check that environment.yml's pins match requirements.lock."""
     pins = {pin.name: pin.version for pin in read_pins(folder / LOCK_FILE)}
     names = {conda_name: name for name, conda_name in conda.CONDA_NAMES.items()} | {"pytorch-gpu": "torch"}
-    for dependency in _conda_spec(folder):
-        conda_name, version, *_ = [*dependency.split("="), ""]
+    for dependency in conda.read_spec(folder)["dependencies"]:
+        conda_name, version = [*str(dependency).split("="), ""][:2]
         name = names.get(conda_name, normalised(conda_name))
-        if version and name in pins and not SpecifierSet(f"=={version}").contains(pins[name], prereleases=True):
+        if version and name in pins and not _fits(version, pins[name]):
             yield Disagreement(file=conda.SPEC, what=conda_name, found=version, wanted=f"{pins[name]} ({LOCK_FILE})")
 
 
-def check_conda(folder: Path) -> Iterator[Disagreement]:
-    """Check that conda-lock.yml is solved from today's environment.yml and virtual-packages.yml, and is complete."""
-    lock = conda.read_conda_lock(folder)
-    locked = str((lock.get("metadata") or {}).get("content_hash", {}).get(conda.PLATFORM))
+def _fits(version: str, pin: str) -> bool:
     try:
-        now = conda.content_hash(folder)
-    except Exception as error:  # conda-lock's parsers can raise anything on a broken spec
-        raise DamagedError(f"{folder / conda.SPEC}: {' '.join(str(error).split())[:200]}") from error
+        return SpecifierSet(f"=={version}").contains(pin, prereleases=True)
+    except InvalidSpecifier:
+        return False
+
+
+def check_cpu_spec(folder: Path) -> Iterator[Disagreement]:
+    """Check that environment-cpu.yml is derived from today's environment.yml."""
+    yield from _differing_lines(folder, conda.CPU.spec, conda.cpu_spec(folder))
+
+
+def check_conda(folder: Path, *, profile: conda.Profile) -> Iterator[Disagreement]:
+    """Check that a conda lock is solved from today's spec and virtual packages, and is complete."""
+    lock = conda.read_conda_lock(folder, profile)
+    locked = conda.locked_hash(lock) or "missing"
+    now = conda.content_hash(folder, profile)
     if now != locked:
-        what = f"content hash of {conda.SPEC} and {conda.VIRTUAL}"
-        yield Disagreement(file=conda.LOCK, what=what, found=locked[:16], wanted=now[:16])
+        what = f"content hash of {profile.spec} and {conda.VIRTUAL}"
+        yield Disagreement(file=profile.lock, what=what, found=locked[:16], wanted=now[:16])
     for name, found, wanted in conda.wrong_entries(lock["package"]):
-        yield Disagreement(file=conda.LOCK, what=name, found=found, wanted=wanted)
+        yield Disagreement(file=profile.lock, what=name, found=found, wanted=wanted)
 
 
-def check_conda_pins(folder: Path) -> Iterator[Disagreement]:
-    """Check conda-lock.yml against each pin and requirement that it has to satisfy.
+def check_profiles(folder: Path) -> Iterator[Disagreement]:
+    """Check that conda-lock-cpu.yml has the packages of conda-lock.yml, apart from the CPU builds of PyTorch."""
+    for name, found, wanted in conda.unlike_default(folder):
+        yield Disagreement(file=conda.CPU.lock, what=name, found=found, wanted=f"{wanted} ({conda.DEFAULT.lock})")
 
-    These are in environment.yml, in pyproject.toml, and in the metadata of the packages of requirements-conda.lock. A
+
+def check_conda_pins(folder: Path, *, profile: conda.Profile) -> Iterator[Disagreement]:
+    """Check a conda lock against each pin and requirement that it has to satisfy.
+
+    These are in its spec, in pyproject.toml, and in the metadata of the packages of requirements-conda.lock. A
     lock has no metadata, so it is read from this environment if the pinned version is installed.
     """
-    from rattler import MatchSpec
-
-    entries = conda.read_conda_lock(folder)["package"]
+    entries = conda.read_conda_lock(folder, profile)["package"]
     records = conda.records_of(entries)
-    for dependency in _conda_spec(folder):
-        spec = MatchSpec(dependency)
-        record = records.get(spec.name.normalized) if spec.name else None
-        if record is None or not spec.matches(record):
+    for dependency in conda.read_spec(folder, profile)["dependencies"]:
+        spec = conda.match_spec(dependency)
+        record = records.get(spec.name.normalized) if spec and spec.name else None
+        if spec is None or record is None or not spec.matches(record):
             found = str(record.version) if record is not None else "missing"
             yield Disagreement(
-                file=conda.LOCK, what=dependency.partition("=")[0], found=found, wanted=f"{dependency} ({conda.SPEC})"
+                file=profile.lock,
+                what=dependency.partition("=")[0],
+                found=found,
+                wanted=f"{dependency} ({profile.spec})",
             )
     versions = {name: str(record.version) for name, record in records.items()}
     pins = {pin.name: pin for pin in read_pins(folder / derive.CONDA_REQUIREMENTS)}
@@ -137,7 +158,7 @@ def check_conda_pins(folder: Path) -> Iterator[Disagreement]:
             name = normalised(requirement.name)
             conda_name = normalised(conda.CONDA_NAMES.get(name, name))
             version = versions.get(conda_name) or versions.get(name)
-            file = conda.LOCK
+            file = profile.lock
             if version is None and name in pins:
                 version, file = pins[name].version, derive.CONDA_REQUIREMENTS
             if version is not None and not requirement.specifier.contains(version, prereleases=True):
@@ -190,7 +211,7 @@ def check_conda_requirements(folder: Path) -> Iterator[Disagreement]:
             state = (
                 ("missing", wanted[name].version)
                 if name in wanted
-                else (found[name].version, f"not needed with {conda.LOCK}")
+                else (found[name].version, f"not needed with {conda.DEFAULT.lock}")
             )
             yield Disagreement(file=derive.CONDA_REQUIREMENTS, what=name, found=state[0], wanted=state[1])
         elif found[name].text != wanted[name].text:
@@ -200,15 +221,42 @@ def check_conda_requirements(folder: Path) -> Iterator[Disagreement]:
             )
 
 
+def check_pixi_manifest(folder: Path) -> Iterator[Disagreement]:
+    """Check that pixi.toml is derived from today's environment.yml."""
+    yield from _differing_lines(folder, pixi.MANIFEST, pixi.manifest(folder))
+
+
+def check_pixi(folder: Path) -> Iterator[Disagreement]:
+    """Check that pixi.lock has the packages of the conda locks, with their hashes, and nothing else."""
+    lock = pixi.read_pixi_lock(folder)
+    wanted = pixi.wanted_entries(folder)
+    lists = {name: (pixi.locked_urls(lock, name), set(wanted[name])) for name in pixi.ENVIRONMENTS}
+    entries = {url: entry for by_url in wanted.values() for url, entry in by_url.items()}
+    lists["packages"] = ([entry["conda"] for entry in lock["packages"]], set(entries))
+    for where, (found, expected) in lists.items():
+        for url, count in sorted((Counter(found) - Counter(expected)).items()):
+            state = (f"{count + 1} times", f"once in {where}") if url in expected else (url, f"not in {where}")
+            yield Disagreement(file=pixi.LOCK, what=_name_in(url), found=state[0], wanted=state[1])
+        for url in sorted(expected - set(found)):
+            yield Disagreement(file=pixi.LOCK, what=_name_in(url), found=f"missing in {where}", wanted=url)
+    for entry in lock["packages"]:
+        for kind, digest in (entries.get(entry["conda"], {}).get("hash") or {}).items():
+            if entry.get(kind) != digest:
+                found_digest = f"{kind} {entry.get(kind)}"
+                yield Disagreement(
+                    file=pixi.LOCK, what=_name_in(entry["conda"]), found=found_digest, wanted=f"{digest} (conda)"
+                )
+
+
 def check_seal(folder: Path) -> Iterator[Disagreement]:
-    """Check that sbom.cdx.json seals every package of every lock."""
-    path = folder / derive.SEAL
-    try:
-        components = json.loads(path.read_text())["components"]
-        sealed = {component["bom-ref"]: _property(component, "labtrain:seal") for component in components}
-    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-        raise DamagedError(f"{path}: {error!r}", hint="labtrain lock write") from error
-    files = {"wheels": LOCK_FILE, "conda": conda.LOCK, "nix": derive.WHEELS}
+    """Check that sbom.cdx.json seals every package of every lock, and itself by its serial number."""
+    sealed = derive.read_seal(folder)
+    document = json.loads((folder / derive.SEAL).read_text())
+    number, expected = str(document.get("serialNumber")), derive.serial_number(document)
+    if number != expected:
+        yield Disagreement(file=derive.SEAL, what="serialNumber", found=number, wanted=f"{expected}, of its content")
+    files = {"wheels": LOCK_FILE, "nix": derive.WHEELS, "pixi": pixi.LOCK}
+    files |= {profile.route: profile.lock for profile in conda.PROFILES}
     now = derive.seal(folder)
     for key in sorted(set(now) | set(sealed)):
         route, _, name = key.partition(" ")
@@ -223,8 +271,29 @@ def check_seal(folder: Path) -> Iterator[Disagreement]:
             )
 
 
-def _property(component: Options, name: str) -> str:
-    return next(str(entry["value"]) for entry in component["properties"] if entry["name"] == name)
+def _differing_lines(folder: Path, file: str, wanted: str) -> Iterator[Disagreement]:
+    """Yield each line of a derived file that differs, under the name in it."""
+    try:
+        found = (folder / file).read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DamagedError(f"{folder / file}: {error}", hint="labtrain lock write") from error
+    before, after = found.splitlines(keepends=True), wanted.splitlines(keepends=True)
+    for kind, start, end, first, last in SequenceMatcher(None, before, after, autojunk=False).get_opcodes():
+        if kind == "equal":
+            continue
+        for was, expected in itertools.zip_longest(before[start:end], after[first:last], fillvalue=""):
+            name = re.search(r"[A-Za-z_][\w-]*", expected or was)
+            yield Disagreement(
+                file=file,
+                what=name.group() if name else f"line {start + 1}",
+                found=repr(was) if was else "missing",
+                wanted=repr(expected) if expected else "no such line",
+            )
+
+
+def _name_in(url: str) -> str:
+    """Return the package's name in the address of its file."""
+    return url.rpartition("/")[2].rsplit("-", 2)[0]
 
 
 def _project_requirements(folder: Path) -> list[Requirement]:
@@ -235,11 +304,3 @@ def _project_requirements(folder: Path) -> list[Requirement]:
         raise DamagedError(f"{path}: {error}") from error
     extras: dict[str, list[str]] = project.get("optional-dependencies", {})
     return [Requirement(line) for line in [*project.get("dependencies", []), *itertools.chain(*extras.values())]]
-
-
-def _conda_spec(folder: Path) -> list[str]:
-    path = folder / conda.SPEC
-    try:
-        return [str(line) for line in yaml.safe_load(path.read_text())["dependencies"]]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise DamagedError(f"{path}: {' '.join(str(error).split())}", hint=f"git checkout {conda.SPEC}") from error

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import uuid
 from pathlib import Path
 
 from packaging.tags import compatible_tags, cpython_tags
@@ -10,7 +11,7 @@ from packaging.utils import parse_wheel_filename
 from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError
 from labtrain.base.files import text_sha256
-from labtrain.environment.lock import conda
+from labtrain.environment.lock import conda, pixi
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
 
@@ -19,6 +20,8 @@ WHEELS = "nix/wheels.json"
 FLAKE_LOCK = "flake.lock"
 SEAL = "sbom.cdx.json"
 GLIBC = (2, 28)  # the newest that a wheel may need; environment.yml is solved for the same
+
+METADATA = "(metadata)"  # in the seal: what a lock has besides packages
 
 Seal = dict[str, str]
 
@@ -84,6 +87,14 @@ def wheel_entry(pin: Pin, file: str, sha256: str) -> dict[str, object]:
     return entry | {"format": "sdist", "pname": pname, "version": version, "extension": "tar.gz"}
 
 
+def file_name(entry: Options) -> str:
+    """Return the name of an entry's file, the inverse of `wheel_entry`."""
+    if entry["format"] != "wheel":
+        return f"{entry['pname']}-{entry['version']}.{entry['extension']}"
+    parts = (entry["pname"], entry["version"], entry["build"], entry["python"], entry["abi"], entry["platform"])
+    return "-".join(part for part in parts if part) + ".whl"
+
+
 def sri(sha256: str) -> str:
     """Format a sha256 for Nix (Subresource Integrity)."""
     return f"sha256-{base64.b64encode(bytes.fromhex(sha256)).decode()}"
@@ -102,14 +113,50 @@ def seal(folder: Path) -> Seal:
     sealed: Seal = {}
     for pin in read_pins(folder / LOCK_FILE):
         sealed[f"wheels {pin.name} {pin.version}"] = text_sha256(pin.text)
-    for entry in conda.read_conda_lock(folder)["package"]:
-        sealed[f"conda {entry['name']}"] = text_sha256(json.dumps(entry, sort_keys=True))
-    for entry in read_wheels(folder):
-        sealed[f"nix {entry['name']}"] = text_sha256(json.dumps(entry, sort_keys=True))
+    for profile in conda.PROFILES:
+        lock = conda.read_conda_lock(folder, profile)
+        sealed[f"{profile.route} {METADATA}"] = _digest({**lock, "package": []})
+        sealed |= {f"{profile.route} {entry['name']}": _digest(entry) for entry in lock["package"]}
+    sealed |= {f"nix {entry['name']}": _digest(entry) for entry in read_wheels(folder)}
+    sealed |= seal_pixi(pixi.read_pixi_lock(folder))
     flake = folder / FLAKE_LOCK
     if flake.exists():
         sealed["nix nixpkgs"] = text_sha256(flake.read_text())
     return sealed
+
+
+def seal_pixi(lock: Options) -> Seal:
+    """Return the digests of what is in pixi.lock, by route and file."""
+    packages = {f"pixi {pixi.file_name(entry)}": _digest(entry) for entry in lock["packages"]}
+    return packages | {f"pixi {METADATA}": _digest(pixi.frame(lock))}
+
+
+def read_seal(folder: Path) -> Seal:
+    """Return the digests in sbom.cdx.json, by route and name.
+
+    Raises:
+        DamagedError: it is missing or broken.
+    """
+    path = folder / SEAL
+    try:
+        return {
+            component["bom-ref"]: next(
+                str(each["value"]) for each in component["properties"] if each["name"] == "labtrain:seal"
+            )
+            for component in json.loads(path.read_text())["components"]
+        }
+    except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+        raise DamagedError(f"{path}: {error!r}", hint="labtrain lock write") from error
+
+
+def serial_number(document: Options) -> str:
+    """Return the serial number of an SBOM: a digest of everything else in it."""
+    rest = {key: value for key, value in document.items() if key != "serialNumber"}
+    return f"urn:uuid:{uuid.UUID(_digest(rest)[:32], version=4)}"
+
+
+def _digest(entry: Options) -> str:
+    return text_sha256(json.dumps(entry, sort_keys=True, default=str))
 
 
 def read_wheels(folder: Path) -> list[Options]:
@@ -122,7 +169,7 @@ def read_wheels(folder: Path) -> list[Options]:
     try:
         entries = json.loads(path.read_text())
         for entry in entries:
-            entry["name"], entry["version"], entry["hash"], entry["format"]
+            entry["name"], entry["version"], file_name(entry), hex_digest(entry["hash"])
         return list(entries)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DamagedError(f"{path}: {error!r}", hint="labtrain lock write") from error
@@ -131,7 +178,10 @@ def read_wheels(folder: Path) -> list[Options]:
 def stack(folder: Path) -> dict[str, dict[str, str]]:
     """Return the versions of torch, CUDA runtime, cuDNN and NCCL, which determine the bits, by route."""
     pins = read_lock(folder / LOCK_FILE, PYTHON_312_LINUX)
-    entries = {entry["name"]: str(entry["version"]) for entry in conda.read_conda_lock(folder)["package"]}
+    entries, cpu = (
+        {entry["name"]: str(entry["version"]) for entry in conda.read_conda_lock(folder, profile)["package"]}
+        for profile in conda.PROFILES
+    )
     nix = {entry["name"]: entry["version"] for entry in read_wheels(folder)}
     registry = {
         "torch": "torch",
@@ -144,4 +194,5 @@ def stack(folder: Path) -> dict[str, dict[str, str]]:
         "wheels": {what: pins[name].version if name in pins else "missing" for what, name in registry.items()},
         "nix": {what: nix.get(name, "missing") for what, name in registry.items()},
         "conda": {what: entries.get(name, "missing") for what, name in forge.items()},
+        "conda-cpu": {"torch": cpu.get("pytorch", "missing")},
     }

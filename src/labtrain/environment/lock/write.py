@@ -1,27 +1,35 @@
-"""Write the derived locks again: requirements.lock, nix/wheels.json, requirements-conda.lock, and the seal."""
+"""Write the derived locks again: of wheels, Nix, conda and pixi, and the seal."""
 
 import json
+import os
 import sys
 import tempfile
 import tomllib
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.base.files import text_sha256, write_atomically
+from labtrain.base.console import few
+from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
+from labtrain.base.files import write_atomically
 from labtrain.base.programs import run_program
-from labtrain.environment.lock import conda, derive
+from labtrain.environment.lock import conda, derive, pixi
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
+
+if TYPE_CHECKING:
+    from packageurl import PackageURL
 
 COMPILE = ("--universal", "--generate-hashes", "--no-emit-index-url", "--no-header", "--quiet")
 TIMEOUT_S = 3600  # uv takes seconds, and conda-lock minutes, unless the network hangs
 EXTRAS = ("--extra", "lab", "--extra", "dev")
+WRITTEN = (LOCK_FILE, conda.DEFAULT.lock, conda.CPU.spec, conda.CPU.lock, derive.WHEELS, derive.CONDA_REQUIREMENTS,
+           pixi.MANIFEST, pixi.LOCK, derive.SEAL)  # fmt: skip
 
 
 def write_locks(folder: Path, *, upgrade: bool = False) -> Iterator[str]:
-    """Write each derived lock, and yield a line for each.
+    """Write each derived lock, and yield a line for each. If one fails, all stay as they were.
 
     Args:
         folder: the project's folder; it has pyproject.toml with the extras lab and dev.
@@ -33,20 +41,39 @@ def write_locks(folder: Path, *, upgrade: bool = False) -> Iterator[str]:
     if not (folder / "pyproject.toml").exists() or not (folder / conda.SPEC).exists():
         hint = "in an experiment the locks come from labtrain: labtrain new DIR with a newer version"
         raise ConfigError(f"{folder} must have pyproject.toml and {conda.SPEC} to resolve from", hint=hint)
-    before = (folder / LOCK_FILE).read_text() if (folder / LOCK_FILE).exists() else ""
-    options = [*COMPILE, *EXTRAS, *(["--upgrade"] if upgrade else [])]
-    _run(folder, "uv", "pip", "compile", *options, "pyproject.toml", "-o", LOCK_FILE)
-    yield f"{LOCK_FILE}: {'unchanged' if (folder / LOCK_FILE).read_text() == before else 'resolved again'}"
-    yield from _lock_conda(folder)
-    wheels = choose_wheels(folder)
-    (folder / derive.WHEELS).parent.mkdir(exist_ok=True)
-    write_atomically(folder / derive.WHEELS, "[\n" + ",\n".join(json.dumps(entry) for entry in wheels) + "\n]\n")
-    yield f"{derive.WHEELS}: {len(wheels)} files"
-    text = derive.conda_requirements(folder)
-    write_atomically(folder / derive.CONDA_REQUIREMENTS, text)
-    yield f"{derive.CONDA_REQUIREMENTS}: {text.count('==')} packages"
-    write_atomically(folder / derive.SEAL, sbom(folder))
-    yield f"{derive.SEAL}: {len(derive.seal(folder))} packages of three routes"
+    with _all_or_nothing(folder):
+        before = (folder / LOCK_FILE).read_text() if (folder / LOCK_FILE).exists() else ""
+        options = [*COMPILE, *EXTRAS, *(["--upgrade"] if upgrade else [])]
+        _run(folder, "uv", "pip", "compile", *options, "pyproject.toml", "-o", LOCK_FILE)
+        yield f"{LOCK_FILE}: {'unchanged' if (folder / LOCK_FILE).read_text() == before else 'resolved again'}"
+        write_atomically(folder / conda.CPU.spec, conda.cpu_spec(folder))
+        for profile in conda.PROFILES:
+            yield f"{profile.lock}: {'solved again' if lock_conda(folder, profile) else 'unchanged'}"
+        wheels = choose_wheels(folder)
+        (folder / derive.WHEELS).parent.mkdir(exist_ok=True)
+        write_atomically(folder / derive.WHEELS, "[\n" + ",\n".join(json.dumps(entry) for entry in wheels) + "\n]\n")
+        yield f"{derive.WHEELS}: {len(wheels)} files"
+        text = derive.conda_requirements(folder)
+        write_atomically(folder / derive.CONDA_REQUIREMENTS, text)
+        yield f"{derive.CONDA_REQUIREMENTS}: {text.count('==')} packages"
+        yield lock_pixi(folder)
+        write_atomically(folder / derive.SEAL, sbom(folder))
+        yield f"{derive.SEAL}: {len(derive.read_seal(folder))} entries"
+
+
+@contextmanager
+def _all_or_nothing(folder: Path) -> Iterator[None]:
+    """Restore all locks if one of them cannot be written."""
+    before = {name: (folder / name).read_bytes() if (folder / name).exists() else None for name in WRITTEN}
+    try:
+        yield
+    except BaseException:
+        for name, content in before.items():
+            if content is None:
+                (folder / name).unlink(missing_ok=True)
+            else:
+                (folder / name).write_bytes(content)
+        raise
 
 
 def choose_wheels(folder: Path) -> list[dict[str, object]]:
@@ -80,79 +107,119 @@ def choose_wheels(folder: Path) -> list[dict[str, object]]:
 def sbom(folder: Path) -> str:
     """Return sbom.cdx.json: a CycloneDX 1.6 document of every package of every route, by CycloneDX's library.
 
-    https://cyclonedx.org/docs/1.6/json/. The same locks give the same text: no time, a serial number from the seals.
+    https://cyclonedx.org/docs/1.6/json/. The same locks give the same text: no time, a serial number from the content.
     """
     from cyclonedx.model import HashType, Property
     from cyclonedx.model.bom import Bom
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.output.json import JsonV1Dot6
-    from packageurl import PackageURL
 
-    sealed = derive.seal(folder)
-    pins = read_pins(folder / LOCK_FILE)
-    hashes: dict[str, list[str]] = {f"wheels {pin.name} {pin.version}": [] for pin in pins}
-    purls = {f"wheels {pin.name} {pin.version}": PackageURL("pypi", None, pin.name, pin.version) for pin in pins}
-    for entry in conda.read_conda_lock(folder)["package"]:
-        key = f"conda {entry['name']}"
-        hashes[key] = [f"{kind}:{value}" for kind, value in entry["hash"].items()]
-        purls[key] = PackageURL("conda", None, entry["name"], str(entry["version"]), {"channel": "conda-forge"})
-    for entry in derive.read_wheels(folder):
-        key = f"nix {entry['name']}"
-        hashes[key] = [f"sha256:{derive.hex_digest(entry['hash'])}"]
-        purls[key] = PackageURL("pypi", None, entry["name"], entry["version"], {"route": "nix"})
-    bom = Bom(serial_number=uuid.UUID(text_sha256(json.dumps(sealed, sort_keys=True))[:32], version=4))
+    sealed, packages = derive.seal(folder), _packages(folder)
+    bom = Bom()
     for key, digest in sealed.items():
         route, name, *_ = key.split(" ")
-        purl = purls.get(key)
+        purl, hashes = packages.get(key, (None, []))
         component = Component(
             type=ComponentType.LIBRARY,
-            name=name,
+            name=purl.name if purl and route == "pixi" else name,
             version=purl.version if purl else None,
             purl=purl,
             bom_ref=key,
-            hashes=[HashType.from_composite_str(text) for text in hashes.get(key, [])],
+            hashes=[HashType.from_composite_str(text) for text in hashes],
             properties=[Property(name="labtrain:route", value=route), Property(name="labtrain:seal", value=digest)],
         )
         bom.components.add(component)
     document = json.loads(JsonV1Dot6(bom).output_as_string())
     document.get("metadata", {}).pop("timestamp", None)
+    document["serialNumber"] = derive.serial_number(document)
     return json.dumps(document, indent=1, sort_keys=True) + "\n"
 
 
-def _lock_conda(folder: Path) -> Iterator[str]:
-    """Solve the conda lock again if its sources changed."""
-    locked = conda.read_conda_lock(folder)["metadata"]["content_hash"].get(conda.PLATFORM)
-    if conda.content_hash(folder) == locked:
-        yield f"{conda.LOCK}: unchanged"
-        return
-    options = [
-        "-f",
-        conda.SPEC,
-        "--virtual-package-spec",
-        conda.VIRTUAL,
-        "-p",
-        conda.PLATFORM,
-        "--lockfile",
-        conda.LOCK,
-    ]
-    try:
-        _run(folder, "conda-lock", "lock", *options)
-    except LabtrainError as error:
-        what = f"{conda.SPEC} or {conda.VIRTUAL} changed, but {conda.LOCK} could not be solved again"
+def _packages(folder: Path) -> dict[str, tuple["PackageURL", list[str]]]:
+    """Return the package URL and the hashes of each package, by its key in the seal."""
+    from packageurl import PackageURL
+
+    found: dict[str, tuple[PackageURL, list[str]]] = {}
+    for pin in read_pins(folder / LOCK_FILE):
+        found[f"wheels {pin.name} {pin.version}"] = (PackageURL("pypi", None, pin.name, pin.version), [])
+    for profile in conda.PROFILES:
+        for entry in conda.read_conda_lock(folder, profile)["package"]:
+            purl = PackageURL("conda", None, entry["name"], str(entry["version"]), {"channel": "conda-forge"})
+            hashes = [f"{kind}:{value}" for kind, value in entry["hash"].items()]
+            found[f"{profile.route} {entry['name']}"] = (purl, hashes)
+            found[f"pixi {entry['url'].rpartition('/')[2]}"] = (purl, hashes)
+    for entry in derive.read_wheels(folder):
+        purl = PackageURL("pypi", None, entry["name"], entry["version"], {"route": "nix"})
+        found[f"nix {entry['name']}"] = (purl, [f"sha256:{derive.hex_digest(entry['hash'])}"])
+    return found
+
+
+def lock_conda(folder: Path, profile: conda.Profile) -> bool:
+    """Solve a conda lock again if its sources changed; return whether it was solved.
+
+    The cpu profile keeps the versions and builds of the default one, which its solver gets as pins.
+
+    Raises:
+        LabtrainError: the lock is damaged, or no channel can be reached.
+    """
+    environment = dict(os.environ)
+    if (folder / profile.lock).exists():
+        lock = conda.read_conda_lock(folder, profile)
+        if conda.content_hash(folder, profile) == conda.locked_hash(lock):
+            for name, found, expected in conda.wrong_entries(lock["package"]):
+                what = f"{profile.lock}: {name}: found {found}, expected {expected}"
+                raise DamagedError(what, hint=f"git checkout {profile.lock}")
+            if profile == conda.DEFAULT or not list(conda.unlike_default(folder)):
+                return False
+    if profile == conda.CPU:
+        kept = [entry for entry in conda.read_conda_lock(folder)["package"] if entry["name"] not in conda.BUILT_TWICE]
+        builds = [f"{entry['name']}={entry['version']}={conda.build_of(entry)}" for entry in kept]
+        environment["CONDA_PINNED_PACKAGES"] = "&".join(builds)
+    with tempfile.TemporaryDirectory() as scratch:
+        virtual = Path(scratch) / conda.VIRTUAL
+        conda.write_virtual_packages(folder, profile, virtual)
+        options = ["-f", profile.spec, "--virtual-package-spec", str(virtual), "-p", conda.PLATFORM,
+                   "--lockfile", profile.lock]  # fmt: skip
+        try:
+            _run(folder, "conda-lock", "lock", *options, environment=environment)
+        except LabtrainError as error:
+            what = f"{profile.lock} does not fit {profile.spec} or {conda.VIRTUAL}, and could not be solved again"
+            raise LabtrainError(
+                f"{what}: {error.args[0]}",
+                hint="run it with access to conda-forge, or git checkout the file that changed",
+            ) from error
+    if profile == conda.CPU and (unlike := [name for name, *_ in conda.unlike_default(folder)]):
         raise LabtrainError(
-            f"{what}: {error.args[0]}", hint="run it with access to conda-forge, or revert the change"
-        ) from error
-    yield f"{conda.LOCK}: solved again"
+            f"{profile.lock}: the solver chose other builds than {conda.DEFAULT.lock} of {few(unlike)}",
+            hint="use conda as conda-lock's solver: it is the one that reads CONDA_PINNED_PACKAGES",
+        )
+    return True
 
 
-def _run(folder: Path, program: str, *arguments: str) -> None:
+def lock_pixi(folder: Path) -> str:
+    """Write pixi.toml and pixi.lock, and return a line about them."""
+    try:
+        sealed, lock = derive.read_seal(folder), pixi.read_pixi_lock(folder)
+        changed = {key.removeprefix("pixi ") for key, digest in derive.seal_pixi(lock).items()
+                   if sealed.get(key, digest) != digest}  # fmt: skip
+    except DamagedError:
+        changed = set()
+    text = pixi.lock_text(folder, pixi.full_records(folder, changed))
+    write_atomically(folder / pixi.MANIFEST, pixi.manifest(folder))
+    write_atomically(folder / pixi.LOCK, text)
+    environments = pixi.wanted_entries(folder).items()
+    return f"{pixi.LOCK}: " + ", ".join(f"{len(entries)} packages for {name}" for name, entries in environments)
+
+
+def _run(folder: Path, program: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
     """Run a program of this environment.
 
     Raises:
         LabtrainError: it failed; contains the end of its output. Or it took longer than an hour.
     """
     command = [str(Path(sys.executable).with_name(program)), *arguments]
-    done = run_program(command, folder=folder, timeout_s=TIMEOUT_S, hint="check the network, then repeat the command")
+    hint = "check the network, then repeat the command"
+    done = run_program(command, folder=folder, timeout_s=TIMEOUT_S, hint=hint, environment=environment)
     if done.returncode:
         text = " ".join((done.stderr.strip() or done.stdout.strip()).split())
         raise LabtrainError(
