@@ -6,7 +6,7 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-real test-full servers packages check golden corpus public release bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock reference picture docs
+.PHONY: help setup demo test test-gpu gpu-wheels test-real test-full servers packages check golden corpus public release bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock reference picture docs
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -21,6 +21,12 @@ demo: setup ## train one experiment in four ways and compare the bits
 
 test: setup ## run the test suite: five minutes on two cores; needs only .venv
 	@$(VENV)/python -m pytest -n 2 --dist loadfile tests/quick
+
+test-gpu: setup ## check what needs a GPU, in eight minutes; on a CPU, what it can stand in for
+	@$(VENV)/python -m tests.gpu
+
+gpu-wheels: setup ## collect in .wheels what a machine with a torch of its own lacks for test-gpu
+	@$(VENV)/python -m tests.gpu.wheels .wheels
 
 # Five processes on two cores, because tests often wait for servers, schedulers and killed processes. The slowest files
 # start first.

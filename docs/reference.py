@@ -1,6 +1,6 @@
 """Write the reference pages from the code: configuration keys, commands, fields of the receipt, the corpus, GPUs.
 
-python docs/reference.py            writes docs/reference/{configuration,commands,receipt,corpus,gpus}.md
+python docs/reference.py            writes docs/reference/{configuration,commands,receipt,corpus,gpus,gpu-checks}.md
 python docs/reference.py --check    exits with 1 if the committed pages differ from the code
 """
 
@@ -25,6 +25,7 @@ PAGES = Path(__file__).with_name("reference")
 CONF = Path(conf.__file__).parent
 SCHEMA = Path(receipt.__file__).with_name("receipt.schema.json")
 CORPUS = Path(__file__).parents[1] / "tests/corpus/results.json"
+CHECKS = Path(__file__).parents[1] / "tests/gpu/results.json"
 MADE = "<!-- Written by docs/reference.py. Change the code, then run `make reference`. -->\n\n"
 GROUPS = {
     "trainer": "The arguments of Lightning's Trainer; `null` is Lightning's default.",
@@ -42,7 +43,48 @@ def pages() -> dict[str, str]:
         "receipt.md": fields(),
         "corpus.md": corpus(),
         "gpus.md": gpus(),
+        "gpu-checks.md": gpu_checks(),
     }
+
+
+# ---------------------------------------------------------------------------------------------------- checks on GPUs
+
+
+def gpu_checks() -> str:
+    """Return the page of the checks on a GPU, from the results that the last recorded `make test-gpu` wrote."""
+    found = json.loads(CHECKS.read_text())
+    names = ", ".join(f"{card['name']} ({card['memory_gb']} GB)" for card in found["gpus"])
+    versions = ", ".join(f"{name} {value}" for name, value in found["versions"].items() if value)
+    where = f"Recorded on {names}." if names else (
+        "**No GPU was available.** These are the results of a CPU, which stands in for the GPU where it can."
+    )  # fmt: skip
+    lines = [
+        "# Checks on a GPU\n",
+        "`make test-gpu` checks on one GPU what no CPU can show, and ends with this table and a JSON file. It takes",
+        "less than eight minutes. A check that fails ends it with exit code 1.\n",
+        f"{where} {versions}; {found['seconds']} seconds in all.\n",
+        "| check | what it shows | result | seconds | figure, or the reason |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for each in found["checks"]:
+        figure = _cell(" ".join(each["figure"].split()))
+        lines.append(f"| `{each['name']}` | {_cell(each['shows'])} | {each['result']} | {each['seconds']} | {figure} |")
+    lines += [
+        "",
+        "Two processes share one GPU in these checks alone. NCCL refuses two ranks on one GPU, and gloo sends no CUDA",
+        "tensors point to point. So each process is a node of one device, and gloo sends copies in the host's memory:",
+        "`tests/gpu/staged.py`. On a CPU the same code runs, with copies.\n",
+        "## On a machine with its own torch and no network\n",
+        "`make gpu-wheels` collects in `.wheels` what such a machine lacks (3 MB): Hydra, Cookiecutter, and labtrain.",
+        "The machine needs Python 3.12 on x86-64 with torch, Lightning, torchmetrics and scikit-learn, of any release",
+        "that `pyproject.toml` allows. Copy the repository there with `.wheels`, and run this with its Python:\n",
+        "```bash",
+        "python3 -m tests.gpu.wheels --install .wheels && python3 -m tests.gpu -o gpu.json",
+        "```\n",
+        "`python3 -m tests.gpu --only NAME` runs one check. `cp gpu.json tests/gpu/results.json && make reference`",
+        "puts a report on this page.",
+    ]
+    return MADE + "\n".join(lines) + "\n"
 
 
 # ---------------------------------------------------------------------------------------------------------- GPUs

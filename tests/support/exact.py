@@ -46,12 +46,16 @@ class Runner:
         logs: of each start.
         work: what each process calls.
         preload: a module that the processes have imported.
+        accelerator: cpu or gpu.
+        nodes: each process is a node of one device, so that several may share a GPU.
     """
 
     folder: Path
     logs: list[Path] = field(default_factory=list)
     work: Callable[..., None] = exact_worker.work
     preload: str = "tests.support.exact_worker"
+    accelerator: str = "cpu"
+    nodes: bool = False
 
     def run(
         self,
@@ -75,7 +79,9 @@ class Runner:
         """
         context = forkserver(self.preload)
         config = copy.deepcopy(config)
-        config["trainer"] |= {"devices": world, "accelerator": "cpu"}
+        config["trainer"] |= {"devices": world, "accelerator": self.accelerator}
+        if self.nodes:
+            config["trainer"] |= {"devices": 1, "num_nodes": world}
         config["paths"] = {"runs": str(self.folder / "runs")}
         log = self.folder / f"log-{len(self.logs)}.txt"
         self.logs.append(log)

@@ -481,7 +481,8 @@ def work(
 ) -> None:
     """Train one rank of a run and end the process with the exit code that train.py would have."""
     os.environ |= environment
-    os.environ |= {"LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "NODE_RANK": "0",
+    local_rank, node = (0, rank) if config["trainer"]["num_nodes"] > 1 else (rank, 0)
+    os.environ |= {"LOCAL_RANK": str(local_rank), "WORLD_SIZE": str(world), "NODE_RANK": str(node),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "SIGNAL_AT": signal_at}  # fmt: skip
     with log.open("a") as file:
         os.dup2(file.fileno(), 1)
@@ -502,7 +503,7 @@ def work(
     if bucket_bytes:
         reduction.BUCKET_BYTES, reduction.WHOLE_BYTES = bucket_bytes, 0  # and each in pieces
     if config["trainer"]["precision"] == "16-mixed":
-        train_in_fp16_on_cpu(world)
+        train_in_fp16(config["trainer"]["accelerator"], config["trainer"]["devices"])
     # The sources of the experiment are none: the tests' own would give each run another name while they are written.
     root = Path(config["paths"]["runs"]).parent / "none"
     try:
@@ -521,21 +522,23 @@ def work(
     sys.exit(0)
 
 
-def train_in_fp16_on_cpu(world: int) -> None:
-    """Let fp16 and its loss scaling run where there is no GPU: torch can, Lightning and labtrain's users have no use for it.
+def train_in_fp16(accelerator: str, devices: int) -> None:
+    """Begin with a scale that overflows, so that steps are skipped and the scale comes down.
 
-    The first scale overflows, so that steps are skipped and the scale comes down.
+    And let fp16 run where there is no GPU: torch can, Lightning and labtrain's users have no use for it.
     """
     from lightning.pytorch.plugins.precision import MixedPrecision
 
     trainer = pl.Trainer
 
     def make(*, precision: str, plugins: list[Any], **options: Any) -> pl.Trainer:
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22, growth_interval=4)
-        return trainer(plugins=[*plugins, MixedPrecision("16-mixed", "cpu", scaler)], **options)
+        device = "cuda" if accelerator == "gpu" else "cpu"
+        scaler = torch.amp.GradScaler(device, init_scale=2.0**22, growth_interval=4)
+        return trainer(plugins=[*plugins, MixedPrecision("16-mixed", device, scaler)], **options)
 
     pl.Trainer = make
-    training.choose_accelerator = lambda config: ("cpu", world)
+    if accelerator == "cpu":
+        training.choose_accelerator = lambda config: ("cpu", devices)
 
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "int": signal.SIGINT, "usr1": signal.SIGUSR1}

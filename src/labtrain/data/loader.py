@@ -19,8 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import BatchSampler, default_convert
-from torch.utils.data._utils.pin_memory import pin_memory as pinned
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from labtrain.base.errors import ConfigError
 from labtrain.data.arrays import Arrays, is_arrays
@@ -363,6 +364,12 @@ def source_of(
         return Sampled(alone(batch_sampler), dataset, [] if generator is None else [generator])
     assert batch_size is not None
     return Ordered(len(dataset), batch_size, shuffle=bool(shuffle), drop_last=drop_last)
+
+
+def pinned(batch: object) -> object:
+    """Return a batch in page-locked memory; one that is on a GPU already is returned unchanged."""
+    there = any(isinstance(each, Tensor) and not each.is_cpu for each in tree_leaves(batch))
+    return batch if there else pin_memory(batch)
 
 
 def _unchanged(loaded: object) -> object:

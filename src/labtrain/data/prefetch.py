@@ -57,5 +57,9 @@ class Copies:
 
     def _start(self, batch: object) -> tuple[object, torch.cuda.Event]:
         with torch.cuda.stream(self.stream):
-            copy = on_tensors(lambda tensor: tensor.pin_memory().to(self.device, non_blocking=True), batch)
+            copy = on_tensors(self._copied, batch)
             return copy, self.stream.record_event()
+
+    def _copied(self, tensor: Tensor) -> Tensor:
+        locked = tensor.pin_memory() if tensor.is_cpu else tensor
+        return locked.to(self.device, non_blocking=True)

@@ -17,7 +17,7 @@ import labtrain
 from labtrain import augment
 from labtrain.base.errors import ConfigError
 from labtrain.data.arrays import Rows
-from labtrain.data.loader import DataLoader
+from labtrain.data.loader import DataLoader, pinned
 from labtrain.data.prefetch import ahead, in_thread, on_tensors
 from labtrain.data.sharded import Sharded
 from labtrain.exact import determinism
@@ -523,3 +523,9 @@ def test_a_copy_begins_before_the_one_before_it_is_used() -> None:
     with pytest.raises(ZeroDivisionError):
         list(in_thread(lambda item: 1 / item, [1, 0]))
     assert on_tensors(lambda each: each + 1, {"a": [torch.zeros(1), "b"]}) == {"a": [torch.ones(1), "b"]}
+
+
+def test_a_batch_that_is_on_a_device_is_not_pinned() -> None:
+    """A dataset may live on the GPU; torch page-locks the host's memory alone, and refuses others."""
+    batch = {"x": [torch.empty(2, device="meta")], "y": "text"}
+    assert pinned(batch) is batch

@@ -107,7 +107,7 @@ def weighted_mean(rows_SN: Tensor) -> tuple[Tensor, Tensor | None]:
     total = add_rows(rows_SN)
     if len(total) == 1:
         return total[0].float(), None
-    return (total[0] / torch.where(total[1] > 0, total[1], 1)).float(), total[1]
+    return (total[0] / total[1].masked_fill(~(total[1] > 0), 1)).float(), total[1]
 
 
 # ------------------------------------------------------------------------------------------------------- the comparison

@@ -194,9 +194,9 @@ class Tally:
         numbers = [number for _, entry in logged for number in _numbers(entry, samples, weighted)]
         parts = [front]
         if numbers:
-            parts.append(torch.stack([number.to(front.device) for number in numbers]))
+            parts.append(torch.stack([to_device(number, front.device) for number in numbers]))
         parts += [getattr(self.metrics[name], state).double().reshape(-1) for name, state, *_ in self._tensors(touched)]
-        self._rows.append(torch.cat([part.to(front.device) for part in parts]) if len(parts) > 1 else front)
+        self._rows.append(torch.cat([to_device(part, front.device) for part in parts]) if len(parts) > 1 else front)
         lists = {f"{name}.{state}": getattr(self.metrics[name], state) for name, state in self._list_states(touched)}
         self._lists.append({name: [_detached(item) for item in items] for name, items in lists.items()})
 
@@ -363,7 +363,7 @@ def _log_tensor(into: LoggedValue, meta: ResultMeta, values: Tensor, weights: Te
     weight = reduced(weights.unsqueeze(1), "sum")[0]
     if meta.on_step:
         if may_be_empty:  # no shard had any weight
-            weight = torch.where(weight > 0, weight, 1)
+            weight = weight.masked_fill(~(weight > 0), 1)  # `where` would wait for a GPU, to send it the 1
         into.of_step = (value / weight if kind == "mean" else value).float()
         if not meta.on_epoch:
             into.value = into.of_step
@@ -396,10 +396,20 @@ def _numbers(entry: LoggedValue, samples: int, weighted: tuple[Tensor, float] | 
             (loss * entry.cumulated_batch_size).double() if entry.meta.on_epoch else loss.double() * samples
         )
     if share:
-        return [torch.where(is_loss, loss.double() * share, value), torch.where(is_loss, share, weight)]
+        weight = to_device(weight, value.device).masked_fill(is_loss, share)
+        return [torch.where(is_loss, loss.double() * share, value), weight]
     left_out = is_loss | value.isnan()  # a mean over nothing
-    nothing = entry.nothing().double().to(value.device)
-    return [torch.where(left_out, nothing, value), torch.where(left_out, 0.0, weight.to(value.device))]
+    nothing = to_device(entry.nothing().double(), value.device)
+    weight = to_device(weight, value.device).masked_fill(left_out, 0.0)
+    return [torch.where(left_out, nothing, value), weight]
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device. A copy to a GPU does not wait for the GPU; one from it does.
+
+    The driver has read pageable memory when the call returns: CUDA Runtime API, "API synchronization behavior".
+    """
+    return tensor.to(device, non_blocking=tensor.is_cpu)
 
 
 def _kind(meta: ResultMeta) -> str:

@@ -62,7 +62,7 @@ from labtrain.training.sharded.calls import counting
 from labtrain.training.sharded.gathering import Appended
 from labtrain.training.sharded.hooks import LOSS, LOSS_IN_DICT, NOTHING, Handed, Readers, content, whole
 from labtrain.training.sharded.objective import count_steps, weight_of, weighted_mean, weighted_row
-from labtrain.training.sharded.step_log import Tally
+from labtrain.training.sharded.step_log import Tally, to_device
 from labtrain.training.sharded.together import Together
 from labtrain.training.sharded.whole import NeedsMeetingError, by_itself, normalise_whole_batches
 from labtrain.training.state.counters import OTHER, UNKNOWN, Counters, Kinds, Trial
@@ -108,6 +108,7 @@ class _Step:
         parameters: that need a gradient.
         older: their gradients, of accumulated batches.
         missing: whether a shard of this rank lacks a gradient, or this rank has no shard: other ranks may have it.
+        present: of each shard of this rank, ABSENT, DENSE or SPARSE for each parameter.
         outputs: of each shard: samples, and the step's output, if hooks take it.
     """
 
@@ -119,6 +120,7 @@ class _Step:
     parameters: list[torch.nn.Parameter]
     older: list[Tensor | None]
     missing: bool
+    present: list[list[float]] = field(default_factory=list)
     outputs: list[tuple[int, object]] = field(default_factory=list)
 
 
@@ -335,7 +337,7 @@ class Exact(_Base):
         sums = cast(ShardSum, self._sum).total()
         has_gradient, shares, rows = self._waiting
         if shares is not None:
-            torch._foreach_div_(sums, torch.where(shares > 0, shares, 1))  # no shard with any weight: 0
+            torch._foreach_div_(sums, shares.masked_fill(~(shares > 0), 1))  # no shard with any weight: 0
         for number, (parameter, gradient) in enumerate(zip(self._parameters, sums, strict=True)):
             if number in rows:
                 gradient = sparse(gradient, rows[number])
@@ -456,6 +458,7 @@ class Exact(_Base):
         loss, given = _loss(output).detach(), weight_of(output)
         present = self._push(shard, step.parameters)
         step.missing |= not all(present)
+        step.present.append(present)
         row = weighted_row(loss, share, returned=given is not None)
         self._keep(
             step, shard, samples, output, present, row, last=last, weighted=None if given is None else (loss, given)
@@ -479,7 +482,7 @@ class Exact(_Base):
         if self._readers.outputs:
             step.outputs.append((samples, output))
         numbers = torch.tensor([*first, *left, *watched, content(output)], dtype=torch.float64)
-        self._tally.close(torch.cat([numbers.to(row.device), row]), samples, weighted)
+        self._tally.close(torch.cat([to_device(numbers, row.device), row]), samples, weighted)
 
     def _shard_backward(self, loss: Tensor, data: object, args: tuple[object, ...]) -> None:
         try:
@@ -500,8 +503,10 @@ class Exact(_Base):
         has_SP, buffers_SB, watched_S5, contents_S1, losses_SN = self._split(rows_SK, len(parameters))
         has_gradient, rows = [True] * len(parameters), dict[int, Tensor]()
         if step.missing or self._rows:
-            has_gradient = (has_SP.amax(0) > ABSENT).tolist()
-            rows = self._rows.of_all(has_SP.tolist(), parameters, self._world)
+            # One process knows its own numbers: it does not wait for a GPU to send them back.
+            found_SP = has_SP.tolist() if self._world > 1 else step.present
+            has_gradient = [max(column) > ABSENT for column in zip(*found_SP, strict=True)]
+            rows = self._rows.of_all(found_SP, parameters, self._world)
         if not any(has_gradient):  # no shard had any weight: zeros, since a GradScaler needs a gradient
             has_gradient = [True] * len(parameters)
         self._install(step, buffers_SB, watched_S5)
@@ -655,7 +660,7 @@ class Exact(_Base):
                 if taken:
                     outputs.append((samples, output))
                 front = [*([content(output)] if taken else []), *self.counters.take(samples)]
-                self._tally.close(torch.tensor(front, dtype=torch.float64, device=self._device), samples)
+                self._tally.close(to_device(torch.tensor(front, dtype=torch.float64), self._device), samples)
             rows_SK = self._combined(batch, results, ranges)
             if self.counters.width:
                 self._end_counters(stage, rows_SK[:, int(taken) :].tolist(), which or 0, args)
