@@ -58,6 +58,7 @@ class ContinuedMLFlowLogger(Clean, MLFlowLogger):
     def __init__(self, *, own_id: str, tags: Mapping[str, str] | None = None, prefix: str = "", **options: Any) -> None:
         super().__init__(tags={**(tags or {}), TAG: own_id}, prefix=prefix, **options)
         self.own_id, self.prefix = own_id, prefix
+        self.server = str(options.get("tracking_uri") or os.environ.get("MLFLOW_TRACKING_URI"))
         self.continues = False
         self.last: dict[str, int] = {}  # the newest step of each metric that MLflow had before this start
 
@@ -65,7 +66,7 @@ class ContinuedMLFlowLogger(Clean, MLFlowLogger):
     @rank_zero_experiment
     def experiment(self) -> "MlflowClient":
         if not is_begun(self):
-            with _soon(str(self._tracking_uri)):
+            with _soon(self.server):
                 self._take_up()
         return super().experiment
 
