@@ -21,6 +21,11 @@ CHECKS = [
         run="tests.gpu.exact:gpt_in_fp16",
     ),
     Check(
+        name="doctor",
+        shows="labtrain doctor: each kernel gives its known result; NCCL does where there are two GPUs",
+        run="tests.gpu.device:doctor",
+    ),
+    Check(
         name="no-wait",
         shows="one process in fp32 and bf16-mixed does not wait for the GPU between two steps that print nothing",
         run="tests.gpu.device:no_wait",

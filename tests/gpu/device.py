@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import labtrain
 from labtrain.data.prefetch import Copies
+from labtrain.environment.doctor import kernels
 from labtrain.exact.buffers import SENT, broadcast
 from labtrain.exact.checksums import BLOCK, INTEGERS, MASK, device_hash, first_unlike, shown_sums, two_sums
 from labtrain.record.digests import tensor_bytes
@@ -28,6 +29,21 @@ from tests.support.servers import free_ports
 
 FIRST, LAST = 5, 9  # steps between which nothing may wait
 MIB = 1 << 20
+
+# ------------------------------------------------------------------------------------------------------------- doctor
+
+
+def doctor(place: Place) -> str:
+    """The kernels of `labtrain doctor`, and NCCL where there are two GPUs; gloo between two processes on a CPU."""
+    count = torch.cuda.device_count() if place.on_gpu else 2
+    found = list(kernels.checks(place.device, count, {}))
+    wrong = [f"{check.name}: {check.found}" for check in found if check.status == "failed"]
+    assert not wrong, "; ".join(wrong)
+    skipped = [check.name for check in found if check.status == "skipped"]
+    assert not (place.on_gpu and skipped), f"skipped on a GPU: {', '.join(skipped)}"
+    told = [f"{check.name}: {check.found}" for check in found if re.search("attention|Triton|NCCL", check.name)]
+    return "; ".join([f"{len(found)} checks", *told])
+
 
 # --------------------------------------------------------------------------------------------------- waits and copies
 
