@@ -1,12 +1,15 @@
 """`labtrain lock write`, which asks the registry."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from labtrain.environment.lock.check import check_locks
+from labtrain.environment.lock.pins import read_pins
 from tests.conftest import LABTRAIN, ROOT
 from tests.support.locks import FILES, change
 
@@ -47,3 +50,35 @@ def test_a_conda_spec_that_changed_needs_a_channel(locks: Path) -> None:
     assert "could not be solved again" in done.stderr
     after = {path: path.read_bytes() for path in locks.rglob("*") if path.is_file() and path.parent != solver.parent}
     assert after == before
+
+
+def test_an_experiment_locks_packages_of_its_own(tmp_path: Path) -> None:
+    """labtrain's pins stay, all locks agree, what does not fit is an error that changes nothing. Asks the registry."""
+    root = tmp_path / "experiment"
+    subprocess.run([LABTRAIN, "new", str(root)], capture_output=True, check=True)
+    before = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    pins = {pin.name: pin.text for pin in read_pins(root / "requirements.lock")}
+
+    def write(packages: str) -> subprocess.CompletedProcess[str]:
+        text = re.sub(r"^dependencies = .*", f"dependencies = {packages}", manifest, flags=re.MULTILINE)
+        (root / "pyproject.toml").write_text(text)
+        return subprocess.run([LABTRAIN, "lock", "write"], cwd=root, capture_output=True, text=True, check=False)
+
+    manifest = (root / "pyproject.toml").read_text()
+    assert write('["einops>=0.8"]').returncode == 0
+    found = {pin.name: pin.text for pin in read_pins(root / "requirements.lock")}
+    assert found.pop("einops")
+    assert found == pins
+    assert "einops" in {pin.name for pin in read_pins(root / "requirements-conda.lock")}
+    assert check_locks(root) == []
+    refused = write('["numpy<1.20"]')
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: no versions fit together: Because ")
+    assert refused.stderr.endswith("hint: change the versions in pyproject.toml\n")
+    assert "einops" in {pin.name for pin in read_pins(root / "requirements.lock")}
+    assert write("[]").returncode == 0
+    after = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    changed = {path.name for path in before if after[path] != before[path]}
+    assert changed <= {"requirements.lock", "sbom.cdx.json"}  # uv writes no comments here
+    assert {pin.name: pin.text for pin in read_pins(root / "requirements.lock")} == pins
+    assert check_locks(root) == []

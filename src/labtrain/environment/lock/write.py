@@ -2,20 +2,22 @@
 
 import json
 import os
+import re
 import sys
 import tempfile
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from labtrain.assets import asset
 from labtrain.base.console import few
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.base.files import write_atomically
 from labtrain.base.programs import run_program
 from labtrain.environment.lock import conda, derive, pixi
-from labtrain.environment.lock.pins import PYTHON_312_LINUX, read_lock, read_pins
+from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, parse_pins, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
 
 if TYPE_CHECKING:
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
 
 COMPILE = ("--universal", "--generate-hashes", "--no-emit-index-url", "--no-header", "--quiet")
 TIMEOUT_S = 3600  # uv takes seconds, and conda-lock minutes, unless the network hangs
-EXTRAS = ("--extra", "lab", "--extra", "dev")
 WRITTEN = (LOCK_FILE, conda.DEFAULT.lock, conda.CPU.spec, conda.CPU.lock, derive.WHEELS, derive.CONDA_REQUIREMENTS,
            pixi.MANIFEST, pixi.LOCK, derive.SEAL)  # fmt: skip
 
@@ -32,24 +33,28 @@ def write_locks(folder: Path, *, upgrade: bool = False) -> Iterator[str]:
     """Write each derived lock, and yield a line for each. If one fails, all stay as they were.
 
     Args:
-        folder: the project's folder; it has pyproject.toml with the extras lab and dev.
-        upgrade: use the newest releases that pyproject.toml allows; else keep pins that still fit.
+        folder: labtrain's repository, or an experiment. Both have pyproject.toml.
+        upgrade: use the newest releases that pyproject.toml allows; else keep pins that still fit. An experiment keeps
+            labtrain's pins in any case.
 
     Raises:
         LabtrainError: a tool failed, or the conda spec changed and no channel can be reached.
     """
     if not (folder / "pyproject.toml").exists() or not (folder / conda.SPEC).exists():
-        hint = "in an experiment the locks come from labtrain: labtrain new DIR with a newer version"
+        hint = "cd to an experiment, or to labtrain's repository"
         raise ConfigError(f"{folder} must have pyproject.toml and {conda.SPEC} to resolve from", hint=hint)
-    with _all_or_nothing(folder):
-        before = (folder / LOCK_FILE).read_text() if (folder / LOCK_FILE).exists() else ""
-        options = [*COMPILE, *EXTRAS, *(["--upgrade"] if upgrade else [])]
-        _run(folder, "uv", "pip", "compile", *options, "pyproject.toml", "-o", LOCK_FILE)
-        yield f"{LOCK_FILE}: {'unchanged' if (folder / LOCK_FILE).read_text() == before else 'resolved again'}"
+    with _all_or_nothing(folder), _inputs(folder) as inputs:
+        path = folder / LOCK_FILE
+        before = path.read_text() if path.exists() else ""
+        options = [*COMPILE, *(["--upgrade"] if upgrade else [])]
+        _run(folder, "uv", "pip", "compile", *options, *inputs, "-o", LOCK_FILE)
+        if same := parse_pins(before, path) == read_pins(path):
+            write_atomically(path, before)  # runs are named by the text, and its comments may differ
+        yield f"{LOCK_FILE}: {'unchanged' if same else 'resolved again'}"
         write_atomically(folder / conda.CPU.spec, conda.cpu_spec(folder))
         for profile in conda.PROFILES:
             yield f"{profile.lock}: {'solved again' if lock_conda(folder, profile) else 'unchanged'}"
-        wheels = choose_wheels(folder)
+        wheels = choose_wheels(folder, inputs)
         (folder / derive.WHEELS).parent.mkdir(exist_ok=True)
         write_atomically(folder / derive.WHEELS, "[\n" + ",\n".join(json.dumps(entry) for entry in wheels) + "\n]\n")
         yield f"{derive.WHEELS}: {len(wheels)} files"
@@ -76,19 +81,43 @@ def _all_or_nothing(folder: Path) -> Iterator[None]:
         raise
 
 
-def choose_wheels(folder: Path) -> list[dict[str, object]]:
+@contextmanager
+def _inputs(folder: Path) -> Iterator[list[str]]:
+    """Yield what uv resolves: labtrain's extras; in an experiment labtrain's pins, and the packages of its own.
+
+    The pins are those that the experiment has, of the packages in this labtrain's own lock. So a package that was taken
+    out of pyproject.toml leaves the lock, and no other pin changes.
+    """
+    extras = tomllib.loads((folder / "pyproject.toml").read_text()).get("project", {}).get("optional-dependencies", {})
+    if {"lab", "dev"} <= set(extras):
+        yield ["--extra", "lab", "--extra", "dev", "pyproject.toml"]
+        return
+    of_labtrain = {pin.name for pin in read_pins(asset(LOCK_FILE))}
+    with tempfile.TemporaryDirectory() as scratch:
+        base = Path(scratch) / "labtrain.in"
+        base.write_text("".join(_line(pin) for pin in read_pins(folder / LOCK_FILE) if pin.name in of_labtrain))
+        yield ["--no-annotate", str(base), "pyproject.toml"]
+
+
+def _line(pin: Pin) -> str:
+    return f"{pin.name}=={pin.version}{f' ; {pin.marker}' if pin.marker else ''}\n"
+
+
+def choose_wheels(folder: Path, inputs: Sequence[str]) -> list[dict[str, object]]:
     """Return the entries of wheels.json, sorted by name.
 
     A lock with hashes has no file names. uv writes them to a pylock.toml, which is deleted because it names hosts.
+
+    Args:
+        folder: with requirements.lock.
+        inputs: what uv resolves.
     """
     with tempfile.TemporaryDirectory() as scratch:
         constraints = Path(scratch) / "constraints.txt"
-        pins = read_pins(folder / LOCK_FILE)
-        lines = [f"{pin.name}=={pin.version}{f' ; {pin.marker}' if pin.marker else ''}\n" for pin in pins]
-        constraints.write_text("".join(lines))
+        constraints.write_text("".join(map(_line, read_pins(folder / LOCK_FILE))))
         listing = Path(scratch) / "pylock.toml"
-        options = ["--universal", "--no-header", "--quiet", "--format", "pylock.toml", *EXTRAS]
-        _run(folder, "uv", "pip", "compile", *options, "-c", str(constraints), "pyproject.toml", "-o", str(listing))
+        options = ["--universal", "--no-header", "--quiet", "--format", "pylock.toml", *inputs]
+        _run(folder, "uv", "pip", "compile", *options, "-c", str(constraints), "-o", str(listing))
         packages = tomllib.loads(listing.read_text())["packages"]
     files = {
         (package["name"], package["version"]): [
@@ -222,6 +251,9 @@ def _run(folder: Path, program: str, *arguments: str, environment: Mapping[str, 
     done = run_program(command, folder=folder, timeout_s=TIMEOUT_S, hint=hint, environment=environment)
     if done.returncode:
         text = " ".join((done.stderr.strip() or done.stdout.strip()).split())
+        if conflict := re.search(r"Because .* unsatisfiable", text):
+            hint = "change the versions in pyproject.toml"
+            raise LabtrainError(f"no versions fit together: {conflict[0]}", hint=hint)
         raise LabtrainError(
             f"{program} {arguments[0]} failed: {text[-400:]}", hint="labtrain doctor; or check the network"
         )
