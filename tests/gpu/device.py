@@ -41,7 +41,7 @@ def doctor(place: Place) -> str:
     assert not wrong, "; ".join(wrong)
     skipped = [check.name for check in found if check.status == "skipped"]
     assert not (place.on_gpu and skipped), f"skipped on a GPU: {', '.join(skipped)}"
-    told = [f"{check.name}: {check.found}" for check in found if re.search("attention|Triton|NCCL", check.name)]
+    told = [f"{check.name}: {check.found}" for check in found if re.search("attention|Triton|NCCL|gloo", check.name)]
     return "; ".join([f"{len(found)} checks", *told])
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSED, FAILED, LEFT_OUT = "passed", "failed", "left out"
+NO_TIME = "no time left"
 TIGHT = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 LEAST_S = 2.0  # a check that would have less than this time is left out
 
@@ -132,7 +133,7 @@ class Session:
         if check.gpus > (have := len(self.facts["gpus"])):
             result, figure = LEFT_OUT, f"needs {'a GPU' if check.gpus == 1 else f'{check.gpus} GPUs'}, found {have}"
         elif left_s < LEAST_S:
-            result, figure = LEFT_OUT, "no time left"
+            result, figure = LEFT_OUT, NO_TIME
         else:
             result, figure = self._in_a_child(check, min(check.limit_s, left_s))
         seconds = round(time.monotonic() - began, 1)
@@ -168,7 +169,7 @@ class Session:
             said = log.read_text(errors="replace")
             if timed_out:
                 return (FAILED, f"killed after {limit_s:.0f} s") if limit_s >= check.limit_s else (
-                    LEFT_OUT, f"no time left: killed after {limit_s:.0f} s"
+                    LEFT_OUT, f"{NO_TIME}: killed after {limit_s:.0f} s"
                 )  # fmt: skip
             if not answer.exists():
                 return FAILED, f"its process ended with {child.returncode}\n{said[-3000:]}"
@@ -197,7 +198,9 @@ def table(outcomes: Iterable[Outcome], facts: dict[str, Any], seconds: float) ->
         lines.append(f"{each.name:<28}{each.result:<10}{each.seconds:>6.1f} s  {first}")
         lines += [f"{'':<48}{line}" for line in others] if each.result == FAILED else []
     counts = ", ".join(f"{sum(row.result == kind for row in rows)} {kind}" for kind in (PASSED, FAILED, LEFT_OUT))
-    return "\n".join([*lines, "", f"{counts}, in {seconds:.0f} s"]) + "\n"
+    late = sum(row.figure.startswith(NO_TIME) for row in rows)
+    more = [f"incomplete: no time for {late} checks; --budget SECONDS gives them more"] if late else []
+    return "\n".join([*lines, "", f"{counts}, in {seconds:.0f} s", *more]) + "\n"
 
 
 def as_json(outcomes: Iterable[Outcome], facts: dict[str, Any], seconds: float) -> str:

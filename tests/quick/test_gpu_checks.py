@@ -60,7 +60,8 @@ def test_what_does_not_fit_into_the_budget_is_left_out(tmp_path: Path) -> None:
     output = tmp_path / "results.json"
     done = run("--checks", "tests.support.false_checks", "--only", "passes", "--budget", "0", "-o", str(output))
     (only,) = json.loads(output.read_text())["checks"]
-    assert (done.returncode, only["result"], only["figure"]) == (0, "left out", "no time left")
+    assert (done.returncode, only["result"], only["figure"]) == (1, "left out", "no time left")
+    assert done.stdout.endswith("incomplete: no time for 1 checks; --budget SECONDS gives them more\n")
 
 
 @pytest.mark.parametrize("check", [exact.gpt_in_fp16, device.no_wait, device.checksum])

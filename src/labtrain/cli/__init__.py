@@ -125,6 +125,8 @@ def doctor(as_json: bool, gpu: str, deep: bool, fast: bool, checkpoints: str | N
             say(f"  {check.name:<22}{status}  {check.found}{expected}")
             if check.hint:
                 say(f"  {'':<22}hint: {check.hint}")
+        failed, warned = (sum(check.status == status for check in checks) for status in ("failed", "warned"))
+        say(f"{failed} failed, {warned} warned" if failed or warned else "no problems")
     sys.exit(any(check.status == "failed" for check in checks))
 
 

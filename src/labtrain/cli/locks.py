@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from labtrain.base.console import say
+from labtrain.base.console import say, warn
 from labtrain.base.errors import LabtrainError
 from labtrain.cli import help_page
 from labtrain.cli.show import json_option, say_json
@@ -46,8 +46,11 @@ def lock_check(as_json: bool) -> None:
             routes = stack(Path.cwd())
         for route, versions in routes.items():
             say(f"{route:<11}" + ", ".join(f"{name} {version}" for name, version in versions.items()))
+        if not found:
+            say("all locks agree")
     if found:
-        say("hint: labtrain lock write, or git checkout the file if it should not have changed", err=True)
+        intended = "after a change of pyproject.toml or environment.yml: labtrain lock write"
+        say(f"hint: git checkout {found[0].file}; {intended}", err=True)
     sys.exit(bool(found))
 
 
@@ -75,8 +78,12 @@ def lock_export(kind: str, wheels: str | None, output: str) -> None:
     The file has hashes, and paths into a folder of wheels, relative to itself. Without --wheels it is for Python 3.12
     and expects the files in `wheels`; they need not be there yet.
     """
+    from labtrain.environment.lock.pins import require_locks
     from labtrain.environment.lock.pylock import export_pylock
 
+    require_locks(Path.cwd())
     written = export_pylock(Path.cwd(), Path(output), Path(wheels) if wheels else None)
     python = str(written.requires_python).removeprefix("==").removesuffix(".*")
     say(f"{output}: {len(written.packages)} packages for Python {python}")
+    if python != (here := f"{sys.version_info[0]}.{sys.version_info[1]}"):
+        warn(f"this is Python {here}: with --wheels DIR the file is for this one")

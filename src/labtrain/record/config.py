@@ -69,7 +69,8 @@ TRAINER_NUMBERS = {
     "gradient_clip_val": 0,
 }
 TRAINER_SWITCHES = ("enable_progress_bar", "enable_model_summary", "inference_mode", "detect_anomaly", "sync_batchnorm")
-RESTORE = "leave out ~KEY; logger=none, or null, false or 0 for another key, turns it off: python train.py --help"
+RESTORE = "leave out ~KEY; python train.py --help lists the keys with their values"
+NO_LOGGER = "logger=none"
 COMPOSE = "compose it with Hydra from a config.yaml that begins with `defaults: [labtrain, _self_]`"
 # torch.compile's modes; those that choose kernels by timing; those that use CUDA graphs.
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -229,6 +230,7 @@ def check_complete(config: Config, *, hint: str) -> None:
               and isinstance(tree.get(key), dict) and key != "init_from"
               for name in value if name not in tree[key]]  # fmt: skip
     if lacks:
+        hint = NO_LOGGER if lacks == ["logger"] else hint
         more = f" and {len(lacks) - 5} more keys" if len(lacks) > 5 else ""
         raise ConfigError(f"the configuration lacks {', '.join(lacks[:5])}{more}", hint=hint)
 
@@ -534,6 +536,9 @@ def explain(error: BaseException) -> LabtrainError | None:
         hint = "write key=value, and quote special characters for the shell: 'key=[1,2]'"
         return ConfigError(f"cannot read the override {error.override!r}: {first}", hint=hint)
     if type(error) is ValueError and str(error).startswith("Config group override must be"):
+        if "NoneType" in str(error):
+            hint = "name one of its options, such as logger=none; python train.py --help lists the keys"
+            return ConfigError("null is not the name of an option, and a group takes a name", hint=hint)
         return ConfigError(f"{error}: a group takes a name", hint="quote a name that is a number: 'experiment=\"7\"'")
     if isinstance(error, MissingConfigException):
         text = " ".join(str(error).split())

@@ -30,12 +30,12 @@ def test_two_devices_pass_and_equal_results_are_one_line() -> None:
     """Each check that a CPU has, in two processes, and gloo in place of NCCL."""
     found = {check.name: check for check in kernels.checks("cpu", 2, {})}
     assert {name: check.status for name, check in found.items() if check.status != "ok"} == {
-        f"GPU 0-1 {name}": "skipped" for name in ("matmul tf32", "Conv3d", "Triton")
+        f"CPU 0-1 {name}": "skipped" for name in ("matmul tf32", "Conv3d", "Triton")
     }
     for name in ("memory", "matmul fp32", "matmul bf16", "cuBLAS repeated", "cuDNN", "attention"):
-        assert f"GPU 0-1 {name}" in found
-    assert found["NCCL all-reduce"].found.endswith("GB/s bus bandwidth")
-    assert {"NCCL send/recv", "P2P copies"} <= set(found)
+        assert f"CPU 0-1 {name}" in found
+    assert found["gloo all-reduce"].found.endswith("GB/s bus bandwidth")
+    assert {"gloo send/recv", "P2P copies"} <= set(found)
 
 
 def running() -> list[psutil.Process]:
@@ -46,7 +46,7 @@ def running() -> list[psutil.Process]:
 def test_a_check_that_does_not_end_is_named() -> None:
     """The limit is over before torch is imported."""
     (check,) = kernels.checks("cpu", 1, {}, timeout_s=0.5)
-    assert (check.name, check.status) == ("GPU 0 start", "failed")
+    assert (check.name, check.status) == ("CPU 0 start", "failed")
     assert check.found == "it did not end: no answer in 0.5 seconds"
     assert "dmesg" in check.hint
     assert not running()

@@ -91,7 +91,7 @@ def test_an_experiments_own_wheel_is_in_it(project: Path) -> None:
         ("vendor/labtrain-0.1.0-py3-none-any.whl", {"sha256": "a" * 64})
     ]
     (project / "labtrain.lock").write_text("what\n")
-    with pytest.raises(DamagedError, match=r"labtrain\.lock: Invalid wheel filename"):
+    with pytest.raises(DamagedError, match=r"labtrain\.lock: must be a wheel and its sha256"):
         export_pylock(project, project / "pylock.toml", project / "wheels")
 
 

@@ -137,6 +137,8 @@ def test_the_table_can_be_plain() -> None:
         "machine",
         "libraries",
         "NVIDIA",
+        "kernels",
+        "no problems",
     ]
 
 

@@ -58,7 +58,8 @@ def test_all_of_a_locks_disagreements_come_at_once(locks: Path) -> None:
         ("nix/wheels.json", "click"),
         ("nix/wheels.json", "clack"),
     } <= found
-    assert "hint: labtrain lock write" in done.stderr
+    assert done.stderr.startswith("hint: git checkout ")
+    assert done.stderr.endswith("after a change of pyproject.toml or environment.yml: labtrain lock write\n")
 
 
 def test_a_broken_lock_is_a_row_of_the_table(locks: Path) -> None:
@@ -215,6 +216,15 @@ def test_one_change_of_a_pin_is_named(
 ) -> None:
     change(locks / name, before, after)
     found = [(entry.file, entry.what) for entry in check_locks(locks)]
+    sealed = name in (
+        "conda-lock.yml",
+        "conda-lock-cpu.yml",
+        "pixi.lock",
+        "requirements.lock",
+        "nix/wheels.json",
+        "flake.lock",
+    )
+    assert not sealed or found[0][0] == name, "the damaged file comes first"
     assert any(entry == (file, what) or (what is None and entry[0] == file) for entry in found), found
 
 
@@ -394,3 +404,14 @@ def test_conda_satisfies_each_pin_that_is_installed_beside_it(locks: Path) -> No
     assert ("lightning", "lightning=2.6.* (environment.yml)") in found("lightning", "2.6.0", "2.5.0")
     assert ("lightning", "lightning<2.7,>=2.6 (pyproject.toml)") in found("lightning", "2.6.0", "2.5.0")
     path.write_text(before)
+
+
+def test_an_experiments_own_wheel_is_compared_with_its_lock(tmp_path: Path) -> None:
+    root = tmp_path / "experiment"
+    subprocess.run([LABTRAIN, "new", str(root)], capture_output=True, check=True)
+    assert check_locks(root) == []
+    text = (root / "labtrain.lock").read_text()
+    at = text.index("sha256:") + 7
+    (root / "labtrain.lock").write_text(one_character(text, at))
+    (found,) = check_locks(root)
+    assert (found.file, found.what.startswith("vendor/labtrain-")) == ("labtrain.lock", True)

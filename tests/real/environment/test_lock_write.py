@@ -71,6 +71,14 @@ def test_an_experiment_locks_packages_of_its_own(tmp_path: Path) -> None:
     assert found == pins
     assert "einops" in {pin.name for pin in read_pins(root / "requirements-conda.lock")}
     assert check_locks(root) == []
+    lock = root / "requirements.lock"
+    text = lock.read_text()
+    digest = re.search(r"^six==.*\n.*sha256:(\w+)", text, re.MULTILINE)
+    assert digest
+    change(lock, digest[1], f"{'0' if digest[1][0] != '0' else '1'}{digest[1][1:]}")
+    refused = write('["einops>=0.8"]')
+    assert (refused.returncode, "requirements.lock: no file of six" in refused.stderr) == (2, True)
+    lock.write_text(text)
     refused = write('["numpy<1.20"]')
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: no versions fit together: Because ")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from labtrain.environment.doctor import environment, kernels, libraries, machine, nvidia
-from labtrain.environment.doctor.report import Check
+from labtrain.environment.doctor.report import Check, skipped
 from labtrain.environment.lock import find_lock, read_lock
 
 __all__ = ["Check", "examine"]
@@ -33,5 +33,9 @@ def examine(
     probed = libraries.probe()
     yield from libraries.checks(pins, probed, libraries.of_conda(lock.parent))
     yield from nvidia.checks(probed.build, required=gpu_required)
-    if not fast and probed.build is not None and (gpus := nvidia.numbers()):
+    gpus = nvidia.numbers()
+    if fast or probed.build is None or not gpus:
+        why = "--fast" if fast else "no GPU" if not gpus else "this torch cannot use a GPU"
+        yield skipped(kernels.GROUP, "kernels", f"not run: {why}", "the known results of kernels on each GPU")
+    else:
         yield from kernels.checks("cuda", probed.found["GPUs"], gpus)

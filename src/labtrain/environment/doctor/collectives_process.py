@@ -90,8 +90,9 @@ def main(where: str, rank: int, ranks: int, file: str) -> None:
         timeout=datetime.timedelta(seconds=TIMEOUT_S),
     )
     said(name="start", status="ok", found="")
-    run("NCCL all-reduce", all_reduce, device)
-    run("NCCL send/recv", send_and_receive, device)
+    backend = "NCCL" if where == "cuda" else "gloo"
+    run(f"{backend} all-reduce", all_reduce, device)
+    run(f"{backend} send/recv", send_and_receive, device)
     run("P2P copies", peer_copies, device)
     dist.destroy_process_group()
 

@@ -74,7 +74,7 @@ def checks(device: str, count: int, numbers: Mapping[str, int], *, timeout_s: fl
     results = [
         result for index, lines in enumerate(_finished(begun, timeout_s)) for result in _results(lines, numbers, index)
     ]
-    yield from _merged(results, WHOLE_ERROR)
+    yield from _merged(results, WHOLE_ERROR, device)
     if count > 1:
         yield from collectives(device, count, timeout_s=timeout_s)
 
@@ -93,11 +93,11 @@ def collectives(device: str, count: int, *, timeout_s: float = TIMEOUT_S) -> Ite
         text = "".join(path.read_text(errors="replace") for path in sorted(Path(folder).glob("nccl.*")))
     if failed := [result for result in results if result.status == "failed"]:
         warning = "".join(f"; NCCL: {line}" for line in WARNING.findall(text)[-1:])
-        yield from _merged([dataclasses.replace(each, found=each.found + warning) for each in failed], TOPOLOGY)
+        yield from _merged([dataclasses.replace(each, found=each.found + warning) for each in failed], TOPOLOGY, device)
         return
     for result in results:
         if result.gpu == 0:  # rates differ a little between ranks
-            seen = chosen(text) if result.name == "NCCL all-reduce" else ""
+            seen = chosen(text) if result.name.endswith("all-reduce") else ""
             yield Check(group=GROUP, name=result.name, status=result.status, found=result.found + seen, wanted=KNOWN)
 
 
@@ -166,7 +166,7 @@ def _results(lines: Sequence[Mapping[str, str]], numbers: Mapping[str, int], ind
             yield Result(name=line["name"], status=cast(Status, line["status"]), found=line["found"], gpu=gpu)
 
 
-def _merged(results: Sequence[Result], unknown_hint: str) -> Iterator[Check]:
+def _merged(results: Sequence[Result], unknown_hint: str, device: str) -> Iterator[Check]:
     """Yield a check for all GPUs with the same result, in the order of the checks."""
     same: dict[tuple[str, str, str], list[int]] = {}
     for name in dict.fromkeys(result.name for result in results):
@@ -178,7 +178,7 @@ def _merged(results: Sequence[Result], unknown_hint: str) -> Iterator[Check]:
         hint = {"failed": words.hint if words else unknown_hint, "warned": CONV3D_HINT}
         yield Check(
             group=GROUP,
-            name=f"GPU {spans(gpus)} {name}",
+            name=f"{'GPU' if device == 'cuda' else 'CPU'} {spans(gpus)} {name}",
             status=cast(Status, status),
             found=f"{words.why}: {found}" if words else found,
             wanted=KNOWN if status != "warned" else "through cuDNN",

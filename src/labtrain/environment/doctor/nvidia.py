@@ -10,6 +10,7 @@ from labtrain.base.nvml import NoDriverError, nvml
 from labtrain.environment.doctor import cliffs
 from labtrain.environment.doctor.report import Check, judged, skipped, warned
 from labtrain.environment.doctor.verdicts import (
+    LEAST_DRIVER,
     NEWER_DRIVER,
     QUIET_DRIVER,
     Build,
@@ -23,7 +24,7 @@ from labtrain.environment.doctor.verdicts import (
 from labtrain.record.identity import route
 
 GROUP = "NVIDIA"
-WANTED = f"driver {shown(QUIET_DRIVER)} (CUDA 12.1) or later"
+WANTED = f"{shown(LEAST_DRIVER)} or later, better {shown(QUIET_DRIVER)} (CUDA 12.1) or later"
 
 
 def checks(build: Build | None, *, required: bool = False) -> Iterator[Check]:
@@ -86,7 +87,7 @@ def check_gpu(pynvml: ModuleType, index: int, driver: str, cuda: Version, build:
     else:
         wanted = f"a GPU that torch has code for: {' '.join(map(shown, build.compiled))}"
         yield check(of_gpu(driver, cuda, capability, build), f"GPU {index}", found, wanted)
-    if route() != "conda" and (later := of_later_wheels(driver, capability)).result == "warns":
+    if not route().startswith("conda") and (later := of_later_wheels(driver, capability)).result == "warns":
         yield warned(GROUP, f"GPU {index} later", later.why, "a driver and GPU for later PyTorch, too", later.hint)
     others = _processes(pynvml, handle)
     yield judged(

@@ -16,6 +16,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from labtrain.base.errors import ConfigError, DamagedError
+from labtrain.base.files import file_sha256
 from labtrain.environment.lock import conda, derive, pixi
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, parse_pins, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
@@ -57,11 +58,14 @@ def check_locks(folder: Path) -> list[Disagreement]:
     pins_of_profiles = (partial(check_conda_pins, profile=profile) for profile in conda.PROFILES)
     parts: tuple[Callable[[Path], Iterator[Disagreement]], ...] = (
         check_requirements, check_spec, check_cpu_spec, *of_profiles, *pins_of_profiles, check_profiles, check_wheels,
-        check_conda_requirements, check_pixi_manifest, check_pixi, check_seal,
+        check_conda_requirements, check_pixi_manifest, check_pixi, check_own, check_seal,
     )  # fmt: skip
+    suspects: set[str] = set()
     for part in parts:
         try:
-            found += part(folder)
+            for each in part(folder):  # what comes before an unreadable line counts
+                found.append(each)
+                suspects |= {each.file} if part is check_seal else set()
         except DamagedError as error:
             path, _, text = str(error.args[0]).partition(": ")
             file = str(Path(path).relative_to(folder)) if Path(path).is_relative_to(folder) else path
@@ -71,7 +75,9 @@ def check_locks(folder: Path) -> list[Disagreement]:
             )
             if damaged not in found:
                 found.append(damaged)
-    return found
+                suspects.add(file)
+    # A file whose seal is broken comes first: what other files seem to have wrong may follow from it.
+    return sorted(found, key=lambda each: each.file not in suspects)
 
 
 def check_requirements(folder: Path) -> Iterator[Disagreement]:
@@ -246,6 +252,16 @@ def check_pixi(folder: Path) -> Iterator[Disagreement]:
                 yield Disagreement(
                     file=pixi.LOCK, what=_name_in(entry["conda"]), found=found_digest, wanted=f"{digest} (conda)"
                 )
+
+
+def check_own(folder: Path) -> Iterator[Disagreement]:
+    """Check in an experiment that the wheel in vendor/ has the hash in labtrain.lock."""
+    if (own := derive.own_wheel(folder)) is None:
+        return
+    wheel, sha256 = own
+    found = file_sha256(folder / wheel) if (folder / wheel).is_file() else "missing"
+    if found != sha256:
+        yield Disagreement(file=derive.OWN_LOCK, what=wheel, found=found, wanted=sha256)
 
 
 def check_seal(folder: Path) -> Iterator[Disagreement]:

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 import uuid
 from pathlib import Path
 
@@ -19,6 +20,7 @@ CONDA_REQUIREMENTS = "requirements-conda.lock"
 WHEELS = "nix/wheels.json"
 FLAKE_LOCK = "flake.lock"
 SEAL = "sbom.cdx.json"
+OWN_LOCK = "labtrain.lock"  # in an experiment: its labtrain wheel
 GLIBC = (2, 28)  # the newest that a wheel may need; environment.yml is solved for the same
 
 METADATA = "(metadata)"  # in the seal: what a lock has besides packages
@@ -173,6 +175,21 @@ def read_wheels(folder: Path) -> list[Options]:
         return list(entries)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DamagedError(f"{path}: {error!r}", hint="labtrain lock write") from error
+
+
+def own_wheel(folder: Path) -> tuple[str, str] | None:
+    """Return an experiment's labtrain wheel, as a path in the experiment, and its sha256; None in the repository.
+
+    Raises:
+        DamagedError: labtrain.lock is broken.
+    """
+    path = folder / OWN_LOCK
+    if not path.exists():
+        return None
+    found = re.fullmatch(r"(?:\./)?(\S+\.whl) --hash=sha256:([0-9a-f]{64})", path.read_text().strip())
+    if found is None:
+        raise DamagedError(f"{path}: must be a wheel and its sha256", hint=f"git checkout {OWN_LOCK}")
+    return found[1], found[2]
 
 
 def stack(folder: Path) -> dict[str, dict[str, str]]:

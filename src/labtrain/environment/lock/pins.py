@@ -7,7 +7,7 @@ from pathlib import Path
 from packaging.markers import Marker
 
 from labtrain.assets import asset
-from labtrain.base.errors import DamagedError
+from labtrain.base.errors import ConfigError, DamagedError
 from labtrain.record.identity import LOCK_FILE
 from labtrain.record.provenance import normalised
 
@@ -39,6 +39,15 @@ def find_lock() -> Path:
     """Return the lock for this environment: the one in the working directory, else labtrain's own."""
     here = Path.cwd() / LOCK_FILE
     return here if here.exists() else asset(LOCK_FILE)
+
+
+def require_locks(folder: Path) -> None:
+    """Raise ConfigError unless a folder has requirements.lock."""
+    if not (folder / LOCK_FILE).exists():
+        raise ConfigError(
+            f"{folder} has no {LOCK_FILE}",
+            hint="cd to an experiment, or to labtrain's repository; labtrain new NAME makes an experiment",
+        )
 
 
 def read_lock(path: Path, environment: dict[str, str] | None = None) -> dict[str, Pin]:

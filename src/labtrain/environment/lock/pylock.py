@@ -25,7 +25,6 @@ from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, read_lock
 from labtrain.record.identity import LOCK_FILE
 
 WHEELS = "wheels"  # the folder of the documentation
-OWN_LOCK = "labtrain.lock"  # in an experiment: its labtrain wheel
 LINUX = Marker("sys_platform == 'linux' and platform_machine == 'x86_64'")
 
 Files = dict[str, list[tuple[str, str]]]  # by pin: path relative to the lock, and sha256
@@ -132,14 +131,14 @@ def _package(pin: Pin, files: list[tuple[str, str]]) -> Package:
 
 def _own(folder: Path, beside: Path) -> Iterator[Package]:
     """Yield labtrain itself in an experiment: the wheel in its labtrain.lock."""
-    path = folder / OWN_LOCK
-    if not path.exists():
+    if (own := derive.own_wheel(folder)) is None:
         return
-    wheel, _, sha256 = path.read_text().strip().partition(" --hash=sha256:")
+    wheel, sha256 = own
     try:
         version = parse_wheel_filename(Path(wheel).name)[1]
     except InvalidWheelFilename as error:
-        raise DamagedError(f"{path}: {error}", hint=f"git checkout {OWN_LOCK}") from error
+        hint = f"git checkout {derive.OWN_LOCK}"
+        raise DamagedError(f"{folder / derive.OWN_LOCK}: {error}", hint=hint) from error
     relative = PurePosixPath(os.path.relpath((folder / wheel).resolve(), beside.resolve()))
     wheels = [PackageWheel(path=str(relative), hashes={"sha256": sha256})]
     yield Package(name=NormalizedName("labtrain"), version=version, wheels=wheels)

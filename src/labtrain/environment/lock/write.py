@@ -72,12 +72,14 @@ def _all_or_nothing(folder: Path) -> Iterator[None]:
     before = {name: (folder / name).read_bytes() if (folder / name).exists() else None for name in WRITTEN}
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         for name, content in before.items():
             if content is None:
                 (folder / name).unlink(missing_ok=True)
             else:
                 (folder / name).write_bytes(content)
+        if isinstance(error, LabtrainError):
+            error.args = (f"{error.args[0]}. No lock was changed", *error.args[1:])
         raise
 
 
@@ -95,7 +97,8 @@ def _inputs(folder: Path) -> Iterator[list[str]]:
     of_labtrain = {pin.name for pin in read_pins(asset(LOCK_FILE))}
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "labtrain.in"
-        base.write_text("".join(_line(pin) for pin in read_pins(folder / LOCK_FILE) if pin.name in of_labtrain))
+        lock = folder / LOCK_FILE if (folder / LOCK_FILE).exists() else asset(LOCK_FILE)
+        base.write_text("".join(_line(pin) for pin in read_pins(lock) if pin.name in of_labtrain))
         yield ["--no-annotate", str(base), "pyproject.toml"]
 
 
@@ -112,9 +115,11 @@ def choose_wheels(folder: Path, inputs: Sequence[str]) -> list[dict[str, object]
         folder: with requirements.lock.
         inputs: what uv resolves.
     """
+    pins = read_pins(folder / LOCK_FILE)
     with tempfile.TemporaryDirectory() as scratch:
         constraints = Path(scratch) / "constraints.txt"
-        constraints.write_text("".join(map(_line, read_pins(folder / LOCK_FILE))))
+        constraints.write_text("".join(map(_line, pins)))
+        _refuse_unknown_hashes(folder, inputs, constraints, pins)
         listing = Path(scratch) / "pylock.toml"
         options = ["--universal", "--no-header", "--quiet", "--format", "pylock.toml", *inputs]
         _run(folder, "uv", "pip", "compile", *options, "-c", str(constraints), "-o", str(listing))
@@ -131,6 +136,17 @@ def choose_wheels(folder: Path, inputs: Sequence[str]) -> list[dict[str, object]
         derive.wheel_entry(pin, *derive.choose_file(pin, files.get((pin.name, pin.version), [])))
         for _, pin in sorted(chosen.items())
     ]
+
+
+def _refuse_unknown_hashes(folder: Path, inputs: Sequence[str], constraints: Path, pins: Sequence[Pin]) -> None:
+    """Raise DamagedError if a hash in requirements.lock is of no file: uv keeps the hashes that a lock has."""
+    fresh = constraints.with_name(LOCK_FILE)
+    _run(folder, "uv", "pip", "compile", *COMPILE, *inputs, "-c", str(constraints), "-o", str(fresh))
+    known = {(pin.name, pin.version): set(pin.hashes) for pin in read_pins(fresh)}
+    for pin in pins:
+        if unknown := sorted(set(pin.hashes) - known.get((pin.name, pin.version), set())):
+            what = f"{LOCK_FILE}: no file of {pin.name} {pin.version} has the hash {unknown[0]}"
+            raise DamagedError(what, hint=f"git checkout {LOCK_FILE}: it was changed by hand")
 
 
 def sbom(folder: Path) -> str:
@@ -250,10 +266,11 @@ def _run(folder: Path, program: str, *arguments: str, environment: Mapping[str, 
     hint = "check the network, then repeat the command"
     done = run_program(command, folder=folder, timeout_s=TIMEOUT_S, hint=hint, environment=environment)
     if done.returncode:
-        text = " ".join((done.stderr.strip() or done.stdout.strip()).split())
+        said = done.stderr.strip() or done.stdout.strip()
+        text = said.splitlines()[-1] if "Traceback" in said else " ".join(said.split())
         if conflict := re.search(r"Because .* unsatisfiable", text):
             hint = "change the versions in pyproject.toml"
             raise LabtrainError(f"no versions fit together: {conflict[0]}", hint=hint)
         raise LabtrainError(
-            f"{program} {arguments[0]} failed: {text[-400:]}", hint="labtrain doctor; or check the network"
+            f"{program} {arguments[0]} failed: {text[:400]}", hint="labtrain doctor; or check the network"
         )
