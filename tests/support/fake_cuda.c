@@ -1,5 +1,6 @@
 /* A driver library of the shape of NVIDIA's libcuda.so.1, on which cuInit ends with an error: -DCODE=804. */
 #include <string.h>
+#include <unistd.h>
 static int init(unsigned flags) { (void)flags; return CODE; }
 static int version(int *to) { *to = 12040; return 0; }
 static int other(void) { return CODE; }

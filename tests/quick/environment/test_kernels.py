@@ -116,7 +116,7 @@ def test_the_triton_kernel_is_right() -> None:
     ("number", "says"),
     [(209, "no code for this GPU"), (222, "cannot translate"), (804, "cuda-compat"), (803, "different versions"),
      (802, "NVSwitch"), (35, "older than CUDA 12"), (100, "finds no GPU"), (214, "cannot correct"), (2, "in use"),
-     (700, "failed on this GPU"), (719, "failed on this GPU"), (999, "does not answer")],
+     (700, "failed on this GPU"), (719, "failed on this GPU"), (46, "for itself"), (3, "could not start"), (805, "Multi-Process"), (999, "does not answer")],
 )  # fmt: skip
 def test_errors_of_the_locked_cuda_are_explained(number: int, says: str) -> None:
     """The texts are those of the locked libcudart, so a new one that words them differently fails here."""

@@ -1,7 +1,10 @@
 """Which drivers and GPUs run the torch of the locks: a table that was written by hand from NVIDIA's documents."""
 
+import datetime
+
 import pytest
 
+from labtrain.environment.doctor import cliffs
 from labtrain.environment.doctor.verdicts import BUILDS, SOURCES, Build, of_gpu
 
 DRIVERS = [
@@ -27,11 +30,13 @@ WHEELS = {
     (8, 9): "fwwrrrrrr",
     (9, 0): "fwwrrrrrr",
     (10, 0): "ffffffrrr",
-    (10, 3): "fffffffrr",
+    (10, 3): "fffffffww",
     (12, 0): "ffffffrrr",
-    (12, 1): "fffffffrr",
+    (12, 1): "fffffffww",
 }
-TABLES = {"wheels, Nix": WHEELS, "conda": WHEELS | {(5, 2): "fwwwwwwwf", (6, 1): "fwwwwwwwf"}}
+# Triton's assembler in the wheels is of CUDA 12.8, and knows neither 10.3 nor 12.1; conda-forge's is of 12.9.
+CONDA = {(5, 2): "fwwwwwwwf", (6, 1): "fwwwwwwwf", (10, 3): "fffffffrr", (12, 1): "fffffffrr"}
+TABLES = {"wheels, Nix": WHEELS, "conda": WHEELS | CONDA}
 
 
 @pytest.mark.parametrize("route", TABLES)
@@ -57,3 +62,17 @@ def test_a_cudnn_that_has_left_volta() -> None:
     assert (
         of_gpu("580.65.06", (13, 0), (7, 0), build).why == "cuDNN 9.11.0 has no code for 7.0; 9.10 is the last that has"
     )
+
+
+def test_code_for_one_card_alone() -> None:
+    """sm_100a runs on 10.0, and not on 10.3."""
+    build = Build(cuda=(12, 8), architectures=("sm_90", "sm_100a"))
+    assert [build.has_code(each) for each in ((9, 0), (10, 0), (10, 3))] == [True, True, False]
+
+
+@pytest.mark.parametrize(("driver", "warns"), [("535.183.01", True), ("570.86.15", True), ("580.65.06", False),
+                                               ("590.44.01", True), ("595.10.01", False), ("625.1", False)])  # fmt: skip
+def test_a_driver_branch_without_updates_is_told(driver: str, warns: bool) -> None:
+    """By NVIDIA's list of September 2026: R580, R595 and R620; nothing is known of later ones."""
+    assert bool(list(cliffs.checks(driver, today=datetime.date(2026, 12, 1)))) == warns
+    assert bool(list(cliffs.checks("595.10.01", today=datetime.date(2027, 4, 1))))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from labtrain.environment.doctor import machine
+from labtrain.environment.doctor import machine, nvidia
+from labtrain.environment.doctor.verdicts import BUILDS
 from tests.conftest import LABTRAIN, ROOT, need, skip_or_fail
 from tests.quick.environment.test_verdicts import DRIVERS, TABLES
 from tests.support.doctor import doctor, driver, library
@@ -43,8 +44,8 @@ def test_a_driver_of_cuda_12_0_warns(tmp_path: Path) -> None:
     """NVIDIA's floor for CUDA 12 is 525.60.13; R525 has no updates any more."""
     code, checks = doctor("--fast", **driver(tmp_path, number="525.147.05", CUDA=12000))
     assert (code, checks["driver"]["status"], checks["GPU 0"]["status"]) == (0, "warned", "warned")
-    assert checks["driver support"]["found"] == (
-        "R525 gets no updates any more: NVIDIA ended updates of driver R535 in June 2026"
+    assert checks["driver support"]["found"].startswith(
+        "NVIDIA does not list R525 among the branches that get updates: R580 (until June 2028)"
     )
 
 
@@ -181,11 +182,12 @@ def test_an_nccl_variable_that_switches_a_transport_off_fails() -> None:
 ASK = """
 import json, os, sys
 from labtrain.environment.doctor import nvidia
+from labtrain.environment.doctor.nvml_process import facts
 from labtrain.environment.doctor.verdicts import BUILDS
 found = []
 for route, number, cuda, major, minor in json.load(sys.stdin):
     os.environ |= {"DRIVER": number, "CUDA": str(cuda[0] * 1000 + cuda[1] * 10), "MAJOR": str(major), "MINOR": str(minor)}
-    checks = {check.name: check for check in nvidia.checks(BUILDS[route])}
+    checks = {check.name: check for check in nvidia.checks(facts(), BUILDS[route])}
     found.append([checks["driver"].status, checks["GPU 0"].status, checks["GPU 0"].hint])
 print(json.dumps(found))
 """
@@ -210,3 +212,37 @@ def test_each_driver_and_card_has_its_verdict(tmp_path: Path) -> None:
     assert {number: of_driver for (_, number, *_), (of_driver, *_) in zip(cases, found, strict=True)} == {
         number: {"515": "failed", "525": "warned"}.get(number[:3], "ok") for number, _ in DRIVERS
     }
+
+
+def test_a_lost_gpu_fails_alone(tmp_path: Path) -> None:
+    """NVML's error 15: the driver is there, the card does not answer."""
+    code, checks = doctor(
+        "--fast", **driver(tmp_path, number="580.65.06", CUDA=13000, COUNT=2, LOST="(index ? 15 : 0)")
+    )
+    assert (code, checks["GPU 0"]["status"], checks["GPU 1"]["status"]) == (1, "ok", "failed")
+    assert checks["GPU 1"]["found"].startswith("the driver has lost it: ")
+    assert "dmesg" in checks["GPU 1"]["hint"]
+
+
+def test_a_gpu_without_memory_of_its_own(tmp_path: Path) -> None:
+    """As a GB10 answers: NVML_ERROR_NOT_SUPPORTED."""
+    _, checks = doctor("--fast", **driver(tmp_path, number="580.65.06", CUDA=13000, MEMORY=3))
+    assert checks["GPU 0"]["found"].startswith("Test GPU, shared memory, compute capability 8.9")
+
+
+def test_a_driver_that_hangs_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in driver(tmp_path, INIT="(pause(), 0)").items():
+        monkeypatch.setenv(name, value)
+    (check,) = nvidia.checks(nvidia.ask(timeout_s=3), BUILDS["conda"])
+    assert (check.status, check.found) == ("failed", "the driver does not answer: no answer in 3 seconds")
+
+
+def test_a_process_that_kernels_leave_behind_does_not_hold_the_doctor(tmp_path: Path) -> None:
+    """cuInit forks, and both sleep: the limit of three seconds and the grace of five hold."""
+    library(tmp_path, "fake_cuda.c", "libcuda.so.1", CODE="(fork(), pause(), 100)")
+    code = "from labtrain.environment.doctor import kernels; print([c.found for c in kernels.checks('cuda', 1, {}, timeout_s=20)])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}, cwd=ROOT, timeout=200,
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "['it did not end: no answer in 20 seconds']\n"

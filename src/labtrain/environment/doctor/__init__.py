@@ -32,8 +32,9 @@ def examine(
     yield from machine.checks(Path.cwd(), checkpoints)
     probed = libraries.probe()
     yield from libraries.checks(pins, probed, libraries.of_conda(lock.parent))
-    yield from nvidia.checks(probed.build, required=gpu_required)
-    gpus = nvidia.numbers()
+    facts = nvidia.ask()
+    yield from nvidia.checks(facts, probed.build, required=gpu_required)
+    gpus = nvidia.numbers(facts)
     if fast or probed.build is None or not gpus:
         why = "--fast" if fast else "no GPU" if not gpus else "this torch cannot use a GPU"
         yield skipped(kernels.GROUP, "kernels", f"not run: {why}", "the known results of kernels on each GPU")

@@ -60,6 +60,21 @@ ERRORS = (
         hint=f"{GPUS_IN_CONTAINER}; else: ls -l /dev/nvidia*",
     ),
     Words(
+        pattern="busy or unavailable",
+        why="another process has this GPU for itself (error 46)",
+        hint="nvidia-smi -q -d COMPUTE; nvidia-smi -c 0 allows several processes",
+    ),
+    Words(
+        pattern="MPS (?:client|server|daemon)",
+        why="CUDA's Multi-Process Service does not answer (error 805 and others)",
+        hint="echo quit | nvidia-cuda-mps-control, or unset CUDA_MPS_PIPE_DIRECTORY",
+    ),
+    Words(
+        pattern="initialization error",
+        why="CUDA could not start on this GPU (error 3)",
+        hint="nvidia-smi; dmesg | grep -i nvidia",
+    ),
+    Words(
         pattern="uncorrectable ECC error",
         why="this GPU's memory has an error that it cannot correct (error 214)",
         hint="nvidia-smi -q -d ECC,ROW_REMAPPER; reset the GPU, and replace it if the error comes back",
@@ -102,7 +117,7 @@ ERRORS = (
     Words(
         pattern="no answer in",
         why="it did not end",
-        hint="dmesg | grep Xid; if NCCL_P2P_DISABLE=1 labtrain doctor passes, turn PCIe ACS off in the BIOS",
+        hint="dmesg | grep Xid; between several GPUs also: NCCL_P2P_DISABLE=1 labtrain doctor tells whether P2P hangs",
     ),
     Words(
         pattern="[Tt]imed out|[Tt]imeout",

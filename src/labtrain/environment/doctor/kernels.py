@@ -9,17 +9,15 @@ import dataclasses
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from labtrain.environment.doctor.cuda_errors import in_words
+from labtrain.environment.doctor.processes import Ended, run_together
 from labtrain.environment.doctor.report import Check, Status, skipped
 from labtrain.environment.doctor.verdicts import CONV3D_HINT
 
@@ -65,12 +63,12 @@ def checks(device: str, count: int, numbers: Mapping[str, int], *, timeout_s: fl
         timeout_s: of all kernels together, and of NCCL.
     """
     if device == "cuda" and count == 0:
-        if "CUDA_VISIBLE_DEVICES" in os.environ:
+        if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
             found = f"CUDA_VISIBLE_DEVICES={os.environ['CUDA_VISIBLE_DEVICES']} hides every GPU"
             yield skipped(GROUP, "kernels", found, "a GPU that torch sees")
             return
         count = 1  # torch sees no GPU: CUDA's own error says why
-    begun = [_begin(PROCESS, f"{device}:{index}" if device == "cuda" else device) for index in range(count)]
+    begun = [[PROCESS, f"{device}:{index}" if device == "cuda" else device] for index in range(count)]
     results = [
         result for index, lines in enumerate(_finished(begun, timeout_s)) for result in _results(lines, numbers, index)
     ]
@@ -83,14 +81,14 @@ def collectives(device: str, count: int, *, timeout_s: float = TIMEOUT_S) -> Ite
     """Yield the checks of NCCL between all devices; of gloo on CPUs."""
     with tempfile.TemporaryDirectory() as folder:
         log = {**NCCL_LOG, "NCCL_DEBUG_FILE": f"{folder}/nccl.%p"}
-        begun = [
-            _begin(COLLECTIVES, device, str(rank), str(count), f"{folder}/store", environment=log)
-            for rank in range(count)
-        ]
+        begun = [[COLLECTIVES, device, str(rank), str(count), f"{folder}/store"] for rank in range(count)]
         results = [
-            result for rank, lines in enumerate(_finished(begun, timeout_s)) for result in _results(lines, {}, rank)
+            result
+            for rank, lines in enumerate(_finished(begun, timeout_s, log))
+            for result in _results(lines, {}, rank)
         ]
         text = "".join(path.read_text(errors="replace") for path in sorted(Path(folder).glob("nccl.*")))
+    results = [dataclasses.replace(each, name="NCCL start") if each.name == "start" else each for each in results]
     if failed := [result for result in results if result.status == "failed"]:
         warning = "".join(f"; NCCL: {line}" for line in WARNING.findall(text)[-1:])
         yield from _merged([dataclasses.replace(each, found=each.found + warning) for each in failed], TOPOLOGY, device)
@@ -108,38 +106,18 @@ def chosen(log: str) -> str:
     return "".join(f"; {text}" for text in [*algorithms, *([f"via {', '.join(transports)}"] if transports else [])])
 
 
-def _begin(module: str, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        env={**os.environ, "CUDA_DEVICE_ORDER": "PCI_BUS_ID", **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-    )
-
-
-def _finished(begun: Sequence[subprocess.Popen[str]], timeout_s: float) -> Iterator[list[dict[str, str]]]:
-    """Yield each process's lines; a last one tells of a check that it did not finish."""
-    end = time.monotonic() + timeout_s
-    try:
-        for process in begun:
-            reason = ""
-            try:
-                output, errors = process.communicate(timeout=max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output, errors = process.communicate()
-                reason = f"no answer in {timeout_s:g} seconds"
-            lines = list(_parsed(output))
-            if process.returncode or reason:
-                name = next((line["begin"] for line in reversed(lines) if "begin" in line), "start")
-                lines.append({"name": name, "status": "failed", "found": reason or _ended(process.returncode, errors)})
-            yield lines
-    finally:
-        for process in begun:
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+def _finished(
+    arguments: Sequence[Sequence[str]], timeout_s: float, environment: Mapping[str, str] | None = None
+) -> Iterator[list[dict[str, str]]]:
+    """Yield the lines of each process; a last one tells of a check that it did not finish."""
+    commands = [[sys.executable, "-m", *each] for each in arguments]
+    for ended in run_together(commands, timeout_s, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **(environment or {})}):
+        lines = list(_parsed(ended.output))
+        if ended.code != 0:
+            name = next((line["begin"] for line in reversed(lines) if "begin" in line), "start")
+            found = f"no answer in {timeout_s:g} seconds" if ended.code is None else _why(ended)
+            lines.append({"name": name, "status": "failed", "found": found})
+        yield lines
 
 
 def _parsed(output: str) -> Iterator[dict[str, str]]:
@@ -150,19 +128,18 @@ def _parsed(output: str) -> Iterator[dict[str, str]]:
                 yield json.loads(line)
 
 
-def _ended(code: int, errors: str) -> str:
+def _why(ended: Ended) -> str:
     """Return why a process ended: its signal, and the line of its errors that says most."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    lines = [line.strip() for line in ended.errors.splitlines() if line.strip()]
     telling = next((line for line in reversed(lines) if in_words(line)), lines[-1] if lines else "")
-    end = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-    return f"{end}: {telling}" if telling else end
+    return f"{ended.reason}: {telling}" if telling else ended.reason
 
 
 def _results(lines: Sequence[Mapping[str, str]], numbers: Mapping[str, int], index: int) -> Iterator[Result]:
     """Yield the results of one process."""
     gpu = next((numbers[line["uuid"]] for line in lines if line.get("uuid") in numbers), index)
     for line in lines:
-        if "name" in line and (line["name"] != "start" or line["status"] == "failed"):
+        if {"name", "status", "found"} <= set(line) and (line["name"] != "start" or line["status"] == "failed"):
             yield Result(name=line["name"], status=cast(Status, line["status"]), found=line["found"], gpu=gpu)
 
 

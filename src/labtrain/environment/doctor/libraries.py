@@ -2,7 +2,6 @@
 
 import json
 import re
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from labtrain.base.console import few
 from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError
 from labtrain.environment.doctor.environment import REPAIR
+from labtrain.environment.doctor.processes import run_together
 from labtrain.environment.doctor.report import Check, judged, skipped
 from labtrain.environment.doctor.verdicts import Build
 from labtrain.environment.lock import Pin
@@ -29,6 +29,11 @@ if torch.version.cuda:
     found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
     # torch.cuda.get_arch_list() says nothing on a machine without a GPU.
     found["architectures"] = (torch._C._cuda_getArchFlags() or "").split()
+    try:
+        from triton import knobs
+        found["assembler"] = knobs.nvidia.ptxas.version
+    except Exception:  # no Triton, or one that hides it elsewhere: nothing is said about it
+        pass
 with open("/proc/self/maps") as maps:
     found["loaded"] = sorted({line.split()[-1] for line in maps if "/libcu" in line or "/libnccl" in line})
 print(json.dumps(found))
@@ -61,20 +66,24 @@ class Probed:
         if not self.found.get("CUDA runtime"):
             return None
         cuda, cudnn = (tuple(map(int, self.found[name].split("."))) for name in ("CUDA runtime", "cuDNN"))
-        return Build(cuda=cuda[:2], architectures=tuple(self.found["architectures"]), cudnn=cudnn)
+        numbers = re.findall(r"\d+", str(self.found.get("assembler") or ""))[:2]
+        return Build(
+            cuda=cuda[:2], architectures=tuple(self.found["architectures"]), cudnn=cudnn,
+            assembler=tuple(map(int, numbers)) or None,
+        )  # fmt: skip
 
 
 def probe(*, python: str = sys.executable, timeout_s: float = TIMEOUT_S) -> Probed:
     """Import torch in its own process, and ask it for its versions."""
+    (ended,) = run_together([[python, "-c", PROBE]], timeout_s)
+    if ended.code is None:
+        return Probed(found={}, reason=f"no answer in {timeout_s:.0f} seconds")
+    if ended.code:
+        return Probed(found={}, reason=(ended.errors.strip().splitlines() or [ended.reason])[-1])
     try:
-        done = subprocess.run([python, "-c", PROBE], capture_output=True, text=True, check=False, timeout=timeout_s)
-        found: Options = json.loads(done.stdout) if done.returncode == 0 else {}
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-    except subprocess.TimeoutExpired:
-        found, reason = {}, f"no answer in {timeout_s:.0f} seconds"
+        return Probed(found=json.loads(ended.output), reason="")
     except ValueError:
-        found, reason = {}, "unexpected output"
-    return Probed(found=found, reason=reason)
+        return Probed(found={}, reason="unexpected output")
 
 
 def checks(pins: dict[str, Pin], probed: Probed, forge: Mapping[str, str] | None = None) -> Iterator[Check]:

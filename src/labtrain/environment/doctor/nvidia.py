@@ -1,13 +1,14 @@
-"""Check the driver (by NVML) and each GPU against what the installed torch was built for (verdicts.py)."""
+"""Check the driver and each GPU, as NVML describes them, against the installed torch (verdicts.py)."""
 
-import itertools
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 from labtrain.base.console import few
-from labtrain.base.nvml import NoDriverError, nvml
+from labtrain.base.contracts import Options
 from labtrain.environment.doctor import cliffs
+from labtrain.environment.doctor.processes import run_together
 from labtrain.environment.doctor.report import Check, judged, skipped, warned
 from labtrain.environment.doctor.verdicts import (
     LEAST_DRIVER,
@@ -25,42 +26,60 @@ from labtrain.record.identity import route
 
 GROUP = "NVIDIA"
 WANTED = f"{shown(LEAST_DRIVER)} or later, better {shown(QUIET_DRIVER)} (CUDA 12.1) or later"
+PROCESS = "labtrain.environment.doctor.nvml_process"
+TIMEOUT_S = 30.0
+LOST = "nvidia-smi; dmesg | grep Xid; a card that the driver has lost comes back after a reboot, or is broken"
 
 
-def checks(build: Build | None, *, required: bool = False) -> Iterator[Check]:
+def ask(timeout_s: float = TIMEOUT_S) -> Options:
+    """Return what the driver says (nvml_process.py), or `broken`: why it says nothing."""
+    (ended,) = run_together([[sys.executable, "-m", PROCESS]], timeout_s)
+    try:
+        return dict(json.loads(ended.output))
+    except ValueError:
+        lines = ended.errors.strip().splitlines() or [ended.reason]
+        return {"broken": f"no answer in {timeout_s:g} seconds" if ended.code is None else lines[-1]}
+
+
+def numbers(facts: Options) -> dict[str, int]:
+    """Return the number of each GPU that answers, by UUID; empty without a driver."""
+    return {str(gpu.get("uuid") or gpu["index"]): gpu["index"] for gpu in facts.get("gpus", []) if not gpu["error"]}
+
+
+def checks(facts: Options, build: Build | None, *, required: bool = False) -> Iterator[Check]:
     """Yield the group's checks; only one if there is no driver.
 
     Args:
+        facts: what the driver says.
         build: of the installed torch; None if it cannot use a GPU, or cannot be imported.
         required: whether a machine without a GPU fails.
     """
-    try:
-        with nvml() as pynvml:
-            yield from _check_all(pynvml, build, required=required)
-    except NoDriverError as error:
-        found = f"no NVIDIA driver: CPU only ({error})"
+    if "no_driver" in facts:
+        found = f"no NVIDIA driver: CPU only ({facts['no_driver']})"
         hint = f"{NEWER_DRIVER}; in a container, start it with --gpus all{_wsl_hint()}"
         yield (
             judged(GROUP, "driver", False, found, WANTED, hint) if required else skipped(GROUP, "driver", found, WANTED)
         )
-
-
-def _check_all(pynvml: ModuleType, build: Build | None, *, required: bool) -> Iterator[Check]:
-    driver, number = pynvml.nvmlSystemGetDriverVersion(), pynvml.nvmlSystemGetCudaDriverVersion_v2()
+        return
+    if "broken" in facts or not facts["driver"] or not facts["cuda"]:
+        found = f"the driver does not answer: {facts.get('broken') or '; '.join(facts['errors'])}"
+        yield judged(GROUP, "driver", False, found, WANTED, LOST)
+        return
+    driver, number = facts["driver"], facts["cuda"]
     cuda = number // 1000, number % 1000 // 10
     verdict = of_driver(driver, cuda)
     yield check(verdict, "driver", f"{driver}, for CUDA {shown(cuda)}", WANTED)
     if verdict.result != "fails":
         yield from cliffs.checks(driver)
-    count = pynvml.nvmlDeviceGetCount()
+    count = len(facts["gpus"])
     hint = "nvidia-smi -L; in a container, start it with --gpus all"
     yield judged(
         GROUP, "GPUs", count > 0 or not required, str(count), "one or more" if required else "any number", hint
     )
-    for index in range(count):
-        yield from check_gpu(pynvml, index, driver, cuda, build)
+    for gpu in facts["gpus"]:
+        yield from check_gpu(gpu, driver, cuda, build)
     if count > 1:
-        yield check_p2p(pynvml, count)
+        yield check_p2p(facts["without_p2p"])
 
 
 def check(verdict: Verdict, name: str, found: str, wanted: str) -> Check:
@@ -73,14 +92,18 @@ def check(verdict: Verdict, name: str, found: str, wanted: str) -> Check:
     return judged(GROUP, name, False, said, wanted, verdict.hint)
 
 
-def check_gpu(pynvml: ModuleType, index: int, driver: str, cuda: Version, build: Build | None) -> Iterator[Check]:
+def check_gpu(gpu: Options, driver: str, cuda: Version, build: Build | None) -> Iterator[Check]:
     """Check one GPU: its compute capability and other users; report its memory, ECC, MIG and persistence."""
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    name = pynvml.nvmlDeviceGetName(handle)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-    capability = tuple(pynvml.nvmlDeviceGetCudaComputeCapability(handle))
-    modes = ", ".join(f"{what} {_mode(pynvml, handle, what)}" for what in ("ECC", "MIG", "persistence"))
-    found = f"{name}, {memory.total / 1e9:.0f} GB, compute capability {shown(capability)}, {modes}"
+    index = gpu["index"]
+    if gpu["error"]:
+        yield judged(
+            GROUP, f"GPU {index}", False, f"the driver has lost it: {gpu['error']}", "a GPU that answers", LOST
+        )
+        return
+    capability = tuple(gpu["capability"])
+    memory = f"{gpu['memory_bytes'] / 1e9:.0f} GB" if gpu["memory_bytes"] else "shared memory"
+    modes = ", ".join(f"{what} {mode}" for what, mode in gpu["modes"].items())
+    found = f"{gpu['name']}, {memory}, compute capability {shown(capability)}, {modes}"
     if build is None:
         hint = "see the check of torch"
         yield judged(GROUP, f"GPU {index}", False, f"{found}: this torch cannot use a GPU", "a torch for CUDA", hint)
@@ -89,7 +112,7 @@ def check_gpu(pynvml: ModuleType, index: int, driver: str, cuda: Version, build:
         yield check(of_gpu(driver, cuda, capability, build), f"GPU {index}", found, wanted)
     if not route().startswith("conda") and (later := of_later_wheels(driver, capability)).result == "warns":
         yield warned(GROUP, f"GPU {index} later", later.why, "a driver and GPU for later PyTorch, too", later.hint)
-    others = _processes(pynvml, handle)
+    others = gpu["processes"]
     yield judged(
         GROUP,
         f"GPU {index} in use",
@@ -100,47 +123,12 @@ def check_gpu(pynvml: ModuleType, index: int, driver: str, cuda: Version, build:
     )
 
 
-def numbers() -> dict[str, int]:
-    """Return the number of each GPU, by UUID; empty without a driver."""
-    try:
-        with nvml() as pynvml:
-            handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-            return {pynvml.nvmlDeviceGetUUID(handle): number for number, handle in enumerate(handles)}
-    except NoDriverError:
-        return {}
-
-
-def check_p2p(pynvml: ModuleType, count: int) -> Check:
+def check_p2p(without: list[str]) -> Check:
     """Report which pairs of GPUs cannot read each other's memory; consumer cards never can, so this does not fail."""
-    handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(count)]
-    read = 0  # pynvml's constant is a tuple by mistake
-    without = [
-        f"{one}-{other}"
-        for one, other in itertools.combinations(range(count), 2)
-        if pynvml.nvmlDeviceGetP2PStatus(handles[one], handles[other], read) != pynvml.NVML_P2P_STATUS_OK
-    ]
     wanted = "between all GPUs"
     if not without:
         return judged(GROUP, "P2P", True, wanted, wanted, "")
     return skipped(GROUP, "P2P", f"not between {few(without)}: NCCL uses shared memory, which is slower", wanted)
-
-
-def _mode(pynvml: ModuleType, handle: object, what: str) -> str:
-    functions = {"ECC": "EccMode", "MIG": "MigMode", "persistence": "PersistenceMode"}
-    try:
-        mode = getattr(pynvml, f"nvmlDeviceGet{functions[what]}")(handle)
-        return "on" if (mode[0] if isinstance(mode, list) else mode) else "off"
-    except pynvml.NVMLError:
-        return "not available"
-
-
-def _processes(pynvml: ModuleType, handle: object) -> list[tuple[int, int]]:
-    try:
-        return [
-            (process.pid, process.usedGpuMemory or 0) for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
-        ]
-    except (pynvml.NVMLError, pynvml.NVMLLibraryMismatchError):  # the second: a driver older than this pynvml
-        return []
 
 
 def _wsl_hint() -> str:

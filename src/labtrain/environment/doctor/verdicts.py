@@ -25,6 +25,7 @@ SOURCES = {
     "cudnn": "NVIDIA, cuDNN support matrix:"
     " https://docs.nvidia.com/deeplearning/cudnn/backend/latest/reference/support-matrix.html",
     "triton": "PyTorch, torch/_inductor/exc.py, GPUTooOldForTriton: compute capability 7.0",
+    "assembler": "Triton's ptxas, whose --help lists compute capabilities; triton-lang/triton issue 8539",
     "torch": "the installed torch: torch.cuda.get_arch_list()",
     "wheels": "PyTorch, RELEASE.md; pytorch/pytorch issues 172352 (2.11), 178665 (2.12) and 190385 (2.15), and pull"
     " request 196028 for the day of 2.15",
@@ -35,7 +36,7 @@ LEAST_DRIVER: Version = (525, 60, 13)  # for any CUDA 12.x
 QUIET_DRIVER: Version = (530, 30, 2)  # CUDA 12.1, which labtrain is made for
 LAST_DRIVER_BEFORE_TURING = 580
 # It runs every card of the tables: a later one has no support for cards before Turing.
-NEWER_DRIVER = "install NVIDIA's driver R580, the long-term branch; the CUDA toolkit need not change"
+NEWER_DRIVER = "install NVIDIA's driver R580, a long-term branch; the CUDA toolkit need not change"
 TURING: Version = (7, 5)
 TRITON: Version = (7, 0)
 CUDNN_WITHOUT_VOLTA: Version = (9, 11)  # this cuDNN and later ones need compute capability 7.5
@@ -54,11 +55,14 @@ class Build:
         cuda: the version of its CUDA compiler and runtime.
         architectures: of torch.cuda.get_arch_list(), such as sm_90 (compiled) and compute_90 (PTX).
         cudnn: the installed cuDNN; None if there is none.
+        assembler: the CUDA of Triton's assembler (ptxas), which decides what torch.compile can compile for; None if
+            it is not known.
     """
 
     cuda: Version
     architectures: tuple[str, ...]
     cudnn: Version | None = None
+    assembler: Version | None = None
 
     @property
     def compiled(self) -> list[Version]:
@@ -72,7 +76,10 @@ class Build:
 
     def has_code(self, capability: Version) -> bool:
         """Return whether it has compiled code for GPUs of a compute capability."""
-        return any(major == capability[0] and minor <= capability[1] for major, minor in self.compiled)
+        if f"sm_{capability[0]}{capability[1]}a" in self.architectures:  # for this capability alone
+            return True
+        forward = _capabilities(self.architectures, "sm", only_forward=True)
+        return any(major == capability[0] and minor <= capability[1] for major, minor in forward)
 
 
 # The builds in the locks. The wheels' list is what torch 2.9.1+cu128 prints; conda-forge's is its feedstock's
@@ -82,12 +89,14 @@ BUILDS = {
         cuda=(12, 8),
         architectures=("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"),
         cudnn=(9, 10, 2),
+        assembler=(12, 8),
     ),
     "conda": Build(
         cuda=(12, 9),
         architectures=("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120",
                        "compute_120"),
         cudnn=(9, 10, 2),
+        assembler=(12, 9),
     ),
 }  # fmt: skip
 
@@ -110,21 +119,20 @@ class Wheels:
     """PyTorch's wheels for one CUDA.
 
     Attributes:
-        cuda: of the build.
-        capabilities: the lowest and the highest compute capability that it has code for.
+        build: its CUDA and the compute capabilities that it has code for.
         last: the last release with them.
     """
 
-    cuda: Version
-    capabilities: tuple[Version, Version]
+    build: Build
     last: Version
 
 
+_TO_HOPPER = ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90")
 # The last wheels for a driver of CUDA 12; those for CUDA 13 need R580 and compute capability 7.5.
 WHEELS = (
-    Wheels(cuda=(12, 6), capabilities=((5, 0), (9, 0)), last=(2, 14)),
-    Wheels(cuda=(12, 8), capabilities=((7, 5), (12, 1)), last=(2, 11)),
-    Wheels(cuda=(12, 8), capabilities=((7, 0), (12, 1)), last=(2, 10)),
+    Wheels(build=Build(cuda=(12, 6), architectures=("sm_50", "sm_60", *_TO_HOPPER)), last=(2, 14)),
+    Wheels(build=Build(cuda=(12, 8), architectures=(*_TO_HOPPER[1:], "sm_100", "sm_120")), last=(2, 11)),
+    Wheels(build=Build(cuda=(12, 8), architectures=(*_TO_HOPPER, "sm_100", "sm_120")), last=(2, 10)),
 )
 DRIVER_OF_CUDA_13 = 580
 # torch 2.9 goes around these cuDNN in Conv3d: [first, end). Before 2.9 they gave wrong results.
@@ -216,14 +224,14 @@ def of_later_wheels(driver: str, capability: Version) -> Verdict:
     branch = version_of(driver)[0]
     if branch >= DRIVER_OF_CUDA_13 and capability >= TURING:
         return Verdict(result="runs", why="wheels for CUDA 13 run", source="wheels")
-    fit = [each for each in WHEELS if each.capabilities[0] <= capability <= each.capabilities[1]]
+    fit = [each for each in WHEELS if each.build.has_code(capability)]
     last = max(fit, key=lambda each: each.last, default=None)
     if last is None:
         return Verdict(result="fails", why="no wheels for CUDA 12 fit", hint=NEWER_DRIVER, source="wheels")
     old = capability < TURING
     return Verdict(
         result="warns",
-        why=f"PyTorch {shown(last.last)} is the last with wheels (CUDA {shown(last.cuda)}) for compute capability"
+        why=f"PyTorch {shown(last.last)} is the last with wheels (CUDA {shown(last.build.cuda)}) for compute capability"
         f" {shown(capability)}" + ("" if old else f" and driver R{branch}"),
         hint="conda-lock.yml: conda-forge still builds for such cards; or a newer card" if old else NEWER_DRIVER,
         source="wheels",
@@ -284,12 +292,26 @@ def _of_code(cuda: Version, capability: Version, build: Build) -> Verdict | None
             hint="restore the locked cuDNN 9.10.2: make setup, or create the conda environment again",
             source="cudnn",
         )
+    return _of_compiler(capability, build)
+
+
+def _of_compiler(capability: Version, build: Build) -> Verdict | None:
+    """Return what stands against torch.compile, which uses Triton, on a GPU; None if nothing does."""
     if capability < TRITON:
         return Verdict(
             result="warns",
             why=f"torch runs on {shown(capability)}, but Triton, which torch.compile uses, needs {shown(TRITON)}",
             hint="speed.compile=false",
             source="triton",
+        )
+    known = KNOWN_SINCE.get(capability, (0,))
+    if build.assembler is not None and build.assembler < known:
+        return Verdict(
+            result="warns",
+            why=f"torch runs on {shown(capability)}, but the assembler of Triton, which torch.compile uses, is of CUDA"
+            f" {shown(build.assembler)} and does not know it",
+            hint="speed.compile=false; or conda-lock.yml, whose assembler is of CUDA 12.9",
+            source="assembler",
         )
     return None
 
@@ -306,7 +328,8 @@ def shown(version: Version) -> str:
     return ".".join(map(str, version))
 
 
-def _capabilities(architectures: Iterable[str], kind: str) -> Iterator[Version]:
+def _capabilities(architectures: Iterable[str], kind: str, *, only_forward: bool = False) -> Iterator[Version]:
+    """Yield compute capabilities; `only_forward`: without code that later minor versions cannot run (suffix a)."""
     for name in architectures:
-        if found := re.fullmatch(rf"{kind}_(\d+)(\d)[af]?", name):
+        if (found := re.fullmatch(rf"{kind}_(\d+)(\d)([af]?)", name)) and not (only_forward and found[3] == "a"):
             yield int(found[1]), int(found[2])

@@ -22,30 +22,29 @@ if TYPE_CHECKING:
 
 TAG = "labtrain.run_id"
 # MLflow waits 2 + 4 + ... seconds for a server that does not answer, in all eight minutes: too long at the start.
-RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-FIRST_RETRIES = "3"
+FIRST = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
 @contextmanager
 def _soon(uri: str) -> Iterator[None]:
-    """Wait for MLflow's first answer for 14 seconds, unless the user has set how often to retry.
+    """Wait for MLflow's first answer for less than a minute, unless the user has set how long.
 
     Raises:
         ConfigError: there is no answer, or an error.
     """
     from mlflow.exceptions import MlflowException
 
-    given = os.environ.get(RETRIES)
-    os.environ[RETRIES] = given or FIRST_RETRIES
+    mine = {name: value for name, value in FIRST.items() if name not in os.environ}
+    os.environ.update(mine)
     try:
         yield
     except MlflowException as error:
         said = " ".join(str(error).split())
-        hint = f"start the server, or set logger.mlflow.tracking_uri; {RETRIES} sets how long to wait"
+        hint = f"start the server, or set logger.mlflow.tracking_uri; {next(iter(FIRST))} sets how often to retry"
         raise ConfigError(f"MLflow at {uri}: {said[:300]}", hint=hint) from error
     finally:
-        if given is None:
-            del os.environ[RETRIES]
+        for name in mine:
+            del os.environ[name]
 
 
 class ContinuedMLFlowLogger(Clean, MLFlowLogger):
