@@ -95,7 +95,12 @@ def gpus() -> str:
     lines = [
         "# Drivers and GPUs\n",
         "`labtrain doctor` compares the driver and each GPU with the torch that is installed. These tables are its",
-        "verdicts for the locks' builds. No combination was run: each verdict follows from a source below.\n",
+        "verdicts for the locks' builds. They were not tried on such machines: each follows from a source below.\n",
+        "`runs`: this torch runs. `warns`: it runs, with a limit that the doctor names. `fails`: it does not run.",
+        "Rows have the compute capability of a GPU, columns a driver and the newest CUDA that it is for. torch has",
+        "compiled code (`sm_`) for some compute capabilities, which later ones of the same first number run, too.",
+        "The driver compiles PTX code (`compute_`) at the first start. labtrain supports x86-64 only, so the Arm machine",
+        "GB10 is here for its compute capability alone.\n",
     ]
     for route, build in verdicts.BUILDS.items():
         heads = [f"{driver} ({verdicts.shown(cuda)})" for driver, cuda in verdicts.DRIVERS]
