@@ -99,8 +99,8 @@ def gpus() -> str:
         "`runs`: this torch runs. `warns`: it runs, with a limit that the doctor names. `fails`: it does not run.",
         "Rows have the compute capability of a GPU, columns a driver and the newest CUDA that it is for. torch has",
         "compiled code (`sm_`) for some compute capabilities, which later ones of the same first number run, too.",
-        "The driver compiles PTX code (`compute_`) at the first start. labtrain supports x86-64 only, so the Arm machine",
-        "GB10 is here for its compute capability alone.\n",
+        "The driver compiles PTX code (`compute_`) at the first start. labtrain supports x86-64 only, so the Arm",
+        "machine GB10 is here for its compute capability alone.\n",
     ]
     for route, build in verdicts.BUILDS.items():
         heads = [f"{driver} ({verdicts.shown(cuda)})" for driver, cuda in verdicts.DRIVERS]

@@ -32,7 +32,7 @@ if torch.version.cuda:
     try:
         from triton import knobs
         found["assembler"] = knobs.nvidia.ptxas.version
-    except Exception:  # no Triton, or one that hides it elsewhere: nothing is said about it
+    except Exception:  # no Triton, or its assembler is in another place
         pass
 with open("/proc/self/maps") as maps:
     found["loaded"] = sorted({line.split()[-1] for line in maps if "/libcu" in line or "/libnccl" in line})

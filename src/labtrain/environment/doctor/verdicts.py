@@ -109,8 +109,8 @@ DRIVERS: tuple[tuple[str, Version], ...] = (
 )  # fmt: skip
 CARDS: dict[Version, str] = {
     (5, 2): "GTX 900 series, M40", (6, 1): "GTX 10 series, P40", (7, 0): "V100", (7, 5): "RTX 20 series, T4",
-    (8, 0): "A100", (8, 6): "RTX 30 series, A40", (8, 9): "RTX 40 series, L40", (9, 0): "H100, H200", (10, 0): "B200", (10, 3): "B300",
-    (12, 0): "RTX 50 series", (12, 1): "GB10 (Arm)",
+    (8, 0): "A100", (8, 6): "RTX 30 series, A40", (8, 9): "RTX 40 series, L40", (9, 0): "H100, H200",
+    (10, 0): "B200", (10, 3): "B300", (12, 0): "RTX 50 series", (12, 1): "GB10 (Arm)",
 }  # fmt: skip
 
 
