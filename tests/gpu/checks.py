@@ -104,12 +104,12 @@ CHECKS = [
     ),
     Check(
         name="channels-last",
-        shows=f"speed.channels_last: {SAME}",
+        shows=f"speed.channels_last: weights and images have their channels last; {SAME}",
         run="tests.gpu.exact:channels_last",
     ),
     Check(
         name="checkpoint-activations",
-        shows=f"speed.checkpoint_activations: the digest without it; {SAME}",
+        shows=f"speed.checkpoint_activations: each layer is computed again; the digest without it; {SAME}",
         run="tests.gpu.exact:checkpoint_activations",
     ),
     Check(
@@ -120,7 +120,7 @@ CHECKS = [
     ),
     Check(
         name="checkpoint-stall",
-        shows="saves beside the training change no bit; how long the loop waits for one",
+        shows="saves change no bit; the loop begins its next step before a save is written; how long it waits for one",
         run="tests.gpu.device:checkpoint_stall",
         alone=True,
     ),

@@ -49,16 +49,17 @@ def doctor(place: Place) -> str:
 
 
 def no_wait(place: Place) -> str:
-    """And a step that reads its loss is found: the check can fail."""
+    """And a step that reads its loss is found, in whatever way it reads: the check can fail."""
     done = []
     for precision, shards in (("32-true", 4), ("bf16-mixed", 4), ("32-true", 1)):
         runner(place, f"{precision}-{shards}").run(_quiet(place, precision, shards))
         done.append(f"{precision} in {shards} shard{'s' if shards > 1 else ''}")
     reads = runner(place, "reads")
     assert reads.run(_quiet(place, "32-true", 4, reads=True), code=None) is None, "a step that reads its loss passed"
-    assert "synchronizing CUDA operation" in reads.said(), reads.said()
-    on_cpu = "" if place.on_gpu else "on the CPU only what is read: "
-    return f"{on_cpu}{', '.join(done)}; loss.item() is found"
+    found = re.search(r"reads that are not found: none; found: (.*)\.", reads.said())
+    assert found is not None, reads.said()
+    on_cpu = "" if place.on_gpu else "on the CPU only reads by Python, not copies with to() and copy_(): "
+    return f"{on_cpu}{', '.join(done)}; found where a step has them: {found[1]}"
 
 
 def _quiet(place: Place, precision: str, shards: int, *, reads: bool = False) -> dict[str, Any]:
@@ -185,7 +186,10 @@ def batch_size(place: Place) -> str:
 
 
 def checkpoint_stall(place: Place) -> str:
-    """Saves of a state that is large enough to measure: in each second step, unless one is still being written."""
+    """Saves of a state that is large enough to measure: in each second step, unless one is still being written.
+
+    The check holds back each write until the loop has begun its next step. So a loop that waits for a write is found.
+    """
     wide = {"width": 1024, "layers": 6, "heads": 16} if place.on_gpu else {"width": 256, "layers": 4}
     config = gpt(place, **wide)
     whole = outcome(runner(place, "whole").run(config))
@@ -196,12 +200,14 @@ def checkpoint_stall(place: Place) -> str:
     for key in ("weights_digest", "metrics", "trail"):
         assert found[key] == whole[key], f"{key} differ from a run without these saves"
     saves = json.loads(path.read_text())
-    assert saves["saves"] >= 2, saves
+    assert all(saves["stepped"]), "the loop waits for the write of a save: it began no step before the write"
+    assert len(saves["stepped"]) >= 2, saves
     pinned = saves["pinned_bytes"] / saves["bytes"]
     assert not place.on_gpu or pinned > 0.99, f"only {pinned:.0%} of the buffers are page-locked"
     return (
         f"the loop waits {1e3 * saves['copy_s']:.0f} ms for {saves['bytes'] / 1e6:.0f} MB, written in"
-        f" {1e3 * saves['write_s']:.0f} ms beside it; median of {saves['saves']}"
+        f" {1e3 * saves['write_s']:.0f} ms; median of {saves['saves']}; {len(saves['stepped'])} of them held back until"
+        " the loop had begun its next step"
     )
 
 

@@ -150,6 +150,7 @@ def resnet_in_fp16(place: Place) -> str:
 def channels_last(place: Place) -> str:
     config = resnet(place, "bf16-mixed")
     config["speed"]["channels_last"] = True
+    config["callbacks"]["seen"] = {"_target_": "tests.gpu.models.ChannelsLast"}
     return same(place, config)
 
 
@@ -157,6 +158,7 @@ def checkpoint_activations(place: Place) -> str:
     plain = outcome(runner(place, "plain").run(gpt(place)))
     config = gpt(place)
     config["speed"]["checkpoint_activations"] = True
+    config["callbacks"]["seen"] = {"_target_": "tests.gpu.models.Recomputes"}
     found = same(place, config)
     assert digest_of(plain) == found.split()[0], f"{found}, and without recomputed activations {digest_of(plain)}"
     return found

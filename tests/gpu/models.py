@@ -1,13 +1,22 @@
 """A GPT with SDPA and a ResNet with BatchNorm, in the sizes of a test; what they log is exact_worker's."""
 
 import json
+import operator
 import statistics
+import sys
+import threading
 import time
-import traceback
+import types
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, cast
+from unittest import mock
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -121,7 +130,10 @@ class Hungry(Net):
 
 
 class Quiet(pl.LightningModule):
-    """Logs its loss as a mean over an epoch, so that no step waits for the device; `reads` makes it wait."""
+    """Logs its loss as a mean over an epoch, so that no step waits for the device; `reads` makes it wait.
+
+    Then each step tries all ways to read a tensor. The training fails when it has come to the steps that may not wait.
+    """
 
     def __init__(self, reads: bool = False) -> None:
         super().__init__()
@@ -135,12 +147,34 @@ class Quiet(pl.LightningModule):
         inputs, targets = batch
         loss = functional.cross_entropy(self.net(inputs), targets)
         if self.reads:
-            loss.item()
+            _try_reads(loss.detach(), targets)
         self.log("train/loss", loss, on_step=False, on_epoch=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), 1e-3)
+
+
+READS: dict[str, Callable[[Tensor], object]] = {
+    "item": Tensor.item, "tolist": lambda x: x.tolist(), "cpu": lambda x: x.cpu(), "bool": bool, "float": float,
+    "int": int, "index": operator.index,
+}  # fmt: skip
+READS_OF_THE_HOST: dict[str, Callable[[Tensor], object]] = {"numpy": lambda x: x.numpy(), "asarray": np.asarray}
+
+
+def _try_reads(loss: Tensor, targets: Tensor) -> None:
+    """Read in each way; raise an error if one of them was refused."""
+    refused, reads = [], READS | (READS_OF_THE_HOST if loss.is_cpu else {})
+    for name, read in reads.items():
+        try:
+            read(targets[0] if name == "index" else loss)
+        except RuntimeError as error:
+            if "synchronizing CUDA operation" not in str(error):
+                raise
+            refused.append(name)
+    if refused:
+        missed = ", ".join(reads.keys() - refused) or "none"
+        raise RuntimeError(f"reads that are not found: {missed}; found: {', '.join(refused)}.")
 
 
 class Data(pl.LightningDataModule):
@@ -192,26 +226,117 @@ class NoWait(pl.Callback):
         elif ends:
             self.reads.__exit__(None, None, None)
 
+    def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
+        """Let the training end: it moves the model to the CPU."""
+        if trainer.strategy.root_device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        elif trainer.global_step in range(self.first, self.last):
+            self.reads.__exit__(None, None, None)
+
 
 class Reads(TorchDispatchMode):
-    """Raises torch's error for an operation that reads values of a tensor, for which a GPU's step would wait.
+    """Raises torch's error for what reads values of a tensor, for which a GPU's step would wait.
 
-    Optimizers have their steps on the CPU also on a GPU; and the trail is written when the GPU has sent its numbers.
-    Copies to a GPU cannot be seen on a CPU.
+    Optimizers have their steps on the CPU also on a GPU; the trail is written when the GPU has sent its numbers; and on
+    a GPU it has checksums of the GPU. Copies with `to` and `copy_` cannot be seen on a CPU: both places are the CPU.
     """
 
-    NAMES = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")
+    OPERATIONS = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select")  # item, bool, int, index
+    METHODS = ("tolist", "numpy", "cpu", "__array__")  # on a CPU they are no operations
 
-    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        reads = operation.overloadpacket.__name__ in self.NAMES
-        if reads and not _may_read(*traceback.extract_stack(limit=2)[:1]):  # the caller
-            raise RuntimeError(f"called a synchronizing CUDA operation: {operation}")
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = ExitStack()
+
+    def __enter__(self) -> "Reads":
+        for name in self.METHODS:
+            self.patches.enter_context(mock.patch.object(Tensor, name, _refused(name, getattr(Tensor, name))))
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.patches.close()
+        super().__exit__(*exception)
+
+    def __torch_dispatch__(self, operation: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operation.overloadpacket.__name__ in self.OPERATIONS:
+            _refuse_read(str(operation), sys._getframe(1))
         return operation(*args, **(kwargs or {}))
 
 
-def _may_read(frame: traceback.FrameSummary) -> bool:
-    file = Path(frame.filename)
-    return file.parts[-3:-1] == ("torch", "optim") or (file.name, frame.name) == ("steps.py", "flush")
+def _refused(name: str, usual: Callable[..., Any]) -> Callable[..., Any]:
+    def read(tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        _refuse_read(name, sys._getframe(1))
+        return usual(tensor, *arguments, **options)
+
+    return read
+
+
+def _refuse_read(what: str, frame: types.FrameType) -> None:
+    file, function = Path(frame.f_code.co_filename), frame.f_code.co_name
+    place = file.name, function
+    if file.parts[-3:-1] == ("torch", "optim") or place in (("steps.py", "flush"), ("digests.py", "tensor_bytes")):
+        return
+    raise RuntimeError(f"called a synchronizing CUDA operation: {what} in {file}:{frame.f_lineno}")
+
+
+class Recomputes(pl.Callback):
+    """Raises an error after a step in which a layer of the GPT was not computed again in the backward."""
+
+    def __init__(self) -> None:
+        # Of each call: the layer, and whether in a backward. No list, since labtrain refuses steps that change one.
+        self.calls: SimpleQueue[tuple[int, bool]] = SimpleQueue()
+        self.seen = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        usual = Layer.forward
+
+        def counted(layer: Layer, x: Tensor) -> Tensor:
+            self.calls.put((id(layer), torch._C._current_graph_task_id() != -1))
+            return usual(layer, x)
+
+        Layer.forward = counted  # type: ignore[method-assign]
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        counted = Counter(self.calls.get() for _ in range(self.calls.qsize()))
+        for name, layer in pl_module.named_modules():
+            if isinstance(layer, Layer):
+                calls, again = counted[id(layer), False], counted[id(layer), True]
+                assert bool(calls) is bool(again), f"{name}: {calls} calls, {again} of them again in the backward"
+                self.seen += again
+
+    def on_train_end(self, *_: Any) -> None:
+        assert self.seen, "no layer was computed"
+
+
+class ChannelsLast(pl.Callback):
+    """Raises an error after a step if a weight, or what the first convolution returned, has not its channels last."""
+
+    def __init__(self) -> None:
+        self.images: list[bool] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        first = next(each for each in pl_module.modules() if isinstance(each, nn.Conv2d))
+        first.register_forward_hook(lambda module, inputs, output: self.images.append(_has_channels_last(output)))
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        for name, weight in pl_module.named_parameters():
+            if weight.dim() == 4 and weight.shape[2:] != (1, 1):  # of 1 x 1 both layouts are one
+                assert _has_channels_last(weight), f"{name} has not its channels last"
+        assert all(self.images), "the first convolution returned images that have not their channels last"
+
+    def on_train_end(self, *_: Any) -> None:
+        assert self.images, "no convolution was computed"
+
+
+def _has_channels_last(tensor: Tensor) -> bool:
+    return tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
 
 
 class Kill(At):
@@ -228,12 +353,20 @@ class Kill(At):
 
 
 class Saves(pl.Callback):
-    """Writes how long the loop waited for the copies of its saves, how long their files took, and the buffers' bytes."""
+    """Writes how long the loop waited for the copies of its saves, how long their files took, and the buffers' bytes.
+
+    Each write is held back until the loop has begun its next step, or until HELD_S are over: then the loop waits for
+    the write. The last step has no next one.
+    """
+
+    HELD_S = 10
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.copies_s: list[float] = []
         self.writes_s: list[float] = []
+        self.stepped: list[bool] = []  # of each write that was held back: whether the loop began a step before it
+        self.next_step = threading.Event()
         self.staging = Staging()
 
     def state_dict(self) -> dict[str, Any]:
@@ -242,8 +375,22 @@ class Saves(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, *_: Any) -> None:
         saver = next(each for each in trainer.callbacks if isinstance(each, Checkpoints)).saver
         self.staging = saver.staging
-        saver.staging.copy = _timed(saver.staging.copy, self.copies_s)
-        saver._write = _timed(saver._write, self.writes_s)
+        copy, write = _timed(saver.staging.copy, self.copies_s), _timed(saver._write, self.writes_s)
+        last = int(trainer.num_training_batches) * int(trainer.max_epochs or 0)
+
+        def copied(state: Any) -> Any:
+            self.next_step.clear()
+            return copy(state)
+
+        def held(name: str, state: Any, manifest: Any, sizes: Any) -> None:
+            if not manifest["finished"] and manifest["step"] < last and all(self.stepped):
+                self.stepped.append(self.next_step.wait(self.HELD_S))
+            write(name, state, manifest, sizes)
+
+        saver.staging.copy, saver._write = copied, held
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.next_step.set()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if not self.copies_s:
@@ -251,6 +398,7 @@ class Saves(pl.Callback):
         buffers = self.staging.buffers.values()
         found = {
             "saves": len(self.copies_s),
+            "stepped": self.stepped,
             "copy_s": statistics.median(self.copies_s),
             "write_s": statistics.median(self.writes_s),
             "bytes": sum(each.nbytes for each in buffers),

@@ -6,13 +6,17 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, cast
 
 import psutil
 import pytest
+import torch
 
+from labtrain.training import speed
 from tests.conftest import ROOT
-from tests.gpu import device, exact
+from tests.gpu import device, exact, models
 from tests.gpu.checks import CHECKS
 from tests.gpu.facts import smi
 from tests.gpu.harness import Place
@@ -69,6 +73,37 @@ def test_a_check_passes_on_the_cpu(check: object, tmp_path: Path, monkeypatch: p
     """One digest with two processes whose exchange passes through the host; no step waits; the trail's checksums."""
     assert callable(check)
     assert check(Place(device="cpu", folder=tmp_path))
+
+
+def test_a_model_without_its_speed_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the checks `channels-last` and `checkpoint-activations` see after a step."""
+    monkeypatch.setattr(models.Layer, "forward", models.Layer.forward)  # and back at the end
+    trainer = cast(Any, None)
+    images, tokens = models.ResNet(8), models.GPT(32, 32)
+    for last in (False, True):
+        images.to(memory_format=torch.channels_last if last else torch.contiguous_format)
+        seen = models.ChannelsLast()
+        seen.on_train_start(trainer, images)
+        images(torch.zeros(2, 3, 16, 16))
+        with nullcontext() if last else pytest.raises(AssertionError, match=r"net\.0\.weight has not"):
+            seen.on_train_batch_end(trainer, images)
+    again = models.Recomputes()
+    again.on_train_start(trainer)
+    tokens(torch.zeros(1, 32, dtype=torch.long)).sum().backward()
+    with pytest.raises(AssertionError, match=r"layers\.0: 1 calls, 0 of them again"):
+        again.on_train_batch_end(trainer, tokens)
+    speed.recompute_blocks(tokens, lambda text: None)
+    tokens(torch.zeros(1, 32, dtype=torch.long)).sum().backward()
+    again.on_train_batch_end(trainer, tokens)
+    again.on_train_end()
+
+
+def test_a_read_is_found_by_its_place() -> None:
+    with models.Reads(), pytest.raises(RuntimeError, match=r"operation: tolist in .*test_gpu_checks\.py:\d+"):
+        torch.zeros(2).tolist()
+    with models.Reads(), pytest.raises(RuntimeError, match=r"_local_scalar_dense\.default in .*test_gpu_checks"):
+        bool(torch.zeros(()))
+    assert torch.zeros(2).tolist() == [0, 0]
 
 
 def test_what_nvidia_smi_prints_is_read() -> None:

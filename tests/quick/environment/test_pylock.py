@@ -100,6 +100,10 @@ def test_an_experiments_own_wheel_is_in_it(project: Path) -> None:
     [
         (["-o", "lock.toml"], "lock.toml: installers read pylock.toml or pylock.NAME.toml", "-o pylock.toml"),
         (["-o", "pylock.a.b.toml"], "pylock.a.b.toml: installers read", "-o pylock.toml"),
+        (["-o", ""], "no file name: installers read pylock.toml", "-o pylock.toml"),
+        (["-o", "wheels/pure-1.0-py3-none-any.whl/pylock.toml"], "any.whl: not a folder", "-o FOLDER/pylock.toml"),
+        (["--wheels", "wheels", "-o", "/proc/pylock.toml"], "/proc/pylock.toml: cannot be written: ", "where you may"),
+        (["-o", f"{'x' * 300}/pylock.toml"], "cannot be written: File name too long", "-o FOLDER/pylock.toml"),
         (["-o", "no/pylock.toml"], "no: no such folder", "mkdir -p no"),
         (["--wheels", "none"], "none: no such folder", "pip download --require-hashes --no-deps"),
         (["--wheels", "empty"], "empty lacks files for Python 3.", "-r requirements.lock -d empty"),
@@ -116,6 +120,14 @@ def test_bad_input_is_an_error_and_nothing_is_written(
     assert says in done.stderr
     assert hint in done.stderr
     assert not list(project.rglob("*.toml"))
+
+
+def test_a_folder_is_not_overwritten(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    (project / "pylock.toml").mkdir()
+    done = CliRunner().invoke(main, ["lock", "export", "--wheels", "wheels"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: pylock.toml: is a folder, must be a file\n\nhint: labtrain lock export -o ")
 
 
 def test_files_that_are_missing_or_changed_are_named(project: Path) -> None:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from packaging.requirements import Requirement
 
+from labtrain.cli import main
 from labtrain.environment.lock import read_lock
 from labtrain.environment.lock.check import check_locks
 from labtrain.environment.lock.conda import CPU, DEFAULT, Profile, content_hash
@@ -68,6 +70,40 @@ def test_a_broken_lock_is_a_row_of_the_table(locks: Path) -> None:
     assert done.returncode == 1, done.stderr
     assert done.stdout.splitlines()[0].split() == ["file", "what", "found", "expected"]
     assert done.stdout.splitlines()[1].startswith("conda-lock.yml  the file  not a conda lock")
+
+
+def damage(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[:200] + b"\xff" + content[201:])
+
+
+SIX = "#\n  six==1.16.0 --hash=sha256:8abb2f1d86890a2dfb989f9a77cfcfd3e47c2a354b01111771326f8aa26e0254\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "edit", "says"),
+    [
+        *[(name, damage, "is not UTF-8") for name in FILES],
+        ("requirements.lock", lambda path: change(path, "; sys_platform", "; sys_platfxrm"), "sys_platfxrm == "),
+        ("requirements.lock", lambda path: change(path, "absl-py==2.5.1 ", "absl-py==2.5.1..x "), "absl-py==2.5.1..x"),
+        ("requirements.lock", lambda path: path.write_text(path.read_text() + SIX), "six is pinned as 1.17.0 and as 1.16.0"),
+        ("pyproject.toml", lambda path: change(path, '"numpy>=', '"numpy >>>='), "'numpy >>>=1.26': Expected"),
+        ("pyproject.toml", lambda path: path.write_text(""), "must have a table [project]"),
+        ("pyproject.toml", lambda path: change(path, "dependencies = [", "dependencies = [1, "), "dependencies: "),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_be_read_is_a_row_and_no_traceback(
+    name: str, edit: Callable[[Path], None], says: str, locks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One byte that is not UTF-8 in any file; one wrong character in a marker, a version, a requirement."""
+    monkeypatch.chdir(locks)
+    edit(locks / name)
+    done = CliRunner().invoke(main, ["lock", "check", "--json"])
+    assert done.exit_code == 1, done.exception
+    (row,) = [row for row in json.loads(done.stdout) if row["file"] == name and row["what"] == "the file"]
+    if edit is not damage or name in ("requirements.lock", "requirements-conda.lock", "flake.lock", "pyproject.toml"):
+        assert says in row["found"]
+    assert f"git checkout {name}" in done.stderr
 
 
 OWNERS = {  # what begins an entry, with its name

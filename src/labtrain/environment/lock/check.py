@@ -3,7 +3,6 @@
 import itertools
 import json
 import re
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,12 +11,14 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
+from labtrain.base.console import one_line
 from labtrain.base.errors import ConfigError, DamagedError
 from labtrain.base.files import file_sha256
 from labtrain.environment.lock import conda, derive, pixi
+from labtrain.environment.lock.files import PROJECT, read_project, read_text, restore
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, parse_pins, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
 from labtrain.record.provenance import normalised
@@ -82,7 +83,7 @@ def check_locks(folder: Path) -> list[Disagreement]:
 
 def check_requirements(folder: Path) -> Iterator[Disagreement]:
     """Check requirements.lock: hashes and no index address; in labtrain's repository also pyproject.toml's pins."""
-    text = (folder / LOCK_FILE).read_text() if (folder / LOCK_FILE).exists() else ""
+    text = read_text(folder, LOCK_FILE)
     for address in re.findall(r"^.*(?:://|--(?:extra-)?index-url).*$", text, re.MULTILINE):
         yield Disagreement(
             file=LOCK_FILE, what="an address", found=address.strip()[:60], wanted="names, versions and hashes"
@@ -267,7 +268,7 @@ def check_own(folder: Path) -> Iterator[Disagreement]:
 def check_seal(folder: Path) -> Iterator[Disagreement]:
     """Check that sbom.cdx.json seals every package of every lock, and itself by its serial number."""
     sealed = derive.read_seal(folder)
-    document = json.loads((folder / derive.SEAL).read_text())
+    document = json.loads(read_text(folder, derive.SEAL))
     number, expected = str(document.get("serialNumber")), derive.serial_number(document)
     if number != expected:
         yield Disagreement(file=derive.SEAL, what="serialNumber", found=number, wanted=f"{expected}, of its content")
@@ -313,10 +314,14 @@ def _name_in(url: str) -> str:
 
 
 def _project_requirements(folder: Path) -> list[Requirement]:
-    path = folder / "pyproject.toml"
+    project = read_project(folder)
+    found: list[Requirement] = []
     try:
-        project = tomllib.loads(path.read_text())["project"]
-    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
-        raise DamagedError(f"{path}: {error}") from error
-    extras: dict[str, list[str]] = project.get("optional-dependencies", {})
-    return [Requirement(line) for line in [*project.get("dependencies", []), *itertools.chain(*extras.values())]]
+        extras: dict[str, list[str]] = project.get("optional-dependencies", {})
+        for line in [*project.get("dependencies", []), *itertools.chain(*extras.values())]:
+            found.append(Requirement(line))
+    except (InvalidRequirement, AttributeError, TypeError) as error:
+        what = f"{line!r}: " if isinstance(error, InvalidRequirement) else "dependencies: "
+        text = one_line(str(error).partition("\n")[0])
+        raise DamagedError(f"{folder / PROJECT}: {what}{text}", hint=restore(PROJECT)) from error
+    return found

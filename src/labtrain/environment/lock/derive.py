@@ -13,6 +13,7 @@ from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError
 from labtrain.base.files import text_sha256
 from labtrain.environment.lock import conda, pixi
+from labtrain.environment.lock.files import read_text
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
 
@@ -123,7 +124,7 @@ def seal(folder: Path) -> Seal:
     sealed |= seal_pixi(pixi.read_pixi_lock(folder))
     flake = folder / FLAKE_LOCK
     if flake.exists():
-        sealed["nix nixpkgs"] = text_sha256(flake.read_text())
+        sealed["nix nixpkgs"] = text_sha256(read_text(folder, FLAKE_LOCK))
     return sealed
 
 
@@ -186,7 +187,7 @@ def own_wheel(folder: Path) -> tuple[str, str] | None:
     path = folder / OWN_LOCK
     if not path.exists():
         return None
-    found = re.fullmatch(r"(?:\./)?(\S+\.whl) --hash=sha256:([0-9a-f]{64})", path.read_text().strip())
+    found = re.fullmatch(r"(?:\./)?(\S+\.whl) --hash=sha256:([0-9a-f]{64})", read_text(folder, OWN_LOCK).strip())
     if found is None:
         raise DamagedError(f"{path}: must be a wheel and its sha256", hint=f"git checkout {OWN_LOCK}")
     return found[1], found[2]

@@ -6,6 +6,7 @@ wheels. So the file names no index, and the folder with it can be copied to a ma
 
 import json
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -25,6 +26,7 @@ from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, read_lock
 from labtrain.record.identity import LOCK_FILE
 
 WHEELS = "wheels"  # the folder of the documentation
+ELSEWHERE = "labtrain lock export -o FOLDER/pylock.toml, in a folder where you may write"
 LINUX = Marker("sys_platform == 'linux' and platform_machine == 'x86_64'")
 
 Files = dict[str, list[tuple[str, str]]]  # by pin: path relative to the lock, and sha256
@@ -43,11 +45,7 @@ def export_pylock(folder: Path, output: Path, wheels: Path | None = None) -> Pyl
         ConfigError: the file's name is not one that installers accept, or the folder lacks a file.
         DamagedError: a lock is missing or damaged.
     """
-    if not is_valid_pylock_path(output):
-        hint = f"labtrain lock export -o {quoted(str(output.with_name('pylock.toml')))}"
-        raise ConfigError(f"{output.name}: installers read pylock.toml or pylock.NAME.toml (PEP 751)", hint=hint)
-    if not output.parent.is_dir():
-        raise ConfigError(f"{output.parent}: no such folder", hint=f"mkdir -p {quoted(str(output.parent))}")
+    _check_name(output)
     if wheels is None:
         python, pins = "3.12", read_lock(folder / LOCK_FILE, PYTHON_312_LINUX)
         files = _expected(folder, pins)
@@ -62,8 +60,37 @@ def export_pylock(folder: Path, output: Path, wheels: Path | None = None) -> Pyl
         packages=[*(_package(pin, files[name]) for name, pin in sorted(pins.items())), *_own(folder, output.parent)],
     )
     lock.validate()
-    write_atomically(output, _toml(lock))
+    try:
+        write_atomically(output, _toml(lock))
+    except OSError as error:
+        raise _not_writable(output, error) from error
     return lock
+
+
+def _check_name(output: Path) -> None:
+    """Check that installers accept the file's name, and that a file can have it.
+
+    Raises:
+        ConfigError: they do not, its folder is missing, or it is a folder.
+    """
+    if not is_valid_pylock_path(output):
+        instead = output.with_name("pylock.toml") if output.name else output / "pylock.toml"
+        what = f"{output.name or 'no file name'}: installers read pylock.toml or pylock.NAME.toml (PEP 751)"
+        raise ConfigError(what, hint=f"labtrain lock export -o {quoted(str(instead))}")
+    try:
+        if not stat.S_ISDIR(output.parent.stat().st_mode):
+            raise ConfigError(f"{output.parent}: not a folder", hint=ELSEWHERE)
+        if output.is_dir():
+            raise ConfigError(f"{output}: is a folder, must be a file", hint=ELSEWHERE)
+    except FileNotFoundError as error:
+        hint = f"mkdir -p {quoted(str(output.parent))}"
+        raise ConfigError(f"{output.parent}: no such folder", hint=hint) from error
+    except OSError as error:
+        raise _not_writable(output, error) from error
+
+
+def _not_writable(output: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{output}: cannot be written: {error.strerror}", hint=ELSEWHERE)
 
 
 def _expected(folder: Path, pins: dict[str, Pin]) -> Files:

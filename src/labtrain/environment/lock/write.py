@@ -17,6 +17,7 @@ from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.base.files import write_atomically
 from labtrain.base.programs import run_program
 from labtrain.environment.lock import conda, derive, pixi
+from labtrain.environment.lock.files import read_project, read_text
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, parse_pins, read_lock, read_pins
 from labtrain.record.identity import LOCK_FILE
 
@@ -45,7 +46,7 @@ def write_locks(folder: Path, *, upgrade: bool = False) -> Iterator[str]:
         raise ConfigError(f"{folder} must have pyproject.toml and {conda.SPEC} to resolve from", hint=hint)
     with _all_or_nothing(folder), _inputs(folder) as inputs:
         path = folder / LOCK_FILE
-        before = path.read_text() if path.exists() else ""
+        before = read_text(folder, LOCK_FILE) if path.exists() else ""
         options = [*COMPILE, *(["--upgrade"] if upgrade else [])]
         _run(folder, "uv", "pip", "compile", *options, *inputs, "-o", LOCK_FILE)
         if same := parse_pins(before, path) == read_pins(path):
@@ -90,7 +91,7 @@ def _inputs(folder: Path) -> Iterator[list[str]]:
     The pins are those that the experiment has, of the packages in this labtrain's own lock. So a package that was taken
     out of pyproject.toml leaves the lock, and no other pin changes.
     """
-    extras = tomllib.loads((folder / "pyproject.toml").read_text()).get("project", {}).get("optional-dependencies", {})
+    extras = read_project(folder).get("optional-dependencies", {})
     if {"lab", "dev"} <= set(extras):
         yield ["--extra", "lab", "--extra", "dev", "pyproject.toml"]
         return
