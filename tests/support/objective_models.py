@@ -37,12 +37,24 @@ def points() -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(SAMPLES, 4, generator=generator), torch.randint(0, CLASSES, (SAMPLES,), generator=generator)
 
 
+def hinges() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return losses (N, T), of eighths, and which of them count, in batches of eight: five times the same three.
+
+    In the first, three samples have a loss and two shards have none. In the second none has. In the third a shard's
+    samples are all padding.
+    """
+    losses, lengths = torch.zeros(24, TOKENS), torch.arange(24) % TOKENS + 1
+    losses[[0, 1, 3, 20]] = torch.tensor([[0.125, 0.5, 2.25, 0.0, 1.0, 0.375]])
+    lengths[16:18] = 0
+    return losses.repeat(5, 1), (torch.arange(TOKENS) < lengths[:, None]).repeat(5, 1)
+
+
 class Data(pl.LightningDataModule):
     """In the order in which they are, so that a test can do the same."""
 
     def __init__(self, kind: str, batch_size: int) -> None:
         super().__init__()
-        self.arrays, self.batch_size = {"sentences": sentences, "points": points}[kind](), batch_size
+        self.arrays, self.batch_size = {"sentences": sentences, "points": points, "hinges": hinges}[kind](), batch_size
 
     def train_dataloader(self) -> Any:
         return labtrain.DataLoader(self.arrays, self.batch_size)
@@ -83,6 +95,26 @@ class Weighted(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), LR)
+
+
+class Hinge(pl.LightningModule):
+    """A mean over tokens, which is 0 where all is right; it returns its weight, and logs the loss and an error."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        losses, valid = batch
+        loss = self.scale * (losses * valid).sum() / valid.sum()
+        error = (losses * valid).amax(1).gt(0).double().mean()
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.log_dict({"item": loss.item(), "error": error}, on_step=False, on_epoch=True)
+        self.log("both", error, on_step=True, on_epoch=True)
+        return {"loss": loss, "weight": valid.sum()}
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.0)
 
 
 class Unweighted(Weighted):

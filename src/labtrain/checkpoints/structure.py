@@ -47,6 +47,7 @@ LOGGED: Form = {
     "cache": Tensor | None,
     "updates": is_count,
     "has_reset": bool,
+    "as_loss?": Tensor,
 }
 RANK: Form = {  # what one of the ranks held: epoch_loop.py, and extra_state.py
     "logged": [LOGGED],

@@ -173,6 +173,7 @@ class EpochLoop(TrainingEpochLoop):
                     "cache": cache if isinstance(cache, torch.Tensor) else None,
                     "updates": entry.updates,
                     "has_reset": entry.has_reset,
+                    **({} if entry.as_loss is None else {"as_loss": entry.as_loss}),
                 }
             )
         return entries
@@ -351,6 +352,8 @@ class EpochLoop(TrainingEpochLoop):
                 entry.value = saved["value"].to(device)
                 if saved["weight"] is not None:
                     entry.cumulated_batch_size = saved["weight"].to(device)
+                if "as_loss" in saved:
+                    entry.as_loss = saved["as_loss"].to(device)
             else:
                 entry.value = self.trainer.lightning_module.get_submodule(entry.meta.metric_attribute or "")
             entry.of_step = _moved(saved["cache"], device)

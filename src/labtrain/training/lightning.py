@@ -193,6 +193,9 @@ class LoggedValue(_ResultMetric):
     """The value logged under one name. Lightning moves it to its device in each `self.log`; here only if needed."""
 
     place: object = None
+    # If steps return a weight (step_log.py): the sum of loss times weight, the sum of the weights, and the number of
+    # steps in which the logged value differs from the loss.
+    as_loss: Tensor | None = None
 
     def to(self, *place: object, **options: object) -> "LoggedValue":
         """Move its tensors and its metric, to a device as torch's `to` takes it."""
@@ -227,6 +230,34 @@ class LoggedValue(_ResultMetric):
     @updates.setter
     def updates(self, number: int) -> None:
         self._update_count = number
+
+    def add(self, sums: Tensor, as_loss: Tensor | None) -> None:
+        """Add a step to an average.
+
+        Args:
+            sums: of the values, already multiplied, and of their weights.
+            as_loss: the same of the loss, and 1 if the values differ from it; None if the step returned no weight.
+        """
+        if as_loss is not None or self.as_loss is not None:
+            before = self.as_loss
+            if before is None:
+                value = self.value.double()
+                before = torch.stack([value, self.cumulated_batch_size.double(), torch.zeros_like(value)])
+            self.as_loss = before + (torch.cat([sums, sums.new_zeros(1)]) if as_loss is None else as_loss)
+        self.value, self.cumulated_batch_size = self.value + sums[0], self.cumulated_batch_size + sums[1]
+
+    def compute(self) -> Tensor:
+        """Return the value of the epoch: weighted as the loss if it was the loss in every step."""
+        value = super().compute()
+        if self.as_loss is None:
+            return value
+        total, weight, steps = self.as_loss.unbind()
+        return torch.where(steps > 0, value, total / weight)
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        super().reset()
+        self.as_loss = None
 
     def put_metric_of_step(self, metric: Metric) -> None:
         """Take a torchmetrics.Metric, with its value of the last step."""

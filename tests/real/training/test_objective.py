@@ -1,5 +1,6 @@
 """A loss that is no mean over samples: with its weight it is the whole batch's, without one it is found."""
 
+import copy
 import json
 import random
 from collections import deque
@@ -22,8 +23,8 @@ from labtrain.training.sharded.objective import LossDifference, NotComparedError
 from labtrain.training.sharded.strategy import Exact, ExactSingleDevice
 from labtrain.training.state.counters import Trial
 from tests.support import exact_worker
-from tests.support.exact import Runner, configure, outcome
-from tests.support.objective_models import LR, SAMPLES, Data, Restless, Unweighted, Weighted, points, sentences
+from tests.support.exact import Runner, configure, outcome, tell
+from tests.support.objective_models import LR, SAMPLES, Data, Restless, Unweighted, Weighted, hinges, points, sentences
 
 BATCH = 8  # the last batch has 6 samples
 # Sums of a few dozen float64 numbers in two orders, and as many steps.
@@ -79,6 +80,23 @@ def test_a_weighted_mean_is_that_of_the_whole_batch_on_any_devices(kind: str, ac
     metrics = found[0]["metrics"]
     assert abs(metrics["loss"] - epoch_loss) <= 1e-6  # metrics and losses are kept in float32
     assert abs(metrics["last"] - last_loss) <= 1e-6
+
+
+def test_an_error_that_is_0_where_the_loss_is_0_is_averaged_by_samples(tmp_path: Path) -> None:
+    """On 1, 2 and 4 devices, and killed in the middle of an epoch: the same digests, and the averages of fractions."""
+    config = configure("mlp", "even", "64-true", trainer={"max_epochs": 1})
+    config["model"] = {"_target_": "tests.support.objective_models.Hinge"}
+    config["data"] = {"_target_": "tests.support.objective_models.Data", "kind": "hinges", "batch_size": BATCH}
+    found = []
+    for world, story in ((1, "whole"), (2, "whole"), (4, "whole"), (1, "killed twice"), (4, "moved")):
+        (folder := tmp_path / f"{world} {story}").mkdir()
+        found.append(tell(Runner(folder), copy.deepcopy(config), world=world, story=story, seed=1))
+    assert found == [found[0]] * len(found)
+    losses, valid = (part.double() for part in hinges())
+    loss, error = (losses * valid).sum() / valid.sum(), (losses * valid).amax(1).gt(0).double().mean()
+    metrics = found[0]["metrics"]
+    for name, expected in {"loss_epoch": loss, "item": loss, "error": error, "both_epoch": error}.items():
+        assert abs(metrics[name] - expected.item()) <= 1e-15, name  # 60 products and their sum, in float64
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])

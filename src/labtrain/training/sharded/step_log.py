@@ -5,6 +5,12 @@ start empty. Its result is a row of float64 numbers. Every rank gets all S rows 
 from them. So an average over an epoch has the same bits on any number of ranks, and after a resume. Lightning's own
 collection then gets the step as if one process had logged it.
 
+If a step returns a weight, its logged loss must be averaged by this weight, and everything else by samples. `self.log`
+gets a copy of the loss or a plain number, so the loss is known by its value only. A metric may equal the loss in some
+shards: both are 0 where all is right. So a name is the loss if it equals the loss in all shards: of a step for the
+step's value, of an epoch for the epoch's. Both averages are kept until the epoch ends. A metric that equals the loss in
+all these shards is averaged by the weights: the same numbers, averaged in another way.
+
 Lightning 2.6: trainer/connectors/logger_connector/result.py, through lightning.py.
 """
 
@@ -25,6 +31,7 @@ from labtrain.base.errors import ConfigError
 from labtrain.exact.determinism import run_mode
 from labtrain.exact.metric_states import (
     Held,
+    add_rows,
     beside_states,
     fresh,
     hold,
@@ -56,15 +63,31 @@ class Template:
 
     Attributes:
         front: how many numbers the caller puts in front.
-        entries: two numbers each: the sum (or smallest, largest) and the weight.
+        entries: two numbers each: the sum (or smallest, largest) and the weight; with `weighted` a third: 1 if it
+            differs from the loss.
         metrics: names of the metrics that were updated; the numbers of their states follow.
-        weighted: whether the step returned a weight.
+        weighted: whether the step returned a weight. Loss times weight and weight then precede the entries.
     """
 
     front: int
     entries: tuple[Entry, ...]
     metrics: tuple[str, ...]
     weighted: bool = False
+
+    @property
+    def width(self) -> int:
+        """How many numbers an entry has."""
+        return 3 if self.weighted else 2
+
+    @property
+    def first(self) -> int:
+        """Where the numbers of the entries begin."""
+        return self.front + (2 if self.weighted else 0)
+
+    @property
+    def states(self) -> int:
+        """Where the numbers of the metrics' states begin."""
+        return self.first + self.width * len(self.entries)
 
     def signature(self) -> int:
         text = repr((self.front, [entry.key for entry in self.entries], self.metrics, self.weighted))
@@ -191,7 +214,8 @@ class Tally:
         if self._template is not None and template != self._template:
             raise _unequal(f"{_names(template)} in one call, {_names(self._template)} in another")
         self._template = template
-        numbers = [number for _, entry in logged for number in _numbers(entry, samples, weighted)]
+        numbers = [] if weighted is None else _loss_and_weight(*weighted, front.device)
+        numbers += [number for _, entry in logged for number in _numbers(entry, samples, front.device, weighted)]
         parts = [front]
         if numbers:
             parts.append(torch.stack([to_device(number, front.device) for number in numbers]))
@@ -264,7 +288,7 @@ class Tally:
         template = self._template
         assert template is not None
         states = sum(default.numel() for _, _, default, _ in self._tensors(template.metrics))
-        length = HEAD + template.front + 2 * len(template.entries) + states
+        length = HEAD + template.states + states
         padded = -(-length // ROW_MULTIPLE) * ROW_MULTIPLE
         mine = torch.zeros(max(counts), padded, dtype=torch.float64, device=device)
         mine[0, :HEAD] = torch.tensor([template.signature(), *wishes], dtype=torch.float64)
@@ -288,7 +312,7 @@ class Tally:
     def _release(self, rows: Tensor, lists: list[dict[str, list[object]]]) -> None:
         """Restore the metrics' states, with this step added."""
         assert self._template is not None
-        at = self._template.front + 2 * len(self._template.entries)
+        at = self._template.states
         steps: dict[str, Held] = {name: {} for name in self._template.metrics}
         for name, state, default, kind in self._tensors(self._template.metrics):
             part = rows[:, at : at + default.numel()]
@@ -317,10 +341,12 @@ class Tally:
             release(self.metrics[name], held)
 
     def _log(self, rows: Tensor, results: ResultCollection, samples: int) -> None:
-        assert self._template is not None
+        template = self._template
+        assert template is not None
         results.batch_size = samples
-        for number, entry in enumerate(self._template.entries):
-            values, weights = rows[:, self._template.front + 2 * number], rows[:, self._template.front + 2 * number + 1]
+        loss = add_rows(rows[:, template.front : template.first]) if template.weighted else None
+        for number, entry in enumerate(template.entries):
+            at = template.first + template.width * number
             if entry.key not in results:
                 made = new_entry(entry.meta, is_tensor=entry.is_tensor, reduce=global_already)
                 results[entry.key] = made.to(rows.device)
@@ -328,7 +354,7 @@ class Tally:
             if not entry.is_tensor:
                 into.put_metric_of_step(self._metric(entry))
             else:
-                _log_tensor(into, entry.meta, values, weights, may_be_empty=self._template.weighted)
+                _log_tensor(into, entry.meta, rows[:, at : at + template.width], loss)
             into.forget_computed()
             into.updates += 1
             into.has_reset = False
@@ -356,52 +382,88 @@ class Tally:
                     yield name, state
 
 
-def _log_tensor(into: LoggedValue, meta: ResultMeta, values: Tensor, weights: Tensor, *, may_be_empty: bool) -> None:
-    """Add one step's value to Lightning's entry: in float64, whatever the number of steps."""
+def _log_tensor(into: LoggedValue, meta: ResultMeta, numbers: Tensor, loss: Tensor | None) -> None:
+    """Add one step's value to Lightning's entry: in float64, whatever the number of steps.
+
+    Args:
+        into: the entry.
+        meta: its description.
+        numbers: of each shard, shape (shards, 2 or 3).
+        loss: if the step returned a weight: the sums of loss times weight, and of the weights, shape (2,).
+    """
     kind = _kind(meta)
-    value = reduced(values.unsqueeze(1), "sum" if kind == "mean" else kind)[0]
-    weight = reduced(weights.unsqueeze(1), "sum")[0]
+    sums = torch.cat([reduced(numbers[:, :1], "sum" if kind == "mean" else kind), add_rows(numbers[:, 1:2])])
+    as_loss = None if loss is None else torch.cat([loss, numbers[:, 2].amax(0, keepdim=True)])
     if meta.on_step:
-        if may_be_empty:  # no shard had any weight
-            weight = weight.masked_fill(~(weight > 0), 1)  # `where` would wait for a GPU, to send it the 1
-        into.of_step = (value / weight if kind == "mean" else value).float()
+        into.of_step = (_mean(sums, as_loss) if kind == "mean" else sums[0]).float()
         if not meta.on_epoch:
             into.value = into.of_step
             return
     if kind == "mean":
-        into.value, into.cumulated_batch_size = into.value + value, into.cumulated_batch_size + weight
+        into.add(sums, as_loss)
     elif kind == "sum":
-        into.value = into.value + value
+        into.value = into.value + sums[0]
     else:
-        into.value = (torch.minimum if kind == "min" else torch.maximum)(into.value.double(), value)
+        into.value = (torch.minimum if kind == "min" else torch.maximum)(into.value.double(), sums[0])
 
 
-def _numbers(entry: LoggedValue, samples: int, weighted: tuple[Tensor, float] | None) -> list[Tensor]:
-    """Return an entry of one shard as value and weight; the value is already multiplied where it is a mean."""
-    weight = torch.tensor(float(samples), dtype=torch.float64)
+def _mean(sums: Tensor, as_loss: Tensor | None) -> Tensor:
+    """Return a step's mean: that of the loss if it is the loss, and 0 if no shard has a weight."""
+    if as_loss is None:
+        return sums[0] / sums[1]
+    weights = torch.stack([sums[1], as_loss[1]])
+    weights = weights.masked_fill(~(weights > 0), 1)  # `where` would wait for a GPU, to send it the 1
+    return torch.where(as_loss[2] > 0, sums[0] / weights[0], as_loss[0] / weights[1])
+
+
+def _loss_and_weight(loss: Tensor, weight: float, device: torch.device) -> list[Tensor]:
+    """Return a shard's loss times its weight, and its weight; a loss of weight 0 may be NaN."""
+    number = torch.full((), weight, dtype=torch.float64, device=device)
+    return [to_device(loss, device).double().reshape(()) * weight if weight else number, number]
+
+
+def _numbers(
+    entry: LoggedValue, samples: int, device: torch.device, weighted: tuple[Tensor, float] | None
+) -> list[Tensor]:
+    """Return an entry of one shard as value and weight; the value is already multiplied where it is a mean.
+
+    Args:
+        entry: of the shard.
+        samples: of the shard.
+        device: of the numbers; the entry may be on another one.
+        weighted: the loss and the returned weight. A third number is then 1 if the entry is not the loss.
+    """
+    weight = to_device(torch.tensor(float(samples), dtype=torch.float64), device)
     if not entry.is_tensor:
-        return [torch.zeros((), dtype=torch.float64), weight]
-    value, sums = entry.value.detach().double().squeeze(), _kind(entry.meta) != "mean"
-    if not sums and entry.meta.on_epoch:
-        weight = entry.cumulated_batch_size.double()
-    elif not sums:
+        return [torch.zeros_like(weight), weight, torch.ones_like(weight)][: 2 if weighted is None else 3]
+    logged, times = to_device(entry.value.detach(), device).squeeze(), None
+    value, is_mean = logged.double(), _kind(entry.meta) == "mean"
+    if is_mean and entry.meta.on_epoch:
+        times = to_device(entry.cumulated_batch_size, device)
+        weight = times.double()
+    elif is_mean:
         value = value * samples
     if weighted is None:
         return [value, weight]
     loss, share = weighted
-    loss = loss.squeeze() if loss.dtype in (torch.float32, torch.float64) else loss.squeeze().float()
-    is_loss = torch.zeros_like(value, dtype=torch.bool)
-    if not sums:  # as Lightning multiplied it
-        is_loss = value == (
-            (loss * entry.cumulated_batch_size).double() if entry.meta.on_epoch else loss.double() * samples
-        )
-    if share:
-        weight = to_device(weight, value.device).masked_fill(is_loss, share)
-        return [torch.where(is_loss, loss.double() * share, value), weight]
-    left_out = is_loss | value.isnan()  # a mean over nothing
-    nothing = to_device(entry.nothing().double(), value.device)
-    weight = to_device(weight, value.device).masked_fill(left_out, 0.0)
-    return [torch.where(left_out, nothing, value), weight]
+    differs = _differs(logged, to_device(loss, device).squeeze(), times)
+    if not share:
+        left_out = value.isnan()  # a mean over nothing
+        value = torch.where(left_out, to_device(entry.nothing().double(), device), value)
+        weight = weight.masked_fill(left_out, 0.0)
+        differs = differs & (value != 0)  # the loss may be NaN, and logged as 0
+    return [value, weight, differs.double()]
+
+
+def _differs(logged: Tensor, loss: Tensor, times: Tensor | None) -> Tensor:
+    """Return whether a logged number is not the loss, as a tensor.
+
+    The two may differ in precision, as in `self.log("loss", loss.item())`. Lightning multiplies by `times`: a float32
+    result is a product in float32, a float64 result may be a product in either.
+    """
+    dtypes = (torch.float32,) if logged.dtype == torch.float32 else (torch.float32, torch.float64)
+    products = [loss.to(dtype) if times is None else loss.to(dtype) * times for dtype in dtypes]
+    return torch.stack([logged != product for product in products]).all(0)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
