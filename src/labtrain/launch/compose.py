@@ -129,10 +129,10 @@ class HydraTask:
             )
         config = cast(Config, OmegaConf.to_container(cfg, resolve=True))
         remember(config)
-        configuration.check_complete(config, hint=configuration.RESTORE)
         single = HydraConfig.get().mode == RunMode.RUN
         if (asked := asked_in(config)) is not None:
             self._evaluate(asked, config, list(HydraConfig.get().overrides.task), single=single)
+        configuration.check_complete(config, hint=configuration.RESTORE)
         adopt(config, find_ranks())
         configuration.check(config)
         configuration.check_modules(config, Path(self.root))

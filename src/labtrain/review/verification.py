@@ -217,7 +217,7 @@ def _trail_sha256(folder: Path, run: Path) -> str | None:
         found = read(folder)
     except DamagedError as error:
         if isinstance(error.__cause__, json.JSONDecodeError):
-            hint = "labtrain verify RUN, or the file receipt.json of a run"
+            hint = "ask whoever trained the run for its receipt again, if this was one; else: labtrain verify RUN"
             raise DamagedError(f"{shown(run)} is not a receipt: it is not JSON", hint=hint) from None
         said = str(error.args[0]).replace(str(folder / FILE), shown(run))
         raise DamagedError(said, hint="ask whoever trained the run for its receipt again") from None

@@ -319,6 +319,6 @@ def test_a_file_that_is_no_receipt_is_named(tmp_path: Path) -> None:
     done = subprocess.run([LABTRAIN, "verify", "model.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == (
-        "error: model.py is not a receipt: it is not JSON\n\nhint: labtrain verify RUN, or the file receipt.json of a"
-        " run\n"
+        "error: model.py is not a receipt: it is not JSON\n\nhint: ask whoever trained the run for its receipt again, if"
+        " this was one; else: labtrain verify RUN\n"
     )
