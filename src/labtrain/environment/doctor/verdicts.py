@@ -136,8 +136,8 @@ WHEELS = (
 )
 DRIVER_OF_CUDA_13 = 580
 # torch 2.9 goes around these cuDNN in Conv3d: [first, end). Before 2.9 they gave wrong results.
-CONV3D_HINT = "only for models with Conv3d: cuDNN 9.15, or these layers in fp32: docs/guides/speed.md"
 CUDNN_WITHOUT_CONV3D: tuple[Version, Version] = ((9, 8), (9, 15))
+CONV3D_HINT = "only for models with Conv3d: cuDNN 9.15, or these layers in fp32: docs/guides/speed.md"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
