@@ -18,6 +18,7 @@ from labtrain.base.errors import LabtrainError
 from labtrain.base.permissions import close_umask
 from labtrain.cli import help_page, locks, receipts, runs, stores
 from labtrain.cli.show import json_option, say_json
+from labtrain.cli.upgrade import upgrade
 
 
 class Main(help_page.Group):
@@ -222,4 +223,4 @@ main.add_section(
     runs.rm,
 )
 main.add_section("Checkpoints", stores.store)
-main.add_section("Environment", doctor, locks.lock)
+main.add_section("Environment", doctor, locks.lock, upgrade)
