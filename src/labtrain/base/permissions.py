@@ -6,7 +6,6 @@ umask and whichever program makes it: labtrain gives the folder a default access
 of the umask (acl(5)). Files outside, and files that a program makes for their owner alone, stay closed.
 """
 
-import errno
 import fcntl
 import os
 import stat
@@ -32,15 +31,21 @@ def make_folder(folder: Path) -> None:
     Others get what they have in the shared folder, in `folder` itself no more than the umask allows.
     """
     umask, missing = close_umask(), [each for each in (folder, *folder.parents) if not each.exists()]
+    failed = ""
     for each in reversed(missing):
         with suppress(FileExistsError):  # another rank was faster
             each.mkdir()
             if is_shared(above := each.parent.stat()):
-                _share(each, others=above.st_mode & (~umask if each == folder else ~0))
+                failed = _share(each, others=above.st_mode & (~umask if each == folder else ~0))
     folder.mkdir(exist_ok=True)  # fails for a file or a broken link
-    found = folder.stat()
-    if is_shared(found) and found.st_uid == os.geteuid() and not _default_access(folder):
-        _share(folder, others=found.st_mode)  # from an older labtrain, or copied
+    found = folder.lstat()
+    if not missing and is_shared(found) and found.st_uid == os.geteuid() and not _default_access(folder):
+        failed = _share(folder, others=found.st_mode)  # from an older labtrain, or copied
+    if failed and umask & stat.S_IWGRP:
+        warn(
+            f"{shown(folder)}: its group cannot write to new files in it: no default access lists in this file system"
+            f" ({failed}). hint: umask 002 before the command"
+        )
 
 
 def is_shared(found: os.stat_result) -> bool:
@@ -49,27 +54,30 @@ def is_shared(found: os.stat_result) -> bool:
 
 
 ACCESS = "system.posix_acl_default"
-# linux/posix_acl_xattr.h: a version, then (tag, permissions, id) of the owner, the group and others.
+# linux/posix_acl_xattr.h: a version, then (tag, permissions, id) of the owner, the group and everybody else.
 _LIST, _ENTRY, _NOBODY = struct.Struct("<I"), struct.Struct("<HHI"), 0xFFFFFFFF
 _OWNER, _GROUP, _MASK, _OTHERS = 0x01, 0x04, 0x10, 0x20
 
 
-def _share(folder: Path, *, others: int) -> None:
-    """Let the group write to a folder of this user and to all that will be new in it; others never write."""
+def _share(folder: Path, *, others: int) -> str:
+    """Let the group write to a folder of this user and to all that will be new in it; others never write.
+
+    Returns:
+        why the file system does not support it; empty if it does.
+    """
     others &= stat.S_IROTH | stat.S_IXOTH
     entries = ((_OWNER, 7), (_GROUP, 7), (_OTHERS, others))
     access = _LIST.pack(2) + b"".join(_ENTRY.pack(tag, allowed, _NOBODY) for tag, allowed in entries)
-    folder.chmod(stat.S_ISGID | 0o770 | others)
+    # By descriptor: a member of the group could put a link to another folder of this user in its place.
+    opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        os.setxattr(folder, ACCESS, access)
+        os.fchmod(opened, stat.S_ISGID | 0o770 | others)
+        os.setxattr(opened, ACCESS, access)
+        return ""
     except OSError as error:
-        if error.errno != errno.EOPNOTSUPP:
-            raise
-        if close_umask() & stat.S_IWGRP:
-            warn(
-                f"{shown(folder)}: its group cannot write to the files in it, because this file system has no default"
-                " access lists. hint: umask 002 before the command"
-            )
+        return error.strerror or "not supported"
+    finally:
+        os.close(opened)
 
 
 def _default_access(folder: Path) -> dict[int, int]:

@@ -14,7 +14,7 @@ from labtrain.cli.show import json_option, say_json
 if TYPE_CHECKING:
     from labtrain.project.upgrade import Upgrade
 
-KEPT = "labtrain and its own packages stay as they are: labtrain update brings a newer labtrain"
+KEPT = "labtrain and its own packages keep their pins: labtrain update brings a newer labtrain"
 
 
 @click.command(cls=help_page.Command, example="labtrain upgrade --package einops")

@@ -1,8 +1,8 @@
 """`labtrain upgrade`: raise pins, make the new environment beside the old one, and judge it. No torch.
 
 Everything happens in a git worktree of HEAD (https://git-scm.com/docs/git-worktree), in a folder beside the
-repository, with an environment of its own. So the user's files, environment and branch stay as they are. The branch is
-made by the last step. If a step fails, the worktree is removed; if labtrain is killed, the next start removes it.
+repository, with an environment of its own. So the user's files, environment and branch do not change. The last step
+makes the new branch. If a step fails, the worktree is removed; if labtrain is killed, the next start removes it.
 """
 
 import datetime
@@ -29,6 +29,7 @@ from labtrain.environment.doctor.cliffs import shown_ends
 from labtrain.environment.lock import conda
 from labtrain.environment.lock.files import PROJECT
 from labtrain.environment.lock.newer import changed_pins, check_packages, raise_pins
+from labtrain.environment.lock.pins import require_locks
 from labtrain.environment.lock.write import WRITTEN, is_labtrain
 from labtrain.record import receipt
 from labtrain.record.identity import LOCK_FILE, route
@@ -189,22 +190,15 @@ class _Project:
         """Return the project in `folder`, if an upgrade of it can begin.
 
         Raises:
-            ConfigError: it is not committed, git cannot commit here, or the branch or the folder exists.
+            ConfigError: it is not committed, git cannot commit here, or the branch exists.
         """
         folder = folder.resolve()
-        for name in (PROJECT, LOCK_FILE):
-            if not (folder / name).exists():
-                hint = "cd to an experiment, or to labtrain's repository"
-                raise ConfigError(f"{folder} has no {name}", hint=hint)
-        if route() != "wheels":
-            raise ConfigError(
-                f"this environment is of the route {route()}; upgrade compares environments of wheels",
-                hint=f"make setup, then .venv/bin/labtrain upgrade; for {route()} see docs/guides/upgrade.md",
-            )
         _refuse(folder, options.branch)
         top = Path(run_git(folder, "rev-parse", "--show-toplevel").removesuffix("\n"))
         common = run_git(folder, "rev-parse", "--path-format=absolute", "--git-common-dir").removesuffix("\n")
         tree = (options.tree or top.with_name(f"{top.name}-{options.branch.replace('/', '-')}")).absolute()
+        if tree.is_relative_to(top):
+            raise ConfigError(f"{tree} is in the repository itself", hint=f"--dir ../{tree.name}")
         if not tree.parent.is_dir() or not os.access(tree.parent, os.W_OK | os.X_OK):
             raise ConfigError(f"{tree.parent}: no such folder, or no write permission", hint="--dir DIR")
         return cls(folder=folder, top=top, state=Path(common) / STATE, tree=tree, home=tree / folder.relative_to(top))
@@ -264,6 +258,12 @@ class _Keep:
 
 def _refuse(folder: Path, branch: str) -> None:
     """Raise ConfigError if there is no commit to begin from, or none could be made at the end."""
+    require_locks(folder)
+    if route() != "wheels":
+        raise ConfigError(
+            f"this environment is of the route {route()}; upgrade compares environments of wheels",
+            hint="make setup, then .venv/bin/labtrain upgrade",
+        )
     if not ask_git(folder, "rev-parse", "--verify", "-q", "HEAD"):
         raise ConfigError(
             f"{folder} is not in a git repository with a commit", hint="git init; git add -A; git commit -m first"
@@ -344,24 +344,24 @@ def _labtrain(home: Path) -> str:
 
 def _examine(project: _Project) -> Found:
     """Run the doctor in the new environment. What fails in the old one, too, does not speak against the upgrade."""
-    failed, words = _failures(project, [_labtrain(project.home)], project.home)
-    old, _ = _failures(project, labtrain_command(), project.folder) if failed else ({}, "")
+    failed, warned = _problems(project, [_labtrain(project.home)], project.home)
+    old, _ = _problems(project, labtrain_command(), project.folder) if failed else ({}, {})
     lines = [f"{name}: {text}{' (as in the old environment)' if name in old else ''}" for name, text in failed.items()]
-    return Found(passed=failed.keys() <= old.keys(), lines=lines or [words])
+    lines += [f"{name}: {text} (a warning)" for name, text in warned.items()]
+    return Found(passed=failed.keys() <= old.keys(), lines=lines or ["no problems"])
 
 
-def _failures(project: _Project, labtrain: list[str], folder: Path) -> tuple[dict[str, str], str]:
-    """Return what each failed check of the doctor found, and the result in words."""
+def _problems(project: _Project, labtrain: list[str], folder: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Return what the doctor found in each failed check, and in each with a warning, by the check's name."""
     code, out = _start(project, [*labtrain, "doctor", "--json"], folder)
     try:
         checks = json.loads(out)
     except ValueError:
-        return {"doctor": f"ended with exit code {code}"}, ""
-    warned = sum(each["status"] == "warned" for each in checks)
+        return {"doctor": f"ended with exit code {code}"}, {}
     failed = {
         each["name"]: f"{each['found']}; expected {each['wanted']}" for each in checks if each["status"] == "failed"
     }
-    return failed, f"no problems{f', {warned} warned' if warned else ''}"
+    return failed, {each["name"]: each["found"] for each in checks if each["status"] == "warned"}
 
 
 def _judge(project: _Project, baselines: list[Path], judged: GateOptions) -> tuple[Found, Path | None]:

@@ -1,11 +1,14 @@
 """Two accounts of a group share a folder of runs, whatever their umasks; a third one is a stranger. As root."""
 
 import json
+import os
+import shlex
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import QUICK
+from tests.conftest import QUICK, skip_or_fail
 from tests.support.accounts import Lab
 from tests.support.waiting import wait_until
 
@@ -81,3 +84,16 @@ def test_a_stranger_reads_what_the_umask_allows_and_writes_nothing(lab: Lab) -> 
     again = lab.one.run(*sweep)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("is complete: nothing to train") == 2
+
+
+def test_a_file_system_without_access_lists_is_told(tmp_path: Path) -> None:
+    """On ramfs: once, and not to a user whose umask lets the group write."""
+    if os.getuid():
+        skip_or_fail("only root can mount a file system: run the tests as root to see this one")
+    code = "import pathlib, labtrain.base.permissions as p; p.make_folder(pathlib.Path('a/b/c')); pathlib.Path('a/b/c/d').touch()"
+    mount = f"mount -t ramfs none {tmp_path} && chmod 2775 {tmp_path} && cd {tmp_path}"
+    for umask, warnings in (("022", 1), ("002", 0)):
+        script = f"{mount} && umask {umask} && {sys.executable} -c {shlex.quote(code)} && stat -c %a a/b/c a/b/c/d"
+        done = subprocess.run(["unshare", "-m", "sh", "-c", script], capture_output=True, text=True, check=True)
+        assert done.stderr.count("hint: umask 002 before the command") == warnings
+        assert done.stdout.split() == ["2775", "644" if warnings else "664"]

@@ -147,12 +147,12 @@ def raise_pins(folder: Path, packages: Sequence[str] = ()) -> Iterator[str]:
     for text in packages:
         _allow(folder, _parsed(text))
     yield from write_locks(folder, upgrade=not packages, packages=packages)
-    if _raise_spec(folder):
+    if raise_spec(folder):
         yield f"{conda.SPEC}: changed, so the conda locks are solved again"
         try:
             yield from write_locks(folder)
         except LabtrainError as error:
-            hint = f"run it with access to conda-forge: it names a version in {conda.SPEC}; or leave it out"
+            hint = f"run it with access to conda-forge: {conda.SPEC} names a raised version; or raise another --package"
             raise LabtrainError(str(error.args[0]), hint=hint) from error
     if wrong := check_locks(folder):
         listed = few([f"{each.file}: {each.what} {each.found}, expected {each.wanted}" for each in wrong], 4)
@@ -179,7 +179,7 @@ def _allow(folder: Path, wanted: Requirement) -> None:
         write_atomically(folder / PROJECT, text.replace(f"{quote}{line}{quote}", f"{quote}{found}{quote}"))
 
 
-def _raise_spec(folder: Path) -> bool:
+def raise_spec(folder: Path) -> bool:
     """Bring the versions in environment.yml up to requirements.lock; return whether it changed.
 
     A version keeps its precision: 2.6.* becomes 2.7.*.
