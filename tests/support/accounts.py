@@ -72,7 +72,6 @@ class Lab:
 def lab(shared_experiment: Experiment) -> Iterator[Lab]:
     if os.getuid():
         skip_or_fail("only root can make accounts: run the tests as root to see this one")
-    need("useradd", "passwd")
     need("setpriv", "util-linux")
     with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
         top = Path(place)

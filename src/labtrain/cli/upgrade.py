@@ -1,12 +1,13 @@
 """`labtrain upgrade`: the plan, and the upgrade on a branch of its own."""
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from labtrain.base.console import quoted, say, shown
+from labtrain.base.console import quoted, say
 from labtrain.cli import help_page
 from labtrain.cli.receipts import PATH, RUN, asker, end_in_order
 from labtrain.cli.show import json_option, say_json
@@ -81,10 +82,11 @@ def show_upgrade(made: "Upgrade | None", *, as_json: bool) -> None:
     if made is None:
         say("nothing to raise: no newer release fits pyproject.toml (labtrain upgrade --plan)")
         return
-    remove = f"git worktree remove --force {quoted(made.tree)}"
+    tree = os.path.relpath(made.tree)
+    remove = f"git worktree remove --force {quoted(tree)}"
     if made.page is not None:
-        say(f"report       {shown(made.page)}")
-    say(f"branch       {made.branch}, in {made.tree}")
+        say(f"report       {os.path.relpath(made.page)}")
+    say(f"branch       {made.branch}, in {tree}")
     say(f"verdict      {'yes' if made.passed else 'no'}")
     say("")
     say(f"to switch:   git merge {made.branch} && make setup && {remove}")

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import psutil
 
-from labtrain.base.console import few, one_line, quoted, shown
+from labtrain.base.console import few, one_line, quoted
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.git import GitError, ask_git, run_git
@@ -133,7 +133,7 @@ def make_upgrade(folder: Path, options: UpgradeOptions, *, ask: Ask | None, say:
             return None
         for pin in pins:
             say(f"pin          {pin}")
-        say(f"environment  {shown(home / '.venv')}: takes minutes")
+        say(f"environment  {os.path.relpath(home / '.venv')}: takes minutes")
         _make_environment(project)
         doctor = _examine(project)
         for line in doctor.lines:
@@ -370,9 +370,10 @@ def _judge(project: _Project, baselines: list[Path], judged: GateOptions) -> tup
     if not baselines:
         code, out = _start(project, [_labtrain(home), "demo", "--dir", home / ".demo"], home)
         page = home / ".demo" / "report.html"
-        return Found(
-            passed=not code, lines=[f"demo: {line}" for line in out.splitlines()[-3:-1]] or ["demo: failed"]
-        ), (page if page.exists() else None)
+        told = [line for line in out.splitlines() if line.startswith(("differs", "trained")) or "one digest" in line]
+        return Found(passed=not code, lines=[f"demo: {line}" for line in told or [f"ended with exit code {code}"]]), (
+            page if page.exists() else None
+        )
     options = ["--old-python", sys.executable, "--alpha", str(judged.alpha)]
     options += ["--seeds", str(judged.seeds)] if judged.seeds else []
     options += ["--metric", judged.metric] if judged.metric else []

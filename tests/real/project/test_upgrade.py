@@ -35,7 +35,7 @@ SHORT = (*QUICK, "trainer.max_epochs=1", "data.batch_size=128", "trainer.acceler
 
 def labtrain(root: Path, *arguments: str, code: int = 0) -> str:
     """Run a command in an experiment, and return all that it prints."""
-    done = subprocess.run([LABTRAIN, *arguments], cwd=root, capture_output=True, text=True, check=False, timeout=900)
+    done = subprocess.run([LABTRAIN, *arguments], cwd=root, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
 
