@@ -14,7 +14,7 @@ from labtrain.cli.help_page import Command, Group, summary_of
 SECTIONS = {
     "Experiment": {"new", "demo", "batch-size", "lr-find"},
     "Checkpoints": {"store"},
-    "Environment": {"doctor", "lock"},
+    "Environment": {"doctor", "lock", "upgrade"},
 }
 
 
