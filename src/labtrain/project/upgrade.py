@@ -9,14 +9,14 @@ import datetime
 import fcntl
 import json
 import os
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from labtrain.base.console import few, one_line, quoted
 from labtrain.base.credentials import without_secrets
@@ -41,6 +41,7 @@ STATE = "labtrain-upgrade"  # in the repository's .git: a lock, and the worktree
 MARK = "LABTRAIN_UPGRADE"  # in the environment of each process that this starts: the worktree
 PAGE = "upgrade.html"
 GIT_TIMEOUT_S = 600  # a checkout of a large repository on a slow disk
+END_TIMEOUT_S = 60  # a killed process that waits for its disk
 COMMITTED = (PROJECT, conda.SPEC, *WRITTEN)
 
 
@@ -298,13 +299,14 @@ def _note(descriptor: int, text: str) -> None:
 
 def _end_processes(tree: Path) -> None:
     """End the processes that an upgrade started for a worktree: a killed one leaves its installer running."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            if process.environ().get(MARK) == str(tree):
-                process.kill()
-                found.append(process)
-    psutil.wait_procs(found, timeout=60)
+    mark = f"{MARK}={tree}".encode("utf-8", "surrogateescape")
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError), ExitStack() as opened:  # another user's, or already gone
+            process = os.pidfd_open(int(path.parent.name))
+            opened.callback(os.close, process)
+            if mark in path.read_bytes().split(b"\0"):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+                select.select([process], [], [], END_TIMEOUT_S)
 
 
 # ----------------------------------------------------------------------------------------------------- the steps
