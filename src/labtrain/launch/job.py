@@ -10,13 +10,14 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from labtrain.base import exact_json
 from labtrain.base.console import one_line, shown
 from labtrain.base.credentials import remember
-from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError
+from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError, missing_package
 from labtrain.base.output import keep_output
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, end_with_parent
@@ -52,12 +53,7 @@ def main() -> None:
     job.enter_path()
     if job.config["determinism"]["mode"] != "off":
         load_from_source()
-    gc.disable()  # importing torch and Lightning creates no garbage; this saves half a second
-    from labtrain.training.evaluation import evaluate
-    from labtrain.training.fit import train
-
-    gc.freeze()
-    gc.enable()
+    train, evaluate = _training()
     answers = job.answers and (ranks is not None or not rank)  # not the ranks that Lightning starts
     try:
         found = evaluate(job) if job.evaluate else train(job)
@@ -79,6 +75,22 @@ def main() -> None:
             answer(out, error)
         raise
     _tell(found, out, rank, evaluated=bool(job.evaluate), answers=answers)
+
+
+def _training() -> tuple[Callable[[Job], Result], Callable[[Job], "Result | Predictions"]]:
+    """Import torch and Lightning, and return what trains a job and what evaluates one."""
+    gc.disable()  # the imports create no garbage; this saves half a second
+    try:
+        from labtrain.training.evaluation import evaluate
+        from labtrain.training.fit import train
+    except ModuleNotFoundError as error:
+        if (known := missing_package(error, needed_by="python train.py")) is None:
+            raise
+        print_error(known)
+        sys.exit(known.exit_code)
+    gc.freeze()
+    gc.enable()
+    return train, evaluate
 
 
 def _tell(found: "Result | Predictions", out: IO[str], rank: int, *, evaluated: bool, answers: bool) -> None:

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from labtrain.assets import asset
 from labtrain.base.console import few
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
@@ -92,8 +94,8 @@ def _inputs(folder: Path) -> Iterator[list[str]]:
     out of pyproject.toml leaves the lock, and no other pin changes.
     """
     extras = read_project(folder).get("optional-dependencies", {})
-    if {"lab", "dev"} <= set(extras):
-        yield ["--extra", "lab", "--extra", "dev", "pyproject.toml"]
+    if {"train", "lab", "dev"} <= set(extras):
+        yield ["--extra", "train", "--extra", "lab", "--extra", "dev", "pyproject.toml"]
         return
     of_labtrain = {pin.name for pin in read_pins(asset(LOCK_FILE))}
     with tempfile.TemporaryDirectory() as scratch:
@@ -223,7 +225,7 @@ def lock_conda(folder: Path, profile: conda.Profile) -> bool:
         environment["CONDA_PINNED_PACKAGES"] = "&".join(builds)
     with tempfile.TemporaryDirectory() as scratch:
         virtual = Path(scratch) / conda.VIRTUAL
-        conda.write_virtual_packages(folder, profile, virtual)
+        virtual.write_text(yaml.safe_dump(conda.virtual_packages(folder, profile), sort_keys=False))
         options = ["-f", profile.spec, "--virtual-package-spec", str(virtual), "-p", conda.PLATFORM,
                    "--lockfile", profile.lock]  # fmt: skip
         try:
