@@ -19,10 +19,11 @@ import importlib.util
 import json
 import os
 import pwd
+import shlex
 import sys
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -88,27 +89,27 @@ class JobFailedError(LabtrainError):
         self.exit_code = exit_code
 
 
-def missing_package(error: ModuleNotFoundError, *, needed_by: str) -> LabtrainError | None:
+def missing_package(error: ModuleNotFoundError, command: Sequence[str]) -> LabtrainError | None:
     """Explain that labtrain cannot import a package that its core does without; None if another program imports it.
 
     Args:
         error: of an import statement.
-        needed_by: a command.
+        command: what needs the package, as typed.
     """
     package = str(Path(__file__).parents[1])
     frames = traceback.extract_tb(error.__traceback__)
     if not error.name or error.name.startswith("labtrain") or not frames or not frames[-1].filename.startswith(package):
         return None
     return LabtrainError(
-        f"{needed_by} needs {error.name.partition('.')[0]}, which is not installed: this is labtrain without its"
-        " training packages",
-        hint=_install_line(needed_by),
+        f"{' '.join(command[:2])} needs {error.name.partition('.')[0]}, which is not installed: this is labtrain"
+        " without its training packages",
+        hint=_install_line(shlex.join(command)),
     )
 
 
 def _install_line(command: str) -> str:
     """Return the line that makes a command's environment: an experiment's own, or of where labtrain came from."""
-    if Path("setup.sh").is_file():
+    if Path("requirements.lock").is_file():
         return f"make setup && .venv/bin/{command}"
     source = ""
     with suppress(importlib.metadata.PackageNotFoundError):  # labtrain runs from its sources

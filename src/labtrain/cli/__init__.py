@@ -34,7 +34,7 @@ class Main(help_page.Group):
         except LabtrainError as error:
             self.end(ctx, error)
         except ModuleNotFoundError as error:
-            if (known := missing_package(error, needed_by=f"labtrain {ctx.invoked_subcommand}")) is None:
+            if (known := missing_package(error, ["labtrain", *sys.argv[1:]])) is None:
                 raise
             self.end(ctx, known)
         except KeyboardInterrupt:

@@ -17,11 +17,11 @@ from typing import IO, TYPE_CHECKING
 from labtrain.base import exact_json
 from labtrain.base.console import one_line, shown
 from labtrain.base.credentials import remember
-from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError, missing_package
+from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError
 from labtrain.base.output import keep_output
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, end_with_parent
-from labtrain.launch.compose import print_error
+from labtrain.launch.compose import print_error, training_packages
 from labtrain.launch.from_python import answer
 from labtrain.record import receipt
 from labtrain.record.identity import JOB_VARIABLE, Job
@@ -80,14 +80,9 @@ def main() -> None:
 def _training() -> tuple[Callable[[Job], Result], Callable[[Job], "Result | Predictions"]]:
     """Import torch and Lightning, and return what trains a job and what evaluates one."""
     gc.disable()  # the imports create no garbage; this saves half a second
-    try:
+    with training_packages(["python", "train.py"]):
         from labtrain.training.evaluation import evaluate
         from labtrain.training.fit import train
-    except ModuleNotFoundError as error:
-        if (known := missing_package(error, needed_by="python train.py")) is None:
-            raise
-        print_error(known)
-        sys.exit(known.exit_code)
     gc.freeze()
     gc.enable()
     return train, evaluate

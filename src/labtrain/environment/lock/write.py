@@ -265,7 +265,12 @@ def _run(folder: Path, program: str, *arguments: str, environment: Mapping[str, 
     Raises:
         LabtrainError: it failed; contains the end of its output. Or it took longer than an hour.
     """
-    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    path = Path(sys.executable).with_name(program)
+    if not path.exists():
+        raise LabtrainError(
+            f"{program} is not installed in this environment", hint="make setup && .venv/bin/labtrain lock write"
+        )
+    command = [str(path), *arguments]
     hint = "check the network, then repeat the command"
     done = run_program(command, folder=folder, timeout_s=TIMEOUT_S, hint=hint, environment=environment)
     if done.returncode:
