@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from labtrain.assets import asset
 from labtrain.base.console import few
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
@@ -93,7 +95,7 @@ def resolver_inputs(folder: Path) -> Iterator[list[str]]:
     out of pyproject.toml leaves the lock, and no other pin changes.
     """
     if is_labtrain(folder):
-        yield ["--extra", "lab", "--extra", "dev", "pyproject.toml"]
+        yield ["--extra", "train", "--extra", "lab", "--extra", "dev", "pyproject.toml"]
         return
     of_labtrain = labtrains_packages()
     with tempfile.TemporaryDirectory() as scratch:
@@ -105,7 +107,7 @@ def resolver_inputs(folder: Path) -> Iterator[list[str]]:
 
 def is_labtrain(folder: Path) -> bool:
     """Return whether a project is labtrain's repository; else it is an experiment."""
-    return {"lab", "dev"} <= set(read_project(folder).get("optional-dependencies", {}))
+    return {"train", "lab", "dev"} <= set(read_project(folder).get("optional-dependencies", {}))
 
 
 def labtrains_packages() -> set[str]:
@@ -233,7 +235,7 @@ def lock_conda(folder: Path, profile: conda.Profile) -> bool:
         environment["CONDA_PINNED_PACKAGES"] = "&".join(builds)
     with tempfile.TemporaryDirectory() as scratch:
         virtual = Path(scratch) / conda.VIRTUAL
-        conda.write_virtual_packages(folder, profile, virtual)
+        virtual.write_text(yaml.safe_dump(conda.virtual_packages(folder, profile), sort_keys=False))
         options = ["-f", profile.spec, "--virtual-package-spec", str(virtual), "-p", conda.PLATFORM,
                    "--lockfile", profile.lock]  # fmt: skip
         try:
@@ -273,7 +275,12 @@ def run_tool(folder: Path, program: str, *arguments: str, environment: Mapping[s
     Raises:
         LabtrainError: it failed; contains the end of its output. Or it took longer than an hour.
     """
-    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    path = Path(sys.executable).with_name(program)
+    if not path.exists():
+        raise LabtrainError(
+            f"{program} is not installed in this environment", hint="make setup && .venv/bin/labtrain lock write"
+        )
+    command = [str(path), *arguments]
     hint = "check the network, then repeat the command"
     done = run_program(command, folder=folder, timeout_s=TIMEOUT_S, hint=hint, environment=environment)
     if done.returncode:
