@@ -42,7 +42,9 @@ ROADS = {
 
 def first_step(command: str, experiment: Path, home: Path) -> float | None:
     """Run a road until the first step is in a trail; return its seconds, or None if it ended before."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "XDG_", "UV_CACHE"))}
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "XDG_", "UV_CACHE"))
+    }
     environment = kept | {"HOME": str(home)}
     started = time.monotonic()
     with subprocess.Popen(["sh", "-c", command], cwd=experiment, env=environment, stdout=sys.stderr) as process:

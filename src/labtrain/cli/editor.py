@@ -25,13 +25,13 @@ def schema() -> None:
         warn(f"{problem}; its arguments are not checked")
 
 
-@click.command(cls=help_page.Command, example="labtrain completion bash >> ~/.bashrc")
+@click.command(cls=help_page.Command, example="labtrain completion bash")
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 def completion(shell: str) -> None:
     """Print the shell code that completes commands, options and run ids.
 
-    For zsh append it to ~/.zshrc, for fish write it to ~/.config/fish/completions/labtrain.fish. For train.py, Hydra
-    has its own: eval "$(python train.py -sc install=bash)".
+    Append it to ~/.bashrc or ~/.zshrc; for fish write it to ~/.config/fish/completions/labtrain.fish. For train.py,
+    Hydra has its own: eval "$(python train.py -sc install=bash)".
     """
     from click.shell_completion import get_completion_class
 

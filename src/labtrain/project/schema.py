@@ -10,6 +10,7 @@ configuration, so no key is required.
 import collections.abc
 import inspect
 import json
+import pkgutil
 import re
 import sys
 import types
@@ -59,10 +60,11 @@ CHOICES: dict[str, list[object]] = {
     "trainer.precision": [None, *configuration.PRECISIONS, 16, 32, 64],
     "speed.compile": [True, False, *configuration.COMPILE_MODES],
 }
-MINIMUM = configuration.LEAST | {
-    f"trainer.{key}": least
-    for least_of in (configuration.TRAINER_INTEGERS, configuration.TRAINER_NUMBERS)
-    for key, least in least_of.items()
+MINIMUM = {
+    **configuration.LEAST,
+    **{f"trainer.{key}": least for key, least in configuration.TRAINER_INTEGERS.items()},
+    **{f"trainer.{key}": least for key, least in configuration.TRAINER_NUMBERS.items()},
+    **dict.fromkeys(("determinism.shards", "checkpoint.every_n_steps", "checkpoint.keep_every_n_steps"), 1),
 }
 PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", types.NoneType: "null"}
 
@@ -77,7 +79,7 @@ def write_schemas(root: Path) -> tuple[list[Path], list[str]]:
     """
     folder, _ = called_with(root / SCRIPT)
     used = targets_in(root / folder)
-    found, problems = import_targets(root, sorted({name for names in used.values() for name in names}))
+    found, problems = import_targets(root, used)
     written = []
     for name, schema in schemas(used, found).items():
         path = root / FOLDER / f"{name}.json"
@@ -177,8 +179,8 @@ def _own_key(key: str, hint: object) -> Schema:
                           {"const": "auto"}, REFERENCE]}  # fmt: skip
     if key in CHOICES:
         return {"anyOf": [{"enum": CHOICES[key]}, REFERENCE]}
-    schema = of_type(hint)
-    return schema | ({"minimum": MINIMUM[key]} if key in MINIMUM else {})
+    above = {"exclusiveMinimum": 0} if key.endswith("_seconds") else {}
+    return of_type(hint) | above | ({"minimum": MINIMUM[key]} if key in MINIMUM else {})
 
 
 def _mapping(properties: Schema, *, closed: bool) -> Schema:
@@ -220,7 +222,9 @@ def targets_in(conf: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
 
     def walk(node: object, key: str) -> None:
-        for name, child in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        for name, child in (
+            node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        ):
             if name == "_target_" and isinstance(child, str) and "${" not in child:
                 found.setdefault(key, []).append(child)
             walk(child, f"{key}.{name}".lstrip("."))
@@ -238,19 +242,17 @@ def targets_in(conf: Path) -> dict[str, list[str]]:
     return {key: list(dict.fromkeys(names)) for key, names in found.items()}
 
 
-def import_targets(root: Path, names: Iterable[str]) -> tuple[dict[str, Target], list[str]]:
-    """Import each `_target_` as Hydra does; also return what cannot be imported, and why."""
-    from hydra.utils import get_object
-
+def import_targets(root: Path, used: Mapping[str, Iterable[str]]) -> tuple[dict[str, Target], list[str]]:
+    """Import the `_target_`s of each key; also return what cannot be imported, and why."""
     found: dict[str, Target] = {}
     problems = []
     sys.path.insert(0, str(root))
     try:
-        for name in names:
+        for key, name in ((key, name) for key, names in used.items() for name in names if name not in found):
             try:
-                found[name] = get_object(name)
+                found[name] = pkgutil.resolve_name(name)
             except Exception as error:  # of the user's module
-                problems.append(f"_target_: {name}: {in_words(error.__cause__ or error)}")
+                problems.append(f"{key}._target_={name}: {in_words(error)}")
     finally:
         sys.path.remove(str(root))
     return found, problems
@@ -269,7 +271,11 @@ def of_target(name: str, target: Target) -> Schema:
         hints = {}
     texts = [inspect.getdoc(each) or "" for each in (target, made_by)]
     meanings = {key: text for each in reversed(texts) for key, text in argument_texts(each).items()}
-    properties: Schema = {"_target_": {"const": name, "description": texts[0].partition("\n\n")[0]}, **HYDRA, **DEFAULTS}
+    properties: Schema = {
+        "_target_": {"const": name, "description": texts[0].partition("\n\n")[0]},
+        **HYDRA,
+        **DEFAULTS,
+    }
     for each in parameters:
         if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
             hint = hints.get(each.name, inspect.Parameter.empty)
@@ -380,9 +386,7 @@ def _slot(names: Iterable[str], parts: Mapping[str, Schema]) -> Schema:
 
 def _anything(parts: Mapping[str, Schema]) -> Schema:
     """Return the schema of any value: each mapping with a known `_target_` in it must fit that target."""
-    known = [
-        {"if": {"properties": {"_target_": {"const": name}}}, "then": _reference(name)} for name in parts
-    ]
+    known = [{"if": {"properties": {"_target_": {"const": name}}}, "then": _reference(name)} for name in parts]
     return {
         "if": {"type": "object", "required": ["_target_"]},
         "then": {"allOf": known} if known else {},
