@@ -10,6 +10,7 @@ configuration, so no key is required.
 import collections.abc
 import inspect
 import json
+import os
 import pkgutil
 import re
 import sys
@@ -21,8 +22,9 @@ from pathlib import Path
 import yaml
 
 from labtrain.base import contracts
+from labtrain.base.console import quoted, shown
 from labtrain.base.contracts import Options
-from labtrain.base.errors import in_words
+from labtrain.base.errors import ConfigError, in_words
 from labtrain.base.files import write_atomically
 from labtrain.launch.experiment import called_with
 from labtrain.record import config as configuration
@@ -66,6 +68,7 @@ MINIMUM = {
     **{f"trainer.{key}": least for key, least in configuration.TRAINER_NUMBERS.items()},
     **dict.fromkeys(("determinism.shards", "checkpoint.every_n_steps", "checkpoint.keep_every_n_steps"), 1),
 }
+LISTS = (list, collections.abc.Sequence, collections.abc.MutableSequence, collections.abc.Collection)
 PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string", types.NoneType: "null"}
 
 
@@ -77,16 +80,22 @@ def write_schemas(root: Path) -> tuple[list[Path], list[str]]:
     Returns:
         the files; and, for each `_target_` that cannot be imported, its key and the reason.
     """
-    folder, _ = called_with(root / SCRIPT)
+    try:
+        folder, _ = called_with(root / SCRIPT)
+    except SyntaxError as error:
+        raise ConfigError(f"{shown(root / SCRIPT)}: {in_words(error)}", hint=f"python {SCRIPT}") from None
     used = targets_in(root / folder)
     found, problems = import_targets(root, used)
-    written = []
-    for name, schema in schemas(used, found).items():
-        path = root / FOLDER / f"{name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(schema, indent=1) + "\n")
-        written.append(path)
-    return written, problems
+    files = {root / FOLDER / f"{name}.json": schema for name, schema in schemas(used, found).items()}
+    try:
+        (root / FOLDER).mkdir(parents=True, exist_ok=True)
+        for path, schema in files.items():
+            write_atomically(path, json.dumps(schema, indent=1) + "\n")
+    except OSError as error:
+        raise ConfigError(
+            f"{shown(root / FOLDER)}: {error.strerror}", hint=f"ls -ld {quoted(root / FOLDER.parent)}"
+        ) from error
+    return list(files), problems
 
 
 def schemas(used: Mapping[str, Iterable[str]], found: Mapping[str, Target]) -> dict[str, Schema]:
@@ -139,9 +148,7 @@ def keys_of(path: Path, prefix: str = "") -> Iterator[tuple[str, object, str]]:
 
 def _top(groups: Mapping[str, Schema]) -> Schema:
     """Return the schema of the whole configuration; labtrain refuses other keys."""
-    hints = typing.get_type_hints(contracts.Config) | {
-        key: str | None for key in (*contracts.EVALUATIONS, "predictions")
-    }
+    hints = typing.get_type_hints(contracts.Config) | dict.fromkeys((*contracts.EVALUATIONS, "predictions"), str | None)
     properties: Schema = {**DEFAULTS, "hydra": {"type": "object", "description": "Hydra's own configuration"}}
     for key, default, meaning in keys_of(CONF / "labtrain.yaml"):
         if "." not in key and key not in properties:
@@ -331,17 +338,13 @@ def _kinds(hint: object) -> list[Schema] | None:
     kind = origin or hint
     if not isinstance(kind, type) or kind in (object, inspect.Parameter.empty):
         return None
-    if issubclass(kind, Path):
+    if issubclass(kind, os.PathLike):
         return [{"type": "string"}]
     if issubclass(kind, collections.abc.Mapping):
         return [{"type": "object"}]
-    if issubclass(kind, tuple | set | frozenset) or kind in (list, *_takes_lists()):
+    if issubclass(kind, tuple | set | frozenset) or kind in LISTS:
         return [{"type": "array", "items": of_type(arguments[0]) if len(arguments) == 1 else ANYTHING}]
     return None
-
-
-def _takes_lists() -> Iterable[type]:
-    return [collections.abc.Sequence, collections.abc.MutableSequence, collections.abc.Collection]
 
 
 def _own_group(group: str, used: Mapping[str, Iterable[str]], parts: Mapping[str, Schema]) -> Schema:
@@ -353,7 +356,7 @@ def _own_group(group: str, used: Mapping[str, Iterable[str]], parts: Mapping[str
         return slot | {"properties": {**own, **slot["properties"]}, "description": _meaning(group)}
     named = {key.partition(".")[2]: slot for key, slot in slots.items() if key.count(".") == 1}
     named = {name: slot | {"type": ["object", "string", "null"]} for name, slot in named.items()}
-    known = {path.stem: {} for path in (CONF / "logger").glob("*.yaml")} if group == "logger" else {}
+    known: Schema = {path.stem: {} for path in (CONF / "logger").glob("*.yaml")} if group == "logger" else {}
     return _mapping(known | named | DEFAULTS, closed=False) | {"description": _meaning(group)}
 
 
