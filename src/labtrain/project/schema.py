@@ -10,6 +10,7 @@ configuration, so no key is required.
 import collections.abc
 import inspect
 import json
+import math
 import os
 import pkgutil
 import re
@@ -214,7 +215,10 @@ def _described(schema: Schema, default: object, meaning: str) -> Schema:
 
 
 def _is_plain(value: object) -> bool:
-    return isinstance(value, str | int | float | None) or value in ([], {})
+    """Return whether JSON has this value; of containers, only an empty one."""
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return value is None or isinstance(value, str | int) or (isinstance(value, list | dict) and not value)
 
 
 def _reference(name: str) -> Schema:
@@ -258,7 +262,7 @@ def import_targets(root: Path, used: Mapping[str, Iterable[str]]) -> tuple[dict[
         for key, name in ((key, name) for key, names in used.items() for name in names if name not in found):
             try:
                 found[name] = pkgutil.resolve_name(name)
-            except Exception as error:  # of the user's module
+            except (Exception, SystemExit) as error:  # of the user's module
                 problems.append(f"{key}._target_={name}: {in_words(error)}")
     finally:
         sys.path.remove(str(root))
@@ -332,7 +336,7 @@ def _kinds(hint: object) -> list[Schema] | None:
         each = [_kinds(argument) for argument in arguments]
         return None if None in each else [kind for kinds in each for kind in kinds or ()]
     if origin is typing.Literal:
-        return [{"enum": list(arguments)}]
+        return [{"enum": list(arguments)}] if all(map(_is_plain, arguments)) else None
     if origin is typing.Annotated:
         return _kinds(arguments[0])
     kind = origin or hint

@@ -30,6 +30,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+import numpy
+
 if TYPE_CHECKING:
     from nowhere import Unknown
 
@@ -52,6 +54,10 @@ class Anything:
 
 class Untyped:
     def __init__(self, one, two: Unknown = None) -> None: ...
+
+
+class Odd:
+    def __init__(self, far: float = float("inf"), rows=numpy.zeros(2), mark: Literal[b"x"] = b"x", *more: int) -> None: ...
 
 
 def make(rate: float, name: str = "x"): ...
@@ -212,6 +218,8 @@ def test_a_missing_annotation_or_name_constrains_nothing() -> None:
     found = of_target("x.Untyped", names["Untyped"])["properties"]
     assert "type" not in found["one"]
     assert "type" not in found["two"]
+    odd = of_target("x.Odd", names["Odd"])
+    assert odd == json.loads(json.dumps(odd, allow_nan=False)), "defaults that JSON lacks are left out"
     assert of_type(object) == of_type(int | object) == found["one"]
 
 

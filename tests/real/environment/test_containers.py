@@ -159,9 +159,21 @@ def test_an_editor_opens_the_experiment_in_it(docker: Docker, image: str, work: 
     (work / ".vscode").chmod(0o777)
     # As `devcontainer up` runs it: https://github.com/devcontainers/cli
     place = f"/workspaces/{work.name}"
-    options = [*found["runArgs"], "--network=none", "--init", "-v", f"{work}:{place}", "-w", place, "-u", found["remoteUser"]]
+    options = [
+        *found["runArgs"],
+        "--network=none",
+        "--init",
+        "-v",
+        f"{work}:{place}",
+        "-w",
+        place,
+        "-u",
+        found["remoteUser"],
+    ]
     train = f"python train.py {' '.join(PORTABLE)} trainer.max_steps=2"
-    done = docker("run", "--rm", *options, "--entrypoint=/bin/sh", image, "-c", f"{found['postCreateCommand']} && {train}")
+    done = docker(
+        "run", "--rm", *options, "--entrypoint=/bin/sh", image, "-c", f"{found['postCreateCommand']} && {train}"
+    )
     assert ".vscode/labtrain/config.json" in done.stdout.splitlines()
     assert done.stdout.splitlines()[-1].startswith("runs/digits/")
 
