@@ -32,7 +32,7 @@ from labtrain.record import config as configuration
 from labtrain.record.config import CONF, GROUPS
 from labtrain.record.identity import SCRIPT
 
-FOLDER = Path(".vscode", "labtrain")  # git ignores it, so a run's receipt does not call the code dirty
+FOLDER = Path(".vscode", "labtrain")
 WHOLE = "config"  # the file for conf/config.yaml and conf/experiment/
 OWN = ("model", "data", "callbacks", "logger")  # groups with the user's `_target_`s
 Schema = Options
@@ -90,6 +90,7 @@ def write_schemas(root: Path) -> tuple[list[Path], list[str]]:
     files = {root / FOLDER / f"{name}.json": schema for name, schema in schemas(used, found).items()}
     try:
         (root / FOLDER).mkdir(parents=True, exist_ok=True)
+        write_atomically(root / FOLDER / ".gitignore", "*\n")  # else a run's receipt would call the code dirty
         for path, schema in files.items():
             write_atomically(path, json.dumps(schema, indent=1) + "\n")
     except OSError as error:
