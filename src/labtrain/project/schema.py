@@ -291,7 +291,7 @@ def of_target(name: str, target: Target) -> Schema:
     for each in parameters:
         if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
             hint = hints.get(each.name, inspect.Parameter.empty)
-            schema = of_type(hint | None if each.default is None and hint is not each.empty else hint)
+            schema = of_type(hint, or_null=each.default is None)
             default = ... if each.default is each.empty else each.default
             signature = f"{each.name}: {inspect.formatannotation(each.annotation)}"
             meaning = meanings.get(each.name, "" if each.annotation is each.empty else signature)
@@ -310,7 +310,7 @@ def argument_texts(doc: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in items}
 
 
-def of_type(hint: object) -> Schema:
+def of_type(hint: object, *, or_null: bool = False) -> Schema:
     """Return the schema of a value for an argument with this annotation; a type that YAML has no form for takes any.
 
     A value can also be a reference, or a mapping with `_target_` that creates it.
@@ -318,6 +318,7 @@ def of_type(hint: object) -> Schema:
     kinds = _kinds(hint)
     if kinds is None:
         return ANYTHING
+    kinds = [*kinds, {"type": "null"}] if or_null else kinds
     if any("type" not in kind for kind in kinds):
         return {"anyOf": [*kinds, REFERENCE, {"type": "object", "required": ["_target_"]}]}
     names = list(dict.fromkeys(str(kind["type"]) for kind in kinds))

@@ -53,14 +53,14 @@ class Anything:
 
 
 class Untyped:
-    def __init__(self, one, two: Unknown = None) -> None: ...
+    def __init__(self, one, two: Unknown = None, three: 3 = None) -> None: ...
 
 
 class Odd:
     def __init__(self, far: float = float("inf"), rows=numpy.zeros(2), mark: Literal[b"x"] = b"x", *more: int) -> None: ...
 
 
-def make(rate: float, name: str = "x"): ...
+def make(rate: float, name: str = None, size: 3 = None): ...
 '''
 
 
@@ -218,6 +218,9 @@ def test_a_missing_annotation_or_name_constrains_nothing() -> None:
     found = of_target("x.Untyped", names["Untyped"])["properties"]
     assert "type" not in found["one"]
     assert "type" not in found["two"]
+    made = of_target("x.make", names["make"])["properties"]
+    assert made["name"]["type"] == ["string", "null", "object"], "None by default, as older code writes it"
+    assert "type" not in made["size"]
     odd = of_target("x.Odd", names["Odd"])
     assert odd == json.loads(json.dumps(odd, allow_nan=False)), "defaults that JSON lacks are left out"
     assert of_type(object) == of_type(int | object) == found["one"]
