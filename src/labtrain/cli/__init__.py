@@ -232,6 +232,7 @@ main.add_section(
     receipts.gate,
     receipts.sign,
     receipts.crate,
+    receipts.bundle,
     digest,
     runs.note,
     runs.rm,
