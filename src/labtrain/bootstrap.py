@@ -70,7 +70,7 @@ def set_up(root: Path, *, editable: bool) -> None:
         check_disk(shutil.disk_usage(root).free)
     check_memory(available_memory())
 
-    environment = _variables()
+    environment = installer_variables()
     if not works:
         damaged = {}
         _make(venv, environment)
@@ -90,7 +90,7 @@ def set_up(root: Path, *, editable: bool) -> None:
     say("done: .venv matches requirements.lock")
 
 
-def _variables() -> dict[str, str]:
+def installer_variables() -> dict[str, str]:
     """Return the environment variables of pip and uv."""
     left_out = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "VIRTUAL_ENV")
     environment = {key: value for key, value in os.environ.items() if key not in left_out}

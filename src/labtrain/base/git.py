@@ -10,6 +10,9 @@ from labtrain.base.errors import LabtrainError
 
 TIMEOUT_S = 60.0
 COMMIT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+TRANSPORTS = ("file", "git", "https", "ssh")  # of git clone; ext:: and fd:: start programs (git-remote-ext(1))
+# The user's ways to reach a server; other variables could lead git to another repository.
+ACCESS = ("GIT_ASKPASS", "GIT_PROXY_COMMAND", "GIT_SSH", "GIT_SSH_COMMAND", "GIT_SSL_CAINFO", "GIT_SSL_CERT")
 
 
 class GitError(LabtrainError):
@@ -85,6 +88,42 @@ def borrow_commit(top: str, commit: str, clone: Path, *, filters: bool) -> bool:
     alternates.parent.mkdir(exist_ok=True)
     alternates.write_bytes(f"{json.dumps(objects, ensure_ascii=False)}\n".encode("utf-8", "surrogateescape"))
     return ask_git(str(clone), "cat-file", "-t", commit, variables=variables).strip() == "commit"
+
+
+def clone_bare(url: str, folder: Path, *, timeout_s: float) -> None:
+    """Clone a repository without a working tree, so that nothing of it runs: no hook, filter, submodule or LFS.
+
+    git uses the user's own configuration and keys to reach the server, and asks nothing.
+
+    Args:
+        url: of the repository, or a path; must not be an option.
+        folder: to make.
+        timeout_s: when to kill git.
+
+    Raises:
+        GitError: git failed or took longer.
+    """
+    # --no-local: git reads the other repository as from a server, so links in it lead nowhere.
+    arguments = ("clone", "--bare", "--quiet", "--no-local", "--template=", "--", url, str(folder))
+    _run_remote(folder.parent, *arguments, timeout_s=timeout_s)
+
+
+def fetch_commit(clone: Path, commit: str, *, timeout_s: float) -> bool:
+    """Ask the server of a clone for a commit that no branch or tag contains; return whether it gave it."""
+    if not COMMIT.fullmatch(commit):
+        return False
+    try:
+        _run_remote(clone, "fetch", "--quiet", "--no-tags", "origin", commit, timeout_s=timeout_s)
+    except GitError:
+        return False
+    return True
+
+
+def _run_remote(folder: Path, *arguments: str, timeout_s: float) -> None:
+    """Run a git command that reaches a server, with the user's own access and no program of the repository."""
+    variables = git_variables(filters=True) | {name: os.environ[name] for name in ACCESS if name in os.environ}
+    variables |= {"GIT_ALLOW_PROTOCOL": ":".join(TRANSPORTS), "GIT_NO_LAZY_FETCH": "1", "GIT_LFS_SKIP_SMUDGE": "1"}
+    run_git(folder, "-c", f"core.hooksPath={os.devnull}", *arguments, variables=variables, timeout_s=timeout_s)
 
 
 def git_variables(*, filters: bool) -> dict[str, str]:

@@ -233,6 +233,7 @@ main.add_section(
     receipts.gate,
     receipts.sign,
     receipts.crate,
+    receipts.bundle,
     digest,
     runs.note,
     runs.rm,

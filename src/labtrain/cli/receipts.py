@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import click
 
@@ -20,7 +20,15 @@ if TYPE_CHECKING:
 PATH = click.Path(path_type=Path)
 COUNT = click.IntRange(min=0)
 RUN = RunType()
+F = TypeVar("F", bound=Callable[..., None])
 SORTED_BY = ("run", "status", "steps", "metric", "started", "seconds", "size")
+
+
+class Tells(TypedDict):
+    """Who receives a verification's findings and steps."""
+
+    say: Callable[[str], None]
+    tick: Callable[[int], None]
 
 
 class OneRunCommand(help_page.Command):
@@ -46,29 +54,53 @@ class OneRunCommand(help_page.Command):
     metavar="FILE",
     help="SSH private key.  [default: git's signing key, else ~/.ssh/id_ed25519]",
 )
-def sign(run: Path, key: Path | None) -> None:
+@click.option(
+    "--model-signing",
+    "model_key",
+    type=PATH,
+    metavar="KEY.pem",
+    help="Write model.sig with this elliptic curve key instead, for OpenSSF's model_signing.",
+)
+def sign(run: Path, key: Path | None, model_key: Path | None) -> None:
     """Sign a run's receipt with an SSH key.
 
-    The format is that of signed git commits. Prints the path of the signature file.
+    The format is that of signed git commits. Prints the path of the signature file. With --model-signing it signs
+    receipt, trail and checkpoints, so that a reviewer's tool can verify them: model_signing verify key.
     """
+    from labtrain.review.openssf import sign_model
     from labtrain.review.signature import sign as sign_receipt
 
-    say(sign_receipt(run, key=key))
+    if model_key is not None:
+        say(sign_model(run, key=model_key))
+    if model_key is None or key is not None:
+        say(sign_receipt(run, key=key))
+
+
+def crate_options(command: F) -> F:
+    """Add the argument and the options that `labtrain crate` and `labtrain bundle` share."""
+    added = (
+        click.argument("run", type=RUN),
+        click.option(
+            "-o",
+            "--output",
+            type=click.Path(path_type=Path, dir_okay=False),
+            metavar="FILE.zip",
+            required=True,
+            help="File to write. An existing file is replaced.",
+        ),
+        click.option(
+            "--weights", is_flag=True, help="Include the weights of the newest checkpoint, not only their digest."
+        ),
+        click.option("--author", metavar="NAME", help="Name of the person who trained the run.  [default: none]"),
+        click.option("--license", "licence", metavar="ID", help="SPDX license identifier such as CC-BY-4.0, or a URL."),
+    )
+    for each in reversed(added):
+        command = each(command)
+    return command
 
 
 @click.command(cls=help_page.Command, example="labtrain crate runs/digits/24c29285cf19 -o run.zip")
-@click.argument("run", type=RUN)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE.zip",
-    required=True,
-    help="File to write. An existing file is replaced.",
-)
-@click.option("--weights", is_flag=True, help="Include the weights of the newest checkpoint, not only their digest.")
-@click.option("--author", metavar="NAME", help="Name of the person who trained the run.  [default: none]")
-@click.option("--license", "licence", metavar="ID", help="SPDX license identifier such as CC-BY-4.0, or a URL.")
+@crate_options
 def crate(run: Path, output: Path, weights: bool, author: str | None, licence: str | None) -> None:
     """Export a run as an RO-Crate archive.
 
@@ -77,6 +109,19 @@ def crate(run: Path, output: Path, weights: bool, author: str | None, licence: s
     from labtrain.review.crate import write_crate
 
     say(write_crate(run, output, weights=weights, author=author, licence=licence))
+
+
+@click.command(cls=help_page.Command, example="labtrain bundle runs/digits/24c29285cf19 -o run.zip")
+@crate_options
+def bundle(run: Path, output: Path, weights: bool, author: str | None, licence: str | None) -> None:
+    """Write a run and all that verifying it needs to one zip.
+
+    "labtrain verify FILE.zip" trains it again on any machine. The zip is an RO-Crate that also has the lock, the
+    labtrain wheel, the configuration files, and data in the experiment's folder up to 100 MB.
+    """
+    from labtrain.review.crate import write_crate
+
+    say(write_crate(run, output, weights=weights, author=author, licence=licence, whole=True))
 
 
 @click.command(cls=help_page.Command, example="labtrain ls --sort -metric")
@@ -145,7 +190,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 
 
 @click.command(cls=OneRunCommand, example="labtrain verify runs/digits/24c29285cf19")
-@click.argument("run", type=RUN)
+@click.argument("run")
 @click.option("--steps", type=COUNT, help="Steps to rerun (0: check metadata only).  [default: all]")
 @click.option("--from", "start", type=COUNT, default=0, metavar="STEP", help="Start from the checkpoint of this step.")
 @click.option("--segments", is_flag=True, help="Stop and resume at the same steps, on the same device counts.")
@@ -157,34 +202,55 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 @click.option("--trust", is_flag=True, help="Run the receipt's code without asking, even if it is not yours.")
 @click.option("--sandbox", is_flag=True, help="Run without network or home directory (needs bubblewrap).")
 @click.option("--key", type=PATH, metavar="FILE", help="Sign the verdict with this SSH private key.")
+@click.option("--receipt", metavar="PATH", help="The receipt to verify, if a repository has several.")
 @json_option
-def verify(run: Path, changes: tuple[str, ...], as_json: bool, **options: Any) -> None:
+def verify(run: str, changes: tuple[str, ...], receipt: str | None, as_json: bool, **options: Any) -> None:
     """Train a run again from its receipt and compare the results.
 
     RUN is a run's folder or id, or a receipt (a JSON file of any name) in a clone of the experiment's repository.
     labtrain compares data and environment first and names every difference. Then it trains in a temporary folder and
     compares each step bit by bit. The exit code is 1 if the results differ.
 
+    RUN can also be a git repository (URL, PATH, URL@COMMIT) or a bundle.zip. Then labtrain makes the environment of its
+    lock, and trains in the sandbox unless you give --trust.
+
     If you did not train the run yourself, labtrain shows the code that would run and asks you. With --steps 0, none of
     that code runs.
     """
     from dataclasses import asdict
 
+    from labtrain.review.foreign.judge import foreign_in, verify_foreign
     from labtrain.review.verification import VerifyOptions, verify_run
 
     end_in_order()
-    verdict = verify_run(
-        run,
-        VerifyOptions(changes=parsed(changes), **options),
-        ask=asker(),
-        say=lambda line: say(line, err=as_json),
-        tick=progress if sys.stderr.isatty() else lambda step: None,
-    )
+    judged = VerifyOptions(changes=parsed(changes), **options)
+    tells: Tells = {
+        "say": lambda line: say(line, err=as_json),
+        "tick": progress if sys.stderr.isatty() else lambda step: None,
+    }
+    facts: dict[str, str] = {}
+    if (target := foreign_in(run)) is not None:
+        verdict, facts = verify_foreign(target, judged, receipt=receipt, own_sha256=own_wheel_sha256, **tells)
+    elif receipt is not None:
+        raise ConfigError(f"{run} is not a git repository, so --receipt cannot be used", hint="labtrain verify RUN")
+    else:
+        verdict = verify_run(RUN.convert(run, None, None), judged, ask=asker(), **tells)
     if as_json:
-        say_json(asdict(verdict))
+        say_json(asdict(verdict) | ({"about": facts} if facts else {}))
     else:
         say(f"{verdict.word:<11}  {verdict.found}")
     sys.exit(not verdict.agrees)
+
+
+def own_wheel_sha256() -> str:
+    """Return the sha256 of the wheel that `labtrain new` packs into an experiment."""
+    from tempfile import TemporaryDirectory
+
+    from labtrain.base.files import file_sha256
+    from labtrain.project.carried import build_wheel
+
+    with TemporaryDirectory(prefix="labtrain-") as folder:
+        return file_sha256(build_wheel(Path(folder)))
 
 
 def end_in_order() -> None:

@@ -211,9 +211,9 @@ def what_counts(config: Config) -> Options:
     return kept | {"speed": on}
 
 
-def lock_digest(root: Path) -> str:
-    """Return the sha256 of the experiment's locks for this environment's route; empty if there are none."""
-    locks = [root / name for name in ROUTES[route()] if (root / name).exists()]
+def lock_digest(root: Path, kind: str | None = None) -> str:
+    """Return the sha256 of the experiment's locks for a route, by default this one's; empty if there are none."""
+    locks = [root / name for name in ROUTES[kind or route()] if (root / name).exists()]
     return hashlib.sha256(b"".join(map(read_source, locks))).hexdigest() if locks else ""
 
 

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from stat import S_ISREG
 
 from labtrain.base.contracts import InstalledFiles
 from labtrain.base.files import file_sha256
@@ -44,6 +45,8 @@ def _fate(path: str, digest: str, size: str, installed: float, *, deep: bool) ->
         return "is missing"
     if not deep and stat.st_mtime <= installed + 1 and (not size or stat.st_size == int(size)):
         return ""
+    if not S_ISREG(stat.st_mode):  # a RECORD that somebody else wrote can name a device
+        return "is not a file"
     now = bytes.fromhex(file_sha256(Path(path)))
     same = base64.urlsafe_b64encode(now).rstrip(b"=").decode() == digest.removeprefix("sha256=")
     return "" if same else "was changed"

@@ -27,7 +27,10 @@ if TYPE_CHECKING:
     from rocrate.model import Entity
     from rocrate.rocrate import ROCrate
 
+Enclosed = dict[str, Path]
+
 MAIN = "train.py"
+METADATA = "ro-crate-metadata.json"
 WEIGHTS = "weights.safetensors"
 # A run's files, if present: media type, description, is it a result of the training, is it about the training.
 FILES = {
@@ -45,6 +48,8 @@ FILES = {
     ),
     WEIGHTS: ("application/octet-stream", "The weights of the newest checkpoint", True, False),
 }
+# Of the files that a bundle has besides.
+TYPES = {".lock": "text/plain", ".whl": "application/zip", ".yaml": "application/yaml", ".csv": "text/csv"}
 PROFILES = (
     ("https://w3id.org/ro/wfrun/process/0.5", "Process Run Crate", "0.5"),
     ("https://w3id.org/ro/wfrun/workflow/0.5", "Workflow Run Crate", "0.5"),
@@ -66,14 +71,15 @@ SPDX = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+-]*")
 
 
 def describe(
-    found: Receipt, enclosed: dict[str, Path], code: dict[str, Path], *, author: str | None, licence: str | None
+    found: Receipt, files: Enclosed, code: Enclosed, more: Enclosed, *, author: str | None, licence: str | None
 ) -> dict[str, object]:
     """Return the metadata of a run's crate: a JSON-LD document, entities sorted by name.
 
     Args:
         found: the receipt.
-        enclosed: the run's files in the crate, by name.
+        files: the run's own in the crate, by name.
         code: the experiment's sources in the crate, by name; without train.py it is not a workflow crate.
+        more: other files that training it again needs, by name.
         author: the name of the person who trained the run.
         licence: an SPDX identifier or a URL.
 
@@ -86,24 +92,21 @@ def describe(
     crate = ROCrate(version="1.1")
     crate.metadata.extra_contexts.append("https://w3id.org/ro/terms/workflow-run/context")
     action = _action(crate, found)
-    files = _files(crate, enclosed, action)
+    added = _files(crate, files, action)
     workflow = _workflow(crate, found, code)
+    _more(crate, more)
     action["instrument"] = workflow
     action["object"] = [
         *_data(crate, found),
-        *(files[name] for name in ("code.patch", "config.yaml") if name in files),
+        *(added[name] for name in ("code.patch", "config.yaml") if name in added),
         *_parameters(crate, found, workflow if MAIN in code else None),
     ]
-    action["result"] = [*(file for name, file in files.items() if FILES[name][2]), *_results(crate, found)]
+    action["result"] = [*(file for name, file in added.items() if FILES[name][2]), *_results(crate, found)]
 
     root = crate.root_dataset
     root["license"] = _licence(crate, licence)
     _describe_root(root, found, action)
-    profiles = [
-        _add(crate, url, "CreativeWork", name=name, version=version)
-        for url, name, version in (PROFILES if MAIN in code else PROFILES[:1])
-    ]
-    root["conformsTo"] = profiles if MAIN in code else profiles[0]
+    root["conformsTo"] = _profiles(crate, is_workflow=MAIN in code)
     if author:
         action["agent"] = root["author"] = crate.add(Person(crate, "#author", {"name": author}))
     root["hasPart"] = sorted(root["hasPart"], key=lambda part: str(part.id))
@@ -119,6 +122,20 @@ def _files(crate: "ROCrate", enclosed: dict[str, Path], action: object) -> dict[
         if FILES[name][3]:
             file["about"] = action
     return files
+
+
+def _more(crate: "ROCrate", more: dict[str, Path]) -> None:
+    for name, path in sorted(more.items()):
+        media_type = TYPES.get(Path(name).suffix, "application/octet-stream")
+        _file(crate, name, path, media_type)["description"] = "Needed to train it again"
+
+
+def _profiles(crate: "ROCrate", *, is_workflow: bool) -> object:
+    profiles = [
+        _add(crate, url, "CreativeWork", name=name, version=version)
+        for url, name, version in (PROFILES if is_workflow else PROFILES[:1])
+    ]
+    return profiles if is_workflow else profiles[0]
 
 
 def _describe_root(root: "Entity", found: Receipt, action: "Entity") -> None:

@@ -29,7 +29,9 @@ PACKAGES = "environment.distributions"
 MOST_PACKAGES = 20  # to show one by one
 
 
-def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool = True) -> list[Difference]:
+def state_differences(
+    receipt: Receipt, root: Path, home: Path, *, outside: bool = True, here: bool = True
+) -> list[Difference]:
     """Return how today's code, environment, machine and data differ from a receipt's.
 
     Args:
@@ -37,6 +39,7 @@ def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool
         root: the folder of its code.
         home: the experiment's folder here.
         outside: also read data outside that folder.
+        here: this process's environment trains it. Another one reports its differences in the receipt of the rerun.
     """
     job = Job(
         run_id="",
@@ -51,8 +54,8 @@ def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool
     now: Options = {
         **receipt,
         # Compared by content, without git: the repository may be untrusted, and its configuration can run programs.
-        "code": code | code_digests(job, path=moved(sys.path, home, root)),
-        "environment": environment_state(job) | files_state(),
+        "code": code | code_digests(job, path=moved(sys.path, home, root)) if here else receipt["code"],
+        "environment": environment_state(job) | files_state() if here else receipt["environment"],
         "hardware": receipt["hardware"] | machine(),
         "determinism": receipt["determinism"] | {"variables": _variables(receipt["determinism"])},
         "data": receipt["data"] | files_now(receipt["data"], home, outside=outside),

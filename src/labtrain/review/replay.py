@@ -81,7 +81,7 @@ class Replay:
         code = read_code(root, as_options(self.config), path=moved(sys.path, home, root))
         self.code_digest = code.digest
         self.absent = [path for path in receipt["code"].get("outside", {}) if path not in code.outside]
-        self.lock_digest = lock_digest(root)
+        self.lock_digest = lock_digest(root, "wheels" if python else None)
         self.run_id = name(self.config, code=self.code_digest, lock=self.lock_digest)
         self.run_dir = scratch / "runs" / str(self.config["experiment"]) / self.run_id
         self.others = self._other_values()
@@ -378,16 +378,39 @@ def code_of(receipt: Receipt, run_dir: Path, home: Path, scratch: Path, *, filte
             f" git commit -m first; python train.py. labtrain diff {shown(run_dir)} NEW_RUN names what has changed",
         )
     top = ask_git(str(home), "rev-parse", "--show-toplevel").strip()
-    clone = scratch / "code"
-    if not top or not borrow_commit(top, code["commit"], clone, filters=filters):
-        raise ConfigError(f"{here}, and commit {code['commit'][:12]} is not in this repository", hint="git fetch --all")
+    return checked_out(receipt, run_dir, top, scratch, filters=filters, why=f"{here}, and ")
+
+
+def checked_out(
+    receipt: Receipt, run_dir: Path, top: str, scratch: Path, *, filters: bool = False, why: str = ""
+) -> tuple[Path, str]:
+    """Check out a receipt's commit into `scratch`, apply its patch, and return the code's folder and its origin.
+
+    Args:
+        receipt: names the commit.
+        run_dir: of its run.
+        top: a repository's folder; empty: there is none.
+        scratch: an existing folder.
+        filters: as in `code_of`.
+        why: the beginning of an error.
+
+    Raises:
+        ConfigError: the commit or the patch is missing, or they do not give the receipt's code.
+    """
+    code, clone = receipt["code"], scratch / "code"
+    commit = code["commit"] or ""
+    if not top or not borrow_commit(top, commit, clone, filters=filters):
+        raise ConfigError(f"{why}commit {commit[:12]} is not in this repository", hint="git fetch --all")
     if (patch := patch_of(receipt, run_dir)) is None:
-        raise ConfigError(f"{here}, and code.patch is missing", hint="put code.patch next to the receipt")
-    _git(clone, "checkout", "-q", "--detach", code["commit"], filters=filters)
+        raise ConfigError(f"{why}code.patch is missing", hint="put code.patch next to the receipt")
+    _git(clone, "checkout", "-q", "--detach", commit, filters=filters)
     if patch:
         _git(clone, "apply", "--whitespace=nowarn", "-", text=patch, filters=filters)
     root = clone / (code["folder"] or "")
-    found = f"commit {code['commit'][:12]}{' with the patch' if patch else ''}"
+    found = f"commit {commit[:12]}{' with the patch' if patch else ''}"
+    if not root.resolve().is_relative_to(clone.resolve()):  # a link in the commit
+        raise ConfigError(f"{code['folder']} at {found} leads out of the repository",
+                          hint="check that the receipt belongs to this repository")  # fmt: skip
     if (there := source_digests(root)) != code["sources"]:
         names = sorted(name for name in {*there, *code["sources"]} if there.get(name) != code["sources"].get(name))
         raise ConfigError(

@@ -43,6 +43,7 @@ class Case:
     say: Say
     tick: Callable[[int], None]
     sandbox: Sandbox | None = None
+    python: Path | None = None  # of another environment
     told: list[Difference] = field(default_factory=list)
     hardware: Hardware = field(default_factory=machine)
 
@@ -64,6 +65,7 @@ class Case:
             scratch=self.scratch / name,
             changes=self.changes,
             sandbox=self.sandbox,
+            python=self.python,
         )
         if made.others and not self.changes:
             self.tell([Difference(key=f"environment variable {' or '.join(made.others)}", a="the run's value",

@@ -45,10 +45,12 @@ class Sandbox:
     Attributes:
         home: its working directory.
         reads: folders and files that it can read, besides the system's.
+        interpreter: the folders of its Python and its imports; None: this process's.
     """
 
     home: Path
     reads: tuple[Path, ...]
+    interpreter: tuple[Path, ...] | None = None
 
     def __str__(self) -> str:
         return f"no network, no home; reads {', '.join(str(path) for path in dict.fromkeys(self.reads))}"
@@ -76,7 +78,7 @@ class Sandbox:
         for pattern in DEVICES:
             for device in sorted(Path("/dev").glob(pattern)):
                 bound += ["--dev-bind", str(device), str(device)]
-        shown = [*_interpreter(), *self.reads]
+        shown = [*(_interpreter() if self.interpreter is None else self.interpreter), *self.reads]
         for path in sorted({path.absolute() for path in shown}, key=lambda path: len(path.parts)):
             bound += ["--ro-bind-try", str(path), str(path)]
         for link, target in _links(Path(command[0]), shown):
@@ -86,7 +88,9 @@ class Sandbox:
         return ["bwrap", *bound, "--", *command], kept | {"HOME": str(own_home)}
 
 
-def make_sandbox(*, code: Path, home: Path, changes: dict[str, object]) -> Sandbox:
+def make_sandbox(
+    *, code: Path, home: Path, changes: dict[str, object], interpreter: tuple[Path, ...] | None = None
+) -> Sandbox:
     """Return the sandbox for a receipt's code, after checking that this machine can make one.
 
     The receipt has no influence on it: the user must name data outside the experiment's folder.
@@ -95,6 +99,7 @@ def make_sandbox(*, code: Path, home: Path, changes: dict[str, object]) -> Sandb
         code: the folder of the code.
         home: the experiment's folder here.
         changes: configuration keys that the user has set, dotted; paths in them can be read.
+        interpreter: the folders of the Python that runs in it; None: of this one.
 
     Raises:
         ConfigError: bubblewrap is missing or may not make namespaces, or a folder would show the user's home.
@@ -102,13 +107,13 @@ def make_sandbox(*, code: Path, home: Path, changes: dict[str, object]) -> Sandb
     check_bubblewrap()
     home = home.resolve()
     reads = [home, code.absolute(), *_paths_in(list(changes.values()), home)]
-    for path in [*reads, *_interpreter()]:
+    for path in [*reads, *(_interpreter() if interpreter is None else interpreter)]:
         if shows_a_home(path):
             raise ConfigError(
                 f"--sandbox: {path} is a home directory or contains one, and the sandbox would show it",
                 hint="move the experiment and its data to separate folders, and run labtrain verify there",
             )
-    return Sandbox(home=home, reads=tuple(reads))
+    return Sandbox(home=home, reads=tuple(reads), interpreter=interpreter)
 
 
 def check_bubblewrap() -> None:

@@ -21,6 +21,7 @@ from labtrain.base.console import quoted, shown, warn
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.base.permissions import open_inside
 from labtrain.base.untrusted import damage_of, scratch_folder
+from labtrain.environment.from_lock import Interpreter
 from labtrain.record.differences import Difference, Divergence, open_run, shown_value
 from labtrain.record.own_runs import is_own
 from labtrain.record.provenance import PATCH
@@ -101,6 +102,28 @@ class VerifyOptions:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Elsewhere:
+    """What a run that came from elsewhere is verified with: a clone or an unpacked bundle, in a scratch folder.
+
+    Attributes:
+        home: the experiment's folder there, with the receipt's code.
+        whence: where the code is from, in words.
+        interpreter: the environment of its lock; None: nothing is trained.
+        verdicts: the folder in which a signed verdict is recorded.
+    """
+
+    home: Path
+    whence: str
+    interpreter: Interpreter | None
+    verdicts: Path
+
+    @property
+    def other(self) -> Interpreter | None:
+        """The interpreter, if it is not this process's."""
+        return None if self.interpreter is None or self.interpreter.current else self.interpreter
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Plan:
     """Which steps to train: `start` to `last`, in the receipt's segments or in one go; to the end if `whole`."""
 
@@ -117,6 +140,7 @@ def verify_run(
     ask: Ask | None = None,
     say: Say = lambda _: None,
     tick: Callable[[int], None] = lambda _: None,
+    elsewhere: Elsewhere | None = None,
 ) -> Verdict:
     """Verify a run: check its receipt here, train it again, and compare the bits.
 
@@ -126,6 +150,7 @@ def verify_run(
         ask: shows the user what would run, and returns whether it may; None: only this user's own runs may.
         say: receives each finding.
         tick: receives each step that was the same.
+        elsewhere: the run came from elsewhere. Then the verdict is recorded only if it is signed.
 
     Raises:
         ConfigError: the run, its code or the checkpoint cannot be found, or there is nothing to compare.
@@ -135,33 +160,46 @@ def verify_run(
     options = options or VerifyOptions()
     _check_can_sign(options)
     with alone(run) as (place, above):
-        return _verify(place, above, options, ask=ask, say=say, tick=tick)
+        return _verify(place, above, options, elsewhere, ask=ask, say=say, tick=tick)
 
 
 def _verify(
-    run: Path, above: Path, options: VerifyOptions, *, ask: Ask | None, say: Say, tick: Callable[[int], None]
+    run: Path,
+    above: Path,
+    options: VerifyOptions,
+    elsewhere: Elsewhere | None,
+    *,
+    ask: Ask | None,
+    say: Say,
+    tick: Callable[[int], None],
 ) -> Verdict:
     run_dir, receipt = open_run(run)
     trail = {line["step"]: line for line in read_trail(run_dir)}
     plan = _planned(receipt, trail, options)
     _say_recorded(run_dir, receipt, trail, options, say)
-    home = _home(above, receipt, sandbox=options.sandbox)
+    home = elsewhere.home if elsewhere else _home(above, receipt, sandbox=options.sandbox)
+    other = elsewhere.other if elsewhere else None
     with scratch_folder("labtrain-verify-") as folder:
         root, whence = code_of(receipt, run_dir, home, folder)
-        say(f"code         {whence}")
+        say(f"code         {elsewhere.whence if elsewhere else whence}")
         case = Case(run_dir=run_dir, receipt=receipt, trail=trail, root=root, home=home, scratch=folder,
-                    devices=options.devices, changes=options.changes, say=say, tick=tick)  # fmt: skip
+                    devices=options.devices, changes=options.changes, say=say, tick=tick,
+                    python=other.python if other else None)  # fmt: skip
         known = options.trust or is_own(receipt, run_dir, home)
-        case.tell(state_differences(receipt, root, home, outside=known) + composed_differently(receipt, root))
+        is_here = elsewhere is None or (elsewhere.interpreter is not None and other is None)
+        case.tell(state_differences(receipt, root, home, outside=known, here=is_here))
+        case.tell(composed_differently(receipt, root) if is_here else [])
         if options.steps == 0:
             return _untrained(case, plan)
         if options.sandbox:
-            case.sandbox = _sandbox(receipt, root, home, case.changes, say)
+            case.sandbox = _sandbox(case, say, other)
         admit(receipt, run_dir=run_dir, root=root, home=home, sandboxed=options.sandbox, trust=options.trust,
               ask=ask, say=say)  # fmt: skip
         if not options.sandbox:  # in a sandbox nobody is asked, and filters would run outside it
             case.root = with_filters(root, receipt, run_dir, home, folder / "filtered")
-        return _trained(case, plan, key=options.key)
+        if elsewhere is None:
+            return _trained(case, plan, verdicts=run_dir, key=options.key)
+        return _trained(case, plan, verdicts=elsewhere.verdicts if options.key else None, key=options.key)
 
 
 @contextmanager
@@ -248,14 +286,22 @@ def _untrained(case: Case, plan: _Plan) -> Verdict:
     return _verdict(case, None, start=plan.start, reached=plan.start, ended=False, divergence=None, results={}, more="")
 
 
-def _trained(case: Case, plan: _Plan, *, key: Path | None) -> Verdict:
-    """Train the run again, and record the verdict in verified.jsonl."""
+def _trained(case: Case, plan: _Plan, *, verdicts: Path | None, key: Path | None) -> Verdict:
+    """Train the run again, and record the verdict in verified.jsonl.
+
+    Args:
+        case: what is verified.
+        plan: which steps.
+        verdicts: the folder to record the verdict in; None: do not record it.
+        key: to sign the verdict with.
+    """
     first = case.replay("first", plan.start)
     legs = legs_of(case.receipt) if plan.segments else [(case.devices, 0)]
     found = follow(case, first, legs, start=plan.start, last=plan.last)
     verdict = _judged(case, first, found, plan)
-    note(case.run_dir, case.receipt, hardware=case.hardware, from_step=verdict.from_step, to_step=verdict.to_step,
-         whole=verdict.whole, same=bool(verdict.same), found=verdict.found, key=key)  # fmt: skip
+    if verdicts is not None:
+        note(verdicts, case.receipt, hardware=case.hardware, from_step=verdict.from_step, to_step=verdict.to_step,
+             whole=verdict.whole, same=bool(verdict.same), found=verdict.found, key=key)  # fmt: skip
     return verdict
 
 
@@ -395,11 +441,13 @@ def _last_step(receipt: Receipt, trail: dict[int, Line], *, steps: int | None, s
     return max(compared)
 
 
-def _sandbox(receipt: Receipt, root: Path, home: Path, changes: dict[str, object], say: Say) -> Sandbox:
-    made = make_sandbox(code=root, home=home, changes=changes)
+def _sandbox(case: Case, say: Say, other: Interpreter | None) -> Sandbox:
+    made = make_sandbox(
+        code=case.root, home=case.home, changes=case.changes, interpreter=other.reads if other else None
+    )
     say(f"sandbox      {made}")
-    for place in made.hidden(receipt["config"]):
-        if place.partition("=")[0] not in changes:
+    for place in made.hidden(case.receipt["config"]):
+        if place.partition("=")[0] not in case.changes:
             say(f"             hidden: {place} (--set {place} shows it)")
     return made
 

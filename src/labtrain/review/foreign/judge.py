@@ -1,0 +1,128 @@
+"""`labtrain verify URL` and `labtrain verify BUNDLE.zip`: find the run, make its environment, train it in the sandbox.
+
+This labtrain is the judge: outside the sandbox it compares trails, results and digests. The training runs in the
+environment of the receipt's lock, with the labtrain of the experiment. The judge needs no torch.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from labtrain.base.console import shown, warn
+from labtrain.base.errors import ConfigError
+from labtrain.base.untrusted import scratch_folder
+from labtrain.environment.from_lock import Interpreter, interpreter_for, read_foreign_lock
+from labtrain.record.differences import open_run
+from labtrain.record.receipt import Receipt
+from labtrain.review.foreign.bundle import is_bundle, unpack
+from labtrain.review.foreign.repository import Found, Target, fetch, repository_in
+from labtrain.review.retrace import Say
+from labtrain.review.sandbox import check_bubblewrap
+from labtrain.review.verdicts import VERIFIED
+from labtrain.review.verification import Elsewhere, Verdict, VerifyOptions, alone, verify_run
+
+
+def foreign_in(word: str) -> Target | Path | None:
+    """Return the repository or bundle that a command-line word names; None if it names a run or a receipt."""
+    if is_bundle(path := Path(word)):
+        return path
+    return repository_in(word)
+
+
+def verify_foreign(
+    target: Target | Path,
+    options: VerifyOptions,
+    *,
+    receipt: str | None = None,
+    own_sha256: Callable[[], str],
+    say: Say = lambda _: None,
+    tick: Callable[[int], None] = lambda _: None,
+) -> tuple[Verdict, dict[str, str]]:
+    """Verify a run that came from elsewhere, in the sandbox unless the user trusts it.
+
+    Args:
+        target: a git repository, or the file of a bundle.
+        options: as in `verify_run`; the sandbox is on unless `trust` is.
+        receipt: the receipt's path in the repository; None: there must be only one.
+        own_sha256: returns the sha256 of this labtrain's wheel.
+        say: receives each finding.
+        tick: receives each step that was the same.
+
+    Returns:
+        the verdict, and what it is about: repository or bundle, commit, receipt, environment, seconds.
+
+    Raises:
+        ConfigError: the run cannot be found, or there is no sandbox and the user does not trust it.
+        DamagedError: the receipt, the lock or the bundle was changed.
+        LabtrainError: the environment cannot be made, or the training failed.
+    """
+    started = time.monotonic()
+    trains = options.steps != 0
+    if trains and not options.trust:
+        _require_sandbox()
+    with scratch_folder("labtrain-review-") as scratch:
+        found = _found(target, scratch, receipt, say)
+        with alone(found.run) as (run_dir, _):
+            recorded = open_run(run_dir)[1]
+        interpreter = _environment(recorded, found.home, own_sha256, say) if trains else None
+        elsewhere = Elsewhere(home=found.home, whence=found.whence, interpreter=interpreter, verdicts=scratch)
+        options = replace(options, sandbox=trains and (options.sandbox or not options.trust))
+        verdict = verify_run(found.run, options, say=say, tick=tick, elsewhere=elsewhere)
+        if (scratch / VERIFIED).exists():
+            _hand_over(scratch / VERIFIED, Path(f"{recorded['run_id']}.{VERIFIED}"), say)
+    seconds = time.monotonic() - started
+    say(f"took         {seconds:.0f} s")
+    made = {"environment": interpreter.said} if interpreter else {}
+    return verdict, found.facts | made | {"seconds": f"{seconds:.1f}"}
+
+
+def _require_sandbox() -> None:
+    """Raise ConfigError, before anything is downloaded, if the sandbox cannot work here."""
+    try:
+        check_bubblewrap()
+    except ConfigError as error:
+        said = str(error.args[0]).removeprefix("--sandbox: ")
+        raise ConfigError(
+            f"code from elsewhere runs in the sandbox, which cannot work here: {said}",
+            hint=f"{error.hint}; or --trust, which runs it as you, with your files and network",
+        ) from error
+
+
+def _found(target: Target | Path, scratch: Path, receipt: str | None, say: Say) -> Found:
+    if isinstance(target, Target):
+        say(f"repository   {target}")
+        found = fetch(target, scratch, named=receipt)
+        say(f"commit       {found.facts['commit']}, receipt {found.facts['receipt']}")
+        return found
+    if receipt is not None:
+        raise ConfigError(f"{shown(target)} has one receipt, so --receipt cannot be used", hint="leave out --receipt")
+    say(f"bundle       {shown(target)}")
+    return unpack(target, scratch)
+
+
+def _environment(receipt: Receipt, home: Path, own_sha256: Callable[[], str], say: Say) -> Interpreter:
+    """Return the environment of the run's lock, and say which labtrain it has."""
+    recorded = receipt["environment"]
+    if recorded["route"] not in ("wheels", "nix"):
+        warn(f"the run was trained in a {recorded['route']} environment; labtrain makes the one of requirements.lock,"
+             " whose bits can differ")  # fmt: skip
+    lock = read_foreign_lock(home)
+    say("environment  of requirements.lock and labtrain.lock")
+    interpreter = interpreter_for(lock, version=recorded["python"], own_sha256=own_sha256, say=say)
+    say(f"             {interpreter.said}")
+    is_own = interpreter.current or lock.wheel_sha256 == own_sha256()
+    whose = "this one" if is_own else "different from this one, which only compares"
+    say(f"labtrain     {lock.wheel_name}, sha256 {lock.wheel_sha256[:12]}: {whose}")
+    return interpreter
+
+
+def _hand_over(verdict: Path, target: Path, say: Say) -> None:
+    """Append a signed verdict to a file in the working directory, because the clone is removed."""
+    try:
+        with target.open("ab") as file:
+            file.write(verdict.read_bytes())
+    except OSError as error:
+        warn(f"{target}: {error.strerror}: the verdict is not recorded")
+        return
+    say(f"verdict      in {target}; its author can append it to the run's {VERIFIED}")
