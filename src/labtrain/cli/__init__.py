@@ -68,6 +68,27 @@ def new(target: Path, author: str) -> None:
     say(f"next: cd {quoted(target)} && {'python' if activated else quoted(here)} train.py", err=True)
 
 
+@click.command(cls=help_page.Command, example="labtrain update")
+def update() -> None:
+    """Bring this version of labtrain into an experiment that an older one made.
+
+    Run it in the experiment's folder. labtrain merges what changed in its template with your edits, as git does, and
+    replaces the lock files and its own wheel. It prints what can change results. It commits nothing. The exit code is 1
+    if files have conflicts, which git marks in them.
+    """
+    from labtrain.project.update import lines_of, update_experiment
+
+    receipts.end_in_order()
+    updated = update_experiment(Path.cwd())
+    if updated is None:
+        say(f"up to date: the experiment carries this labtrain, {__version__}")
+        say("next: run the newer labtrain's command here, for example ../labtrain/.venv/bin/labtrain update", err=True)
+        return
+    for line in lines_of(updated):
+        say(line)
+    sys.exit(bool(updated.conflicts))
+
+
 @click.command(cls=help_page.Command, example="labtrain digest runs/digits/24c29285cf19")
 @click.argument("target", metavar="TARGET")
 @click.option("--all", "whole", is_flag=True, help="Include optimizer and loop state, not only the weights.")
@@ -207,7 +228,7 @@ def lr_find(overrides: tuple[str, ...], min_rate: float, max_rate: float, steps:
     search_rate(Path.cwd(), list(overrides), min_rate=min_rate, max_rate=max_rate, steps=steps, plot=plot)
 
 
-main.add_section("Experiment", new, demo, batch_size, lr_find)
+main.add_section("Experiment", new, update, demo, batch_size, lr_find)
 main.add_section(
     "Runs",
     receipts.ls,

@@ -1,0 +1,223 @@
+"""Bring a newer labtrain's template, locks and wheel into an experiment: a three-way merge against what made it."""
+
+import json
+import re
+import tempfile
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.version import Version
+
+from labtrain import __version__
+from labtrain.assets import asset
+from labtrain.base.console import few, quoted
+from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.bootstrap import WHEEL_LOCK
+from labtrain.environment.lock.derive import FLAKE_LOCK
+from labtrain.environment.lock.files import PROJECT, read_project
+from labtrain.environment.lock.write import WRITTEN
+from labtrain.project.merge import Merged, Repository, apply, merge, open_repository
+from labtrain.project.new import make_experiment
+from labtrain.project.origin import ASSETS, Carried, find_experiment, make_base, read_carried
+from labtrain.record.identity import LOCK_FILE
+from labtrain.record.sources import SUFFIXES
+
+GOLDEN = "golden/receipt.json"
+NOT_CODE = "tests/"  # below it nothing is part of a run's code
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Updated:
+    """What an update did.
+
+    Attributes:
+        changes: lines about what changed.
+        conflicts: lines about files that the person has to finish.
+        next: lines with what to type.
+    """
+
+    changes: list[str]
+    conflicts: list[str]
+    next: list[str]
+
+
+def update_experiment(folder: Path) -> Updated | None:
+    """Update the experiment of a folder; None if it is up to date.
+
+    Raises:
+        LabtrainError: it cannot be updated. Nothing was changed, or the error says how to go back.
+    """
+    root = find_experiment(folder)
+    repository = open_repository(root)
+    carried = read_carried(root)
+    _refuse_uncommitted(repository, carried)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        base, values = make_base(carried, scratch)
+        _refuse_newer(carried, scratch / "wheel" / ASSETS / GOLDEN)
+        theirs = scratch / "now" / values["name"]
+        theirs.parent.mkdir()
+        make_experiment(theirs, author=values.get("author", "Anonymous"))
+        if (theirs / WHEEL_LOCK).read_bytes() == (root / WHEEL_LOCK).read_bytes():
+            return None
+        generated = {*WRITTEN, FLAKE_LOCK, WHEEL_LOCK}
+        merged = merge(repository, base, theirs, name=__version__, generated=generated)
+        own = _own_packages(root, base)
+        changes = [
+            f"labtrain {carried.version} ({carried.sha256[:12]}) -> {__version__} ({_wheel_sha256(theirs)[:12]})",
+            *_files(repository, merged, base),
+            *_replaced(root, base, generated, merged),
+            *what_changes_bits(repository, merged, before=base, now=theirs, golden=scratch / "wheel" / ASSETS / GOLDEN),
+        ]
+        apply(repository, merged)
+    return Updated(changes=changes, conflicts=merged.said, next=_next(repository, merged, own))
+
+
+def _refuse_uncommitted(repository: Repository, carried: Carried) -> None:
+    for name in (WHEEL_LOCK, carried.wheel):
+        if name not in repository.entries:
+            raise ConfigError(
+                f"{carried.root / name} is not committed: without it the experiment cannot be installed from its repository",
+                hint=f"git add -f {quoted(carried.root / name)} && git commit -m 'labtrain {carried.version}'",
+            )
+
+
+def _refuse_newer(carried: Carried, golden: Path) -> None:
+    """Refuse to go back to an older labtrain.
+
+    Two builds of one version are told apart by their reference runs: the newer build has the newer one. Builds with the
+    same reference run cannot be told apart, and are not refused.
+    """
+    running = Version(__version__)
+    same_version_but_newer = carried.version == running and _trained(golden) > _trained(asset(GOLDEN))
+    if carried.version > running or same_version_but_newer:
+        what = f"labtrain {carried.version}"
+        if same_version_but_newer:
+            what += f" with a reference run of {_trained(golden)}"
+        raise ConfigError(
+            f"{carried.root} carries {what}, newer than the labtrain that is running: {__version__}"
+            + (f" with one of {_trained(asset(GOLDEN))}" if same_version_but_newer else ""),
+            hint="make setup && .venv/bin/labtrain update   # the experiment's own labtrain",
+        )
+
+
+def _trained(golden: Path) -> str:
+    """Return when a labtrain's reference run was trained: ISO 8601, UTC; empty if its receipt cannot be read."""
+    try:
+        return str(json.loads(golden.read_text())["segments"][-1]["started"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return ""
+
+
+def _wheel_sha256(experiment: Path) -> str:
+    return (experiment / WHEEL_LOCK).read_text().strip().rpartition(":")[2]
+
+
+def _own_packages(root: Path, base: Path) -> list[str]:
+    """Return the packages that the experiment has besides labtrain's: named in pyproject.toml, or in its lock only."""
+    named = read_project(root).get("dependencies", [])
+    return list(map(str, named)) or sorted(set(pins(root / LOCK_FILE)) - set(pins(base / LOCK_FILE)))
+
+
+def pins(lock: Path) -> dict[str, str]:
+    """Return the version of each package in a lock, with several if the lock has several; empty without the file.
+
+    It reads locks of any labtrain, so it is more tolerant than `environment.lock.pins`.
+    """
+    found: dict[str, str] = {}
+    for name, version in re.findall(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", lock.read_text() if lock.exists() else "", re.M):
+        found[name] = f"{found[name]} and {version}" if name in found else version
+    return found
+
+
+def _files(repository: Repository, merged: Merged, base: Path) -> list[str]:
+    """Return lines about the files: how many changed, and in which of them both sides had edits."""
+    inside = [path.removeprefix(repository.prefix) for path in merged.changed]
+    both = [path for path in inside if (base / path).is_file() and path in repository.entries
+            and repository.prefix + path not in merged.conflicts and path not in WRITTEN
+            and _content(repository, path) != (base / path).read_bytes()]  # fmt: skip
+    lines = [f"files  {len(inside)} changed: " + ", ".join(
+        f"{sum(each == letter for each in merged.changed.values())} {word}"
+        for letter, word in (("A", "new"), ("M", "modified"), ("D", "deleted"))
+    )]  # fmt: skip
+    return lines + ([f"merged  with your edits: {few(both)}"] if both else [])
+
+
+def _content(repository: Repository, path: str) -> bytes:
+    try:
+        return (repository.top / repository.prefix / path).read_bytes()
+    except OSError:
+        return b""
+
+
+def _replaced(root: Path, base: Path, generated: Collection[str], merged: Merged) -> list[str]:
+    """Return a line about generated files that were not as labtrain made them: a merge of them means nothing."""
+    own = [name for name in sorted(generated) if (root / name).is_file() and (base / name).is_file()
+           and (root / name).read_bytes() != (base / name).read_bytes()]  # fmt: skip
+    return [f"replaced  {few(own)}: these are generated, yours were not merged"] if own else []
+
+
+def what_changes_bits(repository: Repository, merged: Merged, *, before: Path, now: Path, golden: Path) -> list[str]:
+    """Return lines about what can change results.
+
+    Args:
+        repository: of the experiment.
+        merged: the merge.
+        before: the experiment as its labtrain made it.
+        now: as the running labtrain makes it.
+        golden: the receipt of the reference run of the experiment's labtrain.
+    """
+    old, new = pins(before / LOCK_FILE), pins(now / LOCK_FILE)
+    moved = [f"{name} {old.get(name, 'none')} -> {new.get(name, 'none')}"
+             for name in sorted({*old, *new}) if old.get(name) != new.get(name)]  # fmt: skip
+    code = [path.removeprefix(repository.prefix) for path in merged.changed if path.endswith(SUFFIXES)]
+    code = [path for path in code if not path.startswith(NOT_CODE)]
+    conf = [path.removeprefix(repository.prefix) for path in merged.changed]
+    conf = [path for path in conf if path.startswith("conf/")]
+    was, is_now = _weights(golden), _weights(asset(GOLDEN))
+    return [
+        f"packages  {few(moved, 40) if moved else 'the same versions'}",
+        f"reference run  the same weights ({was[:12]})"
+        if was == is_now
+        else f"reference run  other weights: {was[:12] or 'unknown'} -> {is_now[:12]}: yours can differ, too",
+        f"code  {few(sorted(code), 40) if code else 'yours is unchanged'}",
+        f"configuration  {few(sorted(conf), 40) if conf else 'yours is unchanged'}",
+        "runs  labtrain and the lock are part of a run's name: new runs get new names. Old runs stay in runs/",
+    ]
+
+
+def _weights(golden: Path) -> str:
+    try:
+        return str(json.loads(golden.read_text())["results"]["weights_digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _next(repository: Repository, merged: Merged, own: list[str]) -> list[str]:
+    """Return what to type, in order."""
+    here = repository.top / repository.prefix
+    lines = []
+    if merged.conflicts:
+        files = " ".join(quoted(path.removeprefix(repository.prefix)) for path in merged.conflicts)
+        lines.append(f"git status            # edit the files with conflicts, then: git add {files}")
+    lines.append("git diff --cached     # what changed")
+    if own:
+        lines.append(f"labtrain lock write   # adds your packages to the new lock: {few(own)}")
+    lines.append("make setup            # installs the new lock")
+    lines.append(f"git commit -am 'labtrain {__version__}'")
+    lines.append("git reset --hard      # or this: go back to before the update")
+    assert here
+    return lines
+
+
+def lines_of(updated: Updated) -> list[str]:
+    """Return the lines to print."""
+    width = max(len(line.partition("  ")[0]) for line in updated.changes[1:])
+    changes = [f"  {what:<{width}}  {rest}" for what, _, rest in (line.partition("  ") for line in updated.changes[1:])]
+    conflicts = [f"  {line}" for line in updated.conflicts]
+    return [updated.changes[0], *changes, *(["conflicts", *conflicts] if conflicts else []), "next",
+            *(f"  {line}" for line in updated.next)]  # fmt: skip
+
+
+__all__ = ["LabtrainError", "Updated", "lines_of", "update_experiment"]
