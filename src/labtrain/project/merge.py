@@ -9,12 +9,14 @@ import os
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 from labtrain.base.console import few, quoted
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.git import GitError, git_variables, run_git
+from labtrain.base.signals import postponed
 
 NEEDS = (2, 38)  # of git: merge-tree --write-tree
 MARK = "labtrain-update"  # in .git while files are written
@@ -59,7 +61,7 @@ class Repository:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Merged:
-    """The result of a merge.
+    r"""The result of a merge.
 
     Attributes:
         tree: of the whole repository; files with conflicts contain git's markers.
@@ -85,7 +87,7 @@ def open_repository(root: Path) -> Repository:
     Raises:
         ConfigError: the experiment is not committed, something is not committed, or git is busy or too old.
     """
-    commit = f"cd {quoted(root)} && git add -A && git commit -m before"
+    commit = f"cd {quoted(root)} && git add -A . && git commit -m before"
     try:
         top, prefix = run_git(root, "rev-parse", "--show-toplevel", "--show-prefix",
                               variables=git_variables(filters=True)).split("\n")[:2]  # fmt: skip
@@ -94,18 +96,24 @@ def open_repository(root: Path) -> Repository:
         if "dubious ownership" in str(error) or "not installed" in str(error):
             raise
         raise ConfigError(
-            f"{root} is not committed in a git repository: nothing could bring your files back", hint=f"git init; {commit}"
+            f"{root} is not committed in a git repository: nothing could bring your files back",
+            hint=f"cd {quoted(root)} && git init && git add -A && git commit -m before",
         ) from error
     version = run_git(root, "version")
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < NEEDS:
         raise ConfigError(f"found {version.strip()}, need git 2.38 or later", hint="apt-get install git")
     repository = Repository(top=Path(top), prefix=prefix, head=head, entries={})
+    repository = replace(repository, entries=_committed(repository))
+    if not repository.entries:
+        raise ConfigError(f"{root} is not committed in the git repository {top}", hint=commit)
     _refuse_unfinished(repository)
-    return Repository(top=Path(top), prefix=prefix, head=head, entries=_committed(repository))
+    return repository
 
 
 def _committed(repository: Repository) -> Entries:
-    listed = repository.git("ls-tree", "-r", "-z", "--full-tree", "HEAD", *([repository.prefix] if repository.prefix else []))
+    listed = repository.git(
+        "ls-tree", "-r", "-z", "--full-tree", "HEAD", *([repository.prefix] if repository.prefix else [])
+    )
     found: dict[str, str | None] = {}
     for line in filter(None, listed.split("\0")):
         facts, _, path = line.partition("\t")
@@ -117,7 +125,9 @@ def _committed(repository: Repository) -> Entries:
 def _refuse_unfinished(repository: Repository) -> None:
     for name, command in UNFINISHED.items():
         if repository.path(name).exists():
-            raise ConfigError(f"{repository.top}: git has not finished: there is a {name}", hint=f"finish it, or: {command}")
+            raise ConfigError(
+                f"{repository.top}: git has not finished: there is a {name}", hint=f"finish it, or: {command}"
+            )
     mark = repository.path(MARK)
     lines = repository.git("status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=dirty")
     if not lines:
@@ -171,7 +181,9 @@ def store(repository: Repository, folder: Path) -> dict[str, str | None]:
             continue
         name = path.relative_to(folder).as_posix()
         mode = "100755" if os.access(path, os.X_OK) else "100644"
-        found[name] = f"{mode} {repository.git('hash-object', '-w', f'--path={repository.prefix}{name}', str(path)).strip()}"
+        found[name] = (
+            f"{mode} {repository.git('hash-object', '-w', f'--path={repository.prefix}{name}', str(path)).strip()}"
+        )
     return found
 
 
@@ -187,7 +199,9 @@ def _commit(repository: Repository, entries: Entries, *, parent: str = "") -> st
         tree = repository.git("write-tree", GIT_INDEX_FILE=str(index)).strip()
     finally:
         index.unlink(missing_ok=True)
-    return repository.git("commit-tree", tree, *(["-p", parent] if parent else []), "-m", "labtrain update", **WHO).strip()
+    return repository.git(
+        "commit-tree", tree, *(["-p", parent] if parent else []), "-m", "labtrain update", **WHO
+    ).strip()
 
 
 @contextmanager
@@ -221,36 +235,50 @@ def apply(repository: Repository, merged: Merged) -> None:
         ConfigError: it would overwrite a file that git does not have. Nothing was changed.
         LabtrainError: it could not be written. git reset --hard was done, or is in the hint.
     """
+    _refuse_unfinished(repository)  # again: the merge took seconds
+    if repository.git("rev-parse", "HEAD").strip() != repository.head:
+        raise ConfigError(f"{repository.top}: a commit was made during the update", hint="labtrain update")
     _refuse_overwriting(repository, merged)
-    mark = repository.path(MARK)
-    mark.write_text(f"{repository.head}\n")
-    try:
-        repository.git("read-tree", "-m", "HEAD", merged.tree)
-        for path in (path for path, status in merged.changed.items() if status == "D"):
-            _remove(repository.top, path)
-        written = [path for path, status in merged.changed.items() if status != "D"]
-        conflicts = set(merged.conflicts)
-        _check_out(repository, [path for path in written if path in conflicts])
-        _mark_conflicts(repository, merged)
-        _check_out(repository, [path for path in written if path not in conflicts])
-    except (LabtrainError, OSError) as error:
-        reason = error.args[0] if isinstance(error, LabtrainError) else str(error)
+    with postponed():
+        mark = repository.path(MARK)
+        mark.write_text(f"{repository.head}\n")
         try:
-            repository.git("reset", "--hard", "--quiet", "HEAD")
-            mark.unlink(missing_ok=True)
-        except (LabtrainError, OSError):
-            raise LabtrainError(
-                f"cannot write the update: {reason}. Your files are in git, but not all of them in the folder",
-                hint=f"df -h {quoted(repository.top)}; make room, then: git reset --hard",
-            ) from error
+            _write(repository, merged)
+        except (LabtrainError, OSError) as error:
+            _undo(repository, mark, error)
+        mark.unlink()
+
+
+def _write(repository: Repository, merged: Merged) -> None:
+    """Write the index, then the files. Conflicts come first, so that the index tells them from then on."""
+    repository.git("read-tree", "-m", "HEAD", merged.tree)
+    conflicts = set(merged.conflicts)
+    written = [path for path, status in merged.changed.items() if status != "D"]
+    for path in (path for path, status in merged.changed.items() if status == "D"):
+        _remove(repository.top, path)
+    _check_out(repository, [path for path in written if path in conflicts])
+    _mark_conflicts(repository, merged)
+    _check_out(repository, [path for path in written if path not in conflicts])
+
+
+def _undo(repository: Repository, mark: Path, error: LabtrainError | OSError) -> NoReturn:
+    """Go back after an error, and raise it in words."""
+    reason = error.args[0] if isinstance(error, LabtrainError) else str(error)
+    try:
+        repository.git("reset", "--hard", "--quiet", "HEAD")
+        mark.unlink()
+    except (LabtrainError, OSError):
         raise LabtrainError(
-            f"cannot write the update: {reason}. No file has changed", hint=f"df -h {quoted(repository.top)}"
+            f"cannot write the update: {reason}. Your files are in git, but not all of them in the folder",
+            hint=f"df -h {quoted(repository.top)}; make room, then: git reset --hard",
         ) from error
-    mark.unlink(missing_ok=True)
+    raise LabtrainError(
+        f"cannot write the update: {reason}. No file has changed", hint=f"df -h {quoted(repository.top)}"
+    ) from error
 
 
 def _refuse_overwriting(repository: Repository, merged: Merged) -> None:
-    """Refuse to overwrite what git does not have: untracked and ignored files, and edits that git was told to ignore."""
+    """Refuse to overwrite what git does not have: untracked and ignored files, and edits that it was told to ignore."""
     lost = [path for path, status in merged.changed.items()
             if status == "A" and _in_the_way(repository.top, path, merged.changed)]  # fmt: skip
     if lost:
@@ -274,7 +302,9 @@ def _in_the_way(top: Path, path: str, changed: Mapping[str, str]) -> bool:
     parts = path.split("/")
     above = ("/".join(parts[:number]) for number in range(1, len(parts)))
     return any(
-        os.path.lexists(top / each) and (not (top / each).is_dir() or (top / each).is_symlink()) and changed.get(each) != "D"
+        os.path.lexists(top / each)
+        and (not (top / each).is_dir() or (top / each).is_symlink())
+        and changed.get(each) != "D"
         for each in above
     )
 

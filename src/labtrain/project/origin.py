@@ -5,15 +5,12 @@ it copied in are taken from its wheel.
 """
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,9 +27,11 @@ from labtrain.environment.lock.derive import own_wheel
 ASSETS = "labtrain/assets"
 TIMEOUT_S = 60  # it takes 0.05 s
 # Standard library only: -S leaves out site-packages, so the wheel cannot import torch.
-LIST_CARRIED = "import json, sys; sys.path.insert(0, sys.argv[1]); from labtrain.assets import LOCKS; print(json.dumps(LOCKS))"
+LIST_CARRIED = (
+    "import json, sys; sys.path.insert(0, sys.argv[1]); from labtrain.assets import LOCKS; print(json.dumps(LOCKS))"
+)
 VALUE = "labtrain0{}0value"  # stands for a variable of the template; a valid name, too
-Values = Mapping[str, str]
+Values = dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +63,10 @@ def find_experiment(folder: Path) -> Path:
             return each
     for each in (here, *here.parents):
         if (each / "train.py").is_file():
+            another = quoted(each.with_name(f"{each.name}2"))
             raise ConfigError(
                 f"{each} has no {WHEEL_LOCK}: nothing says which labtrain made this experiment",
-                hint=f"make a new one and copy your files into it: labtrain new {quoted(each.parent / (each.name + '2'))}",
+                hint=f"make a new one and copy your files into it: labtrain new {another}",
             )
     raise ConfigError(f"{here} is not in an experiment", hint="cd to an experiment; labtrain new NAME makes one")
 
@@ -174,7 +174,7 @@ def render(template: Path, values: Values, folder: Path) -> Path:
             cookiecutter(
                 str(template),
                 no_input=True,
-                extra_context=dict(values),
+                extra_context=values,
                 output_dir=str(folder),
                 config_file=str(config),
                 accept_hooks=False,
@@ -214,7 +214,9 @@ def _patterns(text: str, names: list[str]) -> Iterator[re.Pattern[str]]:
     for line in text.splitlines():
         pattern = re.escape(line)
         for name in names:
-            pattern = pattern.replace(VALUE.format(name), f"(?P<{name}>.+)", 1).replace(VALUE.format(name), f"(?P={name})")
+            pattern = pattern.replace(VALUE.format(name), f"(?P<{name}>.+)", 1).replace(
+                VALUE.format(name), f"(?P={name})"
+            )
         if pattern != re.escape(line):
             yield re.compile(f"^{pattern}$", re.MULTILINE)
 

@@ -12,10 +12,10 @@ from packaging.version import Version
 from labtrain import __version__
 from labtrain.assets import asset
 from labtrain.base.console import few, quoted
-from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.base.errors import ConfigError
 from labtrain.bootstrap import WHEEL_LOCK
 from labtrain.environment.lock.derive import FLAKE_LOCK
-from labtrain.environment.lock.files import PROJECT, read_project
+from labtrain.environment.lock.files import read_project
 from labtrain.environment.lock.write import WRITTEN
 from labtrain.project.merge import Merged, Repository, apply, merge, open_repository
 from labtrain.project.new import make_experiment
@@ -78,7 +78,7 @@ def _refuse_uncommitted(repository: Repository, carried: Carried) -> None:
     for name in (WHEEL_LOCK, carried.wheel):
         if name not in repository.entries:
             raise ConfigError(
-                f"{carried.root / name} is not committed: without it the experiment cannot be installed from its repository",
+                f"{carried.root / name} is not committed: nobody could install the experiment from its repository",
                 hint=f"git add -f {quoted(carried.root / name)} && git commit -m 'labtrain {carried.version}'",
             )
 
@@ -126,7 +126,9 @@ def pins(lock: Path) -> dict[str, str]:
     It reads locks of any labtrain, so it is more tolerant than `environment.lock.pins`.
     """
     found: dict[str, str] = {}
-    for name, version in re.findall(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", lock.read_text() if lock.exists() else "", re.M):
+    for name, version in re.findall(
+        r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", lock.read_text() if lock.exists() else "", re.M
+    ):
         found[name] = f"{found[name]} and {version}" if name in found else version
     return found
 
@@ -196,19 +198,17 @@ def _weights(golden: Path) -> str:
 
 def _next(repository: Repository, merged: Merged, own: list[str]) -> list[str]:
     """Return what to type, in order."""
-    here = repository.top / repository.prefix
-    lines = []
-    if merged.conflicts:
-        files = " ".join(quoted(path.removeprefix(repository.prefix)) for path in merged.conflicts)
-        lines.append(f"git status            # edit the files with conflicts, then: git add {files}")
-    lines.append("git diff --cached     # what changed")
-    if own:
-        lines.append(f"labtrain lock write   # adds your packages to the new lock: {few(own)}")
-    lines.append("make setup            # installs the new lock")
-    lines.append(f"git commit -am 'labtrain {__version__}'")
-    lines.append("git reset --hard      # or this: go back to before the update")
-    assert here
-    return lines
+    conflicts = " ".join(quoted(path.removeprefix(repository.prefix)) for path in merged.conflicts)
+    steps = [
+        ("git status", f"edit the files with conflicts, then: git add {conflicts}") if conflicts else ("", ""),
+        ("git diff --cached", "what changed"),
+        ("labtrain lock write && git add -u", f"adds your packages to the new lock: {few(own)}") if own else ("", ""),
+        ("make setup", "installs the new lock"),
+        (f"git commit -m 'labtrain {__version__}'", ""),
+        ("git reset --hard", "instead of a commit: goes back to before the update"),
+    ]
+    width = max(len(command) for command, _ in steps)
+    return [f"{command:<{width}}{what and f'  # {what}'}".rstrip() for command, what in steps if command]
 
 
 def lines_of(updated: Updated) -> list[str]:
@@ -218,6 +218,3 @@ def lines_of(updated: Updated) -> list[str]:
     conflicts = [f"  {line}" for line in updated.conflicts]
     return [updated.changes[0], *changes, *(["conflicts", *conflicts] if conflicts else []), "next",
             *(f"  {line}" for line in updated.next)]  # fmt: skip
-
-
-__all__ = ["LabtrainError", "Updated", "lines_of", "update_experiment"]

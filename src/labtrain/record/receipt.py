@@ -30,6 +30,7 @@ from labtrain.record.identity import EXPERIMENT, RUN_ID, SHORT_ID, enclosing
 
 SCHEMA = "labtrain/receipt/1"
 FILE = "receipt.json"
+WRITER = "use the labtrain that wrote it: its wheel is in the experiment's vendor/ at the commit of the run"
 LOCK = ".lock"  # a record lock next to it, held by the process that trains the run (recorder.py)
 SIGN = ".training"  # a second lock of that process, visible to users who may not open the first
 STATUSES = ("running", "interrupted", "complete", "failed")
@@ -113,7 +114,8 @@ def hold_against_schema(receipt: object, path: Path) -> None:
         said = str(error.message).removeprefix(str(error.name)).strip()
         raise DamagedError(
             f"{path}: {place} {said[:200]}, got {reprlib.repr(error.value)}",
-            hint="labtrain never writes such a receipt; ask whoever trained the run to send it again",
+            hint=f"this labtrain never writes such a receipt. If another version did, {WRITER}. Else ask whoever trained"
+            " the run to send it again",
         ) from error
 
 
@@ -211,16 +213,19 @@ def read(run_dir: Path) -> Receipt | None:
     hint = f"mv {quoted(run_dir)} {quoted(f'{run_dir}.broken')}   # or train a new run: resume=never"
     try:
         receipt = untrusted.loads(untrusted.read(path))
-        schema, said = receipt["schema"], receipt["digest"]
+        schema, said = receipt["schema"], receipt.get("digest")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError:
         raise not_readable(run_dir) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path} is broken: {error!r}", hint=hint) from error
     if schema != SCHEMA:
-        hint = "install the labtrain that wrote it: its wheel is in the experiment's vendor/"
-        raise DamagedError(f"{path} has schema {schema!r}, but this labtrain reads only {SCHEMA!r}", hint=hint)
+        raise DamagedError(f"{path} has schema {schema!r}, but this labtrain reads only {SCHEMA!r}", hint=WRITER)
+    if said is None:
+        raise DamagedError(
+            f"{path} has no digest, so nothing can check it; only labtrain before 0.1 wrote such", hint=WRITER
+        )
     if said != (found := exact_json.digest_of(as_options(receipt))):
         raise DamagedError(
             f"{path} was changed after it was written: its digest is {found[:12]}, but it records {str(said)[:12]}",

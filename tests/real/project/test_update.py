@@ -18,7 +18,10 @@ from tests.support.update import FIRST, IDENTITY, NEWER, TEMPLATE, git, labtrain
 EDITS = {
     f"{TEMPLATE}/model.py": ("        return self.net(images)\n", "        return self.net(images)  # (B, 10)\n"),
     f"{TEMPLATE}/data.py": ('"""', '"""Newer. '),
-    f"{TEMPLATE}/Makefile": ("test: setup ## run", "lint: setup ## lint\n\t@.venv/bin/ruff check .\n\ntest: setup ## run"),
+    f"{TEMPLATE}/Makefile": (
+        "test: setup ## run",
+        "lint: setup ## lint\n\t@.venv/bin/ruff check .\n\ntest: setup ## run",
+    ),
     f"{TEMPLATE}/README.md": ("There are two other ways", "There are (at least) two other ways"),
     f"{TEMPLATE}/.vscode/launch.json": ("", '{"version": "0.2.0"}\n'),
     "containers/start.sh": ("#!", "#!"),
