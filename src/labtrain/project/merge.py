@@ -7,10 +7,11 @@ interrupted the rest: the index knows every file that may have been written, and
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import NoReturn
 
 from labtrain.base.console import few, quoted
@@ -49,10 +50,16 @@ class Repository:
     head: str
     entries: Entries
 
-    def git(self, *arguments: str, text: str = "", codes: Collection[int] = (0,), **variables: str) -> str:
+    def git(
+        self,
+        *arguments: str,
+        text: str = "",
+        codes: Sequence[int] = (0,),
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> str:
         """Run git with the user's own configuration; `variables` are added to the environment."""
         environment = git_variables(filters=True) | {"GIT_LITERAL_PATHSPECS": "1", **variables}
-        return run_git(self.top, *arguments, text=text, variables=environment, codes=tuple(codes))
+        return run_git(self.top, *arguments, text=text, variables=environment, codes=codes)
 
     def path(self, name: str) -> Path:
         """Return the path of one of git's own files."""
@@ -112,7 +119,7 @@ def open_repository(root: Path) -> Repository:
 
 def _committed(repository: Repository) -> Entries:
     listed = repository.git(
-        "ls-tree", "-r", "-z", "--full-tree", "HEAD", *([repository.prefix] if repository.prefix else [])
+        "ls-tree", "-r", "-z", "--full-tree", repository.head, *([repository.prefix] if repository.prefix else [])
     )
     found: dict[str, str | None] = {}
     for line in filter(None, listed.split("\0")):
@@ -155,8 +162,15 @@ def merge(repository: Repository, base: Path, theirs: Path, *, name: str, genera
         generated: files that are not merged: `theirs` replaces them.
 
     Raises:
-        GitError: git failed, for example on a full disk.
+        LabtrainError: git failed, for example on a full disk.
     """
+    try:
+        return _merge(repository, base, theirs, name=name, generated=generated)
+    except (GitError, OSError) as error:
+        raise _not_written(repository, error) from error
+
+
+def _merge(repository: Repository, base: Path, theirs: Path, *, name: str, generated: Collection[str]) -> Merged:
     before, now = store(repository, base), store(repository, theirs)
     yours = {path: before.get(path) for path in generated if path in repository.entries and path in {*before, *now}}
     gone: dict[str, str | None] = dict.fromkeys(repository.entries)
@@ -167,7 +181,7 @@ def merge(repository: Repository, base: Path, theirs: Path, *, name: str, genera
         said = repository.git("merge-tree", "--write-tree", "-z", YOURS, f"labtrain/{name}", codes=(0, 1))
     tree, _, rest = said.partition("\0")
     stages, messages = _parse(rest)
-    differ = repository.git("diff-tree", "-r", "-z", "--no-renames", "--name-status", "HEAD", tree).split("\0")
+    differ = repository.git("diff-tree", "-r", "-z", "--no-renames", "--name-status", repository.head, tree).split("\0")
     return Merged(
         tree=tree, stages=stages, said=messages, changed=dict(zip(differ[1::2], differ[::2], strict=False))
     )  # fmt: skip
@@ -190,17 +204,18 @@ def store(repository: Repository, folder: Path) -> dict[str, str | None]:
 def _commit(repository: Repository, entries: Entries, *, parent: str = "") -> str:
     """Make a commit of HEAD's tree with other entries in the experiment; return its name."""
     index = repository.path(f"{MARK}.index")
+    own = {"GIT_INDEX_FILE": str(index)}
     nothing = "0" * len(repository.head)
     lines = (f"{entry or f'0 {nothing}'}\t{repository.prefix}{path}\0" for path, entry in entries.items())
     try:
         index.unlink(missing_ok=True)
-        repository.git("read-tree", "HEAD", GIT_INDEX_FILE=str(index))
-        repository.git("update-index", "-z", "--index-info", text="".join(lines), GIT_INDEX_FILE=str(index))
-        tree = repository.git("write-tree", GIT_INDEX_FILE=str(index)).strip()
+        repository.git("read-tree", repository.head, variables=own)
+        repository.git("update-index", "-z", "--index-info", text="".join(lines), variables=own)
+        tree = repository.git("write-tree", variables=own).strip()
     finally:
         index.unlink(missing_ok=True)
     return repository.git(
-        "commit-tree", tree, *(["-p", parent] if parent else []), "-m", "labtrain update", **WHO
+        "commit-tree", tree, *(["-p", parent] if parent else []), "-m", "labtrain update", variables=WHO
     ).strip()
 
 
@@ -251,7 +266,7 @@ def apply(repository: Repository, merged: Merged) -> None:
 
 def _write(repository: Repository, merged: Merged) -> None:
     """Write the index, then the files. Conflicts come first, so that the index tells them from then on."""
-    repository.git("read-tree", "-m", "HEAD", merged.tree)
+    repository.git("read-tree", "-m", repository.head, merged.tree)
     conflicts = set(merged.conflicts)
     written = [path for path, status in merged.changed.items() if status != "D"]
     for path in (path for path, status in merged.changed.items() if status == "D"):
@@ -263,18 +278,24 @@ def _write(repository: Repository, merged: Merged) -> None:
 
 def _undo(repository: Repository, mark: Path, error: LabtrainError | OSError) -> NoReturn:
     """Go back after an error, and raise it in words."""
-    reason = error.args[0] if isinstance(error, LabtrainError) else str(error)
     try:
         repository.git("reset", "--hard", "--quiet", "HEAD")
         mark.unlink()
     except (LabtrainError, OSError):
         raise LabtrainError(
-            f"cannot write the update: {reason}. Your files are in git, but not all of them in the folder",
+            f"cannot write the update: {_reason(error)}. Your files are in git, but not all of them in the folder",
             hint=f"df -h {quoted(repository.top)}; make room, then: git reset --hard",
         ) from error
-    raise LabtrainError(
-        f"cannot write the update: {reason}. No file has changed", hint=f"df -h {quoted(repository.top)}"
-    ) from error
+    raise _not_written(repository, error) from error
+
+
+def _not_written(repository: Repository, error: Exception) -> LabtrainError:
+    hint = f"df -h {quoted(repository.top)}, then labtrain update"
+    return LabtrainError(f"cannot write the update: {_reason(error)}. No file has changed", hint=hint)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error.args[0] if isinstance(error, LabtrainError) else error).split())
 
 
 def _refuse_overwriting(repository: Repository, merged: Merged) -> None:

@@ -189,8 +189,8 @@ def render(template: Path, values: Values, folder: Path) -> Path:
 def recovered(marked: Path, experiment: Path, names: list[str]) -> Values:
     """Return the values that a template was rendered with, as far as the experiment's files still tell them.
 
-    Each line of the template with a variable is searched for in the experiment's file. The value found most often
-    counts.
+    Each line of the template with a variable is searched for in the experiment's file. Lines vote for the value that
+    they have there, a line with more text for more.
 
     Args:
         marked: the template, rendered with VALUE for each variable.
@@ -203,22 +203,23 @@ def recovered(marked: Path, experiment: Path, names: list[str]) -> Values:
         text = _text(path)
         if not any(VALUE.format(name) in text for name in names) or not own.is_file():
             continue
-        for pattern in _patterns(text, names):
+        for pattern, weight in _patterns(text, names):
             for found in pattern.finditer(_text(own)):
                 for name, value in found.groupdict().items():
-                    votes[name][value] += 1
+                    votes[name][value] += weight
     return {name: found.most_common(1)[0][0] for name, found in votes.items() if found}
 
 
-def _patterns(text: str, names: list[str]) -> Iterator[re.Pattern[str]]:
+def _patterns(text: str, names: list[str]) -> Iterator[tuple[re.Pattern[str], int]]:
+    """Yield a pattern for each line with a variable, and the number of characters beside variables."""
     for line in text.splitlines():
-        pattern = re.escape(line)
+        pattern, weight = re.escape(line), len(line)
         for name in names:
-            pattern = pattern.replace(VALUE.format(name), f"(?P<{name}>.+)", 1).replace(
-                VALUE.format(name), f"(?P={name})"
-            )
+            mark = VALUE.format(name)
+            weight -= line.count(mark) * len(mark)
+            pattern = pattern.replace(mark, f"(?P<{name}>.+)", 1).replace(mark, f"(?P={name})")
         if pattern != re.escape(line):
-            yield re.compile(f"^{pattern}$", re.MULTILINE)
+            yield re.compile(f"^{pattern}$", re.MULTILINE), weight
 
 
 def _text(path: Path) -> str:

@@ -114,8 +114,7 @@ def hold_against_schema(receipt: object, path: Path) -> None:
         said = str(error.message).removeprefix(str(error.name)).strip()
         raise DamagedError(
             f"{path}: {place} {said[:200]}, got {reprlib.repr(error.value)}",
-            hint=f"this labtrain never writes such a receipt. If another version did, {WRITER}. Else ask whoever trained"
-            " the run to send it again",
+            hint=f"this labtrain never writes such a receipt; {WRITER}, or ask for the receipt again",
         ) from error
 
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -62,12 +63,9 @@ def root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def merged(root: Path, theirs: dict[str, str] = THEIRS, base: dict[str, str] = BASE) -> merge.Merged:
     """Merge into an experiment, with `lock` as a generated file, and write it."""
     repository = merge.open_repository(root)
-    folders = write(root.parent / "scratch.base", base), write(root.parent / "scratch.theirs", theirs)
-    try:
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = write(Path(scratch, "base"), base), write(Path(scratch, "theirs"), theirs)
         found = merge.merge(repository, *folders, name="2", generated=["lock"])
-    finally:
-        for folder in folders:
-            subprocess.run(["rm", "-r", folder], check=True)
     merge.apply(repository, found)
     return found
 
