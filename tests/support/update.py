@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from labtrain.assets import SOURCES
 from tests.conftest import ROOT
 from tests.support.template import run
 
@@ -38,11 +39,12 @@ def old_experiment(folder: Path) -> Path:
 
 def newer_labtrain(target: Path, edits: Mapping[str, tuple[str, str]], *, version: str = NEWER) -> Path:
     """Copy labtrain's sources, with edits: (before, after) by path. Before is empty for a new file."""
-    for name in ("src", "template", "containers", "nix", "tests/golden"):
-        shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "old"))
-    for path in ROOT.iterdir():
-        if path.is_file() and path.name != ".git":
-            shutil.copyfile(path, target / path.name)
+    for name in ("src", *SOURCES.values()):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(ROOT / name, target / name)
     init = target / "src" / "labtrain" / "__init__.py"
     init.write_text(init.read_text().replace('__version__ = "0.1.0"', f'__version__ = "{version}"'))
     # Python finds this before the one of the environment.
