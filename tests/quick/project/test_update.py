@@ -1,14 +1,21 @@
 """`labtrain update`: what it refuses before it makes anything."""
 
+import dataclasses
+import json
+import re
 import shutil
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
-from labtrain.base.errors import LabtrainError
-from labtrain.project.origin import recovered
-from labtrain.project.update import pins, update_experiment
+from labtrain import __version__
+from labtrain.assets import asset
+from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.project.origin import read_carried, recovered
+from labtrain.project.update import GOLDEN, _refuse_newer, _trained, pins, update_experiment
 from tests.support.update import git, old_experiment
 
 
@@ -64,6 +71,24 @@ def test_what_it_cannot_merge_is_refused_and_stays(kept: Path, case: str, tmp_pa
         update_experiment(root)
     assert says in str(caught.value)
     assert git(root, "status", "--porcelain") == status
+
+
+def test_a_newer_build_of_the_same_version_is_told_by_its_reference_run(kept: Path, tmp_path: Path) -> None:
+    """Both builds call themselves 0.1.0. One second later is newer; the same time, or none, is not."""
+    carried = dataclasses.replace(read_carried(kept), version=Version(__version__))
+    started = datetime.fromisoformat(_trained(asset(GOLDEN)))
+    golden = tmp_path / "receipt.json"
+    for later_s, refused in ((1, True), (0, False), (-1, False)):
+        text = (started + timedelta(seconds=later_s)).isoformat()
+        golden.write_text(json.dumps({"segments": [{"started": text}]}))
+        if refused:
+            with pytest.raises(ConfigError, match=re.escape(f"with a reference run of {text}, newer than")):
+                _refuse_newer(carried, golden)
+        else:
+            _refuse_newer(carried, golden)
+    _refuse_newer(carried, tmp_path / "none")
+    with pytest.raises(ConfigError, match="newer than the labtrain that is running"):
+        _refuse_newer(dataclasses.replace(carried, version=Version("99.1")), golden)
 
 
 def test_outside_an_experiment_it_says_so(tmp_path: Path) -> None:
