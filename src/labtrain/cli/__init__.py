@@ -70,7 +70,7 @@ def new(target: Path, author: str) -> None:
 
 @click.command(cls=help_page.Command, example="labtrain update")
 def update() -> None:
-    """Bring this version of labtrain into an experiment that an older one made.
+    """Bring this labtrain into an experiment made by an older one.
 
     Run it in the experiment's folder. labtrain merges what changed in its template with your edits, as git does, and
     replaces the lock files and its own wheel. It prints what can change results. It commits nothing. The exit code is 1

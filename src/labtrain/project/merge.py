@@ -256,8 +256,8 @@ def apply(repository: Repository, merged: Merged) -> None:
     _refuse_overwriting(repository, merged)
     with postponed():
         mark = repository.path(MARK)
-        mark.write_text(f"{repository.head}\n")
         try:
+            mark.write_text(f"{repository.head}\n")
             _write(repository, merged)
         except (LabtrainError, OSError) as error:
             _undo(repository, mark, error)
@@ -280,7 +280,7 @@ def _undo(repository: Repository, mark: Path, error: LabtrainError | OSError) ->
     """Go back after an error, and raise it in words."""
     try:
         repository.git("reset", "--hard", "--quiet", "HEAD")
-        mark.unlink()
+        mark.unlink(missing_ok=True)
     except (LabtrainError, OSError):
         raise LabtrainError(
             f"cannot write the update: {_reason(error)}. Your files are in git, but not all of them in the folder",

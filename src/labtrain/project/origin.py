@@ -121,7 +121,7 @@ def make_base(carried: Carried, scratch: Path) -> tuple[Path, Values]:
             hint="make a new experiment and copy your files into it: labtrain new NAME",
         ) from error
     assets = scratch / "wheel" / ASSETS
-    names = [name for name in variables if not name.startswith("_")]
+    names = [name for name, value in variables.items() if isinstance(value, str) and not name.startswith("_")]
     marked = render(assets / "template", {name: VALUE.format(name) for name in names}, scratch / "marked")
     values = {"name": carried.root.name} | recovered(marked, carried.root, names)
     base = render(assets / "template", values, scratch / "base")

@@ -86,8 +86,8 @@ def _refuse_uncommitted(repository: Repository, carried: Carried) -> None:
 def _refuse_newer(carried: Carried, golden: Path) -> None:
     """Refuse to go back to an older labtrain.
 
-    Two builds of one version are told apart by their reference runs: the newer build has the newer one. Builds with the
-    same reference run cannot be told apart, and are not refused.
+    Of two builds of one version, the newer one has the newer reference run. Builds with the same reference run count as
+    equal in age, and are not refused.
     """
     running = Version(__version__)
     same_version_but_newer = carried.version == running and _trained(golden) > _trained(asset(GOLDEN))
@@ -98,7 +98,7 @@ def _refuse_newer(carried: Carried, golden: Path) -> None:
         raise ConfigError(
             f"{carried.root} carries {what}, newer than the labtrain that is running: {__version__}"
             + (f" with one of {_trained(asset(GOLDEN))}" if same_version_but_newer else ""),
-            hint="make setup && .venv/bin/labtrain update   # the experiment's own labtrain",
+            hint="make setup && . .venv/bin/activate   # the experiment's own labtrain",
         )
 
 

@@ -4,6 +4,9 @@ One JSON file for each run. Rank 0 writes it and replaces it atomically at each 
 ``interrupted``, ``complete`` or ``failed``. It ends with its own digest, which detects accidental changes, but not a
 change by somebody who recomputes the digest.
 
+Every later version reads it: a key that is new is optional in the schema, or `read` fills it for older receipts, after
+their digest was checked. tests/quick/record/test_old_runs.py has examples.
+
 It never contains what looks like a credential (credentials.py). A text from `${oc.env:X}` is recorded as a reference.
 """
 
@@ -219,12 +222,9 @@ def read(run_dir: Path) -> Receipt | None:
         raise not_readable(run_dir) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path} is broken: {error!r}", hint=hint) from error
-    if schema != SCHEMA:
-        raise DamagedError(f"{path} has schema {schema!r}, but this labtrain reads only {SCHEMA!r}", hint=WRITER)
-    if said is None:
-        raise DamagedError(
-            f"{path} has no digest, so nothing can check it; only labtrain before 0.1 wrote such", hint=WRITER
-        )
+    if schema != SCHEMA or said is None:  # before 0.1 there was no digest
+        what = f"has schema {schema!r}" if schema != SCHEMA else "has no digest to check it by"
+        raise DamagedError(f"{path} {what}, but this labtrain reads only {SCHEMA!r} with a digest", hint=WRITER)
     if said != (found := exact_json.digest_of(as_options(receipt))):
         raise DamagedError(
             f"{path} was changed after it was written: its digest is {found[:12]}, but it records {str(said)[:12]}",

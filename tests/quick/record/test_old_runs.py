@@ -101,7 +101,7 @@ def test_what_cannot_be_read_says_which_labtrain_reads_it(tmp_path: Path) -> Non
     golden = json.loads((ROOT / "tests" / "golden" / "receipt.json").read_text())
     for changes, says in (
         ({"schema": "labtrain/receipt/2"}, "has schema 'labtrain/receipt/2', but this labtrain reads only"),
-        ({"digest": None}, "has no digest, so nothing can check it"),
+        ({"digest": None}, "has no digest to check it by"),
         ({"new": 1}, "its top level must not contain {'new'} properties"),
     ):
         (tmp_path / receipt.FILE).write_text(json.dumps(golden))
