@@ -5,6 +5,8 @@ from pathlib import Path
 # The same list as pyproject.toml's force-include; tests/real/project/test_template.py compares them.
 SOURCES = {
     "template": "template",
+    "pyproject.toml": "pyproject.toml",
+    "LICENSE": "LICENSE",
     "golden/receipt.json": "tests/golden/receipt.json",
     "golden/trail.jsonl": "tests/golden/trail.jsonl",
     "requirements.lock": "requirements.lock",
@@ -23,7 +25,8 @@ SOURCES = {
     "sbom.cdx.json": "sbom.cdx.json",
 }
 # What an experiment gets: the locks, their seal, and the files that build images.
-LOCKS = tuple(name for name in SOURCES if name.partition("/")[0] not in ("template", "golden"))
+OWN = ("template", "golden", "pyproject.toml", "LICENSE")
+LOCKS = tuple(name for name in SOURCES if name.partition("/")[0] not in OWN)
 
 
 def asset(name: str) -> Path:

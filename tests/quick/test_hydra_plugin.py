@@ -5,7 +5,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from labtrain.project.new import build_wheel
+from labtrain.project.carried import build_wheel
 from labtrain.record.sources import in_environment
 
 ROOT = Path(__file__).parents[2]

@@ -14,11 +14,17 @@ Each ends a command with exit code 2, a CallbackError with 1. Any other exceptio
 code, and keeps its traceback.
 """
 
+import importlib.metadata
+import importlib.util
+import json
 import os
 import pwd
+import shlex
+import sys
 import traceback
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from labtrain.base.console import message, one_line, quoted
@@ -81,6 +87,37 @@ class JobFailedError(LabtrainError):
         super().__init__(message)
         self.args = (message, exit_code)  # for pickling: it may come from another machine
         self.exit_code = exit_code
+
+
+def missing_package(error: ModuleNotFoundError, command: Sequence[str]) -> LabtrainError | None:
+    """Explain that labtrain cannot import a package that its core does without; None if another program imports it.
+
+    Args:
+        error: of an import statement.
+        command: what needs the package, as typed.
+    """
+    package = str(Path(__file__).parents[1])
+    frames = traceback.extract_tb(error.__traceback__)
+    if not error.name or error.name.startswith("labtrain") or not frames or not frames[-1].filename.startswith(package):
+        return None
+    return LabtrainError(
+        f"{' '.join(command[:2])} needs {error.name.partition('.')[0]}, which is not installed: this is labtrain"
+        " without its training packages",
+        hint=_install_line(shlex.join(command)),
+    )
+
+
+def _install_line(command: str) -> str:
+    """Return the line that makes a command's environment: an experiment's own, or of where labtrain came from."""
+    if Path("requirements.lock").is_file():
+        return f"make setup && .venv/bin/{command}"
+    source = ""
+    with suppress(importlib.metadata.PackageNotFoundError):  # labtrain runs from its sources
+        told = importlib.metadata.distribution("labtrain").read_text("direct_url.json")
+        source = f" @ {json.loads(told)['url']}" if told else ""
+    whole = quoted(f"labtrain[train]{source}")
+    has_pip = importlib.util.find_spec("pip") is not None
+    return f"{quoted(sys.executable)} -m pip install {whole}" if has_pip else f"uvx --from {whole} {command}"
 
 
 def not_readable(path: Path) -> ConfigError:

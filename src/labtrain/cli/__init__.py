@@ -3,18 +3,19 @@
 Exit codes: 0 yes or same, 1 no or differs, 2 wrong usage or input.
 """
 
+import importlib.util
 import shutil
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
 from labtrain import __version__
 from labtrain.base import console
 from labtrain.base.console import quoted, say, styled
-from labtrain.base.errors import LabtrainError
+from labtrain.base.errors import LabtrainError, missing_package
 from labtrain.base.permissions import close_umask
 from labtrain.cli import help_page, locks, receipts, runs, stores
 from labtrain.cli.show import json_option, say_json
@@ -31,12 +32,21 @@ class Main(help_page.Group):
         try:
             return super().invoke(ctx)
         except LabtrainError as error:
-            from labtrain.base.credentials import without_secrets
-
-            click.echo(f"error: {without_secrets(str(error))}", err=True)
-            ctx.exit(error.exit_code)
+            self.end(ctx, error)
+        except ModuleNotFoundError as error:
+            if (known := missing_package(error, ["labtrain", *sys.argv[1:]])) is None:
+                raise
+            self.end(ctx, known)
         except KeyboardInterrupt:
             ctx.exit(128 + signal.SIGINT)  # not 1, which is an answer
+
+    @staticmethod
+    def end(ctx: click.Context, error: LabtrainError) -> NoReturn:
+        """Print an error and exit with its code."""
+        from labtrain.base.credentials import without_secrets
+
+        click.echo(f"error: {without_secrets(str(error))}", err=True)
+        ctx.exit(error.exit_code)
 
 
 @click.group(cls=Main, context_settings={"help_option_names": ["-h", "--help"]}, example="labtrain new digits")
@@ -64,8 +74,13 @@ def new(target: Path, author: str) -> None:
     make_experiment(target, author=author)
     say(target)
     here = Path(sys.prefix, "bin", "python")
-    activated = Path(shutil.which("python") or "/") == here
-    say(f"next: cd {quoted(target)} && {'python' if activated else quoted(here)} train.py", err=True)
+    if importlib.util.find_spec("torch") is None:  # labtrain's core
+        start = "make train"
+    elif Path(shutil.which("python") or "/") == here:
+        start = "python train.py"
+    else:
+        start = f"{quoted(here)} train.py"
+    say(f"next: cd {quoted(target)} && {start}", err=True)
 
 
 @click.command(cls=help_page.Command, example="labtrain update")

@@ -10,13 +10,15 @@ import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO, cast
 
 from labtrain.base.console import shown
 from labtrain.base.credentials import CleanStream, remember
-from labtrain.base.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError
+from labtrain.base.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError, missing_package
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import block, forwarding
 from labtrain.checkpoints.initial import identify_weights
@@ -69,6 +71,18 @@ def end_if_known(error: Exception, *, wants_trace: bool) -> None:
     """End the process with an error for people; return if `error` is another exception, which keeps its traceback."""
     known = configuration.explain(error)
     if known is not None and not wants_trace:
+        print_error(known, own_rank())
+        sys.exit(known.exit_code)
+
+
+@contextmanager
+def training_packages(command: Sequence[str]) -> Iterator[None]:
+    """End the process with an error for people if the block cannot import what labtrain's core does without."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (known := missing_package(error, command)) is None:
+            raise
         print_error(known, own_rank())
         sys.exit(known.exit_code)
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError
 from labtrain.base.output import keep_output
 from labtrain.base.permissions import close_umask
 from labtrain.base.signals import Stopped, end_with_parent
-from labtrain.launch.compose import print_error
+from labtrain.launch.compose import print_error, training_packages
 from labtrain.launch.from_python import answer
 from labtrain.record import receipt
 from labtrain.record.identity import JOB_VARIABLE, Job
@@ -52,12 +53,7 @@ def main() -> None:
     job.enter_path()
     if job.config["determinism"]["mode"] != "off":
         load_from_source()
-    gc.disable()  # importing torch and Lightning creates no garbage; this saves half a second
-    from labtrain.training.evaluation import evaluate
-    from labtrain.training.fit import train
-
-    gc.freeze()
-    gc.enable()
+    train, evaluate = _training()
     answers = job.answers and (ranks is not None or not rank)  # not the ranks that Lightning starts
     try:
         found = evaluate(job) if job.evaluate else train(job)
@@ -79,6 +75,17 @@ def main() -> None:
             answer(out, error)
         raise
     _tell(found, out, rank, evaluated=bool(job.evaluate), answers=answers)
+
+
+def _training() -> tuple[Callable[[Job], Result], Callable[[Job], "Result | Predictions"]]:
+    """Import torch and Lightning, and return what trains a job and what evaluates one."""
+    gc.disable()  # the imports create no garbage; this saves half a second
+    with training_packages(["python", "train.py"]):
+        from labtrain.training.evaluation import evaluate
+        from labtrain.training.fit import train
+    gc.freeze()
+    gc.enable()
+    return train, evaluate
 
 
 def _tell(found: "Result | Predictions", out: IO[str], rank: int, *, evaluated: bool, answers: bool) -> None:

@@ -14,7 +14,7 @@ from typing import NoReturn
 from labtrain.base import exact_json
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.checkpoints.initial import identify_weights
-from labtrain.launch.compose import print_error, process_of
+from labtrain.launch.compose import print_error, process_of, training_packages
 from labtrain.launch.experiment import compose, experiment_at, resolved
 from labtrain.record import config as configuration
 from labtrain.record.identity import JOB_VARIABLE, SHARDED_STRATEGY, Job
@@ -92,7 +92,9 @@ def main() -> None:
     os.dup2(2, 1)  # user code may print
     job.enter_path()
     try:
-        found = _searches()[command](job, **options)
+        with training_packages(["labtrain", command]):
+            search = _searches()[command]
+        found = search(job, **options)
     except LabtrainError as error:
         print_error(error)
         sys.exit(error.exit_code)

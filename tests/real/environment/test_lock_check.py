@@ -56,7 +56,7 @@ def test_all_of_a_locks_disagreements_come_at_once(locks: Path) -> None:
     found = {(entry["file"], entry["what"]) for entry in json.loads(done.stdout)}
     assert {
         ("environment.yml", "hydra-core"),
-        ("conda-lock.yml", "content hash of environment.yml and virtual-packages.yml"),
+        ("conda-lock.yml", "content of environment.yml and virtual-packages.yml"),
         ("nix/wheels.json", "click"),
         ("nix/wheels.json", "clack"),
     } <= found
@@ -194,21 +194,21 @@ def test_an_entry_of_the_conda_lock_that_is_not_whole_is_named(
             "  - tqdm\n",
             "",
             "conda-lock.yml",
-            "content hash of environment.yml and virtual-packages.yml",
+            "content of environment.yml and virtual-packages.yml",
         ),
         (
             "virtual-packages.yml",
             '"12.1"',
             '"12.2"',
             "conda-lock.yml",
-            "content hash of environment.yml and virtual-packages.yml",
+            "content of environment.yml and virtual-packages.yml",
         ),
         (
             "conda-lock.yml",
             "56d2250f",
             "56d2250e",
             "conda-lock.yml",
-            "content hash of environment.yml and virtual-packages.yml",
+            "(metadata)",
         ),
         ("environment-cpu.yml", "cpu_mkl", "cpu_mkk", "environment-cpu.yml", "pytorch"),
         ("environment-cpu.yml", "- rich\n", "", "environment-cpu.yml", "rich"),

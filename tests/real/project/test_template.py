@@ -1,17 +1,20 @@
 """The generated experiment: its files, the two ways to make it, and its gate."""
 
+import email
 import hashlib
 import os
 import shutil
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
 from labtrain.assets import LOCKS, SOURCES, asset
-from labtrain.project.new import build_wheel
+from labtrain.project.carried import build_wheel
 from tests.conftest import LABTRAIN, ROOT, Experiment
 from tests.support.template import WHEEL, files, run
 
@@ -157,7 +160,10 @@ def test_the_assets_are_those_that_hatchling_packs() -> None:
 
 
 def test_the_packed_wheel_holds_what_hatchlings_does(tmp_path: Path) -> None:
-    """Ours is packed where there may be no source tree; its files are those of a build from the source."""
+    """Ours is packed where there may be no source tree; its files are those of a build from the source.
+
+    Its metadata say the same, but for the long description.
+    """
     hatch = run(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path), cwd=ROOT)
     assert hatch.returncode == 0, hatch.stderr
     built = next(tmp_path.glob("*.whl"))
@@ -168,10 +174,21 @@ def test_the_packed_wheel_holds_what_hatchlings_does(tmp_path: Path) -> None:
             return {
                 name: archive.read(name)
                 for name in archive.namelist()
-                if not name.endswith((".dist-info/RECORD", ".pyc"))
+                if not name.endswith((".dist-info/RECORD", ".dist-info/WHEEL", ".pyc"))
             }
 
-    assert contents(packed) == contents(built)
+    def metadata(files: dict[str, bytes]) -> dict[str, list[str]]:
+        text = next(files.pop(name) for name in list(files) if name.endswith("/METADATA")).decode()
+        fields = email.message_from_string(text)
+        left_out = ("Metadata-Version", "Keywords", "Classifier", "Description-Content-Type")
+        found = {name: sorted(fields.get_all(name, [])) for name in fields if name not in left_out}
+        found["Requires-Dist"] = sorted({str(Requirement(line)) for line in found["Requires-Dist"]})
+        found["Requires-Python"] = sorted(found["Requires-Python"][0].split(","))
+        return found
+
+    ours, theirs = contents(packed), contents(built)
+    assert metadata(ours) == metadata(theirs)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(
@@ -202,6 +219,71 @@ def test_an_experiment_inside_another_is_refused(own_experiment: Experiment) -> 
         assert f"{target} is inside the experiment {own_experiment.root}\n\n" in done.stderr
         assert f"hint: labtrain new {'../' * (1 + (below != '.'))}tumours\n" in done.stderr
         assert files(own_experiment.root) == before
+
+
+@pytest.fixture(scope="module")
+def cookiecutter_alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a cookiecutter in an environment of its own, without labtrain, and a clone of labtrain's tree."""
+    folder = tmp_path_factory.mktemp("alone")
+    uv = str(Path(LABTRAIN).with_name("uv"))
+    assert run(uv, "venv", "-q", "--no-config", "--python", sys.executable, "venv", cwd=folder).returncode == 0
+    installed = run(uv, "pip", "install", "-q", "--python", "venv/bin/python", "cookiecutter", cwd=folder)
+    assert installed.returncode == 0, installed.stderr
+    assert not list(folder.glob("venv/lib/*/site-packages/labtrain*"))
+    names = run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines()
+    for name in names:
+        if (ROOT / name).is_file():
+            (folder / "labtrain" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / "labtrain" / name)
+    author = ("-c", "user.name=A", "-c", "user.email=a@example.org")
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "labtrain"]):
+        assert run("git", *command, cwd=folder / "labtrain").returncode == 0
+    return folder
+
+
+def alone(folder: Path, *words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    home = {"HOME": str(cwd / "home"), "PYTHONPATH": ""}
+    return run(str(folder / "venv/bin/cookiecutter"), *words, "--no-input", cwd=cwd, env=home)
+
+
+@pytest.mark.parametrize("road", ["a path", "a relative path", "an address"])
+def test_cookiecutter_alone_makes_what_labtrain_new_makes(
+    cookiecutter_alone: Path, road: str, shared_experiment: Experiment, tmp_path: Path
+) -> None:
+    """In an environment that has never heard of labtrain; the same bytes, also of the wheel."""
+    words = {
+        "a path": [str(cookiecutter_alone / "labtrain/template")],
+        "a relative path": [os.path.relpath(cookiecutter_alone / "labtrain/template", tmp_path)],
+        "an address": [f"git+file://{cookiecutter_alone}/labtrain", "--directory", "template"],
+    }[road]
+    done = alone(cookiecutter_alone, *words, f"name={shared_experiment.root.name}", "author=a test", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = files(tmp_path / shared_experiment.root.name)
+    expected = files(shared_experiment.root)
+    assert {name: made.get(name) for name in OWN | COPIED} == {name: expected[name] for name in OWN | COPIED}
+    assert set(made) == OWN | COPIED
+    cloned = tmp_path / "home/.cookiecutters/labtrain"
+    assert road != "an address" or run("git", "status", "--porcelain", "--ignored", cwd=cloned).stdout == ""
+
+
+def test_a_template_without_its_labtrain_is_refused(cookiecutter_alone: Path, tmp_path: Path) -> None:
+    """Nothing is made: the hook looks for labtrain before the first file is written."""
+    shutil.copytree(ROOT / "template", tmp_path / "template")
+    done = alone(cookiecutter_alone, "template", cwd=tmp_path)
+    assert done.returncode != 0
+    assert f"error: labtrain is not next to the template in {tmp_path}/template" in done.stderr
+    assert "hint: cookiecutter REPOSITORY --directory template" in done.stderr
+    assert not (tmp_path / "digits").exists()
+
+
+def test_an_older_python_is_refused(tmp_path: Path) -> None:
+    """The hook can be read by any Python 3, and says which one it needs."""
+    text = (ROOT / "template/hooks/pre_gen_project.py").read_text()
+    hook = text.replace("{{ cookiecutter.name | tojson }}", '"digits"').replace("PYTHON = (3, 11)", "PYTHON = (3, 99)")
+    (tmp_path / "hook.py").write_text(hook.replace("{{ cookiecutter._repo_dir | tojson }}", '"template"'))
+    done = run(sys.executable, "hook.py", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Python 3.11 or later expected" in done.stderr
 
 
 def test_a_bad_name_is_refused_by_cookiecutter_too(tmp_path: Path) -> None:

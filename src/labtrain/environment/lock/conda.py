@@ -96,14 +96,14 @@ def cpu_spec(folder: Path) -> str:
     return CPU_HEADER + yaml.safe_dump({**spec, "dependencies": kept}, sort_keys=False)
 
 
-def write_virtual_packages(folder: Path, profile: Profile, target: Path) -> None:
-    """Write the virtual packages that a profile is solved for: those of virtual-packages.yml, on a CPU without CUDA.
+def virtual_packages(folder: Path, profile: Profile) -> Options:
+    """Return the virtual packages that a profile is solved for: those of virtual-packages.yml, on a CPU without CUDA.
 
     Raises:
         DamagedError: virtual-packages.yml cannot be read.
     """
     try:
-        virtual = yaml.safe_load((folder / VIRTUAL).read_text())
+        virtual: Options = yaml.safe_load((folder / VIRTUAL).read_text())
         for subdir in virtual["subdirs"].values() if profile == CPU else ():
             subdir["packages"].pop("__cuda", None)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
@@ -111,7 +111,7 @@ def write_virtual_packages(folder: Path, profile: Profile, target: Path) -> None
         raise DamagedError(
             f"{folder / VIRTUAL}: not virtual packages ({text})", hint=f"git checkout {VIRTUAL}"
         ) from error
-    target.write_text(yaml.safe_dump(virtual, sort_keys=False))
+    return virtual
 
 
 def read_conda_lock(folder: Path, profile: Profile = DEFAULT) -> Options:
@@ -173,7 +173,7 @@ def content_hash(folder: Path, profile: Profile = DEFAULT) -> str:
 
     with tempfile.TemporaryDirectory() as scratch:
         virtual = Path(scratch) / VIRTUAL
-        write_virtual_packages(folder, profile, virtual)
+        virtual.write_text(yaml.safe_dump(virtual_packages(folder, profile), sort_keys=False))
         try:
             spec = src_parser.make_lock_spec(
                 src_files=[folder / profile.spec], platform_overrides=[PLATFORM], mapping_url=lookup.DEFAULT_MAPPING_URL

@@ -25,6 +25,7 @@ OWN_LOCK = "labtrain.lock"  # in an experiment: its labtrain wheel
 GLIBC = (2, 28)  # the newest that a wheel may need; environment.yml is solved for the same
 
 METADATA = "(metadata)"  # in the seal: what a lock has besides packages
+SOURCES = "(sources)"  # in the seal: what a conda lock was solved from
 
 Seal = dict[str, str]
 
@@ -119,6 +120,7 @@ def seal(folder: Path) -> Seal:
     for profile in conda.PROFILES:
         lock = conda.read_conda_lock(folder, profile)
         sealed[f"{profile.route} {METADATA}"] = _digest({**lock, "package": []})
+        sealed[f"{profile.route} {SOURCES}"] = sources_digest(folder, profile)
         sealed |= {f"{profile.route} {entry['name']}": _digest(entry) for entry in lock["package"]}
     sealed |= {f"nix {entry['name']}": _digest(entry) for entry in read_wheels(folder)}
     sealed |= seal_pixi(pixi.read_pixi_lock(folder))
@@ -132,6 +134,11 @@ def seal_pixi(lock: Options) -> Seal:
     """Return the digests of what is in pixi.lock, by route and file."""
     packages = {f"pixi {pixi.file_name(entry)}": _digest(entry) for entry in lock["packages"]}
     return packages | {f"pixi {METADATA}": _digest(pixi.frame(lock))}
+
+
+def sources_digest(folder: Path, profile: conda.Profile) -> str:
+    """Return a digest of what a conda lock is solved from. Unlike conda-lock's content hash it needs no conda-lock."""
+    return _digest({"spec": conda.read_spec(folder, profile), "virtual": conda.virtual_packages(folder, profile)})
 
 
 def read_seal(folder: Path) -> Seal:

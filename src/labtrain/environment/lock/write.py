@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from labtrain.assets import asset
 from labtrain.base.console import few
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
@@ -92,8 +94,8 @@ def _inputs(folder: Path) -> Iterator[list[str]]:
     out of pyproject.toml leaves the lock, and no other pin changes.
     """
     extras = read_project(folder).get("optional-dependencies", {})
-    if {"lab", "dev"} <= set(extras):
-        yield ["--extra", "lab", "--extra", "dev", "pyproject.toml"]
+    if {"train", "lab", "dev"} <= set(extras):
+        yield ["--extra", "train", "--extra", "lab", "--extra", "dev", "pyproject.toml"]
         return
     of_labtrain = {pin.name for pin in read_pins(asset(LOCK_FILE))}
     with tempfile.TemporaryDirectory() as scratch:
@@ -223,7 +225,7 @@ def lock_conda(folder: Path, profile: conda.Profile) -> bool:
         environment["CONDA_PINNED_PACKAGES"] = "&".join(builds)
     with tempfile.TemporaryDirectory() as scratch:
         virtual = Path(scratch) / conda.VIRTUAL
-        conda.write_virtual_packages(folder, profile, virtual)
+        virtual.write_text(yaml.safe_dump(conda.virtual_packages(folder, profile), sort_keys=False))
         options = ["-f", profile.spec, "--virtual-package-spec", str(virtual), "-p", conda.PLATFORM,
                    "--lockfile", profile.lock]  # fmt: skip
         try:
@@ -263,7 +265,12 @@ def _run(folder: Path, program: str, *arguments: str, environment: Mapping[str, 
     Raises:
         LabtrainError: it failed; contains the end of its output. Or it took longer than an hour.
     """
-    command = [str(Path(sys.executable).with_name(program)), *arguments]
+    path = Path(sys.executable).with_name(program)
+    if not path.exists():
+        raise LabtrainError(
+            f"{program} is not installed in this environment", hint="make setup && .venv/bin/labtrain lock write"
+        )
+    command = [str(path), *arguments]
     hint = "check the network, then repeat the command"
     done = run_program(command, folder=folder, timeout_s=TIMEOUT_S, hint=hint, environment=environment)
     if done.returncode:
