@@ -1,10 +1,9 @@
-"""The experiment that labtrain made on 2026-12-01, kept as it was, and a labtrain that is newer than it."""
+"""A labtrain that is newer than the kept experiment (tests/support/old), and git."""
 
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,8 +11,6 @@ from labtrain.assets import SOURCES
 from tests.conftest import ROOT
 from tests.support.template import run
 
-KEPT = ROOT / "tests" / "golden" / "old" / "digits.tar.xz"
-FIRST = "4588a0f6eb85"  # its run of the code as labtrain made it
 TEMPLATE = "template/{{cookiecutter.name}}"
 NEWER = "0.2.0"
 # What a person has besides: git must not sign, convert or ask.
@@ -29,14 +26,6 @@ def git(folder: Path, *words: str) -> str:
     return done.stdout
 
 
-def old_experiment(folder: Path) -> Path:
-    """Unpack the kept experiment, with its repository and its three runs, and check it out."""
-    with tarfile.open(KEPT) as archive:
-        archive.extractall(folder, filter="data")
-    git(folder / "digits", "checkout", "-q", ".")
-    return folder / "digits"
-
-
 def newer_labtrain(target: Path, edits: Mapping[str, tuple[str, str]], *, version: str = NEWER) -> Path:
     """Copy labtrain's sources, with edits: (before, after) by path. Before is empty for a new file."""
     for name in ("src", *SOURCES.values()):
@@ -47,11 +36,6 @@ def newer_labtrain(target: Path, edits: Mapping[str, tuple[str, str]], *, versio
             shutil.copyfile(ROOT / name, target / name)
     init = target / "src" / "labtrain" / "__init__.py"
     init.write_text(init.read_text().replace('__version__ = "0.1.0"', f'__version__ = "{version}"'))
-    # Python finds this before the one of the environment.
-    info = next(path for path in Path(sys.prefix).glob("lib/python*/site-packages/labtrain-*.dist-info"))
-    shutil.copytree(info, target / "src" / f"labtrain-{version}.dist-info")
-    metadata = target / "src" / f"labtrain-{version}.dist-info" / "METADATA"
-    metadata.write_text(metadata.read_text().replace("\nVersion: 0.1.0\n", f"\nVersion: {version}\n"))
     for name, (before, after) in edits.items():
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)

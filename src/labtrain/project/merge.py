@@ -7,7 +7,7 @@ interrupted the rest: the index knows every file that may have been written, and
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +60,10 @@ class Repository:
         """Run git with the user's own configuration; `variables` are added to the environment."""
         environment = git_variables(filters=True) | {"GIT_LITERAL_PATHSPECS": "1", **variables}
         return run_git(self.top, *arguments, text=text, variables=environment, codes=codes)
+
+    def inside(self, paths: Iterable[str]) -> list[str]:
+        """Return paths relative to the experiment, sorted."""
+        return sorted(path.removeprefix(self.prefix) for path in paths)
 
     def path(self, name: str) -> Path:
         """Return the path of one of git's own files."""

@@ -3,7 +3,6 @@
 import json
 import re
 import tempfile
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,9 @@ from labtrain.record.identity import LOCK_FILE
 from labtrain.record.sources import SUFFIXES
 
 GOLDEN = "golden/receipt.json"
+GENERATED = {*WRITTEN, FLAKE_LOCK, WHEEL_LOCK}
 NOT_CODE = "tests/"  # below it nothing is part of a run's code
+MOST = 40  # names in a line
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,17 +62,20 @@ def update_experiment(folder: Path) -> Updated | None:
         make_experiment(theirs, author=values.get("author", "Anonymous"))
         if (theirs / WHEEL_LOCK).read_bytes() == (root / WHEEL_LOCK).read_bytes():
             return None
-        generated = {*WRITTEN, FLAKE_LOCK, WHEEL_LOCK}
-        merged = merge(repository, base, theirs, name=__version__, generated=generated)
-        own = _own_packages(root, base)
-        changes = [
-            f"labtrain {carried.version} ({carried.sha256[:12]}) -> {__version__} ({_wheel_sha256(theirs)[:12]})",
-            *_files(repository, merged, base),
-            *_replaced(root, base, generated, merged),
-            *what_changes_bits(repository, merged, before=base, now=theirs, golden=scratch / "wheel" / ASSETS / GOLDEN),
-        ]
+        merged = merge(repository, base, theirs, name=__version__, generated=GENERATED)
+        golden = scratch / "wheel" / ASSETS / GOLDEN
+        now = _wheel_sha256(theirs)
+        updated = Updated(
+            changes=[
+                f"labtrain {carried.version} ({carried.sha256[:12]}) -> {__version__} ({now[:12]})",
+                *_files(repository, merged, base),
+                *what_changes_bits(repository.inside(merged.changed), before=base, now=theirs, golden=golden),
+            ],
+            conflicts=merged.said,
+            next=_next(repository.inside(merged.conflicts), _own_packages(root, base)),
+        )
         apply(repository, merged)
-    return Updated(changes=changes, conflicts=merged.said, next=_next(repository, merged, own))
+    return updated
 
 
 def _refuse_uncommitted(repository: Repository, carried: Carried) -> None:
@@ -126,46 +130,34 @@ def pins(lock: Path) -> dict[str, str]:
     It reads locks of any labtrain, so it is more tolerant than `environment.lock.pins`.
     """
     found: dict[str, str] = {}
-    for name, version in re.findall(
-        r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", lock.read_text() if lock.exists() else "", re.M
-    ):
+    text = lock.read_text() if lock.exists() else ""
+    for name, version in re.findall(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", text, re.MULTILINE):
         found[name] = f"{found[name]} and {version}" if name in found else version
     return found
 
 
 def _files(repository: Repository, merged: Merged, base: Path) -> list[str]:
-    """Return lines about the files: how many changed, and in which of them both sides had edits."""
-    inside = [path.removeprefix(repository.prefix) for path in merged.changed]
-    both = [path for path in inside if (base / path).is_file() and path in repository.entries
-            and repository.prefix + path not in merged.conflicts and path not in WRITTEN
-            and _content(repository, path) != (base / path).read_bytes()]  # fmt: skip
-    lines = [f"files  {len(inside)} changed: " + ", ".join(
-        f"{sum(each == letter for each in merged.changed.values())} {word}"
-        for letter, word in (("A", "new"), ("M", "modified"), ("D", "deleted"))
-    )]  # fmt: skip
-    return lines + ([f"merged  with your edits: {few(both)}"] if both else [])
+    """Return lines about the files: how many change, which both sides had changed, and which of yours are replaced."""
+    states, root = list(merged.changed.values()), repository.top / repository.prefix
+    counts = ", ".join(
+        f"{states.count(letter)} {word}" for letter, word in (("A", "new"), ("M", "modified"), ("D", "deleted"))
+    )
+    yours = [name for name in repository.inside(merged.changed) if (root / name).is_file() and (base / name).is_file()
+             and (root / name).read_bytes() != (base / name).read_bytes()]  # fmt: skip
+    both = [name for name in yours if name not in {*GENERATED, *repository.inside(merged.conflicts)}]
+    replaced = [name for name in yours if name in GENERATED]
+    return [
+        f"files  {len(states)} changed: {counts}",
+        *([f"merged  with your edits: {few(both, MOST)}"] if both else []),
+        *([f"replaced  {few(replaced, MOST)}: these are generated, yours were not merged"] if replaced else []),
+    ]
 
 
-def _content(repository: Repository, path: str) -> bytes:
-    try:
-        return (repository.top / repository.prefix / path).read_bytes()
-    except OSError:
-        return b""
-
-
-def _replaced(root: Path, base: Path, generated: Collection[str], merged: Merged) -> list[str]:
-    """Return a line about generated files that were not as labtrain made them: a merge of them means nothing."""
-    own = [name for name in sorted(generated) if (root / name).is_file() and (base / name).is_file()
-           and (root / name).read_bytes() != (base / name).read_bytes()]  # fmt: skip
-    return [f"replaced  {few(own)}: these are generated, yours were not merged"] if own else []
-
-
-def what_changes_bits(repository: Repository, merged: Merged, *, before: Path, now: Path, golden: Path) -> list[str]:
+def what_changes_bits(changed: list[str], *, before: Path, now: Path, golden: Path) -> list[str]:
     """Return lines about what can change results.
 
     Args:
-        repository: of the experiment.
-        merged: the merge.
+        changed: the experiment's files that change.
         before: the experiment as its labtrain made it.
         now: as the running labtrain makes it.
         golden: the receipt of the reference run of the experiment's labtrain.
@@ -173,18 +165,17 @@ def what_changes_bits(repository: Repository, merged: Merged, *, before: Path, n
     old, new = pins(before / LOCK_FILE), pins(now / LOCK_FILE)
     moved = [f"{name} {old.get(name, 'none')} -> {new.get(name, 'none')}"
              for name in sorted({*old, *new}) if old.get(name) != new.get(name)]  # fmt: skip
-    code = [path.removeprefix(repository.prefix) for path in merged.changed if path.endswith(SUFFIXES)]
-    code = [path for path in code if not path.startswith(NOT_CODE)]
-    conf = [path.removeprefix(repository.prefix) for path in merged.changed]
-    conf = [path for path in conf if path.startswith("conf/")]
+    code = [name for name in changed if name.endswith(SUFFIXES) and not name.startswith(NOT_CODE)]
+    conf = [name for name in changed if name.startswith("conf/")]
     was, is_now = _weights(golden), _weights(asset(GOLDEN))
+    reference = f"the same weights ({is_now[:12]})"
+    if was != is_now:
+        reference = f"other weights: {was[:12] or 'unknown'} -> {is_now[:12]}. Yours can differ, too"
     return [
-        f"packages  {few(moved, 40) if moved else 'the same versions'}",
-        f"reference run  the same weights ({was[:12]})"
-        if was == is_now
-        else f"reference run  other weights: {was[:12] or 'unknown'} -> {is_now[:12]}: yours can differ, too",
-        f"code  {few(sorted(code), 40) if code else 'yours is unchanged'}",
-        f"configuration  {few(sorted(conf), 40) if conf else 'yours is unchanged'}",
+        f"packages  {few(moved, MOST) if moved else 'the same versions'}",
+        f"reference run  {reference}",
+        f"code  {few(code, MOST) if code else 'yours is unchanged'}",
+        f"configuration  {few(conf, MOST) if conf else 'yours is unchanged'}",
         "runs  labtrain and the lock are part of a run's name: new runs get new names. Old runs stay in runs/",
     ]
 
@@ -196,19 +187,19 @@ def _weights(golden: Path) -> str:
         return ""
 
 
-def _next(repository: Repository, merged: Merged, own: list[str]) -> list[str]:
+def _next(conflicts: list[str], own: list[str]) -> list[str]:
     """Return what to type, in order."""
-    conflicts = " ".join(quoted(path.removeprefix(repository.prefix)) for path in merged.conflicts)
+    added = " ".join(map(quoted, conflicts))
     steps = [
-        ("git status", f"edit the files with conflicts, then: git add {conflicts}") if conflicts else ("", ""),
+        *([("git status", f"edit the files with conflicts, then: git add {added}")] if conflicts else []),
         ("git diff --cached", "what changed"),
-        ("labtrain lock write && git add -u", f"adds your packages to the new lock: {few(own)}") if own else ("", ""),
+        *([("labtrain lock write && git add -u", f"adds your packages to the new lock: {few(own)}")] if own else []),
         ("make setup", "installs the new lock"),
-        (f"git commit -m 'labtrain {__version__}'", ""),
+        (f"git commit -m 'labtrain {__version__}'", "new runs then name this commit"),
         ("git reset --hard", "instead of a commit: goes back to before the update"),
     ]
     width = max(len(command) for command, _ in steps)
-    return [f"{command:<{width}}{what and f'  # {what}'}".rstrip() for command, what in steps if command]
+    return [f"{command:<{width}}  # {what}" for command, what in steps]
 
 
 def lines_of(updated: Updated) -> list[str]:

@@ -16,12 +16,13 @@ from labtrain.assets import asset
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.project.origin import read_carried, recovered
 from labtrain.project.update import GOLDEN, _refuse_newer, _trained, pins, update_experiment
-from tests.support.update import git, old_experiment
+from tests.support.old import unpack
+from tests.support.update import git
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return old_experiment(tmp_path_factory.mktemp("old"))
+    return unpack(tmp_path_factory.mktemp("old"))
 
 
 def _other_wheel(root: Path) -> None:

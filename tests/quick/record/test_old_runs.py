@@ -25,20 +25,21 @@ from labtrain.base.errors import DamagedError
 from labtrain.cli import main
 from labtrain.record import receipt
 from tests.conftest import ROOT
-from tests.support.update import FIRST, old_experiment
+from tests.support.old import RUNS as OLD
+from tests.support.old import unpack
 
 RUNS = {
     "9bd916f": ("e146daed9be1", "9b759ee2b05e798039aad83185ce3b5951dfb7a7e81e5caf938d140662f5564f"),
     "5bb262a": ("190179f19519", "9b759ee2b05e798039aad83185ce3b5951dfb7a7e81e5caf938d140662f5564f"),
     "11d679c": ("f1dd292e8404", "d11e2c7899a54b848eab3791b1d2bad5f256d4fe2f1a3af981bf547cfdb3b9be"),
-    "38c3d00": (FIRST, "67fb0332a6e42b83f8c055e7221af65d786ca158ad6760761d2a7b7007213814"),
+    "38c3d00": (OLD[0], "67fb0332a6e42b83f8c055e7221af65d786ca158ad6760761d2a7b7007213814"),
 }
 
 
 @pytest.fixture(scope="module")
 def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The experiment of 38c3d00, with the runs of all versions."""
-    root = old_experiment(tmp_path_factory.mktemp("old"))
+    root = unpack(tmp_path_factory.mktemp("old"))
     with tarfile.open(ROOT / "tests" / "golden" / "old" / "runs.tar.xz") as archive:
         archive.extractall(root / "runs", filter="data")
     return root

@@ -11,8 +11,9 @@ from labtrain.project.origin import make_base, read_carried
 from labtrain.project.update import pins
 from tests.conftest import LABTRAIN, ROOT, need
 from tests.real.environment.test_doctor import in_namespace
+from tests.support.old import RUNS, unpack
 from tests.support.template import files, run
-from tests.support.update import FIRST, IDENTITY, NEWER, TEMPLATE, git, labtrain, newer_labtrain, old_experiment
+from tests.support.update import IDENTITY, NEWER, TEMPLATE, git, labtrain, newer_labtrain
 
 ZIPP = re.search(r"^zipp==.*\n(?:    --hash.*\n)+", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
 ANOTHER_ZIPP = """zipp==4.1.1 ; python_full_version < '3.12' \\
@@ -52,7 +53,7 @@ def clashing(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
     need("git", "git")
-    return old_experiment(tmp_path)
+    return unpack(tmp_path)
 
 
 def content(root: Path) -> dict[str, str]:
@@ -105,7 +106,7 @@ def test_edits_of_both_sides_are_merged_and_the_old_run_is_verified(old: Path, n
         assert line in said, said
     git(old, "commit", "-qam", "labtrain 0.2.0")
 
-    verified = run(LABTRAIN, "verify", f"runs/digits/{FIRST}", "--trust", cwd=old, env=IDENTITY)
+    verified = run(LABTRAIN, "verify", f"runs/digits/{RUNS[0]}", "--trust", cwd=old, env=IDENTITY)
     assert verified.returncode == 0, verified.stdout + verified.stderr
     assert verified.stdout.splitlines()[-1].startswith("yes          the same bits to the end")
     assert "differs      code.labtrain" in verified.stdout
