@@ -139,20 +139,31 @@ def _refuse_unfinished(repository: Repository) -> None:
             raise ConfigError(
                 f"{repository.top}: git has not finished: there is a {name}", hint=f"finish it, or: {command}"
             )
-    mark = repository.path(MARK)
     lines = repository.git("status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=dirty")
-    if not lines:
-        mark.unlink(missing_ok=True)
-        return
-    if mark.exists():
+    if _is_interrupted(repository):
         raise ConfigError(
             "an earlier update was interrupted while it wrote files", hint="git reset --hard, then labtrain update"
         )
+    if not lines:
+        return
     listed = few([line[3:] for line in lines.split("\0") if len(line) > 3])
     raise ConfigError(
         f"{repository.top} has changes that are not committed: {listed}",
         hint="git stash, or git commit -am before; then labtrain update",
     )
+
+
+def _is_interrupted(repository: Repository) -> bool:
+    """Return whether the index is as an update left it that did not end; forget updates that somebody has undone."""
+    mark = repository.path(MARK)
+    if not mark.exists():
+        return False
+    staged = set(repository.git("diff", "--cached", "--name-only", "--no-renames", "-z").split("\0"))
+    changed, conflicts = (set(line.split("\0")) for line in os.fsdecode(mark.read_bytes()).split("\0\0"))
+    if staged - {""} in (changed, changed | conflicts - {""}):
+        return True
+    mark.unlink()
+    return False
 
 
 def merge(repository: Repository, base: Path, theirs: Path, *, name: str, generated: Collection[str]) -> Merged:
@@ -261,7 +272,7 @@ def apply(repository: Repository, merged: Merged) -> None:
     with postponed():
         mark = repository.path(MARK)
         try:
-            mark.write_text(f"{repository.head}\n")
+            mark.write_bytes(os.fsencode("\0\0".join("\0".join(names) for names in (merged.changed, merged.conflicts))))
             _write(repository, merged)
         except (LabtrainError, OSError) as error:
             _undo(repository, mark, error)

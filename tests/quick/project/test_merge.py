@@ -92,6 +92,26 @@ def test_the_work_tree_of_a_second_checkout_is_merged_alike(root: Path, tmp_path
     assert (root / "model.py").read_text() == YOURS["model.py"]
 
 
+def test_filters_and_the_style_of_conflicts_are_those_of_the_person(root: Path) -> None:
+    """As Git LFS has them: git stores other bytes than the files have. Both sides are stored so before they are merged."""
+    top = Path(git(root, "rev-parse", "--show-toplevel").strip())
+    git(top, "config", "filter.other.clean", "tr a-z A-Z")
+    git(top, "config", "filter.other.smudge", "tr A-Z a-z")
+    git(top, "config", "merge.conflictStyle", "diff3")
+    (top / ".gitattributes").write_text("one.yaml filter=other\nlock filter=other\n")
+    git(top, "add", "-A")
+    git(top, "add", "--renormalize", ".")
+    git(top, "commit", "-qm", "filters")
+    prefix = git(root, "rev-parse", "--show-prefix").strip()
+    assert git(top, "show", f"HEAD:{prefix}lock") == "1\nMINE\n"
+    found = merged(root, THEIRS | {"lock": "two\n", "own.py": "theirs\n"})
+    assert [path.removeprefix(prefix) for path in found.conflicts] == ["own.py"]
+    assert (root / "conf" / "one.yaml").read_text() == "x: 2\n"
+    assert git(top, "show", f":{prefix}conf/one.yaml") == "X: 2\n"
+    assert (git(top, "show", f":{prefix}lock"), (root / "lock").read_text()) == ("TWO\n", "two\n")
+    assert "||||||| " in (root / "own.py").read_text()
+
+
 @pytest.mark.parametrize(
     ("base", "theirs", "status"),
     [
@@ -234,6 +254,20 @@ def test_killed_at_any_step_git_goes_back_and_the_update_can_be_repeated(root: P
         steps += 1
     assert steps == 4
     assert is_whole(root)
+
+
+@pytest.mark.parametrize("root", ["deep/er/"], indirect=True)
+def test_an_interrupted_update_that_was_undone_is_forgotten(root: Path) -> None:
+    """The hint to reset everything is not given to somebody who has new edits."""
+    killed(root, 2, signal.SIGKILL)
+    git(root, "reset", "-q", "--hard")
+    (root / "model.py").write_text("a new edit\n")
+    for _ in ("as it is", "staged"):
+        with pytest.raises(
+            ConfigError, match=r"has changes that are not committed: deep/er/model\.py\n\nhint: git stash"
+        ):
+            merge.open_repository(root)
+        git(root, "add", "-u")
 
 
 @pytest.mark.parametrize("root", ["deep/er/"], indirect=True)
