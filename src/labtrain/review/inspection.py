@@ -25,6 +25,9 @@ from labtrain.stores.backends import is_local
 from labtrain.stores.layout import check_run, checkpoint_place, without_links
 from labtrain.stores.store import Store
 
+PACKAGES = "environment.distributions"
+MOST_PACKAGES = 20  # to show one by one
+
 
 def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool = True) -> list[Difference]:
     """Return how today's code, environment, machine and data differ from a receipt's.
@@ -54,7 +57,23 @@ def state_differences(receipt: Receipt, root: Path, home: Path, *, outside: bool
         "determinism": receipt["determinism"] | {"variables": _variables(receipt["determinism"])},
         "data": receipt["data"] | files_now(receipt["data"], home, outside=outside),
     }
-    return list(told_differences(receipt, cast(Receipt, now)))
+    return _few_packages(list(told_differences(receipt, cast(Receipt, now))))
+
+
+def _few_packages(found: list[Difference]) -> list[Difference]:
+    """Return differences with one for all packages if many packages differ, as without the environment."""
+    packages = [each for each in found if each.key.startswith(f"{PACKAGES}.")]
+    if len(packages) <= MOST_PACKAGES:
+        return found
+    missing = sum(each.b is None for each in packages)
+    told = Difference(
+        key=PACKAGES,
+        a="as recorded",
+        b=f"{len(packages)} packages differ, {missing} of them are missing here",
+        matters=any(each.matters for each in packages),
+    )
+    first = found.index(packages[0])
+    return [each for each in (*found[:first], told, *found[first:]) if each not in packages]
 
 
 def _variables(determinism: Determinism) -> dict[str, str]:

@@ -48,7 +48,7 @@ def test_it_makes_and_reads_experiments(core: Path, tmp_path: Path) -> None:
         (["digest", RUNS[0]], 0, "67fb0332a6e42b83"),
         (["diff", RUNS[0], RUNS[0]], 0, ""),
         (["lock", "check"], 0, "all locks agree"),
-        (["verify", RUNS[1], "--steps", "0"], 1, "unverified"),
+        (["verify", RUNS[1], "--steps", "0"], 1, "of them are missing here\n"),
         (["doctor", "--fast"], 1, "failed"),
     ):
         done = labtrain(core, *words, cwd=old)
