@@ -19,6 +19,7 @@ from labtrain.cli import help_page
 from labtrain.cli import main as labtrain
 from labtrain.environment.doctor import verdicts
 from labtrain.environment.doctor.cliffs import CLIFFS
+from labtrain.project.schema import keys_of
 from labtrain.record import receipt
 
 PAGES = Path(__file__).with_name("reference")
@@ -154,23 +155,9 @@ def configuration() -> str:
 
 
 def _keys(path: Path, prefix: str = "") -> Iterator[tuple[str, str, str]]:
-    """Yield key, default and comment of each leaf of a YAML file; a mapping with a comment is a row too."""
-    text = path.read_text()
-    found = yaml.safe_load(text) or {}
-    parents: list[tuple[int, str]] = []
-    for line in text.splitlines():
-        match = re.match(r"( *)([\w/]+):(.*)$", line)
-        if not match:
-            continue
-        indent, key, rest = len(match[1]), match[2], match[3]
-        parents = [parent for parent in parents if parent[0] < indent] + [(indent, key)]
-        node: Any = found
-        for _, name in parents:
-            node = node[name]
-        comment = (re.search(r"(?:^|\s)# (.*)$", rest) or ["", ""])[1].strip()
-        nested = isinstance(node, dict) and bool(node)
-        if not nested or comment:
-            yield f"{prefix}{'.'.join(name for _, name in parents)}", "" if nested else _yaml(node), comment
+    """Yield key, default and meaning, as the page shows them."""
+    for key, default, meaning in keys_of(path, prefix):
+        yield key, "" if default is ... else _yaml(default), meaning
 
 
 def _yaml(value: Any) -> str:

@@ -22,9 +22,11 @@ SOURCES = {
     "flake.lock": "flake.lock",
     "nix": "nix",
     "containers": "containers",
+    ".devcontainer": "editor/.devcontainer",
+    ".vscode": "editor/.vscode",
     "sbom.cdx.json": "sbom.cdx.json",
 }
-# What an experiment gets: the locks, their seal, and the files that build images.
+# What an experiment gets: the locks, their seal, the files that build images, and those of editors.
 OWN = ("template", "golden", "pyproject.toml", "LICENSE")
 LOCKS = tuple(name for name in SOURCES if name.partition("/")[0] not in OWN)
 

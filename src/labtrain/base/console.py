@@ -122,7 +122,8 @@ class _Guard:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def write(self, text: str) -> int:
+    def write(self, text: str | bytes) -> int:
+        text = text.decode() if isinstance(text, bytes) else text  # click writes what completes a word as bytes
         pieces = text.split(_OWN)  # every second piece is labtrain's own
         terminal = self._stream.isatty()
         shown = "".join(

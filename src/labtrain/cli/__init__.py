@@ -17,8 +17,8 @@ from labtrain.base import console
 from labtrain.base.console import quoted, say, styled
 from labtrain.base.errors import LabtrainError, missing_package
 from labtrain.base.permissions import close_umask
-from labtrain.cli import help_page, locks, receipts, runs, stores
-from labtrain.cli.show import json_option, say_json
+from labtrain.cli import editor, help_page, locks, receipts, runs, stores
+from labtrain.cli.show import complete_run, json_option, say_json
 
 
 class Main(help_page.Group):
@@ -105,7 +105,7 @@ def update() -> None:
 
 
 @click.command(cls=help_page.Command, example="labtrain digest runs/digits/24c29285cf19")
-@click.argument("target", metavar="TARGET")
+@click.argument("target", metavar="TARGET", shell_complete=complete_run)
 @click.option("--all", "whole", is_flag=True, help="Include optimizer and loop state, not only the weights.")
 def digest(target: str, whole: bool) -> None:
     """Print the SHA-256 digest of a run's or checkpoint's weights.
@@ -243,7 +243,7 @@ def lr_find(overrides: tuple[str, ...], min_rate: float, max_rate: float, steps:
     search_rate(Path.cwd(), list(overrides), min_rate=min_rate, max_rate=max_rate, steps=steps, plot=plot)
 
 
-main.add_section("Experiment", new, update, demo, batch_size, lr_find)
+main.add_section("Experiment", new, update, demo, batch_size, lr_find, editor.schema)
 main.add_section(
     "Runs",
     receipts.ls,
@@ -258,4 +258,4 @@ main.add_section(
     runs.rm,
 )
 main.add_section("Checkpoints", stores.store)
-main.add_section("Environment", doctor, locks.lock)
+main.add_section("Environment", doctor, locks.lock, editor.completion)

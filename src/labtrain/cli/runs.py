@@ -8,7 +8,7 @@ import click
 from labtrain.base.console import quoted, say
 from labtrain.base.errors import ConfigError
 from labtrain.cli import help_page
-from labtrain.cli.show import RunType
+from labtrain.cli.show import RunType, complete_run
 
 RUN = RunType()
 
@@ -28,7 +28,9 @@ def note(run: Path, text: str) -> None:
 
 
 @click.command(cls=help_page.Command, example="labtrain rm runs/digits/24c29285cf19")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path))
+@click.argument(
+    "runs", nargs=-1, required=True, metavar="RUN...", type=click.Path(path_type=Path), shell_complete=complete_run
+)
 @click.option("--yes", is_flag=True, help="Remove without asking.")
 def rm(runs: tuple[Path, ...], yes: bool) -> None:
     """Remove runs with their checkpoints, also those in a store.

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import click
+from click.shell_completion import CompletionItem
 
 from labtrain.base import exact_json
 
@@ -18,6 +19,18 @@ class RunType(click.ParamType[Path]):
         from labtrain.record.receipt import find
 
         return find(value)
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return complete_run(ctx, param, incomplete)
+
+
+def complete_run(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Return the ids of the experiment's runs that begin with a text; the shell completes paths if there is none."""
+    from labtrain.record.receipt import runs_folder, with_id
+
+    found = [] if "/" in incomplete else with_id(incomplete, runs_folder())
+    # The path first: click's code for bash drops what comes before it.
+    return [CompletionItem(incomplete, type="file"), *(CompletionItem(run.name, help=run.parent.name) for run in found)]
 
 
 def say_json(value: object) -> None:

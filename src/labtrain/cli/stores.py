@@ -10,7 +10,7 @@ import click
 from labtrain.base.console import say, warn
 from labtrain.base.errors import ConfigError, DamagedError
 from labtrain.cli import help_page
-from labtrain.cli.show import say_json
+from labtrain.cli.show import complete_run, say_json
 
 if TYPE_CHECKING:
     from labtrain.stores.store import Checkpoint, Manifest, Store
@@ -133,7 +133,7 @@ def _existing(url: str) -> "Store":
 
 
 @store.command("export", cls=help_page.Command, example="labtrain store export runs/digits/24c29285cf19 digits.ckpt")
-@click.argument("target")
+@click.argument("target", shell_complete=complete_run)
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 def store_export(target: str, file: Path) -> None:
     """Convert a checkpoint to a Lightning .ckpt file.

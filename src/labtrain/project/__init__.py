@@ -1,1 +1,1 @@
-"""Create a new experiment, and demonstrate that four ways of training give one digest."""
+"""Create a new experiment and its editor's schemas, and demonstrate that four ways of training give one digest."""

@@ -12,9 +12,9 @@ from labtrain.cli import main
 from labtrain.cli.help_page import Command, Group, summary_of
 
 SECTIONS = {
-    "Experiment": {"new", "update", "demo", "batch-size", "lr-find"},
+    "Experiment": {"new", "update", "demo", "batch-size", "lr-find", "schema"},
     "Checkpoints": {"store"},
-    "Environment": {"doctor", "lock"},
+    "Environment": {"doctor", "lock", "completion"},
 }
 
 

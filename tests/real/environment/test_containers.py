@@ -151,6 +151,33 @@ def test_nobody_in_it_is_root_and_nothing_outside_the_volumes_can_be_written(
         assert found[7:] == ["/experiment/runs", "/tmp", "/tmp"]
 
 
+def test_an_editor_opens_the_experiment_in_it(docker: Docker, image: str, work: Path) -> None:
+    """.devcontainer/devcontainer.json names the Containerfile; its command runs as its user, and a run starts there."""
+    found = json.loads((work / ".devcontainer/devcontainer.json").read_text())
+    build = {key: (work / ".devcontainer" / place).resolve() for key, place in found["build"].items()}
+    assert build == {"dockerfile": work / "containers/Containerfile", "context": work}
+    (work / ".vscode").chmod(0o777)
+    # As `devcontainer up` runs it: https://github.com/devcontainers/cli
+    place = f"/workspaces/{work.name}"
+    options = [
+        *found["runArgs"],
+        "--network=none",
+        "--init",
+        "-v",
+        f"{work}:{place}",
+        "-w",
+        place,
+        "-u",
+        found["remoteUser"],
+    ]
+    train = f"python train.py {' '.join(PORTABLE)} trainer.max_steps=2"
+    done = docker(
+        "run", "--rm", *options, "--entrypoint=/bin/sh", image, "-c", f"{found['postCreateCommand']} && {train}"
+    )
+    assert ".vscode/labtrain/config.json" in done.stdout.splitlines()
+    assert done.stdout.splitlines()[-1].startswith("runs/digits/")
+
+
 def test_without_being_asked_nothing_listens(docker: Docker, image: str, work: Path) -> None:
     with started(docker, SOMEBODY, *mounted(work), image, *PORTABLE, "trainer.max_epochs=100000") as container:
         wait_until(lambda: any(work.glob("runs/digits/*/trail.jsonl")))

@@ -38,7 +38,10 @@ OWN = {
     "train.sbatch",
 }
 COPIED = {"labtrain.lock", WHEEL} | {
-    str(path.relative_to(ROOT)) for name in LOCKS for path in [ROOT / name, *(ROOT / name).rglob("*")] if path.is_file()
+    str(name / path.relative_to(source))
+    for name, source in ((Path(name), ROOT / SOURCES[name]) for name in LOCKS)
+    for path in [source, *source.rglob("*")]
+    if path.is_file()
 }
 
 
