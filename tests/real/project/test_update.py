@@ -29,7 +29,7 @@ EDITS = {
         "lint: setup ## lint\n\t@.venv/bin/ruff check .\n\ntest: setup ## run",
     ),
     f"{TEMPLATE}/README.md": ("There are two other ways", "There are (at least) two other ways"),
-    f"{TEMPLATE}/.vscode/newer.json": ("", '{"version": "0.2.0"}\n'),
+    f"{TEMPLATE}/extra/newer.json": ("", '{"version": "0.2.0"}\n'),
     "src/labtrain/training/fit.py": ('"""', '"""Newer: '),
     "requirements.lock": (ZIPP[0] if ZIPP else "zipp", ANOTHER_ZIPP),
 }
@@ -86,7 +86,7 @@ def test_edits_of_both_sides_are_merged_and_the_old_run_is_verified(old: Path, n
     assert [each in makefile for each in ("# ours", "sweep: setup", "lint: setup")] == [True] * 3
     assert "An experiment of Ada Lovelace, created with labtrain. It asks" in (old / "README.md").read_text()
     assert "(at least) two" in (old / "README.md").read_text()
-    assert (old / ".vscode" / "newer.json").exists()
+    assert (old / "extra" / "newer.json").exists()
     assert not (old / "notebooks").exists()
     assert (old / "conf" / "experiment" / "wide.yaml").exists()
     assert [path.name for path in (old / "vendor").iterdir()] == [f"labtrain-{NEWER}-py3-none-any.whl"]
