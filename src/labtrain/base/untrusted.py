@@ -149,7 +149,8 @@ def _open_own(name: str, parent: int | None) -> int:
     """
     found = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=parent)
     try:
-        Path(f"/proc/self/fd/{found}").chmod(0o700)
+        with suppress(PermissionError):  # another user of the group owns it
+            Path(f"/proc/self/fd/{found}").chmod(0o700)
         return os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=found)
     finally:
         os.close(found)

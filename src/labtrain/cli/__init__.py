@@ -19,6 +19,7 @@ from labtrain.base.errors import LabtrainError, missing_package
 from labtrain.base.permissions import close_umask
 from labtrain.cli import editor, help_page, locks, receipts, runs, stores
 from labtrain.cli.show import complete_run, json_option, say_json
+from labtrain.cli.upgrade import upgrade
 
 
 class Main(help_page.Group):
@@ -258,4 +259,4 @@ main.add_section(
     runs.rm,
 )
 main.add_section("Checkpoints", stores.store)
-main.add_section("Environment", doctor, locks.lock, editor.completion)
+main.add_section("Environment", doctor, locks.lock, upgrade, editor.completion)

@@ -20,6 +20,7 @@ from hydra.experimental.callback import Callback
 from labtrain.base.console import shown
 from labtrain.base.credentials import remember, without_secrets
 from labtrain.base.errors import ConfigError, JobFailedError
+from labtrain.base.permissions import make_folder
 from labtrain.base.programs import labtrain_command
 from labtrain.record import receipt
 from labtrain.record.identity import Job
@@ -41,7 +42,8 @@ class SweepStart(Callback):
             refuse_under_launcher()
             complete(config)
             save_without_secrets()
-            os.environ[RUNS] = str(Path(config.hydra.sweep.dir, f"runs-{os.getpid()}").absolute())
+            make_folder(folder := Path(config.hydra.sweep.dir).absolute())
+            os.environ[RUNS] = str(folder / f"runs-{os.getpid()}")
         except ConfigError as error:
             sys.stderr.write(f"error: {error}\n")
             sys.exit(error.exit_code)  # Hydra turns any Exception into a warning: hydra/_internal/callbacks.py
@@ -61,7 +63,7 @@ def note_run(run_dir: str) -> None:
     """Note a run of this sweep for the table at its end."""
     if RUNS in os.environ:
         path = Path(os.environ[RUNS])
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         with path.open("a") as file:
             file.write(f"{run_dir}\n")
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from labtrain.base.console import shown
 from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.base.permissions import make_folder
 from labtrain.record.differences import differences, first_difference, open_run
 from labtrain.record.identity import first_free, what_counts
 from labtrain.record.receipt import Receipt
@@ -117,13 +118,31 @@ def judge_upgrade(
         ConfigError: a baseline is not complete or may not run, or seeds, metric or margin are missing. Raised before
             anything is trained.
     """
+    ready = _ready(baselines, options, scratch, ask, say)
+    return [made if isinstance(made, Outcome) else made.judged(say) for made in ready]
+
+
+def admit_baselines(
+    baselines: list[Path], options: GateOptions, *, scratch: Path, ask: Ask | None = None, say: Say = lambda _: None
+) -> None:
+    """Refuse what `judge_upgrade` would refuse, and ask what it would ask. Trains nothing.
+
+    Raises:
+        ConfigError: like `judge_upgrade`.
+    """
+    _ready(baselines, options, scratch, ask, say)
+
+
+def _ready(
+    baselines: list[Path], options: GateOptions, scratch: Path, ask: Ask | None, say: Say
+) -> "list[Outcome | _Sides]":
+    """Return what is ready to be judged, or already judged, once all baselines may run."""
     if options.old_python is not None:
         options = replace(options, old_python=options.old_python.absolute())
     groups = _grouped(baselines)
     for group in groups:
         _refuse(group, options)
-    ready = [_prepared(group, options, scratch / str(number), ask, say) for number, group in enumerate(groups)]
-    return [made if isinstance(made, Outcome) else made.judged(say) for made in ready]
+    return [_prepared(group, options, scratch / str(number), ask, say) for number, group in enumerate(groups)]
 
 
 def _prepared(group: list[Trained], options: GateOptions, place: Path, ask: Ask | None, say: Say) -> "Outcome | _Sides":
@@ -389,6 +408,6 @@ def keep_runs(outcomes: list[Outcome], folder: Path) -> list[Path]:
     for outcome in outcomes:
         for run in outcome.now:
             kept.append(first_free(folder / f"{outcome.experiment}-{run.run_dir.name}"))
-            kept[-1].parent.mkdir(parents=True, exist_ok=True)
+            make_folder(kept[-1].parent)
             shutil.move(run.run_dir, kept[-1])
     return kept

@@ -49,6 +49,7 @@ from labtrain.base.contracts import Options, SavedFile, as_options
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.base.exact_json import digest_of
 from labtrain.base.files import sha256_of, sync
+from labtrain.base.permissions import make_folder
 from labtrain.stores.backends import explained, is_local, open_url
 
 MANIFEST = "manifest.json"
@@ -233,7 +234,8 @@ class Store:
     def _write(self, full: str, data: bytes) -> None:
         for attempt in range(3):
             try:
-                self.fs.makedirs(full.rpartition("/")[0], exist_ok=True)
+                above = full.rpartition("/")[0]
+                make_folder(Path(above)) if self.local else self.fs.makedirs(above, exist_ok=True)
                 break
             except OSError:  # over SFTP, another process may be making the same folders
                 if attempt == 2:

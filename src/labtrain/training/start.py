@@ -13,7 +13,7 @@ from labtrain.base.console import shown, warn
 from labtrain.base.contracts import Origin
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.base.permissions import open_lock
+from labtrain.base.permissions import make_folder, open_lock
 from labtrain.checkpoints.format import check_loads
 from labtrain.record import receipt
 from labtrain.record.identity import Job
@@ -114,7 +114,7 @@ def find_checkpoint(run_dir: Path, place: str, into: Path, *, run_id: str | None
     elif not any(store.checkpoints() for store in stores):
         found = None
     else:
-        into.mkdir(parents=True, exist_ok=True)
+        make_folder(into)
         with alone_in(into):
             found = newest_whole(stores, into=into, to_resume=True, run_id=run_id, look=check_loads)
     if found is None:

@@ -14,7 +14,7 @@ from labtrain.cli.help_page import Command, Group, summary_of
 SECTIONS = {
     "Experiment": {"new", "update", "demo", "batch-size", "lr-find", "schema"},
     "Checkpoints": {"store"},
-    "Environment": {"doctor", "lock", "completion"},
+    "Environment": {"doctor", "lock", "upgrade", "completion"},
 }
 
 

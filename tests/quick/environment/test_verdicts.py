@@ -4,7 +4,7 @@ import datetime
 
 import pytest
 
-from labtrain.environment.doctor import cliffs
+from labtrain.environment.doctor import cliffs, nvidia
 from labtrain.environment.doctor.verdicts import BUILDS, SOURCES, Build, of_gpu
 
 DRIVERS = [
@@ -76,3 +76,27 @@ def test_a_driver_branch_without_updates_is_told(driver: str, warns: bool) -> No
     """By NVIDIA's list of September 2026: R580, R595 and R620; nothing is known of later ones."""
     assert bool(list(cliffs.checks(driver, today=datetime.date(2026, 12, 1)))) == warns
     assert bool(list(cliffs.checks("595.10.01", today=datetime.date(2027, 4, 1))))
+
+
+def test_what_ends_is_in_the_order_of_the_days_and_what_is_over_is_marked() -> None:
+    lines = list(cliffs.shown_ends(today=datetime.date(2026, 12, 1)))
+    assert len(lines) == len(cliffs.CLIFFS)
+    assert [line[:10] for line in lines[:-1]] == sorted(line[:10] for line in lines[:-1])
+    assert [", over: " in line for line in lines] == [True, True, True, False, False, False]
+    assert lines[-1].startswith("no date: conda-forge")
+
+
+def test_the_plan_of_an_upgrade_tells_the_end_for_each_card_without_asking_torch() -> None:
+    """Of two cards under R550: the driver, its updates and the last PyTorch for each; not memory, use or P2P."""
+    card = {"error": "", "name": "card", "memory_bytes": 0, "modes": {}, "processes": []}
+    gpus = [
+        {**card, "index": 0, "uuid": "a", "capability": [7, 0]},
+        {**card, "index": 1, "uuid": "b", "capability": [8, 9]},
+    ]
+    facts = {"driver": "550.54.14", "cuda": 12040, "gpus": gpus, "without_p2p": [], "errors": []}
+    found = {each.name: each.found for each in nvidia.check_ends(facts)}
+    assert list(found) == ["driver", "driver support", "GPU 0 later", "GPU 1 later"]
+    assert found["GPU 1 later"].startswith(
+        "PyTorch 2.14 is the last with wheels (CUDA 12.6) for compute capability 8.9"
+    )
+    assert [each.status for each in nvidia.check_ends({"no_driver": "none"})] == ["skipped"]

@@ -65,6 +65,18 @@ CLIFFS = (
 )
 
 
+def shown_ends(*, today: datetime.date | None = None) -> Iterator[str]:
+    """Yield what ends when, a line each, in the order of the days.
+
+    Args:
+        today: the date; by default that of this machine.
+    """
+    today = datetime.datetime.now(datetime.UTC).date() if today is None else today
+    for cliff in sorted(CLIFFS, key=lambda each: each.ends or datetime.date.max):
+        day = f"{cliff.ends:%Y-%m-%d}" if cliff.ends else "no date"
+        yield f"{day}{', over' if cliff.ends and cliff.ends < today else ''}: {cliff.what}; {cliff.then}"
+
+
 def checks(driver: str, *, today: datetime.date | None = None) -> Iterator[Check]:
     """Yield a warning for a driver that gets no updates any more.
 

@@ -82,6 +82,13 @@ def checks(facts: Options, build: Build | None, *, required: bool = False) -> It
         yield check_p2p(facts["without_p2p"])
 
 
+def check_ends(facts: Options) -> list[Check]:
+    """Return what the driver and the GPUs of this machine still run, and until when: the checks that need no torch."""
+    of_torch = tuple(f"GPU {number}" for number in numbers(facts).values())
+    return [each for each in checks(facts, None) if each.name not in (*of_torch, "GPUs", "P2P")
+            and not each.name.endswith("in use")]  # fmt: skip
+
+
 def check(verdict: Verdict, name: str, found: str, wanted: str) -> Check:
     """Return the check of a verdict."""
     said = f"{found}: {verdict.why}"

@@ -32,13 +32,14 @@ WRITTEN = (LOCK_FILE, conda.DEFAULT.lock, conda.CPU.spec, conda.CPU.lock, derive
            pixi.MANIFEST, pixi.LOCK, derive.SEAL)  # fmt: skip
 
 
-def write_locks(folder: Path, *, upgrade: bool = False) -> Iterator[str]:
+def write_locks(folder: Path, *, upgrade: bool = False, packages: Sequence[str] = ()) -> Iterator[str]:
     """Write each derived lock, and yield a line for each. If one fails, all stay as they were.
 
     Args:
         folder: labtrain's repository, or an experiment. Both have pyproject.toml.
         upgrade: use the newest releases that pyproject.toml allows; else keep pins that still fit. An experiment keeps
             labtrain's pins in any case.
+        packages: use the newest releases of these packages only, or the named ones: NAME or NAME==VERSION.
 
     Raises:
         LabtrainError: a tool failed, or the conda spec changed and no channel can be reached.
@@ -46,11 +47,11 @@ def write_locks(folder: Path, *, upgrade: bool = False) -> Iterator[str]:
     if not (folder / "pyproject.toml").exists() or not (folder / conda.SPEC).exists():
         hint = "cd to an experiment, or to labtrain's repository"
         raise ConfigError(f"{folder} must have pyproject.toml and {conda.SPEC} to resolve from", hint=hint)
-    with _all_or_nothing(folder), _inputs(folder) as inputs:
+    with _all_or_nothing(folder), resolver_inputs(folder) as inputs:
         path = folder / LOCK_FILE
         before = read_text(folder, LOCK_FILE) if path.exists() else ""
-        options = [*COMPILE, *(["--upgrade"] if upgrade else [])]
-        _run(folder, "uv", "pip", "compile", *options, *inputs, "-o", LOCK_FILE)
+        options = [*COMPILE, *(["--upgrade"] if upgrade else []), *(f"--upgrade-package={each}" for each in packages)]
+        run_tool(folder, "uv", "pip", "compile", *options, *inputs, "-o", LOCK_FILE)
         if same := parse_pins(before, path) == read_pins(path):
             write_atomically(path, before)  # runs are named by the text, and its comments may differ
         yield f"{LOCK_FILE}: {'unchanged' if same else 'resolved again'}"
@@ -87,22 +88,31 @@ def _all_or_nothing(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _inputs(folder: Path) -> Iterator[list[str]]:
+def resolver_inputs(folder: Path) -> Iterator[list[str]]:
     """Yield what uv resolves: labtrain's extras; in an experiment labtrain's pins, and the packages of its own.
 
     The pins are those that the experiment has, of the packages in this labtrain's own lock. So a package that was taken
     out of pyproject.toml leaves the lock, and no other pin changes.
     """
-    extras = read_project(folder).get("optional-dependencies", {})
-    if {"train", "lab", "dev"} <= set(extras):
+    if is_labtrain(folder):
         yield ["--extra", "train", "--extra", "lab", "--extra", "dev", "pyproject.toml"]
         return
-    of_labtrain = {pin.name for pin in read_pins(asset(LOCK_FILE))}
+    of_labtrain = labtrains_packages()
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "labtrain.in"
         lock = folder / LOCK_FILE if (folder / LOCK_FILE).exists() else asset(LOCK_FILE)
         base.write_text("".join(_line(pin) for pin in read_pins(lock) if pin.name in of_labtrain))
         yield ["--no-annotate", str(base), "pyproject.toml"]
+
+
+def is_labtrain(folder: Path) -> bool:
+    """Return whether a project is labtrain's repository; else it is an experiment."""
+    return {"train", "lab", "dev"} <= set(read_project(folder).get("optional-dependencies", {}))
+
+
+def labtrains_packages() -> set[str]:
+    """Return the names in this labtrain's own lock, whose pins an experiment keeps."""
+    return {pin.name for pin in read_pins(asset(LOCK_FILE))}
 
 
 def _line(pin: Pin) -> str:
@@ -125,7 +135,7 @@ def choose_wheels(folder: Path, inputs: Sequence[str]) -> list[dict[str, object]
         _refuse_unknown_hashes(folder, inputs, constraints, pins)
         listing = Path(scratch) / "pylock.toml"
         options = ["--universal", "--no-header", "--quiet", "--format", "pylock.toml", *inputs]
-        _run(folder, "uv", "pip", "compile", *options, "-c", str(constraints), "-o", str(listing))
+        run_tool(folder, "uv", "pip", "compile", *options, "-c", str(constraints), "-o", str(listing))
         packages = tomllib.loads(listing.read_text())["packages"]
     files = {
         (package["name"], package["version"]): [
@@ -144,7 +154,7 @@ def choose_wheels(folder: Path, inputs: Sequence[str]) -> list[dict[str, object]
 def _refuse_unknown_hashes(folder: Path, inputs: Sequence[str], constraints: Path, pins: Sequence[Pin]) -> None:
     """Raise DamagedError if a hash in requirements.lock is of no file: uv keeps the hashes that a lock has."""
     fresh = constraints.with_name(LOCK_FILE)
-    _run(folder, "uv", "pip", "compile", *COMPILE, *inputs, "-c", str(constraints), "-o", str(fresh))
+    run_tool(folder, "uv", "pip", "compile", *COMPILE, *inputs, "-c", str(constraints), "-o", str(fresh))
     known = {(pin.name, pin.version): set(pin.hashes) for pin in read_pins(fresh)}
     for pin in pins:
         if unknown := sorted(set(pin.hashes) - known.get((pin.name, pin.version), set())):
@@ -229,7 +239,7 @@ def lock_conda(folder: Path, profile: conda.Profile) -> bool:
         options = ["-f", profile.spec, "--virtual-package-spec", str(virtual), "-p", conda.PLATFORM,
                    "--lockfile", profile.lock]  # fmt: skip
         try:
-            _run(folder, "conda-lock", "lock", *options, environment=environment)
+            run_tool(folder, "conda-lock", "lock", *options, environment=environment)
         except LabtrainError as error:
             what = f"{profile.lock} does not fit {profile.spec} or {conda.VIRTUAL}, and could not be solved again"
             raise LabtrainError(
@@ -259,7 +269,7 @@ def lock_pixi(folder: Path) -> str:
     return f"{pixi.LOCK}: " + ", ".join(f"{len(entries)} packages for {name}" for name, entries in environments)
 
 
-def _run(folder: Path, program: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
+def run_tool(folder: Path, program: str, *arguments: str, environment: Mapping[str, str] | None = None) -> None:
     """Run a program of this environment.
 
     Raises:

@@ -29,7 +29,7 @@ from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.files import file_sha256, write_atomically
 from labtrain.base.nvml import driver_version
-from labtrain.base.permissions import make_sign, open_lock
+from labtrain.base.permissions import make_folder, make_sign, open_lock
 from labtrain.data.combined import parts_of
 from labtrain.data.transforms import described
 from labtrain.exact import determinism
@@ -90,7 +90,7 @@ class Recorder(pl.Callback):
         """
         self.job.hold(self.run_dir)
         self.made_folder = not self.run_dir.exists()
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        make_folder(self.run_dir)
         path = self.run_dir / receipt.LOCK
         try:
             self.lock = open_lock(path)
