@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from labtrain.base.errors import LabtrainError
@@ -25,6 +26,7 @@ def run_git(
     text: str = "",
     variables: dict[str, str] | None = None,
     timeout_s: float = TIMEOUT_S,
+    codes: Sequence[int] = (0,),
 ) -> str:
     """Return what git prints. Bytes that are not UTF-8 are kept (surrogateescape).
 
@@ -34,6 +36,7 @@ def run_git(
         text: standard input.
         variables: the environment; None: this process's.
         timeout_s: kill git after this time.
+        codes: exit codes that are not a failure.
 
     Raises:
         GitError: git failed, is not installed, or did not end in time; contains git's message.
@@ -49,7 +52,7 @@ def run_git(
             f"did not end within {timeout_s:g} seconds" if isinstance(error, subprocess.TimeoutExpired) else str(error)
         )
         raise GitError(f"git {' '.join(arguments[:4])}: {ended}", hint="git status") from error
-    if done.returncode:
+    if done.returncode not in codes:
         said = done.stderr.decode(errors="replace").strip() or f"exit code {done.returncode}"
         raise GitError(f"git {' '.join(arguments[:4])}: {said}", hint="git status")
     return done.stdout.decode("utf-8", "surrogateescape")

@@ -159,6 +159,16 @@ def forwarding(child: subprocess.Popen[bytes], *, interrupts: bool) -> Iterator[
             signal.signal(number, handler)
 
 
+@contextmanager
+def postponed() -> Iterator[None]:
+    """Postpone Ctrl-C, SIGTERM and SIGHUP to the end of the block, for this process and its children."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def unblock() -> None:
     """Unblock SIGUSR1, including a pending one."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from labtrain.base.console import quoted
 from labtrain.base.errors import LabtrainError
 from labtrain.record import receipt
 from labtrain.record.digests import digest_file, digest_folder, state_digest
@@ -89,7 +90,7 @@ def found_checkpoint(target: str, *, verified: bool = True) -> Iterator[tuple[Pa
         stores, run_id = _stores(target)
         newest = newest_whole(stores, into=Path(scratch), run_id=run_id)
         if newest is None:
-            raise _nothing_at(target)
+            raise _nothing_at(target, run_id)
         yield newest[1], newest[2]
 
 
@@ -102,9 +103,10 @@ def found_manifest(target: str) -> Manifest:
     target = _found(target)
     if (named := _named(target)) is not None:
         return named.store.manifest(named)
-    found = [each for store in _stores(target)[0] for each in store.find() if each.complete and not each.is_link]
+    stores, run_id = _stores(target)
+    found = [each for store in stores for each in store.find() if each.complete and not each.is_link]
     if not found:
-        raise _nothing_at(target)
+        raise _nothing_at(target, run_id)
     newest = max(found, key=lambda each: each.order)
     return newest.store.manifest(newest)
 
@@ -125,7 +127,12 @@ def _stores(target: str) -> tuple[list[Store], str | None]:
     return stores_of(run_dir, checkpoints_of(run_dir, found)), found["run_id"]
 
 
-def _nothing_at(target: str) -> LabtrainError:
+def _nothing_at(target: str, run_id: str | None) -> LabtrainError:
+    if run_id is not None:
+        return LabtrainError(
+            f"{target} has no checkpoints: only its receipt is here",
+            hint=f"copy them to {quoted(Path(target) / 'checkpoints')}; labtrain report shows the recorded digest",
+        )
     return LabtrainError(
         f"{target} is neither a run nor a checkpoint: looked for {receipt.FILE}, {MANIFEST} and step-*",
         hint="labtrain ls lists runs; labtrain store ls URL lists checkpoints",

@@ -84,6 +84,27 @@ def new(target: Path, author: str) -> None:
     say(f"next: cd {quoted(target)} && {start}", err=True)
 
 
+@click.command(cls=help_page.Command, example="labtrain update")
+def update() -> None:
+    """Bring this labtrain into an experiment made by an older one.
+
+    Run it in the experiment's folder. labtrain merges what changed in its template with your edits, as git does, and
+    replaces the lock files and its own wheel. It prints what can change results. It commits nothing. The exit code is 1
+    if files have conflicts, which git marks in them.
+    """
+    from labtrain.project.update import lines_of, update_experiment
+
+    receipts.end_in_order()
+    updated = update_experiment(Path.cwd())
+    if updated is None:
+        say(f"up to date: the experiment carries this labtrain, {__version__}")
+        say("next: run the newer labtrain's command here, for example ../labtrain/.venv/bin/labtrain update", err=True)
+        return
+    for line in lines_of(updated):
+        say(line)
+    sys.exit(bool(updated.conflicts))
+
+
 @click.command(cls=help_page.Command, example="labtrain digest runs/digits/24c29285cf19")
 @click.argument("target", metavar="TARGET", shell_complete=complete_run)
 @click.option("--all", "whole", is_flag=True, help="Include optimizer and loop state, not only the weights.")
@@ -223,7 +244,7 @@ def lr_find(overrides: tuple[str, ...], min_rate: float, max_rate: float, steps:
     search_rate(Path.cwd(), list(overrides), min_rate=min_rate, max_rate=max_rate, steps=steps, plot=plot)
 
 
-main.add_section("Experiment", new, demo, batch_size, lr_find, editor.schema)
+main.add_section("Experiment", new, update, demo, batch_size, lr_find, editor.schema)
 main.add_section(
     "Runs",
     receipts.ls,

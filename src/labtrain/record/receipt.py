@@ -4,6 +4,9 @@ One JSON file for each run. Rank 0 writes it and replaces it atomically at each 
 ``interrupted``, ``complete`` or ``failed``. It ends with its own digest, which detects accidental changes, but not a
 change by somebody who recomputes the digest.
 
+Every later version reads it: a key that is new is optional in the schema, or `read` fills it for older receipts, after
+their digest was checked. tests/quick/record/test_old_runs.py has examples.
+
 It never contains what looks like a credential (credentials.py). A text from `${oc.env:X}` is recorded as a reference.
 """
 
@@ -30,6 +33,7 @@ from labtrain.record.identity import EXPERIMENT, RUN_ID, SHORT_ID, enclosing
 
 SCHEMA = "labtrain/receipt/1"
 FILE = "receipt.json"
+WRITER = "use the labtrain that wrote it: its wheel is in the experiment's vendor/ at the commit of the run"
 LOCK = ".lock"  # a record lock next to it, held by the process that trains the run (recorder.py)
 SIGN = ".training"  # a second lock of that process, visible to users who may not open the first
 STATUSES = ("running", "interrupted", "complete", "failed")
@@ -113,7 +117,7 @@ def hold_against_schema(receipt: object, path: Path) -> None:
         said = str(error.message).removeprefix(str(error.name)).strip()
         raise DamagedError(
             f"{path}: {place} {said[:200]}, got {reprlib.repr(error.value)}",
-            hint="labtrain never writes such a receipt; ask whoever trained the run to send it again",
+            hint=f"this labtrain never writes such a receipt; {WRITER}, or ask for the receipt again",
         ) from error
 
 
@@ -211,16 +215,16 @@ def read(run_dir: Path) -> Receipt | None:
     hint = f"mv {quoted(run_dir)} {quoted(f'{run_dir}.broken')}   # or train a new run: resume=never"
     try:
         receipt = untrusted.loads(untrusted.read(path))
-        schema, said = receipt["schema"], receipt["digest"]
+        schema, said = receipt["schema"], receipt.get("digest")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except PermissionError:
         raise not_readable(run_dir) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedError(f"{path} is broken: {error!r}", hint=hint) from error
-    if schema != SCHEMA:
-        hint = "install the labtrain that wrote it: its wheel is in the experiment's vendor/"
-        raise DamagedError(f"{path} has schema {schema!r}, but this labtrain reads only {SCHEMA!r}", hint=hint)
+    if schema != SCHEMA or said is None:  # before 0.1 there was no digest
+        what = f"has schema {schema!r}" if schema != SCHEMA else "has no digest to check it by"
+        raise DamagedError(f"{path} {what}, but this labtrain reads only {SCHEMA!r} with a digest", hint=WRITER)
     if said != (found := exact_json.digest_of(as_options(receipt))):
         raise DamagedError(
             f"{path} was changed after it was written: its digest is {found[:12]}, but it records {str(said)[:12]}",

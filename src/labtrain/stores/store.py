@@ -339,7 +339,7 @@ class Store:
                 raise ValueError(f"{checkpoint.sizes[MANIFEST]:,} bytes")
             with explained(self.url):
                 data = self.read(where)
-            manifest: Manifest = untrusted.loads(data)
+            manifest = _upgraded(untrusted.loads(data))
             _check_manifest(as_options(manifest))
         if wrong := _contradiction(manifest, checkpoint):
             raise DamagedError(f"{checkpoint.url}/{MANIFEST} {wrong}", hint=_prune_hint(self))
@@ -690,6 +690,14 @@ def links_error(place: str) -> LabtrainError:
 def sealed(manifest: Manifest) -> Manifest:
     """Return a manifest with its own digest."""
     return {**manifest, "digest": digest_of(as_options(manifest))}
+
+
+def _upgraded(manifest: Manifest) -> Manifest:
+    """Return a manifest of before 2026-11-30 with a digest, which it lacks; any other one unchanged.
+
+    A newer manifest that has lost only its digest is damaged, and stays without one.
+    """
+    return manifest if any(key in manifest for key in ("digest", "before", "trail", "history")) else sealed(manifest)
 
 
 def _as_bytes(manifest: Manifest) -> bytes:

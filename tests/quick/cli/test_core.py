@@ -51,6 +51,7 @@ def labtrain(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
         (["verify", RUNS[1], "--steps", "0"], 1, "unverified"),
         (["doctor", "--fast"], 1, "  driver "),
         (["new", "../another"], 0, "../another"),
+        (["update"], 0, "git reset --hard"),  # the last: it changes the experiment
     ],
 )
 def test_the_core_needs_no_torch(experiment: Path, words: list[str], code: int, says: str) -> None:

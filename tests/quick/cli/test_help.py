@@ -12,7 +12,7 @@ from labtrain.cli import main
 from labtrain.cli.help_page import Command, Group, summary_of
 
 SECTIONS = {
-    "Experiment": {"new", "demo", "batch-size", "lr-find", "schema"},
+    "Experiment": {"new", "update", "demo", "batch-size", "lr-find", "schema"},
     "Checkpoints": {"store"},
     "Environment": {"doctor", "lock", "upgrade", "completion"},
 }

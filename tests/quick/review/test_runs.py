@@ -26,8 +26,8 @@ def command(*arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
 def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name in IDS:
-        shutil.copytree(ROOT / "tests" / "golden", tmp_path / "runs" / "digits" / name)
-        (tmp_path / "runs" / "digits" / name / "public.json").unlink()
+        left_out = shutil.ignore_patterns("old", "public.json")
+        shutil.copytree(ROOT / "tests" / "golden", tmp_path / "runs" / "digits" / name, ignore=left_out)
     return tmp_path / "runs" / "digits"
 
 

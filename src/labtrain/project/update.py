@@ -1,0 +1,211 @@
+"""Bring a newer labtrain's template, locks and wheel into an experiment: a three-way merge against what made it."""
+
+import json
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.version import Version
+
+from labtrain import __version__
+from labtrain.assets import asset
+from labtrain.base.console import few, quoted
+from labtrain.base.errors import ConfigError
+from labtrain.bootstrap import WHEEL_LOCK
+from labtrain.environment.lock.derive import FLAKE_LOCK
+from labtrain.environment.lock.files import read_project
+from labtrain.environment.lock.write import WRITTEN
+from labtrain.project.merge import Merged, Repository, apply, merge, open_repository
+from labtrain.project.new import make_experiment
+from labtrain.project.origin import ASSETS, Carried, find_experiment, make_base, read_carried
+from labtrain.record.identity import LOCK_FILE
+from labtrain.record.sources import SUFFIXES
+
+GOLDEN = "golden/receipt.json"
+GENERATED = {*WRITTEN, FLAKE_LOCK, WHEEL_LOCK}
+NOT_CODE = "tests/"  # below it nothing is part of a run's code
+MOST = 40  # names in a line
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Updated:
+    """What an update did.
+
+    Attributes:
+        changes: lines about what changed.
+        conflicts: lines about files that the person has to finish.
+        next: lines with what to type.
+    """
+
+    changes: list[str]
+    conflicts: list[str]
+    next: list[str]
+
+
+def update_experiment(folder: Path) -> Updated | None:
+    """Update the experiment of a folder; None if it is up to date.
+
+    Raises:
+        LabtrainError: it cannot be updated. Nothing was changed, or the error says how to go back.
+    """
+    root = find_experiment(folder)
+    repository = open_repository(root)
+    carried = read_carried(root)
+    _refuse_uncommitted(repository, carried)
+    with tempfile.TemporaryDirectory() as name:
+        scratch = Path(name)
+        base, values = make_base(carried, scratch)
+        _refuse_newer(carried, scratch / "wheel" / ASSETS / GOLDEN)
+        theirs = scratch / "now" / values["name"]
+        theirs.parent.mkdir()
+        make_experiment(theirs, author=values.get("author", "Anonymous"))
+        if (theirs / WHEEL_LOCK).read_bytes() == (root / WHEEL_LOCK).read_bytes():
+            return None
+        merged = merge(repository, base, theirs, name=__version__, generated=GENERATED)
+        golden = scratch / "wheel" / ASSETS / GOLDEN
+        now = _wheel_sha256(theirs)
+        updated = Updated(
+            changes=[
+                f"labtrain {carried.version} ({carried.sha256[:12]}) -> {__version__} ({now[:12]})",
+                *_files(repository, merged, base),
+                *what_changes_bits(repository.inside(merged.changed), before=base, now=theirs, golden=golden),
+            ],
+            conflicts=merged.said,
+            next=_next(repository.inside(merged.conflicts), _own_packages(root, base)),
+        )
+        apply(repository, merged)
+    return updated
+
+
+def _refuse_uncommitted(repository: Repository, carried: Carried) -> None:
+    for name in (WHEEL_LOCK, carried.wheel):
+        if name not in repository.entries:
+            raise ConfigError(
+                f"{carried.root / name} is not committed: nobody could install the experiment from its repository",
+                hint=f"git add -f {quoted(carried.root / name)} && git commit -m 'labtrain {carried.version}'",
+            )
+
+
+def _refuse_newer(carried: Carried, golden: Path) -> None:
+    """Refuse to go back to an older labtrain.
+
+    Of two builds of one version, the newer one has the newer reference run. Builds with the same reference run count as
+    equal in age, and are not refused.
+    """
+    running = Version(__version__)
+    same_version_but_newer = carried.version == running and _trained(golden) > _trained(asset(GOLDEN))
+    if carried.version > running or same_version_but_newer:
+        what = f"labtrain {carried.version}"
+        if same_version_but_newer:
+            what += f" with a reference run of {_trained(golden)}"
+        raise ConfigError(
+            f"{carried.root} carries {what}, newer than the labtrain that is running: {__version__}"
+            + (f" with one of {_trained(asset(GOLDEN))}" if same_version_but_newer else ""),
+            hint="make setup && . .venv/bin/activate   # the experiment's own labtrain",
+        )
+
+
+def _trained(golden: Path) -> str:
+    """Return when a labtrain's reference run was trained: ISO 8601, UTC; empty if its receipt cannot be read."""
+    try:
+        return str(json.loads(golden.read_text())["segments"][-1]["started"])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return ""
+
+
+def _wheel_sha256(experiment: Path) -> str:
+    return (experiment / WHEEL_LOCK).read_text().strip().rpartition(":")[2]
+
+
+def _own_packages(root: Path, base: Path) -> list[str]:
+    """Return the packages that the experiment has besides labtrain's: named in pyproject.toml, or in its lock only."""
+    named = read_project(root).get("dependencies", [])
+    return list(map(str, named)) or sorted(set(pins(root / LOCK_FILE)) - set(pins(base / LOCK_FILE)))
+
+
+def pins(lock: Path) -> dict[str, str]:
+    """Return the version of each package in a lock, with several if the lock has several; empty without the file.
+
+    It reads locks of any labtrain, so it is more tolerant than `environment.lock.pins`.
+    """
+    found: dict[str, str] = {}
+    text = lock.read_text() if lock.exists() else ""
+    for name, version in re.findall(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", text, re.MULTILINE):
+        found[name] = f"{found[name]} and {version}" if name in found else version
+    return found
+
+
+def _files(repository: Repository, merged: Merged, base: Path) -> list[str]:
+    """Return lines about the files: how many change, which both sides had changed, and which of yours are replaced."""
+    states, root = list(merged.changed.values()), repository.top / repository.prefix
+    counts = ", ".join(
+        f"{states.count(letter)} {word}" for letter, word in (("A", "new"), ("M", "modified"), ("D", "deleted"))
+    )
+    yours = [name for name in repository.inside(merged.changed) if (root / name).is_file() and (base / name).is_file()
+             and (root / name).read_bytes() != (base / name).read_bytes()]  # fmt: skip
+    both = [name for name in yours if name not in {*GENERATED, *repository.inside(merged.conflicts)}]
+    replaced = [name for name in yours if name in GENERATED]
+    return [
+        f"files  {len(states)} changed: {counts}",
+        *([f"merged  with your edits: {few(both, MOST)}"] if both else []),
+        *([f"replaced  {few(replaced, MOST)}: these are generated, yours were not merged"] if replaced else []),
+    ]
+
+
+def what_changes_bits(changed: list[str], *, before: Path, now: Path, golden: Path) -> list[str]:
+    """Return lines about what can change results.
+
+    Args:
+        changed: the experiment's files that change.
+        before: the experiment as its labtrain made it.
+        now: as the running labtrain makes it.
+        golden: the receipt of the reference run of the experiment's labtrain.
+    """
+    old, new = pins(before / LOCK_FILE), pins(now / LOCK_FILE)
+    moved = [f"{name} {old.get(name, 'none')} -> {new.get(name, 'none')}"
+             for name in sorted({*old, *new}) if old.get(name) != new.get(name)]  # fmt: skip
+    code = [name for name in changed if name.endswith(SUFFIXES) and not name.startswith(NOT_CODE)]
+    conf = [name for name in changed if name.startswith("conf/")]
+    was, is_now = _weights(golden), _weights(asset(GOLDEN))
+    reference = f"the same weights ({is_now[:12]})"
+    if was != is_now:
+        reference = f"other weights: {was[:12] or 'unknown'} -> {is_now[:12]}. Yours can differ, too"
+    return [
+        f"packages  {few(moved, MOST) if moved else 'the same versions'}",
+        f"reference run  {reference}",
+        f"code  {few(code, MOST) if code else 'yours is unchanged'}",
+        f"configuration  {few(conf, MOST) if conf else 'yours is unchanged'}",
+        "runs  labtrain and the lock are part of a run's name: new runs get new names. Old runs stay in runs/",
+    ]
+
+
+def _weights(golden: Path) -> str:
+    try:
+        return str(json.loads(golden.read_text())["results"]["weights_digest"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _next(conflicts: list[str], own: list[str]) -> list[str]:
+    """Return what to type, in order."""
+    added = " ".join(map(quoted, conflicts))
+    steps = [
+        *([("git status", f"edit the files with conflicts, then: git add {added}")] if conflicts else []),
+        ("git diff --cached", "what changed"),
+        *([("labtrain lock write && git add -u", f"adds your packages to the new lock: {few(own)}")] if own else []),
+        ("make setup", "installs the new lock"),
+        (f"git commit -m 'labtrain {__version__}'", "new runs then name this commit"),
+        ("git reset --hard", "instead of a commit: goes back to before the update"),
+    ]
+    width = max(len(command) for command, _ in steps)
+    return [f"{command:<{width}}  # {what}" for command, what in steps]
+
+
+def lines_of(updated: Updated) -> list[str]:
+    """Return the lines to print."""
+    width = max(len(line.partition("  ")[0]) for line in updated.changes[1:])
+    changes = [f"  {what:<{width}}  {rest}" for what, _, rest in (line.partition("  ") for line in updated.changes[1:])]
+    conflicts = [f"  {line}" for line in updated.conflicts]
+    return [updated.changes[0], *changes, *(["conflicts", *conflicts] if conflicts else []), "next",
+            *(f"  {line}" for line in updated.next)]  # fmt: skip
