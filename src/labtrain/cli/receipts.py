@@ -203,8 +203,11 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 @click.option("--sandbox", is_flag=True, help="Run without network or home directory (needs bubblewrap).")
 @click.option("--key", type=PATH, metavar="FILE", help="Sign the verdict with this SSH private key.")
 @click.option("--receipt", metavar="PATH", help="The receipt to verify, if a repository has several.")
+@click.option("--locked", is_flag=True, help="Train in the environment of the run's own lock, made for it if needed.")
 @json_option
-def verify(run: str, changes: tuple[str, ...], receipt: str | None, as_json: bool, **options: Any) -> None:
+def verify(
+    run: str, changes: tuple[str, ...], receipt: str | None, locked: bool, as_json: bool, **options: Any
+) -> None:
     """Train a run again from its receipt and compare the results.
 
     RUN is a run's folder or id, or a receipt (a JSON file of any name) in a clone of the experiment's repository.
@@ -219,7 +222,7 @@ def verify(run: str, changes: tuple[str, ...], receipt: str | None, as_json: boo
     """
     from dataclasses import asdict
 
-    from labtrain.review.foreign.judge import foreign_in, verify_foreign
+    from labtrain.review.foreign.judge import foreign_in, verify_foreign, verify_locked
     from labtrain.review.verification import VerifyOptions, verify_run
 
     end_in_order()
@@ -233,6 +236,9 @@ def verify(run: str, changes: tuple[str, ...], receipt: str | None, as_json: boo
         verdict, facts = verify_foreign(target, judged, receipt=receipt, own_sha256=own_wheel_sha256, **tells)
     elif receipt is not None:
         raise ConfigError(f"{run} is not a git repository, so --receipt cannot be used", hint="labtrain verify RUN")
+    elif locked and judged.steps != 0:
+        place = RUN.convert(run, None, None)
+        verdict = verify_locked(place, judged, own_sha256=own_wheel_sha256, ask=asker(), **tells)
     else:
         verdict = verify_run(RUN.convert(run, None, None), judged, ask=asker(), **tells)
     if as_json:

@@ -103,19 +103,21 @@ class VerifyOptions:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Elsewhere:
-    """What a run that came from elsewhere is verified with: a clone or an unpacked bundle, in a scratch folder.
+    """What a run is verified with, if it came from elsewhere or is trained in the environment of its lock.
 
     Attributes:
-        home: the experiment's folder there, with the receipt's code.
-        whence: where the code is from, in words.
+        home: the experiment's folder, in a clone or an unpacked bundle; None: the one here.
+        root: the folder of the receipt's code and its lock.
+        whence: where that is from, in words.
         interpreter: the environment of its lock; None: nothing is trained.
-        verdicts: the folder in which a signed verdict is recorded.
+        verdicts: the folder in which the verdict is recorded; None: it is not.
     """
 
-    home: Path
+    home: Path | None
+    root: Path
     whence: str
     interpreter: Interpreter | None
-    verdicts: Path
+    verdicts: Path | None
 
     @property
     def other(self) -> Interpreter | None:
@@ -150,7 +152,7 @@ def verify_run(
         ask: shows the user what would run, and returns whether it may; None: only this user's own runs may.
         say: receives each finding.
         tick: receives each step that was the same.
-        elsewhere: the run came from elsewhere. Then the verdict is recorded only if it is signed.
+        elsewhere: the run came from elsewhere, or is trained in another environment.
 
     Raises:
         ConfigError: the run, its code or the checkpoint cannot be found, or there is nothing to compare.
@@ -177,11 +179,14 @@ def _verify(
     trail = {line["step"]: line for line in read_trail(run_dir)}
     plan = _planned(receipt, trail, options)
     _say_recorded(run_dir, receipt, trail, options, say)
-    home = elsewhere.home if elsewhere else _home(above, receipt, sandbox=options.sandbox)
+    home = (elsewhere and elsewhere.home) or _home(above, receipt, sandbox=options.sandbox)
     other = elsewhere.other if elsewhere else None
     with scratch_folder("labtrain-verify-") as folder:
-        root, whence = code_of(receipt, run_dir, home, folder)
-        say(f"code         {elsewhere.whence if elsewhere else whence}")
+        if elsewhere is None:
+            root, whence = code_of(receipt, run_dir, home, folder)
+        else:
+            root, whence = elsewhere.root, elsewhere.whence
+        say(f"code         {whence}")
         case = Case(run_dir=run_dir, receipt=receipt, trail=trail, root=root, home=home, scratch=folder,
                     devices=options.devices, changes=options.changes, say=say, tick=tick,
                     python=other.python if other else None)  # fmt: skip
@@ -197,9 +202,7 @@ def _verify(
               ask=ask, say=say)  # fmt: skip
         if not options.sandbox:  # in a sandbox nobody is asked, and filters would run outside it
             case.root = with_filters(root, receipt, run_dir, home, folder / "filtered")
-        if elsewhere is None:
-            return _trained(case, plan, verdicts=run_dir, key=options.key)
-        return _trained(case, plan, verdicts=elsewhere.verdicts if options.key else None, key=options.key)
+        return _trained(case, plan, verdicts=elsewhere.verdicts if elsewhere else run_dir, key=options.key)
 
 
 @contextmanager

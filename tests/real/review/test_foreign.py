@@ -19,6 +19,8 @@ from labtrain.base.errors import DamagedError
 from labtrain.record import receipt as receipts
 from labtrain.review.foreign.bundle import unpack
 from tests.conftest import LABTRAIN, QUICK, Experiment, changed, need
+from tests.support.old import RUNS
+from tests.support.old import unpack as unpack_old
 from tests.support.template import WHEEL
 from tests.support.verification import git
 
@@ -185,6 +187,25 @@ def test_a_bundle_needs_nothing_else_and_its_environment_is_made(
     assert "different from this one, which only compares" in done.stderr
     assert not canary.exists()
     _names_what_was_changed(tmp_path / "away")
+
+
+def test_an_old_run_is_verified_in_its_old_environment(tmp_path: Path) -> None:
+    """`--locked`: labtrain 38c3d00 trains it again, with the packages of its lock; this labtrain only compares.
+
+    Without a terminal it is refused before anything is made, because another user trained it.
+    """
+    root = unpack_old(tmp_path)
+    uv_cache = subprocess.check_output([Path(sys.executable).with_name("uv"), "cache", "dir"], text=True).strip()
+    env = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "UV_CACHE_DIR": uv_cache}
+    for name in ("requirements.lock", "model.py"):  # its commit has them as they were
+        (root / name).write_text((root / name).read_text() + "# changed since\n")
+    refused = verify(RUNS[0], "--locked", cwd=root, code=2, **env)
+    assert "its code is untrusted" in refused.stderr
+    assert not (tmp_path / "cache").exists()
+    done = verify(RUNS[0], "--locked", "--trust", cwd=root, **env)
+    assert "made now: 303 pins" in done.stdout
+    assert "different from this one, which only compares" in done.stdout
+    assert done.stdout.splitlines()[-1] == "yes          the same bits to the end"
 
 
 def _add_to_wheel(root: Path, name: str, text: str) -> None:

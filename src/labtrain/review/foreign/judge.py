@@ -11,14 +11,17 @@ from pathlib import Path
 
 from labtrain.base.console import shown, warn
 from labtrain.base.errors import ConfigError
+from labtrain.base.git import ask_git
 from labtrain.base.untrusted import scratch_folder
 from labtrain.environment.from_lock import Interpreter, interpreter_for, read_foreign_lock
 from labtrain.record.differences import open_run
 from labtrain.record.receipt import Receipt
 from labtrain.review.foreign.bundle import is_bundle, unpack
-from labtrain.review.foreign.repository import Found, Target, fetch, repository_in
+from labtrain.review.foreign.repository import Found, Target, check_lock, fetch, repository_in
+from labtrain.review.replay import checked_out, home_of
 from labtrain.review.retrace import Say
 from labtrain.review.sandbox import check_bubblewrap
+from labtrain.review.trust import Ask, admit
 from labtrain.review.verdicts import VERIFIED
 from labtrain.review.verification import Elsewhere, Verdict, VerifyOptions, alone, verify_run
 
@@ -66,7 +69,8 @@ def verify_foreign(
         with alone(found.run) as (run_dir, _):
             recorded = open_run(run_dir)[1]
         interpreter = _environment(recorded, found.home, own_sha256, say) if trains else None
-        elsewhere = Elsewhere(home=found.home, whence=found.whence, interpreter=interpreter, verdicts=scratch)
+        elsewhere = Elsewhere(home=found.home, root=found.home, whence=found.whence, interpreter=interpreter,
+                              verdicts=scratch if options.key else None)  # fmt: skip
         options = replace(options, sandbox=trains and (options.sandbox or not options.trust))
         verdict = verify_run(found.run, options, say=say, tick=tick, elsewhere=elsewhere)
         if (scratch / VERIFIED).exists():
@@ -75,6 +79,45 @@ def verify_foreign(
     say(f"took         {seconds:.0f} s")
     made = {"environment": interpreter.said} if interpreter else {}
     return verdict, found.facts | made | {"seconds": f"{seconds:.1f}"}
+
+
+def verify_locked(
+    run: Path,
+    options: VerifyOptions,
+    *,
+    own_sha256: Callable[[], str],
+    ask: Ask | None = None,
+    say: Say = lambda _: None,
+    tick: Callable[[int], None] = lambda _: None,
+) -> Verdict:
+    """Verify a run in the environment of its own lock, with the labtrain that trained it, however old they are.
+
+    Args:
+        run: its folder or id, or its receipt, as in `verify_run`.
+        options: as in `verify_run`.
+        own_sha256: returns the sha256 of this labtrain's wheel.
+        ask: as in `verify_run`.
+        say: receives each finding.
+        tick: receives each step that was the same.
+
+    Raises:
+        ConfigError: the lock is not in the repository.
+        LabtrainError: the environment cannot be made.
+    """
+    with alone(run) as (place, above), scratch_folder("labtrain-locked-") as scratch:
+        run_dir, receipt = open_run(place)
+        root = home = home_of(above, receipt)
+        whence = "here"
+        if receipt["code"]["commit"]:
+            top = ask_git(str(home), "rev-parse", "--show-toplevel").strip()
+            root, whence = checked_out(receipt, run_dir, top, scratch, why="the lock is read from the run's commit; ")
+        check_lock(receipt, root)
+        if ask is None:  # it is refused before its environment is made, not after
+            admit(receipt, run_dir=run_dir, root=root, home=home, sandboxed=options.sandbox, trust=options.trust,
+                  ask=None, say=lambda _: None)  # fmt: skip
+        interpreter = _environment(receipt, root, own_sha256, say)
+        elsewhere = Elsewhere(home=None, root=root, whence=whence, interpreter=interpreter, verdicts=run_dir)
+        return verify_run(run, options, ask=ask, say=say, tick=tick, elsewhere=elsewhere)
 
 
 def _require_sandbox() -> None:
