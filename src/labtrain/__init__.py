@@ -3,7 +3,7 @@
 It has twelve packages. A package imports only from those below it, and `make check` enforces this::
 
     cli                               each command parses, calls one function, prints
-    project                           a new experiment, its editor's schemas, the demo
+    project                           an experiment: new, update, upgrade, editors' schemas; the demo
     review                            finished runs: verify, gate, ls, report, crate, sign
     launch                            from a command line to a named job in its own process
     training                          trains one run; the only package that imports Lightning
