@@ -231,7 +231,7 @@ def verify(
         "say": lambda line: say(line, err=as_json),
         "tick": progress if sys.stderr.isatty() else lambda step: None,
     }
-    facts: dict[str, str] = {}
+    facts: dict[str, str | float] = {}
     if (target := foreign_in(run)) is not None:
         verdict, facts = verify_foreign(target, judged, receipt=receipt, own_sha256=own_wheel_sha256, **tells)
     elif receipt is not None:

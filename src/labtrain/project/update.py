@@ -193,8 +193,12 @@ def _next(conflicts: list[str], own: list[str]) -> list[str]:
     steps = [
         *([("git status", f"edit the files with conflicts, then: git add {added}")] if conflicts else []),
         ("git diff --cached", "what changed"),
-        *([("labtrain lock write && git add -u", f"adds your packages to the new lock: {few(own)}")] if own else []),
         ("make setup", "installs the new lock"),
+        *(
+            [(".venv/bin/labtrain lock write && make setup && git add -u", f"your own packages: {few(own)}")]
+            if own
+            else []
+        ),
         (f"git commit -m 'labtrain {__version__}'", "new runs then name this commit"),
         ("git reset --hard", "instead of a commit: goes back to before the update"),
     ]

@@ -209,7 +209,7 @@ def check_checkpoints(run_dir: Path, receipt: Receipt) -> str:
                     hint="ask whoever trained the run for the checkpoint again",
                 )
     absent = len(said.keys() - {each.name for each in there})
-    more = f"; {absent} in the receipt, but not here" if absent else ""
+    more = f"; {absent} more in the receipt" if absent else ""
     return (f"{len(there)} here, all match their manifests and the receipt" if there else "none here") + more
 
 

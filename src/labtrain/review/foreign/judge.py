@@ -41,7 +41,7 @@ def verify_foreign(
     own_sha256: Callable[[], str],
     say: Say = lambda _: None,
     tick: Callable[[int], None] = lambda _: None,
-) -> tuple[Verdict, dict[str, str]]:
+) -> tuple[Verdict, dict[str, str | float]]:
     """Verify a run that came from elsewhere, in the sandbox unless the user trusts it.
 
     Args:
@@ -78,7 +78,7 @@ def verify_foreign(
     seconds = time.monotonic() - started
     say(f"took         {seconds:.0f} s")
     made = {"environment": interpreter.said} if interpreter else {}
-    return verdict, found.facts | made | {"seconds": f"{seconds:.1f}"}
+    return verdict, found.facts | made | {"seconds": round(seconds, 1)}
 
 
 def verify_locked(
