@@ -24,6 +24,7 @@ SOURCES = {
     "containers": "containers",
     ".devcontainer": "editor/.devcontainer",
     ".vscode": "editor/.vscode",
+    ".gitattributes": "editor/.gitattributes",
     "sbom.cdx.json": "sbom.cdx.json",
 }
 # What an experiment gets: the locks, their seal, the files that build images, and those of editors.

@@ -15,7 +15,7 @@ def refuse(what, hint):
 
 name = {{ cookiecutter.name | tojson }}
 if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_-]*", name):
-    refuse("{!r} is not a valid name: use ASCII letters, digits, _ and -, and begin with a letter or _".format(name), "cookiecutter template/ name=digits")
+    refuse("{!r} is not a valid name: use ASCII letters, digits, _ and -, and begin with a letter or _".format(name), "repeat the command with name=digits at its end")
 if sys.version_info < PYTHON:
     refuse("cookiecutter runs on Python {}.{}, Python 3.11 or later expected".format(*sys.version_info), "pipx install --force --python python3.12 cookiecutter")
 
@@ -29,6 +29,12 @@ if not places:
 sys.path.insert(0, str(places[0]))
 sys.dont_write_bytecode = True
 
+from labtrain.base.errors import LabtrainError
 from labtrain.project.carried import furnish
 
-furnish(Path.cwd())
+try:
+    furnish(Path.cwd())
+except LabtrainError as error:
+    refuse(error.args[0], error.hint)
+except OSError as error:
+    refuse("{}: {}".format(error.filename or Path.cwd(), error.strerror), "df '{}'".format(Path.cwd().parent))

@@ -114,10 +114,17 @@ def _install_line(command: str) -> str:
     source = ""
     with suppress(importlib.metadata.PackageNotFoundError):  # labtrain runs from its sources
         told = importlib.metadata.distribution("labtrain").read_text("direct_url.json")
-        source = f" @ {json.loads(told)['url']}" if told else ""
+        source = f" @ {_address(told)}" if told else ""
     whole = quoted(f"labtrain[train]{source}")
     has_pip = importlib.util.find_spec("pip") is not None
     return f"{quoted(sys.executable)} -m pip install {whole}" if has_pip else f"uvx --from {whole} {command}"
+
+
+def _address(text: str) -> str:
+    """Return the address that pip and uv take, of a direct_url.json (PEP 610)."""
+    told = json.loads(text)
+    vcs = told.get("vcs_info")
+    return f"{vcs['vcs']}+{told['url']}@{vcs['commit_id']}" if vcs else str(told["url"])
 
 
 def not_readable(path: Path) -> ConfigError:

@@ -1,5 +1,6 @@
 """Help while typing: `labtrain schema` for editors, `labtrain completion` for shells."""
 
+import importlib.util
 from pathlib import Path
 
 import click
@@ -23,6 +24,8 @@ def schema() -> None:
         say(shown(path))
     for problem in problems:
         warn(f"{problem}; its arguments are not checked")
+    if problems and importlib.util.find_spec("torch") is None:
+        click.echo("\nhint: make setup && .venv/bin/labtrain schema", err=True)
 
 
 @click.command(cls=help_page.Command, example="labtrain completion bash")

@@ -12,7 +12,7 @@ import click
 from labtrain.base.console import few, own, quoted, say, shown, warn
 from labtrain.base.errors import ConfigError
 from labtrain.cli import help_page
-from labtrain.cli.show import RunType, json_option, say_json
+from labtrain.cli.show import RunType, complete_run, json_option, say_json
 
 if TYPE_CHECKING:
     from labtrain.review.gate import Outcome
@@ -190,7 +190,7 @@ def diff(a: Path, b: Path, as_json: bool) -> None:
 
 
 @click.command(cls=OneRunCommand, example="labtrain verify runs/digits/24c29285cf19")
-@click.argument("run")
+@click.argument("run", shell_complete=complete_run)
 @click.option("--steps", type=COUNT, help="Steps to rerun (0: check metadata only).  [default: all]")
 @click.option("--from", "start", type=COUNT, default=0, metavar="STEP", help="Start from the checkpoint of this step.")
 @click.option("--segments", is_flag=True, help="Stop and resume at the same steps, on the same device counts.")

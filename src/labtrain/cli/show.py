@@ -33,6 +33,11 @@ def complete_run(_ctx: click.Context, _param: click.Parameter, incomplete: str) 
     return [CompletionItem(incomplete, type="file"), *(CompletionItem(run.name, help=run.parent.name) for run in found)]
 
 
+def complete_path(_ctx: click.Context, _param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+    """Let the shell complete a path, where a URL can also be typed."""
+    return [CompletionItem(incomplete, type="file")]
+
+
 def say_json(value: object) -> None:
     """Write plain values to standard output as JSON of printable ASCII."""
     print(exact_json.dumps(value, indent=1).replace("\x7f", "\\u007f"), flush=True)

@@ -10,7 +10,7 @@ import click
 from labtrain.base.console import say, warn
 from labtrain.base.errors import ConfigError, DamagedError
 from labtrain.cli import help_page
-from labtrain.cli.show import complete_run, say_json
+from labtrain.cli.show import complete_path, complete_run, say_json
 
 if TYPE_CHECKING:
     from labtrain.stores.store import Checkpoint, Manifest, Store
@@ -25,7 +25,7 @@ def store() -> None:
 
 
 @store.command("ls", cls=help_page.Command, example="labtrain store ls runs/digits")
-@click.argument("url")
+@click.argument("url", shell_complete=complete_path)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, with the manifests.")
 def store_ls(url: str, as_json: bool) -> None:
     """List checkpoints with their path, step and size.
@@ -62,7 +62,7 @@ def store_ls(url: str, as_json: bool) -> None:
 
 
 @store.command("check", cls=help_page.Command, example="labtrain store check s3://lab/digits")
-@click.argument("url")
+@click.argument("url", shell_complete=complete_path)
 def store_check(url: str) -> None:
     """Read every checkpoint and compare its files with its manifest.
 
@@ -88,7 +88,7 @@ def store_check(url: str) -> None:
 
 
 @store.command("prune", cls=help_page.Command, example="labtrain store prune runs/digits --dry-run")
-@click.argument("url")
+@click.argument("url", shell_complete=complete_path)
 @click.option(
     "--keep-last", type=click.IntRange(min=1), help="Also remove old checkpoints: keep this many of each run."
 )
@@ -147,7 +147,7 @@ def store_export(target: str, file: Path) -> None:
 
 @store.command("import", cls=help_page.Command, example="labtrain store import digits.ckpt imported")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.argument("url")
+@click.argument("url", shell_complete=complete_path)
 def store_import(file: Path, url: str) -> None:
     """Convert a Lightning .ckpt file to a checkpoint.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from labtrain import __version__
 from labtrain.assets import LOCKS, SOURCES, asset
+from labtrain.base.errors import LabtrainError
 from labtrain.base.files import atomic, file_sha256, write_atomically
 from labtrain.bootstrap import WHEEL_LOCK
 
@@ -27,7 +28,16 @@ FILE_MODE = 0o100644
 
 
 def furnish(experiment: Path) -> None:
-    """Copy the locks into an experiment, this labtrain's wheel into `vendor/`, and its hash into labtrain.lock."""
+    """Copy the locks into an experiment, this labtrain's wheel into `vendor/`, and its hash into labtrain.lock.
+
+    Raises:
+        LabtrainError: this labtrain is incomplete, as in a sparse clone; nothing was copied.
+    """
+    if missing := [name for name in SOURCES if not any(_files(asset(name)))]:
+        raise LabtrainError(
+            f"this labtrain is incomplete: without {', '.join(missing[:5])}",
+            hint="in its repository: git sparse-checkout disable && git checkout .",
+        )
     for name in LOCKS:
         copy_asset(name, experiment / name)
     wheel = build_wheel(experiment / "vendor")

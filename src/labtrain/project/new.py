@@ -1,5 +1,6 @@
 """Make an experiment: the cookiecutter template, which its hook furnishes (carried.py)."""
 
+import logging
 import os
 import re
 import tempfile
@@ -39,6 +40,7 @@ def make_experiment(target: Path, *, author: str) -> None:
         # cookiecutter would leave replay files in the home directory and rendered hooks in the temporary directory
         # (cookiecutter/hooks.py run_script_with_context).
         before, tempfile.tempdir = tempfile.tempdir, scratch
+        logging.getLogger("cookiecutter").addHandler(logging.NullHandler())  # else it prints the hook's failure again
         config = Path(scratch) / "cookiecutter.yaml"
         config.write_text(f"replay_dir: {scratch}/replay\ncookiecutters_dir: {scratch}/templates\n")
         try:

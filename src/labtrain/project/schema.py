@@ -242,15 +242,17 @@ def targets_in(conf: Path) -> dict[str, list[str]]:
             walk(child, f"{key}.{name}".lstrip("."))
 
     for path in sorted(conf.rglob("*.yaml")):
-        text = path.read_text()
+        try:
+            text = path.read_text()
+            content = yaml.safe_load(text)
+            json.dumps(content, default=str)  # raises for a value that contains itself
+        except (OSError, ValueError, RecursionError, yaml.YAMLError):
+            continue  # a folder, or not YAML: the editor marks it
         # Where Hydra puts a file: https://hydra.cc/docs/1.3/advanced/overriding_packages/
         told = re.search(r"^#\s*@package\s+(\S+)", text, re.MULTILINE)
         place = ".".join(path.parent.relative_to(conf).parts)
         package = told[1].replace("_group_", place).replace("_global_", "").strip(".") if told else place
-        try:
-            walk(yaml.safe_load(text), package)
-        except yaml.YAMLError:
-            continue  # the editor marks it
+        walk(content, package)
     return {key: list(dict.fromkeys(names)) for key, names in found.items()}
 
 

@@ -535,6 +535,9 @@ def explain(error: BaseException) -> LabtrainError | None:
         first = str(error).splitlines()[0]
         hint = "write key=value, and quote special characters for the shell: 'key=[1,2]'"
         return ConfigError(f"cannot read the override {error.override!r}: {first}", hint=hint)
+    if type(error) is ValueError and str(error).startswith(("Expecting one subcommand", "No completion plugin")):
+        hint = 'eval "$(python train.py -sc install=bash)", or zsh or fish'
+        return ConfigError("-sc takes install=SHELL, uninstall=SHELL or query=SHELL", hint=hint)
     if type(error) is ValueError and str(error).startswith("Config group override must be"):
         if "NoneType" in str(error):
             hint = "name one of its options, such as logger=none; python train.py --help lists the keys"

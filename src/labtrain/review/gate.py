@@ -158,7 +158,8 @@ def _prepared(group: list[Trained], options: GateOptions, place: Path, ask: Ask 
         return replace(made, why=str(error.args[0]))
     say(f"baseline     {made.experiment}, {len(group)} recorded; code {whence}")
     for run in group:
-        admit(run.receipt, run_dir=run.run_dir, root=root, home=home, trust=options.trust, ask=ask, say=say)
+        admit(run.receipt, run_dir=run.run_dir, root=root, home=home, trust=options.trust, ask=ask, say=say,
+              ways=f"labtrain gate {shown(run.run_dir)} --trust, after you have read the code")  # fmt: skip
     root = with_filters(root, first.receipt, first.run_dir, home, place / "filtered")
     return _Sides(made=made, place=place, home=home, root=root, options=options)
 

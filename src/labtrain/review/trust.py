@@ -39,6 +39,7 @@ def admit(
     trust: bool = False,
     ask: Ask | None = None,
     say: Callable[[str], None] = lambda _: None,
+    ways: str = "",
 ) -> None:
     """Show what training a receipt's run would execute here, and return if it may run.
 
@@ -51,6 +52,7 @@ def admit(
         trust: it may run without asking.
         ask: asks the user; None: there is no terminal.
         say: receives the lines if nobody is asked.
+        ways: the hint of a refusal; empty: that of `labtrain verify`.
 
     Raises:
         ConfigError: it may not run. Nothing was run.
@@ -62,14 +64,14 @@ def admit(
     if ask is not None and not trust and not sandboxed:
         if ask(lines):
             return
-        raise ConfigError("not confirmed; none of the receipt's code was run", hint=_ways(run_dir))
+        raise ConfigError("not confirmed; none of the receipt's code was run", hint=ways or _ways(run_dir))
     for line in lines:
         say(line)
     if not trust and not sandboxed:
         raise ConfigError(
             f"you did not train {shown(run_dir)} in {home}, so its code is untrusted, and there is no terminal to ask"
             " on",
-            hint=_ways(run_dir),
+            hint=ways or _ways(run_dir),
         )
 
 

@@ -9,8 +9,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 
+from labtrain.cli import main
 from tests.conftest import LABTRAIN, ROOT, Experiment
 
 RUN = "906ca0b1c2d3"
@@ -94,3 +96,21 @@ def test_each_shell_has_its_code() -> None:
     done = subprocess.run([LABTRAIN], env=asked, capture_output=True, text=True, check=True)
     assert "labtrain.record.receipt" in done.stderr
     assert not [line for line in done.stderr.splitlines() if line.split("|")[-1].strip() in ("torch", "hydra", "numpy")]
+
+
+def test_each_argument_completes_something() -> None:
+    """Run ids, paths or choices: bash has no completion of its own for a command with a function."""
+    arguments = [
+        (command, each)
+        for group in (main, *(each for each in main.commands.values() if isinstance(each, click.Group)))
+        for command in group.commands.values()
+        for each in command.params
+        if isinstance(each, click.Argument)
+    ]
+    assert len(arguments) > 20
+    silent = [
+        f"{command.name} {each.name}"
+        for command, each in arguments
+        if not each.shell_complete(click.Context(command), "") and each.name not in ("text", "overrides")
+    ]
+    assert silent == []

@@ -87,6 +87,23 @@ def test_outside_an_experiment_the_hint_names_the_extra(tmp_path: Path) -> None:
     assert "labtrain[train]" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("told", "address"),
+    [
+        (
+            '{"url": "file:///x/labtrain-0.1.0-py3-none-any.whl", "archive_info": {}}',
+            "file:///x/labtrain-0.1.0-py3-none-any.whl",
+        ),
+        ('{"url": "https://host/lab", "vcs_info": {"vcs": "git", "commit_id": "3f2a"}}', "git+https://host/lab@3f2a"),
+    ],
+)
+def test_the_hint_names_where_labtrain_came_from(told: str, address: str) -> None:
+    """A repository as pip and uv take it: with git+ and the commit."""
+    from labtrain.base.errors import _address
+
+    assert _address(told) == address
+
+
 def test_a_bug_of_ones_own_imports_keeps_its_traceback() -> None:
     """Only an import of labtrain's own is explained: another program's missing module is its own affair."""
     from labtrain.base.errors import missing_package

@@ -15,7 +15,7 @@ from referencing import Registry, Resource
 
 from labtrain.base.contracts import as_options
 from labtrain.base.errors import ConfigError
-from labtrain.project.schema import FOLDER, argument_texts, of_target, of_type
+from labtrain.project.schema import FOLDER, argument_texts, of_target, of_type, targets_in
 from labtrain.record.config import GROUPS, check, defaults
 from labtrain.record.sources import source_digests
 from tests.conftest import LABTRAIN, ROOT, Experiment
@@ -244,3 +244,12 @@ def test_the_schema_of_labtrains_keys_has_their_meanings(root: Path) -> None:
             assert key == "defaults" or f"| `{group}.{key}` |" in reference
             assert schema["description"]
     assert as_options(composed()).keys() <= whole["properties"].keys()
+
+
+def test_what_is_not_yaml_is_left_to_the_editor(tmp_path: Path) -> None:
+    """Bytes, a folder with such a name, a value that contains itself: the other files count."""
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe")
+    (tmp_path / "folder.yaml").mkdir()
+    (tmp_path / "itself.yaml").write_text("a: &a [*a]\n")
+    (tmp_path / "config.yaml").write_text("model:\n  _target_: model.Net\n")
+    assert targets_in(tmp_path) == {"model": ["model.Net"]}

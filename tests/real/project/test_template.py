@@ -279,6 +279,18 @@ def test_a_template_without_its_labtrain_is_refused(cookiecutter_alone: Path, tm
     assert not (tmp_path / "digits").exists()
 
 
+@pytest.mark.parametrize("lost", ["conda-lock.yml", "containers", "LICENSE", "tests/golden/receipt.json"])
+def test_an_incomplete_labtrain_is_refused(cookiecutter_alone: Path, lost: str, tmp_path: Path) -> None:
+    """As in a sparse clone: it would make an experiment without these files, with another wheel."""
+    shutil.copytree(cookiecutter_alone / "labtrain", tmp_path / "sparse", ignore=shutil.ignore_patterns(".git"))
+    path = tmp_path / "sparse" / lost
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = alone(cookiecutter_alone, "sparse/template", cwd=tmp_path)
+    assert done.returncode != 0
+    assert f"error: this labtrain is incomplete: without {lost.removeprefix('tests/')}\n" in done.stderr
+    assert not (tmp_path / "digits").exists()
+
+
 def test_an_older_python_is_refused(tmp_path: Path) -> None:
     """The hook can be read by any Python 3, and says which one it needs."""
     text = (ROOT / "template/hooks/pre_gen_project.py").read_text()
