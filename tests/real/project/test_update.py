@@ -92,7 +92,7 @@ def test_edits_of_both_sides_are_merged_and_the_old_run_is_verified(old: Path, n
     assert [path.name for path in (old / "vendor").iterdir()] == [f"labtrain-{NEWER}-py3-none-any.whl"]
     assert git(old, "rev-parse", "HEAD") == head, "update commits nothing"
     assert git(old, "diff", "--name-only") == ""
-    assert git(old, "for-each-ref", "refs/labtrain") == ""
+    assert git(old, "for-each-ref", "refs/worktree") == ""
 
     said = done.stdout
     assert said.startswith("labtrain 0.1.0 (6002ec354697) -> 0.2.0 (")
@@ -130,8 +130,8 @@ def test_conflicts_are_left_as_git_marks_them_and_git_goes_back(old: Path, clash
     done = labtrain(clashing, "update", cwd=old)
     assert done.returncode == 1, done.stderr
     config = (old / "conf" / "config.yaml").read_text()
-    assert "<<<<<<< labtrain/yours\n  width: 24\n" in config
-    assert f"  width: 20\n  dropout: 0.25\n>>>>>>> labtrain/{NEWER}\n" in config
+    assert "<<<<<<< worktree/labtrain/yours\n  width: 24\n" in config
+    assert f"  width: 20\n  dropout: 0.25\n>>>>>>> worktree/labtrain/{NEWER}\n" in config
     status = git(old, "status", "--porcelain").splitlines()
     assert {line for line in status if line[:2] in ("UU", "DU", "UD", "AA")} == {
         "UU conf/config.yaml",
@@ -139,10 +139,16 @@ def test_conflicts_are_left_as_git_marks_them_and_git_goes_back(old: Path, clash
     }
     assert "CONFLICT (content): Merge conflict in conf/config.yaml" in done.stdout
     assert "CONFLICT (modify/delete): notebooks/start.ipynb" in done.stdout
-    assert "git add conf/config.yaml notebooks/start.ipynb" in done.stdout
+    assert "then: git add conf/config.yaml\n" in done.stdout
+    assert (
+        "git rm notebooks/start.ipynb    # keeps it deleted; or keep it: git add notebooks/start.ipynb" in done.stdout
+    )
     again = labtrain(clashing, "update", cwd=old)
     assert again.returncode == 2
-    assert "not committed" in again.stderr
+    assert (
+        "an earlier update is not committed and has conflicts: conf/config.yaml; notebooks/start.ipynb" in again.stderr
+    )
+    assert "git reset --hard" in again.stderr
     git(old, "reset", "-q", "--hard")
     assert content(old) == before
     assert git(old, "status", "--porcelain") == ""
