@@ -165,7 +165,18 @@ def open_repository(root: Path) -> Repository:
     if not repository.entries:
         raise ConfigError(f"{root} is not committed in the git repository {top}", hint=commit)
     _refuse_unfinished(repository)
+    _refuse_sparse(repository)
     return repository
+
+
+def _refuse_sparse(repository: Repository) -> None:
+    if repository.git("config", "--type=bool", "--default=false", "core.sparseCheckout").strip() != "true":
+        return
+    left_out = [path for path in _flagged(repository) if path.startswith(repository.prefix)]
+    if left_out:
+        raise ConfigError(
+            f"a sparse checkout leaves files of the experiment out: {few(left_out)}", hint="git sparse-checkout disable"
+        )
 
 
 def _committed(repository: Repository) -> Entries:
@@ -419,14 +430,17 @@ def _refuse_overwriting(repository: Repository, merged: Merged) -> None:
             f"the update brings files that are already here, but not in git: {few(lost)}",
             hint=f"mv {quoted(repository.top / lost[0])} {quoted(repository.top / (lost[0] + '.mine'))}",
         )
-    flagged = repository.git("ls-files", "-v", "-z").split("\0")
-    hidden = [line[2:] for line in flagged if line[:1] not in ("H", "") and line[2:] in merged.changed]
-    if hidden:
+    if hidden := [path for path in _flagged(repository) if path in merged.changed]:
         file = quoted(repository.top / hidden[0])
+        # Two commands: of both options together, git obeys one.
         hint = " && ".join(f"git update-index --no-{flag} {file}" for flag in ("assume-unchanged", "skip-worktree"))
-        if repository.git("config", "--type=bool", "--default=false", "core.sparseCheckout").strip() == "true":
-            hint = "git sparse-checkout disable"
         raise ConfigError(f"git was told not to look at files that the update changes: {few(hidden)}", hint=hint)
+
+
+def _flagged(repository: Repository) -> list[str]:
+    """Return the paths that git was told not to look at, or not to check out."""
+    lines = repository.git("ls-files", "-v", "-z").split("\0")
+    return [line[2:] for line in lines if line[:1] not in ("H", "M", "")]
 
 
 def _in_the_way(top: Path, path: str, changed: Mapping[str, str]) -> str:

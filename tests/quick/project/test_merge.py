@@ -189,7 +189,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "ignored": (_ignored, "already here, but not in git: new/file.txt"),
     "hidden": (_hidden, "git was told not to look at files that the update changes: model.py"),
     "skipped": (_skipped, "git was told not to look at files that the update changes: model.py"),
-    "sparse": (_sparse, "git was told not to look at files that the update changes: conf/one.yaml"),
+    "sparse": (_sparse, "a sparse checkout leaves files of the experiment out: conf/one.yaml"),
     "unmerged": (_unmerged, "is not committed and has conflicts: model.py"),
     "another git": (lambda root: write(root, {".git/index.lock": ""}), "another git is working here"),
     "a merge": (_merging, "there is a MERGE_HEAD"),
@@ -254,6 +254,7 @@ def test_updates_in_two_worktrees_at_the_same_time_do_not_meet(
         return real(folder, *words, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(merge, "run_git", meeting)
+    git(root, "update-ref", "refs/worktree/labtrain/0.0.9", "HEAD")  # of an update that was killed
     merged(root)
     assert begun == [root]
     outside = {"outside.txt": "not of the experiment\n"}
