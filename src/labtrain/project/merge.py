@@ -32,6 +32,9 @@ MARK, WRITTEN = "labtrain-update", "labtrain-update.written"
 REFS = "worktree/labtrain"  # below refs/ while git merges: names in conflict markers. git keeps them per worktree
 YOURS = f"{REFS}/yours"
 BLOCKED = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EBUSY)  # a file cannot be written, and room would not help
+FLAGS = (
+    "hsmS"  # git-ls-files(1): lower case: assume-unchanged; S: skip-worktree, as all that a sparse checkout leaves out
+)
 UNFINISHED = {
     "MERGE_HEAD": "git merge --abort",
     "CHERRY_PICK_HEAD": "git cherry-pick --abort",
@@ -172,7 +175,7 @@ def open_repository(root: Path) -> Repository:
 def _refuse_sparse(repository: Repository) -> None:
     if repository.git("config", "--type=bool", "--default=false", "core.sparseCheckout").strip() != "true":
         return
-    left_out = [path for path in _flagged(repository) if path.startswith(repository.prefix)]
+    left_out = [path for path in _flagged(repository, "Ss") if path.startswith(repository.prefix)]
     if left_out:
         raise ConfigError(
             f"a sparse checkout leaves files of the experiment out: {few(left_out)}", hint="git sparse-checkout disable"
@@ -430,17 +433,17 @@ def _refuse_overwriting(repository: Repository, merged: Merged) -> None:
             f"the update brings files that are already here, but not in git: {few(lost)}",
             hint=f"mv {quoted(repository.top / lost[0])} {quoted(repository.top / (lost[0] + '.mine'))}",
         )
-    if hidden := [path for path in _flagged(repository) if path in merged.changed]:
+    if hidden := [path for path in _flagged(repository, FLAGS) if path in merged.changed]:
         file = quoted(repository.top / hidden[0])
         # Two commands: of both options together, git obeys one.
         hint = " && ".join(f"git update-index --no-{flag} {file}" for flag in ("assume-unchanged", "skip-worktree"))
         raise ConfigError(f"git was told not to look at files that the update changes: {few(hidden)}", hint=hint)
 
 
-def _flagged(repository: Repository) -> list[str]:
-    """Return the paths that git was told not to look at, or not to check out."""
+def _flagged(repository: Repository, flags: str) -> list[str]:
+    """Return the paths with a flag by which git does not look at a file (FLAGS)."""
     lines = repository.git("ls-files", "-v", "-z").split("\0")
-    return [line[2:] for line in lines if line[:1] not in ("H", "M", "")]
+    return [line[2:] for line in lines if line and line[0] in flags]
 
 
 def _in_the_way(top: Path, path: str, changed: Mapping[str, str]) -> str:

@@ -10,6 +10,7 @@ from labtrain.environment.lock.check import check_locks
 from labtrain.project.origin import make_base, read_carried
 from labtrain.project.update import pins
 from tests.conftest import LABTRAIN, ROOT, need
+from tests.quick.project import test_merge as small
 from tests.real.environment.test_doctor import in_namespace
 from tests.support.old import RUNS, unpack
 from tests.support.template import files, run
@@ -245,3 +246,40 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path: Path) -> None:
     assert late.endswith("No file has changed")
     assert early.startswith("cannot write the update: git hash-object ")
     assert early.endswith("No space left on device. No file has changed")
+
+
+BUSY = """
+import sys
+from pathlib import Path
+from tests.quick.project import test_merge as small
+
+root = Path(sys.argv[1])
+try:
+    small.merged(root)
+except small.LabtrainError as error:
+    print(str(error))
+assert small.texts(root) == small.YOURS
+assert small.git(root, "status", "--porcelain") == ""
+"""
+
+
+def test_a_file_that_cannot_be_replaced_is_named_and_the_rest_is_brought_back(tmp_path: Path) -> None:
+    """Immutable files need a capability. A file that is mounted cannot be replaced by anybody, and can be read alike."""
+    root = small.write(tmp_path / "digits", small.YOURS)
+    git(root, "init", "-q")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "yours")
+    settings = " ".join(f"{name}={value!r}" for name, value in IDENTITY.items())
+    (tmp_path / "busy.py").write_text(BUSY)
+    done = in_namespace(f"""
+        mount --bind {root}/model.py {root}/model.py
+        export {settings} PYTHONPATH={ROOT} TMPDIR={tmp_path} PYTHONDONTWRITEBYTECODE=1
+        {Path(LABTRAIN).with_name("python")} {tmp_path}/busy.py {root}
+    """)
+    assert done.returncode == 0, done.stderr
+    assert "'model.py': Device or resource busy. No file has changed" in done.stdout
+    assert (
+        f"hint: make it writable (ls -ld {root}/model.py; lsattr -d {root}/model.py), then labtrain upd" in done.stdout
+    )
+    small.merged(root)
+    assert small.texts(root) == small.MERGED
