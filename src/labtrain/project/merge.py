@@ -3,10 +3,16 @@
 git computes the merge as a tree (git-merge-tree(1)) before a file of the person's is touched. Then the index is
 replaced in one step, and the files after it. So from the first changed byte on, `git reset --hard` goes back, whatever
 interrupted the rest: the index knows every file that may have been written, and HEAD has every file of before.
+
+Everything temporary belongs to one worktree (git-worktree(1)): a lock, the refs, and the record of an update. So
+updates in two worktrees of a repository do not meet, and of two in the same worktree the second is refused.
 """
 
+import errno
+import fcntl
 import os
 import re
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -16,12 +22,19 @@ from typing import NoReturn
 
 from labtrain.base.console import few, quoted
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.base.git import GitError, git_variables, run_git
+from labtrain.base.git import GitError, ask_git, git_variables, run_git
+from labtrain.base.permissions import open_lock
 from labtrain.base.signals import postponed
 
 NEEDS = (2, 38)  # of git: merge-tree --write-tree
-MARK = "labtrain-update"  # in .git while files are written
-YOURS, BASE = "labtrain/yours", "labtrain/before"  # refs while git merges; their names stand in conflict markers
+LOCK = "labtrain-update.lock"  # in .git, as these: it has MARK while files are written, then WRITTEN
+MARK, WRITTEN = "labtrain-update", "labtrain-update.written"
+REFS = "worktree/labtrain"  # below refs/ while git merges: names in conflict markers. git keeps them per worktree
+YOURS = f"{REFS}/yours"
+BLOCKED = (errno.EPERM, errno.EACCES, errno.EROFS, errno.EBUSY)  # a file cannot be written, and room would not help
+FLAGS = (
+    "hsmS"  # git-ls-files(1): lower case: assume-unchanged; S: skip-worktree, as all that a sparse checkout leaves out
+)
 UNFINISHED = {
     "MERGE_HEAD": "git merge --abort",
     "CHERRY_PICK_HEAD": "git cherry-pick --abort",
@@ -79,17 +92,54 @@ class Merged:
         stages: git's lines of each file with a conflict, "MODE OBJECT STAGE\tPATH".
         said: git's message about each conflict.
         changed: status (A, M, D, T) of each file that differs from HEAD, by path in the repository.
+        edited: files that the experiment began with and that have other contents in HEAD, as git stores them.
     """
 
     tree: str
     stages: list[str]
     said: list[str]
     changed: dict[str, str]
+    edited: set[str]
 
     @property
     def conflicts(self) -> list[str]:
         """Return the paths with conflicts."""
         return sorted({line.partition("\t")[2] for line in self.stages})
+
+    def lacking(self, stage: int) -> list[str]:
+        """Return the paths with conflicts that one side does not have: 2: yours, 3: the new labtrain's."""
+        has = {line.partition("\t")[2] for line in self.stages if line.partition("\t")[0].endswith(f" {stage}")}
+        return [path for path in self.conflicts if path not in has]
+
+
+@contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Keep other updates out of the worktree that a folder is in; a killed one lets the next one in.
+
+    Raises:
+        LabtrainError: another update is running there, or git's folder cannot be written.
+    """
+    private = ask_git(root, "rev-parse", "--absolute-git-dir", variables=git_variables(filters=True))
+    if not private:  # open_repository says why
+        yield
+        return
+    path = Path(private.removesuffix("\n")) / LOCK
+    try:
+        descriptor = open_lock(path)
+    except OSError as error:
+        raise LabtrainError(f"cannot lock {path}: {error.strerror}", hint=f"ls -ld {quoted(path.parent)}") from error
+    try:
+        _lock(descriptor, root)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, root: Path) -> None:
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        raise LabtrainError(f"another update of {root} is running", hint="wait for it, then labtrain update") from error
 
 
 def open_repository(root: Path) -> Repository:
@@ -118,7 +168,18 @@ def open_repository(root: Path) -> Repository:
     if not repository.entries:
         raise ConfigError(f"{root} is not committed in the git repository {top}", hint=commit)
     _refuse_unfinished(repository)
+    _refuse_sparse(repository)
     return repository
+
+
+def _refuse_sparse(repository: Repository) -> None:
+    if repository.git("config", "--type=bool", "--default=false", "core.sparseCheckout").strip() != "true":
+        return
+    left_out = [path for path in _flagged(repository, "Ss") if path.startswith(repository.prefix)]
+    if left_out:
+        raise ConfigError(
+            f"a sparse checkout leaves files of the experiment out: {few(left_out)}", hint="git sparse-checkout disable"
+        )
 
 
 def _committed(repository: Repository) -> Entries:
@@ -139,11 +200,23 @@ def _refuse_unfinished(repository: Repository) -> None:
             raise ConfigError(
                 f"{repository.top}: git has not finished: there is a {name}", hint=f"finish it, or: {command}"
             )
+    if repository.path("index.lock").exists():
+        raise ConfigError(f"{repository.top}: another git is working here", hint=f"{_unlock(repository)}")
     lines = repository.git("status", "--porcelain", "-z", "--untracked-files=no", "--ignore-submodules=dirty")
-    if _is_interrupted(repository):
+    unmerged = {line.partition("\t")[2] for line in repository.git("ls-files", "-u", "-z").split("\0")} - {""}
+    conflicts = f" and has conflicts: {few(sorted(unmerged))}" if unmerged else ""
+    finish = "git status, edit the files with conflicts, git add them, git commit" if unmerged else "git commit"
+    if _is_at(repository, MARK):
         raise ConfigError(
             "an earlier update was interrupted while it wrote files", hint="git reset --hard, then labtrain update"
         )
+    if _is_at(repository, WRITTEN):
+        raise ConfigError(
+            f"{repository.top}: an earlier update is not committed{conflicts}",
+            hint=f"finish it: {finish} -m update; or go back to before it: git reset --hard",
+        )
+    if conflicts:
+        raise ConfigError(f"{repository.top} is not committed{conflicts}", hint=f"{finish} -m resolved")
     if not lines:
         return
     listed = few([line[3:] for line in lines.split("\0") if len(line) > 3])
@@ -153,17 +226,21 @@ def _refuse_unfinished(repository: Repository) -> None:
     )
 
 
-def _is_interrupted(repository: Repository) -> bool:
-    """Return whether the index is as an update left it that did not end; forget updates that somebody has undone."""
-    mark = repository.path(MARK)
-    if not mark.exists():
+def _is_at(repository: Repository, name: str) -> bool:
+    """Return whether an update that got this far is still in the index; forget one that was undone or committed."""
+    record = repository.path(name)
+    if not record.exists():
         return False
-    staged = set(repository.git("diff", "--cached", "--name-only", "--no-renames", "-z").split("\0"))
-    changed, conflicts = (set(line.split("\0")) for line in os.fsdecode(mark.read_bytes()).split("\0\0"))
-    if staged - {""} in (changed, changed | conflicts - {""}):
+    staged = set(repository.git("diff", "--cached", "--name-only", "--no-renames", "-z").split("\0")) - {""}
+    changed, *rest = (set(part.split("\0")) for part in os.fsdecode(record.read_bytes()).split("\0\0"))
+    if staged and changed.difference(*rest) <= staged:  # the person may have resolved a conflict to what HEAD has
         return True
-    mark.unlink()
+    record.unlink()
     return False
+
+
+def _unlock(repository: Repository) -> str:
+    return f"wait for it; if no git is running: rm {quoted(repository.path('index.lock'))}"
 
 
 def merge(repository: Repository, base: Path, theirs: Path, *, name: str, generated: Collection[str]) -> Merged:
@@ -189,17 +266,25 @@ def _merge(repository: Repository, base: Path, theirs: Path, *, name: str, gener
     before, now = store(repository, base), store(repository, theirs)
     yours = {path: before.get(path) for path in generated if path in repository.entries and path in {*before, *now}}
     gone: dict[str, str | None] = dict.fromkeys(repository.entries)
-    commits = {BASE: _commit(repository, {**gone, **before})}
-    commits[YOURS] = _commit(repository, yours, parent=commits[BASE])
-    commits[f"labtrain/{name}"] = _commit(repository, {**gone, **now}, parent=commits[BASE])
+    first, new = _commit(repository, {**gone, **before}), f"{REFS}/{name}"
+    commits = {YOURS: _commit(repository, yours, parent=first), new: _commit(repository, {**gone, **now}, parent=first)}
     with _refs(repository, commits):
-        said = repository.git("merge-tree", "--write-tree", "-z", YOURS, f"labtrain/{name}", codes=(0, 1))
+        said = repository.git("merge-tree", "--write-tree", "-z", YOURS, new, codes=(0, 1))
     tree, _, rest = said.partition("\0")
     stages, messages = _parse(rest)
     differ = repository.git("diff-tree", "-r", "-z", "--no-renames", "--name-status", repository.head, tree).split("\0")
     return Merged(
-        tree=tree, stages=stages, said=messages, changed=dict(zip(differ[1::2], differ[::2], strict=False))
+        tree=tree,
+        stages=stages,
+        said=messages,
+        changed=dict(zip(differ[1::2], differ[::2], strict=False)),
+        edited={f"{repository.prefix}{path}" for path, entry in repository.entries.items()
+                if path in before and _object(entry) != _object(before[path])},
     )  # fmt: skip
+
+
+def _object(entry: str | None) -> str:
+    return (entry or "").partition(" ")[2]
 
 
 def store(repository: Repository, folder: Path) -> dict[str, str | None]:
@@ -218,17 +303,13 @@ def store(repository: Repository, folder: Path) -> dict[str, str | None]:
 
 def _commit(repository: Repository, entries: Entries, *, parent: str = "") -> str:
     """Make a commit of HEAD's tree with other entries in the experiment; return its name."""
-    index = repository.path(f"{MARK}.index")
-    own = {"GIT_INDEX_FILE": str(index)}
     nothing = "0" * len(repository.head)
     lines = (f"{entry or f'0 {nothing}'}\t{repository.prefix}{path}\0" for path, entry in entries.items())
-    try:
-        index.unlink(missing_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        own = {"GIT_INDEX_FILE": f"{folder}/index"}
         repository.git("read-tree", repository.head, variables=own)
         repository.git("update-index", "-z", "--index-info", text="".join(lines), variables=own)
         tree = repository.git("write-tree", variables=own).strip()
-    finally:
-        index.unlink(missing_ok=True)
     return repository.git(
         "commit-tree", tree, *(["-p", parent] if parent else []), "-m", "labtrain update", variables=WHO
     ).strip()
@@ -236,14 +317,19 @@ def _commit(repository: Repository, entries: Entries, *, parent: str = "") -> st
 
 @contextmanager
 def _refs(repository: Repository, commits: Mapping[str, str]) -> Iterator[None]:
+    _remove_refs(repository)  # of a killed update
     try:
         for name, commit in commits.items():
             repository.git("update-ref", f"refs/{name}", commit)
         yield
     finally:
-        for name in commits:
-            with suppress(GitError):
-                repository.git("update-ref", "-d", f"refs/{name}")
+        with suppress(GitError):
+            _remove_refs(repository)
+
+
+def _remove_refs(repository: Repository) -> None:
+    for name in repository.git("for-each-ref", "--format=%(refname)", f"refs/{REFS}/").split():
+        repository.git("update-ref", "-d", name)
 
 
 def _parse(text: str) -> tuple[list[str], list[str]]:
@@ -270,13 +356,13 @@ def apply(repository: Repository, merged: Merged) -> None:
         raise ConfigError(f"{repository.top}: a commit was made during the update", hint="labtrain update")
     _refuse_overwriting(repository, merged)
     with postponed():
-        mark = repository.path(MARK)
+        mark, record = repository.path(MARK), repository.path(WRITTEN)
         try:
             mark.write_bytes(os.fsencode("\0\0".join("\0".join(names) for names in (merged.changed, merged.conflicts))))
             _write(repository, merged)
         except (LabtrainError, OSError) as error:
-            _undo(repository, mark, error)
-        mark.unlink()
+            _undo(repository, merged, mark, error)
+        mark.replace(record)
 
 
 def _write(repository: Repository, merged: Merged) -> None:
@@ -291,22 +377,47 @@ def _write(repository: Repository, merged: Merged) -> None:
     _check_out(repository, [path for path in written if path not in conflicts])
 
 
-def _undo(repository: Repository, mark: Path, error: LabtrainError | OSError) -> NoReturn:
+def _undo(repository: Repository, merged: Merged, mark: Path, error: LabtrainError | OSError) -> NoReturn:
     """Go back after an error, and raise it in words."""
     try:
-        repository.git("reset", "--hard", "--quiet", "HEAD")
+        _go_back(repository, merged)
         mark.unlink(missing_ok=True)
     except (LabtrainError, OSError):
         raise LabtrainError(
             f"cannot write the update: {_reason(error)}. Your files are in git, but not all of them in the folder",
-            hint=f"df -h {quoted(repository.top)}; make room, then: git reset --hard",
+            hint=f"{_remedy(repository, error, merged.changed)}, then: git reset --hard",
         ) from error
-    raise _not_written(repository, error) from error
+    raise _not_written(repository, error, merged.changed) from error
 
 
-def _not_written(repository: Repository, error: Exception) -> LabtrainError:
-    hint = f"df -h {quoted(repository.top)}, then labtrain update"
+def _go_back(repository: Repository, merged: Merged) -> None:
+    """Bring back HEAD's files and index. Files with the right contents are not touched, so one may be immutable."""
+    if not repository.git("diff", "--cached", "--name-only"):  # the index comes first: nothing was written
+        return
+    for path, status in merged.changed.items():
+        if status == "A":
+            _remove(repository.top, path)
+    repository.git("reset", "--quiet")
+    _check_out(repository, [path for path, status in merged.changed.items() if status != "A"])
+    if left := repository.git("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty"):
+        raise GitError(left)
+
+
+def _not_written(repository: Repository, error: Exception, changed: Iterable[str] = ()) -> LabtrainError:
+    hint = f"{_remedy(repository, error, changed)}, then labtrain update"
     return LabtrainError(f"cannot write the update: {_reason(error)}. No file has changed", hint=hint)
+
+
+def _remedy(repository: Repository, error: Exception, changed: Iterable[str]) -> str:
+    """Return what to do about an error: about git's lock, a file that cannot be written, or else a full disk."""
+    reason = _reason(error)
+    if "index.lock" in reason:
+        return _unlock(repository)
+    blocked = sorted((path for path in changed if path in reason), key=len)
+    if blocked and any(os.strerror(number) in reason for number in BLOCKED):
+        path = quoted(repository.top / blocked[-1])
+        return f"make it writable (ls -ld {path}; lsattr -d {path})"
+    return f"make room (df -h {quoted(repository.top)} {quoted(tempfile.gettempdir())})"
 
 
 def _reason(error: Exception) -> str:
@@ -315,34 +426,35 @@ def _reason(error: Exception) -> str:
 
 def _refuse_overwriting(repository: Repository, merged: Merged) -> None:
     """Refuse to overwrite what git does not have: untracked and ignored files, and edits that it was told to ignore."""
-    lost = [path for path, status in merged.changed.items()
-            if status == "A" and _in_the_way(repository.top, path, merged.changed)]  # fmt: skip
-    if lost:
+    found = [_in_the_way(repository.top, path, merged.changed) for path, status in merged.changed.items()
+             if status == "A"]  # fmt: skip
+    if lost := sorted(set(filter(None, found))):
         raise ConfigError(
             f"the update brings files that are already here, but not in git: {few(lost)}",
             hint=f"mv {quoted(repository.top / lost[0])} {quoted(repository.top / (lost[0] + '.mine'))}",
         )
-    flagged = repository.git("ls-files", "-v", "-z").split("\0")
-    hidden = [line[2:] for line in flagged if line[:1] not in ("H", "") and line[2:] in merged.changed]
-    if hidden:
-        raise ConfigError(
-            f"git was told not to look at files that the update changes: {few(hidden)}",
-            hint=f"git update-index --no-assume-unchanged --no-skip-worktree {quoted(hidden[0])}",
-        )
+    if hidden := [path for path in _flagged(repository, FLAGS) if path in merged.changed]:
+        file = quoted(repository.top / hidden[0])
+        # Two commands: of both options together, git obeys one.
+        hint = " && ".join(f"git update-index --no-{flag} {file}" for flag in ("assume-unchanged", "skip-worktree"))
+        raise ConfigError(f"git was told not to look at files that the update changes: {few(hidden)}", hint=hint)
 
 
-def _in_the_way(top: Path, path: str, changed: Mapping[str, str]) -> bool:
-    """Return whether something that git does not have is at a path, or where one of its folders must be."""
-    if os.path.lexists(top / path):
-        return True
+def _flagged(repository: Repository, flags: str) -> list[str]:
+    """Return the paths with a flag by which git does not look at a file (FLAGS)."""
+    lines = repository.git("ls-files", "-v", "-z").split("\0")
+    return [line[2:] for line in lines if line and line[0] in flags]
+
+
+def _in_the_way(top: Path, path: str, changed: Mapping[str, str]) -> str:
+    """Return what git does not have at a path, or where one of its folders must be; empty if nothing is in the way."""
     parts = path.split("/")
-    above = ("/".join(parts[:number]) for number in range(1, len(parts)))
-    return any(
-        os.path.lexists(top / each)
-        and (not (top / each).is_dir() or (top / each).is_symlink())
-        and changed.get(each) != "D"
-        for each in above
-    )
+    for number in range(1, len(parts)):
+        above = "/".join(parts[:number])
+        is_folder = (top / above).is_dir() and not (top / above).is_symlink()
+        if os.path.lexists(top / above) and not is_folder:
+            return "" if changed.get(above) == "D" else above
+    return path if os.path.lexists(top / path) else ""
 
 
 def _remove(top: Path, path: str) -> None:

@@ -110,12 +110,13 @@ def make_base(carried: Carried, scratch: Path) -> tuple[Path, Values]:
 
     Raises:
         LabtrainError: the wheel has no template, or it cannot be rendered.
+        OSError: `scratch` cannot be written, for example on a full disk.
     """
     wheel = carried.root / carried.wheel
     try:
         _unpack(wheel, scratch / "wheel")
         variables = json.loads((scratch / "wheel" / ASSETS / "template" / "cookiecutter.json").read_text())
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (FileNotFoundError, NotADirectoryError, ValueError, zipfile.BadZipFile) as error:
         raise DamagedError(
             f"{wheel} has no template that can be read: {error}",
             hint="make a new experiment and copy your files into it: labtrain new NAME",
@@ -123,7 +124,9 @@ def make_base(carried: Carried, scratch: Path) -> tuple[Path, Values]:
     assets = scratch / "wheel" / ASSETS
     names = [name for name, value in variables.items() if isinstance(value, str) and not name.startswith("_")]
     marked = render(assets / "template", {name: VALUE.format(name) for name in names}, scratch / "marked")
-    values = {"name": carried.root.name} | recovered(marked, carried.root, names)
+    values = recovered(marked, carried.root, names)
+    if Path(values.get("name", "")).name != values.get("name"):  # none is left, or it could not name a folder
+        values["name"] = carried.root.name
     base = render(assets / "template", values, scratch / "base")
     for name in _carried_names(wheel):
         source, target = assets / name, base / name
@@ -161,6 +164,7 @@ def render(template: Path, values: Values, folder: Path) -> Path:
 
     Raises:
         LabtrainError: cookiecutter refuses the template.
+        OSError: `folder` cannot be written.
     """
     from cookiecutter.exceptions import CookiecutterException
     from cookiecutter.main import cookiecutter
@@ -180,10 +184,8 @@ def render(template: Path, values: Values, folder: Path) -> Path:
                 accept_hooks=False,
             )
         )
-    except (CookiecutterException, OSError) as error:
-        raise LabtrainError(
-            f"the template of the experiment's own labtrain cannot be rendered: {error}", hint="labtrain doctor"
-        ) from error
+    except CookiecutterException as error:
+        raise LabtrainError(f"the template {template} cannot be rendered: {error}", hint="labtrain doctor") from error
 
 
 def recovered(marked: Path, experiment: Path, names: list[str]) -> Values:

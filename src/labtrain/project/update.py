@@ -11,14 +11,14 @@ from packaging.version import Version
 from labtrain import __version__
 from labtrain.assets import asset
 from labtrain.base.console import few, quoted
-from labtrain.base.errors import ConfigError
+from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.bootstrap import WHEEL_LOCK
 from labtrain.environment.lock.derive import FLAKE_LOCK
 from labtrain.environment.lock.files import read_project
 from labtrain.environment.lock.write import WRITTEN
-from labtrain.project.merge import Merged, Repository, apply, merge, open_repository
-from labtrain.project.new import make_experiment
-from labtrain.project.origin import ASSETS, Carried, find_experiment, make_base, read_carried
+from labtrain.project.carried import furnish
+from labtrain.project.merge import Merged, Repository, alone, apply, merge, open_repository
+from labtrain.project.origin import ASSETS, Carried, find_experiment, make_base, read_carried, render
 from labtrain.record.identity import LOCK_FILE
 from labtrain.record.sources import SUFFIXES
 
@@ -50,32 +50,50 @@ def update_experiment(folder: Path) -> Updated | None:
         LabtrainError: it cannot be updated. Nothing was changed, or the error says how to go back.
     """
     root = find_experiment(folder)
-    repository = open_repository(root)
-    carried = read_carried(root)
-    _refuse_uncommitted(repository, carried)
-    with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        base, values = make_base(carried, scratch)
-        _refuse_newer(carried, scratch / "wheel" / ASSETS / GOLDEN)
-        theirs = scratch / "now" / values["name"]
-        theirs.parent.mkdir()
-        make_experiment(theirs, author=values.get("author", "Anonymous"))
-        if (theirs / WHEEL_LOCK).read_bytes() == (root / WHEEL_LOCK).read_bytes():
+    with alone(root):
+        repository = open_repository(root)
+        carried = read_carried(root)
+        _refuse_uncommitted(repository, carried)
+        try:
+            with tempfile.TemporaryDirectory() as name:
+                found = _merge(repository, carried, Path(name))
+        except OSError as error:
+            raise LabtrainError(
+                f"cannot make the update: {error}. No file has changed",
+                hint="df -h ${TMPDIR:-/tmp}; make room, or elsewhere: TMPDIR=$HOME labtrain update",
+            ) from error
+        if found is None:
             return None
-        merged = merge(repository, base, theirs, name=__version__, generated=GENERATED)
-        golden = scratch / "wheel" / ASSETS / GOLDEN
-        now = _wheel_sha256(theirs)
-        updated = Updated(
-            changes=[
-                f"labtrain {carried.version} ({carried.sha256[:12]}) -> {__version__} ({now[:12]})",
-                *_files(repository, merged, base),
-                *what_changes_bits(repository.inside(merged.changed), before=base, now=theirs, golden=golden),
-            ],
-            conflicts=merged.said,
-            next=_next(repository.inside(merged.conflicts), _own_packages(root, base)),
-        )
+        updated, merged = found
         apply(repository, merged)
     return updated
+
+
+def _merge(repository: Repository, carried: Carried, scratch: Path) -> tuple[Updated, Merged] | None:
+    """Merge what the experiment's labtrain made with what this one makes; None if they are the same labtrain.
+
+    Raises:
+        OSError: `scratch` cannot be written.
+    """
+    base, values = make_base(carried, scratch)
+    golden = scratch / "wheel" / ASSETS / GOLDEN
+    _refuse_newer(carried, golden)
+    theirs = render(asset("template"), values, scratch / "now")  # with any name: `labtrain new` would refuse some
+    furnish(theirs)
+    if (theirs / WHEEL_LOCK).read_text() == (carried.root / WHEEL_LOCK).read_text():
+        return None
+    merged = merge(repository, base, theirs, name=__version__, generated=GENERATED)
+    now = _wheel_sha256(theirs)
+    updated = Updated(
+        changes=[
+            f"labtrain {carried.version} ({carried.sha256[:12]}) -> {__version__} ({now[:12]})",
+            *_files(repository, merged),
+            *what_changes_bits(repository.inside(merged.changed), before=base, now=theirs, golden=golden),
+        ],
+        conflicts=merged.said,
+        next=_next(repository, merged, _own_packages(carried.root, base)),
+    )
+    return updated, merged
 
 
 def _refuse_uncommitted(repository: Repository, carried: Carried) -> None:
@@ -136,14 +154,13 @@ def pins(lock: Path) -> dict[str, str]:
     return found
 
 
-def _files(repository: Repository, merged: Merged, base: Path) -> list[str]:
+def _files(repository: Repository, merged: Merged) -> list[str]:
     """Return lines about the files: how many change, which both sides had changed, and which of yours are replaced."""
-    states, root = list(merged.changed.values()), repository.top / repository.prefix
+    states = list(merged.changed.values())
     counts = ", ".join(
         f"{states.count(letter)} {word}" for letter, word in (("A", "new"), ("M", "modified"), ("D", "deleted"))
     )
-    yours = [name for name in repository.inside(merged.changed) if (root / name).is_file() and (base / name).is_file()
-             and (root / name).read_bytes() != (base / name).read_bytes()]  # fmt: skip
+    yours = repository.inside(merged.edited & merged.changed.keys())
     both = [name for name in yours if name not in {*GENERATED, *repository.inside(merged.conflicts)}]
     replaced = [name for name in yours if name in GENERATED]
     return [
@@ -187,11 +204,18 @@ def _weights(golden: Path) -> str:
         return ""
 
 
-def _next(conflicts: list[str], own: list[str]) -> list[str]:
+def _next(repository: Repository, merged: Merged, own: list[str]) -> list[str]:
     """Return what to type, in order."""
-    added = " ".join(map(quoted, conflicts))
+    deleted, dropped = (repository.inside(merged.lacking(stage)) for stage in (2, 3))
+    both = [quoted(name) for name in repository.inside(merged.conflicts) if name not in {*deleted, *dropped}]
     steps = [
-        *([("git status", f"edit the files with conflicts, then: git add {added}")] if conflicts else []),
+        *([("git status", f"edit the files with conflicts, then: git add {' '.join(both)}")] if both else []),
+        *((f"git rm {quoted(name)}", f"keeps it deleted; or keep it: git add {quoted(name)}") for name in deleted),
+        *(
+            (f"git add {quoted(name)}", f"keeps it; or delete it: git rm {quoted(name)}")
+            for name in dropped
+            if name not in deleted
+        ),
         ("git diff --cached", "what changed"),
         ("make setup", "installs the new lock"),
         *(

@@ -12,6 +12,7 @@ import pytest
 
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.project import merge
+from labtrain.project.update import _next
 from tests.support.template import files
 from tests.support.update import git
 
@@ -150,6 +151,23 @@ def _hidden(root: Path) -> None:
     (root / "model.py").write_text("hidden edit\n")
 
 
+def _skipped(root: Path) -> None:
+    git(root, "update-index", "--skip-worktree", "--assume-unchanged", "model.py")
+    (root / "model.py").write_text("hidden edit\n")
+
+
+def _sparse(root: Path) -> None:
+    git(root, "sparse-checkout", "set", "old")
+
+
+def _unmerged(root: Path) -> None:
+    (root / "model.py").write_text("stashed\n")
+    git(root, "stash", "-q")
+    (root / "model.py").write_text("committed\n")
+    git(root, "commit", "-qam", "another")
+    subprocess.run(["git", "stash", "pop", "-q"], cwd=root, capture_output=True, check=False)
+
+
 def _merging(root: Path) -> None:
     (root / ".git" / "MERGE_HEAD").write_text(git(root, "rev-parse", "HEAD"))
 
@@ -164,10 +182,15 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "staged": (lambda root: [write(root, {"x": "x"}), git(root, "add", "x")], "has changes that are not committed: x"),
     "deleted": (lambda root: (root / "own.py").unlink(), "has changes that are not committed: own.py"),
     "untracked": (lambda root: write(root, {"new/file.txt": "mine\n"}), "already here, but not in git: new/file.txt"),
-    "a file for a folder": (lambda root: write(root, {"new": "mine\n"}), "already here, but not in git: new/file.txt"),
-    "a link for a folder": (lambda root: (root / "new").symlink_to("/nowhere"), "not in git: new/file.txt"),
+    "a file for a folder": (lambda root: write(root, {"new": "mine\n"}), "already here, but not in git: new\n"),
+    "a link for a folder": (lambda root: (root / "new").symlink_to("/nowhere"), "not in git: new\n"),
+    "a link to a folder": (lambda root: (root / "new").symlink_to("conf"), "not in git: new\n"),
     "ignored": (_ignored, "already here, but not in git: new/file.txt"),
     "hidden": (_hidden, "git was told not to look at files that the update changes: model.py"),
+    "skipped": (_skipped, "git was told not to look at files that the update changes: model.py"),
+    "sparse": (_sparse, "a sparse checkout leaves files of the experiment out: conf/one.yaml"),
+    "unmerged": (_unmerged, "is not committed and has conflicts: model.py"),
+    "another git": (lambda root: write(root, {".git/index.lock": ""}), "another git is working here"),
     "a merge": (_merging, "there is a MERGE_HEAD"),
     "a rebase": (_rebasing, "there is a rebase-merge"),
 }
@@ -184,6 +207,145 @@ def test_what_could_be_lost_is_refused_and_nothing_changes(root: Path, case: str
     assert says in str(caught.value)
     assert texts(root) == before
     assert git(root, "status", "--porcelain", "--ignored") == status
+
+
+# What a hint says, typed after it; and the files that are then as they were.
+TYPED = {
+    "hidden": "not committed: model.py",
+    "skipped": "not committed: model.py",
+    "a file for a folder": "",
+    "a link to a folder": "",
+    "untracked": "",
+    "sparse": "",
+}
+
+
+@pytest.mark.parametrize("root", [""], indirect=True)
+@pytest.mark.parametrize("case", TYPED)
+def test_the_hint_works_when_typed(root: Path, case: str) -> None:
+    REFUSED[case][0](root)
+    with pytest.raises(ConfigError) as caught:
+        merged(root)
+    subprocess.run(caught.value.hint, shell=True, cwd=root, check=True, capture_output=True)
+    if TYPED[case]:
+        with pytest.raises(ConfigError, match=TYPED[case]):
+            merged(root)
+    else:
+        merged(root)
+        assert (root / "new" / "file.txt").read_text() == "new\n"
+
+
+@pytest.mark.parametrize("root", [""], indirect=True)
+def test_updates_in_two_worktrees_at_the_same_time_do_not_meet(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One runs from begin to end while the other is about to merge. Its branch has other edits."""
+    second, real, begun = tmp_path / "second", merge.run_git, []
+    git(root, "worktree", "add", "-q", "-b", "second", str(second))
+    (second / "second.py").write_text("second\n")
+    git(second, "add", "-A")
+    git(second, "commit", "-qm", "second")
+
+    def meeting(folder: Path, *words: str, **options: object) -> str:
+        if words[0] == "merge-tree" and not begun:
+            begun.append(folder)
+            merged(second)
+        return real(folder, *words, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(merge, "run_git", meeting)
+    git(root, "update-ref", "refs/worktree/labtrain/0.0.9", "HEAD")  # of an update that was killed
+    merged(root)
+    assert begun == [root]
+    outside = {"outside.txt": "not of the experiment\n"}
+    assert texts(root) == MERGED | outside
+    assert {name: text for name, text in texts(second).items() if name != ".git"} == (
+        MERGED | outside | {"second.py": "second\n"}
+    )
+    for each in (root, second):
+        assert git(each, "for-each-ref", "refs/worktree", "refs/labtrain") == ""
+
+
+TAKE = "import sys; from pathlib import Path; from labtrain.project.merge import alone\nwith alone(Path(sys.argv[1])): pass"
+
+
+@pytest.mark.parametrize("root", ["deep/er/"], indirect=True)
+def test_two_updates_in_one_worktree_exclude_each_other(root: Path, tmp_path: Path) -> None:
+    """From any folder of it; another worktree is free, and so is this one afterwards."""
+    git(root, "worktree", "add", "-q", str(tmp_path / "second"))
+
+    def takes(folder: Path) -> str:
+        return subprocess.run(
+            [sys.executable, "-c", TAKE, str(folder)], capture_output=True, text=True, check=False
+        ).stderr
+
+    with merge.alone(root):
+        assert "another update of " in takes(root.parents[1])
+        assert takes(tmp_path / "second") == ""
+    assert takes(root) == ""
+
+
+@pytest.mark.parametrize("root", [""], indirect=True)
+def test_a_finished_update_is_committed_or_undone_before_the_next(root: Path) -> None:
+    """Its conflict markers are never offered for a commit; once it is committed, it is forgotten."""
+    merged(root, THEIRS | {"own.py": "theirs\n"})
+    with pytest.raises(
+        ConfigError, match=r"not committed and has conflicts: own\.py\n\nhint: finish it: git status"
+    ) as caught:
+        merge.open_repository(root)
+    assert "git reset --hard" in caught.value.hint
+    git(root, "checkout", "-q", "--ours", "own.py")  # nothing of it is then staged
+    git(root, "add", "own.py")
+    with pytest.raises(ConfigError, match=r"an earlier update is not committed\n\nhint: finish it: git commit -m"):
+        merge.open_repository(root)
+    git(root, "commit", "-qm", "update")
+    (root / "own.py").write_text("edit\n")
+    with pytest.raises(ConfigError, match="hint: git stash"):
+        merge.open_repository(root)
+
+
+@pytest.mark.parametrize("root", [""], indirect=True)
+def test_the_next_step_of_a_deleted_file_is_to_keep_it_deleted(root: Path) -> None:
+    repository = merge.open_repository(root)
+    base = BASE | {"away.py": "1\n2\n", "own.py": "0\n"}
+    found = merged(root, THEIRS | {"away.py": "1\n3\n"}, base)
+    said = " ".join("\n".join(_next(repository, found, [])).split())
+    assert "git rm away.py # keeps it deleted; or keep it: git add away.py" in said
+    assert "git add own.py # keeps it; or delete it: git rm own.py" in said
+    assert "edit the files" not in said
+    git(root, "rm", "-q", "away.py")
+    git(root, "add", "own.py")
+    assert git(root, "ls-files", "-u") == ""
+
+
+@pytest.mark.parametrize("root", [""], indirect=True)
+def test_another_git_that_begins_in_the_meantime_changes_nothing(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, real = texts(root), merge.run_git
+
+    def locked(folder: Path, *words: str, **options: object) -> str:
+        if words[:2] == ("read-tree", "-m"):
+            write(root, {".git/index.lock": ""})
+        return real(folder, *words, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(merge, "run_git", locked)
+    with pytest.raises(
+        LabtrainError, match=r"index\.lock.*No file has changed\n\nhint: wait for it; .*: rm .*index\.lock"
+    ):
+        merged(root)
+    (root / ".git" / "index.lock").unlink()
+    assert texts(root) == before
+    assert git(root, "status", "--porcelain") == ""
+
+
+@pytest.mark.parametrize("root", [""], indirect=True)
+def test_ends_of_lines_that_git_converts_are_not_edits(root: Path) -> None:
+    (root / ".gitattributes").write_text("* text=auto eol=crlf\n")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "ends of lines")
+    for name in ("conf/one.yaml", "model.py"):
+        (root / name).unlink()
+        git(root, "checkout", "-q", name)
+    assert b"\r\n" in (root / "conf" / "one.yaml").read_bytes()
+    assert merged(root).edited == {"model.py", "lock"}
 
 
 def test_what_is_not_committed_is_refused(tmp_path: Path) -> None:
@@ -235,7 +397,7 @@ def is_whole(root: Path) -> bool:
         texts(root) == MERGED | {"own.py": (root / "own.py").read_text()}
         and "<<<<<<<" in (root / "own.py").read_text()
         and git(root, "ls-files", "-u") != ""
-        and not list((root.parents[1] / ".git").glob("labtrain*"))
+        and [path.name for path in (root.parents[1] / ".git").glob("labtrain*")] == [merge.WRITTEN]
     )
 
 

@@ -1,6 +1,7 @@
 """`labtrain update`: what it refuses before it makes anything."""
 
 import dataclasses
+import errno
 import json
 import re
 import shutil
@@ -71,6 +72,36 @@ def test_what_it_cannot_merge_is_refused_and_stays(kept: Path, case: str, tmp_pa
     with pytest.raises(LabtrainError, match="hint: ") as caught:
         update_experiment(root)
     assert says in str(caught.value)
+    assert git(root, "status", "--porcelain") == status
+
+
+def test_any_name_that_the_owner_gave_it_is_updated(kept: Path, tmp_path: Path) -> None:
+    """Also one that `labtrain new` refuses: the name is only a value of the template."""
+    root = shutil.copytree(kept, tmp_path / "anything", ignore=shutil.ignore_patterns("runs"))
+    for name in ("README.md", "pyproject.toml", "train.sbatch", "conf/config.yaml"):
+        (root / name).write_text((root / name).read_text().replace("digits", "my.exp"))
+    git(root, "commit", "-qam", "my.exp")
+    updated = update_experiment(root)
+    assert updated is not None
+    assert updated.conflicts == []
+    assert 'name = "my.exp"' in (root / "pyproject.toml").read_text()
+    assert "digits" not in (root / "README.md").read_text()
+    assert not list((root / ".git").glob("labtrain*index*"))
+
+
+def test_a_temporary_folder_that_cannot_be_written_is_an_error(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a full disk: copying the wheel fails."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "wheel")
+
+    root = shutil.copytree(kept, tmp_path / "digits", ignore=shutil.ignore_patterns("runs"))
+    status = git(root, "status", "--porcelain")
+    monkeypatch.setattr("labtrain.project.origin.shutil.copyfile", full)
+    with pytest.raises(LabtrainError, match=r"No space left on device: 'wheel'\. No file has changed\n\nhint: df -h"):
+        update_experiment(root)
     assert git(root, "status", "--porcelain") == status
 
 

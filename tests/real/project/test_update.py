@@ -10,6 +10,7 @@ from labtrain.environment.lock.check import check_locks
 from labtrain.project.origin import make_base, read_carried
 from labtrain.project.update import pins
 from tests.conftest import LABTRAIN, ROOT, need
+from tests.quick.project import test_merge as small
 from tests.real.environment.test_doctor import in_namespace
 from tests.support.old import RUNS, unpack
 from tests.support.template import files, run
@@ -92,7 +93,7 @@ def test_edits_of_both_sides_are_merged_and_the_old_run_is_verified(old: Path, n
     assert [path.name for path in (old / "vendor").iterdir()] == [f"labtrain-{NEWER}-py3-none-any.whl"]
     assert git(old, "rev-parse", "HEAD") == head, "update commits nothing"
     assert git(old, "diff", "--name-only") == ""
-    assert git(old, "for-each-ref", "refs/labtrain") == ""
+    assert git(old, "for-each-ref", "refs/worktree") == ""
 
     said = done.stdout
     assert said.startswith("labtrain 0.1.0 (6002ec354697) -> 0.2.0 (")
@@ -130,8 +131,8 @@ def test_conflicts_are_left_as_git_marks_them_and_git_goes_back(old: Path, clash
     done = labtrain(clashing, "update", cwd=old)
     assert done.returncode == 1, done.stderr
     config = (old / "conf" / "config.yaml").read_text()
-    assert "<<<<<<< labtrain/yours\n  width: 24\n" in config
-    assert f"  width: 20\n  dropout: 0.25\n>>>>>>> labtrain/{NEWER}\n" in config
+    assert "<<<<<<< worktree/labtrain/yours\n  width: 24\n" in config
+    assert f"  width: 20\n  dropout: 0.25\n>>>>>>> worktree/labtrain/{NEWER}\n" in config
     status = git(old, "status", "--porcelain").splitlines()
     assert {line for line in status if line[:2] in ("UU", "DU", "UD", "AA")} == {
         "UU conf/config.yaml",
@@ -139,10 +140,16 @@ def test_conflicts_are_left_as_git_marks_them_and_git_goes_back(old: Path, clash
     }
     assert "CONFLICT (content): Merge conflict in conf/config.yaml" in done.stdout
     assert "CONFLICT (modify/delete): notebooks/start.ipynb" in done.stdout
-    assert "git add conf/config.yaml notebooks/start.ipynb" in done.stdout
+    assert "then: git add conf/config.yaml\n" in done.stdout
+    assert (
+        "git rm notebooks/start.ipynb    # keeps it deleted; or keep it: git add notebooks/start.ipynb" in done.stdout
+    )
     again = labtrain(clashing, "update", cwd=old)
     assert again.returncode == 2
-    assert "not committed" in again.stderr
+    assert (
+        "an earlier update is not committed and has conflicts: conf/config.yaml; notebooks/start.ipynb" in again.stderr
+    )
+    assert "git reset --hard" in again.stderr
     git(old, "reset", "-q", "--hard")
     assert content(old) == before
     assert git(old, "status", "--porcelain") == ""
@@ -239,3 +246,40 @@ def test_a_full_disk_leaves_everything_as_it_was(tmp_path: Path) -> None:
     assert late.endswith("No file has changed")
     assert early.startswith("cannot write the update: git hash-object ")
     assert early.endswith("No space left on device. No file has changed")
+
+
+BUSY = """
+import sys
+from pathlib import Path
+from tests.quick.project import test_merge as small
+
+root = Path(sys.argv[1])
+try:
+    small.merged(root)
+except small.LabtrainError as error:
+    print(str(error))
+assert small.texts(root) == small.YOURS
+assert small.git(root, "status", "--porcelain") == ""
+"""
+
+
+def test_a_file_that_cannot_be_replaced_is_named_and_the_rest_is_brought_back(tmp_path: Path) -> None:
+    """Immutable files need a capability. A file that is mounted cannot be replaced by anybody, and can be read alike."""
+    root = small.write(tmp_path / "digits", small.YOURS)
+    git(root, "init", "-q")
+    git(root, "add", "-A")
+    git(root, "commit", "-qm", "yours")
+    settings = " ".join(f"{name}={value!r}" for name, value in IDENTITY.items())
+    (tmp_path / "busy.py").write_text(BUSY)
+    done = in_namespace(f"""
+        mount --bind {root}/model.py {root}/model.py
+        export {settings} PYTHONPATH={ROOT} TMPDIR={tmp_path} PYTHONDONTWRITEBYTECODE=1
+        {Path(LABTRAIN).with_name("python")} {tmp_path}/busy.py {root}
+    """)
+    assert done.returncode == 0, done.stderr
+    assert "'model.py': Device or resource busy. No file has changed" in done.stdout
+    assert (
+        f"hint: make it writable (ls -ld {root}/model.py; lsattr -d {root}/model.py), then labtrain upd" in done.stdout
+    )
+    small.merged(root)
+    assert small.texts(root) == small.MERGED
