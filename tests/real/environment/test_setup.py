@@ -13,7 +13,16 @@ from tests.support.setup import broken_pip, edited, repairs, without_python, wit
 pytest_plugins = ["tests.support.setup"]
 
 
-@pytest.mark.parametrize("damage", [edited, without_stamp_and_uv, broken_pip, without_record, without_python])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(edited, marks=pytest.mark.release),
+        without_stamp_and_uv,
+        broken_pip,
+        without_record,
+        pytest.param(without_python, marks=pytest.mark.release),
+    ],
+)
 def test_setup_repairs_what_it_made(project: Path, damage: Callable[[Path], None]) -> None:
     repairs(project, damage)
 

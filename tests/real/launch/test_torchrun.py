@@ -58,6 +58,7 @@ def test_a_killed_worker_is_started_again_and_goes_on(experiment: Experiment, al
     assert len(receipt()["segments"]) == 2
 
 
+@pytest.mark.release
 def test_sigterm_saves_and_the_same_command_goes_on(experiment: Experiment, alone: Run) -> None:
     process = start(experiment)
     wait_for_steps(Path("runs/digits"), 10)

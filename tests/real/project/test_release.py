@@ -90,6 +90,7 @@ def test_the_citation_gets_the_version(repository: Path) -> None:
     assert not (repository / "dist").exists()
 
 
+@pytest.mark.release
 def test_the_wheel_makes_and_trains_an_experiment_in_an_empty_environment(repository: Path) -> None:
     """The sdist holds the committed files; nothing is tagged or pushed: the commands are printed."""
     done = release(repository)

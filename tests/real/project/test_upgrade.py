@@ -51,7 +51,7 @@ def outside_git(root: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def grown(shared_experiment: Experiment, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An experiment with a package that is locked at an old release, and two baselines of a few seconds."""
+    """An experiment with a package that is locked at an old release."""
     root = tmp_path_factory.mktemp("upgrade") / "digits"
     shutil.copytree(shared_experiment.root, root, ignore=shutil.ignore_patterns("runs", "__pycache__"))
     (root / "model.py").write_text((root / "model.py").read_text() + MODEL)
@@ -65,6 +65,13 @@ def grown(shared_experiment: Experiment, tmp_path_factory: pytest.TempPathFactor
     git(root, "config", "user.email", "a@b")
     git(root, "add", "-A")
     git(root, "commit", "-qm", "code")
+    return root
+
+
+@pytest.fixture(scope="module")
+def judged(grown: Path) -> Path:
+    """The same with two baselines of a few seconds."""
+    root = grown
     for name, rate in (("plain", "0.001"), ("by-release", "0.002")):
         run = Experiment(root).train(*SHORT, f"model.learning_rate={rate}", f"experiment={name}", cwd=root)
         shutil.copytree(run.folder, root / "baselines" / name, ignore=shutil.ignore_patterns("checkpoints", ".lock"))
@@ -90,55 +97,56 @@ def test_the_plan_names_what_is_newer_and_changes_nothing(grown: Path) -> None:
     assert files(grown) == before
 
 
-def test_an_upgrade_is_judged_on_a_branch_and_the_old_tree_stays(grown: Path) -> None:
+@pytest.mark.release
+def test_an_upgrade_is_judged_on_a_branch_and_the_old_tree_stays(judged: Path) -> None:
     """One baseline gives the same bits, one differs: the verdict is no, in the commit's message.
 
     A first start is killed while it writes the locks. The second removes what it left, and ends.
     """
-    before, head, state = outside_git(grown), said(grown, "rev-parse", "HEAD"), grown / ".git" / "labtrain-upgrade"
-    tree = grown.with_name("digits-upgraded")
-    process = subprocess.Popen([LABTRAIN, "upgrade", "--branch", "upgraded"], cwd=grown, stdout=subprocess.DEVNULL)
+    before, head, state = outside_git(judged), said(judged, "rev-parse", "HEAD"), judged / ".git" / "labtrain-upgrade"
+    tree = judged.with_name("digits-upgraded")
+    process = subprocess.Popen([LABTRAIN, "upgrade", "--branch", "upgraded"], cwd=judged, stdout=subprocess.DEVNULL)
     wait_until(lambda: "einops==0.8" in (tree / "requirements.lock").read_text(), process=process)
     process.kill()
     process.wait()
-    assert (outside_git(grown), said(grown, "branch", "--list", "upgraded")) == (before, "")
+    assert (outside_git(judged), said(judged, "branch", "--list", "upgraded")) == (before, "")
     assert state.read_text() == str(tree)
 
-    out = labtrain(grown, "upgrade", "--branch", "upgraded", code=1)
+    out = labtrain(judged, "upgrade", "--branch", "upgraded", code=1)
     assert "verdict      no" in out
-    assert (outside_git(grown), said(grown, "rev-parse", "HEAD"), state.read_text()) == (before, head, "")
-    message = said(grown, "log", "-1", "--format=%B", "upgraded")
+    assert (outside_git(judged), said(judged, "rev-parse", "HEAD"), state.read_text()) == (before, head, "")
+    message = said(judged, "log", "-1", "--format=%B", "upgraded")
     assert message.startswith("upgrade: no: einops 0.7.0 -> 0.8")
     assert "Doctor in the new environment:\n- no problems" in message
     assert "- plain: yes: 1 of 1 give the same bits" in message
     assert "- by-release: no: different bits, first at step 1" in message
     assert "updates of driver R580" in message
-    assert said(grown, "rev-parse", "upgraded~1") == head
-    changed = set(said(grown, "diff", "--name-only", "HEAD", "upgraded").split())
+    assert said(judged, "rev-parse", "upgraded~1") == head
+    changed = set(said(judged, "diff", "--name-only", "HEAD", "upgraded").split())
     assert {"requirements.lock", "sbom.cdx.json"} <= changed <= {"requirements.lock", "requirements-conda.lock",
                                                                  "nix/wheels.json", "sbom.cdx.json"}  # fmt: skip
     assert "The same bits now" in (tree / "upgrade.html").read_text()
     python = tree / ".venv" / "bin" / "python"
     release = subprocess.run([python, "-c", "import einops; print(einops.__version__)"], capture_output=True, text=True)
     assert release.stdout.startswith("0.8")
-    assert "the branch upgraded already exists" in labtrain(grown, "upgrade", "--branch", "upgraded", code=2)
+    assert "the branch upgraded already exists" in labtrain(judged, "upgrade", "--branch", "upgraded", code=2)
     (discard,) = [line.removeprefix("to discard:").strip() for line in out.splitlines() if "to discard:" in line]
-    subprocess.run(["sh", "-c", discard], cwd=grown, check=True)
+    subprocess.run(["sh", "-c", discard], cwd=judged, check=True)
     assert not tree.exists()
-    assert said(grown, "worktree", "list").count("\n") == 1
+    assert said(judged, "worktree", "list").count("\n") == 1
 
 
 @pytest.mark.release
-def test_the_same_bits_are_a_yes_that_can_be_merged_and_then_nothing_is_newer(grown: Path) -> None:
+def test_the_same_bits_are_a_yes_that_can_be_merged_and_then_nothing_is_newer(judged: Path) -> None:
     """A version that pyproject.toml does not allow is written there; the second upgrade has nothing to do."""
-    git(grown, "checkout", "-qb", "pinned")
-    manifest = (grown / "pyproject.toml").read_text()
-    (grown / "pyproject.toml").write_text(manifest.replace("einops>=0.7", "einops==0.7.0"))
-    git(grown, "commit", "-qam", "pinned")
-    assert "nothing to raise" in labtrain(grown, "upgrade")
-    assert said(grown, "worktree", "list").count("\n") == 1
-    out = labtrain(grown, "upgrade", "baselines/plain", "--package", "einops==0.8.1", "--branch", "upgraded")
+    git(judged, "checkout", "-qb", "pinned")
+    manifest = (judged / "pyproject.toml").read_text()
+    (judged / "pyproject.toml").write_text(manifest.replace("einops>=0.7", "einops==0.7.0"))
+    git(judged, "commit", "-qam", "pinned")
+    assert "nothing to raise" in labtrain(judged, "upgrade")
+    assert said(judged, "worktree", "list").count("\n") == 1
+    out = labtrain(judged, "upgrade", "baselines/plain", "--package", "einops==0.8.1", "--branch", "upgraded")
     assert "verdict      yes" in out
-    git(grown, "merge", "-q", "upgraded")
-    assert '"einops==0.8.1"' in (grown / "pyproject.toml").read_text()
-    assert "all locks agree" in labtrain(grown, "lock", "check")
+    git(judged, "merge", "-q", "upgraded")
+    assert '"einops==0.8.1"' in (judged / "pyproject.toml").read_text()
+    assert "all locks agree" in labtrain(judged, "lock", "check")

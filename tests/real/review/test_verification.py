@@ -76,7 +76,14 @@ def test_a_checkpoint_that_was_exchanged_with_its_manifest_is_refused(copy: Path
     assert "belongs to step 5" in verify(copy, code=2).err
 
 
-@pytest.mark.parametrize("trail", ["with its trail", "without its trail", "with a trail cut and hashed anew"])
+@pytest.mark.parametrize(
+    "trail",
+    [
+        "with its trail",
+        pytest.param("without its trail", marks=pytest.mark.release),
+        pytest.param("with a trail cut and hashed anew", marks=pytest.mark.release),
+    ],
+)
 def test_a_result_that_no_training_gave_is_a_no(copy: Path, trail: str) -> None:
     """The forger has written each digest anew, and a complete run lies where the receipt would have it trained."""
     found = receipts.read(copy)
