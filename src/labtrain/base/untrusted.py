@@ -117,7 +117,7 @@ def scratch_folder(prefix: str, *, of: str = "") -> Iterator[Path]:
 
 def _forget(error: LabtrainError, folder: Path, of: str) -> None:
     """Let an error name what a folder's files come from, not the folder."""
-    for place in {str(folder), shown(folder)}:
+    for place in (str(folder), shown(folder)):
         said = str(error.args[0])
         if f"{place}/" in said:
             said = said.replace(f"{place}/", "")

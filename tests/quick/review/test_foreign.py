@@ -371,11 +371,11 @@ def test_a_rerun_that_spoils_its_own_files_is_one_error(change: str, tmp_path: P
             os.mkfifo(replay.run_dir / "trail.jsonl")
         case "a broken line":
             (replay.run_dir / "trail.jsonl").write_text("[]\n")
-    with pytest.raises(LabtrainError, match="the rerun left no valid (receipt|trail): ") as caught:
+    with pytest.raises(LabtrainError, match=r"the rerun left no valid (receipt|trail): ") as caught:
         replay.final_receipt(), replay.trail_sha256(1)
     assert len(str(caught.value)) < 500
     assert caught.value.exit_code == 2
-    assert str(tmp_path) not in str(caught.value)
+    assert str(replay.scratch) not in str(caught.value)
     assert "/proc/" not in str(caught.value)
 
 
@@ -420,6 +420,6 @@ def test_a_name_with_a_line_end_stays_in_its_line(tmp_path: Path) -> None:
     git(tmp_path / "work", "add", "-A")
     git(tmp_path / "work", "commit", "-qm", "all")
     (tmp_path / "scratch").mkdir()
-    with pytest.raises(ConfigError, match=r"\nb\\nhint: rm -rf x/receipt.json") as caught:
+    with pytest.raises(ConfigError, match=r"\n +b\\nhint: rm -rf x/receipt\.json") as caught:
         fetch(Target(url=str(tmp_path / "work"), revision=""), tmp_path / "scratch", named=None)
     assert str(caught.value).count("\nhint: ") == 1

@@ -230,6 +230,11 @@ def test_a_second_user_is_told_what_is_closed_and_whose_it_is(closed: str) -> No
         said = as_second_user(lambda: receipt.read(run_dir) and None)
         assert said.startswith(f"{place}: no permission to read it; its owner is root\n\nhint: root can run: chmod ")
         assert said.endswith(f"chmod -R a+rX {run_dir}" if place == run_dir else f"chmod a+x {place}")
+        if closed == "runs/lab/one":  # of a shared folder, only its group is let in
+            run_dir.parent.chmod(0o2775)
+            os.chown(run_dir.parent, -1, 0)
+            said = as_second_user(lambda: receipt.read(run_dir) and None)
+            assert said.endswith(f"root can run: chgrp -R root {run_dir} && chmod -R g+rwX {run_dir}")
         listed = as_second_user(lambda: sys.exit(str(list_runs([Path(folder, "runs")]))))
         assert f"run='{place}', status='broken'" in listed
         assert f"error='{place}: no permission to read it; its owner is root'" in listed

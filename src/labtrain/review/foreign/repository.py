@@ -166,7 +166,7 @@ def _clone(target: Target, folder: Path) -> None:
         if remedy := re.search(r"git config --global --add safe\.directory \S.*", said):
             raise ConfigError(
                 f"cannot clone {target}: it belongs to another account, whose folder git does not trust",
-                hint=f"{remedy[0].strip()}; then again: labtrain runs nothing of it outside the sandbox",
+                hint=f"{remedy[0].strip()}   # then start it again",
             ) from error
         raise ConfigError(
             f"cannot clone {target}: {said}", hint=f"git clone {quoted(target.url)}; then labtrain verify that folder"
