@@ -80,6 +80,8 @@ _probe()
 
 SPOIL = """
 import atexit
+import os
+import pathlib
 
 
 def _spoil():
