@@ -14,12 +14,14 @@ Each ends a command with exit code 2, a CallbackError with 1. Any other exceptio
 code, and keeps its traceback.
 """
 
+import grp
 import importlib.metadata
 import importlib.util
 import json
 import os
 import pwd
 import shlex
+import stat
 import sys
 import traceback
 import types
@@ -138,9 +140,21 @@ def not_readable(path: Path) -> ConfigError:
     except KeyError:
         owner = f"user {uid}"
     command = "chmod -R a+rX" if place == path else "chmod a+x"  # never the whole home
-    return ConfigError(
-        f"{place}: no permission to read it; its owner is {owner}", hint=f"{owner} can run: {command} {quoted(place)}"
-    )
+    command = _for_group(place, whole=place == path) or f"{command} {quoted(place)}"
+    return ConfigError(f"{place}: no permission to read it; its owner is {owner}", hint=f"{owner} can run: {command}")
+
+
+def _for_group(place: Path, *, whole: bool) -> str:
+    """Return the command that opens a path to the group of the shared folder above it; empty if none is shared."""
+    for above in place.parents:
+        found = above.stat()
+        if found.st_mode & (stat.S_ISGID | stat.S_IWGRP) == stat.S_ISGID | stat.S_IWGRP:
+            group = str(found.st_gid)
+            with suppress(KeyError):  # in a container the group may have no entry
+                group = grp.getgrgid(found.st_gid).gr_name
+            at, many, mode = quoted(place), "-R " if whole else "", "g+rwX" if whole else "g+x"
+            return f"chgrp {many}{quoted(group)} {at} && chmod {many}{mode} {at}"
+    return ""
 
 
 def explain_callback(error: BaseException, callbacks: Mapping[str, object]) -> CallbackError | None:

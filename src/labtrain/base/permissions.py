@@ -10,6 +10,7 @@ import fcntl
 import os
 import stat
 import struct
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -146,16 +147,10 @@ def open_inside(folder: Path, name: str, *, flags: int = os.O_RDONLY) -> BinaryI
         DamagedError: a part of the path is a link, or the file is a folder, a pipe or a device; names it.
         OSError: it cannot be opened.
     """
-    place = folder
-    above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    *parents, last = Path(name).parts
+    above = open_folder(folder, parents)
     try:
-        *parents, last = Path(name).parts
-        for part in parents:
-            place = _not_a_link(place / part, above)
-            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
-            os.close(above)
-            above = below
-        place = _not_a_link(place / last, above)
+        place = _not_a_link(folder.joinpath(*parents, last), above)
         # O_NONBLOCK, because opening a pipe would wait for a writer.
         opened = os.open(last, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666, dir_fd=above)
     finally:
@@ -164,6 +159,20 @@ def open_inside(folder: Path, name: str, *, flags: int = os.O_RDONLY) -> BinaryI
         os.close(opened)
         raise _refused(place, "not a regular file")
     return os.fdopen(opened, "rb" if flags == os.O_RDONLY else "ab")
+
+
+def open_folder(folder: Path, parts: Sequence[str]) -> int:
+    """Return the descriptor of a folder in an untrusted one, following no link; raise like `open_inside`."""
+    place = folder
+    above = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    for part in parts:
+        try:
+            place = _not_a_link(place / part, above)
+            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+        finally:
+            os.close(above)
+        above = below
+    return above
 
 
 def _not_a_link(path: Path, folder: int) -> Path:

@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from labtrain.base import exact_json
-from labtrain.base.console import quoted, warn
-from labtrain.base.errors import ConfigError, DamagedError, not_readable
+from labtrain.base.console import quoted, shown, warn
+from labtrain.base.errors import ConfigError, DamagedError, LabtrainError, not_readable
 
 # Limits, larger than anything that labtrain writes. Files are read as a whole.
 RECORD_BYTES = 256 << 20  # a receipt, a manifest, a header, a signature
@@ -92,20 +92,38 @@ def read_source(path: Path) -> bytes:
 
 
 @contextmanager
-def scratch_folder(prefix: str) -> Iterator[Path]:
+def scratch_folder(prefix: str, *, of: str = "") -> Iterator[Path]:
     """Make a folder for untrusted code to write to, and remove it at the end.
 
     Before Python 3.11.8 and 3.12.1, the cleanup of tempfile.TemporaryDirectory changes permissions through links
-    (CVE-2023-6597).
+    (CVE-2023-6597). An error that leaves it does not name the folder, which is gone by then.
+
+    Args:
+        prefix: of the folder's name.
+        of: what its files come from, for errors: a bundle, a repository, a run.
     """
     folder = Path(tempfile.mkdtemp(prefix=prefix))
     try:
         yield folder
+    except LabtrainError as error:
+        _forget(error, folder, of)
+        raise
     finally:
         try:
             remove_tree(folder)
         except OSError as error:
             warn(f"cannot remove {folder}: {error.strerror}. hint: rm -rf {quoted(folder)}")
+
+
+def _forget(error: LabtrainError, folder: Path, of: str) -> None:
+    """Let an error name what a folder's files come from, not the folder."""
+    for place in (str(folder), shown(folder)):
+        said = str(error.args[0])
+        if f"{place}/" in said:
+            said = said.replace(f"{place}/", "")
+            error.args = (f"{of}: {said}" if of else said, *error.args[1:])
+        if place in error.hint:
+            error.hint = f"ask whoever made {of or 'it'} for it again"
 
 
 def remove_tree(path: Path) -> None:
@@ -227,8 +245,24 @@ def damage_of(path: object, *, hint: str, what: str = "is broken") -> Iterator[N
     except OSError as error:
         raise DamagedError(f"{path} {what}: {error.strerror or error}", hint=hint) from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RuntimeError) as error:
-        said = str(error) if isinstance(error, ValueError) else repr(error)
-        raise DamagedError(f"{path} {what}: {' '.join(said.split())[:300]}", hint=hint) from error
+        raise DamagedError(f"{path} {what}: {reason(error)}", hint=hint) from error
+
+
+def reason(error: Exception) -> str:
+    """Say in a few plain words why a file cannot be used. Python's own words can hold the whole file."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8 text"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error}"
+    if isinstance(error, KeyError):
+        return f"{str(error.args[0] if error.args else 'a key')[:100]!r} is missing"
+    if isinstance(error, OSError):
+        return error.strerror or "it cannot be read"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, ValueError):
+        return " ".join(str(error)[:3000].split())[:300]
+    return "a value is missing or of the wrong kind"
 
 
 def _mapping(pairs: list[tuple[str, object]]) -> object:

@@ -17,7 +17,7 @@ from labtrain.cli.show import RunType, complete_run, json_option, say_json
 if TYPE_CHECKING:
     from labtrain.review.gate import Outcome
 
-PATH = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path, readable=False)  # labtrain names the owner, and who can open it
 COUNT = click.IntRange(min=0)
 RUN = RunType()
 F = TypeVar("F", bound=Callable[..., None])

@@ -221,7 +221,7 @@ def read(run_dir: Path) -> Receipt | None:
     except PermissionError:
         raise not_readable(run_dir) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"{path} is broken: {error!r}", hint=hint) from error
+        raise DamagedError(f"{path} is broken: {untrusted.reason(error)}", hint=hint) from error
     if schema != SCHEMA or said is None:  # before 0.1 there was no digest
         what = f"has schema {schema!r}" if schema != SCHEMA else "has no digest to check it by"
         raise DamagedError(f"{path} {what}, but this labtrain reads only {SCHEMA!r} with a digest", hint=WRITER)

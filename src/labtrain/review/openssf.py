@@ -136,13 +136,18 @@ def _private_key(path: Path) -> "EllipticCurvePrivateKey":
         LabtrainError: it cannot be read, is of another kind, or has a passphrase that is wrong or cannot be asked for.
     """
     try:
+        from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
     except ModuleNotFoundError as error:
         raise LabtrainError(
             "signing for model_signing needs the package cryptography", hint="make setup, in an experiment"
         ) from error
-    make = f"openssl ecparam -name prime256v1 -genkey -noout -out {quoted(path)}"
+    new = _new_key(path)
+    make = f"openssl ecparam -name prime256v1 -genkey -noout -out {quoted(new)}; then --model-signing {quoted(new)}"
+    bare = (
+        f"start it on a terminal, which asks for it; or without one: openssl pkey -in {quoted(path)} -out {quoted(new)}"
+    )
     try:
         pem = read(path, LONGEST_KEY)
         secret = None
@@ -151,10 +156,16 @@ def _private_key(path: Path) -> "EllipticCurvePrivateKey":
         key = load_pem_private_key(pem, secret)
     except OSError as error:
         raise LabtrainError(f"{shown(path)}: {error.strerror}", hint=make) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, UnsupportedAlgorithm) as error:
         locked = b"ENCRYPTED" in pem
         said = "its passphrase is missing or wrong" if locked else "it is not a private key in PEM"
-        raise LabtrainError(f"{shown(path)}: {said}", hint="type it on a terminal" if locked else make) from error
+        raise LabtrainError(f"{shown(path)}: {said}", hint=bare if locked else make) from error
     if not isinstance(key, EllipticCurvePrivateKey) or key.curve.name not in ("secp256r1", "secp384r1", "secp521r1"):
         raise LabtrainError(f"{shown(path)} must be a key of P-256, P-384 or P-521", hint=make)
     return key
+
+
+def _new_key(path: Path) -> Path:
+    """Return the name of a file that does not exist yet, for a new key: the one that was named, or another one here."""
+    names = (path, *(Path(f"model-signing{number}.pem") for number in ("", *range(2, 1000))))
+    return next((each for each in names if not os.path.lexists(each) and each.parent.is_dir()), Path("new.pem"))

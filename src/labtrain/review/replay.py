@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from labtrain.base.contracts import Options, as_options
 from labtrain.base.credentials import NOT_RECORDED, without_secrets
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, DamagedError, LabtrainError
 from labtrain.base.git import GitError, ask_git, borrow_commit, git_variables, run_git
-from labtrain.base.untrusted import open_plain
+from labtrain.base.permissions import open_folder
+from labtrain.base.untrusted import open_plain, reason
 from labtrain.launch.compose import process_of
 from labtrain.record import receipt as receipts
 from labtrain.record.config import REFERRING, check, check_whole, completed, flat_texts, from_environment, variables_in
@@ -29,7 +30,7 @@ from labtrain.record.own_runs import opened, patch_of
 from labtrain.record.ranks import alone
 from labtrain.record.receipt import Receipt, origin_digest
 from labtrain.record.sources import moved, read_code, source_digests
-from labtrain.record.trail import TRAIL, Line, parse_trail, trail_bytes
+from labtrain.record.trail import TRAIL, Line, parse_trail
 from labtrain.review.sandbox import Sandbox, is_kept, only_kept
 from labtrain.stores.backends import is_local
 from labtrain.stores.layout import copy_as
@@ -123,8 +124,7 @@ class Replay:
             LabtrainError: the training failed; contains the end of its output.
         """
         command, environment = self._process(self._job(devices, stop_at))
-        trail = self.run_dir / TRAIL
-        at = trail.stat().st_size if trail.exists() else 0
+        at = len(self._trail(0))
         with self.log.open("a") as log:
             child = subprocess.Popen(
                 command, cwd=self.home, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
@@ -133,13 +133,11 @@ class Replay:
         try:
             while self.code is None:
                 self.code = child.poll()  # before reading the trail, so that the last line is not missed
-                with suppress(FileNotFoundError), open_plain(trail) as file:
-                    file.seek(at)
-                    new = file.read()
-                    whole = new[: new.rfind(b"\n") + 1]
+                if whole := self._trail(at):
                     at += len(whole)
-                    if whole:
-                        yield from parse_trail(whole, self.run_dir)
+                    with self.left("trail"):
+                        new = parse_trail(whole, Path())
+                    yield from new
                 if self.code is None:
                     time.sleep(POLL_S)
         finally:
@@ -196,16 +194,76 @@ class Replay:
         """Return the end of its output."""
         return "\n".join(self.log.read_text(errors="replace").strip().splitlines()[-15:])
 
+    @contextmanager
+    def left(self, what: str) -> Iterator[Path]:
+        """Yield the run's folder for reading. Its code may have changed any file in it, or put links in its place.
+
+        It is opened once, following no link, and named by its descriptor.
+
+        Raises:
+            LabtrainError: something in it is not valid.
+        """
+        opened: int | None = None
+        try:
+            opened = open_folder(self.scratch, self.run_dir.relative_to(self.scratch).parts)
+            yield Path(f"/proc/self/fd/{opened}")
+        except FileNotFoundError:
+            raise  # the rerun has not begun
+        except (LabtrainError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            said = str(error.args[0]) if isinstance(error, LabtrainError) else reason(error)
+            for place in (f"/proc/self/fd/{opened}/", f"{self.scratch}/"):
+                said = said.replace(place, "")
+            raise self.invalid(what, said) from error
+        finally:
+            if opened is not None:
+                os.close(opened)
+
+    def invalid(self, what: str, why: str) -> LabtrainError:
+        """Return the error for a file of the rerun that its code removed or changed."""
+        hint = "ask whoever wrote the run's code: it must not change the files of its own run"
+        return LabtrainError(f"the rerun left no valid {what}: {why}", hint=hint)
+
     def receipt(self) -> Receipt | None:
-        """Return the rerun's own receipt, which exists from its start."""
-        return receipts.read(self.run_dir)
+        """Return the rerun's own receipt; None before its start.
+
+        Raises:
+            LabtrainError: it is not valid.
+        """
+        with suppress(FileNotFoundError), self.left("receipt") as folder:
+            return receipts.read(folder)
+        return None
+
+    def final_receipt(self) -> Receipt:
+        """Return the receipt of a rerun that trained to the end.
+
+        Raises:
+            LabtrainError: there is none, or it is not valid.
+        """
+        if (found := self.receipt()) is None:
+            raise self.invalid("receipt", f"{receipts.FILE} is missing")
+        if found["status"] != "complete":
+            raise self.invalid("receipt", f"its status is {found['status']}, expected complete")
+        return found
 
     def trail_sha256(self, every_n_steps: int) -> str:
-        """Return the sha256 of its trail, with only the lines of every `every_n_steps`-th step."""
-        lines = trail_bytes(self.run_dir).splitlines(keepends=True)
-        steps = (line["step"] for line in parse_trail(b"".join(lines), self.run_dir))
-        kept = (line for line, step in zip(lines, steps, strict=True) if step % every_n_steps == 0)
-        return hashlib.sha256(b"".join(kept)).hexdigest()
+        """Return the sha256 of its trail, with only the lines of every `every_n_steps`-th step.
+
+        Raises:
+            LabtrainError: it is not valid.
+        """
+        lines = self._trail(0).splitlines(keepends=True)
+        with self.left("trail"):
+            steps = (line["step"] for line in parse_trail(b"".join(lines), Path()))
+            kept = (line for line, step in zip(lines, steps, strict=True) if step % every_n_steps == 0)
+            return hashlib.sha256(b"".join(kept)).hexdigest()
+
+    def _trail(self, at: int) -> bytes:
+        """Return the complete lines of its trail from a byte on; empty if there is none."""
+        with suppress(FileNotFoundError), self.left("trail") as folder, open_plain(folder / TRAIL) as file:
+            file.seek(at)
+            new = file.read()
+            return new[: new.rfind(b"\n") + 1]
+        return b""
 
     def begin_at(self, checkpoint: Path) -> None:
         """Copy a checkpoint to begin from; call it before the first leg."""

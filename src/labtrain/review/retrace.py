@@ -182,8 +182,12 @@ def narrow(case: Case, line: Line, *, reached: int, start: int) -> tuple[Diverge
     begin = max((each for each in there if start <= each <= reached), default=start)
     after = min((each for each in there if each >= step), default=0) if tensor is None else 0
     try:
-        again, made = _again(case, step, begin=begin, after=after)
-        names = different_tensors(case.fetched(after), made) if after else []
+        again, second = _again(case, step, begin=begin, after=after)
+        names = []
+        if after:
+            wanted_weights = case.fetched(after)
+            with second.left("checkpoint") as made:
+                names = different_tensors(wanted_weights, made)
     except LabtrainError as error:
         return found, f"not trained again from step {begin}: {error.args[0]}{more}"
     if again is not None and phase_of(wanted, again) is None:
@@ -200,8 +204,8 @@ def narrow(case: Case, line: Line, *, reached: int, start: int) -> tuple[Diverge
     return found, told + more
 
 
-def _again(case: Case, step: int, *, begin: int, after: int) -> tuple[Line | None, Path]:
-    """Train again from a checkpoint to a step or a later one; return that step's line and the run's folder."""
+def _again(case: Case, step: int, *, begin: int, after: int) -> tuple[Line | None, Replay]:
+    """Train again from a checkpoint to a step or a later one; return that step's line and the rerun."""
     found: Line | None = None
     second = case.replay("second", begin)
     with closing(second.lines(devices=case.devices, stop_at=after or step)) as lines:
@@ -210,7 +214,7 @@ def _again(case: Case, step: int, *, begin: int, after: int) -> tuple[Line | Non
                 found = each
                 if not after:
                     break
-    return found, second.run_dir
+    return found, second
 
 
 def different_tensors(checkpoint: Path, run_dir: Path) -> list[str]:

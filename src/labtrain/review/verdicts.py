@@ -22,7 +22,7 @@ from labtrain.base.console import quoted, shown
 from labtrain.base.contracts import Hardware, Options
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.base.permissions import open_inside
-from labtrain.base.untrusted import RECORD_BYTES
+from labtrain.base.untrusted import RECORD_BYTES, reason
 from labtrain.record.provenance import timestamp
 from labtrain.record.receipt import Receipt, time_of
 from labtrain.review.signature import VERDICT, Signature, check_text, sign_text, whose
@@ -140,7 +140,7 @@ def read_verifications(run_dir: Path, *, digest: str = "", signers: Path | None 
         entries = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
         found = [(_parsed(entry), entry) for entry in entries]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise DamagedError(f"{shown(path)} is broken: {error!r}", hint=aside) from error
+        raise DamagedError(f"{shown(path)} is broken: {reason(error)}", hint=aside) from error
     newest_first = sorted(found, key=lambda pair: pair[0].when)[::-1]  # within one second, by line
     return list(_checked(newest_first, digest, signers))
 

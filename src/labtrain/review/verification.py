@@ -8,6 +8,7 @@ A verdict needs a comparison: at least one line of the trail, or the results of 
 """
 
 import hashlib
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -161,6 +162,11 @@ def verify_run(
     """
     options = options or VerifyOptions()
     _check_can_sign(options)
+    if elsewhere is None and options.steps != 0 and importlib.util.find_spec("torch") is None:
+        raise ConfigError(
+            f"{shown(run)} is trained again, but this is labtrain without its training packages",
+            hint=f"labtrain verify {quoted(shown(run))} --locked, which makes the run's own environment",
+        )
     with alone(run) as (place, above):
         return _verify(place, above, options, elsewhere, ask=ask, say=say, tick=tick)
 
@@ -181,7 +187,7 @@ def _verify(
     _say_recorded(run_dir, receipt, trail, options, say)
     home = (elsewhere and elsewhere.home) or _home(above, receipt, sandbox=options.sandbox)
     other = elsewhere.other if elsewhere else None
-    with scratch_folder("labtrain-verify-") as folder:
+    with scratch_folder("labtrain-verify-", of=shown(run)) as folder:
         if elsewhere is None:
             root, whence = code_of(receipt, run_dir, home, folder)
         else:
@@ -195,7 +201,7 @@ def _verify(
         case.tell(state_differences(receipt, root, home, outside=known, here=is_here))
         case.tell(composed_differently(receipt, root) if is_here else [])
         if options.steps == 0:
-            return _untrained(case, plan)
+            return _untrained(case, plan, more="" if is_here else "; the environment was not compared")
         if options.sandbox:
             case.sandbox = _sandbox(case, say, other)
         admit(receipt, run_dir=run_dir, root=root, home=home, sandboxed=options.sandbox, trust=options.trust,
@@ -223,7 +229,7 @@ def alone(run: Path) -> Iterator[tuple[Path, Path]]:
         found = run if run.name == FILE else find(run)
         yield found, found.parent if found.name == FILE else found
         return
-    with scratch_folder("labtrain-receipt-") as folder:
+    with scratch_folder("labtrain-receipt-", of=shown(run)) as folder:
         hint = "name a run's folder, its id, or a receipt, which is a JSON file"
         with damage_of(shown(run), hint=hint):
             (folder / FILE).write_bytes(untrusted.read(run))
@@ -236,16 +242,19 @@ def alone(run: Path) -> Iterator[tuple[Path, Path]]:
                 (folder / TRAIL).write_bytes(text)
         yield folder, run.absolute()
         if (verdict := folder / VERIFIED).exists():
-            _append(run.with_name(f"{run.stem}.{VERIFIED}"), verdict.read_bytes())
+            append_verdict(run.with_name(f"{run.stem}.{VERIFIED}"), verdict.read_bytes())
 
 
-def _append(path: Path, line: bytes) -> None:
+def append_verdict(path: Path, line: bytes) -> bool:
+    """Append a verdict to a file, following no link; warn and return False if that is not possible."""
     try:
         with open_inside(path.parent, path.name, flags=os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
             file.write(line)
     except (OSError, DamagedError) as error:
         why = f"{shown(path)}: {error.strerror}" if isinstance(error, OSError) else error.args[0]
         warn(f"{why}: the verdict is not recorded")
+        return False
+    return True
 
 
 def _trail_sha256(folder: Path, run: Path) -> str | None:
@@ -257,7 +266,7 @@ def _trail_sha256(folder: Path, run: Path) -> str | None:
     try:
         found = read(folder)
     except DamagedError as error:
-        if isinstance(error.__cause__, json.JSONDecodeError):
+        if isinstance(error.__cause__, json.JSONDecodeError | UnicodeDecodeError):
             hint = "ask whoever trained the run for its receipt again, if this was one; else: labtrain verify RUN"
             raise DamagedError(f"{shown(run)} is not a receipt: it is not JSON", hint=hint) from None
         said = str(error.args[0]).replace(str(folder / FILE), shown(run))
@@ -285,8 +294,9 @@ def _say_recorded(run_dir: Path, receipt: Receipt, trail: dict[int, Line], optio
     say(f"checkpoints  {check_checkpoints(run_dir, receipt)}")
 
 
-def _untrained(case: Case, plan: _Plan) -> Verdict:
-    return _verdict(case, None, start=plan.start, reached=plan.start, ended=False, divergence=None, results={}, more="")
+def _untrained(case: Case, plan: _Plan, *, more: str) -> Verdict:
+    return _verdict(case, None, start=plan.start, reached=plan.start, ended=False, divergence=None, results={},
+                    more=more)  # fmt: skip
 
 
 def _trained(case: Case, plan: _Plan, *, verdicts: Path | None, key: Path | None) -> Verdict:
@@ -337,8 +347,7 @@ def _judged(case: Case, first: Replay, found: Reached, plan: _Plan) -> Verdict:
     if found.line is not None:
         divergence, more = narrow(case, found.line, reached=reached, start=plan.start)
     elif plan.whole:
-        now, origin = first.receipt(), receipt["segments"][0].get("origin")
-        assert now is not None
+        now, origin = first.final_receipt(), receipt["segments"][0].get("origin")
         every = receipt["config"]["trail"]["every_n_steps"]
         trained = first.trail_sha256(every) if every else None
         from_beginning = plan.start == (origin["step"] if origin else 0)
@@ -488,7 +497,7 @@ def _verdict(
     names = ", ".join(f"{key} {shown_value(a)}, now {shown_value(b)}" for key, (a, b) in results.items())
     if same is None:
         told = f"different: {causes}" if causes else "no difference that can change bits"
-        found = f"metadata only, nothing was trained; {told}"
+        found = f"metadata only, nothing was trained; {told}{more}"
     elif same:
         begun = f"from step {start + 1} " if start else ""
         found = f"the same bits {begun}to the end" if ended else f"the same bits, steps {start + 1} to {reached}"

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import stat
 import subprocess
 import sys
@@ -14,12 +15,16 @@ import pytest
 
 from labtrain.assets import asset
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
+from labtrain.base.untrusted import scratch_folder
 from labtrain.environment.from_lock import ForeignLock, interpreter_for, read_foreign_lock
 from labtrain.environment.lock.pins import parse_pins
+from labtrain.record.differences import open_run
 from labtrain.review.crate import SEAL
 from labtrain.review.foreign.bundle import is_bundle, unpack
 from labtrain.review.foreign.judge import foreign_in
 from labtrain.review.foreign.repository import Target, fetch, repository_in
+from labtrain.review.replay import Replay
+from labtrain.review.verification import alone, append_verdict
 from tests.support.verification import git
 
 WHEEL = "labtrain-9.9.9-py3-none-any.whl"
@@ -34,6 +39,9 @@ def words(folder: Path) -> dict[str, tuple[str, str] | None]:
         "ssh://git@host:22/digits.git@feature/x": ("ssh://git@host:22/digits.git", "feature/x"),
         "git@host:lab/digits": ("git@host:lab/digits", ""),
         "git@host:lab/digits.git@0123abc": ("git@host:lab/digits.git", "0123abc"),
+        "https://host/@lab/digits": ("https://host/@lab/digits", ""),
+        "https://host/@lab/digits@feature/x": ("https://host/@lab/digits", "feature/x"),
+        "git@host:@lab/digits@v1": ("git@host:@lab/digits", "v1"),
         "ext::sh -c id": ("ext::sh -c id", ""),
         f"{folder}/work": (f"{folder}/work", ""),
         f"{folder}/work@main": (f"{folder}/work", "main"),
@@ -331,3 +339,87 @@ def test_each_changed_byte_of_a_bundle_is_found(tmp_path: Path) -> None:
 def is_zip(data: bytes, folder: Path) -> bool:
     (folder / "y.zip").write_bytes(data)
     return is_bundle(folder / "y.zip")
+
+
+@pytest.mark.parametrize("change", ["no receipt", "not JSON", "linked above", "linked", "a pipe", "a broken line"])
+def test_a_rerun_that_spoils_its_own_files_is_one_error(change: str, tmp_path: Path) -> None:
+    """The judge follows no link out of the rerun's folder, waits for no pipe, and names no temporary folder."""
+    replay = Replay.__new__(Replay)
+    replay.scratch = tmp_path / "first"
+    replay.run_dir = replay.scratch / "runs" / "digits" / "906ca0d1e2f3"
+    replay.run_dir.mkdir(parents=True)
+    elsewhere = tmp_path / "elsewhere" / "906ca0d1e2f3"
+    elsewhere.mkdir(parents=True)
+    for folder in (replay.run_dir, elsewhere):
+        (folder / "receipt.json").write_bytes(asset("golden/receipt.json").read_bytes())
+        (folder / "trail.jsonl").write_bytes(asset("golden/trail.jsonl").read_bytes())
+    assert replay.final_receipt()["status"] == "complete"
+    assert replay.trail_sha256(1)
+    match change:
+        case "no receipt":
+            (replay.run_dir / "receipt.json").unlink()
+        case "not JSON":
+            (replay.run_dir / "receipt.json").write_bytes(b"\xff" * 100_000)
+        case "linked above":
+            replay.run_dir.parent.rename(tmp_path / "away")
+            replay.run_dir.parent.symlink_to(elsewhere.parent)
+        case "linked":
+            replay.run_dir.rename(tmp_path / "away")
+            replay.run_dir.symlink_to(elsewhere)
+        case "a pipe":
+            (replay.run_dir / "trail.jsonl").unlink()
+            os.mkfifo(replay.run_dir / "trail.jsonl")
+        case "a broken line":
+            (replay.run_dir / "trail.jsonl").write_text("[]\n")
+    with pytest.raises(LabtrainError, match=r"the rerun left no valid (receipt|trail): ") as caught:
+        replay.final_receipt(), replay.trail_sha256(1)
+    assert len(str(caught.value)) < 500
+    assert caught.value.exit_code == 2
+    assert str(replay.scratch) not in str(caught.value)
+    assert "/proc/" not in str(caught.value)
+
+
+def test_errors_do_not_name_a_folder_that_is_gone() -> None:
+    with pytest.raises(DamagedError) as caught, scratch_folder("labtrain-x-", of="run.zip") as folder:
+        raise DamagedError(f"{folder}/code/receipt.json is broken", hint=f"mv {folder}/code {folder}/code.broken")
+    assert str(caught.value) == "run.zip: code/receipt.json is broken\n\nhint: ask whoever made run.zip for it again"
+
+
+@pytest.mark.parametrize("data", [b"\xff" * 1_000_000, b'{"schema": ' + b"x" * 1_000_000, b"{}", b"[]"])
+def test_errors_about_a_receipt_are_short_and_plain(data: bytes, tmp_path: Path) -> None:
+    for name in ("receipt.json", "other.json"):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(DamagedError) as caught, alone(tmp_path / name) as (place, _):
+            open_run(place)
+        assert len(str(caught.value)) < 600
+        assert "Error(" not in str(caught.value)
+
+
+def test_a_zip_is_seen_by_its_end_too(tmp_path: Path) -> None:
+    """Its first byte was changed, or there is text before it: it is refused as a changed bundle, not as a receipt."""
+    data = packed({"train.py": b"x"}, sealed=True)
+    for changed in (b"x" + data[1:], b"text before" + data):
+        assert is_zip(changed, tmp_path)
+        assert "changed" in refused(changed, tmp_path)
+
+
+def test_a_verdict_is_not_written_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "x.verified.jsonl").symlink_to(tmp_path / "mine")
+    assert not append_verdict(tmp_path / "x.verified.jsonl", b"line\n")
+    assert "a link to" in capsys.readouterr().err
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert append_verdict(tmp_path / "y.verified.jsonl", b"line\n")
+
+
+def test_a_name_with_a_line_end_stays_in_its_line(tmp_path: Path) -> None:
+    for name in ("a", "b\nhint: rm -rf x"):
+        (tmp_path / "work" / name).mkdir(parents=True)
+        (tmp_path / "work" / name / "receipt.json").write_text("{}")
+    git(tmp_path / "work", "init", "-q", "-b", "main")
+    git(tmp_path / "work", "add", "-A")
+    git(tmp_path / "work", "commit", "-qm", "all")
+    (tmp_path / "scratch").mkdir()
+    with pytest.raises(ConfigError, match=r"\n +b\\nhint: rm -rf x/receipt\.json") as caught:
+        fetch(Target(url=str(tmp_path / "work"), revision=""), tmp_path / "scratch", named=None)
+    assert str(caught.value).count("\nhint: ") == 1

@@ -14,13 +14,16 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from labtrain.base.console import shown
 from labtrain.base.errors import EXIT_STOPPED, LabtrainError
+from labtrain.cli import main
 from labtrain.record import receipt
 from labtrain.record.config import explain
 from labtrain.record.identity import Job, first_free
@@ -230,6 +233,11 @@ def test_a_second_user_is_told_what_is_closed_and_whose_it_is(closed: str) -> No
         said = as_second_user(lambda: receipt.read(run_dir) and None)
         assert said.startswith(f"{place}: no permission to read it; its owner is root\n\nhint: root can run: chmod ")
         assert said.endswith(f"chmod -R a+rX {run_dir}" if place == run_dir else f"chmod a+x {place}")
+        if closed == "runs/lab/one":  # of a shared folder, only its group is let in
+            run_dir.parent.chmod(0o2775)
+            os.chown(run_dir.parent, -1, 0)
+            said = as_second_user(lambda: receipt.read(run_dir) and None)
+            assert said.endswith(f"root can run: chgrp -R root {run_dir} && chmod -R g+rwX {run_dir}")
         listed = as_second_user(lambda: sys.exit(str(list_runs([Path(folder, "runs")]))))
         assert f"run='{place}', status='broken'" in listed
         assert f"error='{place}: no permission to read it; its owner is root'" in listed
@@ -360,3 +368,41 @@ def test_one_bad_manifest_does_not_hide_the_others(tmp_path: Path) -> None:
     assert "is not a labtrain/checkpoint/1 manifest" in bad["error"]
     assert (whole["manifest"], whole["error"]) == (good, None)
     assert "step-0000000001" in done.stderr
+
+
+def test_a_folder_that_is_shared_later_is_opened_as_the_guide_says() -> None:
+    """The owner types the guide's commands; then another member of the group can change, add and remove."""
+    need_root()
+    page = (ROOT / "docs/guides/shared-folder.md").read_text().partition("## Share a folder that has runs already")[2]
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        Path(place).chmod(0o755)
+        lab = Path(place, "lab")
+        lab.mkdir()
+        os.chown(lab, 61001, 61001)
+
+        def typed(user: int, script: str) -> subprocess.CompletedProcess[str]:
+            command = ["setpriv", f"--reuid={user}", f"--regid={user}", "--groups=61010", "sh", "-ec", script]
+            return subprocess.run(command, cwd="/", capture_output=True, text=True, check=False)
+
+        assert typed(61001, f"umask 077; mkdir -p {lab}/runs/x && echo 1 > {lab}/runs/x/note.txt").returncode == 0
+        change = f"echo 2 > {lab}/runs/x/note.txt && mkdir {lab}/runs/y && rm {lab}/runs/x/note.txt"
+        assert typed(61002, change).returncode != 0
+        commands = page.split("```")[1].replace("/scratch/lab", str(lab)).replace("chgrp -R lab ", "chgrp -R 61010 ")
+        assert typed(61001, commands).stderr == ""
+        assert typed(61002, change).stderr == ""
+        assert (lab / "runs/y").stat().st_gid == 61010
+
+
+def test_ls_of_a_closed_folder_says_whose_it_is() -> None:
+    need_root()
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as place:
+        Path(place).chmod(0o755)
+        closed = Path(place, "runs")
+        closed.mkdir(mode=0o700)
+        for folder in (closed, closed / "lab"):
+            said = as_second_user(partial(list_runs, [folder]))
+            assert said.startswith(
+                f"{closed}: no permission to read it; its owner is root\n\nhint: root can run: chmod"
+            )
+        done = CliRunner().invoke(main, ["ls", str(closed / "none")])
+        assert "no such folder" in done.output

@@ -80,8 +80,11 @@ def test_what_cannot_be_signed_says_why(run_dir: Path, tmp_path: Path) -> None:
                    capture_output=True)  # fmt: skip
     for bad, said in ((rsa, "must be a key of P-256"), (locked, "its passphrase is missing or wrong"),
                       (run_dir / "trail.jsonl", "not a private key in PEM"), (tmp_path / "none.pem", "No such file")):  # fmt: skip
-        with pytest.raises(LabtrainError, match=said):
+        with pytest.raises(LabtrainError, match=said) as caught:
             sign_model(run_dir, key=bad)
+        named = Path(caught.value.hint.partition("-out ")[2].partition(";")[0])
+        assert named.name.endswith(".pem")
+        assert not named.exists()  # typed, the hint overwrites nothing
     link = run_dir / "checkpoints" / "linked"
     link.symlink_to("/etc/passwd")
     with pytest.raises(DamagedError, match="a link to /etc/passwd"):

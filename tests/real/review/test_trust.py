@@ -78,6 +78,23 @@ _probe()
 """
 
 
+SPOIL = """
+import atexit
+import os
+import pathlib
+
+
+def _spoil():
+    if pathlib.Path("spoil").exists():
+        for run in pathlib.Path(os.environ["TMPDIR"]).glob("runs/*/*"):
+            run.rename(run.with_name("away"))
+            run.symlink_to("/etc")
+
+
+atexit.register(_spoil)
+"""
+
+
 def verify(run: Path, *options: str, cwd: Path, code: int | None, prefix: tuple[str, ...] = (), **env: str) -> Run:
     """Run `labtrain verify` without a terminal."""
     done = subprocess.run(
@@ -320,11 +337,16 @@ def test_in_the_sandbox_the_bits_are_the_same(own: tuple[Experiment, Path], tmp_
     root = tmp_path / "digits"
     shutil.copytree(own[0].root, root, ignore=shutil.ignore_patterns("runs"))
     model = (root / "model.py").read_text().replace("\n_probe()\n", "\n")
-    (root / "model.py").write_text(model)
+    (root / "model.py").write_text(model + SPOIL)
     run = Experiment(root).train(*SHORT, cwd=root)
     shutil.copytree(run.folder, tmp_path / "mail")
     found = verify(tmp_path / "mail", "--sandbox", "--devices", "2", cwd=root, code=0)
     assert found.out.splitlines()[-1] == "yes          the same bits to the end"
+    (root / "spoil").touch()  # the same code now ends with a link in place of its run, and exit code 0
+    found = verify(tmp_path / "mail", "--sandbox", cwd=root, code=2)
+    assert "error: the rerun left no valid " in found.err
+    assert "a link to /etc" in found.err
+    assert "Traceback" not in found.err
 
 
 def test_the_users_git_filters_do_not_run_for_a_sandbox(own: tuple[Experiment, Path], tmp_path: Path) -> None:

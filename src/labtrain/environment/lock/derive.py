@@ -12,6 +12,7 @@ from packaging.utils import parse_wheel_filename
 from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError
 from labtrain.base.files import text_sha256
+from labtrain.base.untrusted import reason
 from labtrain.environment.lock import conda, pixi
 from labtrain.environment.lock.files import read_text
 from labtrain.environment.lock.pins import PYTHON_312_LINUX, Pin, read_lock, read_pins
@@ -156,7 +157,7 @@ def read_seal(folder: Path) -> Seal:
             for component in json.loads(path.read_text())["components"]
         }
     except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
-        raise DamagedError(f"{path}: {error!r}", hint="labtrain lock write") from error
+        raise DamagedError(f"{path}: {reason(error)}", hint="labtrain lock write") from error
 
 
 def serial_number(document: Options) -> str:
@@ -182,7 +183,7 @@ def read_wheels(folder: Path) -> list[Options]:
             entry["name"], entry["version"], file_name(entry), hex_digest(entry["hash"])
         return list(entries)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DamagedError(f"{path}: {error!r}", hint="labtrain lock write") from error
+        raise DamagedError(f"{path}: {reason(error)}", hint="labtrain lock write") from error
 
 
 def own_wheel(folder: Path) -> tuple[str, str] | None:

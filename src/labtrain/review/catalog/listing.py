@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from labtrain.base.console import one_line, shown, warn
-from labtrain.base.errors import ConfigError, LabtrainError, in_words
+from labtrain.base.errors import ConfigError, LabtrainError, in_words, not_readable
 from labtrain.base.untrusted import NotPlainError, is_number, open_plain
 from labtrain.record import receipt
 from labtrain.record.differences import flat, shown_value
@@ -103,12 +103,19 @@ def list_runs(folders: Iterable[str | Path], *, metric: str | None = None) -> li
         metric: its name; None: each run's checkpoint.monitor, else the first of its test, validation and other metrics.
 
     Raises:
-        ConfigError: a folder does not exist, or no run has the metric.
+        ConfigError: a folder does not exist, or the only one cannot be read, or no run has the metric.
     """
     found: dict[Path, Row] = {}
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise ConfigError(f"{shown(folder)}: no such folder", hint="labtrain ls DIR; runs/ is next to train.py")
+    places = list(map(Path, folders))
+    for folder in places:
+        try:
+            os.scandir(folder).close()
+        except PermissionError:
+            if len(places) == 1:  # of several, the others are still listed
+                raise not_readable(folder) from None
+        except OSError:
+            hint = "labtrain ls DIR; runs/ is next to train.py"
+            raise ConfigError(f"{shown(folder)}: no such folder", hint=hint) from None
         found |= {run_dir: row_of(run_dir, metric) for run_dir in runs_below(folder)}
     rows = sorted(found.values(), key=lambda row: (row.started or "", row.run))
     if metric is not None and rows and all(row.metric is None for row in rows):

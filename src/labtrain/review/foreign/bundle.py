@@ -38,7 +38,7 @@ def is_bundle(path: Path) -> bool:
     """Return whether a path is a zip file."""
     try:
         with open_plain(path, MOST_BYTES) as file:
-            return file.read(4) == b"PK\x03\x04"
+            return file.read(4) == b"PK\x03\x04" or zipfile.is_zipfile(file)  # by its end: its beginning was changed
     except OSError:
         return False
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from labtrain.base.console import shown, warn
+from labtrain.base.console import one_line, shown, warn
 from labtrain.base.errors import ConfigError
 from labtrain.base.git import ask_git
 from labtrain.base.untrusted import scratch_folder
@@ -23,7 +23,7 @@ from labtrain.review.retrace import Say
 from labtrain.review.sandbox import check_bubblewrap
 from labtrain.review.trust import Ask, admit
 from labtrain.review.verdicts import VERIFIED
-from labtrain.review.verification import Elsewhere, Verdict, VerifyOptions, alone, verify_run
+from labtrain.review.verification import Elsewhere, Verdict, VerifyOptions, alone, append_verdict, verify_run
 
 
 def foreign_in(word: str) -> Target | Path | None:
@@ -64,7 +64,9 @@ def verify_foreign(
     trains = options.steps != 0
     if trains and not options.trust:
         _require_sandbox()
-    with scratch_folder("labtrain-review-") as scratch:
+    with scratch_folder(
+        "labtrain-review-", of=one_line(shown(target) if isinstance(target, Path) else target)
+    ) as scratch:
         found = _found(target, scratch, receipt, say)
         with alone(found.run) as (run_dir, _):
             recorded = open_run(run_dir)[1]
@@ -104,7 +106,7 @@ def verify_locked(
         ConfigError: the lock is not in the repository.
         LabtrainError: the environment cannot be made.
     """
-    with alone(run) as (place, above), scratch_folder("labtrain-locked-") as scratch:
+    with alone(run) as (place, above), scratch_folder("labtrain-locked-", of=shown(run)) as scratch:
         run_dir, receipt = open_run(place)
         root = home = home_of(above, receipt)
         whence = "here"
@@ -162,10 +164,5 @@ def _environment(receipt: Receipt, home: Path, own_sha256: Callable[[], str], sa
 
 def _hand_over(verdict: Path, target: Path, say: Say) -> None:
     """Append a signed verdict to a file in the working directory, because the clone is removed."""
-    try:
-        with target.open("ab") as file:
-            file.write(verdict.read_bytes())
-    except OSError as error:
-        warn(f"{target}: {error.strerror}: the verdict is not recorded")
-        return
-    say(f"verdict      in {target}; its author can append it to the run's {VERIFIED}")
+    if append_verdict(target, verdict.read_bytes()):
+        say(f"verdict      in {target}; its author can append it to the run's {VERIFIED}")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from labtrain.base.console import few, quoted
+from labtrain.base.console import few, one_line, quoted
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, DamagedError, LabtrainError
 from labtrain.base.git import (
@@ -83,15 +83,21 @@ def repository_in(text: str) -> Target | None:
     before, at, revision = text.rpartition("@")
     if found := URL.fullmatch(text):
         scheme, authority, rest = found.groups()
-        rest, _, revision = rest.rpartition("@") if "@" in rest else (rest, "", "")
+        rest, revision = _split(rest)
         return Target(url=f"{scheme}://{authority}{rest}", revision=_revision(revision, text))
     if at and _is_repository(Path(before)):
         return Target(url=str(Path(before).resolve()), revision=_revision(revision, text))
     if "::" in text or ((found := SCP.fullmatch(text)) and not text.startswith(("/", "."))):
         host, rest = found.groups() if found else ("", text)
-        rest, _, revision = rest.rpartition("@") if "@" in rest else (rest, "", "")
+        rest, revision = _split(rest)
         return Target(url=f"{host}{rest}", revision=_revision(revision, text))
     return None
+
+
+def _split(path: str) -> tuple[str, str]:
+    """Split a URL's path from its revision: at the last @ that does not begin a folder's name, as in /@lab/digits."""
+    found = re.fullmatch(r"(.*[^/])@(.*)", path, re.DOTALL)
+    return (found[1], found[2]) if found else (path, "")
 
 
 def _is_repository(path: Path) -> bool:
@@ -109,7 +115,10 @@ def _is_repository(path: Path) -> bool:
 def _revision(text: str, whole: str) -> str:
     """Return a commit, tag or branch; raise ConfigError if it can be something else in git's grammar."""
     if text and (not REVISION.fullmatch(text) or ".." in text):
-        raise ConfigError(f"{whole}: {text!r} is not a commit, tag or branch", hint="URL@COMMIT, as `git log` shows it")
+        raise ConfigError(
+            f"{whole}: {text!r} is not a commit, tag or branch; other forms, such as HEAD~1, are not taken",
+            hint=f"git rev-parse {quoted(text)} in a clone shows the commit; then URL@COMMIT",
+        )
     return text
 
 
@@ -154,6 +163,11 @@ def _clone(target: Target, folder: Path) -> None:
         clone_bare(target.url, folder, timeout_s=GIT_TIMEOUT_S)
     except GitError as error:
         said = without_secrets(str(error.args[0]).partition(": ")[2])
+        if remedy := re.search(r"git config --global --add safe\.directory \S.*", said):
+            raise ConfigError(
+                f"cannot clone {target}: it belongs to another account, whose folder git does not trust",
+                hint=f"{remedy[0].strip()}   # then start it again",
+            ) from error
         raise ConfigError(
             f"cannot clone {target}: {said}", hint=f"git clone {quoted(target.url)}; then labtrain verify that folder"
         ) from error
@@ -194,7 +208,7 @@ def _receipt(target: Target, clone: Path, commit: str, named: str | None) -> str
     if named is None and len(found) == 1:
         return found[0]
     what = f"no {named}" if named is not None else f"{len(found)} receipts" if found else f"no {FILE}"
-    listed = "".join(f"\n{path}" for path in found[:20]) + ("\n..." if len(found) > 20 else "")
+    listed = "".join(f"\n{one_line(path)}" for path in found[:20]) + ("\n..." if len(found) > 20 else "")
     where = f"{what} in commit {commit[:12]} of {target}"
     if not found:
         raise ConfigError(where, hint=f"its author can add it: git add -f runs/EXPERIMENT/RUN/{FILE}, and trail.jsonl")
