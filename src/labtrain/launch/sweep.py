@@ -4,13 +4,15 @@ The callback is in `hydra.callbacks` in conf/labtrain.yaml: only a callback runs
 sampler. https://hydra.cc/docs/1.3/plugins/optuna_sweeper/
 """
 
+import atexit
 import math
 import os
 import random
 import subprocess
 import sys
 import traceback
-from collections.abc import Container
+from collections.abc import Container, Iterable
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -42,7 +44,9 @@ class SweepStart(Callback):
             refuse_under_launcher()
             complete(config)
             save_without_secrets()
-            make_folder(folder := Path(config.hydra.sweep.dir).absolute())
+            folder = Path(config.hydra.sweep.dir).absolute()
+            atexit.register(_remove_empty, [each for each in (folder, *folder.parents) if not each.exists()])
+            make_folder(folder)  # before Hydra makes it, because it may be shared
             os.environ[RUNS] = str(folder / f"runs-{os.getpid()}")
         except ConfigError as error:
             sys.stderr.write(f"error: {error}\n")
@@ -57,6 +61,13 @@ class SweepStart(Callback):
         path.unlink()
         sys.stdout.flush()
         subprocess.run(labtrain_command("ls", *runs), stdout=2, check=False)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    """Remove folders that are empty, the innermost first: the sweeper has refused its settings."""
+    with suppress(OSError):
+        for each in folders:
+            each.rmdir()
 
 
 def note_run(run_dir: str) -> None:

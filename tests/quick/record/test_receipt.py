@@ -61,7 +61,7 @@ def test_no_folder_and_no_receipt_are_none(tmp_path: Path) -> None:
         ("[]", "is broken"),
         ("[" * 100_000, "is broken"),
         ("9" * 5_000, "is broken"),
-        ("{}", "is broken: KeyError"),
+        ("{}", "is broken: 'schema' is missing"),
         (
             json.dumps(whole(schema="labtrain/receipt/2")),
             "schema 'labtrain/receipt/2', but this labtrain reads only 'labtrain/receipt/1'",

@@ -64,9 +64,8 @@ def verify_foreign(
     trains = options.steps != 0
     if trains and not options.trust:
         _require_sandbox()
-    with scratch_folder(
-        "labtrain-review-", of=one_line(shown(target) if isinstance(target, Path) else target)
-    ) as scratch:
+    name = one_line(shown(target) if isinstance(target, Path) else target)
+    with scratch_folder("labtrain-review-", of=name) as scratch:
         found = _found(target, scratch, receipt, say)
         with alone(found.run) as (run_dir, _):
             recorded = open_run(run_dir)[1]
@@ -77,8 +76,7 @@ def verify_foreign(
         verdict = verify_run(found.run, options, say=say, tick=tick, elsewhere=elsewhere)
         if (scratch / VERIFIED).exists():
             _hand_over(scratch / VERIFIED, Path(f"{recorded['run_id']}.{VERIFIED}"), say)
-    seconds = time.monotonic() - started
-    say(f"took         {seconds:.0f} s")
+    say(f"took         {(seconds := time.monotonic() - started):.0f} s")
     made = {"environment": interpreter.said} if interpreter else {}
     return verdict, found.facts | made | {"seconds": round(seconds, 1)}
 
