@@ -60,8 +60,7 @@ def verify_foreign(
         DamagedError: the receipt, the lock or the bundle was changed.
         LabtrainError: the environment cannot be made, or the training failed.
     """
-    started = time.monotonic()
-    trains = options.steps != 0
+    started, trains = time.monotonic(), options.steps != 0
     if trains and not options.trust:
         _require_sandbox()
     name = one_line(shown(target) if isinstance(target, Path) else target)
@@ -77,8 +76,8 @@ def verify_foreign(
         if (scratch / VERIFIED).exists():
             _hand_over(scratch / VERIFIED, Path(f"{recorded['run_id']}.{VERIFIED}"), say)
     say(f"took         {(seconds := time.monotonic() - started):.0f} s")
-    made = {"environment": interpreter.said} if interpreter else {}
-    return verdict, found.facts | made | {"seconds": round(seconds, 1)}
+    about = {"environment": interpreter.said} if interpreter else {}
+    return verdict, found.facts | about | {"seconds": round(seconds, 1)}
 
 
 def verify_locked(
