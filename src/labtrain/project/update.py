@@ -1,7 +1,6 @@
 """Bring a newer labtrain's template, locks and wheel into an experiment: a three-way merge against what made it."""
 
 import json
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.bootstrap import WHEEL_LOCK
 from labtrain.environment.lock.derive import FLAKE_LOCK
 from labtrain.environment.lock.files import read_project
+from labtrain.environment.lock.newer import changed_pins
+from labtrain.environment.lock.pins import read_pins
 from labtrain.environment.lock.write import WRITTEN
 from labtrain.project.carried import furnish
 from labtrain.project.merge import Merged, Repository, alone, apply, merge, open_repository
@@ -139,19 +140,8 @@ def _wheel_sha256(experiment: Path) -> str:
 def _own_packages(root: Path, base: Path) -> list[str]:
     """Return the packages that the experiment has besides labtrain's: named in pyproject.toml, or in its lock only."""
     named = read_project(root).get("dependencies", [])
-    return list(map(str, named)) or sorted(set(pins(root / LOCK_FILE)) - set(pins(base / LOCK_FILE)))
-
-
-def pins(lock: Path) -> dict[str, str]:
-    """Return the version of each package in a lock, with several if the lock has several; empty without the file.
-
-    It reads locks of any labtrain, so it is more tolerant than `environment.lock.pins`.
-    """
-    found: dict[str, str] = {}
-    text = lock.read_text() if lock.exists() else ""
-    for name, version in re.findall(r"^([A-Za-z0-9][\w.-]*)==([^\s;\\]+)", text, re.MULTILINE):
-        found[name] = f"{found[name]} and {version}" if name in found else version
-    return found
+    own, labtrains = ({pin.name for pin in read_pins(each / LOCK_FILE)} for each in (root, base))
+    return list(map(str, named)) or sorted(own - labtrains)
 
 
 def _files(repository: Repository, merged: Merged) -> list[str]:
@@ -179,9 +169,7 @@ def what_changes_bits(changed: list[str], *, before: Path, now: Path, golden: Pa
         now: as the running labtrain makes it.
         golden: the receipt of the reference run of the experiment's labtrain.
     """
-    old, new = pins(before / LOCK_FILE), pins(now / LOCK_FILE)
-    moved = [f"{name} {old.get(name, 'none')} -> {new.get(name, 'none')}"
-             for name in sorted({*old, *new}) if old.get(name) != new.get(name)]  # fmt: skip
+    moved = changed_pins(before / LOCK_FILE, now / LOCK_FILE)
     code = [name for name in changed if name.endswith(SUFFIXES) and not name.startswith(NOT_CODE)]
     conf = [name for name in changed if name.startswith("conf/")]
     was, is_now = _weights(golden), _weights(asset(GOLDEN))

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from labtrain.base.console import quoted, shown
-from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.base.errors import LabtrainError
 from labtrain.base.files import sha256_of, write_atomically
 from labtrain.base.permissions import open_inside
 from labtrain.base.untrusted import read
 from labtrain.record import receipt
 from labtrain.record.provenance import PATCH
 from labtrain.record.trail import TRAIL
+from labtrain.review.signature import check_ended
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
@@ -52,14 +53,7 @@ def sign_model(run_dir: Path, *, key: Path) -> Path:
         DamagedError: the receipt cannot be trusted, or a file is a link.
         LabtrainError: the run is being trained, or the key cannot be used.
     """
-    found = receipt.read(run_dir)
-    if found is None:
-        raise ConfigError(f"{shown(run_dir)} is not a run: looked for {receipt.FILE}", hint="labtrain ls lists runs")
-    if found["status"] == "running":
-        raise LabtrainError(
-            f"{shown(run_dir)} is still training, or was killed: its receipt will change",
-            hint="wait until it ends, or resume it with the same command; then sign",
-        )
+    check_ended(run_dir)
     private = _private_key(key)
     files = {name: _sha256(run_dir, name) for name in sorted(_signed(run_dir))}
     target = run_dir / SIGNATURE

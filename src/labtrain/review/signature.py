@@ -52,6 +52,18 @@ def sign(run_dir: Path, *, key: Path | None) -> Path:
         DamagedError: the receipt cannot be trusted.
         LabtrainError: the run is being trained, or the key cannot be used.
     """
+    check_ended(run_dir)
+    signature = run_dir / FILE
+    text = sign_text(read(run_dir / receipt.FILE), key=key, purpose=NAMESPACE)
+    try:
+        write_atomically(signature, text)
+    except OSError as error:
+        raise LabtrainError(f"{shown(signature)}: {error.strerror}", hint=f"ls -ld {quoted(signature)}") from error
+    return signature
+
+
+def check_ended(run_dir: Path) -> None:
+    """Raise LabtrainError if a folder is not a run, or its receipt will still change."""
     found = receipt.read(run_dir)
     if found is None:
         raise ConfigError(f"{shown(run_dir)} is not a run: looked for {receipt.FILE}", hint="labtrain ls lists runs")
@@ -60,13 +72,6 @@ def sign(run_dir: Path, *, key: Path | None) -> Path:
             f"{shown(run_dir)} is still training, or was killed: its receipt will change",
             hint="wait until it ends, or resume it with the same command; then sign",
         )
-    signature = run_dir / FILE
-    text = sign_text(read(run_dir / receipt.FILE), key=key, purpose=NAMESPACE)
-    try:
-        write_atomically(signature, text)
-    except OSError as error:
-        raise LabtrainError(f"{shown(signature)}: {error.strerror}", hint=f"ls -ld {quoted(signature)}") from error
-    return signature
 
 
 def sign_text(text: bytes, *, key: Path | None, purpose: str) -> str:

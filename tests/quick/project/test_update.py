@@ -16,7 +16,7 @@ from labtrain import __version__
 from labtrain.assets import asset
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.project.origin import read_carried, recovered
-from labtrain.project.update import GOLDEN, _refuse_newer, _trained, pins, update_experiment
+from labtrain.project.update import GOLDEN, _refuse_newer, _trained, update_experiment
 from tests.support.old import unpack
 from tests.support.update import git
 
@@ -141,9 +141,3 @@ def test_names_are_found_in_edited_files(tmp_path: Path) -> None:
     readme.write_text(readme.read_text().replace("# x-1", "# A title").replace("conda", "mamba"))
     found = recovered(tmp_path / "marked", tmp_path / "own", ["name", "author", "other"])
     assert found == {"name": "x-1", "author": "A. (B) \\1"}
-
-
-def test_pins_of_any_lock_are_read(tmp_path: Path) -> None:
-    (tmp_path / "lock").write_text("a==1 ; python_version < '3' \\\n  --hash=sha256:0\na==2\nB.c==3+cu \\\n# d==4\n")
-    assert pins(tmp_path / "lock") == {"a": "1 and 2", "B.c": "3+cu"}
-    assert pins(tmp_path / "none") == {}

@@ -244,7 +244,7 @@ def _code(
         if home is None or not home.is_relative_to(root.resolve()):
             raise ConfigError("the receipt names no commit, and no train.py is above it", hint="ask its author")
         if source_digests(home) != receipt["code"]["sources"]:
-            raise ConfigError("the receipt names no commit, and the sources above it are others",
+            raise ConfigError("the receipt names no commit, and the sources above it differ from its own",
                               hint="ask its author for: labtrain bundle RUN -o run.zip")  # fmt: skip
         return home, "the sources above the receipt, which names no commit"
     quiet = git_variables(filters=False)
