@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from labtrain.cli import main
 
-NO_MANIFEST = "is not a labtrain/checkpoint/1 manifest: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
+NO_MANIFEST = "is not a labtrain/checkpoint/1 manifest: not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"
 
 
 @pytest.mark.parametrize("command", ["ls", "check", "prune"])
