@@ -84,7 +84,7 @@ def measure_local(trainer: pl.Trainer, folder: Path, io: AsyncCheckpointIO) -> d
         nonlocal step
         step += 1
         name = saver.save(state(), {**MANIFEST_OF_A_SAVE, "step": step})
-        manifest = Path(saver.home.root, name, MANIFEST)
+        manifest = folder / "ours" / "checkpoints" / name / MANIFEST
 
         def durable() -> None:
             while not manifest.exists():
@@ -211,7 +211,7 @@ def measure_s3(folder: Path) -> dict[str, float]:
         manifest: Manifest = {**MANIFEST_OF_A_SAVE, "step": 1}
         name = run.save({"state_dict": weights, "more": [torch.randn(10)]}, manifest)
         run.wait()
-        source = Path(run.home.root, name)
+        source = folder / "run" / "checkpoints" / name
         plain: list[float] = []
         delivered: list[float] = []
         for turn in range(4):

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
+from labtrain.checkpoints.beside import InThread
 from labtrain.checkpoints.format import load_folder
 from labtrain.checkpoints.saver import Saver
+from labtrain.checkpoints.writer import Writer
 from labtrain.record.digests import PLACE, digest
 from labtrain.stores.layout import kept, newest_whole
 from labtrain.stores.store import Store
@@ -68,6 +70,12 @@ def saver_of(folder: Path, place: str | None = None, **options: Any) -> Saver:
     return Saver(folder, place, **{"run_id": "abc", "keep": keep_two, "spool_bytes": 1 << 40, **options})
 
 
+def writer_of(saver: Saver) -> Writer:
+    """Return the writer of a saver whose writer is in this process."""
+    assert isinstance(saver.host, InThread)
+    return saver.host.writer
+
+
 class Torn(Store):
     """A store that ends the process before its so many-th change, or, of an upload, in its middle."""
 
@@ -108,18 +116,18 @@ def saves_in_a_child(run_dir: Path, place: str, *, arm: Callable[[], None], remo
     if child == 0:
         try:
             if remote:
-                import labtrain.checkpoints.saver
+                import labtrain.checkpoints.writer
                 import labtrain.stores.delivery
 
-                labtrain.checkpoints.saver.Store = labtrain.stores.delivery.Store = Torn  # type: ignore[attr-defined,misc]
+                labtrain.checkpoints.writer.Store = labtrain.stores.delivery.Store = Torn  # type: ignore[attr-defined,misc]
             saver = saver_of(run_dir, place)
             arm()
             saver.open()
             for step in range(1, 4):
                 save(saver, step)
                 saver.wait()
-                if saver.delivery is not None:
-                    assert saver.delivery.wait(60)
+                if writer_of(saver).delivery is not None:
+                    assert writer_of(saver).delivery.wait(60)
                 os.write(write, bytes([step]))
             saver.close(seconds=60, wanted=True)
             os._exit(0)

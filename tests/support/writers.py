@@ -14,7 +14,7 @@ from labtrain.base.errors import LabtrainError
 from labtrain.checkpoints.saver import Saver
 from labtrain.stores.prune import check
 from labtrain.stores.store import WRITER, Checkpoint, Store
-from tests.support.saver import saver_of, state
+from tests.support.saver import saver_of, state, writer_of
 
 
 class Gate:
@@ -74,11 +74,11 @@ class Halting(Store):
 def begun(run_dir: Path, place: str, gate: Gate) -> Saver:
     """Return the saver of a run that has saved steps 1 and 2; from now on it comes to the gate."""
     saver = saver_of(run_dir, place)
-    if saver.home.url == place:
-        saver.home = Halting(place, gate)
+    if writer_of(saver).home.url == place:
+        writer_of(saver).home = Halting(place, gate)
     saver.open()
-    if saver.delivery is not None:
-        saver.delivery.remote = Halting(place, gate)
+    if writer_of(saver).delivery is not None:
+        writer_of(saver).delivery.remote = Halting(place, gate)
     write(saver, 1, 2)
     return saver
 
@@ -141,21 +141,21 @@ class Starting(Paused):
         before = saver_of(run_dir, place)
         before.open()
         write(before, 1, 2)
-        if before.delivery is not None:
-            before.delivery.stop()
+        if writer_of(before).delivery is not None:
+            writer_of(before).delivery.stop()
         super().__init__(run_dir, place, number)
 
     def _begin(self, run_dir: Path, place: str, gate: Gate) -> Saver:
         self.place, self.gate = place, gate
         saver = saver_of(run_dir, place)
         saver.known = {f"step-{step:010d}" for step in (1, 2)}
-        if saver.home.url == place:
-            saver.home = Halting(place, gate)
+        if writer_of(saver).home.url == place:
+            writer_of(saver).home = Halting(place, gate)
         return saver
 
     def _work(self) -> None:
         try:
-            with patch("labtrain.checkpoints.saver.Store", partial(Halting, gate=self.gate)):
+            with patch("labtrain.checkpoints.writer.Store", partial(Halting, gate=self.gate)):
                 self.saver.open()
         except LabtrainError as error:
             self.error = str(error)
@@ -206,8 +206,8 @@ def write(saver: Saver, *steps: int, size: int = 1000) -> None:
     for step in steps:
         saver.save(state(step, size), {"run_id": "abc", "step": step, "epoch": 0, "metrics": {}, "logs": {}})
         saver.wait()
-        if saver.delivery is not None:
-            assert saver.delivery.wait(60)
+        if writer_of(saver).delivery is not None:
+            assert writer_of(saver).delivery.wait(60)
 
 
 def keep_all(steps: dict[str, int], scores: dict[str, float]) -> set[str]:

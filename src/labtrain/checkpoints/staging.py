@@ -1,4 +1,4 @@
-"""Copies a training's state for a save into buffers on the host, which all saves reuse.
+"""Copies a training's state for a save into buffers on the host, which saves of the same form reuse.
 
 The loop waits only for this copy. Values that a checkpoint cannot hold are refused here, where their key is known. The
 copy has only tensors and plain values, so its file loads without running code.
@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from labtrain.base.console import full_name
 from labtrain.base.contracts import State
 from labtrain.base.errors import LabtrainError
+from labtrain.checkpoints.memory import OwnMemory, SharedMemory, form_of
 
 PLAIN = (type(None), bool, int, float, str, bytes)
 MAPPINGS: tuple[type, ...] = (dict, OrderedDict, Counter)
@@ -23,9 +24,14 @@ LONG = 100  # for longer lists, check first whether all items are plain
 
 
 class Staging:
-    """Buffers for one training's state; for CUDA they are pinned, so that the device copies on its own."""
+    """Copies one training's state to memory on the host.
 
-    def __init__(self) -> None:
+    Args:
+        memory: where the copies are.
+    """
+
+    def __init__(self, memory: OwnMemory | SharedMemory | None = None) -> None:
+        self.memory = memory if memory is not None else OwnMemory()
         self.buffers: dict[str, torch.Tensor] = {}
 
     def copy(self, state: dict[str, object]) -> State:
@@ -34,15 +40,25 @@ class Staging:
         Raises:
             LabtrainError: names the key of any other value.
         """
+        tensors = dict(_dense(state, "state"))
+        if not all(_is_like(self.buffers.get(key), tensor) for key, tensor in tensors.items()):
+            pinned = any(tensor.is_cuda for tensor in tensors.values())
+            made = self.memory.allocate(map(form_of, tensors.values()), pinned=pinned)
+            self.buffers = dict(zip(tensors, made, strict=True))
         copied: dict[str, object] = self._copy(state, "state")
-        if any(buffer.is_pinned() for buffer in self.buffers.values()):
+        if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.current_stream().synchronize()
         return copied
 
     def _copy(self, value: Any, key: str) -> Any:
         kind = type(value)
+        if isinstance(value, DTensor):  # this rank's part; `from_local` would move it to the mesh's device
+            return DTensor(self._copy(value.to_local(), key), value._spec, requires_grad=False)
         if isinstance(value, torch.Tensor):
-            return self._copy_tensor(value.detach(), key)
+            tensor = value.detach()
+            if tensor.layout != torch.strided:
+                return tensor.cpu().clone()
+            return self.buffers[key].copy_(tensor, non_blocking=True)
         if kind in MAPPINGS and all(map(_is_key, value)):
             return kind({name: self._copy(item, f"{key}.{name}") for name, item in value.items()})
         if kind in SEQUENCES:
@@ -56,17 +72,24 @@ class Staging:
             hint="keep plain values in hyperparameters and state_dicts",
         )
 
-    def _copy_tensor(self, tensor: torch.Tensor, key: str) -> torch.Tensor:
-        if isinstance(tensor, DTensor):  # this rank's part; `from_local` would move it to the mesh's device
-            part = self._copy_tensor(tensor.to_local(), key)
-            return DTensor(part, tensor._spec, requires_grad=False)
-        if tensor.layout != torch.strided:
-            return tensor.cpu().clone()
-        buffer = self.buffers.get(key)
-        if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
-            buffer = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
-            self.buffers[key] = buffer
-        return buffer.copy_(tensor, non_blocking=True)
+
+def _dense(value: Any, key: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the key and the tensor of each dense part of a state."""
+    if isinstance(value, DTensor):
+        yield from _dense(value.to_local(), key)
+    elif isinstance(value, torch.Tensor):
+        if value.layout == torch.strided:
+            yield key, value.detach()
+    elif type(value) in MAPPINGS:
+        for name, item in value.items():
+            yield from _dense(item, f"{key}.{name}")
+    elif type(value) in SEQUENCES and not (len(value) > LONG and PLAIN_KINDS.issuperset(map(type, value))):
+        for index, item in enumerate(value):
+            yield from _dense(item, f"{key}.{index}")
+
+
+def _is_like(buffer: torch.Tensor | None, tensor: torch.Tensor) -> bool:
+    return buffer is not None and buffer.shape == tensor.shape and buffer.dtype == tensor.dtype
 
 
 def unsavable(value: Any, path: tuple[object, ...] = ()) -> Iterator[tuple[tuple[object, ...], object]]:

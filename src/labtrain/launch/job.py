@@ -53,7 +53,7 @@ def main() -> None:
     job.enter_path()
     if job.config["determinism"]["mode"] != "off":
         load_from_source()
-    train, evaluate = _training()
+    train, evaluate = _training(writes=not job.evaluate)
     answers = job.answers and (ranks is not None or not rank)  # not the ranks that Lightning starts
     try:
         found = evaluate(job) if job.evaluate else train(job)
@@ -77,14 +77,21 @@ def main() -> None:
     _tell(found, out, rank, evaluated=bool(job.evaluate), answers=answers)
 
 
-def _training() -> tuple[Callable[[Job], Result], Callable[[Job], "Result | Predictions"]]:
-    """Import torch and Lightning, and return what trains a job and what evaluates one."""
+def _training(*, writes: bool) -> tuple[Callable[[Job], Result], Callable[[Job], "Result | Predictions"]]:
+    """Import torch and Lightning, and return what trains a job and what evaluates one.
+
+    Args:
+        writes: whether checkpoints are going to be written: fork the process for that.
+    """
     gc.disable()  # the imports create no garbage; this saves half a second
     with training_packages(["python", "train.py"]):
+        from labtrain.checkpoints.beside import fork
         from labtrain.training.evaluation import evaluate
         from labtrain.training.fit import train
-    gc.freeze()
+    gc.freeze()  # so that the fork's collector leaves the memory shared, too
     gc.enable()
+    if writes:
+        fork()
     return train, evaluate
 
 

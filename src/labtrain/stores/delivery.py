@@ -8,6 +8,7 @@ import random
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from fsspec.callbacks import Callback
@@ -78,15 +79,18 @@ class Delivery:
                 " or set a larger checkpoint.spool_bytes",
             )
 
-    def wait(self, seconds: float) -> bool:
-        """Wait until everything is delivered, and return whether it is; print the progress every 5 s."""
+    def wait(self, seconds: float, *, gone: Callable[[], bool] = lambda: False) -> bool:
+        """Wait until everything is delivered, and return whether it is; print the progress every 5 s.
+
+        `gone` ends the wait once it returns True.
+        """
         deadline, said = time.monotonic() + seconds, time.monotonic()
         with self.changed:
             while self.waiting or self.doomed:
                 if self.error is not None:
                     raise self.error
                 left = deadline - time.monotonic()
-                if left <= 0:
+                if left <= 0 or gone():
                     return not self.waiting
                 self.changed.wait(min(left, 1.0))
                 if self.waiting and time.monotonic() - said > 5:

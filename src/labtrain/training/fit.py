@@ -292,7 +292,8 @@ class _Session:
         return known or (None if has_stepped else explain_step(error))
 
     def close(self) -> None:
-        """Release the run's lock, fetched checkpoints and signals."""
+        """End the writer's process; release the run's lock, fetched checkpoints and signals."""
+        self.saver.end()
         # Without the lock another start may be reading them.
         if self.recorder.lock is not None and not self.keep_fetched:
             shutil.rmtree(self.start.fetched, ignore_errors=True)

@@ -13,7 +13,7 @@ from labtrain.base.console import shown, warn
 from labtrain.base.contracts import Origin
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.base.permissions import make_folder, open_lock
+from labtrain.base.permissions import is_held, make_folder, open_lock
 from labtrain.checkpoints.format import check_loads
 from labtrain.record import receipt
 from labtrain.record.identity import Job
@@ -21,8 +21,8 @@ from labtrain.record.ranks import restarted
 from labtrain.record.resume import checkpoint_digest
 from labtrain.record.trail import BEST_UNSURE, HISTORY, TRAIL, is_as_recorded, missing_steps
 from labtrain.stores.backends import is_local
-from labtrain.stores.layout import checkpoint_place, newest_whole, stores_of
-from labtrain.stores.store import Manifest
+from labtrain.stores.layout import checkpoint_place, newest_whole, spool_of, stores_of
+from labtrain.stores.store import Manifest, Store, writer_lives
 
 PATIENCE_S = 5  # a start waits this long for another one before it prints a message
 
@@ -80,6 +80,7 @@ def find_start(job: Job) -> Start:
     run_dir = Path(job.run_dir)
     place = checkpoint_place(run_dir, job.config["checkpoint"]["url"])
     job.hold(place)
+    wait_for_writer(run_dir, place)
     fetched = run_dir.with_name(f".{run_dir.name}.fetched")
     known = {checkpoint.name for store in stores_of(run_dir, place) for checkpoint in store.checkpoints()}
     # If a launcher restarts a run that began from another run, the run resumes from its own checkpoints.
@@ -91,6 +92,20 @@ def find_start(job: Job) -> Start:
         if found is None:
             raise ConfigError(f"resume={job.config['resume']}: that run has no checkpoint yet", hint="resume=never")
     return Start(place=place, fetched=fetched, known=known, found=found, origin=origin)
+
+
+def wait_for_writer(run_dir: Path, place: str) -> None:
+    """Wait until the writer of a training that was killed has finished the save that it has (beside.py).
+
+    It is on this machine. If the training is alive, return: this start is refused later.
+    """
+    home = Store(place if is_local(place) else spool_of(run_dir))
+    begun, told = time.monotonic(), False
+    while writer_lives(writer := home.writer()) and not is_held(run_dir / receipt.SIGN):
+        if not told and time.monotonic() - begun > PATIENCE_S:
+            told = True
+            warn(f"waiting for process {writer and writer['process']}, which finishes a checkpoint in {home}")
+        time.sleep(0.02)
 
 
 def find_checkpoint(run_dir: Path, place: str, into: Path, *, run_id: str | None) -> Found | None:

@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from labtrain.cli import main
 from labtrain.stores.store import Store, TakenOverError
-from tests.support.saver import save, saver_of
+from tests.support.saver import save, saver_of, writer_of
 from tests.support.writers import Starting, walk, whole, write
 
 
@@ -88,7 +88,7 @@ def test_what_is_written_is_no_checkpoint(tmp_path: Path) -> None:
         left = place / f"step-0000000002.{why}-0123456789abcdef"
         left.mkdir()
         (left / "manifest.json").write_bytes((place / "step-0000000001" / "manifest.json").read_bytes())
-    assert whole(saver.home).keys() == {"step-0000000001"}
+    assert whole(writer_of(saver).home).keys() == {"step-0000000001"}
     saver.close(seconds=1, wanted=True)
     done = CliRunner().invoke(main, ["store", "prune", str(place)])
     assert done.stdout.count("left by a crash, removed") == 2
@@ -104,12 +104,12 @@ def test_a_removal_that_was_not_decided_is_taken_back(tmp_path: Path) -> None:
     saver = saver_of(tmp_path)
     saver.open()
     write(saver, 1)
-    before = whole(saver.home)
-    saver.home.move("step-0000000001", "step-0000000001.removing-0123456789abcdef")
-    assert whole(saver.home) == {}
+    before = whole(writer_of(saver).home)
+    writer_of(saver).home.move("step-0000000001", "step-0000000001.removing-0123456789abcdef")
+    assert whole(writer_of(saver).home) == {}
     again = saver_of(tmp_path)
     again.open()
-    assert whole(again.home) == before
+    assert whole(writer_of(again).home) == before
 
 
 def test_what_another_has_written_meanwhile_stays(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from labtrain.base.errors import LabtrainError, StoreError
 from labtrain.checkpoints.format import load_folder
+from labtrain.checkpoints.memory import OwnMemory, SharedMemory
 from labtrain.checkpoints.staging import Staging
 from labtrain.record.digests import digest
 from labtrain.stores.layout import newest_whole
@@ -23,7 +24,7 @@ from labtrain.stores.prune import check
 from labtrain.stores.store import Store, TakenOverError, sealed
 from tests.conftest import skip_or_fail
 from tests.real.stores.test_store import names
-from tests.support.saver import judge, save, saver_of, saves_in_a_child
+from tests.support.saver import judge, save, saver_of, saves_in_a_child, writer_of
 
 # --------------------------------------------------------------------------------------------------------- the copy
 
@@ -47,11 +48,12 @@ def test_weights_changed_right_after_the_call_are_not_in_it(tmp_path: Path) -> N
         assert read["count"] == [step]
 
 
-def test_buffers_are_used_again_and_a_state_that_grows_is_whole() -> None:
-    staging = Staging()
+@pytest.mark.parametrize("memory", [OwnMemory, SharedMemory])
+def test_buffers_are_used_again_and_a_state_that_grows_is_whole(memory: type[OwnMemory | SharedMemory]) -> None:
+    staging = Staging(memory())
     first = staging.copy({"a": torch.ones(4), "b": [torch.zeros(2)]})
+    assert staging.copy({"a": torch.zeros(4), "b": [torch.zeros(2)]})["a"] is first["a"]
     again = staging.copy({"a": torch.full((4,), 2.0), "b": [torch.zeros(2), torch.ones(3, dtype=torch.int64)]})
-    assert again["a"] is first["a"]
     assert again["a"].tolist() == [2.0] * 4
     assert again["b"][1].tolist() == [1, 1, 1]
     assert staging.copy({"a": torch.ones(2, 3).T})["a"].shape == (3, 2)
@@ -80,7 +82,7 @@ def test_one_is_in_flight_and_its_failure_reaches_the_next_check(
         gate.wait()
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr("labtrain.checkpoints.saver.write_files", stuck)
+    monkeypatch.setattr("labtrain.checkpoints.writer.write_files", stuck)
     save(saver, 1)
     assert saver.busy
     saver.check()
@@ -90,7 +92,7 @@ def test_one_is_in_flight_and_its_failure_reaches_the_next_check(
     monkeypatch.undo()
     save(saver, 2)
     saver.wait()
-    assert names(saver.home) == ["step-0000000002"]
+    assert names(writer_of(saver).home) == ["step-0000000002"]
 
 
 def as_nobody(folder: Path, work: Callable[[], None]) -> None:
@@ -144,8 +146,8 @@ def test_a_full_disk(spooled: bool, tmp_path: Path) -> None:
     try:
         saver = saver_of(tmp_path / "small", "memory://full" if spooled else None)
         if spooled:
-            saver.home = Store(tmp_path / "small" / "spool")
-            saver.place = str(saver.home)
+            writer_of(saver).home = Store(tmp_path / "small" / "spool")
+            writer_of(saver).place = str(writer_of(saver).home)
         saver.open()
         save(saver, 1, size=400_000)
         saver.wait()
@@ -153,12 +155,12 @@ def test_a_full_disk(spooled: bool, tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="No space left on device") as error:
             saver.wait()
         assert "df -h" in error.value.hint
-        assert names(saver.home) == ["step-0000000001"]
-        found = newest_whole([saver.home], into=tmp_path)
+        assert names(writer_of(saver).home) == ["step-0000000001"]
+        found = newest_whole([writer_of(saver).home], into=tmp_path)
         assert found is not None
         save(saver, 3, size=400_000)
         saver.wait()
-        assert names(saver.home) == ["step-0000000001", "step-0000000003"]
+        assert names(writer_of(saver).home) == ["step-0000000001", "step-0000000003"]
     finally:
         subprocess.run(["umount", str(tmp_path / "small")], check=True)
 
@@ -176,10 +178,10 @@ def test_what_cannot_be_removed_costs_nothing(
     def refuse(path: str, token: str) -> None:
         raise PermissionError(13, "Permission denied", path)
 
-    monkeypatch.setattr(saver.home, "discard", refuse)
+    monkeypatch.setattr(writer_of(saver).home, "discard", refuse)
     save(saver, 3)
     saver.wait()
-    assert names(saver.home) == [f"step-{step:010d}" for step in (1, 2, 3)]
+    assert names(writer_of(saver).home) == [f"step-{step:010d}" for step in (1, 2, 3)]
     assert "superseded checkpoints could not be removed" in capsys.readouterr().err
 
 
@@ -193,20 +195,20 @@ def test_another_process_that_took_over_is_found_before_anything_exists(tmp_path
         saver.wait()
     save(other, 2)
     other.wait()
-    assert names(other.home) == ["step-0000000002"]
+    assert names(writer_of(other).home) == ["step-0000000002"]
     save(saver, 2)  # which the other has made exist meanwhile: it is not taken away
     with pytest.raises(TakenOverError):
         saver.wait()
-    assert names(other.home) == ["step-0000000002"]
-    assert check(other.home.checkpoints()[0]) is None
+    assert names(writer_of(other).home) == ["step-0000000002"]
+    assert check(writer_of(other).home.checkpoints()[0]) is None
 
 
 def test_an_end_without_delivery_names_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saver = saver_of(tmp_path, "memory://away")
     saver.open()
-    assert saver.delivery is not None
-    saver.delivery.stop()
-    saver.delivery.thread.join()
+    assert writer_of(saver).delivery is not None
+    writer_of(saver).delivery.stop()
+    writer_of(saver).delivery.thread.join()
     save(saver, 7)
     with pytest.raises(StoreError, match=r"not delivered to memory://away: step-0000000007, kept in .*spool"):
         saver.close(seconds=0.1, wanted=True)
@@ -271,7 +273,7 @@ def test_a_hostile_state_is_refused(tmp_path: Path) -> None:
     raw = (folder / "state.pt").read_bytes()
     manifest["files"]["state.pt"] = {"sha256": hashlib.sha256(raw).hexdigest(), "size_bytes": len(raw)}
     (folder / "manifest.json").write_text(json.dumps(sealed(manifest)))
-    found = newest_whole([saver.home], into=tmp_path)
+    found = newest_whole([writer_of(saver).home], into=tmp_path)
     assert found is not None
     with pytest.raises(LabtrainError, match="without running code"):
         load_folder(found[1])

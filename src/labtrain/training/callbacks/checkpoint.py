@@ -138,8 +138,8 @@ class Checkpoints(pl.Callback):
                     " the value in the checkpoint (to start with the new value: resume=never)"
                 )
         if is_spread(pl_module.state_dict()):
-            # For the writer threads, separate from the loop's exchanges.
-            self.saver.group = dist.new_group(backend="gloo")
+            # For the writers, separate from the loop's exchanges.
+            self.saver.spread_over(dist.new_group(backend="gloo"))
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
