@@ -167,7 +167,7 @@ class InProcess:
         return cast(Written, self._wait())
 
     def check(self) -> None:
-        while self.board[0] != self.read:
+        while self.board[0] != self.read and self.connection.poll():  # the number comes after the message
             self._take()
         if self.trouble is not None:
             raise self.trouble
