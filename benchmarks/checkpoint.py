@@ -6,7 +6,6 @@ Adam's two moments. For S3 a server is started from .servers (`make servers`).
 
 import json
 import os
-import resource
 import shutil
 import statistics
 import sys
@@ -25,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from labtrain.base.contracts import Manifest
 from labtrain.base.files import sync
+from labtrain.checkpoints.beside import InProcess, fork
 from labtrain.checkpoints.saver import Saver
 from labtrain.checkpoints.staging import Staging
 from labtrain.stores.delivery import Delivery
@@ -151,6 +151,7 @@ def measure_local(trainer: pl.Trainer, folder: Path, io: AsyncCheckpointIO) -> d
 
 def saver_of(folder: Path) -> Saver:
     folder.mkdir(parents=True, exist_ok=True)
+    fork()  # as a training's process does
     return Saver(folder, str(folder / "checkpoints"), run_id="bench", keep=partial(kept, last=1), spool_bytes=1 << 40)
 
 
@@ -170,10 +171,11 @@ def measure_steps(folder: Path) -> dict[str, float]:
 
     for _ in range(3):
         train_step()
-    before = peak_bytes()
+    before = memory_bytes()
     state = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
     size = sum(p.numel() * 4 for p in model.parameters()) * 3
-    saver, quiet, busy = saver_of(folder), [], []
+    saver, quiet, busy, peak = saver_of(folder), [], [], 0
+    assert isinstance(saver.host, InProcess)
     saver.open()
     for step in range(1, ROUNDS + 2):
         alone = [train_step() for _ in range(4)]
@@ -181,19 +183,23 @@ def measure_steps(folder: Path) -> dict[str, float]:
         meanwhile = []
         while saver.busy:
             meanwhile.append(train_step())
+            peak = max(peak, memory_bytes(saver.host.pid))
         if step > 1 and meanwhile:
             quiet.append(statistics.median(alone))
             busy.append(statistics.mean(meanwhile))
     saver.close(seconds=0, wanted=True)
+    saver.end()
     return {
         "slow_down": statistics.median(b / q for b, q in zip(busy, quiet, strict=True)),
         "state_bytes": size,
-        "memory_over_training_bytes": peak_bytes() - before,
+        "memory_over_training_bytes": peak - before,
     }
 
 
-def peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def memory_bytes(*others: int) -> int:
+    """Return the memory of this process and others: each page once, shared by how many map it (Pss, proc(5))."""
+    texts = [Path(f"/proc/{process}/smaps_rollup").read_text() for process in ("self", *others)]
+    return sum(int(line.split()[1]) * 1024 for text in texts for line in text.splitlines() if line.startswith("Pss:"))
 
 
 def measure_s3(folder: Path) -> dict[str, float]:
@@ -260,7 +266,7 @@ def main() -> None:
     place = Path(os.environ.get("BENCH_DIR", tempfile.gettempdir()))
     folder = Path(tempfile.mkdtemp(prefix="labtrain-bench-", dir=place))
     try:
-        steps = measure_steps(folder / "steps")  # first: it looks at the peak of memory
+        steps = measure_steps(folder / "steps")
         io = AsyncCheckpointIO(TorchCheckpointIO())
         bench = Bench(folder, io)
         data = torch.utils.data.TensorDataset(torch.randn(16, 2048))

@@ -28,7 +28,7 @@ import torch.distributed as dist
 
 from labtrain.base.contracts import Link, State
 from labtrain.base.errors import LabtrainError, StoreError, in_words
-from labtrain.checkpoints.memory import Form, OwnMemory, SharedMemory, form_of
+from labtrain.checkpoints.memory import Form, OwnMemory, SharedMemory
 from labtrain.checkpoints.writer import Opened, Save, Writer, Written
 
 POLL_S = 0.25
@@ -314,9 +314,7 @@ class _Pickler(pickle.Pickler):
         self.memory = memory
 
     def persistent_id(self, value: object) -> tuple[int, Form] | None:
-        if not isinstance(value, torch.Tensor) or (start := self.memory.places.get(id(value))) is None:
-            return None
-        return start, form_of(value)
+        return self.memory.places.get(id(value)) if isinstance(value, torch.Tensor) else None
 
 
 class _Unpickler(pickle.Unpickler):

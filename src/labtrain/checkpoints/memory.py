@@ -40,9 +40,6 @@ def form_of(tensor: torch.Tensor) -> Form:
 class OwnMemory:
     """Memory of this process; if the tensors are on CUDA it is pinned, so that the device copies on its own."""
 
-    def __init__(self) -> None:
-        self.places: dict[int, int] = {}
-
     def allocate(self, forms: Iterable[Form], *, pinned: bool) -> list[torch.Tensor]:
         """Return uninitialised tensors."""
         return [torch.empty_strided(each.shape, each.stride, dtype=each.dtype, pin_memory=pinned) for each in forms]
@@ -55,7 +52,7 @@ class SharedMemory:
         self.file = os.memfd_create("labtrain-state")
         self.size_bytes = 0
         self.map: mmap.mmap | None = None
-        self.places: dict[int, int] = {}  # of the tensors by id: bytes from the beginning
+        self.places: dict[int, tuple[int, Form]] = {}  # of each tensor by id: bytes from the beginning, and its form
 
     def allocate(self, forms: Iterable[Form], *, pinned: bool) -> list[torch.Tensor]:
         """Return uninitialised tensors, in place of all earlier ones.
@@ -73,7 +70,7 @@ class SharedMemory:
             if pinned:
                 self._pin()
         made = [self.tensor(start, each) for start, each in zip(starts, wanted, strict=True)]
-        self.places = {id(tensor): start for tensor, start in zip(made, starts, strict=True)}
+        self.places = {id(tensor): place for tensor, place in zip(made, zip(starts, wanted, strict=True), strict=True)}
         return made
 
     def show(self, size_bytes: int) -> None:

@@ -152,7 +152,8 @@ class Saver:
         if self.error is not None and self.token:
             error, self.error = self.error, None
             raise error
-        self.host.check()
+        with suppress(DiedError):  # the next save carries on
+            self.host.check()
 
     def wait(self) -> None:
         """Wait until the current save is on this machine's disk."""
