@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -49,52 +50,51 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_hashed(path: Path, write: Callable[[IO[bytes]], object], hasher: Executor) -> str:
-    """Write a new file to the disk with little memory, and return its sha256, 64 hex digits.
+def write_hashed(path: Path, write: Callable[[IO[bytes]], object], pool: Executor) -> str:
+    """Write a new file to the disk, and return its sha256, 64 hex digits.
 
     Args:
         path: of the file.
-        write: gets the open file.
-        hasher: takes the sha256 of each part in another thread while the part is written.
+        write: gets the open file, and writes it in order.
+        pool: hashes the file in another thread while it is written.
     """
-    with _HashedFile(path, hasher) as raw, io.BufferedWriter(raw, SMALL_BYTES) as file:
-        write(file)
-        file.flush()
+    with _InChunks(path, "xb") as raw, io.BufferedWriter(raw, SMALL_BYTES) as file:
+        complete = threading.Event()
+        hashed = pool.submit(_hash_behind, path, complete)
+        try:
+            write(file)
+            file.flush()
+        finally:
+            complete.set()
         os.fsync(file.fileno())
-    return raw.sha.hexdigest()
+    return hashed.result()
 
 
-class _HashedFile(io.FileIO):
-    """A file that is written in order. Hashing takes twice as long as writing, and both leave the interpreter free."""
-
-    def __init__(self, path: Path, hasher: Executor) -> None:
-        super().__init__(path, "xb")
-        self.sha, self.hasher, self.size = hashlib.sha256(), hasher, 0
+class _InChunks(io.FileIO):
+    """A file that is written in chunks, however much it is given: some file systems let nobody read during a write."""
 
     def write(self, data: "ReadableBuffer", /) -> int:
-        """Write all of the data, unlike other unbuffered files."""
-        view = memoryview(data)
-        hashed = self.hasher.submit(self.sha.update, view)
-        try:
-            done = 0
-            while done < len(view):
-                size = super().write(view[done : done + CHUNK_BYTES])
-                _begin_writeback(self.fileno(), self.size, size)
-                done += size
-                self.size += size
-        finally:
-            hashed.result()  # the memory is the caller's
-        return done
+        return super().write(memoryview(data)[:CHUNK_BYTES])
 
 
-def _begin_writeback(descriptor: int, offset: int, size: int) -> None:
-    """Have the kernel start to write a part of a file to the disk; otherwise it would start with the fsync.
+def _hash_behind(path: Path, complete: threading.Event) -> str:
+    """Return the sha256 of a file that is being written in order, and start to write it to the disk.
 
-    Linux: sync_file_range(2), SYNC_FILE_RANGE_WRITE.
+    Linux: sync_file_range(2), SYNC_FILE_RANGE_WRITE. Otherwise the disk would start only with the fsync at the end.
     """
-    begin = ctypes.CDLL(None).sync_file_range
-    begin.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    begin(descriptor, offset, size, 2)
+    begin_writeback = ctypes.CDLL(None).sync_file_range
+    begin_writeback.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+    sha, buffer, done = hashlib.sha256(), memoryview(bytearray(SMALL_BYTES)), 0
+    with path.open("rb", buffering=0) as file:
+        while True:
+            last = complete.is_set()
+            while size := file.readinto(buffer):
+                sha.update(buffer[:size])
+                begin_writeback(file.fileno(), done, size, 2)
+                done += size
+            if last:
+                return sha.hexdigest()
+            complete.wait(0.002)
 
 
 def file_sha256(path: Path) -> str:
