@@ -50,7 +50,7 @@ BYTES = {
     for name in _DTYPES.values()
 }
 MOST_BYTES = 1 << 50  # maximum size of a weights file
-PIECE_BYTES = 8 << 20  # maximum size of a copy of a part of a tensor
+PIECE_BYTES = 1 << 20  # maximum size of a copy of a part of a tensor
 WHAT = "is not a complete safetensors file"
 HINT = "copy it again from the machine that wrote it; labtrain store ls URL lists all checkpoints"
 
