@@ -339,7 +339,9 @@ def _write_rest(folder: Path, rest: State, hasher: ThreadPoolExecutor) -> str:
     try:
         return write_hashed(folder / STATE, partial(torch.save, rest), hasher)
     except RuntimeError as error:  # of torch's own writer, which follows from that of the file
-        raise error.__context__ if isinstance(error.__context__, OSError) else error
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _load_parts(folder: Path, names: Collection[str] | None, now: State, *, alone: bool) -> State:

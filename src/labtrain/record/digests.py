@@ -90,12 +90,12 @@ def digest(weights: "nn.Module | Mapping[str, Tensor]") -> str:
 
 def digest_file(path: Path) -> str:
     """Return the weights digest of a ``.safetensors`` file, reading one tensor at a time."""
-    return _digest((*head, [raw]) for *head, raw in read_safetensors(path))
+    return _digest((name, dtype, shape, [raw]) for name, dtype, shape, raw in read_safetensors(path))
 
 
 def digest_folder(folder: Path) -> str:
     """Return the weights digest of a checkpoint's folder, in one file or several, reading one tensor at a time."""
-    return _digest((*head, [raw]) for *head, raw in read_weights(folder))
+    return _digest((name, dtype, shape, [raw]) for name, dtype, shape, raw in read_weights(folder))
 
 
 def state_digest(state: State) -> str:

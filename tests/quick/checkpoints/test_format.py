@@ -30,7 +30,10 @@ def mixed() -> dict[str, Any]:
                 "large": numbers(3000, 1000), "large_strided": numbers(3000, 1000).T, "expanded": numbers(1, 5).expand(4, 5),
                 "sliced": numbers(100)[::3], "channels_last": numbers(8, 3, 64, 64).to(memory_format=torch.channels_last),
                 "coo": sparse.to_sparse(), "csc": sparse.to_sparse_csc(), 'é"\\\n\x01\u2028😀': numbers(3)}  # fmt: skip
-    moments = {0: {"m": numbers(1_500_000), "v": numbers(300, 4).T}, 1: {"m": sparse.to_sparse(), "n": numbers(5).bfloat16()}}
+    moments = {
+        0: {"m": numbers(1_500_000), "v": numbers(300, 4).T},
+        1: {"m": sparse.to_sparse(), "n": numbers(5).bfloat16()},
+    }
     return {"state_dict": weights, "optimizer_states": [{"state": moments}], "text": "x" * 3_000_000}
 
 
