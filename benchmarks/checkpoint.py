@@ -371,7 +371,7 @@ def say_files(results: dict[str, Any]) -> None:
     for name, row in results["files"].items():
         print(
             f"{name} of {row['megabytes']:.0f} MB: {row['seconds']:.2f} s ({row['cpu_seconds']:.2f} s CPU),"
-            f" {row['throughput_of_dd']:.2f} of dd with fsync, {row['memory_over_state_megabytes']:.0f} MB over the state"
+            f" {row['throughput_of_dd']:.2f} of dd with fsync, {row['memory_over_state_megabytes']:.0f} MB over it"
         )
     s3 = results["s3"]
     print(
