@@ -1,13 +1,16 @@
 """What a save costs: the loop's wait, the time until it is on the disk or on S3, the steps meanwhile, and memory.
 
 Ratios of interleaved rounds, medians; `make bench-checkpoint`. The state has 400 MB: eight layers of 2048 x 2048 and
-Adam's two moments. For S3 a server is started from .servers (`make servers`).
+Adam's two moments. For S3 a server is started from .servers (`make servers`). `checkpoint.py files` measures only the
+files: against `dd` with fsync, and against a plain parallel upload.
 """
 
+import importlib
 import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -25,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from labtrain.base.contracts import Manifest
 from labtrain.base.files import sync
 from labtrain.checkpoints.beside import InProcess, fork
+from labtrain.checkpoints.format import write_files
 from labtrain.checkpoints.saver import Saver
 from labtrain.checkpoints.staging import Staging
 from labtrain.stores.delivery import Delivery
@@ -202,8 +206,68 @@ def memory_bytes(*others: int) -> int:
     return sum(int(line.split()[1]) * 1024 for text in texts for line in text.splitlines() if line.startswith("Pss:"))
 
 
+def measure_files(folder: Path) -> dict[str, dict[str, float]]:
+    """Compare the writing of states with `dd conv=fsync` of the same bytes; and its memory over the state."""
+    moments = [torch.randn(2048, 2048) for _ in range(16)]
+    names = [f"layer{index}.weight" for index in range(10_000)]
+    states: dict[str, Callable[[], dict[str, Any]]] = {
+        "24 tensors": lambda: {"state_dict": {f"w{i}": torch.randn(2048, 2048) for i in range(8)}, "rest": moments},
+        "one tensor": lambda: {"state_dict": {"w": torch.randn(1 << 28)}, "rest": []},
+        "30,000 tensors": lambda: {
+            "state_dict": {name: torch.randn(64) for name in names},
+            "rest": [[torch.randn(64), torch.randn(64)] for _ in names],
+        },
+    }
+    return {name: measure_write(folder / name, make()) for name, make in states.items()}
+
+
+def measure_write(folder: Path, state: dict[str, Any]) -> dict[str, float]:
+    folder.mkdir(parents=True)
+    write_files(folder / "first", state)
+    size = sum(path.stat().st_size for path in (folder / "first").iterdir())
+    Path("/proc/self/clear_refs").write_text("5")  # proc(5): the peak of memory counts from here
+    before = peak_now()
+    write_files(folder / "second", state)
+    memory = peak_now() - before
+    seconds: dict[str, list[float]] = {"labtrain": [], "dd": []}
+    cpu = []
+    with tempfile.NamedTemporaryFile(dir="/dev/shm") as source:
+        for path in (folder / "first").iterdir():
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, source)
+        source.flush()
+        command = ["dd", f"if={source.name}", f"of={folder / 'dd'}", "bs=1M", "conv=fsync", "status=none"]
+        for turn in range(ROUNDS):
+            for side in ("labtrain", "dd")[:: 1 if turn % 2 else -1]:
+                began, spent = time.perf_counter(), time.process_time()
+                if side == "dd":
+                    subprocess.run(command, check=True)
+                else:
+                    write_files(folder / str(turn), state)
+                    cpu.append(time.process_time() - spent)
+                seconds[side].append(time.perf_counter() - began)
+                shutil.rmtree(folder / str(turn), ignore_errors=True)
+                (folder / "dd").unlink(missing_ok=True)
+                os.sync()
+    return {
+        "megabytes": size / 1e6,
+        "seconds": statistics.median(seconds["labtrain"]),
+        "cpu_seconds": statistics.median(cpu),
+        "throughput_of_dd": statistics.median(b / a for a, b in zip(*seconds.values(), strict=True)),
+        "memory_over_state_megabytes": memory / 1e6,
+    }
+
+
+def peak_now() -> int:
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) * 1024
+
+
 def measure_s3(folder: Path) -> dict[str, float]:
-    """Compare the delivery of a checkpoint with s3fs's put of the same two files; time a listing of a thousand."""
+    """Compare the delivery of a checkpoint with a plain parallel upload of the same two files; time a listing.
+
+    Plain: s3transfer's defaults, parts of 8 MB, ten at once, where boto3 is installed; else s3fs's put.
+    """
     from tests.support.servers import S3
 
     server = S3(folder / "s3")
@@ -218,6 +282,8 @@ def measure_s3(folder: Path) -> dict[str, float]:
         name = run.save({"state_dict": weights, "more": [torch.randn(10)]}, manifest)
         run.wait()
         source = folder / "run" / "checkpoints" / name
+        source = Path(run.home.root, name)
+        uploader = boto3.client("s3") if (boto3 := boto3_or_none()) else None
         plain: list[float] = []
         delivered: list[float] = []
         for turn in range(4):
@@ -227,9 +293,12 @@ def measure_s3(folder: Path) -> dict[str, float]:
             remote.renew(token, seen=remote.seen())
             delivery = Delivery(spool, Store(remote.url), token=token, spool_bytes=1 << 40)
 
-            def put(store: Store = remote) -> None:
+            def put(store: Store = remote, turn: int = turn) -> None:
                 for file in (WEIGHTS, STATE):
-                    store.fs.put(str(source / file), f"{store.root}/plain/{file}")
+                    if uploader is None:
+                        store.fs.put(str(source / file), f"{store.root}/plain/{file}")
+                    else:
+                        uploader.upload_file(str(source / file), "lab", f"{turn}/plain/{file}")
 
             def deliver(delivery: Delivery = delivery) -> None:
                 delivery.add(name, run.manifests[name])
@@ -254,10 +323,17 @@ def measure_s3(folder: Path) -> dict[str, float]:
         server.kill()
     size = sum(path.stat().st_size for path in source.iterdir())
     return {
-        "throughput_of_s3fs_put": statistics.median(a / b for a, b in zip(plain, delivered, strict=True)),
+        "throughput_of_plain_upload": statistics.median(a / b for a, b in zip(plain, delivered, strict=True)),
         "megabytes_per_second": size / 1e6 / statistics.median(delivered),
         "listing_1000_s": listed,
     }
+
+
+def boto3_or_none() -> Any:
+    try:
+        return importlib.import_module("boto3")  # not in the locks
+    except ImportError:
+        return None
 
 
 def main() -> None:
@@ -265,8 +341,17 @@ def main() -> None:
     torch.set_num_threads(1)
     place = Path(os.environ.get("BENCH_DIR", tempfile.gettempdir()))
     folder = Path(tempfile.mkdtemp(prefix="labtrain-bench-", dir=place))
+    kept_results = Path(__file__).with_name("results-checkpoint.json")
+    results: dict[str, Any]
     try:
         steps = measure_steps(folder / "steps")
+        if sys.argv[1:] == ["files"]:
+            results = json.loads(kept_results.read_text())
+            results |= {"files": measure_files(folder), "s3": measure_s3(folder)}
+            say_files(results)
+            kept_results.write_text(json.dumps(results, indent=1) + "\n")
+            return
+        steps = measure_steps(folder / "steps")  # first: it looks at the peak of memory
         io = AsyncCheckpointIO(TorchCheckpointIO())
         bench = Bench(folder, io)
         data = torch.utils.data.TensorDataset(torch.randn(16, 2048))
@@ -274,7 +359,7 @@ def main() -> None:
                              enable_model_summary=False, enable_checkpointing=False, callbacks=[bench], plugins=[io],
                              default_root_dir=folder)  # fmt: skip
         trainer.fit(Net(), torch.utils.data.DataLoader(data, batch_size=4))
-        results = {"local": bench.results, "steps": steps, "s3": measure_s3(folder)}
+        results = {"local": bench.results, "steps": steps, "files": measure_files(folder), "s3": measure_s3(folder)}
     finally:
         shutil.rmtree(folder)
     print(f"{'':22}{'wait':>8}{'of a copy':>11}{'(CPU)':>8}{'to disk':>10}{'of torch.save':>15}{'with fsync':>12}")
@@ -286,10 +371,21 @@ def main() -> None:
     print(f"a step while a save is written: {steps['slow_down']:.2f} of one while none is")
     more = steps["memory_over_training_bytes"] / steps["state_bytes"]
     print(f"memory over the training's own: {more:.2f} of the state ({steps['state_bytes'] / 1e6:.0f} MB)")
+    say_files(results)
+    kept_results.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def say_files(results: dict[str, Any]) -> None:
+    for name, row in results["files"].items():
+        print(
+            f"{name} of {row['megabytes']:.0f} MB: {row['seconds']:.2f} s ({row['cpu_seconds']:.2f} s CPU),"
+            f" {row['throughput_of_dd']:.2f} of dd with fsync, {row['memory_over_state_megabytes']:.0f} MB over it"
+        )
     s3 = results["s3"]
-    print(f"S3: {s3['megabytes_per_second']:.0f} MB/s, {s3['throughput_of_s3fs_put']:.2f} of s3fs.put;"
-          f" 1,000 checkpoints listed in {s3['listing_1000_s']:.2f} s")  # fmt: skip
-    Path(__file__).with_name("results-checkpoint.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(
+        f"S3: {s3['megabytes_per_second']:.0f} MB/s, {s3['throughput_of_plain_upload']:.2f} of a plain parallel upload"
+    )
+    print(f"1,000 checkpoints listed in {s3['listing_1000_s']:.2f} s")
 
 
 if __name__ == "__main__":

@@ -14,30 +14,28 @@ four ranks saved, each its own part, and a single process can read it whole.
 https://docs.pytorch.org/docs/2.9/distributed.checkpoint.html
 """
 
-import ctypes
-import hashlib
 import os
 import pickle
 import re
-import threading
 import warnings
 import zipfile
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
 from labtrain.base import untrusted
 from labtrain.base.console import quoted
 from labtrain.base.contracts import SavedFile, State
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
-from labtrain.base.files import file_sha256, sync
+from labtrain.base.files import file_sha256, sync, write_hashed
 from labtrain.base.untrusted import damage_of
 from labtrain.checkpoints import structure
 from labtrain.record.digests import (
@@ -50,10 +48,10 @@ from labtrain.record.digests import (
     dense_entries,
     digest,
     digest_folder,
+    write_safetensors,
 )
 from labtrain.stores.store import STATE, WEIGHTS, Manifest
 
-HASHED_BYTES = 1 << 20
 TENSORS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 LAYOUTS = ("strided", "sparse_coo", "sparse_csr", "sparse_csc", "sparse_bsr", "sparse_bsc")
 PARTS = "parts"  # in state.pt: the paths of the tensors that are in the parts
@@ -276,22 +274,16 @@ def in_parts(folder: Path) -> bool:
 def _write_whole(folder: Path, state: State) -> Manifest:
     weights = state["state_dict"]
     rest = {key: value for key, value in state.items() if key != "state_dict"}
-
-    def write_weights() -> str:
-        (folder / WEIGHTS).touch()
-        mode = (folder / WEIGHTS).stat().st_mode  # from umask and folder; safetensors makes a new file with 0600
-        save_file({name: tensor.contiguous() for name, tensor in dense_entries(weights).items()}, folder / WEIGHTS)
-        (folder / WEIGHTS).chmod(mode)
-        hashed = pool.submit(file_sha256, folder / WEIGHTS)
-        sync(folder / WEIGHTS)
-        return hashed.result()
-
-    with ThreadPoolExecutor(4) as pool:  # hashing and writing release the interpreter's lock
-        rest_sha, weights_sha = pool.submit(_write_rest, folder, rest, pool), pool.submit(write_weights)
-        files = {WEIGHTS: weights_sha, STATE: rest_sha}
+    with ThreadPoolExecutor(4) as pool:  # two files are written and hashed, while this thread takes the digest
+        sums = {
+            WEIGHTS: pool.submit(
+                write_hashed, folder / WEIGHTS, lambda file: write_safetensors(file, dense_entries(weights)), pool
+            ),
+            STATE: pool.submit(_write_rest, folder, rest, pool),
+        }
         manifest: Manifest = {"weights_digest": digest(weights)}
         manifest["files"] = {
-            name: {"sha256": sha.result(), "size_bytes": (folder / name).stat().st_size} for name, sha in files.items()
+            name: {"sha256": sha.result(), "size_bytes": (folder / name).stat().st_size} for name, sha in sums.items()
         }
     return manifest
 
@@ -343,37 +335,13 @@ def _write_part(folder: Path, state: State, group: "dist.ProcessGroup | None") -
     return together(group, summary)[0]
 
 
-def _write_rest(folder: Path, rest: State, pool: ThreadPoolExecutor) -> str:
-    with (folder / STATE).open("wb") as file:  # torch's own writer does not report a full disk
-        complete = threading.Event()
-        hashed = pool.submit(_hash_behind, folder / STATE, complete)
-        try:
-            torch.save(rest, file)
-            file.flush()
-        finally:
-            complete.set()
-        os.fsync(file.fileno())
-    return hashed.result()
-
-
-def _hash_behind(path: Path, complete: threading.Event) -> str:
-    """Return the sha256 of a file that is being written in order, and start to write it to the disk.
-
-    Linux: sync_file_range(2), SYNC_FILE_RANGE_WRITE. Otherwise the disk would start only with the fsync at the end.
-    """
-    begin_writeback = ctypes.CDLL(None).sync_file_range
-    begin_writeback.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
-    sha, buffer, done = hashlib.sha256(), memoryview(bytearray(HASHED_BYTES)), 0
-    with path.open("rb", buffering=0) as file:
-        while True:
-            last = complete.is_set()
-            while size := file.readinto(buffer):
-                sha.update(buffer[:size])
-                begin_writeback(file.fileno(), done, size, 2)
-                done += size
-            if last:
-                return sha.hexdigest()
-            complete.wait(0.002)
+def _write_rest(folder: Path, rest: State, hasher: ThreadPoolExecutor) -> str:
+    try:
+        return write_hashed(folder / STATE, partial(torch.save, rest), hasher)
+    except RuntimeError as error:  # of torch's own writer, which follows from that of the file
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _load_parts(folder: Path, names: Collection[str] | None, now: State, *, alone: bool) -> State:

@@ -7,6 +7,7 @@ its dense components (`components`). This module does not import torch: it uses 
 """
 
 import hashlib
+import json
 import math
 import os
 import struct
@@ -14,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from labtrain.base import untrusted
 from labtrain.base.contracts import Options, State
@@ -24,24 +25,24 @@ from labtrain.base.untrusted import damage_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# safetensors' dtype names; https://github.com/huggingface/safetensors#format
+# safetensors' dtype names, in its order: a file has the last dtype first. https://github.com/huggingface/safetensors#format
 _DTYPES = {
     "BOOL": "bool",
     "U8": "uint8",
     "I8": "int8",
-    "U16": "uint16",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E4M3": "float8_e4m3fn",
     "I16": "int16",
-    "U32": "uint32",
-    "I32": "int32",
-    "U64": "uint64",
-    "I64": "int64",
+    "U16": "uint16",
     "F16": "float16",
     "BF16": "bfloat16",
+    "I32": "int32",
+    "U32": "uint32",
     "F32": "float32",
-    "F64": "float64",
     "C64": "complex64",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
+    "F64": "float64",
+    "I64": "int64",
+    "U64": "uint64",
 }
 
 BYTES = {
@@ -49,6 +50,7 @@ BYTES = {
     for name in _DTYPES.values()
 }
 MOST_BYTES = 1 << 50  # maximum size of a weights file
+PIECE_BYTES = 1 << 20  # maximum size of a copy of a part of a tensor
 WHAT = "is not a complete safetensors file"
 HINT = "copy it again from the machine that wrote it; labtrain store ls URL lists all checkpoints"
 
@@ -88,12 +90,12 @@ def digest(weights: "nn.Module | Mapping[str, Tensor]") -> str:
 
 def digest_file(path: Path) -> str:
     """Return the weights digest of a ``.safetensors`` file, reading one tensor at a time."""
-    return _digest(read_safetensors(path))
+    return _digest((name, dtype, shape, [raw]) for name, dtype, shape, raw in read_safetensors(path))
 
 
 def digest_folder(folder: Path) -> str:
     """Return the weights digest of a checkpoint's folder, in one file or several, reading one tensor at a time."""
-    return _digest(read_weights(folder))
+    return _digest((name, dtype, shape, [raw]) for name, dtype, shape, raw in read_weights(folder))
 
 
 def state_digest(state: State) -> str:
@@ -136,11 +138,12 @@ def dense_entries(state: Mapping[str, "Tensor"]) -> dict[str, "Tensor"]:
     return {name + part: tensor for name in state for part, tensor in components(state[name]).items()}
 
 
-def _digest(entries: Iterable[Entry]) -> str:
+def _digest(entries: Iterable[tuple[str, str, tuple[int, ...], Iterable[bytes | memoryview]]]) -> str:
     sha = hashlib.sha256()
-    for name, dtype, shape, raw in entries:
+    for name, dtype, shape, pieces in entries:
         sha.update(f"{name}\0{dtype}\0{','.join(map(str, shape))}\0".encode())
-        sha.update(raw)
+        for piece in pieces:
+            sha.update(piece)
     return sha.hexdigest()
 
 
@@ -153,6 +156,45 @@ def tensor_bytes(tensor: "Tensor") -> memoryview:
     if plain.dtype in (torch.float32, torch.int64, torch.float64) and plain.numel():
         return plain.numpy().data.cast("B")  # half the time of the general way
     return plain.view(-1).view(torch.uint8).numpy().data
+
+
+def tensor_pieces(tensor: "Tensor") -> Iterator[memoryview]:
+    """Yield a tensor's raw bytes in C order; copies at most PIECE_BYTES of a strided view at a time."""
+    if tensor.is_contiguous() or tensor.nbytes <= PIECE_BYTES:
+        yield tensor_bytes(tensor)
+    elif rows := len(tensor) * PIECE_BYTES // tensor.nbytes:
+        yield from map(tensor_bytes, tensor.detach().split(rows))
+    else:
+        for row in tensor.detach():
+            yield from tensor_pieces(row)
+
+
+def write_safetensors(file: IO[bytes], entries: Mapping[str, "Tensor"]) -> None:
+    """Write dense tensors as the same bytes as safetensors' own `save_file`, straight from their memory.
+
+    `save_file` makes a file of its own at once, so nothing can be hashed, or sent to the disk, while it writes.
+
+    Args:
+        file: is new and open for writing.
+        entries: by name; their dtypes are in `WEIGHT_DTYPE_NAMES`.
+    """
+    order = {dtype: (rank, name) for rank, (name, dtype) in enumerate(reversed(_DTYPES.items()))}
+    dtypes = {name: order[str(tensor.dtype).removeprefix("torch.")] for name, tensor in entries.items()}
+    names = sorted(entries, key=lambda name: (dtypes[name], name))
+    header, end = {}, 0
+    for name in names:
+        begin, end = end, end + entries[name].nbytes
+        header[name] = {
+            "dtype": dtypes[name][1],
+            "shape": list(entries[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    file.write(struct.pack("<Q", len(text)) + text)
+    for name in names:
+        for piece in tensor_pieces(entries[name]):
+            file.write(piece)
 
 
 def read_weights(folder: Path) -> Iterator[Entry]:
@@ -312,12 +354,12 @@ def _whole(name: str, parts: list[tuple[_Part, list[int]]]) -> tuple[str, tuple[
     return parts[0][0].dtype, shape, whole.reshape(-1).data
 
 
-def _parts(name: str, tensor: "Tensor") -> tuple[str, tuple[int, ...], memoryview]:
+def _parts(name: str, tensor: "Tensor") -> tuple[str, tuple[int, ...], Iterator[memoryview]]:
     if not hasattr(tensor, "detach"):
         raise LabtrainError(f"cannot digest {name}: must be a tensor, got {type(tensor).__name__}")
     if hasattr(tensor, "full_tensor"):  # sharded over the ranks; all of them must call this
         tensor = tensor.full_tensor()
-    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor_bytes(tensor)
+    return str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor_pieces(tensor)
 
 
 def digest_tree(tree: object, *, algorithm: Callable[[], Hash] = hashlib.sha256) -> str:
@@ -385,9 +427,10 @@ def _walk(node: Any, sha: Hash, where: str) -> None:
     elif hasattr(node, "detach") and "" not in (parts := components(node)):
         _walk(parts, sha, where)
     elif hasattr(node, "detach"):
-        dtype, shape, raw = _parts(where, node)
+        dtype, shape, pieces = _parts(where, node)
         sha.update(f"{dtype}{shape}".encode())
-        sha.update(raw)
+        for piece in pieces:
+            sha.update(piece)
     elif node is None or isinstance(node, bool | int | float | str | bytes):
         sha.update(repr(node).encode())
     else:

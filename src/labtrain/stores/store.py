@@ -61,7 +61,7 @@ NAME = re.compile(r"step-(\d{10})(-end)?(?:\.(\d+))?")
 ASIDE = re.compile(rf"({NAME.pattern})\.(?P<why>writing|removing|removed)-(?P<token>[0-9a-f]{{16}})")
 RUN_ID = re.compile(r"\w[\w-]{0,99}", re.ASCII)
 SHA256 = re.compile(r"[0-9a-f]{64}")
-PART_BYTES = 16 << 20  # of a multipart upload
+PART_BYTES = 8 << 20  # of a multipart upload; twice this, or twice as many at once, is slower (make bench-checkpoint)
 PARTS_AT_ONCE = 4
 LEAVING_S = 0.3  # .writer.json may be missing this long while an earlier writer leaves
 
