@@ -21,7 +21,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from labtrain.base.contracts import Link, SavedCheckpoint, State, TrailMark
-from labtrain.base.errors import DamagedError, LabtrainError, StoreError
+from labtrain.base.errors import DamagedError, LabtrainError, StoreError, os_error_in
 from labtrain.checkpoints.format import together, write_files
 from labtrain.checkpoints.staging import Staging
 from labtrain.record.trail import HISTORY, TRAIL, Record, first_step_of
@@ -275,7 +275,7 @@ class Saver:
 
     def _explained(self, name: str, error: BaseException) -> StoreError:
         return StoreError(
-            f"{self.home}/{name} could not be written: {getattr(error, 'strerror', None) or error}",
+            f"{self.home}/{name} could not be written: {getattr(os_error_in(error), 'strerror', None) or error}",
             hint=f"df -h {self.home}; ls -ld {self.home}; then the same command resumes from the newest",
         )
 
