@@ -155,12 +155,12 @@ def measure_local(trainer: pl.Trainer, folder: Path, io: AsyncCheckpointIO) -> d
 
 def saver_of(folder: Path) -> Saver:
     folder.mkdir(parents=True, exist_ok=True)
-    fork()  # as a training's process does
     return Saver(folder, str(folder / "checkpoints"), run_id="bench", keep=partial(kept, last=1), spool_bytes=1 << 40)
 
 
 def measure_steps(folder: Path) -> dict[str, float]:
     """Compare steps while a save is written with steps while none is: seconds a step, and memory over the state."""
+    fork()  # as a training's process does, before it has memory of its own
     torch.manual_seed(0)
     model = Net()
     optimizer = model.configure_optimizers()
@@ -282,7 +282,6 @@ def measure_s3(folder: Path) -> dict[str, float]:
         name = run.save({"state_dict": weights, "more": [torch.randn(10)]}, manifest)
         run.wait()
         source = folder / "run" / "checkpoints" / name
-        source = Path(run.home.root, name)
         uploader = boto3.client("s3") if (boto3 := boto3_or_none()) else None
         plain: list[float] = []
         delivered: list[float] = []

@@ -20,10 +20,10 @@ environment; `augment`, a public module above `data`; and `assets`.
 use, so that `labtrain --help` and composing a configuration do not import torch.
 """
 
-import importlib
 import os
-from typing import TYPE_CHECKING
+import sys
 
+TYPE_CHECKING = False  # typing takes 10 ms, in which Ctrl-C would print a traceback (launch/start.py)
 __version__ = "0.1.0"
 __all__ = [
     "DataLoader",
@@ -52,22 +52,30 @@ _HOMES = {
     "gather_outputs": "labtrain.training.sharded.gathering",
     "load": "labtrain.review.catalog.loading",
     "load_weights": "labtrain.checkpoints.locate",
-    "main": "labtrain.launch.compose",
+    "main": "labtrain.launch.start",
     "runs": "labtrain.review.catalog.listing",
     "train": "labtrain.launch.from_python",
 }
 
+
+def _module(name: str) -> "ModuleType":
+    __import__(name)
+    return sys.modules[name]
+
+
 if os.environ.get("LABTRAIN_FROM_SOURCE") == "1":  # started by a training, for example a loader's worker
-    importlib.import_module("labtrain.record.sources").load_from_source()
+    _module("labtrain.record.sources").load_from_source()
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from labtrain import augment as augment
     from labtrain.base.errors import LabtrainError
     from labtrain.checkpoints.locate import load_weights
     from labtrain.data.loader import DataLoader
-    from labtrain.launch.compose import main
     from labtrain.launch.experiment import compose
     from labtrain.launch.from_python import train
+    from labtrain.launch.start import main
     from labtrain.record.digests import digest
     from labtrain.record.fingerprints import fingerprint
     from labtrain.record.receipt import Result
@@ -79,10 +87,10 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> object:
     if name in _HOMES:
-        value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+        value = globals()[name] = getattr(_module(_HOMES[name]), name)
         return value
     if name == "augment":
-        return importlib.import_module("labtrain.augment")
+        return _module("labtrain.augment")
     raise AttributeError(f"module 'labtrain' has no attribute {name!r}")
 
 

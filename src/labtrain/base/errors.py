@@ -7,6 +7,7 @@
     ├── DeviceError          devices, precision or memory that this machine does not have
     ├── DamagedError         a damaged or changed receipt, checkpoint or lock
     ├── StoreError           a store that cannot be reached, is full, or refuses access
+    ├── WriteError           a file that cannot be written: the disk is full or broken, or the folder was removed
     ├── LostError            lost contact with the other processes of a training
     └── NotThereYetError     an option that is not implemented
 
@@ -14,6 +15,7 @@ Each ends a command with exit code 2, a CallbackError with 1. Any other exceptio
 code, and keeps its traceback.
 """
 
+import errno
 import grp
 import importlib.metadata
 import importlib.util
@@ -29,9 +31,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from labtrain.base.console import message, one_line, quoted
+from labtrain.base.console import message, one_line, quoted, shown
 
 EXIT_USAGE = 2
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE)  # whoever writes
 EXIT_STOPPED = 75  # stopped by a signal, and saved: EX_TEMPFAIL of sysexits.h
 
 
@@ -63,6 +66,10 @@ class DamagedError(LabtrainError):
 
 class StoreError(LabtrainError):
     """A store that cannot be reached, is full, or refuses access."""
+
+
+class WriteError(LabtrainError):
+    """A file that cannot be written: the disk is full or broken, or the folder was removed."""
 
 
 class LostError(LabtrainError):
@@ -155,6 +162,47 @@ def _for_group(place: Path, *, whole: bool) -> str:
             at, many, mode = quoted(place), "-R " if whole else "", "g+rwX" if whole else "g+x"
             return f"chgrp {many}{quoted(group)} {at} && chmod {many}{mode} {at}"
     return ""
+
+
+def write_error(path: Path, error: OSError) -> WriteError:
+    """Return the error for a file that cannot be written, with the file that `error` names, if it names one."""
+    named = error.filename2 or error.filename
+    path = Path(os.fsdecode(named)) if isinstance(named, str | bytes | os.PathLike) else path
+    place = next(each for each in path.absolute().parents if each.is_dir())
+    return WriteError(
+        f"{shown(path)} could not be written: {error.strerror or in_words(error)}",
+        hint=f"df -h {quoted(shown(place))}; ls -ld {quoted(shown(place))}; then the same command again",
+    )
+
+
+def os_error_in(error: BaseException) -> OSError | None:
+    """Return the first OSError of an exception's chain: torch and others raise their own exception after it."""
+    seen: list[BaseException] = []
+    link: BaseException | None = error
+    while link is not None and link not in seen:
+        if isinstance(link, OSError):
+            return link
+        seen.append(link)
+        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+    return None
+
+
+def explain_disk(error: BaseException, run_dir: Path) -> WriteError | None:
+    """Explain an OSError of a full or broken disk, or of a path in a run's folder; None for any other exception."""
+    if isinstance(error, LabtrainError) or (found := os_error_in(error)) is None:
+        return None
+    named = found.filename
+    own = isinstance(named, str | os.PathLike) and Path(named).absolute().is_relative_to(run_dir.absolute())
+    if own:
+        return write_error(run_dir, found)
+    if found.errno not in DISK:
+        return None
+    if named is None:
+        return WriteError(
+            f"{found.strerror}: a file could not be written, or read{where(found.__traceback__)}",
+            hint="df -h; then the same command again. HYDRA_FULL_ERROR=1 before it shows the full traceback",
+        )
+    return write_error(run_dir, found)
 
 
 def explain_callback(error: BaseException, callbacks: Mapping[str, object]) -> CallbackError | None:

@@ -1,23 +1,94 @@
-"""Write files atomically, sync them to disk, and hash them. No torch."""
+"""Write files so that a crash or a full disk loses nothing, sync them to disk, and hash them. No torch."""
 
 import ctypes
+import fcntl
 import hashlib
 import io
 import os
+import re
 import secrets
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
+
+from labtrain.base.errors import LabtrainError, os_error_in, write_error
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
 CHUNK_BYTES = 8 << 20  # of a large file; the disk begins to write each one at once
 SMALL_BYTES = 1 << 20  # shorter writes are joined to this much
+LEFT = re.compile(r"\.part-[0-9a-f]{8}")  # after the last dot: torch.save writes the name before it into its file
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a WriteError that names the file; an OSError of a path elsewhere passes.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    try:
+        yield
+    except LabtrainError:
+        raise
+    except Exception as error:
+        found = os_error_in(error)  # loggers and torch raise their own after it
+        if found is None or not _is_of(found, path):
+            raise
+        raise write_error(path, found) from error
+
+
+def _is_of(error: OSError, path: Path) -> bool:
+    """Return whether an OSError is about a path, its folder, or something in either; most name no file."""
+    named = [each for each in (error.filename, error.filename2) if isinstance(each, str | os.PathLike)]
+    return all(Path(each).absolute().is_relative_to(path.absolute().parent) for each in named)
+
+
+@contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """Yield the path of a new empty file beside `path`, and remove it at the end unless it was renamed.
+
+    It also removes what killed processes left there. A process holds a lock on its scratch file (flock(2)), so one that
+    nobody holds a lock on is left over.
+    """
+    _remove_left(path)
+    while True:
+        scratch = path.with_name(f"{_stem(path)}.part-{secrets.token_hex(4)}")
+        held = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with suppress(OSError):  # some network file systems have no locks: nobody removes a file there
+            fcntl.flock(held, fcntl.LOCK_EX)
+        if os.fstat(held).st_nlink:
+            break
+        os.close(held)  # another process removed it in the moment before the lock
+    try:
+        yield scratch
+    finally:
+        os.close(held)
+        scratch.unlink(missing_ok=True)
+
+
+def _stem(path: Path) -> str:
+    return f".{path.name.removeprefix('.')}"
+
+
+def _remove_left(path: Path) -> None:
+    """Remove the scratch files for `path` that no process holds."""
+    stem = _stem(path)
+    for left in [each for each in path.parent.iterdir() if each.name.startswith(stem)]:
+        if LEFT.fullmatch(left.name.removeprefix(stem)) is None:
+            continue
+        with suppress(OSError):  # another user's, or another process removes it
+            found = os.open(left, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                left.unlink()
+            finally:
+                os.close(found)
 
 
 @contextmanager
@@ -26,19 +97,49 @@ def atomic(path: Path) -> Iterator[Path]:
 
     A crash leaves the old file or the new one.
     """
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    try:
+    with scratch_beside(path) as scratch:
         yield scratch
         sync(scratch)
         scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
     """Write `text` to `path` so that a crash leaves the old file or the new one."""
     with atomic(path) as scratch, scratch.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.write(text)
+
+
+class Lines:
+    """A file of lines that only grows. A line is with the kernel when `add` returns, so a kill loses none.
+
+    Args:
+        path: of the file, which may exist.
+
+    Raises:
+        WriteError: here and below: it cannot be written. A part of a line may then be in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with writing(path):
+            self.file = path.open("ab", buffering=0)
+            sync(path.parent)  # a checkpoint may be on the disk before the next sync
+
+    def add(self, line: str) -> None:
+        """Append a line."""
+        with writing(self.path):
+            write_all(self.file.fileno(), line.encode() + b"\n")
+
+    def close(self) -> None:
+        """Close the file; call it any number of times."""
+        with writing(self.path):
+            self.file.close()
+
+
+def write_all(descriptor: int, data: bytes) -> None:
+    """Write all bytes: write(2) may take a part."""
+    while data:
+        data = data[os.write(descriptor, data) :]
 
 
 def sync(path: Path) -> None:

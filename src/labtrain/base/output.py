@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TextIO, cast
 
 from labtrain.base.credentials import CleanStream
+from labtrain.base.files import write_all
 
 FILE = "output.log"
 MOST_WAITING = 1000  # lines that wait for the run's folder
@@ -52,7 +53,7 @@ class Log:
         try:
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
             try:
-                os.write(file, text)
+                write_all(file, text)
             finally:
                 os.close(file)
         except OSError as error:  # a full disk must not end a training

@@ -17,6 +17,7 @@ from typing import BinaryIO
 
 from labtrain.base.console import quoted, shown, warn
 from labtrain.base.errors import DamagedError
+from labtrain.base.files import sync
 from labtrain.base.untrusted import NotPlainError, open_plain
 
 FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
@@ -39,6 +40,8 @@ def make_folder(folder: Path) -> None:
     for each in reversed(missing):
         with suppress(FileExistsError):  # another rank was faster
             each.mkdir()
+            with suppress(PermissionError):  # one that nobody may list
+                sync(each.parent)  # a checkpoint is on the disk only if its folders are
             if is_shared(above := each.parent.stat()):
                 failed = _share(each, others=above.st_mode & (~umask if each == folder else ~0))
     folder.mkdir(exist_ok=True)  # fails for a file or a broken link
@@ -129,7 +132,7 @@ def make_sign(path: Path) -> int:
 
     It is a new file each time, locked before anybody else can open it. Only one process at a time may call this.
     """
-    scratch = path.with_name(f"{path.name}.{os.getpid()}")
+    scratch = path.with_name(f"{path.name}.new")  # of a killed process, too: only one process at a time is here
     scratch.unlink(missing_ok=True)
     descriptor = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -129,6 +129,35 @@ def block() -> set[signal.Signals]:
     return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})  # type: ignore[return-value]
 
 
+def end_on_interrupt() -> None:
+    """Let Ctrl-C end this process without a traceback, until `listening`; also one that came since `hold_interrupts`.
+
+    A process that ignores Ctrl-C, because a shell started it in the background, goes on to ignore it.
+    """
+    if in_main_thread() and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def hold_interrupts() -> set[signal.Signals]:
+    """Hold Ctrl-C back until the next program calls `end_on_interrupt`: Python would print a traceback while it starts.
+
+    Returns:
+        the earlier signal mask.
+    """
+    return signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # type: ignore[return-value]
+
+
+@contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Start a training's process in the block, which begins with Ctrl-C held back."""
+    mask = hold_interrupts()
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 @contextmanager
 def forwarding(child: subprocess.Popen[bytes], *, interrupts: bool) -> Iterator[list[int]]:
     """Forward signals to a child process; yield the list of those that came, which grows.

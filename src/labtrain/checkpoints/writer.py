@@ -20,7 +20,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from labtrain.base.contracts import Link, State, TrailMark
-from labtrain.base.errors import DamagedError, LabtrainError, StoreError
+from labtrain.base.errors import DamagedError, LabtrainError, StoreError, os_error_in
 from labtrain.checkpoints.format import together, write_files
 from labtrain.record.trail import HISTORY, TRAIL, Record, first_step_of
 from labtrain.stores.backends import is_local
@@ -220,8 +220,9 @@ class Writer:
         return error
 
     def _explained(self, name: str, error: BaseException) -> StoreError:
+        found = os_error_in(error)
         return StoreError(
-            f"{self.home}/{name} could not be written: {getattr(error, 'strerror', None) or error}",
+            f"{self.home}/{name} could not be written: {(found and found.strerror) or error}",
             hint=f"df -h {self.home}; ls -ld {self.home}; then the same command resumes from the newest",
         )
 

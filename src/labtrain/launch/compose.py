@@ -20,7 +20,7 @@ from labtrain.base.console import shown
 from labtrain.base.credentials import CleanStream, remember
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError, missing_package
 from labtrain.base.permissions import close_umask
-from labtrain.base.signals import block, forwarding
+from labtrain.base.signals import block, forwarding, hold_interrupts, interrupts_held
 from labtrain.checkpoints.initial import identify_weights
 from labtrain.exact import determinism
 from labtrain.launch.evaluation import Asked, asked_in, evaluation_job
@@ -40,19 +40,12 @@ MAX_JOB_BYTES = 120_000
 SUBMITTED = {"SUBMITIT_PREEMPT_SIGNAL": "USR1", "SLURM_KILL_BAD_EXIT": "1"}
 
 
-def main(config_path: str = "conf", config_name: str = "config") -> None:
-    """Compose the configuration and run it. This is the only call that a `train.py` needs.
-
-    Args:
-        config_path: the folder of the experiment's configuration, relative to the calling file.
-        config_name: its primary file, without `.yaml`.
-
-    It ends the process with exit code 0 (trained, or already complete), 2 (wrong usage), or the training's exit code.
-    """
+def start(file: str, config_path: str, config_name: str) -> None:
+    """Compose the configuration and run it: `labtrain.main`, called by `file`."""
     block()
     close_umask()
     sys.stderr = cast(TextIO, CleanStream(sys.stderr))
-    root = Path(sys._getframe(1).f_globals["__file__"]).resolve().parent
+    root = Path(file).resolve().parent
     wants_trace = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # else Hydra prints and exits: hydra/_internal/utils.py run_and_report
     os.environ["LABTRAIN_ROOT"] = str(root)  # conf/labtrain.yaml: paths.runs
@@ -164,6 +157,7 @@ class HydraTask:
         sys.stdout.flush()
         sys.stderr.flush()
         if single:
+            hold_interrupts()
             os.execve(start[0], start, environment)  # the same pid: signals, Slurm and torchrun see one process
         supervise(start, environment)
         return value_of(job, HydraConfig.get().sweeper)
@@ -180,6 +174,7 @@ class HydraTask:
         if self.wants_trace:
             environment["HYDRA_FULL_ERROR"] = "1"
         sys.stderr.flush()
+        hold_interrupts()
         os.execve(start[0], start, environment)
 
 
@@ -253,7 +248,8 @@ def supervise(command: list[str], environment: dict[str, str]) -> None:
         JobFailedError: its exit code is not 0.
     """
     block()
-    child = subprocess.Popen(command, env=environment)
+    with interrupts_held():
+        child = subprocess.Popen(command, env=environment)
     with forwarding(child, interrupts=False) as caught:
         code = child.wait()
     submitted = "SUBMITIT_FOLDER" in os.environ

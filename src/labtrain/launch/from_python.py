@@ -26,7 +26,7 @@ from labtrain.base.contracts import Options, as_options
 from labtrain.base.credentials import remember
 from labtrain.base.errors import ConfigError, JobFailedError, LabtrainError, in_words, where
 from labtrain.base.permissions import close_umask
-from labtrain.base.signals import Stopped, block, forwarding
+from labtrain.base.signals import Stopped, block, forwarding, interrupts_held
 from labtrain.checkpoints.initial import identify_weights
 from labtrain.launch.compose import ready
 from labtrain.launch.evaluation import asked_in
@@ -160,10 +160,11 @@ def _train_apart(job: Job) -> Result:
     with tempfile.TemporaryFile() as answer:
         mask = block()
         try:
-            child = subprocess.Popen(
-                command, env=environment, stdin=subprocess.DEVNULL, stdout=answer,
-                stderr=None if is_shown else subprocess.PIPE, process_group=0,
-            )  # fmt: skip
+            with interrupts_held():
+                child = subprocess.Popen(
+                    command, env=environment, stdin=subprocess.DEVNULL, stdout=answer,
+                    stderr=None if is_shown else subprocess.PIPE, process_group=0,
+                )  # fmt: skip
             try:
                 with forwarding(child, interrupts=True) as caught:
                     if child.stderr is not None:

@@ -17,10 +17,10 @@ from typing import IO, TYPE_CHECKING
 from labtrain.base import exact_json
 from labtrain.base.console import one_line, shown
 from labtrain.base.credentials import remember
-from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError
+from labtrain.base.errors import EXIT_STOPPED, LabtrainError, LostError, explain_disk
 from labtrain.base.output import keep_output
 from labtrain.base.permissions import close_umask
-from labtrain.base.signals import Stopped, end_with_parent
+from labtrain.base.signals import Stopped, end_on_interrupt, end_with_parent
 from labtrain.launch.compose import print_error, training_packages
 from labtrain.launch.from_python import answer
 from labtrain.record import receipt
@@ -39,6 +39,7 @@ FIRST_RANK = "LABTRAIN_FIRST_RANK"  # the process that started this rank
 
 def main() -> None:
     """Train this process's job; on rank 0, print its folder and its weights digest to standard output."""
+    end_on_interrupt()
     if JOB_VARIABLE not in os.environ:
         print_error(LabtrainError("only train.py can start labtrain.launch.job", hint="python train.py"))
         sys.exit(2)
@@ -55,25 +56,31 @@ def main() -> None:
         load_from_source()
     train, evaluate = _training(writes=not job.evaluate)
     answers = job.answers and (ranks is not None or not rank)  # not the ranks that Lightning starts
+    if job.evaluate and signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # it has scratch folders to remove
     try:
         found = evaluate(job) if job.evaluate else train(job)
-    except LabtrainError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
-            traceback.print_exc()
-        answer(out, error) if answers else print_error(error, rank)
-        if ranks and isinstance(error, LostError):
-            time.sleep(LOST_SECONDS)  # let the launcher act first: it knows whether a rank or a node failed
-        sys.exit(error.exit_code)
     except Stopped as error:
         if not rank:  # with another code Lightning, srun and torchrun kill rank 0, which may still be delivering
             _report_stop(job, error)
         if answers:
             answer(out, error)
         sys.exit(EXIT_STOPPED if not rank else 0)
-    except Exception as error:
+    except KeyboardInterrupt:  # of an evaluation, or of a training that delivers its checkpoints after a stop
+        sys.exit(128 + signal.SIGINT)
+    except Exception as raised:
+        known = raised if isinstance(raised, LabtrainError) else explain_disk(raised, Path(job.run_dir))
         if answers:
-            answer(out, error)
-        raise
+            answer(out, known or raised)
+        if known is None:
+            raise
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            traceback.print_exc()
+        if not answers:
+            print_error(known, rank)
+        if ranks and isinstance(known, LostError):
+            time.sleep(LOST_SECONDS)  # let the launcher act first: it knows whether a rank or a node failed
+        sys.exit(known.exit_code)
     _tell(found, out, rank, evaluated=bool(job.evaluate), answers=answers)
 
 

@@ -28,7 +28,7 @@ from labtrain.base.console import few, quoted, shown
 from labtrain.base.contracts import as_options
 from labtrain.base.credentials import without_secrets as without_secrets
 from labtrain.base.errors import ConfigError, DamagedError, not_readable
-from labtrain.base.files import write_atomically
+from labtrain.base.files import write_atomically, writing
 from labtrain.record.identity import EXPERIMENT, RUN_ID, SHORT_ID, enclosing
 
 SCHEMA = "labtrain/receipt/1"
@@ -86,11 +86,16 @@ def result_of(run_dir: Path, results: contracts.Results) -> Result:
 
 
 def write(run_dir: Path, receipt: Receipt) -> None:
-    """Replace the run's receipt, with its digest, in one step: a reader sees the old or the new one, complete."""
+    """Replace the run's receipt, with its digest, in one step: a reader sees the old or the new one, complete.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
     assert tuple(receipt) == KEYS
     assert receipt["status"] in STATUSES
     receipt["digest"] = exact_json.digest_of(as_options(receipt))
-    write_atomically(run_dir / FILE, exact_json.dumps(receipt, indent=1) + "\n")
+    with writing(run_dir / FILE):
+        write_atomically(run_dir / FILE, exact_json.dumps(receipt, indent=1) + "\n")
 
 
 @functools.cache

@@ -16,6 +16,7 @@ from pathlib import Path
 from labtrain.base import contracts, untrusted
 from labtrain.base.console import quoted
 from labtrain.base.contracts import FileMark, HistoryLine, Manifest
+from labtrain.base.files import writing
 
 TRAIL = "trail.jsonl"
 HISTORY = "history.jsonl"  # the lines that depend on the machine and the time (history.py)
@@ -146,11 +147,17 @@ class Record:
         self.path, self.size_bytes, self.sha = path, 0, hashlib.sha256()
 
     def up_to(self, size_bytes: int) -> FileMark:
-        """Return the manifest's entry for the first bytes, after syncing them to disk; read only new bytes."""
+        """Return the manifest's entry for the first bytes, after syncing them to disk; read only new bytes.
+
+        Raises:
+            WriteError: they cannot be synced.
+            OSError: there is no such file.
+        """
         if size_bytes < self.size_bytes:
             self.size_bytes, self.sha = 0, hashlib.sha256()
         with self.path.open("rb") as file:
-            os.fsync(file.fileno())
+            with writing(self.path):
+                os.fsync(file.fileno())
             file.seek(self.size_bytes)
             while self.size_bytes < size_bytes and (data := file.read(min(1 << 20, size_bytes - self.size_bytes))):
                 self.sha.update(data)

@@ -48,7 +48,7 @@ from labtrain.base.console import quoted, shown
 from labtrain.base.contracts import Options, SavedFile, as_options
 from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.base.exact_json import digest_of
-from labtrain.base.files import sha256_of, sync
+from labtrain.base.files import atomic, scratch_beside, sha256_of, sync
 from labtrain.base.permissions import make_folder
 from labtrain.stores.backends import explained, is_local, open_url
 
@@ -154,8 +154,10 @@ class Store:
         scratch = f"{full}.{secrets.token_hex(4)}"
         try:
             if self.local:
-                self._write(scratch, data)
-                _rename_to_new(Path(scratch), Path(full))
+                self._make_above(full)
+                with scratch_beside(Path(full)) as own:
+                    self._put(str(own), data)
+                    _rename_to_new(own, Path(full))
                 sync(Path(full).parent)
             elif self._is_sftp:
                 self._write(scratch, data)
@@ -164,7 +166,7 @@ class Store:
                 self.fs.pipe_file(full, data, mode="create")
         except OSError as error:
             with suppress(Exception):
-                if self.local or self._is_sftp:
+                if self._is_sftp:
                     self.fs.rm_file(scratch)
             if not isinstance(error, FileExistsError) and self.fs.exists(full):
                 raise FileExistsError(full) from error
@@ -176,12 +178,14 @@ class Store:
         if not self.local and not self._is_sftp:
             self.fs.pipe_file(full, data)
             return
+        if self.local:
+            self._make_above(full)
+            with atomic(Path(full)) as own:
+                own.write_bytes(data)
+            return
         scratch = f"{full}.{secrets.token_hex(4)}"
         self._write(scratch, data)
-        if self.local:
-            Path(scratch).replace(full)
-        else:
-            self.fs.ftp.posix_rename(scratch, full)
+        self.fs.ftp.posix_rename(scratch, full)
 
     def move(self, path: str, to: str) -> None:
         """Rename a folder, in one step.
@@ -232,6 +236,11 @@ class Store:
         return "sftp" in self.fs.protocol
 
     def _write(self, full: str, data: bytes) -> None:
+        self._make_above(full)
+        self._put(full, data)
+
+    def _make_above(self, full: str) -> None:
+        """Make the folder of a file."""
         for attempt in range(3):
             try:
                 above = full.rpartition("/")[0]
@@ -240,7 +249,6 @@ class Store:
             except OSError:  # over SFTP, another process may be making the same folders
                 if attempt == 2:
                     raise
-        self._put(full, data)
 
     def _put(self, full: str, data: bytes) -> None:
         """Write a file to an existing folder, and sync it to disk."""

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from labtrain.base.console import few, shown, warn
+from labtrain.base.console import few, one_line, shown, warn
 from labtrain.base.contracts import Results, as_options
 from labtrain.base.credentials import remember
 from labtrain.base.errors import (
@@ -25,6 +25,7 @@ from labtrain.base.errors import (
     LabtrainError,
     NotThereYetError,
     explain_callback,
+    explain_disk,
     in_words,
 )
 from labtrain.base.output import write_output_to
@@ -254,6 +255,7 @@ class _Session:
             # Ctrl-C may stop the delivery; the receipt is closed anyway.
             signal.signal(signal.SIGINT, signal.default_int_handler)
         error = raised if self.ranks is None else explain_loss(raised, self.wishes)
+        error = explain_disk(error, self.run_dir) or error
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
         if not stopped:
             self.listening.close()  # restore signal handling, so that the launcher's SIGTERM ends this rank
@@ -265,7 +267,8 @@ class _Session:
             except Exception as other:  # for example a full disk; show the training's own error
                 if stopped:
                     raise
-                warn(f"{shown(self.run_dir)}: the receipt could not be closed: {in_words(other)}")
+                said = other.args[0] if isinstance(other, LabtrainError) else in_words(other)
+                warn(f"{shown(self.run_dir)}: the receipt could not be closed: {said}")
         if not stopped and (launcher := self.trainer.strategy.launcher):
             launcher.kill(signal.SIGKILL)  # the other ranks on this node wait for this rank forever
         return self._explained(error) or error
@@ -280,6 +283,8 @@ class _Session:
                 self.saver.abandon()
         finally:
             why = str(error) if isinstance(error, Stopped) else type(error).__qualname__
+            if isinstance(error, LabtrainError):
+                why = f"{why}: {one_line(str(error.args[0]))}"
             self.recorder.close("interrupted" if stopped else "failed", step=self.trainer.global_step, why=why)
 
     def _explained(self, error: BaseException) -> BaseException | None:

@@ -9,7 +9,6 @@ import json
 import math
 import time
 from pathlib import Path
-from typing import IO
 
 import lightning.pytorch as pl
 import psutil
@@ -18,6 +17,7 @@ import torch
 from labtrain.base.console import warn
 from labtrain.base.contracts import Best
 from labtrain.base.errors import DamagedError
+from labtrain.base.files import Lines
 from labtrain.data.sharded import Loader
 from labtrain.record.trail import HISTORY, read_history_lines
 from labtrain.training.lightning import active_results, peak_of_device
@@ -35,7 +35,7 @@ class History(pl.Callback):
 
     def __init__(self, run_dir: Path, *, batch_size: int) -> None:
         self.path, self.batch_size = run_dir / HISTORY, batch_size
-        self.file: IO[str] | None = None
+        self.file: Lines | None = None
         self.process = psutil.Process()
         self.started = self.written = 0.0
         self.samples = 0
@@ -48,9 +48,9 @@ class History(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
-            self.file = self.path.open("a", buffering=1)
+            self.file = Lines(self.path)
             if self.path.stat().st_size:
-                self.file.write("\n")  # a line that a kill cut short ends here
+                self.file.add("")  # a line that a kill cut short ends here
             self.started = self.written = time.monotonic()
             self.samples = 0
             peak = peak_of_device(trainer)
@@ -101,7 +101,7 @@ class History(pl.Callback):
             logged = results.metrics(on_step=False)["callback"]
             found = {name: float(value) for name, value in sorted(logged.items())}
             line["metrics"] = {name: value for name, value in found.items() if math.isfinite(value)}
-        self.file.write(json.dumps(line, default=float) + "\n")
+        self.file.add(json.dumps(line, default=float))
         self.written, self.samples = now, 0
 
     def _flops_of_sample(self, trainer: pl.Trainer) -> float | None:

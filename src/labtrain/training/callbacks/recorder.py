@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Collection
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from labtrain.base.contracts import (
 )
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.base.files import file_sha256, write_atomically
+from labtrain.base.files import file_sha256, write_atomically, writing
 from labtrain.base.nvml import driver_version
 from labtrain.base.permissions import make_folder, make_sign, open_lock
 from labtrain.data.combined import parts_of
@@ -90,7 +91,11 @@ class Recorder(pl.Callback):
         """
         self.job.hold(self.run_dir)
         self.made_folder = not self.run_dir.exists()
-        make_folder(self.run_dir)
+        with writing(self.run_dir / receipt.LOCK):
+            make_folder(self.run_dir)
+            self._lock()
+
+    def _lock(self) -> None:
         path = self.run_dir / receipt.LOCK
         try:
             self.lock = open_lock(path)
@@ -220,13 +225,15 @@ class Recorder(pl.Callback):
         assert self.receipt is not None
         remember(self.receipt, Path(self.job.root))  # before a long patch is removed from it
         self.waits, code = False, self.receipt["code"]
-        write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.receipt["config"], sort_keys=False))
-        if not code["patch"]:
-            (self.run_dir / PATCH).unlink(missing_ok=True)  # from an earlier start
-        else:
-            write_atomically(self.run_dir / PATCH, code["patch"])
-            if len(code["patch"]) > LONGEST_PATCH:
-                code["patch"] = None
+        with writing(self.run_dir / "config.yaml"):
+            write_atomically(self.run_dir / "config.yaml", yaml.safe_dump(self.receipt["config"], sort_keys=False))
+        with writing(self.run_dir / PATCH):
+            if not code["patch"]:
+                (self.run_dir / PATCH).unlink(missing_ok=True)  # from an earlier start
+            else:
+                write_atomically(self.run_dir / PATCH, code["patch"])
+                if len(code["patch"]) > LONGEST_PATCH:
+                    code["patch"] = None
         receipt.write(self.run_dir, self.receipt)
 
     def _data(self, trainer: pl.Trainer) -> dict[str, DataRecord]:
@@ -264,7 +271,7 @@ class Recorder(pl.Callback):
         Args:
             status: one of `receipt.STATUSES`.
             step: the last step.
-            why: the name of the signal or exception that ended it early.
+            why: the name of the signal, or the exception, that ended it early.
             results: of a complete run.
         """
         if self.waits and status == "complete":
@@ -286,10 +293,12 @@ class Recorder(pl.Callback):
     def release(self) -> None:
         """Release the lock, so that other processes can train the run."""
         if self.sign is not None:
-            (self.run_dir / receipt.SIGN).unlink(missing_ok=True)
-            os.close(self.sign)
-        if self.lock is not None:
-            os.close(self.lock)
+            with suppress(OSError):  # the folder may be gone; a lock ends with its process
+                (self.run_dir / receipt.SIGN).unlink(missing_ok=True)
+        for held in (self.sign, self.lock):
+            if held is not None:
+                with suppress(OSError):  # Linux closes it all the same
+                    os.close(held)
         self.sign = self.lock = None
 
 

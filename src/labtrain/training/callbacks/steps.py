@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO
 
 import lightning.pytorch as pl
 import torch
@@ -16,6 +15,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from labtrain.base.contracts import State
+from labtrain.base.files import Lines, writing
 from labtrain.checkpoints.format import is_spread
 from labtrain.data.sharded import Loader
 from labtrain.exact.checksums import shown_sums, two_sums
@@ -103,7 +103,7 @@ class Trail(pl.Callback):
         self, path: Path, *, every_n_steps: int, resumed_step: int = 0, say: Callable[[str], None] = lambda _: None
     ) -> None:
         self.path, self.every_n_steps, self.resumed_step = path, every_n_steps, resumed_step
-        self.file: IO[str] | None = None
+        self.file: Lines | None = None
         self.last_step = resumed_step
         self.say, self.said = say, False
         self.is_cut = False
@@ -121,7 +121,7 @@ class Trail(pl.Callback):
         places = self.loaded or parameter_places(pl_module)
         self.numbers = {id(each): places[name] for name, each in pl_module.named_parameters() if name in places}
         if trainer.is_global_zero:
-            self.file = self.path.open("a", buffering=1)
+            self.file = Lines(self.path)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
@@ -196,7 +196,8 @@ class Trail(pl.Callback):
 
     def _cut(self) -> None:
         if self.file is not None and not self.is_cut:
-            cut_trail(self.path, last_step=self.resumed_step)
+            with writing(self.path):
+                cut_trail(self.path, last_step=self.resumed_step)
             self.is_cut = True
 
     def on_save_checkpoint(
@@ -238,7 +239,7 @@ class Trail(pl.Callback):
         line["loss"] = value if math.isfinite(value) else repr(value)
         line["gradients"] = shown_sums(sums[2:], bits=32) if line["gradients"] else None
         line["weights"] = shown_sums(sums[:2])
-        self.file.write(json.dumps(line) + "\n")
+        self.file.add(json.dumps(line))
 
 
 def dense_parts(gradient: torch.Tensor) -> list[torch.Tensor]:

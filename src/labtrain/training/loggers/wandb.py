@@ -7,7 +7,7 @@ import struct
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.fabric.utilities.rank_zero import rank_zero_only
@@ -16,7 +16,7 @@ from lightning.pytorch.loggers import WandbLogger
 from labtrain.base.contracts import Options
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError
-from labtrain.base.files import write_atomically
+from labtrain.base.files import Lines, write_atomically, writing
 from labtrain.base.git import ask_git
 from labtrain.record.identity import Job
 from labtrain.training.lightning import experiment_of, is_offline
@@ -40,7 +40,7 @@ class ContinuedWandbLogger(Clean, WandbLogger):
         super().__init__(**options)
         self.run_dir = Path(options["save_dir"])
         self.rows, self.told = position, 0
-        self.file: IO[str] | None = None
+        self.file: Lines | None = None
 
     @property
     @rank_zero_experiment
@@ -60,7 +60,7 @@ class ContinuedWandbLogger(Clean, WandbLogger):
         assert self.file is not None
         self.rows += 1
         row = {**metrics, "trainer/global_step": step}
-        self.file.write(json.dumps(row) + "\n")
+        self.file.add(json.dumps(row))
         self._tell(self.rows, row)
 
     def _tell(self, number: int, row: Mapping[str, object]) -> None:
@@ -71,8 +71,9 @@ class ContinuedWandbLogger(Clean, WandbLogger):
     def _catch_up(self) -> None:
         path = self.run_dir / self.ROWS
         lines = path.read_text().splitlines(keepends=True)[: self.rows] if path.exists() else []
-        write_atomically(path, "".join(lines))
-        self.file = path.open("a", buffering=1)
+        with writing(path):
+            write_atomically(path, "".join(lines))
+        self.file = Lines(path)
         run = self.experiment
         self.told = count_rows(self.run_dir) if is_offline(self) else int(run.starting_step)
         for number, line in enumerate(lines, start=1):
