@@ -73,17 +73,17 @@ class Staging:
         )
 
 
-def _dense(value: Any, key: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _dense(value: object, key: str) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the key and the tensor of each dense part of a state."""
     if isinstance(value, DTensor):
         yield from _dense(value.to_local(), key)
     elif isinstance(value, torch.Tensor):
         if value.layout == torch.strided:
             yield key, value.detach()
-    elif type(value) in MAPPINGS:
+    elif isinstance(value, dict):
         for name, item in value.items():
             yield from _dense(item, f"{key}.{name}")
-    elif type(value) in SEQUENCES and not (len(value) > LONG and PLAIN_KINDS.issuperset(map(type, value))):
+    elif isinstance(value, list | tuple) and not (len(value) > LONG and PLAIN_KINDS.issuperset(map(type, value))):
         for index, item in enumerate(value):
             yield from _dense(item, f"{key}.{index}")
 
