@@ -7,7 +7,10 @@ node that fails makes the launcher start the job again.
 
 import os
 import re
+import signal
 import socket
+import subprocess
+import time
 
 import psutil
 import torch.distributed as dist
@@ -21,6 +24,7 @@ from labtrain.base.signals import Stopped, Wishes
 from labtrain.record.ranks import Ranks
 
 ELSEWHERE = "192.0.2.1"  # an unused address (RFC 5737); the route to it shows this machine's outgoing interface
+POLL_S = 0.05
 # What gloo, TCPStore and NCCL report when a peer is gone.
 BROKEN = re.compile(
     r"[Cc]onnection|Read error|Write error|Broken pipe|remote (process|error)|ncclRemoteError|recv|socket"
@@ -147,14 +151,46 @@ def interface_to(address: str) -> str | None:
     return names[0] if names else None
 
 
+def is_loss(error: BaseException) -> bool:
+    """Return whether an error says that the connection to another rank broke."""
+    exchange = isinstance(error, dist.DistNetworkError | dist.DistBackendError) or "gloo" in str(error)
+    return exchange and isinstance(error, RuntimeError) and BROKEN.search(str(error)) is not None
+
+
+def ended_rank(launcher: object, *, seconds: float) -> tuple[int, int] | None:
+    """Return a rank that failed, and its exit code, of those that Lightning's launcher started in this process.
+
+    Args:
+        launcher: of the strategy.
+        seconds: how long to wait for one; a rank closes its connections before it ends.
+    """
+    started: list[subprocess.Popen[bytes]] = getattr(launcher, "procs", [])
+    deadline_s = time.monotonic() + seconds
+    while started:
+        for rank, process in enumerate(started, 1):
+            if process.poll():
+                return rank, process.returncode
+        if time.monotonic() > deadline_s:
+            break
+        time.sleep(POLL_S)
+    return None
+
+
+def lost_rank(rank: int, code: int) -> LostError:
+    """Return the error for a rank that ended before the training."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    lost = LostError(f"rank {rank} {how}", hint="the same command resumes")
+    lost.exit_code = 1
+    return lost
+
+
 def explain_loss(error: BaseException, wishes: Wishes) -> BaseException:
     """Replace an error of the exchange with other ranks by one for people; return any other error unchanged.
 
     An error before the first step may come from this machine, and is returned unchanged. If this process was asked to
     stop, the other ranks were asked too, and stopped first.
     """
-    exchange = isinstance(error, dist.DistNetworkError | dist.DistBackendError) or "gloo" in str(error)
-    if not exchange or not isinstance(error, RuntimeError) or not BROKEN.search(str(error)):
+    if not is_loss(error):
         return error
     if wishes.signum:
         return Stopped(wishes.signum, saved=False)
