@@ -112,7 +112,7 @@ def _wait(child: subprocess.Popen[bytes], watch: Callable[[subprocess.Popen[byte
 def _why(beacon: Beacon, code: int) -> str:
     """Return how a rank died; empty if nothing died that a restart could help."""
     if code < 0 and -code not in ASKED:
-        return f"rank 0 was killed by {signal.Signals(-code).name}"
+        return beacon.why or f"rank 0 was killed by {signal.Signals(-code).name}"
     return beacon.why if code > 0 else ""
 
 

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Callable
 
 import psutil
 import torch.distributed as dist
@@ -166,14 +167,33 @@ def ended_rank(launcher: object, *, seconds: float) -> tuple[int, int] | None:
     """
     started: list[subprocess.Popen[bytes]] = getattr(launcher, "procs", [])
     deadline_s = time.monotonic() + seconds
-    while started:
-        for rank, process in enumerate(started, 1):
-            if process.poll():
-                return rank, process.returncode
-        if time.monotonic() > deadline_s:
-            break
+    while (failed := _failed(started)) is None and started and time.monotonic() < deadline_s:
         time.sleep(POLL_S)
-    return None
+    return failed
+
+
+def _failed(started: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+    codes = enumerate((process.poll() for process in started), 1)
+    return next(((rank, code) for rank, code in codes if code), None)
+
+
+def observe(
+    started: list[subprocess.Popen[bytes]], *, patience_s: Callable[[], float], tell: Callable[[int, int], object]
+) -> None:
+    """End this process if a rank failed that it started and that it still waits for after some time.
+
+    Args:
+        started: the other ranks.
+        patience_s: how long this process may take to notice, and to save.
+        tell: called with the error before the end.
+    """
+    while (failed := _failed(started)) is None:
+        if all(process.poll() == 0 for process in started):
+            return
+        time.sleep(1)
+    time.sleep(patience_s())
+    tell(*failed)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def lost_rank(rank: int, code: int) -> LostError:

@@ -7,10 +7,13 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import torch
 from lightning.pytorch import Trainer
@@ -43,12 +46,13 @@ from labtrain.record.receipt import Receipt, Result, result_of
 from labtrain.record.resume import changed_data
 from labtrain.training.callbacks.checkpoint import Checkpoints, as_floats
 from labtrain.training.callbacks.history import best_of
+from labtrain.training.callbacks.kept import OUTLIVES_S
 from labtrain.training.callbacks.recorder import Recorder, nothing_to_train
-from labtrain.training.cluster import ended_rank, explain_loss, is_loss, lost_rank, make_environment
+from labtrain.training.cluster import ended_rank, explain_loss, is_loss, lost_rank, make_environment, observe
 from labtrain.training.devices import choose_accelerator, plain_because
 from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.guard import Guard, explain_operation
-from labtrain.training.lightning import ignore_signals, put_checkpoint_connector
+from labtrain.training.lightning import ignore_signals, observe_ranks, put_checkpoint_connector
 from labtrain.training.loaders import take_loaders
 from labtrain.training.loggers import log_config, log_receipt, make_loggers
 from labtrain.training.speed import check_compiler, explain_compile, own_compiles
@@ -193,9 +197,23 @@ class _Session:
         )
         put_checkpoint_connector(trainer, Connector(trainer, self.start.path, self._initialise))
         ignore_signals(trainer)
+        observe_ranks(self._observe)
         take_loaders(datamodule, loop.placed, same_batches=bool(self.config["trainer"]["overfit_batches"]))
         set_up = datamodule.setup
         datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))  # type: ignore[method-assign]
+
+    def _observe(self, started: list[subprocess.Popen[bytes]]) -> None:
+        def patience_s() -> float:
+            return ENDS_S if self.checkpoints.kept.held is None else OUTLIVES_S
+
+        watch = partial(observe, started, patience_s=patience_s, tell=self._tell_ended)
+        Thread(target=watch, daemon=True).start()
+
+    def _tell_ended(self, rank: int, code: int) -> None:
+        """Tell the starting process that a rank failed, unless it has printed an error for people."""
+        if self.checkpoints.beacon is not None and code != EXIT_USAGE:
+            lost = lost_rank(rank, code)
+            self.checkpoints.beacon.fail(str(lost.args[0]), code if code > 0 else 128 - code)
 
     def _initialise(self, trainer: Trainer) -> None:
         """Start with the weights of `init_from`, unless the training resumes from a checkpoint."""
@@ -298,10 +316,11 @@ class _Session:
             self.checkpoints.kept.write(leads=self.trainer.is_global_zero, take_over=self._take_over)
         except Exception as other:
             warn(f"{shown(self.run_dir)}: the newest state could not be saved: {in_words(other)}")
-        if self.checkpoints.beacon is not None and not stopped:
+        if self.ended is not None:
+            self._tell_ended(*self.ended)
+        elif self.checkpoints.beacon is not None and not stopped:
             how = str(error.args[0]) if isinstance(error, LostError) else f"rank 0 raised {type(error).__qualname__}"
-            code = self.ended[1] if self.ended is not None else 1
-            self.checkpoints.beacon.fail(how, code if code > 0 else 128 - code)
+            self.checkpoints.beacon.fail(how, 1)
 
     def _take_over(self) -> bool:
         """Try to become the only process that trains this run."""

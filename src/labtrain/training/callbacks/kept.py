@@ -23,7 +23,8 @@ from labtrain.record.trail import TRAIL, cut_trail, read_trail
 from labtrain.stores.layout import link_to
 from labtrain.stores.store import Manifest
 
-SHARE = 0.01  # of rank 0's processor time
+SHARE = 0.01  # of rank 0's time, by the clock or by the processor: on a busy machine the clock measures others
+CLOCKS = (time.monotonic, time.process_time)
 TAKE_OVER_S = 15  # how long the last rank waits for the end of rank 0
 OUTLIVES_S = 60  # how long it may take, after the death of rank 0, to save its copy
 POLL_S = 0.05
@@ -42,19 +43,19 @@ class Kept:
         self.copies = False  # whether this rank makes copies
         self.staging = Staging()
         self.held: tuple[State, Manifest] | None = None
-        self.next_s = 0.0
+        self.next_s = [0.0, 0.0]  # by each clock
 
     @contextmanager
     def timed(self) -> Iterator[None]:
         """Measure a copy, and choose when the next one may be made."""
-        begun_s = time.process_time()
+        begun_s = [clock() for clock in CLOCKS]
         yield
-        now_s = time.process_time()
-        self.next_s = now_s + (now_s - begun_s) / SHARE
+        now_s = [clock() for clock in CLOCKS]
+        self.next_s = [now + (now - begun) / SHARE for begun, now in zip(begun_s, now_s, strict=True)]
 
     def due(self) -> bool:
         """Return whether another copy may be made."""
-        return time.process_time() >= self.next_s
+        return any(clock() >= next_s for clock, next_s in zip(CLOCKS, self.next_s, strict=True))
 
     def put(self, state: State, manifest: Manifest) -> None:
         """Copy a state; rank 0's manifest, with the scores of earlier checkpoints."""
