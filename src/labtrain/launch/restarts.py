@@ -134,7 +134,7 @@ def _again(job: Job, environment: dict[str, str], why: str, *, fewer: bool) -> d
     """Return the environment of the next start, and print why there is one."""
     trainer = job.config["trainer"]
     devices = trainer["devices"]
-    if fewer and job.config["failures"]["elastic"] and trainer["accelerator"] == "cpu" and isinstance(devices, int):
+    if fewer and job.config["failures"]["elastic"] and isinstance(devices, int):
         trainer["devices"] = max(1, devices - 1)  # each process needs memory
     sys.stderr.write(f"warning: {shown(job.run_dir)}: {why}: labtrain starts all processes again\n")
     sys.stderr.flush()
