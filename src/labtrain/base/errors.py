@@ -32,6 +32,7 @@ from pathlib import Path
 from labtrain.base.console import message, one_line, quoted
 
 EXIT_USAGE = 2
+EXIT_LOST = 76  # of a rank that lost contact with the others, without a launcher: EX_PROTOCOL of sysexits.h
 EXIT_STOPPED = 75  # stopped by a signal, and saved: EX_TEMPFAIL of sysexits.h
 
 

@@ -22,7 +22,7 @@ from labtrain.record.ranks import RESTARTED, Beacon, find_ranks
 
 Start = Callable[[Mapping[str, str], tuple[int, ...]], subprocess.Popen[bytes]]
 
-MODULE = b"labtrain.launch.job"  # in the command of each rank
+MODULE = "labtrain.launch.job"  # in the command of each rank
 SAVE_S = 60  # how long a rank may take to save its copy, after rank 0 died
 POLL_S = 0.02
 # A process that died by one of these was asked to stop.
@@ -94,7 +94,7 @@ def run(
             code = _wait(current.process, watch)
             why = _why(beacon, code) if restarts else ""
             if restarts:
-                _end_ranks(spared=beacon.heir if why else 0)
+                _end_ranks(job, spared=beacon.heir if why else 0)
             if not why or caught or not _goes_on(job, beacon, deaths, killed=code < 0 or beacon.code > 128):
                 return (beacon.code or code) if deaths.count > 1 else code, caught
             environment = _again(job, environment, why, fewer=deaths.killed > 1)
@@ -141,14 +141,15 @@ def _again(job: Job, environment: dict[str, str], why: str, *, fewer: bool) -> d
     return {**environment, JOB_VARIABLE: job.to_json(), RESTARTED: why}
 
 
-def _end_ranks(*, spared: int) -> None:
-    """End the ranks that this process has adopted, and their loader workers.
+def _end_ranks(job: Job, *, spared: int) -> None:
+    """End the ranks of a job that this process has adopted, and their loader workers.
 
     Args:
+        job: that they trained.
         spared: a rank that may save its copy first.
     """
     deadline_s, seen = time.monotonic() + SAVE_S, set[int]()
-    while ranks := {child for child in _children() if _is_rank(child)}:
+    while ranks := {child for child in _children() if _trains(child, job)}:
         seen |= ranks
         for rank in ranks if time.monotonic() > deadline_s else ranks - {spared}:
             with suppress(ProcessLookupError):
@@ -173,9 +174,9 @@ def _children() -> list[int]:
     return found
 
 
-def _is_rank(process: int) -> bool:
+def _trains(process: int, job: Job) -> bool:
     with suppress(OSError):
-        return MODULE in Path(f"/proc/{process}/cmdline").read_bytes().split(b"\0")
+        return {MODULE, shown(job.run_dir)} <= {*Path(f"/proc/{process}/cmdline").read_text().split("\0")}
     return False
 
 

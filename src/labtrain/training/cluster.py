@@ -20,7 +20,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from labtrain.base.errors import DeviceError, LostError
+from labtrain.base.errors import EXIT_LOST, DeviceError, LostError
 from labtrain.base.signals import Stopped, Wishes
 from labtrain.record.ranks import Ranks
 
@@ -161,6 +161,8 @@ def is_loss(error: BaseException) -> bool:
 def ended_rank(launcher: object, *, seconds: float) -> tuple[int, int] | None:
     """Return a rank that failed, and its exit code, of those that Lightning's launcher started in this process.
 
+    Not one that has only lost contact with the others.
+
     Args:
         launcher: of the strategy.
         seconds: how long to wait for one; a rank closes its connections before it ends.
@@ -174,7 +176,7 @@ def ended_rank(launcher: object, *, seconds: float) -> tuple[int, int] | None:
 
 def _failed(started: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
     codes = enumerate((process.poll() for process in started), 1)
-    return next(((rank, code) for rank, code in codes if code), None)
+    return next(((rank, code) for rank, code in codes if code not in (None, 0, EXIT_LOST)), None)
 
 
 def observe(

@@ -23,6 +23,7 @@ from labtrain.base.console import few, shown, warn
 from labtrain.base.contracts import Results, as_options
 from labtrain.base.credentials import remember
 from labtrain.base.errors import (
+    EXIT_LOST,
     EXIT_USAGE,
     ConfigError,
     DeviceError,
@@ -303,6 +304,8 @@ class _Session:
             self.ended = ended_rank(self.trainer.strategy.launcher, seconds=0 if asked else ENDS_S)
             if self.ended is not None:
                 return lost_rank(*self.ended)
+        if self.ranks is None and isinstance(error, LostError):
+            error.exit_code = 1 if self.trainer.is_global_zero else EXIT_LOST
         return error
 
     def _leave_copy(self, error: BaseException) -> None:
@@ -312,8 +315,10 @@ class _Session:
         refused = self.ended is not None and self.ended[1] == EXIT_USAGE  # that rank has printed an error for people
         if own or refused or isinstance(error, KeyboardInterrupt):
             return
+        leads = self.trainer.is_global_zero
         try:
-            self.checkpoints.kept.write(leads=self.trainer.is_global_zero, take_over=self._take_over)
+            if leads or stopped or isinstance(error, LostError):  # else rank 0 lives
+                self.checkpoints.kept.write(leads=leads, take_over=self._take_over)
         except Exception as other:
             warn(f"{shown(self.run_dir)}: the newest state could not be saved: {in_words(other)}")
         if self.ended is not None:

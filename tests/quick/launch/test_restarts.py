@@ -31,7 +31,7 @@ exec(deed)
 """
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 RAISES = "beacon.fail('rank 0 raised ValueError', 1); sys.exit(1)"
-LONE = "subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(100)', 'labtrain.launch.job'])"  # fixed: is ended
+LONE = "subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(100)', 'labtrain.launch.job', 'runs/a'])"  # fixed: is ended
 
 
 def job(devices: Any = 2, most: int = 2, *, elastic: bool = False) -> Job:
@@ -107,7 +107,7 @@ def test_no_rank_is_left_behind() -> None:
 
 def test_a_rank_that_saves_may_end_first() -> None:
     heir = "import time, pathlib; time.sleep(0.5); pathlib.Path('saved').touch()"  # fixed: a save
-    deed = f"heir = subprocess.Popen([sys.executable, '-S', '-c', {heir!r}, 'labtrain.launch.job'])"
+    deed = f"heir = subprocess.Popen([sys.executable, '-S', '-c', {heir!r}, 'labtrain.launch.job', 'runs/a'])"
     deed += f"; beacon.begin(0, heir=heir.pid); {KILLED}"
     assert trained((0, 5, deed), (5, 9, "assert pathlib.Path('saved').exists()"))[0] == 0
 
