@@ -313,7 +313,7 @@ class _Session:
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
         own = not isinstance(error, LostError) and isinstance(self._explained(error) or error, LabtrainError)
         refused = self.ended is not None and self.ended[1] == EXIT_USAGE  # that rank has printed an error for people
-        if own or refused or isinstance(error, KeyboardInterrupt):
+        if own or refused or isinstance(error, KeyboardInterrupt) or (isinstance(error, Stopped) and error.saved):
             return
         leads = self.trainer.is_global_zero
         try:
