@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ Start = Callable[[Mapping[str, str], tuple[int, ...]], subprocess.Popen[bytes]]
 
 MODULE = "labtrain.launch.job"  # in the command of each rank
 SAVE_S = 60  # how long a rank may take to save its copy, after rank 0 died
+REAP_S = 1
 POLL_S = 0.02
 # A process that died by one of these was asked to stop.
 ASKED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
@@ -154,15 +155,17 @@ def _end_ranks(job: Job, *, spared: int) -> None:
         for rank in ranks if time.monotonic() > deadline_s else ranks - {spared}:
             with suppress(ProcessLookupError):
                 os.kill(rank, signal.SIGKILL)
-        _reap(ranks)
         time.sleep(POLL_S)
-    _reap(seen)
+    ended_s = time.monotonic() + REAP_S  # a process that ends has no command any more
+    while (seen := {each for each in seen if not _reaped(each)}) and time.monotonic() < ended_s:
+        time.sleep(POLL_S)
 
 
-def _reap(processes: Iterable[int]) -> None:
-    for process in processes:
-        with suppress(ChildProcessError):
-            os.waitpid(process, os.WNOHANG)
+def _reaped(process: int) -> bool:
+    try:
+        return os.waitpid(process, os.WNOHANG)[0] == process
+    except ChildProcessError:
+        return True
 
 
 def _children() -> list[int]:
