@@ -96,7 +96,9 @@ def run(
             why = _why(beacon, code) if restarts else ""
             if restarts:
                 _end_ranks(job, spared=beacon.heir if why else 0)
-            if not why or caught or not _goes_on(job, beacon, deaths, killed=code < 0 or beacon.code > 128):
+            if why and caught:
+                return -caught[0], caught  # it was asked to stop while it waited for the end of the others
+            if not why or not _goes_on(job, beacon, deaths, killed=code < 0 or beacon.code > 128):
                 return (beacon.code or code) if deaths.count > 1 else code, caught
             environment = _again(job, environment, why, fewer=deaths.killed > 1)
 

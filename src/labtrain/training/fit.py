@@ -319,7 +319,7 @@ class _Session:
         try:
             if leads or stopped or isinstance(error, LostError):  # else rank 0 lives
                 self.checkpoints.kept.write(leads=leads, take_over=self._take_over)
-        except Exception as other:
+        except (Exception, KeyboardInterrupt) as other:
             warn(f"{shown(self.run_dir)}: the newest state could not be saved: {in_words(other)}")
         if self.ended is not None:
             self._tell_ended(*self.ended)

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -46,9 +47,8 @@ class Training:
 
     def ranks(self) -> list[psutil.Process]:
         """Return the processes of the ranks, rank 0 first."""
-        of = lambda process: [each for each in process.children() if "labtrain.launch.job" in each.cmdline()]  # noqa: E731
-        zero = of(psutil.Process(self.process.pid))
-        return zero + [each for rank in zero for each in of(rank)]
+        zero = _trains(psutil.Process(self.process.pid))
+        return zero + [each for rank in zero for each in _trains(rank)]
 
     def wait_for(self, step: int) -> None:
         wait_until(lambda: any(len(read_trail(run)) >= step for run in folders(Path("runs"))), process=self.process)
@@ -63,6 +63,14 @@ class Training:
                 and "labtrain.launch.job" in (each.info["cmdline"] or [])]  # fmt: skip
         assert left == []
         return Run(code=self.process.returncode, out=out, err=err, cwd=Path.cwd())
+
+
+def _trains(process: psutil.Process) -> list[psutil.Process]:
+    found = []
+    for each in process.children():
+        with suppress(psutil.Error):  # it ends
+            found += [each] if "labtrain.launch.job" in each.cmdline() else []
+    return found
 
 
 def receipt() -> dict:
@@ -166,8 +174,9 @@ def test_three_deaths_at_one_step_end_the_run(own_experiment: Experiment) -> Non
 def test_a_signal_while_it_starts_again_ends_it(experiment: Experiment, number: int) -> None:
     training = Training(experiment)
     training.wait_for(AT)
-    training.ranks()[0].kill()
-    wait_until(lambda: training.ranks() and training.ranks()[0].is_running(), process=training.process)
+    (first, *_) = training.ranks()
+    first.kill()
+    wait_until(lambda: [rank for rank in training.ranks()[:1] if rank != first], process=training.process)
     training.process.send_signal(number) if number == signal.SIGTERM else os.killpg(training.process.pid, number)
     run = training.end()
     assert run.code in (75, -number, 128 + number)
