@@ -161,7 +161,7 @@ def is_loss(error: BaseException) -> bool:
 def ended_rank(launcher: object, *, seconds: float) -> tuple[int, int] | None:
     """Return a rank that failed, and its exit code, of those that Lightning's launcher started in this process.
 
-    Not one that has only lost contact with the others.
+    A rank that has only lost contact with another one does not count.
 
     Args:
         launcher: of the strategy.

@@ -297,7 +297,7 @@ class _Session:
         return self._explained(error) or error
 
     def _error_of(self, raised: BaseException) -> BaseException:
-        """Explain that other ranks are gone. Without a launcher this process knows what became of those it started."""
+        """Explain that other ranks are gone. Without a launcher this process knows how they ended."""
         error = explain_loss(raised, self.wishes)
         asked = isinstance(error, Stopped) and not error.saved  # also by Lightning, which watches the ranks
         if self.ranks is None and (is_loss(raised) or asked):
