@@ -66,6 +66,7 @@ class Runner:
         signal_at: str = "0 0 0",
         bucket_bytes: int | None = None,
         environment: dict[str, str] | None = None,
+        patience_s: float = 0,
     ) -> Path | None:
         """Train in `world` processes; return the run's folder where it came to its end.
 
@@ -75,6 +76,7 @@ class Runner:
             code: the exit code that is expected of rank 0; None: any.
             signal_at: step, number of a signal, and the rank that gets it.
             environment: variables of the processes.
+            patience_s: how long the others may live on after one has died.
             bucket_bytes: for buckets so small that a model fills several.
         """
         context = forkserver(self.preload)
@@ -103,6 +105,7 @@ class Runner:
             if broken or time.monotonic() > deadline:
                 if broken and ranks[0].exitcode is None and broken[0].exitcode > 0:
                     ranks[0].join(0.2)  # it may still say why
+                connection.wait([process.sentinel for process in ranks if process not in broken], patience_s)
                 for process in ranks:
                     process.kill()  # as the observer of Lightning's launcher does
             connection.wait(alive, 0.05)

@@ -37,7 +37,7 @@ from labtrain.record.config import CONF, init_from
 from labtrain.record.resume import make_job
 from labtrain.training import fit as training
 from labtrain.training import start as start_of
-from labtrain.training.callbacks import recorder
+from labtrain.training.callbacks import kept, recorder
 
 VOCABULARY, CONTEXT = 11, 8
 
@@ -495,6 +495,8 @@ def work(
         which, name = environment["FULL_IN_SAVE"].split()
         if which == str(rank):
             full_in_save(name)
+    if "COPY_SHARE" in environment:
+        kept.SHARE = float(environment["COPY_SHARE"])
     if environment.get("BLIND_RANK") == str(rank):
         start_of.find_checkpoint = lambda *_, **__: None
     recorder.files_state = FILES_STATE

@@ -93,6 +93,13 @@ class TrailConfig(TypedDict):
     every_n_steps: int
 
 
+class FailuresConfig(TypedDict):
+    """`failures`."""
+
+    max_restarts: int
+    elastic: bool
+
+
 class PathsConfig(TypedDict):
     """`paths`."""
 
@@ -127,6 +134,7 @@ class Config(TypedDict):
     checkpoint: CheckpointConfig
     speed: SpeedConfig
     trail: TrailConfig
+    failures: FailuresConfig
     paths: PathsConfig
     gpu_stats: bool
 

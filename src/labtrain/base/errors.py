@@ -35,6 +35,7 @@ from labtrain.base.console import message, one_line, quoted, shown
 
 EXIT_USAGE = 2
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG, errno.ESTALE)  # whoever writes
+EXIT_LOST = 76  # of a rank that lost contact with the others, without a launcher: EX_PROTOCOL of sysexits.h
 EXIT_STOPPED = 75  # stopped by a signal, and saved: EX_TEMPFAIL of sysexits.h
 
 

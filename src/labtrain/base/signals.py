@@ -10,17 +10,25 @@ import _thread
 import ctypes
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from typing import Protocol
 
 from labtrain.base.console import warn
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
+WRITER_NAME = "labtrain-writer"  # in the process list: at most 15 characters
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+SAVE, KEEP = 1.0, 0.5  # what a process asks for: a checkpoint, or a copy in memory (callbacks/kept.py)
+
+
+class Child(Protocol):
+    """A process that takes signals."""
+
+    def send_signal(self, sig: int, /) -> None: ...
 
 
 class Stopped(BaseException):
@@ -49,15 +57,17 @@ class Wishes:
         self.saved = time.monotonic()
         self.owed = False  # a save that was postponed
         self.can_save: Callable[[], bool] = lambda: True
+        self.can_keep: Callable[[], bool] = lambda: False
         self.agreed_stop = 0
         self.begun = False  # there was a step, so other ranks take part, and there is something to save
-        self.agreed_save = False
+        self.agreed_save = self.agreed_keep = False
 
     def numbers(self) -> tuple[float, float]:
-        """Return the requests as numbers; all ranks act on their maximum: a signal number, and 1 to save."""
+        """Return the requests as numbers; all ranks act on their maximum: a signal number, and SAVE, KEEP or 0."""
         self.begun = True
         due = self.every_seconds is not None and time.monotonic() - self.saved >= self.every_seconds
-        return float(self.signum), float((due or self.owed) and self.can_save())
+        saves = (due or self.owed) and self.can_save()
+        return float(self.signum), SAVE if saves else KEEP if self.can_keep() else 0.0
 
     def keep_time(self) -> None:
         """Record that a save was made now."""
@@ -65,7 +75,7 @@ class Wishes:
 
     def agree(self, stop: float, save: float) -> None:
         """Set the maximum over the ranks."""
-        self.agreed_stop, self.agreed_save = int(stop), save > 0
+        self.agreed_stop, self.agreed_save, self.agreed_keep = int(stop), save == SAVE, save == KEEP
 
     @contextmanager
     def listening(self, *, leads: bool) -> Iterator[None]:
@@ -159,7 +169,7 @@ def interrupts_held() -> Iterator[None]:
 
 
 @contextmanager
-def forwarding(child: subprocess.Popen[bytes], *, interrupts: bool) -> Iterator[list[int]]:
+def forwarding(child: Child, *, interrupts: bool) -> Iterator[list[int]]:
     """Forward signals to a child process; yield the list of those that came, which grows.
 
     Python sets handlers in the main thread only. In a different thread, forward nothing.
@@ -201,6 +211,22 @@ def postponed() -> Iterator[None]:
 def unblock() -> None:
     """Unblock SIGUSR1, including a pending one."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR1})
+
+
+def outlive_parent(seconds: int) -> None:
+    """Let this process live on for some time after its parent dies, instead of what `end_with_parent` asked for."""
+    signal.signal(signal.SIGUSR2, lambda *_: signal.alarm(seconds))
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGUSR2))
+
+
+@contextmanager
+def adopting_orphans() -> Iterator[None]:
+    """Be the parent of descendants whose parent dies. Linux: prctl(2), PR_SET_CHILD_SUBREAPER."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    try:
+        yield
+    finally:
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Protocol, TextIO, cast
 
 import torch
@@ -28,6 +29,7 @@ import torch.distributed as dist
 
 from labtrain.base.contracts import Link, State
 from labtrain.base.errors import LabtrainError, StoreError, in_words
+from labtrain.base.signals import WRITER_NAME
 from labtrain.checkpoints.memory import Form, OwnMemory, SharedMemory
 from labtrain.checkpoints.writer import Opened, Save, Writer, Written
 
@@ -237,6 +239,8 @@ class _Serving:
         for number in IGNORED:
             signal.signal(number, signal.SIG_IGN)
         os.nice(NICE)
+        with suppress(OSError):
+            Path("/proc/self/comm").write_text(WRITER_NAME)
         torch.set_num_threads(1)  # libraries for several threads do not survive a fork
         sys.stdout = sys.stderr = cast(TextIO, _Told(self))
         while not self._is_alone():

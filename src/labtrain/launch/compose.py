@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO, cast
 
@@ -20,10 +20,11 @@ from labtrain.base.console import shown
 from labtrain.base.credentials import CleanStream, remember
 from labtrain.base.errors import EXIT_STOPPED, ConfigError, JobFailedError, LabtrainError, missing_package
 from labtrain.base.permissions import close_umask
-from labtrain.base.signals import block, forwarding, hold_interrupts, interrupts_held
+from labtrain.base.signals import block, hold_interrupts
 from labtrain.checkpoints.initial import identify_weights
 from labtrain.exact import determinism
 from labtrain.launch.evaluation import Asked, asked_in, evaluation_job
+from labtrain.launch.restarts import may_restart, run
 from labtrain.record import config as configuration
 from labtrain.record import receipt
 from labtrain.record.identity import JOB_VARIABLE, Config, Job
@@ -156,10 +157,13 @@ class HydraTask:
         start, environment = ready(job, wants_trace=self.wants_trace)
         sys.stdout.flush()
         sys.stderr.flush()
-        if single:
+        if single and not may_restart(job):
             hold_interrupts()
             os.execve(start[0], start, environment)  # the same pid: signals, Slurm and torchrun see one process
-        supervise(start, environment)
+        if single:
+            code, _ = run_job(replace(job, supervisor=os.getpid()), start, environment)
+            sys.exit(code if code >= 0 else 128 - code)
+        supervise(job, start, environment)
         return value_of(job, HydraConfig.get().sweeper)
 
     def _evaluate(self, asked: Asked, config: Config, typed: list[str], *, single: bool) -> NoReturn:
@@ -241,17 +245,24 @@ def refuse_unwritable(run_dir: Path) -> None:
         )
 
 
-def supervise(command: list[str], environment: dict[str, str]) -> None:
+def run_job(job: Job, command: list[str], environment: dict[str, str]) -> tuple[int, list[int]]:
+    """Run a job in its own process; return its exit code and the signals that were forwarded to it."""
+    environment = {**environment, JOB_VARIABLE: job.to_json()}
+    return run(
+        job,
+        environment,
+        lambda variables, passed: subprocess.Popen(command, env=variables, pass_fds=passed),
+        interrupts=False,
+    )
+
+
+def supervise(job: Job, command: list[str], environment: dict[str, str]) -> None:
     """Run one job of a sweep in its own process, with its own environment, rank variables and GPU memory.
 
     Raises:
         JobFailedError: its exit code is not 0.
     """
-    block()
-    with interrupts_held():
-        child = subprocess.Popen(command, env=environment)
-    with forwarding(child, interrupts=False) as caught:
-        code = child.wait()
+    code, caught = run_job(job, command, environment)
     submitted = "SUBMITIT_FOLDER" in os.environ
     failure = code if code >= 0 else 128 - code
     if caught and (code in (0, EXIT_STOPPED) or not submitted):

@@ -22,7 +22,7 @@ from labtrain.record.provenance import code_digests
 from labtrain.record.ranks import adopt, find_ranks
 from labtrain.record.sources import search_path
 
-HAVE_NO_EFFECT = ("resume", "init_from", "checkpoint", "trail", "paths")
+HAVE_NO_EFFECT = ("resume", "init_from", "checkpoint", "trail", "failures", "paths")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

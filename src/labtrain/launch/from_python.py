@@ -26,11 +26,12 @@ from labtrain.base.contracts import Options, as_options
 from labtrain.base.credentials import remember
 from labtrain.base.errors import ConfigError, JobFailedError, LabtrainError, in_words, where
 from labtrain.base.permissions import close_umask
-from labtrain.base.signals import Stopped, block, forwarding, interrupts_held
+from labtrain.base.signals import Stopped, block
 from labtrain.checkpoints.initial import identify_weights
 from labtrain.launch.compose import ready
 from labtrain.launch.evaluation import asked_in
 from labtrain.launch.experiment import composed_at
+from labtrain.launch.restarts import run
 from labtrain.record import config as configuration
 from labtrain.record import receipt
 from labtrain.record.identity import ORDERED, Config, Job, enclosing
@@ -159,25 +160,28 @@ def _train_apart(job: Job) -> Result:
     is_shown = sys.stderr is sys.__stderr__  # else it is a notebook's, or another stream of Python's
     with tempfile.TemporaryFile() as answer:
         mask = block()
+
+        def start(variables: Mapping[str, str], passed: tuple[int, ...]) -> subprocess.Popen[bytes]:
+            answer.seek(0)
+            answer.truncate()  # what a process that is started again has answered
+            return subprocess.Popen(
+                command, env=variables, pass_fds=passed, stdin=subprocess.DEVNULL, stdout=answer,
+                stderr=None if is_shown else subprocess.PIPE, process_group=0,
+            )  # fmt: skip
+
         try:
-            with interrupts_held():
-                child = subprocess.Popen(
-                    command, env=environment, stdin=subprocess.DEVNULL, stdout=answer,
-                    stderr=None if is_shown else subprocess.PIPE, process_group=0,
-                )  # fmt: skip
-            try:
-                with forwarding(child, interrupts=True) as caught:
-                    if child.stderr is not None:
-                        _show(child, child.stderr)
-                    code = child.wait()
-            except BaseException:
-                child.terminate()
-                child.wait()
-                raise
+            code, caught = run(job, environment, start, interrupts=True, watch=_watch)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         answer.seek(0)
         return _taken(answer.read().decode(), job, code, caught)
+
+
+def _watch(child: subprocess.Popen[bytes]) -> int:
+    """Show what a child prints, and return its exit code."""
+    if child.stderr is not None:
+        _show(child, child.stderr)
+    return child.wait()
 
 
 def _show(child: subprocess.Popen[bytes], printed: IO[bytes]) -> None:

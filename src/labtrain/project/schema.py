@@ -54,6 +54,7 @@ TYPED: dict[str, type] = {
     "checkpoint": contracts.CheckpointConfig,
     "speed": contracts.SpeedConfig,
     "trail": contracts.TrailConfig,
+    "failures": contracts.FailuresConfig,
     "paths": contracts.PathsConfig,
     "init_from": contracts.InitFrom,
 }
@@ -155,7 +156,7 @@ def _top(groups: Mapping[str, Schema]) -> Schema:
     for key, default, meaning in keys_of(CONF / "labtrain.yaml"):
         if "." not in key and key not in properties:
             properties[key] = _described(_own_key(key, hints[key]), default, meaning)
-    for key in ("trail", "paths"):
+    for key in ("trail", "failures", "paths"):
         properties[key] = _group(key)
     properties["init_from"] = _group("init_from") | {"type": ["object", "string", "null"], "pattern": ""}  # or a path
     return {"type": "object", "properties": properties | {key: _reference(key) for key in groups},

@@ -91,6 +91,7 @@ LEAST = {
     "checkpoint.keep_best": 0,
     "checkpoint.spool_bytes": 1,
     "trail.every_n_steps": 0,
+    "failures.max_restarts": 0,
 }
 
 
@@ -157,7 +158,7 @@ def _check_init_from(config: Config) -> None:
 
 
 def _check_groups(config: Config) -> None:
-    for key in ("model", "data", "callbacks", "trail", "paths"):
+    for key in ("model", "data", "callbacks", "trail", "failures", "paths"):
         if not isinstance(config[key], dict):  # the result of data=NAME if conf/ has no such group
             raise ConfigError(
                 f"{key}={config[key]}: must be a mapping; conf/{key}/ has no options to choose from",
@@ -182,6 +183,8 @@ def _check_names(config: Config) -> None:
         config["trainer"]["precision"] = str(config["trainer"]["precision"])
         _want_one_of(config, "trainer.precision", PRECISIONS)
     _want("gpu_stats", config["gpu_stats"], isinstance(config["gpu_stats"], bool), "true or false")
+    elastic = config["failures"]["elastic"]
+    _want("failures.elastic", elastic, isinstance(elastic, bool), "true or false")
 
 
 def _check_numbers(config: Config) -> None:
@@ -351,9 +354,14 @@ def defaults(group: str) -> Options:
     return _yaml(CONF / group / "default.yaml")
 
 
+def own_keys(key: str) -> Options:
+    """Return the keys below a key of conf/labtrain.yaml, with their default values."""
+    return cast(Options, _yaml(CONF / "labtrain.yaml")[key])
+
+
 def completed(config: Config) -> Config:
     """Add the keys that a configuration of an older labtrain lacks."""
-    whole = {"speed": defaults("speed"), "gpu_stats": True, **config}
+    whole = {"speed": defaults("speed"), "gpu_stats": True, "failures": own_keys("failures"), **config}
     for key in (*EVALUATIONS, "predictions"):
         if whole.pop(key, None) is not None:
             raise ConfigError(

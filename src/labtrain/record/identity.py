@@ -52,6 +52,7 @@ EXECUTION_KEYS = (
     "checkpoint",
     "trail",
     "gpu_stats",
+    "failures",
     "paths",
     "data.num_workers",
     "trainer.enable_progress_bar",

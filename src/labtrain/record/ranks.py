@@ -1,12 +1,16 @@
-"""This process's rank, from the variables of srun or torchrun. No torch.
+"""This process's rank, from the variables of srun or torchrun; and what rank 0 tells the process that started it.
+
+No torch.
 
 srun: the variables of the step, because the job may be larger (https://slurm.schedmd.com/srun.html, "OUTPUT ENVIRONMENT
 VARIABLES"). torchrun: https://docs.pytorch.org/docs/2.9/elastic/run.html.
 """
 
+import mmap
 import os
 import re
 import signal
+import struct
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -18,6 +22,7 @@ from labtrain.record.identity import Config
 
 FIRST_PORT, PORTS = 15000, 10000  # chosen by job id, as in Lightning, and step id
 FRUITLESS_RESTARTS = 3
+RESTARTED = "LABTRAIN_RESTARTED"  # how a rank died, in the environment of the next start
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,8 +119,9 @@ def alone(variables: Mapping[str, str]) -> dict[str, str]:
 
 
 def restarted() -> bool:
-    """Return whether a launcher restarted this process, after a requeue or a failure."""
-    return any(os.environ.get(name, "0") != "0" for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    """Return whether this is a restart, after a requeue or a failure."""
+    counts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return RESTARTED in os.environ or any(count != "0" for count in counts)
 
 
 def adopt(config: Config, ranks: Ranks | None) -> None:
@@ -189,3 +195,81 @@ def requeue(*, starts: int, progress: bool) -> None:
         sys.stderr.write(f"warning: Slurm did not requeue job {job}: {error} (sbatch --requeue allows it)\n")
     else:
         sys.stderr.write(f"job {job} was requeued\n")
+
+
+class Beacon:
+    """Memory that rank 0 of a training shares with the process that started it (launch/restarts.py), also when it dies.
+
+    It holds numbers and a text: the step that this start began from, the last finished step, the exit code of the rank
+    that died, the process that may outlive rank 0, and how the rank died.
+    """
+
+    NUMBERS = struct.Struct("<4q")
+    SIZE_BYTES = 4096
+    VARIABLE = "LABTRAIN_BEACON"  # the number of its file descriptor
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self.memory = memory
+
+    @classmethod
+    def make(cls) -> tuple["Beacon", int]:
+        """Return a new one, and a file descriptor for the training's process."""
+        descriptor = os.memfd_create("labtrain-beacon")
+        os.ftruncate(descriptor, cls.SIZE_BYTES)
+        beacon = cls(mmap.mmap(descriptor, cls.SIZE_BYTES))
+        beacon._put(-1, -1, 0, 0)
+        return beacon, descriptor
+
+    @classmethod
+    def find(cls) -> "Beacon | None":
+        """Return the one that the starting process made, once; None if there is none."""
+        if (text := os.environ.pop(cls.VARIABLE, None)) is None:
+            return None
+        try:
+            memory = mmap.mmap(int(text), cls.SIZE_BYTES)
+        except (OSError, ValueError):  # this process was not started by the one that made it
+            return None
+        os.close(int(text))
+        return cls(memory)
+
+    def begin(self, step: int, *, heir: int) -> None:
+        """Tell the step that this start begins from, and the process that outlives rank 0 to save its copy; 0: none."""
+        self._put(step, step, 0, heir)
+
+    def advance(self, step: int) -> None:
+        """Tell the last finished step."""
+        struct.pack_into("<q", self.memory, 8, step)
+
+    def fail(self, why: str, code: int) -> None:
+        """Tell how a rank died, so that the training may be started again."""
+        self._put(self.begun, self.step, code, self.heir)
+        text = why.encode()[: self.SIZE_BYTES - self.NUMBERS.size - 1]
+        self.memory[self.NUMBERS.size : self.NUMBERS.size + len(text) + 1] = text + b"\0"
+
+    @property
+    def begun(self) -> int:
+        """The step that this start began from; -1 before the training begins."""
+        return int(self.NUMBERS.unpack_from(self.memory)[0])
+
+    @property
+    def step(self) -> int:
+        """The last finished step; -1 before the training begins."""
+        return int(self.NUMBERS.unpack_from(self.memory)[1])
+
+    @property
+    def code(self) -> int:
+        """The exit code of the rank that died."""
+        return int(self.NUMBERS.unpack_from(self.memory)[2])
+
+    @property
+    def heir(self) -> int:
+        """The process that outlives rank 0 to save its copy; 0: none."""
+        return int(self.NUMBERS.unpack_from(self.memory)[3])
+
+    @property
+    def why(self) -> str:
+        """How a rank died; empty if the training has not told it."""
+        return self.memory[self.NUMBERS.size :].split(b"\0")[0].decode(errors="replace")
+
+    def _put(self, *numbers: int) -> None:
+        self.NUMBERS.pack_into(self.memory, 0, *numbers)

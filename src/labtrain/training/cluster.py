@@ -7,7 +7,11 @@ node that fails makes the launcher start the job again.
 
 import os
 import re
+import signal
 import socket
+import subprocess
+import time
+from collections.abc import Callable
 
 import psutil
 import torch.distributed as dist
@@ -16,11 +20,12 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from labtrain.base.errors import DeviceError, LostError
+from labtrain.base.errors import EXIT_LOST, DeviceError, LostError
 from labtrain.base.signals import Stopped, Wishes
 from labtrain.record.ranks import Ranks
 
 ELSEWHERE = "192.0.2.1"  # an unused address (RFC 5737); the route to it shows this machine's outgoing interface
+POLL_S = 0.05
 # What gloo, TCPStore and NCCL report when a peer is gone.
 BROKEN = re.compile(
     r"[Cc]onnection|Read error|Write error|Broken pipe|remote (process|error)|ncclRemoteError|recv|socket"
@@ -147,14 +152,67 @@ def interface_to(address: str) -> str | None:
     return names[0] if names else None
 
 
+def is_loss(error: BaseException) -> bool:
+    """Return whether an error says that the connection to another rank broke."""
+    exchange = isinstance(error, dist.DistNetworkError | dist.DistBackendError) or "gloo" in str(error)
+    return exchange and isinstance(error, RuntimeError) and BROKEN.search(str(error)) is not None
+
+
+def ended_rank(launcher: object, *, seconds: float) -> tuple[int, int] | None:
+    """Return a rank that failed, and its exit code, of those that Lightning's launcher started in this process.
+
+    A rank that has only lost contact with another one does not count.
+
+    Args:
+        launcher: of the strategy.
+        seconds: how long to wait for one; a rank closes its connections before it ends.
+    """
+    started: list[subprocess.Popen[bytes]] = getattr(launcher, "procs", [])
+    deadline_s = time.monotonic() + seconds
+    while (failed := _failed(started)) is None and started and time.monotonic() < deadline_s:
+        time.sleep(POLL_S)
+    return failed
+
+
+def _failed(started: list[subprocess.Popen[bytes]]) -> tuple[int, int] | None:
+    codes = enumerate((process.poll() for process in started), 1)
+    return next(((rank, code) for rank, code in codes if code not in (None, 0, EXIT_LOST)), None)
+
+
+def observe(
+    started: list[subprocess.Popen[bytes]], *, patience_s: Callable[[], float], tell: Callable[[int, int], object]
+) -> None:
+    """End this process if a rank failed that it started and that it still waits for after some time.
+
+    Args:
+        started: the other ranks.
+        patience_s: how long this process may take to notice, and to save.
+        tell: called with the error before the end.
+    """
+    while (failed := _failed(started)) is None:
+        if all(process.poll() == 0 for process in started):
+            return
+        time.sleep(1)
+    time.sleep(patience_s())
+    tell(*failed)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def lost_rank(rank: int, code: int) -> LostError:
+    """Return the error for a rank that ended before the training."""
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    lost = LostError(f"rank {rank} {how}", hint="the same command resumes")
+    lost.exit_code = 1
+    return lost
+
+
 def explain_loss(error: BaseException, wishes: Wishes) -> BaseException:
     """Replace an error of the exchange with other ranks by one for people; return any other error unchanged.
 
     An error before the first step may come from this machine, and is returned unchanged. If this process was asked to
     stop, the other ranks were asked too, and stopped first.
     """
-    exchange = isinstance(error, dist.DistNetworkError | dist.DistBackendError) or "gloo" in str(error)
-    if not exchange or not isinstance(error, RuntimeError) or not BROKEN.search(str(error)):
+    if not is_loss(error):
         return error
     if wishes.signum:
         return Stopped(wishes.signum, saved=False)

@@ -9,6 +9,7 @@ from labtrain.base.errors import ConfigError, DeviceError
 from labtrain.base.signals import Wishes
 from labtrain.record.config import too_many_devices
 from labtrain.record.identity import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, shards_in_use, world_size
+from labtrain.record.ranks import RESTARTED
 from labtrain.training.sharded.fsdp import FullySharded
 from labtrain.training.sharded.strategy import ExactDDP, ExactSingleDevice
 
@@ -30,6 +31,8 @@ def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
     if devices == "auto":
         devices = gpus if accelerator == "gpu" else 1 if accelerator == "cpu" else devices
     if accelerator == "gpu":
+        if config["failures"]["elastic"] and RESTARTED in os.environ:
+            devices = _left(devices, gpus)
         _check_gpus(devices, gpus, asked=asked["devices"])
     elif accelerator == "cpu":
         _check_cpu(devices, precision)
@@ -42,6 +45,13 @@ def choose_accelerator(config: Config) -> tuple[str, int | list[int] | str]:
             hint=f"data.batch_size={world} or more",
         )
     return str(accelerator), devices
+
+
+def _left(devices: int | list[int] | str, gpus: int) -> int | list[int] | str:
+    """Return those of a node's devices that are left; the same if none is, for the error."""
+    if isinstance(devices, list):
+        return [number for number in devices if number < gpus] or devices
+    return min(devices, gpus) or devices if isinstance(devices, int) else devices
 
 
 def _check_gpus(devices: int | list[int] | str, gpus: int, *, asked: object) -> None:

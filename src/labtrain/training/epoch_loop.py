@@ -58,6 +58,7 @@ class EpochLoop(TrainingEpochLoop):
     Args:
         trainer: this loop replaces its loop of the same kind.
         save: called on every rank to save the training. Its argument: True to save now, False if it may wait.
+        keep: called on every rank to copy the training's state into memory.
         every_n_steps: also save every N steps. The loop always saves before each validation, at the end of each epoch
             and at the end of the training.
         wishes: the signals and timers of this process.
@@ -69,6 +70,7 @@ class EpochLoop(TrainingEpochLoop):
         trainer: pl.Trainer,
         *,
         save: Callable[[bool], None],
+        keep: Callable[[], object] = bool,
         every_n_steps: int | None,
         wishes: Wishes,
         stop_at: int = 0,
@@ -76,7 +78,8 @@ class EpochLoop(TrainingEpochLoop):
         super().__init__(trainer)
         put_results(self, LoggedValues(training=True))
         put_results(self.val_loop, LoggedValues(training=False))
-        self.save, self.every_n_steps, self.wishes, self.stop_at = save, every_n_steps, wishes, stop_at
+        self.save, self.keep, self.wishes = save, keep, wishes
+        self.every_n_steps, self.stop_at = every_n_steps, stop_at
         self.loaded: State | None = None  # the checkpoint to resume from, until that is done
         self.unsaved: Unsaved | None = None  # from the start of the training on
         self.outside: Outside | None = None
@@ -96,6 +99,8 @@ class EpochLoop(TrainingEpochLoop):
                 self.save(True)
             elif self.wishes.agreed_save or self._due(data_fetcher):
                 self.save(False)
+            elif self.wishes.agreed_keep:
+                self.keep()
             if self.wishes.agreed_stop:
                 raise Stopped(self.wishes.agreed_stop)
         self._entering = False

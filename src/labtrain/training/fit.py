@@ -7,10 +7,13 @@ import logging
 import os
 import shutil
 import signal
+import subprocess
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import torch
 from lightning.pytorch import Trainer
@@ -20,9 +23,12 @@ from labtrain.base.console import few, one_line, shown, warn
 from labtrain.base.contracts import Results, as_options
 from labtrain.base.credentials import remember
 from labtrain.base.errors import (
+    EXIT_LOST,
+    EXIT_USAGE,
     ConfigError,
     DeviceError,
     LabtrainError,
+    LostError,
     NotThereYetError,
     explain_callback,
     explain_disk,
@@ -42,12 +48,13 @@ from labtrain.record.receipt import Receipt, Result, result_of
 from labtrain.record.resume import changed_data
 from labtrain.training.callbacks.checkpoint import Checkpoints, as_floats
 from labtrain.training.callbacks.history import best_of
+from labtrain.training.callbacks.kept import OUTLIVES_S
 from labtrain.training.callbacks.recorder import Recorder, nothing_to_train
-from labtrain.training.cluster import explain_loss, make_environment
+from labtrain.training.cluster import ended_rank, explain_loss, is_loss, lost_rank, make_environment, observe
 from labtrain.training.devices import choose_accelerator, plain_because
 from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.guard import Guard, explain_operation
-from labtrain.training.lightning import ignore_signals, put_checkpoint_connector
+from labtrain.training.lightning import ignore_signals, observe_ranks, put_checkpoint_connector
 from labtrain.training.loaders import take_loaders
 from labtrain.training.loggers import log_config, log_receipt, make_loggers
 from labtrain.training.speed import check_compiler, explain_compile, own_compiles
@@ -56,6 +63,7 @@ from labtrain.training.state.initial import put_initial
 from labtrain.training.state.rebuild import Connector, explain_step
 from labtrain.training.trainer import make_callbacks, make_experiment, make_trainer, seeded_alike
 
+ENDS_S = 5.0  # how long a rank that failed may take to end
 NO_STEPS = (
     "no optimizer step was counted, so the trail is empty and a resume starts again: training_step has to call step()"
     " of what self.optimizers() returns, not a method of the optimizer's own"
@@ -149,6 +157,7 @@ class _Session:
         )
         self._replace_loop()
         self.keep_fetched = False
+        self.ended: tuple[int, int] | None = None  # a rank that failed, and its exit code
         self.listening = ExitStack()  # catch signals until the receipt is closed: a dying launcher repeats SIGTERM
 
     def _make_checkpoints(self) -> Checkpoints:
@@ -159,6 +168,7 @@ class _Session:
             run_id=self.job.run_id,
             options=self.config["checkpoint"],
             say=lambda text: self.recorder.say(text),
+            keeps=self.config["failures"]["max_restarts"] > 0,
             resumed=(found.name, found.manifest) if found else None,
         )
         checkpoints.saver.known = self.start.known
@@ -182,15 +192,30 @@ class _Session:
         loop = trainer.fit_loop.epoch_loop = EpochLoop(
             trainer,
             save=lambda required: self.checkpoints.save(trainer, required=required),
+            keep=lambda: self.checkpoints.keep(trainer),
             every_n_steps=self.config["checkpoint"]["every_n_steps"],
             wishes=self.wishes,
             stop_at=self.job.stop_at,
         )
         put_checkpoint_connector(trainer, Connector(trainer, self.start.path, self._initialise))
         ignore_signals(trainer)
+        observe_ranks(self._observe)
         take_loaders(datamodule, loop.placed, same_batches=bool(self.config["trainer"]["overfit_batches"]))
         set_up = datamodule.setup
         datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))  # type: ignore[method-assign]
+
+    def _observe(self, started: list[subprocess.Popen[bytes]]) -> None:
+        def patience_s() -> float:
+            return ENDS_S if self.checkpoints.kept.held is None else OUTLIVES_S
+
+        watch = partial(observe, started, patience_s=patience_s, tell=self._tell_ended)
+        Thread(target=watch, daemon=True).start()
+
+    def _tell_ended(self, rank: int, code: int) -> None:
+        """Tell the starting process that a rank failed, unless it has printed an error for people."""
+        if self.checkpoints.beacon is not None and code != EXIT_USAGE:
+            lost = lost_rank(rank, code)
+            self.checkpoints.beacon.fail(str(lost.args[0]), code if code > 0 else 128 - code)
 
     def _initialise(self, trainer: Trainer) -> None:
         """Start with the weights of `init_from`, unless the training resumes from a checkpoint."""
@@ -254,8 +279,9 @@ class _Session:
         if in_main_thread():
             # Ctrl-C may stop the delivery; the receipt is closed anyway.
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        error = raised if self.ranks is None else explain_loss(raised, self.wishes)
+        error = self._error_of(raised)
         error = explain_disk(error, self.run_dir) or error
+        self._leave_copy(error)
         stopped = isinstance(error, Stopped | KeyboardInterrupt)
         if not stopped:
             self.listening.close()  # restore signal handling, so that the launcher's SIGTERM ends this rank
@@ -273,6 +299,45 @@ class _Session:
             launcher.kill(signal.SIGKILL)  # the other ranks on this node wait for this rank forever
         return self._explained(error) or error
 
+    def _error_of(self, raised: BaseException) -> BaseException:
+        """Explain that other ranks are gone. Without a launcher this process knows how they ended."""
+        error = explain_loss(raised, self.wishes)
+        asked = isinstance(error, Stopped) and not error.saved  # also by Lightning, which watches the ranks
+        if self.ranks is None and (is_loss(raised) or asked):
+            self.ended = ended_rank(self.trainer.strategy.launcher, seconds=0 if asked else ENDS_S)
+            if self.ended is not None:
+                return lost_rank(*self.ended)
+        if self.ranks is None and isinstance(error, LostError):
+            error.exit_code = 1 if self.trainer.is_global_zero else EXIT_LOST
+        return error
+
+    def _leave_copy(self, error: BaseException) -> None:
+        """Save the newest copy of the state after the death of a rank, and tell the starting process of the death."""
+        stopped = isinstance(error, Stopped | KeyboardInterrupt)
+        own = not isinstance(error, LostError) and isinstance(self._explained(error) or error, LabtrainError)
+        refused = self.ended is not None and self.ended[1] == EXIT_USAGE  # that rank has printed an error for people
+        if own or refused or isinstance(error, KeyboardInterrupt) or (isinstance(error, Stopped) and error.saved):
+            return
+        leads = self.trainer.is_global_zero
+        try:
+            if leads or stopped or isinstance(error, LostError):  # else rank 0 lives
+                self.checkpoints.kept.write(leads=leads, take_over=self._take_over)
+        except (Exception, KeyboardInterrupt) as other:
+            warn(f"{shown(self.run_dir)}: the newest state could not be saved: {in_words(other)}")
+        if self.ended is not None:
+            self._tell_ended(*self.ended)
+        elif self.checkpoints.beacon is not None and not stopped:
+            how = str(error.args[0]) if isinstance(error, LostError) else f"rank 0 raised {type(error).__qualname__}"
+            self.checkpoints.beacon.fail(how, 1)
+
+    def _take_over(self) -> bool:
+        """Try to become the only process that trains this run."""
+        try:
+            self.recorder.open()
+        except LabtrainError:
+            return False
+        return True
+
     def _close_failed(self, error: BaseException, *, stopped: bool) -> None:
         try:
             if isinstance(error, Stopped) and error.saved:
@@ -283,7 +348,9 @@ class _Session:
                 self.saver.abandon()
         finally:
             why = str(error) if isinstance(error, Stopped) else type(error).__qualname__
-            if isinstance(error, LabtrainError):
+            if self.ended is not None:
+                why = str(error.args[0])
+            elif isinstance(error, LabtrainError):
                 why = f"{why}: {one_line(str(error.args[0]))}"
             self.recorder.close("interrupted" if stopped else "failed", step=self.trainer.global_step, why=why)
 

@@ -5,6 +5,7 @@ name and the arguments of each private method. No other file uses a private name
 """
 
 import dataclasses
+import subprocess
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,6 +24,7 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.loops.fetchers import _DataFetcher
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies.launchers import subprocess_script
 from lightning.pytorch.trainer.call import _call_lightning_module_hook
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.logger_connector.result import (
@@ -168,6 +170,11 @@ def checks_validation_by_time(trainer: pl.Trainer) -> bool:
 def ignore_signals(trainer: pl.Trainer) -> None:
     """Keep Lightning from handling signals: it would end with exit code 0 after SIGTERM, and requeue a Slurm job."""
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def observe_ranks(observe: Callable[[list[subprocess.Popen[bytes]]], object]) -> None:
+    """Let a function observe the ranks that Lightning starts; Lightning would kill rank 0 while that still saves."""
+    subprocess_script._launch_process_observer = observe  # type: ignore[attr-defined, assignment]
 
 
 # ----------------------------------------------------------------------------------------------------------- throughput

@@ -26,6 +26,7 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.loops.optimization.manual import _ManualOptimization
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from lightning.pytorch.overrides.distributed import _sync_module_states
+from lightning.pytorch.strategies.launchers.subprocess_script import _launch_process_observer
 from lightning.pytorch.trainer.call import _call_lightning_module_hook
 from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
@@ -101,6 +102,7 @@ SIGNATURES: list[tuple[Any, str]] = [
     (ExperimentWriter._check_log_dir_exists, "(self)"),
     (_plugin_to_compute_dtype, "(plugin)"),
     (_sync_module_states, "(module)"),
+    (_launch_process_observer, "(child_processes)"),
     (_call_lightning_module_hook, "(trainer, hook_name, args, pl_module, kwargs)"),
     (_ManualOptimization._on_before_step, "(self)"),
     (_ManualOptimization._on_after_step, "(self)"),

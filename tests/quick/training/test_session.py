@@ -25,6 +25,7 @@ def test_a_receipt_that_cannot_be_closed_does_not_hide_the_trainings_error(
     session: Any = object.__new__(fit._Session)
     session.ranks, session.run_dir, session.keep_fetched = None, tmp_path / "run", False
     session.config = {"checkpoint": {"deliver_seconds": 1}, "trainer": {"overfit_batches": 0}}
+    session.wishes, session.ended = SimpleNamespace(begun=False, signum=0), None
     session.listening = SimpleNamespace(close=lambda: None)
     session.saver = SimpleNamespace(abandon=lambda: None)
     session.recorder = SimpleNamespace(close=broken(OSError(28, "No space left on device")), receipt=None)

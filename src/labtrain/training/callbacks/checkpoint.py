@@ -15,6 +15,7 @@ from labtrain.base.console import few
 from labtrain.base.contracts import CheckpointConfig, State
 from labtrain.base.credentials import as_references, without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
+from labtrain.base.signals import in_main_thread, outlive_parent
 from labtrain.checkpoints.format import is_spread, load_folder
 from labtrain.checkpoints.saver import Saver
 from labtrain.checkpoints.staging import described, unsavable
@@ -22,8 +23,10 @@ from labtrain.exact.attributes import fingerprint, items_of_lists, plain_attribu
 from labtrain.exact.checksums import first_unlike, unlike_names
 from labtrain.exact.determinism import run_mode
 from labtrain.record.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
+from labtrain.record.ranks import Beacon, find_ranks
 from labtrain.stores.layout import kept, link_to
 from labtrain.stores.store import Manifest
+from labtrain.training.callbacks.kept import OUTLIVES_S, Kept
 from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.lightning import checkpoint_connector
 from labtrain.training.loggers import log_positions
@@ -49,6 +52,7 @@ class Checkpoints(pl.Callback):
         run_id: written in each manifest.
         options: the keys of `checkpoint` in the configuration.
         say: called with each warning, which is printed and goes into the receipt.
+        keeps: keep a copy of the newest state in memory, for the case that a rank dies.
         resumed: the name and the manifest that this training resumes from, if it is in this place.
     """
 
@@ -60,8 +64,10 @@ class Checkpoints(pl.Callback):
         run_id: str,
         options: CheckpointConfig,
         say: Callable[[str], None],
+        keeps: bool = False,
         resumed: tuple[str, Manifest] | None = None,
     ) -> None:
+        self.keeps = keeps
         self.run_id, self.say = run_id, say
         self.stepped = False
         self.initial: dict[str, object] = {}  # first values of optimizers, schedulers and callbacks
@@ -76,6 +82,8 @@ class Checkpoints(pl.Callback):
         )
         self.saver = Saver(run_dir, place, run_id=run_id, keep=keep, spool_bytes=options["spool_bytes"])
         self.saver.before = link_to(*resumed) if resumed else None
+        self.kept = Kept(self.saver, run_dir)
+        self.beacon = Beacon.find()
         self.newest = (resumed[0], int(resumed[1]["step"])) if resumed else None
         self.validated = False  # whether this process has validated
         self.alike: Alike | None = None
@@ -140,6 +148,21 @@ class Checkpoints(pl.Callback):
         if is_spread(pl_module.state_dict()):
             # For the writers, separate from the loop's exchanges.
             self.saver.spread_over(dist.new_group(backend="gloo"))
+        on_cpus = isinstance(trainer.strategy, Exact) and trainer.strategy.root_device.type == "cpu"
+        keeps = self.keeps and on_cpus and trainer.world_size > 1
+        if keeps:
+            self._begin_to_keep(trainer)
+        if self.beacon is not None:
+            started = getattr(trainer.strategy.launcher, "procs", [])
+            self.beacon.begin(self.newest[1] if self.newest else 0, heir=started[-1].pid if keeps and started else 0)
+
+    def _begin_to_keep(self, trainer: pl.Trainer) -> None:
+        if trainer.is_global_zero:
+            loop_of(trainer).wishes.can_keep = self.kept.due
+        is_last = trainer.global_rank == trainer.world_size - 1
+        self.kept.copies = trainer.is_global_zero or is_last
+        if is_last and find_ranks() is None and in_main_thread():
+            outlive_parent(OUTLIVES_S)
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
@@ -153,6 +176,8 @@ class Checkpoints(pl.Callback):
     ) -> None:
         if trainer.is_global_zero:
             self.saver.check()
+            if self.beacon is not None:
+                self.beacon.advance(trainer.global_step)
         if not self.stepped and trainer.global_step:
             self.stepped = True
             self.check_savable(trainer, stepped=True)  # check again: optimizers create their state in the first step
@@ -186,13 +211,31 @@ class Checkpoints(pl.Callback):
             wishes.owed = trainer.is_global_zero
             return
         self._compare_ranks(trainer)
-        state = dump(trainer)
         self._say_lost(trainer)
+        state, manifest = self._state(trainer)
+        self._say_unkept(trainer)
+        if trainer.is_global_zero or self.saver.group is not None:
+            self.newest = self.saver.save(state, manifest), trainer.global_step
+        wishes.keep_time()
+        if wishes.agreed_stop:
+            self.saver.wait()
+            # Otherwise a rank that exits early makes the launcher kill rank 0.
+            trainer.strategy.barrier("labtrain.checkpoint")
+
+    def keep(self, trainer: pl.Trainer) -> None:
+        """Copy the training's current state into memory; called on every rank."""
+        with self.kept.timed():
+            state, manifest = self._state(trainer)
+            manifest["scores"] = dict(self.saver.scores)
+            self.kept.put(state, trainer.strategy.broadcast(manifest))
+
+    def _state(self, trainer: pl.Trainer) -> tuple[State, Manifest]:
+        """Return the state that a checkpoint holds and, on rank 0, its manifest; called on every rank."""
+        state = dump(trainer)
         state[PLACE] = loop_of(trainer).place() | {
             "initial": {**self.initial, "callbacks": as_references(self.initial["callbacks"])}
         }
         self._keep_made(trainer, state)
-        self._say_unkept(trainer)
         manifest: Manifest = {"step": trainer.global_step}
         if trainer.is_global_zero:
             manifest |= {
@@ -202,13 +245,7 @@ class Checkpoints(pl.Callback):
                 "metrics": as_floats(trainer.callback_metrics),
                 "logs": log_positions(trainer.loggers),
             }
-        if trainer.is_global_zero or self.saver.group is not None:
-            self.newest = self.saver.save(state, manifest), trainer.global_step
-        wishes.keep_time()
-        if wishes.agreed_stop:
-            self.saver.wait()
-            # Otherwise a rank that exits early makes the launcher kill rank 0.
-            trainer.strategy.barrier("labtrain.checkpoint")
+        return state, manifest
 
     def _say_lost(self, trainer: pl.Trainer) -> None:
         unsaved = loop_of(trainer).unsaved

@@ -42,6 +42,7 @@ from labtrain.record.identity import Config, Job, name, shards_in_use, what_coun
 from labtrain.record.installed import files_state
 from labtrain.record.own_runs import remember
 from labtrain.record.provenance import PATCH, code_state, environment_state, machine, timestamp
+from labtrain.record.ranks import RESTARTED
 from labtrain.record.receipt import origin_digest
 from labtrain.record.trail import BEST_UNSURE, TRAIL, read_trail
 from labtrain.training.callbacks.steps import tensor_names
@@ -148,6 +149,8 @@ class Recorder(pl.Callback):
         before = receipt.read(self.run_dir)
         if before is not None:
             close_killed(before, self.run_dir)
+            if (why := os.environ.get(RESTARTED)) is not None:
+                before["segments"][-1]["why"] = f"restarted: {why}"
             unsure = [note for note in before["determinism"]["notes"] if note.endswith(BEST_UNSURE)]
             self.notes[:0] = [note for note in unsure if note not in self.notes]
         segment = self._new_segment(trainer)
