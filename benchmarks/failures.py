@@ -146,7 +146,9 @@ class Training:
             return [python, *plain], {}
         if self.way == WAYS[2]:
             launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--max-restarts=100", "--standalone"]
-            return [python, *launch, *plain], {}
+            # Else processes that are started again find the addresses of those that are gone, and may wait for half an
+            # hour: torch 2.9, elastic/rendezvous/dynamic_rendezvous.py.
+            return [python, *launch, *plain], {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         remote = [f"checkpoint.url={place}"] if self.place.server else []
         if "\nfailures:" in (CONF / "labtrain.yaml").read_text():
             remote.append("failures.max_restarts=100")
@@ -360,7 +362,7 @@ def measure(way: str, steps: int, seed: int, place: Place) -> dict[str, Any]:
         whole.clean()
     place.away_s = AWAY * step_s
     failing = Training(way, steps, schedule(seed, steps), place, f"{name}-failing").run()
-    found = {
+    found: dict[str, Any] = {
         "seed": seed,
         "useful_s": round(useful, 2),
         "all_s": round(span(failing.lines, steps), 2),

@@ -49,14 +49,17 @@ class Log:
         os.write(self.file, f"{time.time()} {step} {os.getpid()}\n".encode())
 
 
+LOGS: list[Log] = []  # of this process; not in the callback, since labtrain reports what no checkpoint holds
+
+
 class StepLog(pl.Callback):
     """The same for Lightning and labtrain."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.log = Log(trainer.global_rank)
+        LOGS[:] = [Log(trainer.global_rank)]
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        self.log.add(trainer.global_step)
+        LOGS[0].add(trainer.global_step)
 
 
 class Net(pl.LightningModule):
