@@ -6,7 +6,7 @@ export TMPDIR := $(CURDIR)/.tmp
 export MPLCONFIGDIR := $(TMPDIR)/matplotlib
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu gpu-wheels test-real test-full servers packages check golden corpus public release bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt lock reference picture docs
+.PHONY: help setup demo test test-gpu gpu-wheels test-real test-full servers packages check golden corpus public release bench bench-kernels bench-gpu bench-exact bench-checkpoint bench-receipt bench-failures lock reference picture docs
 
 help: ## list the commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "make %-16s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,9 @@ bench-checkpoint: servers ## measure the cost of a save: waits, totals, S3, memo
 
 bench-receipt: setup ## measure the cost of receipts and trails
 	@PATH=$(CURDIR)/$(VENV):$$PATH $(VENV)/python benchmarks/receipt.py
+
+bench-failures: servers ## compare goodput under injected failures with Lightning and torchrun; root for a full disk
+	@$(VENV)/python benchmarks/failures.py
 
 reference: setup ## write docs/reference from the code: keys, commands, the receipt's fields, the corpus
 	@$(VENV)/python docs/reference.py

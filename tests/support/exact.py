@@ -48,6 +48,7 @@ class Runner:
         preload: a module that the processes have imported.
         accelerator: cpu or gpu.
         nodes: each process is a node of one device, so that several may share a GPU.
+        begun: is called with the processes' ids once they have begun.
     """
 
     folder: Path
@@ -56,6 +57,7 @@ class Runner:
     preload: str = "tests.support.exact_worker"
     accelerator: str = "cpu"
     nodes: bool = False
+    begun: Callable[[list[int]], None] | None = None
 
     def run(
         self,
@@ -99,6 +101,8 @@ class Runner:
         for process in ranks:
             process.start()
         sender.close()
+        if self.begun is not None:
+            self.begun([process.pid for process in ranks])
         deadline = time.monotonic() + TIMEOUT_S
         while alive := [process.sentinel for process in ranks if process.is_alive()]:
             broken = [process for process in ranks if process.exitcode not in (None, 0, EXIT_STOPPED)]
