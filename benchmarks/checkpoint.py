@@ -5,6 +5,7 @@ Adam's two moments. For S3 a server is started from .servers (`make servers`). `
 files: against `dd` with fsync, and against a plain parallel upload.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -160,7 +161,8 @@ def saver_of(folder: Path) -> Saver:
 
 def measure_steps(folder: Path) -> dict[str, float]:
     """Compare steps while a save is written with steps while none is: seconds a step, and memory over the state."""
-    fork()  # as a training's process does, before it has memory of its own
+    gc.freeze()
+    fork()  # as launch/job.py does, before the training has memory of its own
     torch.manual_seed(0)
     model = Net()
     optimizer = model.configure_optimizers()
@@ -175,12 +177,12 @@ def measure_steps(folder: Path) -> dict[str, float]:
 
     for _ in range(3):
         train_step()
-    before = memory_bytes()
-    state = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
-    size = sum(p.numel() * 4 for p in model.parameters()) * 3
     saver, quiet, busy, peak = saver_of(folder), [], [], 0
     assert isinstance(saver.host, InProcess)
     saver.open()
+    before = memory_bytes(saver.host.pid)
+    state = {"state_dict": model.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+    size = sum(p.numel() * 4 for p in model.parameters()) * 3
     for step in range(1, ROUNDS + 2):
         alone = [train_step() for _ in range(4)]
         saver.save(state, {**MANIFEST_OF_A_SAVE, "step": step})
