@@ -27,7 +27,7 @@ from typing import Protocol, TextIO, cast
 import torch
 import torch.distributed as dist
 
-from labtrain.base.contracts import Link, State
+from labtrain.base.contracts import State
 from labtrain.base.errors import LabtrainError, StoreError, in_words
 from labtrain.base.signals import WRITER_NAME
 from labtrain.checkpoints.memory import Form, OwnMemory, SharedMemory
@@ -47,7 +47,7 @@ class Host(Protocol):
     def memory(self) -> OwnMemory | SharedMemory:
         """Where the state is copied to."""
 
-    def open(self, make: Make, *, known: set[str] | None, before: Link | None, follows: str | None = None) -> Opened:
+    def open(self, make: Make, *, known: set[str] | None, follows: str | None = None) -> Opened:
         """Make the writer, and call its `open`."""
 
     def start(self, save: Save, state: State, group: "dist.ProcessGroup | None") -> None:
@@ -87,8 +87,8 @@ class InThread:
         self.thread: threading.Thread | None = None
         self.written: Written | None = None
 
-    def open(self, make: Make, *, known: set[str] | None, before: Link | None, follows: str | None = None) -> Opened:
-        return self.writer.open(known=known, before=before, follows=follows)
+    def open(self, make: Make, *, known: set[str] | None, follows: str | None = None) -> Opened:
+        return self.writer.open(known=known, follows=follows)
 
     def start(self, save: Save, state: State, group: "dist.ProcessGroup | None") -> None:
         def write() -> None:
@@ -150,8 +150,8 @@ class InProcess:
                 os._exit(0)
         other.close()
 
-    def open(self, make: Make, *, known: set[str] | None, before: Link | None, follows: str | None = None) -> Opened:
-        return cast(Opened, self._call("open", make, {"known": known, "before": before, "follows": follows}))
+    def open(self, make: Make, *, known: set[str] | None, follows: str | None = None) -> Opened:
+        return cast(Opened, self._call("open", make, {"known": known, "follows": follows}))
 
     def start(self, save: Save, state: State, group: "dist.ProcessGroup | None") -> None:
         assert group is None

@@ -62,7 +62,7 @@ class Saver:
             TakenOverError: another process has written there since this process chose its checkpoint.
         """
         try:
-            self._take(self.host.open(self.make_writer, known=self.known, before=self.before))
+            self._take(self.host.open(self.make_writer, known=self.known))
         except DiedError:
             self._carry_on()
         for manifest in self.manifests.values():
@@ -79,7 +79,7 @@ class Saver:
             self.host.abandon()
         self._move_to_thread()
         if opened:
-            self._take(self.host.open(self.make_writer, known=set(self.manifests), before=self.before))
+            self._take(self.host.open(self.make_writer, known=set(self.manifests)))
 
     def _move_to_thread(self) -> None:
         self.host.end()
@@ -91,7 +91,7 @@ class Saver:
         warn("the process that writes checkpoints was killed: from now on a thread of the training writes them")
         self._move_to_thread()
         follows = self.token or None
-        self._take(self.host.open(self.make_writer, known=None, before=self.before, follows=follows))
+        self._take(self.host.open(self.make_writer, known=None, follows=follows))
 
     @property
     def busy(self) -> bool:
@@ -115,6 +115,7 @@ class Saver:
             manifest={**manifest, "finished": finished},
             sizes={key: path.stat().st_size for key, path in records.items() if path.exists()},
             missing=self.missing,
+            before=self.before,
             scores=dict(self.scores),
         )
         try:

@@ -25,7 +25,7 @@ from labtrain.checkpoints.format import together, write_files
 from labtrain.record.trail import HISTORY, TRAIL, Record, first_step_of
 from labtrain.stores.backends import is_local
 from labtrain.stores.delivery import Delivery
-from labtrain.stores.layout import check_chain, check_run, link_to, spool_of, without_links
+from labtrain.stores.layout import check_chain, check_run, spool_of, without_links
 from labtrain.stores.store import SCHEMA, Manifest, Store, TakenOverError, sealed, taken_over
 
 Keep = Callable[[dict[str, int], dict[str, float]], set[str]]
@@ -40,6 +40,7 @@ class Save:
         manifest: run id, step, place and metrics; the writer adds files and digests.
         sizes: bytes of trail and history when the state was copied.
         missing: ranges of steps that the trail lacks.
+        before: the last checkpoint that was saved, or resumed from.
         scores: of all checkpoints that have one, by name.
     """
 
@@ -47,6 +48,7 @@ class Save:
     manifest: Manifest
     sizes: dict[str, int]
     missing: list[list[int]]
+    before: Link | None
     scores: dict[str, float]
 
 
@@ -84,19 +86,17 @@ class Writer:
         self.run_id = run_id
         self.home = Store(place if is_local(place) else spool_of(run_dir))
         self.manifests: dict[str, Manifest] = {}  # manifests of the existing checkpoints, oldest first
-        self.before: Link | None = None  # the last checkpoint that was saved, or resumed from
         self.records = {"trail": Record(run_dir / TRAIL), "history": Record(run_dir / HISTORY)}
         self.taken: set[str] = set()
         self.undelivered: list[str] = []  # saved by an earlier process; stay in place until all ranks have loaded
         self.token = ""  # the writer's token; rank 0 only
         self.delivery: Delivery | None = None
 
-    def open(self, *, known: set[str] | None, before: Link | None, follows: str | None = None) -> Opened:
+    def open(self, *, known: set[str] | None, follows: str | None = None) -> Opened:
         """Become the only writer, and remove leftovers of a crash.
 
         Args:
             known: the checkpoints that the start found; None: those that are there now.
-            before: the last checkpoint that was saved, or resumed from.
             follows: the token of this training's own writer, which was killed; None if there was none.
 
         Raises:
@@ -104,7 +104,6 @@ class Writer:
             StoreError: labtrain cannot write there.
             TakenOverError: another process has written there since this process chose its checkpoint.
         """
-        self.before = before
         remote = None if is_local(self.place) else Store(self.place)
         stores, seen = [self.home] + ([remote] if remote else []), []
         for store in stores:
@@ -174,7 +173,7 @@ class Writer:
             return Written(manifest=None, error=self._why(known))
         if not self.token:
             return Written(manifest=manifest)
-        self.manifests[name], self.before = manifest, link_to(name, manifest)
+        self.manifests[name] = manifest
         try:
             if self.delivery is not None:
                 self.delivery.add(name, manifest)
@@ -198,7 +197,7 @@ class Writer:
             manifest["history"] = self.records["history"].up_to(size_bytes) if size_bytes else None
         if "trail" in save.sizes:
             manifest["trail"] = self._trail_mark(save) if save.sizes["trail"] else None
-        manifest = sealed({**manifest, "before": self.before})
+        manifest = sealed({**manifest, "before": save.before})
         self.home.publish(save.name, manifest, self.token)
         return manifest
 

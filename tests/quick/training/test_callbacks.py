@@ -2,6 +2,7 @@ from pathlib import Path
 
 import torch
 
+from labtrain.base.files import Lines
 from labtrain.record.trail import read_trail
 from labtrain.training.callbacks.steps import Trail, clock, tensor_names
 
@@ -13,7 +14,7 @@ def test_a_clock_reads_as_people_write_it() -> None:
 def test_a_line_that_waits_for_a_device_is_written_before_a_checkpoint_and_at_the_end(tmp_path: Path) -> None:
     """Or a training that goes on from that checkpoint would lack it."""
     trail = Trail(tmp_path / "trail.jsonl", every_n_steps=1)
-    trail.file = trail.path.open("a", buffering=1)
+    trail.file = Lines(trail.path)
     loss = torch.tensor([0.25], dtype=torch.float64).view(torch.int64)
     for step, end in (
         (1, lambda: trail.on_save_checkpoint(None, None, {})),

@@ -13,6 +13,7 @@ from labtrain.stores.store import Store, writer_lives
 from labtrain.training.start import wait_for_writer
 from tests.conftest import ROOT
 from tests.support.beside import mixed
+from tests.support.waiting import wait_until
 
 
 def run(whom: str, folder: Path) -> tuple[int, list[list[str]], str]:
@@ -46,4 +47,4 @@ def test_what_was_copied_is_saved_whoever_is_killed(whom: str, tmp_path: Path) -
         assert store.manifest(checkpoint)["weights_digest"] == lines[checkpoint.step - 1][1]
         assert state_digest(load_folder(checkpoint.folder)) == state_digest(mixed(checkpoint.step))
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {each.name for each in found}
-    assert not Path("/proc", lines[0][0]).exists()
+    wait_until(lambda: not Path("/proc", lines[0][0]).exists())
