@@ -243,14 +243,12 @@ class _Serving:
             Path("/proc/self/comm").write_text(WRITER_NAME)
         torch.set_num_threads(1)  # libraries for several threads do not survive a fork
         sys.stdout = sys.stderr = cast(TextIO, _Told(self))
-        while not self._is_alone():
-            try:
-                if self.connection.poll(POLL_S):
+        with suppress(EOFError, OSError):
+            while self.connection.poll(POLL_S) or not self._is_alone():  # what was sent before it died is done
+                if self.connection.poll():
                     self._serve()
                 elif self.writer is not None:
                     self._look(self.writer)
-            except (EOFError, OSError):
-                break
         if self.writer is not None:
             self.writer.abandon()
 
