@@ -220,6 +220,7 @@ class InProcess:
         try:
             kind, value = self.connection.recv()
         except (EOFError, OSError) as error:
+            self.waits = False  # `end` reaps it
             raise DiedError from error
         self.read = (self.read + 1) % 256
         if kind == "say":
