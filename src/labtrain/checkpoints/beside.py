@@ -14,6 +14,7 @@ import mmap
 import os
 import pickle
 import signal
+import socket
 import sys
 import threading
 import warnings
@@ -185,9 +186,12 @@ class InProcess:
         self._call("abandon")
 
     def end(self) -> None:
+        with suppress(OSError), socket.socket(fileno=os.dup(self.connection.fileno())) as own:
+            own.shutdown(socket.SHUT_RDWR)  # a forked child, such as a loader's worker, holds it open, too
         self.connection.close()
         if not self.waits:  # Ctrl-C may have ended the wait: then the process ends after this one
-            os.waitpid(self.pid, 0)
+            with suppress(ChildProcessError):  # SIGCHLD is ignored, or other code has waited for it
+                os.waitpid(self.pid, 0)
 
     def _call(self, method: str, *arguments: object) -> object:
         self._send(method, *arguments)
@@ -216,6 +220,7 @@ class InProcess:
         try:
             kind, value = self.connection.recv()
         except (EOFError, OSError) as error:
+            self.waits = False  # `end` reaps it
             raise DiedError from error
         self.read = (self.read + 1) % 256
         if kind == "say":
