@@ -20,6 +20,7 @@ PLAIN = (type(None), bool, int, float, str, bytes)
 MAPPINGS: tuple[type, ...] = (dict, OrderedDict, Counter)
 SEQUENCES: tuple[type, ...] = (list, tuple, torch.Size)
 PLAIN_KINDS = frozenset(PLAIN)
+Keys = tuple[object, ...]  # the keys of a value, from the outermost: their joined text could be another's
 LONG = 100  # for longer lists, check first whether all items are plain
 
 
@@ -32,7 +33,7 @@ class Staging:
 
     def __init__(self, memory: OwnMemory | SharedMemory | None = None) -> None:
         self.memory = memory if memory is not None else OwnMemory()
-        self.buffers: dict[str, torch.Tensor] = {}
+        self.buffers: dict[Keys, torch.Tensor] = {}
 
     def copy(self, state: dict[str, object]) -> State:
         """Return a copy of nested dicts, lists and tuples of tensors and plain values, good until the next call.
@@ -40,17 +41,17 @@ class Staging:
         Raises:
             LabtrainError: names the key of any other value.
         """
-        tensors = dict(_dense(state, "state"))
+        tensors = dict(_dense(state, ("state",)))
         if not all(_is_like(self.buffers.get(key), tensor) for key, tensor in tensors.items()):
             pinned = any(tensor.is_cuda for tensor in tensors.values())
             made = self.memory.allocate(map(form_of, tensors.values()), pinned=pinned)
             self.buffers = dict(zip(tensors, made, strict=True))
-        copied: dict[str, object] = self._copy(state, "state")
+        copied: dict[str, object] = self._copy(state, ("state",))
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.current_stream().synchronize()
         return copied
 
-    def _copy(self, value: Any, key: str) -> Any:
+    def _copy(self, value: Any, key: Keys) -> Any:
         kind = type(value)
         if isinstance(value, DTensor):  # this rank's part; `from_local` would move it to the mesh's device
             return DTensor(self._copy(value.to_local(), key), value._spec, requires_grad=False)
@@ -60,20 +61,21 @@ class Staging:
                 return tensor.cpu().clone()
             return self.buffers[key].copy_(tensor, non_blocking=True)
         if kind in MAPPINGS and all(map(_is_key, value)):
-            return kind({name: self._copy(item, f"{key}.{name}") for name, item in value.items()})
+            return kind({name: self._copy(item, (*key, name)) for name, item in value.items()})
         if kind in SEQUENCES:
             if len(value) > LONG and PLAIN_KINDS.issuperset(map(type, value)):
                 return kind(value)
-            return kind([self._copy(item, f"{key}.{index}") for index, item in enumerate(value)])
+            return kind([self._copy(item, (*key, index)) for index, item in enumerate(value)])
         if kind in PLAIN:
             return value
+        name = ".".join(map(str, key))
         raise LabtrainError(
-            f"{key} is a {described(value)}: a checkpoint can hold only tensors, numbers, strings, lists and dicts",
+            f"{name} is a {described(value)}: a checkpoint can hold only tensors, numbers, strings, lists and dicts",
             hint="keep plain values in hyperparameters and state_dicts",
         )
 
 
-def _dense(value: object, key: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _dense(value: object, key: Keys) -> Iterator[tuple[Keys, torch.Tensor]]:
     """Yield the key and the tensor of each dense part of a state."""
     if isinstance(value, DTensor):
         yield from _dense(value.to_local(), key)
@@ -82,10 +84,10 @@ def _dense(value: object, key: str) -> Iterator[tuple[str, torch.Tensor]]:
             yield key, value.detach()
     elif isinstance(value, dict):
         for name, item in value.items():
-            yield from _dense(item, f"{key}.{name}")
+            yield from _dense(item, (*key, name))
     elif isinstance(value, list | tuple) and not (len(value) > LONG and PLAIN_KINDS.issuperset(map(type, value))):
         for index, item in enumerate(value):
-            yield from _dense(item, f"{key}.{index}")
+            yield from _dense(item, (*key, index))
 
 
 def _is_like(buffer: torch.Tensor | None, tensor: torch.Tensor) -> bool:

@@ -4,7 +4,7 @@ import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from labtrain.base.contracts import Origin
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.permissions import is_held, make_folder, open_lock
+from labtrain.base.signals import WRITER_NAME
 from labtrain.checkpoints.format import check_loads
 from labtrain.record import receipt
 from labtrain.record.identity import Job
@@ -101,11 +102,18 @@ def wait_for_writer(run_dir: Path, place: str) -> None:
     """
     home = Store(place if is_local(place) else spool_of(run_dir))
     begun, told = time.monotonic(), False
-    while writer_lives(writer := home.writer()) and not is_held(run_dir / receipt.SIGN):
+    while writer_lives(writer := home.writer()) and is_forked(writer) and not is_held(run_dir / receipt.SIGN):
         if not told and time.monotonic() - begun > PATIENCE_S:
             told = True
             warn(f"waiting for process {writer and writer['process']}, which finishes a checkpoint in {home}")
         time.sleep(0.02)
+
+
+def is_forked(writer: Mapping[str, object] | None) -> bool:
+    """Return whether a process writes for another one; a training in a script has left its `.writer.json` otherwise."""
+    with suppress(OSError):
+        return Path(f"/proc/{writer and writer.get('process')}/comm").read_text().strip() == WRITER_NAME
+    return False
 
 
 def find_checkpoint(run_dir: Path, place: str, into: Path, *, run_id: str | None) -> Found | None:

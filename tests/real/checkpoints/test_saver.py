@@ -61,6 +61,13 @@ def test_buffers_are_used_again_and_a_state_that_grows_is_whole(memory: type[Own
     assert staging.copy({"a": half})["a"].dtype == torch.bfloat16
 
 
+def test_keys_that_read_alike_are_not_mixed_up() -> None:
+    state = {"x.y": torch.ones(2), "x": {"y": torch.zeros(2)}, 1: torch.ones(1), "1": torch.zeros(1)}
+    copied = Staging().copy(state)
+    assert copied["x.y"].tolist() == [1.0, 1.0]
+    assert copied[1].tolist() == [1.0]
+
+
 def test_lists_and_dicts_are_copied_too() -> None:
     inner = {"x": [1, 2]}
     copied = Staging().copy({"inner": inner})
