@@ -47,6 +47,7 @@ from labtrain.record.ranks import find_ranks
 from labtrain.record.receipt import Receipt, Result, result_of
 from labtrain.record.resume import changed_data
 from labtrain.training.callbacks.checkpoint import Checkpoints, as_floats
+from labtrain.training.callbacks.heart import Heart
 from labtrain.training.callbacks.history import best_of
 from labtrain.training.callbacks.kept import OUTLIVES_S
 from labtrain.training.callbacks.recorder import Recorder, nothing_to_train
@@ -151,7 +152,14 @@ class _Session:
             origin=self.start.origin,
         )
         determinism.set_say(self.recorder.say)
+        self.heart = Heart(
+            seconds=self.config["failures"]["hang_seconds"],
+            run_dir=shown(self.run_dir),
+            ranks=self.ranks,
+            beacon=self.checkpoints.beacon,
+        )
         callbacks = make_callbacks(job, self.checkpoints, self.recorder, self._make_guard(), self.experiment.callbacks)
+        callbacks.append(self.heart)
         self.trainer = make_trainer(
             self.config, accelerator, devices, environment, self.loggers, callbacks, self.wishes, root=job.run_dir
         )
@@ -191,7 +199,7 @@ class _Session:
         trainer, datamodule = self.trainer, self.experiment.datamodule
         loop = trainer.fit_loop.epoch_loop = EpochLoop(
             trainer,
-            save=lambda required: self.checkpoints.save(trainer, required=required),
+            save=self._save,
             keep=lambda: self.checkpoints.keep(trainer),
             every_n_steps=self.config["checkpoint"]["every_n_steps"],
             wishes=self.wishes,
@@ -204,6 +212,10 @@ class _Session:
         set_up = datamodule.setup
         datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))  # type: ignore[method-assign]
 
+    def _save(self, required: bool) -> None:
+        with self.heart.saving():
+            self.checkpoints.save(self.trainer, required=required)
+
     def _observe(self, started: list[subprocess.Popen[bytes]]) -> None:
         def patience_s() -> float:
             return ENDS_S if self.checkpoints.kept.held is None else OUTLIVES_S
@@ -213,7 +225,7 @@ class _Session:
 
     def _tell_ended(self, rank: int, code: int) -> None:
         """Tell the starting process that a rank failed, unless it has printed an error for people."""
-        if self.checkpoints.beacon is not None and code != EXIT_USAGE:
+        if code != EXIT_USAGE:
             lost = lost_rank(rank, code)
             self.checkpoints.beacon.fail(str(lost.args[0]), code if code > 0 else 128 - code)
 
@@ -263,10 +275,12 @@ class _Session:
             raise nothing_to_train(self.config, steps)
         if not steps and trainer.fit_loop.epoch_loop.total_batch_idx >= 0:
             self.recorder.say(NO_STEPS)
-        state = self.checkpoints.finish(trainer, weights, resumed=self.start.path)
+        with self.heart.saving():
+            state = self.checkpoints.finish(trainer, weights, resumed=self.start.path)
         if is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model):
             trainer.test(model, datamodule=datamodule, verbose=False)
             metrics |= as_floats(trainer.callback_metrics)
+        self.heart.close()
         result = Result(run_dir=self.run_dir, metrics=metrics, weights_digest=weights, steps=steps)
         if trainer.is_global_zero:
             self.saver.close(seconds=self.config["checkpoint"]["deliver_seconds"], wanted=True)
@@ -276,6 +290,7 @@ class _Session:
 
     def fail(self, raised: BaseException) -> BaseException:
         """Save what can be saved, close the receipt, end the other ranks; return the error for people."""
+        self.heart.close()
         if in_main_thread():
             # Ctrl-C may stop the delivery; the receipt is closed anyway.
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -306,9 +321,11 @@ class _Session:
         if self.ranks is None and (is_loss(raised) or asked):
             self.ended = ended_rank(self.trainer.strategy.launcher, seconds=0 if asked else ENDS_S)
             if self.ended is not None:
-                return lost_rank(*self.ended)
+                return lost_rank(*self.ended, why=self.checkpoints.beacon.why)
         if self.ranks is None and isinstance(error, LostError):
             error.exit_code = 1 if self.trainer.is_global_zero else EXIT_LOST
+        if isinstance(error, LostError) and (why := self.checkpoints.beacon.why):
+            error.args = (why,)  # a hang that this rank's watcher has found
         return error
 
     def _leave_copy(self, error: BaseException) -> None:
@@ -326,7 +343,7 @@ class _Session:
             warn(f"{shown(self.run_dir)}: the newest state could not be saved: {in_words(other)}")
         if self.ended is not None:
             self._tell_ended(*self.ended)
-        elif self.checkpoints.beacon is not None and not stopped:
+        elif not stopped:
             how = str(error.args[0]) if isinstance(error, LostError) else f"rank 0 raised {type(error).__qualname__}"
             self.checkpoints.beacon.fail(how, 1)
 

@@ -152,9 +152,8 @@ class Checkpoints(pl.Callback):
         keeps = self.keeps and on_cpus and trainer.world_size > 1
         if keeps:
             self._begin_to_keep(trainer)
-        if self.beacon is not None:
-            started = getattr(trainer.strategy.launcher, "procs", [])
-            self.beacon.begin(self.newest[1] if self.newest else 0, heir=started[-1].pid if keeps and started else 0)
+        started = getattr(trainer.strategy.launcher, "procs", [])
+        self.beacon.begin(self.newest[1] if self.newest else 0, heir=started[-1].pid if keeps and started else 0)
 
     def _begin_to_keep(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
@@ -176,8 +175,7 @@ class Checkpoints(pl.Callback):
     ) -> None:
         if trainer.is_global_zero:
             self.saver.check()
-            if self.beacon is not None:
-                self.beacon.advance(trainer.global_step)
+            self.beacon.advance(trainer.global_step)
         if not self.stepped and trainer.global_step:
             self.stepped = True
             self.check_savable(trainer, stepped=True)  # check again: optimizers create their state in the first step

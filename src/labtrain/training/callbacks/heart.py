@@ -1,0 +1,150 @@
+"""Tells a watcher that this rank goes on: after each batch of any loop, and around a save (watcher.py).
+
+Before the first step nothing counts: a first compile may take long. With one process nothing is watched, since a
+debugger or a pause would look like a hang, and nobody waits for it.
+"""
+
+import faulthandler
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+import lightning.pytorch as pl
+
+from labtrain.record.ranks import Beacon, Ranks
+from labtrain.training.callbacks.watcher import DOING, SAVE, SIGNAL, Pulse, Told
+from labtrain.training.cluster import resolve
+
+TRAIN, VALIDATION, TEST = (DOING.index(name) for name in ("train", "validation", "test"))
+MODULE = "labtrain.training.callbacks.watcher"
+
+
+class Heart(pl.Callback):
+    """Moves the counter that the watcher looks at.
+
+    Args:
+        seconds: the time without progress after which the training hangs; None: nothing is watched.
+        run_dir: as people know it.
+        ranks: of a launcher.
+        beacon: of the process that starts the training again.
+    """
+
+    def __init__(self, *, seconds: float | None, run_dir: str, ranks: Ranks | None, beacon: Beacon) -> None:
+        self.seconds, self.run_dir, self.ranks, self.beacon = seconds, run_dir, ranks, beacon
+        self.pulse: Pulse | None = None
+        self.watcher: subprocess.Popen[bytes] | None = None
+        self.stacks: int | None = None
+        self.step = 0
+        self.begun = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.seconds is None or trainer.world_size == 1 or self.watcher is not None:
+            return
+        address = "127.0.0.1" if self.ranks is None or self.ranks.nodes == 1 else resolve(self.ranks)
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as listens:
+            if trainer.is_global_zero:
+                listens.bind((address if address == "127.0.0.1" else "", 0))
+            port, token = trainer.strategy.broadcast((listens.getsockname()[1], secrets.token_hex(16)))
+            told = Told(
+                rank=trainer.global_rank,
+                world=trainer.world_size,
+                process=os.getpid(),
+                seconds=self.seconds,
+                run_dir=self.run_dir,
+                address=address,
+                port=port,
+                token=token,
+                pulse=os.memfd_create("labtrain-pulse"),
+                stacks=os.memfd_create("labtrain-stacks"),
+                socket=listens.fileno() if trainer.is_global_zero else None,
+                beacon=self.beacon.descriptor if trainer.is_global_zero else None,
+            )
+            self._start(told)
+
+    def _start(self, told: Told) -> None:
+        self.pulse, self.stacks = Pulse(told.pulse), told.stacks
+        faulthandler.register(SIGNAL, file=self.stacks, all_threads=True)
+        passed = [each for each in (told.pulse, told.stacks, told.socket, told.beacon) if each is not None]
+        # -P: a file of the experiment must not take the place of a module.
+        command = [sys.executable, "-P", "-m", MODULE]
+        self.watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, pass_fds=passed)
+        assert self.watcher.stdin is not None
+        with self.watcher.stdin as stdin:
+            stdin.write(json.dumps(asdict(told)).encode() + b"\n")
+        os.close(told.pulse)  # it is mapped
+
+    def close(self) -> None:
+        """Watch no longer."""
+        if self.watcher is None:
+            return
+        self.watcher.kill()
+        self.watcher.wait()
+        faulthandler.unregister(SIGNAL)
+        assert self.stacks is not None
+        os.close(self.stacks)
+        self.pulse = self.watcher = self.stacks = None
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Save in the block: what is read and written counts as progress, too."""
+        self._beat(SAVE)
+        yield
+        self._beat(TRAIN)
+
+    def _beat(self, doing: int) -> None:
+        if self.pulse is not None and self.begun:
+            self.pulse.beat(self.step, doing)
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        self._beat(TRAIN)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
+    ) -> None:
+        if self.pulse is not None:
+            self.step, self.begun = trainer.global_step, True
+            self.pulse.beat(self.step, TRAIN)
+
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._beat(VALIDATION)
+
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._beat(VALIDATION)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._beat(TRAIN)
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._beat(TEST)
+
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._beat(TEST)
