@@ -208,9 +208,10 @@ class Beacon:
     SIZE_BYTES = 4096
     VARIABLE = "LABTRAIN_BEACON"  # the number of its file descriptor
 
-    def __init__(self, memory: mmap.mmap, descriptor: int | None = None) -> None:
+    def __init__(self, memory: mmap.mmap, descriptor: int | None = None, *, is_read: bool = False) -> None:
         self.memory = memory
         self.descriptor = descriptor  # to pass it on
+        self.is_read = is_read  # by a process that starts the training again
 
     @classmethod
     def make(cls) -> tuple["Beacon", int]:
@@ -232,7 +233,7 @@ class Beacon:
             beacon.descriptor = descriptor
             return beacon
         os.set_inheritable(descriptor, False)
-        return cls(memory, descriptor)
+        return cls(memory, descriptor, is_read=True)
 
     def begin(self, step: int, *, heir: int) -> None:
         """Tell the step that this start begins from, and the process that outlives rank 0 to save its copy; 0: none."""

@@ -198,16 +198,10 @@ def observe(
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def lost_rank(rank: int, code: int, *, why: str = "") -> LostError:
-    """Return the error for a rank that ended before the training.
-
-    Args:
-        rank: that ended.
-        code: its exit code.
-        why: it hung, and was killed for that.
-    """
+def lost_rank(rank: int, code: int) -> LostError:
+    """Return the error for a rank that ended before the training."""
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-    lost = LostError(why or f"rank {rank} {how}", hint="the same command resumes")
+    lost = LostError(f"rank {rank} {how}", hint="the same command resumes")
     lost.exit_code = 1
     return lost
 

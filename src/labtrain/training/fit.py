@@ -51,6 +51,7 @@ from labtrain.training.callbacks.heart import Heart
 from labtrain.training.callbacks.history import best_of
 from labtrain.training.callbacks.kept import OUTLIVES_S
 from labtrain.training.callbacks.recorder import Recorder, nothing_to_train
+from labtrain.training.callbacks.watcher import hint
 from labtrain.training.cluster import ended_rank, explain_loss, is_loss, lost_rank, make_environment, observe
 from labtrain.training.devices import choose_accelerator, plain_because
 from labtrain.training.epoch_loop import EpochLoop
@@ -321,11 +322,12 @@ class _Session:
         if self.ranks is None and (is_loss(raised) or asked):
             self.ended = ended_rank(self.trainer.strategy.launcher, seconds=0 if asked else ENDS_S)
             if self.ended is not None:
-                return lost_rank(*self.ended, why=self.checkpoints.beacon.why)
-        if self.ranks is None and isinstance(error, LostError):
+                error = lost_rank(*self.ended)
+        if self.ranks is None and isinstance(error, LostError) and self.ended is None:
             error.exit_code = 1 if self.trainer.is_global_zero else EXIT_LOST
-        if isinstance(error, LostError) and (why := self.checkpoints.beacon.why):
-            error.args = (why,)  # a hang that this rank's watcher has found
+        why = self.checkpoints.beacon.why
+        if isinstance(error, LostError) and why not in ("", error.args[0]):  # a hang that the watcher has found
+            error.args, error.hint = (why,), hint(shown(self.run_dir))
         return error
 
     def _leave_copy(self, error: BaseException) -> None:

@@ -190,3 +190,56 @@ def test_no_restart_where_it_is_turned_off(experiment: Experiment) -> None:
     training.wait_for(20)
     training.process.kill()
     assert training.end().code == -signal.SIGKILL
+
+
+# ------------------------------------------------------------------------------------------------------------- hangs
+
+
+def put_in_step(experiment: Experiment, *lines: str) -> None:
+    """Put lines at the start of a model's step."""
+    model = experiment.root / "model.py"
+    line = "        images, labels = batch  # (B, 1, 8, 8), (B,)\n"
+    text = model.read_text()
+    assert line in text
+    model.write_text(text.replace(line, line + "".join(f"        {each}\n" for each in lines)))
+
+
+def hangs(step: int, how: str, *, rank: int = 1) -> tuple[str, ...]:
+    """Return the lines with which a rank hangs once."""
+    return (
+        "import ctypes, os, pathlib, time",
+        f"if self.global_rank == {rank} and self.global_step == {step} and not pathlib.Path('hung').exists():",
+        "    pathlib.Path('hung').touch()",
+        f"    {how}",
+    )
+
+
+def line_of(experiment: Experiment, how: str) -> str:
+    lines = (experiment.root / "model.py").read_text().splitlines()
+    return f"model.py:{next(number for number, line in enumerate(lines, 1) if how in line)}"
+
+
+def test_a_rank_that_sleeps_and_one_that_is_stopped_are_found_and_started_again(
+    own_experiment: Experiment, whole: Run
+) -> None:
+    how = "time.sleep(1000)"
+    put_in_step(own_experiment, *hangs(60, how))
+    training = Training(own_experiment, "failures.hang_seconds=3")
+    training.wait_for(60)
+    training.wait_for_start(2)
+    training.wait_for(AT)
+    training.ranks()[0].send_signal(signal.SIGSTOP)
+    run = training.end()
+    assert run.code == 0, run.err
+    assert run.digest == whole.digest
+    first, second, third = (segment["why"] for segment in run.receipt["segments"])
+    assert first.startswith("restarted: rank 1 does not go on at ")
+    assert f"{line_of(own_experiment, how)}, in " in first
+    assert "after step 60, in train, for 3 s; the other ranks wait in " in first
+    assert second.startswith("restarted: rank 0 is stopped (SIGSTOP) after step ")
+    assert third is None
+    assert 0 < run.receipt["segments"][1]["from_step"] <= 60, "from the copy in memory of rank 0"
+    (folder,) = folders(Path("runs"))
+    told = (folder / "hang.txt").read_text()
+    assert told.count("does not go on at") == 2, "in its title, and above its stacks"
+    assert f"line {line_of(own_experiment, how).partition(':')[2]} in " in told

@@ -5,24 +5,20 @@ debugger or a pause would look like a hang, and nobody waits for it.
 """
 
 import faulthandler
-import json
 import os
 import secrets
 import socket
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import lightning.pytorch as pl
 
 from labtrain.record.ranks import Beacon, Ranks
-from labtrain.training.callbacks.watcher import DOING, SAVE, SIGNAL, Pulse, Told
+from labtrain.training.callbacks.watcher import DOING, SAVE, SIGNAL, Pulse, Told, start
 from labtrain.training.cluster import resolve
 
 TRAIN, VALIDATION, TEST = (DOING.index(name) for name in ("train", "validation", "test"))
-MODULE = "labtrain.training.callbacks.watcher"
 
 
 class Heart(pl.Callback):
@@ -65,20 +61,10 @@ class Heart(pl.Callback):
                 stacks=os.memfd_create("labtrain-stacks"),
                 socket=listens.fileno() if trainer.is_global_zero else None,
                 beacon=self.beacon.descriptor if trainer.is_global_zero else None,
+                again=self.beacon.is_read,
             )
-            self._start(told)
-
-    def _start(self, told: Told) -> None:
-        self.pulse, self.stacks = Pulse(told.pulse), told.stacks
-        faulthandler.register(SIGNAL, file=self.stacks, all_threads=True)
-        passed = [each for each in (told.pulse, told.stacks, told.socket, told.beacon) if each is not None]
-        # -P: a file of the experiment must not take the place of a module.
-        command = [sys.executable, "-P", "-m", MODULE]
-        self.watcher = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, pass_fds=passed)
-        assert self.watcher.stdin is not None
-        with self.watcher.stdin as stdin:
-            stdin.write(json.dumps(asdict(told)).encode() + b"\n")
-        os.close(told.pulse)  # it is mapped
+            self.pulse, self.stacks, self.watcher = Pulse(told.pulse), told.stacks, start(told)
+            os.close(told.pulse)  # it is mapped
 
     def close(self) -> None:
         """Watch no longer."""

@@ -1,14 +1,15 @@
 """Watches one rank of a training from a process beside it, and finds the rank that hangs. No torch.
 
 A rank may hang in Python, in C code that holds the interpreter, or in a collective. Or it is stopped: nothing in it
-runs. So each rank has a small process that looks at a counter in shared memory (Pulse): each batch and each save moves it. If
-it stands still, the watcher asks the rank for its stacks by a signal, which faulthandler answers from C, and tells the
-watcher of rank 0 (UDP, with a token). That one decides once no rank moves: a rank that waits in a collective does not
-hang, the one that it waits for does. It writes what it found, and has the silent rank killed: a death like any other.
+runs. So each rank has a small process that looks at a counter in shared memory (Pulse). Each batch and each save moves
+it. If it stands still, the watcher asks the rank for its stacks by a signal. faulthandler answers it from C. It tells
+the watcher of rank 0 (UDP, with a token), which decides once no rank moves. A rank that waits in a collective does not
+hang; the one that it waits for does. That one is killed: a death like any other.
 
 Time counts only while the watcher itself runs. So a job that is suspended as a whole does not hang.
 """
 
+import faulthandler
 import json
 import mmap
 import os
@@ -17,6 +18,7 @@ import secrets
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -27,9 +29,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
+from labtrain.base.console import quoted, visible
+from labtrain.base.errors import LabtrainError
 from labtrain.base.signals import end_with_parent
 from labtrain.record.ranks import Beacon
 
+MODULE = "labtrain.training.callbacks.watcher"
 FILE = "hang.txt"  # in the run's folder
 SIGNAL = signal.SIGRTMIN + 3  # asks a process for its stacks
 DOING = ("train", "validation", "test", "save")
@@ -38,7 +43,7 @@ STEADY_S, ANSWERS_S, WRITES_S = 0.1, 3.0, 5.0
 LONGEST_TICK_S = 5.0
 LOST_S = 30.0  # without a word of another rank's watcher: its machine is gone
 LONGEST = 40_000  # characters of a rank's stacks, so that they fit in a datagram
-SHOWN = 8  # ranks on standard error; the file has all
+SHOWN, CALLS = 8, 12  # ranks, and innermost calls of each, on standard error; the file has all
 STATES = {
     "T": "is stopped (SIGSTOP)",
     "t": "is stopped by a debugger",
@@ -85,7 +90,25 @@ class Told:
     pulse: int
     stacks: int
     socket: int | None  # of rank 0
-    beacon: int | None  # of rank 0, if a process waits to start the training again
+    beacon: int | None  # of rank 0
+    again: bool  # whether a process waits to start the training again
+
+
+def hint(run_dir: str) -> str:
+    """Return what to do about a hang."""
+    return f"less {quoted(f'{run_dir}/{FILE}')} shows where each rank was; the same command resumes"
+
+
+def start(told: Told) -> subprocess.Popen[bytes]:
+    """Start the process that watches this one."""
+    faulthandler.register(SIGNAL, file=told.stacks, all_threads=True)
+    passed = [each for each in (told.pulse, told.stacks, told.socket, told.beacon) if each is not None]
+    # -P: a file of the experiment must not take the place of a module.
+    watcher = subprocess.Popen([sys.executable, "-P", "-m", MODULE], stdin=subprocess.PIPE, stdout=2, pass_fds=passed)
+    assert watcher.stdin is not None
+    with watcher.stdin as stdin:
+        stdin.write(json.dumps(asdict(told)).encode() + b"\n")
+    return watcher
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,9 +146,10 @@ class Sight:
 
     @property
     def place(self) -> str:
-        """The innermost line of code of the training's thread that belongs to no package."""
+        """The innermost line of the training's thread that is the experiment's code, or at least none of torch's."""
         own = [each for each in self.main if not each[0].startswith(NOT_OWN) and "/lib/python3" not in each[0]]
-        return "{}:{}, in {}".format(*own[0]) if own else "{}:{}, in {}".format(*self.main[0]) if self.main else ""
+        found = own or [each for each in self.main if "/torch/" not in each[0]] or self.main
+        return "{}:{}, in {}".format(*found[0]) if found else ""
 
     def told(self) -> str:
         """How the rank stands, in words."""
@@ -251,8 +275,11 @@ class Watcher:
         ranks = list(range(self.told.world)) if self.found else hang.ranks
         self.found += 1
         # Standard error first: the run's folder may be on the file system that hangs.
-        _print(f"warning: {self.told.run_dir}: {hang.why}: labtrain kills rank {', '.join(map(str, ranks))}\n\n")
+        kills = f"labtrain kills rank {', '.join(map(str, ranks))}"
+        _print(f"warning: {self.told.run_dir}: {hang.why}: {kills}\n\n")
         _print("".join(report(each, whole=False) for each in sights[:SHOWN]))
+        if 0 in ranks and not self.told.again:  # else another process ends with the error
+            _print(f"error: {LabtrainError(hang.why, hint=hint(self.told.run_dir))}\n")
         writes = threading.Thread(target=self._write, args=(hang, sights), daemon=True)
         writes.start()
         writes.join(WRITES_S)
@@ -281,7 +308,7 @@ def report(sight: Sight, *, whole: bool) -> str:
     head = f"{sight.told()} (process {sight.process} on {sight.host}, step {sight.step}, {sight.doing})\n"
     if whole:
         return head + "".join(f"process {process}:\n{text}\n" for process, text in sight.stacks.items()) + "\n"
-    return head + "".join(f"  {file}:{line}, in {name}\n" for file, line, name in sight.main) + "\n"
+    return head + "".join(f"  {file}:{line}, in {name}\n" for file, line, name in sight.main[:CALLS]) + "\n"
 
 
 def stacks_of(process: int, descriptor: int) -> dict[str, str]:
@@ -344,7 +371,7 @@ def _bytes_moved(process: int) -> int:
 
 
 def _print(text: str) -> None:
-    sys.stderr.write(text)
+    sys.stderr.write(visible(text))
     sys.stderr.flush()
 
 
