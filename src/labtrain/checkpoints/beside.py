@@ -185,6 +185,8 @@ class InProcess:
         self._call("abandon")
 
     def end(self) -> None:
+        with suppress(OSError):
+            self.connection.send_bytes(b"")  # loader workers may hold the connection open, too
         self.connection.close()
         if not self.waits:  # Ctrl-C may have ended the wait: then the process ends after this one
             os.waitpid(self.pid, 0)
@@ -258,7 +260,8 @@ class _Serving:
         return os.getppid() != self.host.parent
 
     def _serve(self) -> None:
-        message = self.connection.recv_bytes()
+        if not (message := self.connection.recv_bytes()):
+            raise EOFError
         self.host.memory.show(int.from_bytes(message[:8], "little"))
         method, arguments = _Unpickler(io.BytesIO(message[8:]), self.host.memory).load()
         try:
