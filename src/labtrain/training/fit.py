@@ -153,14 +153,7 @@ class _Session:
             origin=self.start.origin,
         )
         determinism.set_say(self.recorder.say)
-        self.heart = Heart(
-            seconds=self.config["failures"]["hang_seconds"],
-            run_dir=shown(self.run_dir),
-            ranks=self.ranks,
-            beacon=self.checkpoints.beacon,
-        )
         callbacks = make_callbacks(job, self.checkpoints, self.recorder, self._make_guard(), self.experiment.callbacks)
-        callbacks.append(self.heart)
         self.trainer = make_trainer(
             self.config, accelerator, devices, environment, self.loggers, callbacks, self.wishes, root=job.run_dir
         )
@@ -171,12 +164,14 @@ class _Session:
 
     def _make_checkpoints(self) -> Checkpoints:
         found = self.start.found
+        seconds = self.config["failures"]["hang_seconds"]
         checkpoints = Checkpoints(
             self.run_dir,
             self.start.place,
             run_id=self.job.run_id,
             options=self.config["checkpoint"],
             say=lambda text: self.recorder.say(text),
+            heart=Heart(seconds=seconds, run_dir=shown(self.run_dir), ranks=self.ranks),
             keeps=self.config["failures"]["max_restarts"] > 0,
             resumed=(found.name, found.manifest) if found else None,
         )
@@ -200,7 +195,7 @@ class _Session:
         trainer, datamodule = self.trainer, self.experiment.datamodule
         loop = trainer.fit_loop.epoch_loop = EpochLoop(
             trainer,
-            save=self._save,
+            save=lambda required: self.checkpoints.save(trainer, required=required),
             keep=lambda: self.checkpoints.keep(trainer),
             every_n_steps=self.config["checkpoint"]["every_n_steps"],
             wishes=self.wishes,
@@ -212,10 +207,6 @@ class _Session:
         take_loaders(datamodule, loop.placed, same_batches=bool(self.config["trainer"]["overfit_batches"]))
         set_up = datamodule.setup
         datamodule.setup = lambda stage: seeded_alike(lambda: set_up(stage))  # type: ignore[method-assign]
-
-    def _save(self, required: bool) -> None:
-        with self.heart.saving():
-            self.checkpoints.save(self.trainer, required=required)
 
     def _observe(self, started: list[subprocess.Popen[bytes]]) -> None:
         def patience_s() -> float:
@@ -276,12 +267,12 @@ class _Session:
             raise nothing_to_train(self.config, steps)
         if not steps and trainer.fit_loop.epoch_loop.total_batch_idx >= 0:
             self.recorder.say(NO_STEPS)
-        with self.heart.saving():
+        with self.checkpoints.heart.saving():
             state = self.checkpoints.finish(trainer, weights, resumed=self.start.path)
         if is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model):
             trainer.test(model, datamodule=datamodule, verbose=False)
             metrics |= as_floats(trainer.callback_metrics)
-        self.heart.close()
+        self.checkpoints.heart.close()
         result = Result(run_dir=self.run_dir, metrics=metrics, weights_digest=weights, steps=steps)
         if trainer.is_global_zero:
             self.saver.close(seconds=self.config["checkpoint"]["deliver_seconds"], wanted=True)
@@ -291,7 +282,7 @@ class _Session:
 
     def fail(self, raised: BaseException) -> BaseException:
         """Save what can be saved, close the receipt, end the other ranks; return the error for people."""
-        self.heart.close()
+        self.checkpoints.heart.close()
         if in_main_thread():
             # Ctrl-C may stop the delivery; the receipt is closed anyway.
             signal.signal(signal.SIGINT, signal.default_int_handler)

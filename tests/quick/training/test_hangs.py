@@ -141,6 +141,10 @@ def test_a_rank_that_goes_on_or_saves_does_not_hang(ended: list[Ranks]) -> None:
     assert ranks.killed() == [1]
 
 
+BACKWARD = '  File "torch/autograd/graph.py", line 8 in _engine_run_backward\n'
+COLLECTIVE = '  File "torch/distributed/distributed_c10d.py", line 8 in barrier\n'
+
+
 def sight(rank: int, still_s: float, *, step: int = 5, state: str = "S", calls: str = "") -> Sight:
     stacks = {"1": calls} if calls else {}
     return Sight(rank=rank, host="n", process=1, still_s=still_s, step=step, doing="train", state=state, stacks=stacks)
@@ -154,9 +158,22 @@ def sight(rank: int, still_s: float, *, step: int = 5, state: str = "S", calls: 
         ([sight(0, 10), sight(1, -1)], None),
         ([sight(0, 10), sight(1, 10)], [0, 1]),
         ([sight(0, 10, step=6), sight(1, 10)], [1]),
+        ([sight(0, 10, calls=BACKWARD), sight(1, 10)], [1]),
+        ([sight(0, 10, calls=BACKWARD), sight(1, 10, calls=COLLECTIVE)], [0]),
+        ([sight(0, 10, calls=BACKWARD), sight(1, 10, calls=BACKWARD)], [1]),
         ([sight(0, 10, step=6, state="D"), sight(1, 10)], [0, 1]),
     ],
-    ids=["not heard", "one goes on", "before its first step", "nothing tells them apart", "behind", "disk"],
+    ids=[
+        "not heard",
+        "one goes on",
+        "before its first step",
+        "nothing tells them apart",
+        "behind",
+        "DDP",
+        "a backward that waits",
+        "both",
+        "disk",
+    ],
 )
 def test_who_hangs(sights: list[Sight], silent: list[int] | None) -> None:
     found = judge({each.rank: each for each in sights}, seconds=10, world=2)

@@ -1,4 +1,4 @@
-"""Tells a watcher that this rank goes on: after each batch of any loop, and around a save (watcher.py).
+"""Tells a watcher that this rank goes on: at each batch of any loop, and around a save (watcher.py).
 
 Before the first step nothing counts: a first compile may take long. With one process nothing is watched, since a
 debugger or a pause would look like a hang, and nobody waits for it.
@@ -21,25 +21,30 @@ from labtrain.training.cluster import resolve
 TRAIN, VALIDATION, TEST = (DOING.index(name) for name in ("train", "validation", "test"))
 
 
-class Heart(pl.Callback):
+class Heart:
     """Moves the counter that the watcher looks at.
 
     Args:
         seconds: the time without progress after which the training hangs; None: nothing is watched.
         run_dir: as people know it.
         ranks: of a launcher.
-        beacon: of the process that starts the training again.
     """
 
-    def __init__(self, *, seconds: float | None, run_dir: str, ranks: Ranks | None, beacon: Beacon) -> None:
-        self.seconds, self.run_dir, self.ranks, self.beacon = seconds, run_dir, ranks, beacon
+    def __init__(self, *, seconds: float | None, run_dir: str, ranks: Ranks | None) -> None:
+        self.seconds, self.run_dir, self.ranks = seconds, run_dir, ranks
         self.pulse: Pulse | None = None
         self.watcher: subprocess.Popen[bytes] | None = None
         self.stacks: int | None = None
         self.step = 0
         self.begun = False
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def start(self, trainer: pl.Trainer, beacon: Beacon) -> None:
+        """Start the watcher; called on every rank.
+
+        Args:
+            trainer: at the start of the training.
+            beacon: of rank 0, which the watcher tells why it kills a rank.
+        """
         if self.seconds is None or trainer.world_size == 1 or self.watcher is not None:
             return
         address = "127.0.0.1" if self.ranks is None or self.ranks.nodes == 1 else resolve(self.ranks)
@@ -60,8 +65,8 @@ class Heart(pl.Callback):
                 pulse=os.memfd_create("labtrain-pulse"),
                 stacks=os.memfd_create("labtrain-stacks"),
                 socket=listens.fileno() if trainer.is_global_zero else None,
-                beacon=self.beacon.descriptor if trainer.is_global_zero else None,
-                again=self.beacon.is_read,
+                beacon=beacon.descriptor if trainer.is_global_zero else None,
+                again=beacon.is_read,
             )
             self.pulse, self.stacks, self.watcher = Pulse(told.pulse), told.stacks, start(told)
             os.close(told.pulse)  # it is mapped
@@ -80,57 +85,16 @@ class Heart(pl.Callback):
     @contextmanager
     def saving(self) -> Iterator[None]:
         """Save in the block: what is read and written counts as progress, too."""
-        self._beat(SAVE)
+        self.beat(SAVE)
         yield
-        self._beat(TRAIN)
+        self.beat(TRAIN)
 
-    def _beat(self, doing: int) -> None:
+    def done(self, step: int) -> None:
+        """Tell that a batch of the training is done, and the last finished step."""
+        self.step, self.begun = step, True
+        self.beat(TRAIN)
+
+    def beat(self, doing: int) -> None:
+        """Tell that this rank goes on, if it has done a batch."""
         if self.pulse is not None and self.begun:
             self.pulse.beat(self.step, doing)
-
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        self._beat(TRAIN)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
-    ) -> None:
-        if self.pulse is not None:
-            self.step, self.begun = trainer.global_step, True
-            self.pulse.beat(self.step, TRAIN)
-
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._beat(VALIDATION)
-
-    def on_validation_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._beat(VALIDATION)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._beat(TRAIN)
-
-    def on_test_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self._beat(TEST)
-
-    def on_test_batch_end(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        self._beat(TEST)

@@ -44,6 +44,7 @@ LONGEST_TICK_S = 5.0
 LOST_S = 30.0  # without a word of another rank's watcher: its machine is gone
 LONGEST = 40_000  # characters of a rank's stacks, so that they fit in a datagram
 SHOWN, CALLS = 8, 12  # ranks, and innermost calls of each, on standard error; the file has all
+BACKWARD = "backward"
 STATES = {
     "T": "is stopped (SIGSTOP)",
     "t": "is stopped by a debugger",
@@ -139,16 +140,22 @@ class Sight:
 
     @property
     def collective(self) -> str:
-        """The collective that the rank waits in; empty if it does not wait for other ranks."""
+        """The collective that the rank waits in; empty if it does not wait for other ranks.
+
+        DDP exchanges gradients in a backward pass. But that may also wait for something else.
+        """
         if self.state in STATES:
             return ""
+        if self.main and self.main[0][2] == "_engine_run_backward":  # torch/autograd/graph.py; the rest is in C++
+            return BACKWARD
         return next((name for file, _, name in self.main[:3] if file.endswith("distributed/distributed_c10d.py")), "")
 
     @property
     def place(self) -> str:
-        """The innermost line of the training's thread that is the experiment's code, or at least none of torch's."""
-        own = [each for each in self.main if not each[0].startswith(NOT_OWN) and "/lib/python3" not in each[0]]
-        found = own or [each for each in self.main if "/torch/" not in each[0]] or self.main
+        """The innermost line of the experiment's code, in the training's thread or a loader worker; else labtrain's."""
+        workers = [] if self.collective else FRAME.findall("".join(self.stacks.values()))
+        shipped = [each for each in [*self.main, *workers] if "/lib/python3" not in each[0]]
+        found = [each for each in shipped if not each[0].startswith(NOT_OWN)] or shipped or self.main
         return "{}:{}, in {}".format(*found[0]) if found else ""
 
     def told(self) -> str:
@@ -170,10 +177,12 @@ def judge(sights: Mapping[int, Sight], *, seconds: float, world: int) -> Hang | 
     if len(sights) < world or any(each.still_s < seconds for each in sights.values()):
         return None
     silent = [each for each in sights.values() if not each.collective]
+    if not silent and any(each.collective != BACKWARD for each in sights.values()):
+        silent = [each for each in sights.values() if each.collective == BACKWARD]
     if silent:
         behind = min(each.step for each in silent)
         silent = [each for each in silent if each.step == behind or each.state in STATES]
-        waits = {each.collective for each in sights.values() if each.collective}
+        waits = {each.collective for each in sights.values() if each.collective and each not in silent}
         first = min(silent, key=lambda each: each.rank)
         others = f" and {len(silent) - 1} more ranks" if len(silent) > 1 else ""
         waiting = f"; the other ranks wait in {', '.join(sorted(waits))}" if waits else ""
