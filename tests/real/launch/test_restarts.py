@@ -185,6 +185,45 @@ def test_a_signal_while_it_starts_again_ends_it(experiment: Experiment, number: 
 
 
 @pytest.mark.release
+def test_without_restarts_a_hang_ends_the_run_with_one_error(own_experiment: Experiment) -> None:
+    how = "sum(iter(int, 1))"  # in C, with the interpreter's lock
+    put_in_step(own_experiment, *hangs(20, how))
+    run = Training(own_experiment, "failures.hang_seconds=3", "failures.max_restarts=0").end()
+    assert run.code == 1
+    assert run.out == ""
+    assert run.err.count("error: ") == 1
+    (error,) = (line for line in run.err.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: rank 1 does not go on at ")
+    assert line_of(own_experiment, how) in error
+    assert "hang.txt shows where each rank was; the same command resumes" in run.err
+    assert Path("hung").exists()
+    same(own_experiment.train(*TWO), own_experiment.train(*LONG, "paths.runs=whole"))
+
+
+@pytest.mark.release
+def test_a_loader_worker_that_hangs_is_found(own_experiment: Experiment, whole: Run) -> None:
+    data = own_experiment.root / "data.py"
+    line = "        image, m = self.images[index], self.max_shift\n"
+    text = data.read_text()
+    assert line in text
+    hung = (
+        "        import os, pathlib, signal\n"
+        "        if os.environ.get('LOCAL_RANK') == '1' and pathlib.Path('hang').exists():\n"
+        "            pathlib.Path('hang').unlink(missing_ok=True)\n"
+        "            while True:\n"
+        "                signal.pause()\n"
+    )
+    data.write_text(text.replace(line, hung + line))
+    training = Training(own_experiment, "failures.hang_seconds=3", "data.num_workers=1")
+    training.wait_for(20)
+    Path("hang").touch()
+    run = training.end()
+    assert run.code == 0, run.err
+    assert run.digest == whole.digest
+    assert "data.py:" in run.receipt["segments"][0]["why"]
+
+
+@pytest.mark.release
 def test_no_restart_where_it_is_turned_off(experiment: Experiment) -> None:
     training = Training(experiment, "failures.max_restarts=0")
     training.wait_for(20)

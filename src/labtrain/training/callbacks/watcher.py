@@ -146,8 +146,11 @@ class Sight:
         """
         if self.state in STATES:
             return ""
-        if self.main and self.main[0][2] == "_engine_run_backward":  # torch/autograd/graph.py; the rest is in C++
+        file, _, function = self.main[0] if self.main else ("", "", "")
+        if function == "_engine_run_backward":  # torch/autograd/graph.py; the rest is in C++
             return BACKWARD
+        if "/torch/distributed/" in file or file.endswith("torch/nn/parallel/distributed.py"):
+            return function
         return next((name for file, _, name in self.main[:3] if file.endswith("distributed/distributed_c10d.py")), "")
 
     @property
