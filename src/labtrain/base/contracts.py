@@ -98,6 +98,7 @@ class FailuresConfig(TypedDict):
 
     max_restarts: int
     elastic: bool
+    hang_seconds: float | None
 
 
 class PathsConfig(TypedDict):

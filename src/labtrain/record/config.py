@@ -185,6 +185,9 @@ def _check_names(config: Config) -> None:
     _want("gpu_stats", config["gpu_stats"], isinstance(config["gpu_stats"], bool), "true or false")
     elastic = config["failures"]["elastic"]
     _want("failures.elastic", elastic, isinstance(elastic, bool), "true or false")
+    seconds = config["failures"]["hang_seconds"]
+    good = seconds is None or _is_int(seconds, 1) or (isinstance(seconds, float) and seconds > 0)
+    _want("failures.hang_seconds", seconds, good, "a number above 0, or null")
 
 
 def _check_numbers(config: Config) -> None:

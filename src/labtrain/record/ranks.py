@@ -208,8 +208,10 @@ class Beacon:
     SIZE_BYTES = 4096
     VARIABLE = "LABTRAIN_BEACON"  # the number of its file descriptor
 
-    def __init__(self, memory: mmap.mmap) -> None:
+    def __init__(self, memory: mmap.mmap, descriptor: int | None = None, *, is_read: bool = False) -> None:
         self.memory = memory
+        self.descriptor = descriptor  # to pass it on
+        self.is_read = is_read  # by a process that starts the training again
 
     @classmethod
     def make(cls) -> tuple["Beacon", int]:
@@ -221,16 +223,17 @@ class Beacon:
         return beacon, descriptor
 
     @classmethod
-    def find(cls) -> "Beacon | None":
-        """Return the one that the starting process made, once; None if there is none."""
-        if (text := os.environ.pop(cls.VARIABLE, None)) is None:
-            return None
+    def find(cls) -> "Beacon":
+        """Return the one that the starting process made, once; else a new one, which other processes may share."""
         try:
-            memory = mmap.mmap(int(text), cls.SIZE_BYTES)
+            descriptor = int(os.environ.pop(cls.VARIABLE, ""))
+            memory = mmap.mmap(descriptor, cls.SIZE_BYTES)
         except (OSError, ValueError):  # this process was not started by the one that made it
-            return None
-        os.close(int(text))
-        return cls(memory)
+            beacon, descriptor = cls.make()
+            beacon.descriptor = descriptor
+            return beacon
+        os.set_inheritable(descriptor, False)
+        return cls(memory, descriptor, is_read=True)
 
     def begin(self, step: int, *, heir: int) -> None:
         """Tell the step that this start begins from, and the process that outlives rank 0 to save its copy; 0: none."""
@@ -241,7 +244,9 @@ class Beacon:
         struct.pack_into("<q", self.memory, 8, step)
 
     def fail(self, why: str, code: int) -> None:
-        """Tell how a rank died, so that the training may be started again."""
+        """Tell how a rank died, so that the training may be started again. The first that tells it knows best."""
+        if self.why:
+            return
         self._put(self.begun, self.step, code, self.heir)
         text = why.encode()[: self.SIZE_BYTES - self.NUMBERS.size - 1]
         self.memory[self.NUMBERS.size : self.NUMBERS.size + len(text) + 1] = text + b"\0"

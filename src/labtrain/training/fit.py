@@ -47,9 +47,11 @@ from labtrain.record.ranks import find_ranks
 from labtrain.record.receipt import Receipt, Result, result_of
 from labtrain.record.resume import changed_data
 from labtrain.training.callbacks.checkpoint import Checkpoints, as_floats
+from labtrain.training.callbacks.heart import Heart
 from labtrain.training.callbacks.history import best_of
 from labtrain.training.callbacks.kept import OUTLIVES_S
 from labtrain.training.callbacks.recorder import Recorder, nothing_to_train
+from labtrain.training.callbacks.watcher import hint
 from labtrain.training.cluster import ended_rank, explain_loss, is_loss, lost_rank, make_environment, observe
 from labtrain.training.devices import choose_accelerator, plain_because
 from labtrain.training.epoch_loop import EpochLoop
@@ -162,12 +164,14 @@ class _Session:
 
     def _make_checkpoints(self) -> Checkpoints:
         found = self.start.found
+        seconds = self.config["failures"]["hang_seconds"]
         checkpoints = Checkpoints(
             self.run_dir,
             self.start.place,
             run_id=self.job.run_id,
             options=self.config["checkpoint"],
             say=lambda text: self.recorder.say(text),
+            heart=Heart(seconds=seconds, run_dir=shown(self.run_dir), ranks=self.ranks),
             keeps=self.config["failures"]["max_restarts"] > 0,
             resumed=(found.name, found.manifest) if found else None,
         )
@@ -213,7 +217,7 @@ class _Session:
 
     def _tell_ended(self, rank: int, code: int) -> None:
         """Tell the starting process that a rank failed, unless it has printed an error for people."""
-        if self.checkpoints.beacon is not None and code != EXIT_USAGE:
+        if code != EXIT_USAGE:
             lost = lost_rank(rank, code)
             self.checkpoints.beacon.fail(str(lost.args[0]), code if code > 0 else 128 - code)
 
@@ -263,10 +267,12 @@ class _Session:
             raise nothing_to_train(self.config, steps)
         if not steps and trainer.fit_loop.epoch_loop.total_batch_idx >= 0:
             self.recorder.say(NO_STEPS)
-        state = self.checkpoints.finish(trainer, weights, resumed=self.start.path)
+        with self.checkpoints.heart.saving():
+            state = self.checkpoints.finish(trainer, weights, resumed=self.start.path)
         if is_overridden("test_dataloader", datamodule) and is_overridden("test_step", model):
             trainer.test(model, datamodule=datamodule, verbose=False)
             metrics |= as_floats(trainer.callback_metrics)
+        self.checkpoints.heart.close()
         result = Result(run_dir=self.run_dir, metrics=metrics, weights_digest=weights, steps=steps)
         if trainer.is_global_zero:
             self.saver.close(seconds=self.config["checkpoint"]["deliver_seconds"], wanted=True)
@@ -276,6 +282,7 @@ class _Session:
 
     def fail(self, raised: BaseException) -> BaseException:
         """Save what can be saved, close the receipt, end the other ranks; return the error for people."""
+        self.checkpoints.heart.close()
         if in_main_thread():
             # Ctrl-C may stop the delivery; the receipt is closed anyway.
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -306,9 +313,12 @@ class _Session:
         if self.ranks is None and (is_loss(raised) or asked):
             self.ended = ended_rank(self.trainer.strategy.launcher, seconds=0 if asked else ENDS_S)
             if self.ended is not None:
-                return lost_rank(*self.ended)
-        if self.ranks is None and isinstance(error, LostError):
+                error = lost_rank(*self.ended)
+        if self.ranks is None and isinstance(error, LostError) and self.ended is None:
             error.exit_code = 1 if self.trainer.is_global_zero else EXIT_LOST
+        why = self.checkpoints.beacon.why
+        if isinstance(error, LostError) and why not in ("", error.args[0]):  # a hang that the watcher has found
+            error.args, error.hint = (why,), hint(shown(self.run_dir))
         return error
 
     def _leave_copy(self, error: BaseException) -> None:
@@ -326,7 +336,7 @@ class _Session:
             warn(f"{shown(self.run_dir)}: the newest state could not be saved: {in_words(other)}")
         if self.ended is not None:
             self._tell_ended(*self.ended)
-        elif self.checkpoints.beacon is not None and not stopped:
+        elif not stopped:
             how = str(error.args[0]) if isinstance(error, LostError) else f"rank 0 raised {type(error).__qualname__}"
             self.checkpoints.beacon.fail(how, 1)
 

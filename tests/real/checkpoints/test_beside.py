@@ -46,3 +46,12 @@ def test_what_was_copied_is_saved_whoever_is_killed(whom: str, tmp_path: Path) -
         assert state_digest(load_folder(checkpoint.folder)) == state_digest(mixed(checkpoint.step))
     assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {each.name for each in found}
     wait_until(lambda: not Path("/proc", lines[0][0]).exists())
+
+
+def test_its_process_ends_though_a_loader_worker_holds_its_connection() -> None:
+    """An exception ends a training while its workers live: they were forked after the writer's process."""
+    code = (
+        "import os, signal\nfrom labtrain.checkpoints.beside import InProcess\nhost = InProcess()\n"
+        "worker = os.fork()\nif not worker:\n    signal.pause()\nhost.end()\nos.kill(worker, signal.SIGKILL)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

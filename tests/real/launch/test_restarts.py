@@ -185,8 +185,100 @@ def test_a_signal_while_it_starts_again_ends_it(experiment: Experiment, number: 
 
 
 @pytest.mark.release
+def test_without_restarts_a_hang_ends_the_run_with_one_error(own_experiment: Experiment) -> None:
+    how = "sum(iter(int, 1))"  # in C, with the interpreter's lock
+    put_in_step(own_experiment, *hangs(20, how))
+    run = Training(own_experiment, "failures.hang_seconds=3", "failures.max_restarts=0").end()
+    assert run.code == 1
+    assert run.out == ""
+    assert run.err.count("error: ") == 1
+    (error,) = (line for line in run.err.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: rank 1 does not go on at ")
+    assert line_of(own_experiment, how) in error
+    assert "hang.txt shows where each rank was; the same command resumes" in run.err
+    assert Path("hung").exists()
+    same(own_experiment.train(*TWO), own_experiment.train(*LONG, "paths.runs=whole"))
+
+
+@pytest.mark.release
+def test_a_loader_worker_that_hangs_is_found(own_experiment: Experiment, whole: Run) -> None:
+    data = own_experiment.root / "data.py"
+    line = "        image, m = self.images[index], self.max_shift\n"
+    text = data.read_text()
+    assert line in text
+    hung = (
+        "        import os, pathlib, signal\n"
+        "        if os.environ.get('LOCAL_RANK') == '1' and pathlib.Path('hang').exists():\n"
+        "            pathlib.Path('hang').unlink(missing_ok=True)\n"
+        "            while True:\n"
+        "                signal.pause()\n"
+    )
+    data.write_text(text.replace(line, hung + line))
+    training = Training(own_experiment, "failures.hang_seconds=3", "data.num_workers=1")
+    training.wait_for(20)
+    Path("hang").touch()
+    run = training.end()
+    assert run.code == 0, run.err
+    assert run.digest == whole.digest
+    assert "data.py:" in run.receipt["segments"][0]["why"]
+
+
+@pytest.mark.release
 def test_no_restart_where_it_is_turned_off(experiment: Experiment) -> None:
     training = Training(experiment, "failures.max_restarts=0")
     training.wait_for(20)
     training.process.kill()
     assert training.end().code == -signal.SIGKILL
+
+
+# ------------------------------------------------------------------------------------------------------------- hangs
+
+
+def put_in_step(experiment: Experiment, *lines: str) -> None:
+    """Put lines at the start of a model's step."""
+    model = experiment.root / "model.py"
+    line = "        images, labels = batch  # (B, 1, 8, 8), (B,)\n"
+    text = model.read_text()
+    assert line in text
+    model.write_text(text.replace(line, line + "".join(f"        {each}\n" for each in lines)))
+
+
+def hangs(step: int, how: str, *, rank: int = 1) -> tuple[str, ...]:
+    """Return the lines with which a rank hangs once."""
+    return (
+        "import ctypes, os, pathlib, time",
+        f"if self.global_rank == {rank} and self.global_step == {step} and not pathlib.Path('hung').exists():",
+        "    pathlib.Path('hung').touch()",
+        f"    {how}",
+    )
+
+
+def line_of(experiment: Experiment, how: str) -> str:
+    lines = (experiment.root / "model.py").read_text().splitlines()
+    return f"model.py:{next(number for number, line in enumerate(lines, 1) if how in line)}"
+
+
+def test_a_rank_that_sleeps_and_one_that_is_stopped_are_found_and_started_again(
+    own_experiment: Experiment, whole: Run
+) -> None:
+    how = "time.sleep(1000)"
+    put_in_step(own_experiment, *hangs(60, how))
+    training = Training(own_experiment, "failures.hang_seconds=3")
+    training.wait_for(60)
+    training.wait_for_start(2)
+    training.wait_for(AT)
+    training.ranks()[0].send_signal(signal.SIGSTOP)
+    run = training.end()
+    assert run.code == 0, run.err
+    assert run.digest == whole.digest
+    first, second, third = (segment["why"] for segment in run.receipt["segments"])
+    assert first.startswith("restarted: rank 1 does not go on at ")
+    assert f"{line_of(own_experiment, how)}, in " in first
+    assert "after step 60, in train, for 3 s; the other ranks wait in " in first
+    assert second.startswith("restarted: rank 0 is stopped (SIGSTOP) after step ")
+    assert third is None
+    assert 0 < run.receipt["segments"][1]["from_step"] <= 60, "from the copy in memory of rank 0"
+    (folder,) = folders(Path("runs"))
+    told = (folder / "hang.txt").read_text()
+    assert told.count("does not go on at") == 2, "in its title, and above its stacks"
+    assert f"line {line_of(own_experiment, how).partition(':')[2]} in " in told

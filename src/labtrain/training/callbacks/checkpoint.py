@@ -26,6 +26,7 @@ from labtrain.record.digests import PLACE, WEIGHT_DTYPE_NAMES, state_digest
 from labtrain.record.ranks import Beacon, find_ranks
 from labtrain.stores.layout import kept, link_to
 from labtrain.stores.store import Manifest
+from labtrain.training.callbacks.heart import TEST, TRAIN, VALIDATION, Heart
 from labtrain.training.callbacks.kept import OUTLIVES_S, Kept
 from labtrain.training.epoch_loop import EpochLoop
 from labtrain.training.lightning import checkpoint_connector
@@ -64,10 +65,11 @@ class Checkpoints(pl.Callback):
         run_id: str,
         options: CheckpointConfig,
         say: Callable[[str], None],
+        heart: Heart,
         keeps: bool = False,
         resumed: tuple[str, Manifest] | None = None,
     ) -> None:
-        self.keeps = keeps
+        self.heart, self.keeps = heart, keeps
         self.run_id, self.say = run_id, say
         self.stepped = False
         self.initial: dict[str, object] = {}  # first values of optimizers, schedulers and callbacks
@@ -152,9 +154,9 @@ class Checkpoints(pl.Callback):
         keeps = self.keeps and on_cpus and trainer.world_size > 1
         if keeps:
             self._begin_to_keep(trainer)
-        if self.beacon is not None:
-            started = getattr(trainer.strategy.launcher, "procs", [])
-            self.beacon.begin(self.newest[1] if self.newest else 0, heir=started[-1].pid if keeps and started else 0)
+        started = getattr(trainer.strategy.launcher, "procs", [])
+        self.beacon.begin(self.newest[1] if self.newest else 0, heir=started[-1].pid if keeps and started else 0)
+        self.heart.start(trainer, self.beacon)
 
     def _begin_to_keep(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero:
@@ -167,6 +169,7 @@ class Checkpoints(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int
     ) -> None:
+        self.heart.beat(TRAIN)
         unsaved = loop_of(trainer).unsaved
         if unsaved is not None:
             unsaved.begin()
@@ -174,20 +177,32 @@ class Checkpoints(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
+        self.heart.done(trainer.global_step)
         if trainer.is_global_zero:
             self.saver.check()
-            if self.beacon is not None:
-                self.beacon.advance(trainer.global_step)
+            self.beacon.advance(trainer.global_step)
         if not self.stepped and trainer.global_step:
             self.stepped = True
             self.check_savable(trainer, stepped=True)  # check again: optimizers create their state in the first step
 
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.heart.beat(VALIDATION)
+
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.heart.beat(TEST)
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.heart.beat(TRAIN)
         if not trainer.sanity_checking:
             self.validated = True
             self.score(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.heart.beat(TRAIN)
         self.score(trainer)
         found = trainer.callback_metrics
         told = self.validated or not trainer.enable_validation
@@ -214,13 +229,14 @@ class Checkpoints(pl.Callback):
         self._say_lost(trainer)
         state, manifest = self._state(trainer)
         self._say_unkept(trainer)
-        if trainer.is_global_zero or self.saver.group is not None:
-            self.newest = self.saver.save(state, manifest), trainer.global_step
-        wishes.keep_time()
-        if wishes.agreed_stop:
-            self.saver.wait()
-            # Otherwise a rank that exits early makes the launcher kill rank 0.
-            trainer.strategy.barrier("labtrain.checkpoint")
+        with self.heart.saving():
+            if trainer.is_global_zero or self.saver.group is not None:
+                self.newest = self.saver.save(state, manifest), trainer.global_step
+            wishes.keep_time()
+            if wishes.agreed_stop:
+                self.saver.wait()
+                # Otherwise a rank that exits early makes the launcher kill rank 0.
+                trainer.strategy.barrier("labtrain.checkpoint")
 
     def keep(self, trainer: pl.Trainer) -> None:
         """Copy the training's current state into memory; called on every rank."""
