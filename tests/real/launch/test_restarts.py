@@ -246,7 +246,7 @@ def put_in_step(experiment: Experiment, *lines: str) -> None:
 def hangs(step: int, how: str, *, rank: int = 1) -> tuple[str, ...]:
     """Return the lines with which a rank hangs once."""
     return (
-        "import ctypes, os, pathlib, time",
+        "import pathlib, threading",
         f"if self.global_rank == {rank} and self.global_step == {step} and not pathlib.Path('hung').exists():",
         "    pathlib.Path('hung').touch()",
         f"    {how}",
@@ -261,7 +261,7 @@ def line_of(experiment: Experiment, how: str) -> str:
 def test_a_rank_that_sleeps_and_one_that_is_stopped_are_found_and_started_again(
     own_experiment: Experiment, whole: Run
 ) -> None:
-    how = "time.sleep(1000)"
+    how = "threading.Event().wait()"
     put_in_step(own_experiment, *hangs(60, how))
     training = Training(own_experiment, "failures.hang_seconds=3")
     training.wait_for(60)
