@@ -4,7 +4,7 @@ A rank may hang in Python, in C code that holds the interpreter, or in a collect
 runs. So each rank has a small process that looks at a counter in shared memory (Pulse). Each batch and each save moves
 it. If it stands still, the watcher asks the rank for its stacks by a signal. faulthandler answers it from C. It tells
 the watcher of rank 0 (UDP, with a token), which decides once no rank moves. A rank that waits in a collective does not
-hang; the one that it waits for does. That one is killed: a death like any other.
+hang; the one that it waits for does. That one is killed, which is a death.
 
 Time counts only while the watcher itself runs. So a job that is suspended as a whole does not hang.
 """
