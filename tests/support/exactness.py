@@ -73,7 +73,7 @@ def cover(count: int, own: bool = False) -> tuple[Case, ...]:
 
 def most_pairs() -> tuple[Case, ...]:
     """Return the cases of tests/real: the first, and so the richest, of those in which any two values meet."""
-    return cover(2)[:20]
+    return cover(2)[:10]
 
 
 def each(cases: list[Case] | tuple[Case, ...]) -> pytest.MarkDecorator:

@@ -16,7 +16,7 @@ def test_however_it_ran(case: Case, is_exact: Callable[[Case], None]) -> None:
     is_exact(case)
 
 
-@each(cover(2, own=True)[6:])
+@each(cover(2, own=True)[4:])
 def test_what_people_bring(case: Case, is_exact_own: Callable[[Case], None]) -> None:
     """Any two of program, devices, story and precision meet; the first cases: tests/real."""
     is_exact_own(case)

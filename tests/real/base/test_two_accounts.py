@@ -68,6 +68,7 @@ def test_two_members_of_a_group_use_one_anothers_runs(lab: Lab) -> None:
     assert not run.exists()
 
 
+@pytest.mark.release
 def test_a_stranger_reads_what_the_umask_allows_and_writes_nothing(lab: Lab) -> None:
     """A sweep with two loggers and a store, by two with umask 022; one finds its runs complete."""
     sweep = train(lab, "-m", "seed=1,2", f"checkpoint.url={lab.folder}/store")

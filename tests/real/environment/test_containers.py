@@ -97,6 +97,7 @@ def test_a_mirrors_password_is_in_no_layer_and_no_history(docker: Docker, own_ex
     build_with_a_password(docker, own_experiment, buildkit=True)
 
 
+@pytest.mark.release
 def test_it_trains_is_stopped_and_goes_on_to_the_golden_digest(docker: Docker, image: str, work: Path) -> None:
     """Read-only root, no capability, no network, a uid that no passwd names: docker stop saves, 75; then the golden bits."""
     arguments = ["--network=none", *HARD, SOMEBODY, *mounted(work), image, *PORTABLE]

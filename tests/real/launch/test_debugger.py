@@ -64,6 +64,7 @@ def configuration(root: Path, name: str) -> Message:
     return dict(found)
 
 
+@pytest.mark.release
 def test_a_breakpoint_in_the_model_stops_the_training(own_experiment: Experiment) -> None:
     """Although stage 1 replaces itself by stage 2; the run then ends with the bits of one without a debugger."""
     root = own_experiment.root

@@ -258,6 +258,7 @@ def line_of(experiment: Experiment, how: str) -> str:
     return f"model.py:{next(number for number, line in enumerate(lines, 1) if how in line)}"
 
 
+@pytest.mark.release
 def test_a_rank_that_sleeps_and_one_that_is_stopped_are_found_and_started_again(
     own_experiment: Experiment, whole: Run
 ) -> None:

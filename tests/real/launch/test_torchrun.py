@@ -81,6 +81,7 @@ def test_its_workers_save_where_it_is_killed_itself(experiment: Experiment) -> N
     process.communicate(timeout=300)
 
 
+@pytest.mark.release
 def test_a_worker_that_fails_is_heard_alone(own_experiment: Experiment, tmp_path: Path) -> None:
     break_rank(own_experiment, 1)
     process = start(own_experiment, cwd=tmp_path)

@@ -13,6 +13,7 @@ from tests.support.gate import gate
 pytest_plugins = ["tests.support.gate"]
 
 
+@pytest.mark.release
 def test_the_same_bits_are_a_yes_and_the_runs_are_kept_as_the_next_baselines(
     recorded: list[Path], tmp_path: Path
 ) -> None:

@@ -28,7 +28,7 @@ def test_however_it_ran(case: Case, is_exact: Callable[[Case], None]) -> None:
     is_exact(case)
 
 
-@each(cover(2, own=True)[:6])
+@each(cover(2, own=True)[:4])
 def test_what_people_bring(case: Case, is_exact_own: Callable[[Case], None]) -> None:
     """torch's samplers, streams, GANs, losses over the batch and synchronised BatchNorm."""
     is_exact_own(case)
