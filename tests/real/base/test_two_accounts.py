@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.conftest import QUICK, skip_or_fail
 from tests.support.accounts import Lab
 from tests.support.waiting import wait_until

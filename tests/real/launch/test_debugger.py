@@ -12,6 +12,8 @@ import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pytest
+
 from tests.conftest import QUICK, Experiment
 from tests.support.servers import end
 
