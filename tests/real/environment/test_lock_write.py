@@ -52,6 +52,7 @@ def test_a_conda_spec_that_changed_needs_a_channel(locks: Path) -> None:
     assert after == before
 
 
+@pytest.mark.release
 def test_an_experiment_locks_packages_of_its_own(tmp_path: Path) -> None:
     """labtrain's pins stay, all locks agree, what does not fit is an error that changes nothing. Asks the registry."""
     root = tmp_path / "experiment"

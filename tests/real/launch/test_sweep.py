@@ -17,6 +17,7 @@ from tests.support.waiting import wait_until
 SPACE = ("model.width=choice(2,4)", "model.learning_rate=interval(0.001,0.1)")
 
 
+@pytest.mark.release
 def test_a_killed_sweep_goes_on_where_it_stood_and_finds_the_same(experiment: Experiment) -> None:
     """SIGKILL in the second trial. Started again, it trains no complete trial anew, and its best is that of a sweep that
     was never killed; direction and sampler seed follow checkpoint.mode and seed. Optuna keeps it all in SQLite besides.

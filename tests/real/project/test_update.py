@@ -155,6 +155,7 @@ def test_conflicts_are_left_as_git_marks_them_and_git_goes_back(old: Path, clash
     assert git(old, "status", "--porcelain") == ""
 
 
+@pytest.mark.release
 def test_packages_of_ones_own_are_locked_again(old: Path, newer: Path) -> None:
     """A lock is replaced, not merged; the command that update names puts the packages in. Asks the registry."""
     project = old / "pyproject.toml"
