@@ -18,9 +18,6 @@ from typing import BinaryIO
 from labtrain.base.console import quoted, shown, warn
 from labtrain.base.errors import DamagedError
 from labtrain.base.files import sync
-from labtrain.base.untrusted import NotPlainError, open_plain
-
-FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
 
 
 def close_umask() -> int:
@@ -139,20 +136,6 @@ def make_sign(path: Path) -> int:
     os.fchmod(descriptor, mode_in(path.parent))
     scratch.replace(path)
     return descriptor
-
-
-def is_held(path: Path) -> bool:
-    """Return whether a process on any node holds the lock of a file from `make_sign`, without disturbing it."""
-    try:
-        with open_plain(path) as file:
-            # Ask for a shared lock: it conflicts only with a process that may write. Readers' locks do not count.
-            asked = struct.pack(FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
-            kind: int = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
-            return kind != fcntl.F_UNLCK
-    except (FileNotFoundError, NotPlainError):
-        return False
-    except OSError:
-        return True  # a file system without locks: believe the receipt
 
 
 def open_inside(folder: Path, name: str, *, flags: int = os.O_RDONLY) -> BinaryIO:

@@ -13,7 +13,7 @@ from labtrain.base.console import shown, warn
 from labtrain.base.contracts import Origin
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
-from labtrain.base.permissions import is_held, make_folder, open_lock
+from labtrain.base.permissions import make_folder, open_lock
 from labtrain.base.signals import WRITER_NAME
 from labtrain.checkpoints.format import check_loads
 from labtrain.record import receipt
@@ -25,6 +25,7 @@ from labtrain.stores.backends import is_local
 from labtrain.stores.layout import checkpoint_place, newest_whole, spool_of, stores_of
 from labtrain.stores.store import Manifest, Store, writer_lives
 
+JOB = "labtrain.launch.job"  # in the command of each training
 PATIENCE_S = 5  # a start waits this long for another one before it prints a message
 
 
@@ -98,21 +99,24 @@ def find_start(job: Job) -> Start:
 def wait_for_writer(run_dir: Path, place: str) -> None:
     """Wait until the writer of a training that was killed has finished the save that it has (beside.py).
 
-    It is on this machine. If the training is alive, return: this start is refused later.
+    It is on this machine. If the training is alive, return: this start is refused, or takes over, later.
     """
     home = Store(place if is_local(place) else spool_of(run_dir))
     begun, told = time.monotonic(), False
-    while writer_lives(writer := home.writer()) and is_forked(writer) and not is_held(run_dir / receipt.SIGN):
+    while writer_lives(writer := home.writer()) and is_orphan(writer):
         if not told and time.monotonic() - begun > PATIENCE_S:
             told = True
             warn(f"waiting for process {writer and writer['process']}, which finishes a checkpoint in {home}")
         time.sleep(0.02)
 
 
-def is_forked(writer: Mapping[str, object] | None) -> bool:
-    """Return whether a process writes for another one; a training in a script has left its `.writer.json` otherwise."""
+def is_orphan(writer: Mapping[str, object] | None) -> bool:
+    """Return whether a process wrote for a training that is dead; a live training may be suspended."""
     with suppress(OSError):
-        return Path(f"/proc/{writer and writer.get('process')}/comm").read_text().strip() == WRITER_NAME
+        own = Path(f"/proc/{writer and writer.get('process')}")
+        if (own / "comm").read_text().strip() == WRITER_NAME:
+            parent = (own / "stat").read_text().rpartition(")")[2].split()[1]
+            return JOB not in Path(f"/proc/{parent}/cmdline").read_text().split("\0")
     return False
 
 

@@ -1,7 +1,9 @@
 """`labtrain ls` and `labtrain.runs`: list the runs below a folder. No torch; each receipt is read once."""
 
+import fcntl
 import math
 import os
+import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -11,8 +13,7 @@ from typing import TYPE_CHECKING
 
 from labtrain.base.console import one_line, shown, warn
 from labtrain.base.errors import ConfigError, LabtrainError, in_words, not_readable
-from labtrain.base.permissions import is_held
-from labtrain.base.untrusted import is_number
+from labtrain.base.untrusted import NotPlainError, is_number, open_plain
 from labtrain.record import receipt
 from labtrain.record.differences import flat, shown_value
 from labtrain.record.identity import enclosing, get, what_counts
@@ -41,6 +42,7 @@ COLUMNS = (
 WIDTH = 100  # of the table, if it is not printed to a terminal
 NOTE = 24  # columns of a note
 CELL = 16  # the longest value of a key that differs
+FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -228,8 +230,17 @@ def rank(name: str) -> tuple[int, str]:
 
 
 def is_trained(run_dir: Path) -> bool:
-    """Return whether a process on any node trains the run."""
-    return is_held(run_dir / receipt.SIGN)
+    """Return whether a process on any node trains the run, without disturbing it."""
+    try:
+        with open_plain(run_dir / receipt.SIGN) as file:
+            # Ask for a shared lock: it conflicts only with a process that may write. Readers' locks do not count.
+            asked = struct.pack(FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
+            kind: int = struct.unpack(FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))[0]
+            return kind != fcntl.F_UNLCK
+    except (FileNotFoundError, NotPlainError):
+        return False
+    except OSError:
+        return True  # a file system without locks: believe the receipt
 
 
 def last_of(run_dir: Path) -> tuple[int, dict[str, float]]:
