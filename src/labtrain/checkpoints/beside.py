@@ -337,9 +337,12 @@ _forked: InProcess | None = None
 
 
 def fork() -> None:
-    """Fork the process in which this process's next training writes its checkpoints."""
+    """Fork the process in which this process's next training writes its checkpoints; not in a debugger.
+
+    debugpy follows each fork, and the fork waits until somebody attaches to it.
+    """
     global _forked
-    _forked = InProcess()
+    _forked = InProcess() if "pydevd" not in sys.modules else None
 
 
 def take_forked() -> InProcess | None:

@@ -66,7 +66,7 @@ def test_what_trains_says_what_installs_it(core: Path, tmp_path: Path) -> None:
     old = unpack(tmp_path)
     done = run(str(core / "bin/python"), "train.py", cwd=old)
     assert done.returncode == 2
-    assert "error: python train.py needs lightning, which is not installed" in done.stderr
+    assert "error: python train.py needs torch, which is not installed" in done.stderr
     assert "hint: make setup && .venv/bin/python train.py\n" in done.stderr
     done = labtrain(core, "report", str(old / "runs/digits" / RUNS[0]), "-o", "x.html", cwd=tmp_path)
     assert done.returncode == 2
