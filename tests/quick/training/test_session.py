@@ -28,6 +28,11 @@ def test_a_receipt_that_cannot_be_closed_does_not_hide_the_trainings_error(
     session.wishes, session.ended = SimpleNamespace(begun=False, signum=0), None
     session.listening = SimpleNamespace(close=lambda: None)
     session.saver = SimpleNamespace(abandon=lambda: None)
+    session.checkpoints = SimpleNamespace(
+        heart=SimpleNamespace(close=lambda: None),
+        kept=SimpleNamespace(write=lambda **_: None),
+        beacon=SimpleNamespace(why="", fail=lambda *_: None),
+    )
     session.recorder = SimpleNamespace(close=broken(OSError(28, "No space left on device")), receipt=None)
     session.start = SimpleNamespace(found=None)
     session.experiment = SimpleNamespace(model=None, callbacks={})
