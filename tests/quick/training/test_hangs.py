@@ -116,14 +116,14 @@ def test_the_rank_that_hangs_is_found_and_killed(
 
 def test_the_stacks_of_its_children_are_told_too_and_only_theirs(ended: list[Ranks]) -> None:
     """A forked loader worker hangs: its own line is in the file. Another program is not asked, which would end it."""
-    forks = "import subprocess\nother = subprocess.Popen(['cat'], stdin=subprocess.PIPE)\nme = os.getpid()\n"
+    forks = "import subprocess\nother = subprocess.Popen(['tail', '-f', '/dev/null'])\nme = os.getpid()\n"
     forks += "if os.fork() == 0:\n    end_with_parent(me, signal.SIGKILL)\n    forever()\nos.wait()"
     ranks = Ranks(WAITS, forks)
     ended.append(ranks)
     wait_until(lambda: psutil.Process(ranks.processes[1].pid).children(), 60)
     wait_until(Path("hang.txt").exists, 60)
     assert 'File "model.py", line 6 in <module>' in Path("hang.txt").read_text()
-    other = [each for each in psutil.process_iter(["cmdline", "cwd"]) if each.info["cmdline"] == ["cat"]
+    other = [each for each in psutil.process_iter(["cmdline", "cwd"]) if each.info["cmdline"] == ["tail", "-f", "/dev/null"]
              and each.info["cwd"] == str(Path.cwd())]  # fmt: skip
     assert len(other) == 1
     other[0].kill()
