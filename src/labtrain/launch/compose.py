@@ -27,7 +27,7 @@ from labtrain.launch.evaluation import Asked, asked_in, evaluation_job
 from labtrain.launch.restarts import may_restart, run
 from labtrain.record import config as configuration
 from labtrain.record import receipt
-from labtrain.record.identity import JOB_VARIABLE, Config, Job
+from labtrain.record.identity import JOB_MODULE, JOB_VARIABLE, Config, Job
 from labtrain.record.ranks import adopt, find_ranks, own_rank
 from labtrain.record.resume import changed_data, make_job, near_run
 
@@ -213,7 +213,7 @@ def process_of(job: Job) -> tuple[list[str], dict[str, str]]:
             f"the resolved configuration must be at most {MAX_JOB_BYTES} bytes",
             hint="move data from the configuration to a file, and configure its path",
         )
-    return [sys.executable, "-m", "labtrain.launch.job", shown(job.run_dir)], environment
+    return [sys.executable, "-m", JOB_MODULE, shown(job.run_dir)], environment
 
 
 def finished(job: Job) -> bool:

@@ -17,12 +17,11 @@ from pathlib import Path
 
 from labtrain.base.console import shown
 from labtrain.base.signals import WRITER_NAME, adopting_orphans, block, forwarding, interrupts_held
-from labtrain.record.identity import JOB_VARIABLE, Job
+from labtrain.record.identity import JOB_MODULE, JOB_VARIABLE, Job
 from labtrain.record.ranks import RESTARTED, Beacon, find_ranks
 
 Start = Callable[[Mapping[str, str], tuple[int, ...]], subprocess.Popen[bytes]]
 
-MODULE = "labtrain.launch.job"  # in the command of each rank
 SAVE_S = 60  # how long a rank may take to save its copy, after rank 0 died
 REAP_S = 1
 POLL_S = 0.02
@@ -185,7 +184,7 @@ def _trains(process: int, job: Job) -> bool:
     with suppress(OSError):
         if Path(f"/proc/{process}/comm").read_text().strip() == WRITER_NAME:
             return False
-        return {MODULE, shown(job.run_dir)} <= {*Path(f"/proc/{process}/cmdline").read_text().split("\0")}
+        return {JOB_MODULE, shown(job.run_dir)} <= {*Path(f"/proc/{process}/cmdline").read_text().split("\0")}
     return False
 
 

@@ -26,6 +26,7 @@ Config = contracts.Config
 References = Sequence[tuple[Sequence[object], str]]
 
 JOB_VARIABLE = "LABTRAIN_JOB"
+JOB_MODULE = "labtrain.launch.job"  # in the command of each rank of a training
 SCRIPT = "train.py"
 # Names that become folders must not lead out of their parent. RUN-2 and RUN-<Slurm job> come from resume=never.
 EXPERIMENT = re.compile(r"\w[\w.=,+-]{0,199}")

@@ -254,27 +254,30 @@ class Beacon:
     @property
     def begun(self) -> int:
         """The step that this start began from; -1 before the training begins."""
-        return int(self.NUMBERS.unpack_from(self.memory)[0])
+        return self._number(0)
 
     @property
     def step(self) -> int:
         """The last finished step; -1 before the training begins."""
-        return int(self.NUMBERS.unpack_from(self.memory)[1])
+        return self._number(1)
 
     @property
     def code(self) -> int:
         """The exit code of the rank that died."""
-        return int(self.NUMBERS.unpack_from(self.memory)[2])
+        return self._number(2)
 
     @property
     def heir(self) -> int:
         """The process that outlives rank 0 to save its copy; 0: none."""
-        return int(self.NUMBERS.unpack_from(self.memory)[3])
+        return self._number(3)
 
     @property
     def why(self) -> str:
         """How a rank died; empty if the training has not told it."""
         return self.memory[self.NUMBERS.size :].split(b"\0")[0].decode(errors="replace")
+
+    def _number(self, index: int) -> int:
+        return int(self.NUMBERS.unpack_from(self.memory)[index])
 
     def _put(self, *numbers: int) -> None:
         self.NUMBERS.pack_into(self.memory, 0, *numbers)
