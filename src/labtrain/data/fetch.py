@@ -20,7 +20,8 @@ from labtrain.base.permissions import close_umask
 from labtrain.base.signals import NUMBERS, end_with_parent
 from labtrain.data.arrays import Rows
 from labtrain.data.batches import Picks
-from labtrain.exact.determinism import STRICT_MODES, run_mode, run_seed, seed_all
+from labtrain.exact.determinism import STRICT_MODES, run_mode, run_say, run_seed, seed_all
+from labtrain.exact.draws import take_draws
 from labtrain.exact.plain_values import is_experiments
 from labtrain.record.digests import digest_content
 from labtrain.record.sources import newly_executed
@@ -189,8 +190,8 @@ def refuse_other(who: str, what: str, mode: str | None = None, *, kept: bool = F
     else:
         why = "it has its own random generator, or depends on something that changes"
         hint = (
-            "draw from torch, random or numpy.random, which labtrain seeds for each sample; or make the generator in"
-            " __getitem__: numpy.random.default_rng(torch.randint(2**62, ()).item())"
+            "draw from torch, random or numpy.random, which labtrain seeds for each sample in the thread that loads it;"
+            " or make the generator in __getitem__: numpy.random.default_rng(torch.randint(2**62, ()).item())"
         )
     text = f"{who}: {what}, differs: {why}"
     if (mode or run_mode()) in STRICT_MODES:
@@ -229,10 +230,13 @@ def begin_worker(parent: int, worker_init_fn: Callable[[int], object] | None, wo
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_for, args=(parent,), daemon=True).start()
     end_with_parent(parent, signal.SIGKILL)
+    info = torch.utils.data.get_worker_info()
+    assert info is not None
+    assert isinstance(info.dataset, Fetch)
+    if info.dataset.mode != "off":
+        take_draws(run_say)
     if worker_init_fn is not None:
-        info = torch.utils.data.get_worker_info()
-        assert info is not None
-        vars(info)["dataset"] = vars(info)["dataset"].dataset  # the user's, not the Fetch around it
+        vars(info)["dataset"] = info.dataset.dataset  # the user's, not the Fetch around it
         worker_init_fn(worker)
 
 

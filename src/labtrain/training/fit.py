@@ -40,6 +40,7 @@ from labtrain.base.signals import Stopped, Wishes, in_main_thread
 from labtrain.checkpoints.initial import load_initial
 from labtrain.environment.doctor.environment import REPAIR, unlike_lock
 from labtrain.exact import determinism
+from labtrain.exact.draws import take_draws
 from labtrain.record import receipt
 from labtrain.record.digests import digest
 from labtrain.record.identity import EXACT_STRATEGIES, SHARDED_STRATEGY, Config, Job, route, shards_in_use
@@ -116,7 +117,11 @@ def determined(config: Config, accelerator: str) -> Iterator[None]:
         threads=config["determinism"]["threads"],
         tf32=config["speed"]["tf32"] and accelerator == "gpu",
     )
-    with flags, own_compiles(mode):
+    with ExitStack() as stack:
+        stack.enter_context(flags)
+        stack.enter_context(own_compiles(mode))
+        if mode != "off":
+            stack.callback(take_draws(determinism.run_say))
         yield
 
 

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from labtrain.exact.draws import share_draws
+
 _here = threading.local()
 
 
@@ -71,6 +73,7 @@ class Runner:
             self._thread.join()
 
     def _run(self) -> None:
+        share_draws()
         self._go.acquire()
         _here.runner = self
         try:
