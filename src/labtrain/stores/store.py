@@ -754,7 +754,8 @@ def identity(process: int) -> dict[str, object]:
 
 
 def _who(token: str) -> bytes:
-    return json.dumps({"token": token, "host": os.uname().nodename, **identity(os.getpid())}).encode()
+    own = identity(os.getpid())
+    return json.dumps({"token": token, "host": os.uname().nodename, "parent": os.getppid(), **own}).encode()
 
 
 def writer_lives(writer: Options | None) -> bool | None:

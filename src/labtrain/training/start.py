@@ -17,7 +17,7 @@ from labtrain.base.permissions import make_folder, open_lock
 from labtrain.base.signals import WRITER_NAME
 from labtrain.checkpoints.format import check_loads
 from labtrain.record import receipt
-from labtrain.record.identity import JOB_MODULE, Job
+from labtrain.record.identity import Job
 from labtrain.record.ranks import restarted
 from labtrain.record.resume import checkpoint_digest
 from labtrain.record.trail import BEST_UNSURE, HISTORY, TRAIL, is_as_recorded, missing_steps
@@ -114,8 +114,8 @@ def is_orphan(writer: Mapping[str, object] | None) -> bool:
     with suppress(OSError):
         own = Path(f"/proc/{writer and writer.get('process')}")
         if (own / "comm").read_text().strip() == WRITER_NAME:
-            parent = (own / "stat").read_text().rpartition(")")[2].split()[1]
-            return JOB_MODULE not in Path(f"/proc/{parent}/cmdline").read_text().split("\0")
+            parent = int((own / "stat").read_text().rpartition(")")[2].split()[1])
+            return parent != (writer and writer.get("parent", parent))
     return False
 
 
