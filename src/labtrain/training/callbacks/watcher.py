@@ -92,7 +92,7 @@ class Told:
     stacks: int
     socket: int | None  # of rank 0
     beacon: int | None  # of rank 0
-    again: bool  # whether a process waits to start the training again
+    waited_for: bool  # whether the process that started the training waits for its end
 
 
 def hint(run_dir: str) -> str:
@@ -290,13 +290,13 @@ class Watcher:
         kills = f"labtrain kills rank {', '.join(map(str, ranks))}"
         _print(f"warning: {self.told.run_dir}: {hang.why}: {kills}\n\n")
         _print("".join(report(each, whole=False) for each in sights[:SHOWN]))
-        if 0 in ranks and not self.told.again:  # else another process ends with the error
+        if 0 in ranks and not self.told.waited_for:  # else that process ends with the error
             _print(f"error: {LabtrainError(hang.why, hint=hint(self.told.run_dir))}\n")
         writes = threading.Thread(target=self._write, args=(hang, sights), daemon=True)
         writes.start()
         writes.join(WRITES_S)
         if self.told.beacon is not None:
-            Beacon(mmap.mmap(self.told.beacon, Beacon.SIZE_BYTES)).fail(hang.why, 128 + signal.SIGKILL)
+            Beacon(mmap.mmap(self.told.beacon, Beacon.SIZE_BYTES)).fail(hang.why, 128 + signal.SIGKILL, hung=True)
         self.still_s, self.others = 0.0, {rank: each for rank, each in self.others.items() if rank not in ranks}
         for rank in ranks:
             if rank and rank in self.addresses:
