@@ -17,7 +17,7 @@ from pathlib import Path
 
 from labtrain.base.console import shown, warn
 from labtrain.base.errors import LabtrainError, in_words
-from labtrain.base.signals import WRITER_NAME, adopting_orphans, block, forwarding, interrupts_held
+from labtrain.base.signals import WRITER_NAME, adopting_orphans, block, children_of, forwarding, interrupts_held
 from labtrain.record import receipt
 from labtrain.record.identity import JOB_MODULE, JOB_VARIABLE, Job
 from labtrain.record.ranks import RESTARTED, Beacon, find_ranks
@@ -189,7 +189,7 @@ def _end_ranks(job: Job, *, spared: int) -> None:
         spared: a rank that may save its copy first.
     """
     deadline_s, seen = time.monotonic() + SAVE_S, set[int]()
-    while ranks := {child for child in _children() if _trains(child, job)}:
+    while ranks := {child for child in children_of(os.getpid()) if _trains(child, job)}:
         seen |= ranks
         for rank in ranks if time.monotonic() > deadline_s else ranks - {spared}:
             with suppress(ProcessLookupError):
@@ -205,15 +205,6 @@ def _reaped(process: int) -> bool:
         return os.waitpid(process, os.WNOHANG)[0] == process
     except ChildProcessError:
         return True
-
-
-def _children() -> list[int]:
-    mine, found = str(os.getpid()), []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            if stat.read_text().rpartition(")")[2].split()[1] == mine:
-                found.append(int(stat.parent.name))
-    return found
 
 
 def _trains(process: int, job: Job) -> bool:

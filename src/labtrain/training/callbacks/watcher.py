@@ -31,7 +31,7 @@ from typing import cast
 
 from labtrain.base.console import quoted, visible
 from labtrain.base.errors import LabtrainError
-from labtrain.base.signals import end_with_parent
+from labtrain.base.signals import children_of, end_with_parent
 from labtrain.record.ranks import Beacon
 
 MODULE = "labtrain.training.callbacks.watcher"
@@ -331,7 +331,7 @@ def stacks_of(process: int, descriptor: int) -> dict[str, str]:
         descriptor: the file where it writes them.
     """
     found: dict[str, str] = {}
-    for each in [process, *_children(process)]:
+    for each in [process, *children_of(process)]:
         if not _answers(each, descriptor):
             continue
         before = os.fstat(descriptor).st_size
@@ -359,14 +359,6 @@ def _answers(process: int, descriptor: int) -> bool:
     return False
 
 
-def _children(process: int) -> list[int]:
-    found: list[int] = []
-    for each in Path(f"/proc/{process}/task").glob("*/children"):
-        with suppress(OSError):
-            found += map(int, each.read_text().split())
-    return found
-
-
 def _state(process: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
@@ -376,7 +368,7 @@ def _state(process: int) -> str:
 def _bytes_moved(process: int) -> int:
     """Return how much a process and its children have read and written: a save to a slow disk goes on."""
     total = 0
-    for each in [process, *_children(process)]:
+    for each in [process, *children_of(process)]:
         with suppress(OSError):
             total += sum(map(int, re.findall(r"char: (\d+)", Path(f"/proc/{each}/io").read_text())))
     return total
