@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from labtrain.base.signals import WRITER_NAME
 from labtrain.record.trail import read_trail
 from tests.conftest import QUICK, Experiment, Run
 from tests.support.slurm import break_rank
@@ -69,7 +70,7 @@ def _trains(process: psutil.Process) -> list[psutil.Process]:
     found = []
     for each in process.children():
         with suppress(psutil.Error):  # it ends
-            found += [each] if "labtrain.launch.job" in each.cmdline() else []
+            found += [each] if "labtrain.launch.job" in each.cmdline() and each.name() != WRITER_NAME else []
     return found
 
 
