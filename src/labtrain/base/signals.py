@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Protocol
 
 from labtrain.base.console import warn
@@ -227,6 +228,19 @@ def adopting_orphans() -> Iterator[None]:
         yield
     finally:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
+
+
+def children_of(parent: int) -> list[int]:
+    """Return the children of a process.
+
+    /proc/PID/task/TID/children would be faster, but may leave out a child while another one ends (proc(5)).
+    """
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:

@@ -116,6 +116,7 @@ class DataLoader(Loader):
             self.collate_fn = default_convert
         made = source_of(self.dataset, self.batch_size, generator=generator, **order)
         self.source: Ordered | Sampled | OfFirstEpoch = made
+        self._least = 1  # samples of a batch
         self._loaded_before = self._transformed_before = self._said = self._said_changed = False
         self.counts: list[str] = []  # attributes of the dataset that count loads
         self.begun: dict[str, object] = {}  # its numbers and texts when the epoch began
@@ -134,6 +135,29 @@ class DataLoader(Loader):
             run_say(
                 f"a loader of batch_size={self.batch_size} over {type(self.dataset).__name__}: each batch leaves"
                 f" {world - self.batch_size} of {world} devices idle"
+            )
+
+    def need_each_rank(self, world: int, *, most: float) -> None:
+        """Refuse batches with fewer samples than ranks. The other ranks would wait for one without samples.
+
+        Args:
+            world: number of ranks.
+            most: how many batches of an epoch are used: a number, or 1.0 for all, as Lightning's limits.
+
+        Raises:
+            ConfigError: an epoch has such a batch. If only a sampler knows, the iteration raises it.
+        """
+        self._least = world
+        if isinstance(self.source, Ordered) and (most == 1.0 or most >= len(self.source)):
+            whole, rest = divmod(len(self.dataset), self.source.batch_size)
+            self._refuse_small(self.source.batch_size if whole and (not rest or self.drop_last) else rest)
+
+    def _refuse_small(self, samples: int) -> None:
+        if samples < self._least:
+            raise ConfigError(
+                f"a batch of {type(self.dataset).__name__} has {samples} sample{'s' if samples != 1 else ''} for"
+                f" {self._least} devices: without determinism.shards each device needs a part of each batch",
+                hint="labtrain.DataLoader(..., drop_last=True), another batch_size, or trainer.devices=1",
             )
 
     def __len__(self) -> int:
@@ -199,6 +223,7 @@ class DataLoader(Loader):
         """
         picks, shards = batch
         if self._shards is None:
+            self._refuse_small(len(picks))
             mine = shard_range(len(picks), *_place())
             parts = [(0, picks[mine.start : mine.stop])]
         else:

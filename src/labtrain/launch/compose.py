@@ -24,7 +24,7 @@ from labtrain.base.signals import block, hold_interrupts
 from labtrain.checkpoints.initial import identify_weights
 from labtrain.exact import determinism
 from labtrain.launch.evaluation import Asked, asked_in, evaluation_job
-from labtrain.launch.restarts import may_restart, run
+from labtrain.launch.restarts import is_waited_for, run
 from labtrain.record import config as configuration
 from labtrain.record import receipt
 from labtrain.record.identity import JOB_MODULE, JOB_VARIABLE, Config, Job
@@ -157,7 +157,7 @@ class HydraTask:
         start, environment = ready(job, wants_trace=self.wants_trace)
         sys.stdout.flush()
         sys.stderr.flush()
-        if single and not may_restart(job):
+        if single and not is_waited_for(job):
             hold_interrupts()
             os.execve(start[0], start, environment)  # the same pid: signals, Slurm and torchrun see one process
         if single:

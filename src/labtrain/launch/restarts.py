@@ -15,10 +15,13 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from labtrain.base.console import shown
-from labtrain.base.signals import WRITER_NAME, adopting_orphans, block, forwarding, interrupts_held
+from labtrain.base.console import shown, warn
+from labtrain.base.errors import LabtrainError, in_words
+from labtrain.base.signals import WRITER_NAME, adopting_orphans, block, children_of, forwarding, interrupts_held
+from labtrain.record import receipt
 from labtrain.record.identity import JOB_MODULE, JOB_VARIABLE, Job
 from labtrain.record.ranks import RESTARTED, Beacon, find_ranks
+from labtrain.training.callbacks.watcher import hint
 
 Start = Callable[[Mapping[str, str], tuple[int, ...]], subprocess.Popen[bytes]]
 
@@ -55,10 +58,21 @@ class _Current:
             self.process.send_signal(sig)
 
 
-def may_restart(job: Job) -> bool:
-    """Return whether a job is a training whose processes this machine starts again: several, without a launcher."""
+def is_waited_for(job: Job) -> bool:
+    """Return whether a process waits for the end of a job's process.
+
+    If so, the job trains in several processes of this machine, without a launcher. If rank 0 dies, the waiting process
+    starts all processes again, or says why the training has ended.
+    """
     alone = job.config["trainer"]["devices"] in (1, "1") or len(_listed(job)) == 1
-    return not job.evaluate and not alone and find_ranks() is None and job.config["failures"]["max_restarts"] > 0
+    failures = job.config["failures"]
+    asked = failures["max_restarts"] > 0 or failures["hang_seconds"] is not None
+    return not job.evaluate and not alone and find_ranks() is None and asked
+
+
+def may_restart(job: Job) -> bool:
+    """Return whether a job is a training whose processes are started again."""
+    return is_waited_for(job) and job.config["failures"]["max_restarts"] > 0
 
 
 def run(
@@ -82,25 +96,48 @@ def run(
         its exit code, negative if a signal killed it, and the signals that were forwarded.
     """
     block()
-    restarts, current, deaths = may_restart(job), _Current(), _Deaths()
+    waits, restarts, current, deaths = is_waited_for(job), may_restart(job), _Current(), _Deaths()
     with forwarding(current, interrupts=interrupts) as caught, adopting_orphans() if restarts else nullcontext():
         while True:
             beacon, descriptor = Beacon.make()
-            passed = {**environment, Beacon.VARIABLE: str(descriptor)} if restarts else environment
+            passed = {**environment, Beacon.VARIABLE: str(descriptor)} if waits else environment
             try:
                 with interrupts_held():
-                    current.process = start(passed, (descriptor,) if restarts else ())
+                    current.process = start(passed, (descriptor,) if waits else ())
             finally:
                 os.close(descriptor)
             code = _wait(current.process, watch)
-            why = _why(beacon, code) if restarts else ""
+            why = _why(beacon, code) if waits else ""
             if restarts:
                 _end_ranks(job, spared=beacon.heir if why else 0)
             if why and caught:
                 return -caught[0], caught  # it was asked to stop while it waited for the end of the others
-            if not why or not _goes_on(job, beacon, deaths, killed=code < 0 or beacon.code > 128):
-                return (beacon.code or code) if deaths.count > 1 else code, caught
+            killed = code < 0 or beacon.code > 128
+            if not why or not restarts or not _goes_on(job, beacon, deaths, killed=killed):
+                return _ended(job, beacon, code, why, again=deaths.count > 1), caught
             environment = _again(job, environment, why, fewer=deaths.killed > 1)
+
+
+def _ended(job: Job, beacon: Beacon, code: int, why: str, *, again: bool) -> int:
+    """Return the exit code of a training that does not start again; if rank 0 could not say why it ended, say it.
+
+    Args:
+        job: that ended.
+        beacon: of its last start.
+        code: its exit code.
+        why: how a rank died; empty if none did.
+        again: whether a rank had died at the same step before.
+    """
+    if why and code < 0:
+        if beacon.hung:
+            sys.stderr.write(f"error: {LabtrainError(why, hint=hint(shown(job.run_dir)))}\n")
+        try:
+            receipt.explain_killed(Path(job.run_dir), why)
+        except (OSError, LabtrainError) as error:
+            warn(f"{shown(job.run_dir)}: the receipt could not be closed: {in_words(error)}")
+    if beacon.hung and why:
+        return 1
+    return (beacon.code or code) if again else code
 
 
 def _wait(child: subprocess.Popen[bytes], watch: Callable[[subprocess.Popen[bytes]], int]) -> int:
@@ -152,7 +189,7 @@ def _end_ranks(job: Job, *, spared: int) -> None:
         spared: a rank that may save its copy first.
     """
     deadline_s, seen = time.monotonic() + SAVE_S, set[int]()
-    while ranks := {child for child in _children() if _trains(child, job)}:
+    while ranks := {child for child in children_of(os.getpid()) if _trains(child, job)}:
         seen |= ranks
         for rank in ranks if time.monotonic() > deadline_s else ranks - {spared}:
             with suppress(ProcessLookupError):
@@ -168,15 +205,6 @@ def _reaped(process: int) -> bool:
         return os.waitpid(process, os.WNOHANG)[0] == process
     except ChildProcessError:
         return True
-
-
-def _children() -> list[int]:
-    mine, found = str(os.getpid()), []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            if stat.read_text().rpartition(")")[2].split()[1] == mine:
-                found.append(int(stat.parent.name))
-    return found
 
 
 def _trains(process: int, job: Job) -> bool:

@@ -201,10 +201,10 @@ class Beacon:
     """Memory that rank 0 of a training shares with the process that started it (launch/restarts.py), also when it dies.
 
     It holds numbers and a text: the step that this start began from, the last finished step, the exit code of the rank
-    that died, the process that may outlive rank 0, and how the rank died.
+    that died, the process that may outlive rank 0, whether the rank hung and was killed by labtrain, and how it died.
     """
 
-    NUMBERS = struct.Struct("<4q")
+    NUMBERS = struct.Struct("<5q")
     SIZE_BYTES = 4096
     VARIABLE = "LABTRAIN_BEACON"  # the number of its file descriptor
 
@@ -219,7 +219,7 @@ class Beacon:
         descriptor = os.memfd_create("labtrain-beacon")
         os.ftruncate(descriptor, cls.SIZE_BYTES)
         beacon = cls(mmap.mmap(descriptor, cls.SIZE_BYTES))
-        beacon._put(-1, -1, 0, 0)
+        beacon._put(-1, -1, 0, 0, 0)
         return beacon, descriptor
 
     @classmethod
@@ -237,17 +237,17 @@ class Beacon:
 
     def begin(self, step: int, *, heir: int) -> None:
         """Tell the step that this start begins from, and the process that outlives rank 0 to save its copy; 0: none."""
-        self._put(step, step, 0, heir)
+        self._put(step, step, 0, heir, 0)
 
     def advance(self, step: int) -> None:
         """Tell the last finished step."""
         struct.pack_into("<q", self.memory, 8, step)
 
-    def fail(self, why: str, code: int) -> None:
+    def fail(self, why: str, code: int, *, hung: bool = False) -> None:
         """Tell how a rank died, so that the training may be started again. The first that tells it knows best."""
         if self.why:
             return
-        self._put(self.begun, self.step, code, self.heir)
+        self._put(self.begun, self.step, code, self.heir, hung)
         text = why.encode()[: self.SIZE_BYTES - self.NUMBERS.size - 1]
         self.memory[self.NUMBERS.size : self.NUMBERS.size + len(text) + 1] = text + b"\0"
 
@@ -270,6 +270,11 @@ class Beacon:
     def heir(self) -> int:
         """The process that outlives rank 0 to save its copy; 0: none."""
         return self._number(3)
+
+    @property
+    def hung(self) -> bool:
+        """Whether the rank that died did not go on, and was killed for that."""
+        return bool(self._number(4))
 
     @property
     def why(self) -> str:

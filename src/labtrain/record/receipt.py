@@ -10,6 +10,7 @@ their digest was checked. tests/quick/record/test_old_runs.py has examples.
 It never contains what looks like a credential (credentials.py). A text from `${oc.env:X}` is recorded as a reference.
 """
 
+import fcntl
 import functools
 import glob
 import json
@@ -29,7 +30,9 @@ from labtrain.base.contracts import as_options
 from labtrain.base.credentials import without_secrets as without_secrets
 from labtrain.base.errors import ConfigError, DamagedError, not_readable
 from labtrain.base.files import write_atomically, writing
+from labtrain.base.permissions import open_lock
 from labtrain.record.identity import EXPERIMENT, RUN_ID, SHORT_ID, enclosing
+from labtrain.record.trail import TRAIL, read_trail
 
 SCHEMA = "labtrain/receipt/1"
 FILE = "receipt.json"
@@ -96,6 +99,34 @@ def write(run_dir: Path, receipt: Receipt) -> None:
     receipt["digest"] = exact_json.digest_of(as_options(receipt))
     with writing(run_dir / FILE):
         write_atomically(run_dir / FILE, exact_json.dumps(receipt, indent=1) + "\n")
+
+
+def close_killed(found: Receipt, run_dir: Path) -> None:
+    """Close the last segment of a receipt whose process was killed, from its trail."""
+    segment, trail = found["segments"][-1], run_dir / TRAIL
+    if segment["status"] == "running":
+        lines = read_trail(run_dir)
+        ended = datetime.fromtimestamp(trail.stat().st_mtime, UTC).isoformat(timespec="seconds") if lines else None
+        segment |= {"status": "killed", "ended": ended, "to_step": lines[-1]["step"] if lines else segment["from_step"]}
+
+
+def explain_killed(run_dir: Path, why: str) -> None:
+    """Record why the process was killed that trained a run, unless another one trains it by now.
+
+    Raises:
+        OSError: the receipt cannot be written.
+        LabtrainError: the receipt is damaged, or cannot be written.
+    """
+    lock = open_lock(run_dir / LOCK)
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if (found := read(run_dir)) is not None and found["status"] == "running":
+            close_killed(found, run_dir)
+            found["status"] = "failed"
+            found["segments"][-1] |= {"status": "failed", "why": why}
+            write(run_dir, found)
+    finally:
+        os.close(lock)
 
 
 @functools.cache

@@ -56,6 +56,7 @@ MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 STATE = "state.pt"
 WRITER = ".writer.json"
+TOKEN_ASIDE = re.compile(r"\.writer\.json\.[0-9a-f]{16}")
 SCHEMA = "labtrain/checkpoint/1"
 NAME = re.compile(r"step-(\d{10})(-end)?(?:\.(\d+))?")
 ASIDE = re.compile(rf"({NAME.pattern})\.(?P<why>writing|removing|removed)-(?P<token>[0-9a-f]{{16}})")
@@ -525,6 +526,15 @@ class Store:
                         self._sweep_folder(left, found, token)
                 elif not self.renames and left.name not in keep:
                     self._sweep_name(left)
+            if self.renames:
+                self._sweep_tokens()
+
+    def _sweep_tokens(self) -> None:
+        """Remove what processes left that were killed while they took away a writer's token (`_take_away`)."""
+        for path in self.fs.ls(self.root, detail=False):
+            if TOKEN_ASIDE.fullmatch(path.rpartition("/")[2]):
+                with suppress(FileNotFoundError):
+                    self.fs.rm_file(path)
 
     def _sweep_folder(self, left: Checkpoint, found: re.Match[str], token: str) -> None:
         name = left.path.removesuffix(left.name) + found[1]

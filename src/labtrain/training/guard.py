@@ -14,6 +14,7 @@ modules without a digest    imported by a computed name or from a file on no pat
 modules unlike their files  edited since they were imported, in a notebook; or while the training started
 reloaded loaders            a new loader may depend on the epoch in which a process started
 BatchSizeFinder             the batch size then depends on the machine's memory, not on the run's name
+too few samples for ranks   without shards, a rank without a part of a batch leaves the other ranks waiting
 fused, mixed and clipped    in mixed precision Lightning does not clip the gradients of a fused optimizer
 =========================== ============================================================================================
 
@@ -32,6 +33,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy
 from torch.overrides import TorchFunctionMode
 
 from labtrain.base.console import full_name
@@ -41,7 +43,13 @@ from labtrain.data.sharded import Loader
 from labtrain.data.stream import Stream
 from labtrain.exact.determinism import STRICT_MODES
 from labtrain.record.sources import Code, can_be_found, count_of_code, stale_modules, unnamed_modules
-from labtrain.training.lightning import checks_validation_by_time, test_loaders, train_loaders, val_loaders
+from labtrain.training.lightning import (
+    checks_validation_by_time,
+    eval_loaders,
+    test_loaders,
+    train_loaders,
+    val_loaders,
+)
 from labtrain.training.speed import COMPILED
 
 TF32_VARIABLES = ("NVIDIA_TF32_OVERRIDE", "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE")
@@ -95,6 +103,8 @@ class Guard(pl.Callback):
         self._refuse(uncuttable_loaders(trainer, self.shards))
         self._refuse(unclippable(trainer))
         self._judge(single_samples(trainer, pl_module, self.shards))
+        self._need_each_rank(trainer, train_loaders(trainer), trainer.limit_train_batches)
+        self._need_each_rank_to_evaluate(trainer, val_loaders(trainer), trainer.limit_val_batches)
         self._judge(training_loaders(trainer))
         for text in stateless_streams(trainer) if self.mode != "off" else ():
             self.say(text)
@@ -113,7 +123,11 @@ class Guard(pl.Callback):
             if self.code is not None:
                 self._say_counts(trainer)
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._need_each_rank_to_evaluate(trainer, eval_loaders(trainer), trainer.limit_val_batches)
+
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._need_each_rank_to_evaluate(trainer, test_loaders(trainer), trainer.limit_test_batches)
         self._judge(evaluation_loaders("test", test_loaders(trainer)))
         self._say_device_reads(trainer)
 
@@ -127,6 +141,16 @@ class Guard(pl.Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.current_epoch:
             self._judge(changed_flags(self.threads))
+
+    def _need_each_rank(self, trainer: pl.Trainer, loaders: Iterable[object], most: float) -> None:
+        """Refuse batches that leave a rank without samples, in any mode: the other ranks would wait for it."""
+        if self.shards is None and trainer.world_size > 1:
+            for loader in [part for each in loaders for part in parts_of(each)]:
+                loader.need_each_rank(trainer.world_size, most=most)
+
+    def _need_each_rank_to_evaluate(self, trainer: pl.Trainer, loaders: Iterable[object], most: float) -> None:
+        if not isinstance(trainer.strategy, DDPStrategy):  # whose ranks evaluate by themselves
+            self._need_each_rank(trainer, loaders, most)
 
     def _judge_code(self) -> None:
         """Look for code that has run and is not part of the run's name; only if there is more code than last time."""

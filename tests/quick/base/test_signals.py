@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from labtrain.base.signals import NUMBERS, Stopped, Wishes
+from labtrain.base.signals import NUMBERS, Stopped, Wishes, children_of
 from tests.support.waiting import wait_until
 
 
@@ -52,7 +52,7 @@ def test_before_the_first_step_it_stops_at_once_but_on_other_ranks() -> None:
 def test_one_that_has_waited_leaves_nothing_behind_where_it_stops_a_training() -> None:
     """In a process of its own: this one's other threads have it not blocked."""
     code = (
-        "import os, signal; from labtrain.base.signals import NUMBERS, Stopped, Wishes, block\n"
+        "import os, signal; from labtrain.base.signals import NUMBERS, Stopped, Wishes, children_of, block\n"
         "block(); os.kill(os.getpid(), signal.SIGUSR1)\n"
         "state = lambda: ([signal.getsignal(each) for each in NUMBERS], signal.pthread_sigmask(signal.SIG_BLOCK, ()))\n"
         "before = state()\n"
@@ -126,3 +126,14 @@ def test_a_killed_parent_asks_once_however_many_threads_it_had() -> None:
     process.kill()
     process.wait()
     assert process.stdout.read() == 10 * "saved\n"
+
+
+def test_the_children_of_a_process() -> None:
+    children = [subprocess.Popen(["tail", "-f", "/dev/null"]) for _ in range(2)]
+    try:
+        assert {each.pid for each in children} <= set(children_of(os.getpid()))
+        assert children_of(children[0].pid) == []
+    finally:
+        for each in children:
+            each.kill()
+            each.wait()

@@ -529,3 +529,19 @@ def test_a_batch_that_is_on_a_device_is_not_pinned() -> None:
     """A dataset may live on the GPU; torch page-locks the host's memory alone, and refuses others."""
     batch = {"x": [torch.empty(2, device="meta")], "y": "text"}
     assert pinned(batch) is batch
+
+
+def test_without_shards_each_rank_needs_a_part_of_each_batch() -> None:
+    """The size of an own order's last batch is known before the first batch; that of a sampler's only when it comes."""
+    small = r"a batch of Drawing has 1 sample for 2 devices: .*\n\nhint: labtrain.DataLoader\(..., drop_last=True\)"
+    with pytest.raises(ConfigError, match=small):
+        DataLoader(Drawing(9), 4).need_each_rank(2, most=1.0)
+    DataLoader(Drawing(10), 4).need_each_rank(2, most=1.0)
+    DataLoader(Drawing(9), 4, drop_last=True).need_each_rank(2, most=1.0)
+    DataLoader(Drawing(9), 4).need_each_rank(2, most=2)
+    sampled = DataLoader(Drawing(9), batch_sampler=[[0, 1], [2]])
+    sampled.need_each_rank(2, most=1.0)
+    batches = iter(sampled)
+    next(batches)
+    with pytest.raises(ConfigError, match=small):
+        next(batches)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from labtrain.launch.restarts import may_restart, run
+from labtrain.launch.restarts import is_waited_for, may_restart, run
 from labtrain.record.identity import JOB_VARIABLE, Job
 from labtrain.record.ranks import RESTARTED, Beacon
 from tests.support.waiting import wait_until
@@ -34,10 +34,10 @@ RAISES = "beacon.fail('rank 0 raised ValueError', 1); sys.exit(1)"
 LONE = "subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(100)', 'labtrain.launch.job', 'runs/a'])"  # fixed: is ended
 
 
-def job(devices: Any = 2, most: int = 2, *, elastic: bool = False) -> Job:
+def job(devices: Any = 2, most: int = 2, *, elastic: bool = False, hang_seconds: float | None = 1500) -> Job:
     config: Any = {
         "trainer": {"devices": devices, "accelerator": "cpu"},
-        "failures": {"max_restarts": most, "elastic": elastic},
+        "failures": {"max_restarts": most, "elastic": elastic, "hang_seconds": hang_seconds},
     }
     return Job(run_id="0" * 12, run_dir="runs/a", root=".", config=config, command=[], code_digest="", lock_digest="")
 
@@ -132,6 +132,24 @@ def test_it_goes_on_with_one_process_less_after_two_kills_at_one_step() -> None:
 )
 def test_which_trainings_it_starts_again(devices: Any, most: int, *, again: bool) -> None:
     assert may_restart(job(devices, most)) is again
+
+
+@pytest.mark.parametrize(
+    ("devices", "most", "hang_seconds", "waits"),
+    [(2, 2, None, True), (2, 0, 9, True), (2, 0, None, False), (1, 2, 9, False)],
+)
+def test_which_trainings_it_waits_for(devices: Any, most: int, hang_seconds: float | None, *, waits: bool) -> None:
+    assert is_waited_for(job(devices, most, hang_seconds=hang_seconds)) is waits
+
+
+@pytest.mark.parametrize("most", [0, 2])
+def test_a_hang_of_rank_0_ends_with_its_error(most: int, capfd: pytest.CaptureFixture[str]) -> None:
+    """Its watcher has told why, and killed it: it cannot say so itself."""
+    hangs = f"beacon.fail('rank 0 does not go on at model.py:3', 137, hung=True); {KILLED}"
+    assert trained(*[(5, 5, hangs)] * (most + 1), of=job(most=most)) == (1, [])
+    said = capfd.readouterr().err
+    assert said.count("error: rank 0 does not go on at model.py:3\n\nhint: less runs/a/hang.txt shows") == 1
+    assert said.count("labtrain starts all processes again") == most
 
 
 def test_under_a_launcher_that_starts_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

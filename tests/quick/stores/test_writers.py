@@ -1,5 +1,8 @@
 """Two writers of one place: whatever one of them does too late harms nothing of the other's."""
 
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,3 +129,37 @@ def test_what_another_has_written_meanwhile_stays(tmp_path: Path) -> None:
     assert store.writer() == found
     store.leave(token)
     assert list(tmp_path.iterdir()) == []
+
+
+# Becomes the writer and leaves, but is killed at the so many-th call that changes or opens something.
+KILLED = """
+import os, signal, sys
+from labtrain.stores.store import Store
+store, left = Store(sys.argv[1]), [int(sys.argv[2])]
+def killed(real):
+    def call(*arguments, **options):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*arguments, **options)
+    return call
+for name in ("link", "rename", "unlink", "fsync", "open"):
+    setattr(os, name, killed(getattr(os, name)))
+store.renew("5" * 16, seen=store.seen())
+store.leave("5" * 16)
+"""
+
+
+def test_the_next_writer_removes_what_one_left_that_was_killed_at_any_call(tmp_path: Path) -> None:
+    left = set()
+    for number in range(1, 100):
+        store = Store(tmp_path / str(number))
+        store.take_over()
+        done = subprocess.run([sys.executable, "-c", KILLED, store.root, str(number)], check=False)
+        if not done.returncode:
+            break
+        left |= {re.sub("[0-9a-f]{8,}", "X", path.name) for path in Path(store.root).iterdir()}
+        store.renew("6" * 16, seen=store.seen())
+        store.sweep("6" * 16)
+        assert [path.name for path in Path(store.root).iterdir()] == [".writer.json"]
+    assert left == {".writer.json", ".writer.json.X", ".writer.json.part-X"}

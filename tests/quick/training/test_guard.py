@@ -104,6 +104,17 @@ def test_an_iterator_is_refused_in_strict_said_in_warn(loader: str, runner: Runn
     assert any(says in note for note in notes(runner.run(config)))
 
 
+def test_a_batch_that_leaves_a_rank_without_samples_is_refused(runner: Runner) -> None:
+    """Without shards the other rank would wait for it. A limit may leave the batch out."""
+    config = configure("mlp", "even", data={"size": 33}, determinism={"shards": None})
+    config["trainer"] |= {"max_epochs": 1, "strategy": "ddp_find_unused_parameters_true"}
+    runner.run(config, world=2, code=2)
+    assert "a batch of Images has 1 sample for 2 devices: without determinism.shards" in runner.said()
+    assert not list(runner.folder.glob("runs/*/*/checkpoints/step-*"))
+    config["trainer"]["limit_train_batches"] = 4
+    runner.run(config, world=2)
+
+
 def test_tf32_in_code_and_the_rest_are_in_the_receipt(runner: Runner) -> None:
     run_dir = runner.run(faulty("tf32"))
     assert run_dir is not None

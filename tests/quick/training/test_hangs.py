@@ -52,7 +52,7 @@ class Ranks:
             listens.bind(("127.0.0.1", 0))
             told = {
                 "world": 2, "seconds": SECONDS, "run_dir": str(Path.cwd()), "address": "127.0.0.1",
-                "port": listens.getsockname()[1], "token": "secret", "again": True,
+                "port": listens.getsockname()[1], "token": "secret", "waited_for": True,
             }  # fmt: skip
             self.port, self.processes = told["port"], []
             for rank, deed in enumerate(deeds):

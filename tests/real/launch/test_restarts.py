@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from labtrain.base.signals import WRITER_NAME
 from labtrain.record.trail import read_trail
 from tests.conftest import QUICK, Experiment, Run
 from tests.support.slurm import break_rank
@@ -69,7 +70,7 @@ def _trains(process: psutil.Process) -> list[psutil.Process]:
     found = []
     for each in process.children():
         with suppress(psutil.Error):  # it ends
-            found += [each] if "labtrain.launch.job" in each.cmdline() else []
+            found += [each] if "labtrain.launch.job" in each.cmdline() and each.name() != WRITER_NAME else []
     return found
 
 
@@ -185,15 +186,19 @@ def test_a_signal_while_it_starts_again_ends_it(experiment: Experiment, number: 
 
 
 @pytest.mark.release
-def test_without_restarts_a_hang_ends_the_run_with_one_error(own_experiment: Experiment) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_without_restarts_a_hang_ends_the_run_with_one_error(own_experiment: Experiment, rank: int) -> None:
+    """Rank 0 cannot say why it was killed: the process that started it says it, and closes the receipt."""
     how = "sum(iter(int, 1))"  # in C, with the interpreter's lock
-    put_in_step(own_experiment, *hangs(20, how))
+    put_in_step(own_experiment, *hangs(20, how, rank=rank))
     run = Training(own_experiment, "failures.hang_seconds=3", "failures.max_restarts=0").end()
     assert run.code == 1
     assert run.out == ""
     assert run.err.count("error: ") == 1
     (error,) = (line for line in run.err.splitlines() if line.startswith("error: "))
-    assert error.startswith("error: rank 1 does not go on at ")
+    assert error.startswith(f"error: rank {rank} does not go on at ")
+    assert error == f"error: {receipt()['segments'][0]['why']}"
+    assert [receipt()["status"], receipt()["segments"][0]["status"]] == ["failed", "failed"]
     assert line_of(own_experiment, how) in error
     assert "hang.txt shows where each rank was; the same command resumes" in run.err
     assert Path("hung").exists()

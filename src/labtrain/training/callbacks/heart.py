@@ -66,7 +66,7 @@ class Heart:
                 stacks=os.memfd_create("labtrain-stacks"),
                 socket=listens.fileno() if trainer.is_global_zero else None,
                 beacon=beacon.descriptor if trainer.is_global_zero else None,
-                again=beacon.is_read,
+                waited_for=beacon.is_read,
             )
             self.pulse, self.stacks, self.watcher = Pulse(told.pulse), told.stacks, start(told)
             os.close(told.pulse)  # it is mapped

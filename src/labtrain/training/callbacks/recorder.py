@@ -6,7 +6,6 @@ import shutil
 import sys
 from collections.abc import Callable, Collection
 from contextlib import suppress
-from datetime import UTC, datetime
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -44,7 +43,7 @@ from labtrain.record.own_runs import remember
 from labtrain.record.provenance import PATCH, code_state, environment_state, machine, timestamp
 from labtrain.record.ranks import RESTARTED
 from labtrain.record.receipt import origin_digest
-from labtrain.record.trail import BEST_UNSURE, TRAIL, read_trail
+from labtrain.record.trail import BEST_UNSURE, TRAIL
 from labtrain.training.callbacks.steps import tensor_names
 from labtrain.training.lightning import val_loaders
 
@@ -148,7 +147,7 @@ class Recorder(pl.Callback):
         job = self.job
         before = receipt.read(self.run_dir)
         if before is not None:
-            close_killed(before, self.run_dir)
+            receipt.close_killed(before, self.run_dir)
             if (why := os.environ.get(RESTARTED)) is not None:
                 before["segments"][-1]["why"] = f"restarted: {why}"
             unsure = [note for note in before["determinism"]["notes"] if note.endswith(BEST_UNSURE)]
@@ -314,15 +313,6 @@ def nothing_to_train(config: Config, step: int) -> ConfigError:
         f"resume={config['resume']}: that run ended at step {step}, and this command trains no further step",
         hint=f"the same command with {longer}, or more",
     )
-
-
-def close_killed(before: receipt.Receipt, run_dir: Path) -> None:
-    """Close the last segment of a receipt whose process was killed, from its trail."""
-    segment, trail = before["segments"][-1], run_dir / TRAIL
-    if segment["status"] == "running":
-        lines = read_trail(run_dir)
-        ended = datetime.fromtimestamp(trail.stat().st_mtime, UTC).isoformat(timespec="seconds") if lines else None
-        segment |= {"status": "killed", "ended": ended, "to_step": lines[-1]["step"] if lines else segment["from_step"]}
 
 
 def data_of(trainer: pl.Trainer, say: Callable[[str], None]) -> tuple[dict[str, DataRecord], list[Path]]:

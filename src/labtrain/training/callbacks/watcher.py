@@ -31,7 +31,7 @@ from typing import cast
 
 from labtrain.base.console import quoted, visible
 from labtrain.base.errors import LabtrainError
-from labtrain.base.signals import end_with_parent
+from labtrain.base.signals import children_of, end_with_parent
 from labtrain.record.ranks import Beacon
 
 MODULE = "labtrain.training.callbacks.watcher"
@@ -92,7 +92,7 @@ class Told:
     stacks: int
     socket: int | None  # of rank 0
     beacon: int | None  # of rank 0
-    again: bool  # whether a process waits to start the training again
+    waited_for: bool  # whether the process that started the training waits for its end
 
 
 def hint(run_dir: str) -> str:
@@ -290,13 +290,13 @@ class Watcher:
         kills = f"labtrain kills rank {', '.join(map(str, ranks))}"
         _print(f"warning: {self.told.run_dir}: {hang.why}: {kills}\n\n")
         _print("".join(report(each, whole=False) for each in sights[:SHOWN]))
-        if 0 in ranks and not self.told.again:  # else another process ends with the error
+        if 0 in ranks and not self.told.waited_for:  # else that process ends with the error
             _print(f"error: {LabtrainError(hang.why, hint=hint(self.told.run_dir))}\n")
         writes = threading.Thread(target=self._write, args=(hang, sights), daemon=True)
         writes.start()
         writes.join(WRITES_S)
         if self.told.beacon is not None:
-            Beacon(mmap.mmap(self.told.beacon, Beacon.SIZE_BYTES)).fail(hang.why, 128 + signal.SIGKILL)
+            Beacon(mmap.mmap(self.told.beacon, Beacon.SIZE_BYTES)).fail(hang.why, 128 + signal.SIGKILL, hung=True)
         self.still_s, self.others = 0.0, {rank: each for rank, each in self.others.items() if rank not in ranks}
         for rank in ranks:
             if rank and rank in self.addresses:
@@ -331,7 +331,7 @@ def stacks_of(process: int, descriptor: int) -> dict[str, str]:
         descriptor: the file where it writes them.
     """
     found: dict[str, str] = {}
-    for each in [process, *_children(process)]:
+    for each in [process, *children_of(process)]:
         if not _answers(each, descriptor):
             continue
         before = os.fstat(descriptor).st_size
@@ -359,14 +359,6 @@ def _answers(process: int, descriptor: int) -> bool:
     return False
 
 
-def _children(process: int) -> list[int]:
-    found: list[int] = []
-    for each in Path(f"/proc/{process}/task").glob("*/children"):
-        with suppress(OSError):
-            found += map(int, each.read_text().split())
-    return found
-
-
 def _state(process: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
@@ -376,7 +368,7 @@ def _state(process: int) -> str:
 def _bytes_moved(process: int) -> int:
     """Return how much a process and its children have read and written: a save to a slow disk goes on."""
     total = 0
-    for each in [process, *_children(process)]:
+    for each in [process, *children_of(process)]:
         with suppress(OSError):
             total += sum(map(int, re.findall(r"char: (\d+)", Path(f"/proc/{each}/io").read_text())))
     return total
