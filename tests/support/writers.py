@@ -36,8 +36,8 @@ class Halting(Store):
         super().__init__(place)
         self.gate = gate
 
-    def writer(self) -> dict[str, Any] | None:
-        found = super().writer()
+    def writer(self, path: str = WRITER) -> dict[str, Any] | None:
+        found = super().writer(path)
         self.gate.step()
         return found
 

@@ -530,9 +530,13 @@ class Store:
                 self._sweep_tokens()
 
     def _sweep_tokens(self) -> None:
-        """Remove what processes left that were killed while they took away a writer's token (`_take_away`)."""
+        """Remove what processes left that were killed while they took away a writer's token (`_take_away`).
+
+        A token of a live writer stays: another process may be about to put it back.
+        """
         for path in self.fs.ls(self.root, detail=False):
-            if TOKEN_ASIDE.fullmatch(path.rpartition("/")[2]):
+            name = path.rpartition("/")[2]
+            if TOKEN_ASIDE.fullmatch(name) and (found := self.writer(name)) and writer_lives(found) is False:
                 with suppress(FileNotFoundError):
                     self.fs.rm_file(path)
 
@@ -626,11 +630,11 @@ class Store:
         except (ValueError, TypeError, KeyError, untrusted.NotPlainError):
             return ""
 
-    def writer(self) -> dict[str, object] | None:
+    def writer(self, path: str = WRITER) -> dict[str, object] | None:
         """Return the writer's token, host and process; None if there is no writer, or it ended properly."""
         try:
             with explained(self.url), suppress(FileNotFoundError):
-                return dict(untrusted.loads(self.read(WRITER)))
+                return dict(untrusted.loads(self.read(path)))
         except (ValueError, TypeError, untrusted.NotPlainError):
             pass
         return None

@@ -1,6 +1,7 @@
 """Two writers of one place: whatever one of them does too late harms nothing of the other's."""
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from labtrain.cli import main
-from labtrain.stores.store import Store, TakenOverError
+from labtrain.stores.store import WRITER, Store, TakenOverError
 from tests.support.saver import save, saver_of, writer_of
 from tests.support.writers import Starting, walk, whole, write
 
@@ -122,7 +123,7 @@ def test_what_another_has_written_meanwhile_stays(tmp_path: Path) -> None:
     found = store.writer()
 
     class Late(Store):
-        def writer(self) -> dict[str, object] | None:
+        def writer(self, path: str = WRITER) -> dict[str, object] | None:
             return {"token": "0123456789abcdef"}  # what it was when this one looked
 
     Late(tmp_path).leave("0123456789abcdef")
@@ -134,7 +135,7 @@ def test_what_another_has_written_meanwhile_stays(tmp_path: Path) -> None:
 # Becomes the writer and leaves, but is killed at the so many-th call that changes or opens something.
 KILLED = """
 import os, signal, sys
-from labtrain.stores.store import Store
+from labtrain.stores.store import WRITER, Store
 store, left = Store(sys.argv[1]), [int(sys.argv[2])]
 def killed(real):
     def call(*arguments, **options):
@@ -151,10 +152,11 @@ store.leave("5" * 16)
 
 
 def test_the_next_writer_removes_what_one_left_that_was_killed_at_any_call(tmp_path: Path) -> None:
-    left = set()
+    before, left = tmp_path / "before", set()
+    begin = "import sys; from labtrain.stores.store import Store; Store(sys.argv[1]).take_over()"
+    subprocess.run([sys.executable, "-c", begin, before], check=True)
     for number in range(1, 100):
-        store = Store(tmp_path / str(number))
-        store.take_over()
+        store = Store(shutil.copytree(before, tmp_path / str(number)))
         done = subprocess.run([sys.executable, "-c", KILLED, store.root, str(number)], check=False)
         if not done.returncode:
             break
