@@ -135,7 +135,7 @@ def test_what_another_has_written_meanwhile_stays(tmp_path: Path) -> None:
 # Becomes the writer and leaves, but is killed at the so many-th call that changes or opens something.
 KILLED = """
 import os, signal, sys
-from labtrain.stores.store import WRITER, Store
+from labtrain.stores.store import Store
 store, left = Store(sys.argv[1]), [int(sys.argv[2])]
 def killed(real):
     def call(*arguments, **options):
