@@ -4,6 +4,7 @@ Each backend finds its own credentials: environment, ~/.aws, ~/.ssh/config, an a
 password is refused, because URLs are in configurations, receipts and logs.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from urllib.parse import urlsplit
 from labtrain.base.console import one_line
 from labtrain.base.contracts import Options
 from labtrain.base.credentials import without_secrets
-from labtrain.base.errors import ConfigError, StoreError
+from labtrain.base.errors import ConfigError, LabtrainError, StoreError
 from labtrain.base.untrusted import NotPlainError
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 60
+WORDS: dict[type[Exception], str] = {EOFError: "the server closed the connection"}  # of exceptions without a text
 ATTEMPTS = 2  # of one request; a whole delivery is retried anyway
 # The package of each scheme's backend.
 NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
@@ -104,6 +106,7 @@ def _connected(name: str, options: Options) -> tuple[object, object]:
 
     from labtrain.stores.known_hosts import KnownHosts
 
+    logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else it prints tracebacks of what it raises, too
     path = Path("~/.ssh/config").expanduser()
     config = paramiko.SSHConfig.from_path(str(path)) if path.exists() else paramiko.SSHConfig()
     found = config.lookup(name)
@@ -163,12 +166,12 @@ def explained(url: str) -> Iterator[None]:
     """Turn a backend's exception into a StoreError that names the URL and contains no credential."""
     try:
         yield
-    except (StoreError, ConfigError, NotPlainError):
+    except (LabtrainError, NotPlainError):
         raise
     except Exception as error:
         if isinstance(error, ImportError | ValueError) and not isinstance(error, UnicodeError):
             raise
-        text = without_secrets(" ".join(str(error).split()) or type(error).__name__)
+        text = without_secrets(" ".join(str(error).split()) or WORDS.get(type(error), type(error).__name__))
         raise StoreError(
             f"{url}: {text}", hint=_hint(error, text, url)
         ) from None  # the context may contain requests with credentials

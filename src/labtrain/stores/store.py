@@ -337,6 +337,7 @@ class Store:
 
         Raises:
             DamagedError: it is not a valid manifest.
+            GoneError: the checkpoint was removed since it was listed.
             StoreError: it cannot be read.
         """
         where = f"{checkpoint.path}/{MANIFEST}" if checkpoint.path else MANIFEST
@@ -346,7 +347,12 @@ class Store:
             if checkpoint.sizes.get(MANIFEST, 0) > untrusted.RECORD_BYTES:
                 raise ValueError(f"{checkpoint.sizes[MANIFEST]:,} bytes")
             with explained(self.url):
-                data = self.read(where)
+                try:
+                    data = self.read(where)
+                except FileNotFoundError:
+                    if MANIFEST not in checkpoint.sizes:  # not listed, but named by a person
+                        raise
+                    raise GoneError(checkpoint) from None
             manifest = _upgraded(untrusted.loads(data))
             _check_manifest(as_options(manifest))
         if wrong := _contradiction(manifest, checkpoint):
@@ -376,6 +382,7 @@ class Store:
                     self.fs.get_file(f"{self.root}/{checkpoint.path}/{key}", str(folder / name))
                 wrong = _wrong(folder / name, wanted)
             if wrong:
+                self.manifest(checkpoint)  # raises if the checkpoint was removed meanwhile
                 raise DamagedError(f"{checkpoint.url}/{name}: {wrong}", hint=_prune_hint(self))
         return folder, manifest
 
@@ -669,6 +676,13 @@ class Store:
                 else:
                     self.fs.ftp.rename(f"{self.root}/{own}", f"{self.root}/{WRITER}")
         return False
+
+
+class GoneError(DamagedError):
+    """A checkpoint was removed after it was listed: by another process, or the listing was old."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(f"{checkpoint.url} was removed since it was listed", hint=_prune_hint(checkpoint.store))
 
 
 class TakenOverError(StoreError):
