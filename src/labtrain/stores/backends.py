@@ -106,7 +106,6 @@ def _connected(name: str, options: Options) -> tuple[object, object]:
 
     from labtrain.stores.known_hosts import KnownHosts
 
-    logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else it prints tracebacks of what it raises, too
     path = Path("~/.ssh/config").expanduser()
     config = paramiko.SSHConfig.from_path(str(path)) if path.exists() else paramiko.SSHConfig()
     found = config.lookup(name)
@@ -157,6 +156,7 @@ def _sftp(url: str) -> tuple["AbstractFileSystem", str]:
     parts = urlsplit(url)
     if not parts.hostname or not parts.path.strip("/"):
         raise ConfigError(f"{url}: must have a host and a path", hint="sftp://me@host/scratch/me")
+    logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else it prints tracebacks of what it raises, too
     options = {"port": parts.port, "username": parts.username}
     return KnownHostsOnly(parts.hostname, skip_instance_cache=True, **options), parts.path.rstrip("/")
 
