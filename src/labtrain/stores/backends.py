@@ -5,8 +5,9 @@ password is refused, because URLs are in configurations, receipts and logs.
 """
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from labtrain.base.errors import ConfigError, LabtrainError, StoreError
 from labtrain.base.untrusted import NotPlainError
 
 if TYPE_CHECKING:
+    import paramiko
     from fsspec import AbstractFileSystem
 
 CONNECT_SECONDS = 10
@@ -95,7 +97,7 @@ def open_url(url: str) -> tuple["AbstractFileSystem", str]:
             raise ConfigError(f"{url}: {error}", hint="docs/guides/storage.md lists the backends") from error
 
 
-def _connected(name: str, options: Options) -> tuple[object, object]:
+def _connected(name: str, options: Options) -> tuple["paramiko.SSHClient", "paramiko.SFTPClient"]:
     """Connect as ssh would; return the SSH client and its SFTP session.
 
     Args:
@@ -153,12 +155,25 @@ def _sftp(url: str) -> tuple["AbstractFileSystem", str]:
         def _connect(self) -> None:
             self.client, self.ftp = _connected(self.host, self.ssh_kwargs)
 
+        def get_file(self, rpath: str, lpath: str, **_: object) -> None:
+            with self.ftp.open(rpath, "rb") as source, Path(lpath).open("wb") as target:
+                ask = source._prefetch_thread
+                source._prefetch_thread = lambda *asked: _quietly(ask, *asked)
+                source.prefetch()
+                shutil.copyfileobj(source, target)
+
     parts = urlsplit(url)
     if not parts.hostname or not parts.path.strip("/"):
         raise ConfigError(f"{url}: must have a host and a path", hint="sftp://me@host/scratch/me")
     logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else it prints tracebacks of what it raises, too
     options = {"port": parts.port, "username": parts.username}
     return KnownHostsOnly(parts.hostname, skip_instance_cache=True, **options), parts.path.rstrip("/")
+
+
+def _quietly(ask: Callable[..., None], *asked: object) -> None:
+    """Ask for a file's parts, in paramiko's thread; an error there reaches who reads them, and needs no traceback."""
+    with suppress(Exception):
+        ask(*asked)
 
 
 @contextmanager

@@ -126,8 +126,10 @@ def _is_whole(checkpoint: Checkpoint) -> bool:
 
 
 def _is_finished(store: Store, checkpoint: Checkpoint) -> bool:
-    with explained(store.url):
-        return bool(store.fs.exists(f"{store.root}/{checkpoint.path}/{MANIFEST}"))
+    with explained(store.url), suppress(FileNotFoundError):
+        store.fs.info(f"{store.root}/{checkpoint.path}/{MANIFEST}")  # fsspec's `exists` takes any error for a no
+        return True
+    return False
 
 
 def _uploads(store: Store) -> list[tuple[str, Options]]:
