@@ -197,6 +197,17 @@ def test_what_is_removed_after_it_was_listed_is_skipped(url: str, tmp_path: Path
     assert found[0] == older
 
 
+@pytest.mark.parametrize("url", ["local", "sftp"], indirect=True)
+@pytest.mark.parametrize("why", ["removing", "removed"])
+def test_a_removal_that_was_cut_off_is_finished(url: str, why: str, tmp_path: Path) -> None:
+    """As after a connection that was lost: the same writer tries again."""
+    store = Store(url)
+    name, token = put(store, tmp_path, 1), store.take_over()
+    store.move(name, f"{name}.{why}-{token}")
+    store.discard(name, token)
+    assert store.find() == []
+
+
 @each
 def test_two_writers_are_told_apart(url: str) -> None:
     store, other = Store(url), Store(url)

@@ -9,18 +9,16 @@ from tests.conftest import Experiment, need
 
 CHOSEN = {
     "s3:fresh:PUT:1:500*": "error",
-    "s3:fresh:PUT:2:reset": "survived",
     "s3:fresh:PUT:4:lost": "survived",
     "s3:resumed:LIST:3:stale old": "survived, with a warning",
     "s3:resumed:GET:3:short": "error",
     "s3:check:LIST:1:stale old": "survived",
-    "s3:check:GET:2:503": "survived",
     "s3:check:GET:2:500*": "error",
     "s3:large:POST:2:lost*": "survived",
-    "s3:large:PUT:2:reset*": "survived",
-    "s3:spool:write:2:ENOSPC": "error",
+    "s3:spool:close:2:EIO": "error",
     "sftp:fresh:PACKET:1:reset": "error",
     "sftp:fresh:PACKET:100:lost": "survived, with a warning",
+    "sftp:ls:PACKET:21:lost": "error",
 }
 
 
