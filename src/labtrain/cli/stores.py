@@ -33,17 +33,20 @@ def store_ls(url: str, as_json: bool) -> None:
     URL is a store, or a folder in it. With --json, a manifest that cannot be read is null, and "error" says why.
     """
     from labtrain.stores.layout import misplaced
+    from labtrain.stores.store import GoneError
 
     place, rows = _existing(url), []
     read: dict[str, tuple[Checkpoint, Manifest]] = {}
     errors: dict[str, str] = {}
     found = [each for each in place.find() if each.complete or each.is_link]
-    for each in found:
+    for each in list(found):
         try:
             if each.is_link:
                 errors[each.path] = f"{each.url} is a symbolic link, skipped"
             else:
                 read[each.path] = each, place.manifest(each)
+        except GoneError:
+            found.remove(each)
         except DamagedError as damaged:
             errors[each.path] = str(damaged.args[0])
     errors |= {path: f"{read[path][0].url} {wrong}" for path, wrong in misplaced(read).items()}
@@ -70,6 +73,7 @@ def store_check(url: str) -> None:
     """
     from labtrain.stores.layout import misplaced
     from labtrain.stores.prune import check
+    from labtrain.stores.store import GoneError
 
     place, lines = _existing(url), dict[str, str | None]()
     read: dict[str, tuple[Checkpoint, Manifest]] = {}
@@ -77,9 +81,10 @@ def store_check(url: str) -> None:
         if each.is_link:
             lines[each.path] = "is a symbolic link, skipped"
         elif each.complete:
-            lines[each.path] = check(each)
-            with suppress(DamagedError):
-                read[each.path] = each, place.manifest(each)
+            with suppress(GoneError):
+                lines[each.path] = check(each)
+                with suppress(DamagedError):
+                    read[each.path] = each, place.manifest(each)
     lines |= {path: lines[path] or wrong for path, wrong in misplaced(read).items()}
     for path, wrong in lines.items():
         say(f"{place.url}/{path}  {wrong or 'ok'}")

@@ -4,8 +4,10 @@ Each backend finds its own credentials: environment, ~/.aws, ~/.ssh/config, an a
 password is refused, because URLs are in configurations, receipts and logs.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import logging
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -13,14 +15,16 @@ from urllib.parse import urlsplit
 from labtrain.base.console import one_line
 from labtrain.base.contracts import Options
 from labtrain.base.credentials import without_secrets
-from labtrain.base.errors import ConfigError, StoreError
+from labtrain.base.errors import ConfigError, LabtrainError, StoreError
 from labtrain.base.untrusted import NotPlainError
 
 if TYPE_CHECKING:
+    import paramiko
     from fsspec import AbstractFileSystem
 
 CONNECT_SECONDS = 10
 ANSWER_SECONDS = 60
+WORDS: dict[type[Exception], str] = {EOFError: "the server closed the connection"}  # of exceptions without a text
 ATTEMPTS = 2  # of one request; a whole delivery is retried anyway
 # The package of each scheme's backend.
 NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "sftp": "paramiko"}
@@ -93,7 +97,7 @@ def open_url(url: str) -> tuple["AbstractFileSystem", str]:
             raise ConfigError(f"{url}: {error}", hint="docs/guides/storage.md lists the backends") from error
 
 
-def _connected(name: str, options: Options) -> tuple[object, object]:
+def _connected(name: str, options: Options) -> tuple["paramiko.SSHClient", "paramiko.SFTPClient"]:
     """Connect as ssh would; return the SSH client and its SFTP session.
 
     Args:
@@ -151,11 +155,25 @@ def _sftp(url: str) -> tuple["AbstractFileSystem", str]:
         def _connect(self) -> None:
             self.client, self.ftp = _connected(self.host, self.ssh_kwargs)
 
+        def get_file(self, rpath: str, lpath: str, **_: object) -> None:
+            with self.ftp.open(rpath, "rb") as source, Path(lpath).open("wb") as target:
+                ask = source._prefetch_thread
+                source._prefetch_thread = lambda *asked: _quietly(ask, *asked)
+                source.prefetch()
+                shutil.copyfileobj(source, target)
+
     parts = urlsplit(url)
     if not parts.hostname or not parts.path.strip("/"):
         raise ConfigError(f"{url}: must have a host and a path", hint="sftp://me@host/scratch/me")
+    logging.getLogger("paramiko").addHandler(logging.NullHandler())  # else it prints tracebacks of what it raises, too
     options = {"port": parts.port, "username": parts.username}
     return KnownHostsOnly(parts.hostname, skip_instance_cache=True, **options), parts.path.rstrip("/")
+
+
+def _quietly(ask: Callable[..., None], *asked: object) -> None:
+    """Ask for a file's parts, in paramiko's thread; an error there reaches who reads them, and needs no traceback."""
+    with suppress(Exception):
+        ask(*asked)
 
 
 @contextmanager
@@ -163,12 +181,12 @@ def explained(url: str) -> Iterator[None]:
     """Turn a backend's exception into a StoreError that names the URL and contains no credential."""
     try:
         yield
-    except (StoreError, ConfigError, NotPlainError):
+    except (LabtrainError, NotPlainError):
         raise
     except Exception as error:
         if isinstance(error, ImportError | ValueError) and not isinstance(error, UnicodeError):
             raise
-        text = without_secrets(" ".join(str(error).split()) or type(error).__name__)
+        text = without_secrets(" ".join(str(error).split()) or WORDS.get(type(error), type(error).__name__))
         raise StoreError(
             f"{url}: {text}", hint=_hint(error, text, url)
         ) from None  # the context may contain requests with credentials

@@ -166,8 +166,10 @@ class Delivery:
         if self.waiting:
             return
         for name in sorted(self.doomed):
+            remote = self._connected()
             with explained(self.url):
-                self._connected().discard(name, self.token)
+                remote.discard(name, self.token)
+                remote.remove(remote.writing(name, self.token))  # it was superseded while it was uploaded
             with self.changed:
                 self.doomed.discard(name)
                 self.changed.notify_all()

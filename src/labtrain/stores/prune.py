@@ -10,7 +10,7 @@ from labtrain.base.contracts import Options
 from labtrain.base.errors import DamagedError, LabtrainError
 from labtrain.stores.backends import explained
 from labtrain.stores.layout import kept
-from labtrain.stores.store import MANIFEST, NAME, Checkpoint, Store, writer_lives
+from labtrain.stores.store import MANIFEST, NAME, Checkpoint, GoneError, Store, writer_lives
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ def superseded(store: Store, *, keep_last: int) -> list[Checkpoint]:
         stay = kept({each.path: each.step for each in found}, {}, last=keep_last)
         stay |= {each.path for each in found if each.finished}
         going = [each for each in found if each.path not in stay]
-        if going and not any(check(each) is None for each in reversed(found) if each.path in stay):
+        if going and not any(_is_whole(each) for each in reversed(found) if each.path in stay):
             raise LabtrainError(
                 f"{store.url}/{run}: all {len(stay)} checkpoints that would remain are damaged; nothing was removed",
                 hint=f"labtrain store check {store.url}",
@@ -103,18 +103,33 @@ def superseded(store: Store, *, keep_last: int) -> list[Checkpoint]:
 
 
 def check(checkpoint: Checkpoint) -> str | None:
-    """Read a checkpoint and compare it with its manifest; return an error text, None if it is undamaged."""
+    """Read a checkpoint and compare it with its manifest; return an error text, None if it is undamaged.
+
+    Raises:
+        GoneError: it was removed since it was listed.
+    """
     with TemporaryDirectory() as folder:
         try:
             checkpoint.store.fetch(checkpoint, Path(folder))
+        except GoneError:
+            raise
         except DamagedError as error:
             return str(error.args[0])
     return None
 
 
+def _is_whole(checkpoint: Checkpoint) -> bool:
+    try:
+        return check(checkpoint) is None
+    except GoneError:
+        return False
+
+
 def _is_finished(store: Store, checkpoint: Checkpoint) -> bool:
-    with explained(store.url):
-        return bool(store.fs.exists(f"{store.root}/{checkpoint.path}/{MANIFEST}"))
+    with explained(store.url), suppress(FileNotFoundError):
+        store.fs.info(f"{store.root}/{checkpoint.path}/{MANIFEST}")  # fsspec's `exists` takes any error for a no
+        return True
+    return False
 
 
 def _uploads(store: Store) -> list[tuple[str, Options]]:

@@ -169,8 +169,8 @@ class Store:
             with suppress(Exception):
                 if self._is_sftp:
                     self.fs.rm_file(scratch)
-            if not isinstance(error, FileExistsError) and self.fs.exists(full):
-                raise FileExistsError(full) from error
+            if not self.local and not isinstance(error, FileExistsError) and self.fs.exists(full):
+                raise FileExistsError(full) from error  # a server says only that it failed
             raise
 
     def replace(self, path: str, data: bytes) -> None:
@@ -285,14 +285,22 @@ class Store:
         if self.local:
             yield from self._local_entries()
             return
-        try:
-            files = self.fs.find(self.root, detail=True, withdirs=self._is_sftp)
-        except FileNotFoundError:
-            if self._is_sftp:
-                return
-            raise
-        for path, info in files.items():
+        if self._is_sftp:
+            yield from self._sftp_entries(self.root)
+            return
+        for path, info in self.fs.find(self.root, detail=True).items():
             yield path.removeprefix(self.root).lstrip("/"), info["type"], info["size"] or 0
+
+    def _sftp_entries(self, folder: str) -> Iterator[tuple[str, str, int]]:
+        """Raise if a folder cannot be listed: fsspec's `find` leaves it out, as if it were empty."""
+        try:
+            listing = self.fs.ls(folder, detail=True)
+        except FileNotFoundError:  # nothing is there yet, or it was removed meanwhile
+            return
+        for info in listing:
+            yield info["name"].removeprefix(self.root).lstrip("/"), info["type"], info["size"] or 0
+            if info["type"] == "directory":
+                yield from self._sftp_entries(info["name"])
 
     def _local_entries(self) -> Iterator[tuple[str, str, int]]:
         def refuse(error: OSError) -> None:
@@ -338,6 +346,7 @@ class Store:
 
         Raises:
             DamagedError: it is not a valid manifest.
+            GoneError: the checkpoint was removed since it was listed.
             StoreError: it cannot be read.
         """
         where = f"{checkpoint.path}/{MANIFEST}" if checkpoint.path else MANIFEST
@@ -347,7 +356,12 @@ class Store:
             if checkpoint.sizes.get(MANIFEST, 0) > untrusted.RECORD_BYTES:
                 raise ValueError(f"{checkpoint.sizes[MANIFEST]:,} bytes")
             with explained(self.url):
-                data = self.read(where)
+                try:
+                    data = self.read(where)
+                except FileNotFoundError:
+                    if MANIFEST not in checkpoint.sizes:  # not listed, but named by a person
+                        raise
+                    raise GoneError(checkpoint) from None
             manifest = _upgraded(untrusted.loads(data))
             _check_manifest(as_options(manifest))
         if wrong := _contradiction(manifest, checkpoint):
@@ -377,6 +391,7 @@ class Store:
                     self.fs.get_file(f"{self.root}/{checkpoint.path}/{key}", str(folder / name))
                 wrong = _wrong(folder / name, wanted)
             if wrong:
+                self.manifest(checkpoint)  # raises if the checkpoint was removed meanwhile
                 raise DamagedError(f"{checkpoint.url}/{name}: {wrong}", hint=_prune_hint(self))
         return folder, manifest
 
@@ -494,8 +509,9 @@ class Store:
             except TakenOverError:
                 self.move(aside, path)
                 raise
+        with suppress(FileNotFoundError):
             self.move(aside, gone)  # from here on nobody restores it
-            self.remove(gone)
+        self.remove(gone)  # as above, it may be there from an attempt that a lost connection ended
 
     def _discard_by_manifest(self, path: str, check: Callable[[], None]) -> None:
         manifest = f"{path}/{MANIFEST}"
@@ -593,7 +609,7 @@ class Store:
         token, found = secrets.token_hex(8), self.writer()
         with explained(self.url), suppress(FileExistsError):
             if found is None or (writer_lives(found) is False and self._take_away(str(found.get("token")), by=token)):
-                self.create(WRITER, _who(token))
+                self._claim(token)
                 return token
         who = f"process {found.get('process')} on {found.get('host')}" if found else "another process"
         raise StoreError(f"{who} writes checkpoints to {self}", hint=f"use another folder: {self.url}/imported")
@@ -616,9 +632,21 @@ class Store:
                 return
             with suppress(FileExistsError):
                 if self.renames and (seen is None or self._take_away(seen, by=token)):
-                    self.create(WRITER, _who(token))
+                    self._claim(token)
                     return
         raise taken_over(str(self))
+
+    def _claim(self, token: str) -> None:
+        """Create `.writer.json`.
+
+        Raises:
+            FileExistsError: another writer has.
+        """
+        try:
+            self.create(WRITER, _who(token))
+        except FileExistsError:
+            if self.seen() != token:  # else it was created, and the answer was lost
+                raise
 
     def seen(self, path: str = WRITER) -> str | None:
         """Return the writer's token; None if there is no writer, empty if the file has no token."""
@@ -683,6 +711,13 @@ class Store:
                 else:
                     self.fs.ftp.rename(f"{self.root}/{own}", f"{self.root}/{WRITER}")
         return False
+
+
+class GoneError(DamagedError):
+    """A checkpoint was removed after it was listed: by another process, or the listing was old."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        super().__init__(f"{checkpoint.url} was removed since it was listed", hint=_prune_hint(checkpoint.store))
 
 
 class TakenOverError(StoreError):

@@ -58,6 +58,18 @@ def test_what_is_saved_arrives_and_leaves_the_spool(url: str, tmp_path: Path) ->
     assert run.delivery.status() == ""
 
 
+@pytest.mark.parametrize("url", ["s3", "sftp"], indirect=True)
+def test_what_is_superseded_during_its_upload_leaves_nothing(url: str, tmp_path: Path) -> None:
+    run = Run(tmp_path, url)
+    name = "step-0000000001"
+    folder = Path(run.spool.root, name)
+    run.remote.upload(folder, made(folder, 1), run.remote.writing(name, run.delivery.token))
+    assert run.remote.find()
+    run.delivery.drop({name})
+    assert run.delivery.wait(60)
+    assert run.remote.find() == []
+
+
 @pytest.mark.parametrize("url", ["memory", "s3", "sftp"], indirect=True)
 def test_another_process_that_took_over_ends_it(url: str, tmp_path: Path) -> None:
     run = Run(tmp_path, url)

@@ -24,6 +24,7 @@ from labtrain.stores.store import (
     STATE,
     WEIGHTS,
     Checkpoint,
+    GoneError,
     Store,
     TakenOverError,
     identity,
@@ -178,6 +179,33 @@ def test_a_removal_that_stops_in_between_leaves_no_broken_one(url: str, tmp_path
     store.discard(name)
     assert store.find() == []
     store.discard(name)  # again, and nothing is wrong
+
+
+@each
+def test_what_is_removed_after_it_was_listed_is_skipped(url: str, tmp_path: Path) -> None:
+    """It is not damaged, and no reason to stop."""
+    store = Store(url)
+    for step in (1, 2):
+        put(store, tmp_path, step)
+    older, newer = store.checkpoints()
+    store.discard(newer.path)
+    with pytest.raises(GoneError, match="was removed since it was listed"):
+        check(newer)
+    store.find = lambda: [older, newer]  # type: ignore[method-assign]
+    found = newest_whole([store], into=tmp_path / "copies")
+    assert found is not None
+    assert found[0] == older
+
+
+@pytest.mark.parametrize("url", ["local", "sftp"], indirect=True)
+@pytest.mark.parametrize("why", ["removing", "removed"])
+def test_a_removal_that_was_cut_off_is_finished(url: str, why: str, tmp_path: Path) -> None:
+    """As after a connection that was lost: the same writer tries again."""
+    store = Store(url)
+    name, token = put(store, tmp_path, 1), store.take_over()
+    store.move(name, f"{name}.{why}-{token}")
+    store.discard(name, token)
+    assert store.find() == []
 
 
 @each
