@@ -202,12 +202,13 @@ class Training:
     def _look(self) -> None:
         """Read which steps were done, and let the next failure happen if it is time."""
         self.place.give_back()
-        with suppress(FileNotFoundError), Path(f"{self.logs}/step-0").open() as file:
+        with suppress(FileNotFoundError), Path(f"{self.logs}/step-0").open("rb") as file:
             file.seek(self.read)
-            for line in file.read().splitlines():
+            whole = file.read().rpartition(b"\n")[0]  # a line may be seen before its end
+            for line in whole.splitlines():
                 moment, step, pid = line.split()
                 self.lines.append((float(moment), int(step), int(pid)))
-            self.read = file.tell()
+            self.read += len(whole) + 1 if whole else 0
         if self.failures and self.reached() >= self.failures[0].step:
             failure = self.failures.pop(0)
             time.sleep(failure.later_s)
