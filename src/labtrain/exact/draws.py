@@ -3,7 +3,8 @@
 Python's `random` has one generator for all threads of a process. Libraries draw from it in threads of their own, for
 instance how long to wait before they repeat a request (botocore/retryhandler.py; wandb and gcsfs do the same). If that
 happened while a sample was loaded, the rest of the sample would be another: the weights would depend on the network.
-During a run the functions of `random` use another generator in other threads.
+During a run the functions of `random` use another generator in each other thread. It follows from what the training's
+was seeded with last. So a thread of the experiment's own that loads a sample draws the same numbers for it each time.
 """
 
 import os
@@ -14,26 +15,31 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-from labtrain.exact.plain_values import is_experiments_code
-
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
 _shared: random.Random = random.getstate.__self__  # type: ignore[attr-defined]  # the functions are its methods
 _own = threading.local()  # .generator: the one that a thread draws from during a run
 _owner: int | None = None  # the thread that trains, or loads samples in a worker
+_seeded: tuple[object, ...] = ()  # what the owner seeded its generator with last
 
 
 def take_draws(say: Callable[[str], None]) -> Callable[[], None]:
     """Leave Python's generator to this thread, and to those that call `share_draws`; the result ends that.
 
     Args:
-        say: gets a warning if another thread of the experiment's own draws.
+        say: gets a warning about the first other thread that draws, unless it is labtrain's.
     """
     global _owner
-    before, _owner = _owner, threading.get_ident()
+    before, _owner, told = _owner, threading.get_ident(), list[str]()
+
+    def say_once(text: str) -> None:
+        if not told:
+            told.append(text)
+            say(text)
+
     real = {name: value for name, value in vars(random).items() if getattr(value, "__self__", None) is _shared}
-    vars(random).update({name: _by_thread(method, say) for name, method in real.items()})
+    vars(random).update({name: _by_thread(method, say_once) for name, method in real.items()})
 
     def give_back() -> None:
         global _owner
@@ -53,9 +59,13 @@ def _by_thread(method: Callable[Parameters, Result], say: Callable[[str], None])
 
     @wraps(method)
     def draw(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
-        if _owner in (None, threading.get_ident()):
+        global _seeded
+        generator = _shared if _owner in (None, threading.get_ident()) else _generator(say)
+        if generator is _shared:
+            if name == "seed":
+                _seeded = (*arguments, *options.values())
             return method(*arguments, **options)
-        result: Result = getattr(_generator(say), name)(*arguments, **options)
+        result: Result = getattr(generator, name)(*arguments, **options)
         return result
 
     draw.__module__, draw.__qualname__ = random.__name__, name  # so that it can be pickled
@@ -70,19 +80,24 @@ def _generator(say: Callable[[str], None]) -> random.Random:
         # torch's threads were not started by Python, and a backward that runs there draws for the training.
         trains = isinstance(thread, threading._DummyThread)
         found = _own.generator = _shared if trains else random.Random()
-        if not trains and _is_experiments():
+        if not trains and not _is_labtrains():
             say(
-                f"the experiment draws from Python's `random` in thread {thread.name!r}: labtrain seeds only the"
-                " thread that trains or loads the samples; draw there, or from random.Random(seed)"
+                f"thread {thread.name!r} draws from Python's `random`. It gets a generator of its own, so that the"
+                " training does not depend on it. If your code draws there, draw in the thread that trains or loads"
+                " the samples, or from random.Random(seed)"
             )
+    if found is not _shared and getattr(_own, "seeded", None) is not _seeded:
+        _own.seeded = _seeded
+        found.seed(repr(_seeded))
     return found
 
 
-def _is_experiments() -> bool:
-    frame = sys._getframe()
+def _is_labtrains() -> bool:
+    """Return whether this thread runs code of labtrain's, such as the delivery to a store."""
+    frame = sys._getframe(1)
     while frame.f_back is not None:
         frame = frame.f_back
-        if is_experiments_code(frame):
+        if frame.f_globals.get("__name__", "").startswith("labtrain.") and frame.f_globals is not globals():
             return True
     return False
 

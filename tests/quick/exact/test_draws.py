@@ -88,16 +88,44 @@ def test_threads_that_train_draw_from_the_same_generator(run: None) -> None:
     assert not said
 
 
-def test_a_thread_of_the_experiment_that_draws_is_named(run: None) -> None:
+def test_the_first_thread_that_draws_is_named(run: None) -> None:
     random.seed(1)
     expected = random.random()
     random.seed(1)
-    thread = threading.Thread(target=lambda: random.seed(random.randint(0, 9)), name="reads ahead")
-    thread.start()
-    thread.join()
+    for name in ("reads ahead", "reads more"):
+        thread = threading.Thread(target=lambda: random.seed(random.randint(0, 9)), name=name)
+        thread.start()
+        thread.join()
     assert random.random() == expected
     (warning,) = said
-    assert "in thread 'reads ahead'" in warning
+    assert "thread 'reads ahead'" in warning
+
+
+def test_one_thread_that_loads_samples_draws_the_same_for_each(run: None) -> None:
+    """Whatever was drawn before, and also where a thread that trains has seeded."""
+
+    def seed() -> None:
+        share_draws()
+        random.seed(5)
+
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as shard:
+        drawn = []
+        for number in (5, 6, 5):
+            random.seed(number)
+            drawn.append([pool.submit(random.random).result(), pool.submit(random.gauss, 0, 1).result()])
+        shard.submit(seed).result()
+        drawn.append([pool.submit(random.random).result(), pool.submit(random.gauss, 0, 1).result()])
+    first, second, again, shards = drawn
+    assert first == again == shards != second
+
+
+def test_a_delivery_that_draws_is_not_reported(run: None) -> None:
+    """A thread that runs code of labtrain's, here of the class that checks datasets."""
+    rows = DataLoader(Streamed(False), 4)
+    thread = threading.Thread(target=lambda: list(rows))
+    thread.start()
+    thread.join()
+    assert not said
 
 
 def test_a_forked_process_draws_from_what_it_seeds(run: None) -> None:

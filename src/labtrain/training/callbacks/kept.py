@@ -22,6 +22,7 @@ from labtrain.exact.checksums import shown_sums, two_sums
 from labtrain.record.trail import TRAIL, cut_trail, read_trail
 from labtrain.stores.layout import link_to
 from labtrain.stores.store import Manifest
+from labtrain.training.start import wait_for_writer
 
 SHARE = 0.01  # of rank 0's time, by the clock or by the processor: on a busy machine the clock measures others
 CLOCKS = (time.monotonic, time.process_time)
@@ -89,6 +90,7 @@ class Kept:
             with suppress(LabtrainError):
                 saver.wait()
         else:
+            wait_for_writer(self.run_dir, saver.place)  # what rank 0 had begun to save may be newer
             saver.known = None
             saver.open()
             self._adopt_newest()
