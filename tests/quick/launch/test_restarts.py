@@ -31,7 +31,16 @@ exec(deed)
 """
 KILLED = "os.kill(os.getpid(), signal.SIGKILL)"
 RAISES = "beacon.fail('rank 0 raised ValueError', 1); sys.exit(1)"
-LONE = "subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(100)', 'labtrain.launch.job', 'runs/a'])"  # fixed: is ended
+
+
+def begins(name: str, code: str) -> str:
+    """Return Python that starts another rank, and waits until its command can be read: exec(2) shows it a while later."""
+    code = f"print(flush=True); {code}"
+    command = f"[sys.executable, '-S', '-c', {code!r}, 'labtrain.launch.job', 'runs/a']"
+    return f"{name} = subprocess.Popen({command}, stdout=subprocess.PIPE); {name}.stdout.readline()"
+
+
+LONE = begins("lone", "import time; time.sleep(100)")  # fixed: is ended
 
 
 def job(devices: Any = 2, most: int = 2, *, elastic: bool = False, hang_seconds: float | None = 1500) -> Job:
@@ -101,14 +110,13 @@ def test_the_exit_code_is_that_of_the_rank_that_died() -> None:
 def test_no_rank_is_left_behind() -> None:
     """Rank 0 is killed; the rank that it had started, and that hangs, is ended before the next start."""
     says = "; pathlib.Path('lone').write_text(str(lone.pid)); "
-    assert trained((0, 5, f"lone = {LONE}{says}{KILLED}"), (5, 9, "pass"))[0] == 0
+    assert trained((0, 5, f"{LONE}{says}{KILLED}"), (5, 9, "pass"))[0] == 0
     assert not Path(f"/proc/{Path('lone').read_text()}").exists()
 
 
 def test_a_rank_that_saves_may_end_first() -> None:
     heir = "import time, pathlib; time.sleep(0.5); pathlib.Path('saved').touch()"  # fixed: a save
-    deed = f"heir = subprocess.Popen([sys.executable, '-S', '-c', {heir!r}, 'labtrain.launch.job', 'runs/a'])"
-    deed += f"; beacon.begin(0, heir=heir.pid); {KILLED}"
+    deed = f"{begins('heir', heir)}; beacon.begin(0, heir=heir.pid); {KILLED}"
     assert trained((0, 5, deed), (5, 9, "assert pathlib.Path('saved').exists()"))[0] == 0
 
 
