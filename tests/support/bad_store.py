@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 from xml.sax.saxutils import escape
 
+from tests.support.servers import Listener
+
 TRIES = 8  # more than s3fs and botocore make of one request
 # What each kind of request is answered with.
 S3_HOWS = {
@@ -221,7 +223,7 @@ def reset(connection: socket.socket) -> None:
         os.close(connection.detach())
 
 
-class BadSFTP:
+class BadSFTP(Listener):
     """A TCP proxy before an SFTP server, which counts what the client sends, packet by packet.
 
     A fault is of kind PACKET. How: reset, before the packet is passed on; lost: it is passed on, and the server's answer
@@ -230,18 +232,10 @@ class BadSFTP:
 
     def __init__(self, port: int) -> None:
         self.target, self.judge = port, Judge()
-        self.server = socket.create_server(("127.0.0.1", 0))
-        self.port = self.server.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
+        super().__init__()
 
     def begin(self, fault: Fault | None) -> None:
         self.judge.begin(fault)
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self.server.accept()
-                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
     def _serve(self, client: socket.socket) -> None:
         server = socket.create_connection(("127.0.0.1", self.target))
@@ -256,9 +250,6 @@ class BadSFTP:
         back = threading.Thread(target=_pass, args=(server, client, lambda _: not lost.is_set()), daemon=True)
         back.start()
         _pass(client, server, upwards)
-
-    def close(self) -> None:
-        self.server.close()
 
 
 def _pass(source: socket.socket, sink: socket.socket, wanted: Callable[[bytes], bool]) -> None:

@@ -302,6 +302,14 @@ def without_names(path: str) -> str:
     return re.sub(r"events.out.tfevents.*", "events", path) or "/"
 
 
+def made_in(folder: Path) -> Path:
+    """Make an experiment in a folder, and return its own."""
+    from tests.conftest import make_experiment
+
+    make_experiment(folder / "digits", author="a test")
+    return folder / "digits"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", action="append", default=[], choices=HOWS)
@@ -322,12 +330,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         folder = Path(scratch).resolve()
-        experiment = options.experiment
-        if experiment is None:
-            from tests.conftest import make_experiment
-
-            experiment = folder / "digits"
-            make_experiment(experiment, author="a test")
+        experiment = options.experiment or made_in(folder)
         environment = stage_2(experiment.resolve(), folder / "RUNS", *SHORT, *LOGGERS[options.logger])
         environment |= {"LD_PRELOAD": str(build(folder))}
         more = ["--server", str(folder), "--runs", str(folder / "RUNS")]

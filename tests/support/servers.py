@@ -131,16 +131,10 @@ class S3(Server):
         wait_until(lambda: with_retries.mkdir("lab") is None or True)
 
 
-class Proxy:
-    """Stands before a server on a port of its own, and makes it slow, or answer 503, or not at all."""
+class Listener:
+    """Accepts connections at a port of its own; a thread serves each."""
 
-    def __init__(self, port: int, *, gone: Path = Path("/nonexistent/gone")) -> None:
-        self.target = port
-        self.gone = gone  # a file: once it is there, nobody is reached
-        self.bytes_per_second = 0
-        self.broken = 0  # so many connections to come get 503
-        self.passed = 0
-        self.refused = 0  # so many connections found nobody behind it
+    def __init__(self) -> None:
         self.server = socket.create_server(("127.0.0.1", 0))
         self.port = self.server.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -150,6 +144,25 @@ class Proxy:
             while True:
                 client, _ = self.server.accept()
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        raise NotImplementedError
+
+    def close(self) -> None:
+        self.server.close()
+
+
+class Proxy(Listener):
+    """Stands before a server on a port of its own, and makes it slow, or answer 503, or not at all."""
+
+    def __init__(self, port: int, *, gone: Path = Path("/nonexistent/gone")) -> None:
+        self.target = port
+        self.gone = gone  # a file: once it is there, nobody is reached
+        self.bytes_per_second = 0
+        self.broken = 0  # so many connections to come get 503
+        self.passed = 0
+        self.refused = 0  # so many connections found nobody behind it
+        super().__init__()
 
     def _serve(self, client: socket.socket) -> None:
         if self.broken > 0:
@@ -182,9 +195,6 @@ class Proxy:
         for each in (source, sink):
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        self.server.close()
 
 
 def weed() -> str:

@@ -29,7 +29,18 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.bad_store import S3_HOWS, BadS3, BadSFTP, Fault
-from tests.support.faults import EXPECTED, HOWS, Ended, Trainings, build, files_in, run_in, stage_2, without_names
+from tests.support.faults import (
+    EXPECTED,
+    HOWS,
+    Ended,
+    Trainings,
+    build,
+    files_in,
+    made_in,
+    run_in,
+    stage_2,
+    without_names,
+)
 from tests.support.servers import S3, SFTP
 
 MARK = "s3://lab/THE-PLACE"  # in the job, replaced for each training
@@ -452,13 +463,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory(prefix="store-faults-") as scratch:
         folder = Path(scratch).resolve()
-        experiment = options.experiment
-        if experiment is None:
-            from tests.conftest import make_experiment
-
-            experiment = folder / "digits"
-            make_experiment(experiment, author="a test")
-        raise SystemExit(sweep(options, folder, experiment))
+        raise SystemExit(sweep(options, folder, options.experiment or made_in(folder)))
 
 
 def sweep(options: argparse.Namespace, folder: Path, experiment: Path) -> bool:
