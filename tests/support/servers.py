@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,7 +132,7 @@ class S3(Server):
         wait_until(lambda: with_retries.mkdir("lab") is None or True)
 
 
-class Listener:
+class Listener(ABC):
     """Accepts connections at a port of its own; a thread serves each."""
 
     def __init__(self) -> None:
@@ -145,8 +146,8 @@ class Listener:
                 client, _ = self.server.accept()
                 threading.Thread(target=self._serve, args=(client,), daemon=True).start()
 
-    def _serve(self, client: socket.socket) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def _serve(self, client: socket.socket) -> None: ...
 
     def close(self) -> None:
         self.server.close()

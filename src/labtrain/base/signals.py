@@ -230,16 +230,25 @@ def adopting_orphans() -> Iterator[None]:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 0)
 
 
+def status_of(process: int) -> list[str]:
+    """Return what proc_pid_stat(5) has of a process after its name: the state, the parent, ...
+
+    Raises:
+        OSError: there is no such process.
+    """
+    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+
+
 def children_of(parent: int) -> list[int]:
     """Return the children of a process.
 
     /proc/PID/task/TID/children would be faster, but may leave out a child while another one ends (proc(5)).
     """
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for process in (int(path.name) for path in Path("/proc").glob("[0-9]*")):
         with suppress(OSError):  # it has ended
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(stat.parent.name))
+            if int(status_of(process)[1]) == parent:
+                found.append(process)
     return found
 
 

@@ -50,6 +50,7 @@ from labtrain.base.errors import DamagedError, LabtrainError, StoreError
 from labtrain.base.exact_json import digest_of
 from labtrain.base.files import atomic, scratch_beside, sha256_of, sync
 from labtrain.base.permissions import make_folder
+from labtrain.base.signals import status_of
 from labtrain.stores.backends import explained, is_local, open_url
 
 MANIFEST = "manifest.json"
@@ -791,7 +792,7 @@ def identity(process: int) -> dict[str, object]:
     Raises:
         OSError: there is no such process.
     """
-    status = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    status = status_of(process)
     if status[0] == "Z":
         raise ProcessLookupError(process)  # a zombie: it has ended
     return {

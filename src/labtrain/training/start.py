@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from labtrain.base.console import shown, warn
 from labtrain.base.contracts import Origin
 from labtrain.base.credentials import without_secrets
 from labtrain.base.errors import ConfigError, LabtrainError
 from labtrain.base.permissions import make_folder, open_lock
-from labtrain.base.signals import WRITER_NAME
+from labtrain.base.signals import WRITER_NAME, status_of
 from labtrain.checkpoints.format import check_loads
 from labtrain.record import receipt
 from labtrain.record.identity import Job
@@ -112,10 +112,9 @@ def wait_for_writer(run_dir: Path, place: str) -> None:
 def is_orphan(writer: Mapping[str, object] | None) -> bool:
     """Return whether a process wrote for a training that is dead; a live training may be suspended."""
     with suppress(OSError):
-        own = Path(f"/proc/{writer and writer.get('process')}")
-        if (own / "comm").read_text().strip() == WRITER_NAME:
-            parent = int((own / "stat").read_text().rpartition(")")[2].split()[1])
-            return parent != (writer and writer.get("parent", parent))
+        if writer and Path(f"/proc/{writer['process']}/comm").read_text().strip() == WRITER_NAME:
+            parent = int(status_of(cast(int, writer["process"]))[1])
+            return parent != writer.get("parent", parent)
     return False
 
 

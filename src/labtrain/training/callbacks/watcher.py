@@ -31,7 +31,7 @@ from typing import cast
 
 from labtrain.base.console import quoted, visible
 from labtrain.base.errors import LabtrainError
-from labtrain.base.signals import children_of, end_with_parent
+from labtrain.base.signals import children_of, end_with_parent, status_of
 from labtrain.record.ranks import Beacon
 
 MODULE = "labtrain.training.callbacks.watcher"
@@ -361,7 +361,7 @@ def _answers(process: int, descriptor: int) -> bool:
 
 def _state(process: int) -> str:
     with suppress(OSError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+        return status_of(process)[0]
     return "Z"
 
 
